@@ -1,0 +1,51 @@
+# make demo: train LoReFT on real weights and real text, compare, report.   make test: everything that needs no GPU.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test test-full test-transformers4 test-gpu lint bench clean
+
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m reft_train demo $(ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-full: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -m "full or not full" $(ARGS)
+
+# every test that needs a GPU, in one command
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# the Hugging Face side again, on the oldest supported transformers
+$(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)-transformers4
+	sed 's/^transformers==.*/transformers==4.57.6/' constraints.txt > $(VENV)-transformers4/constraints.txt
+	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt setuptools
+	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt \
+		--no-build-isolation --editable ".[test]"
+	touch $@
+
+test-transformers4: $(VENV)-transformers4/.installed
+	$(VENV)-transformers4/bin/python -m pytest -n 2 tests/model tests/integrations $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+bench: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.r_build $(ARGS)
+	$(BIN)/python -m benchmarks.training_step $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(VENV)-transformers4 build *.egg-info .pytest_cache .hypothesis .ruff_cache

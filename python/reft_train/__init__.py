@@ -1,0 +1,1 @@
+"""reft_train: the training program built on reft_kernels. ``python -m reft_train --help`` lists its commands."""

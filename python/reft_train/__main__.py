@@ -1,0 +1,38 @@
+"""The command line: ``python -m reft_train COMMAND``. A command is a module that ``COMMANDS`` names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from reft_train import demo
+from reft_train.errors import UserError
+
+COMMANDS = (demo,)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands. A command's parser sets ``run``: parsed arguments in, exit code out."""
+    top = argparse.ArgumentParser(prog="python -m reft_train", description="Train and evaluate ReFT adapters.")
+    subparsers = top.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS:
+        command.add_parser(subparsers)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; 0 when all is well, 1 when a check or a training failed, 2 for bad input, 130 when interrupted."""
+    parsed = parser().parse_args(arguments)
+    try:
+        return parsed.run(parsed)
+    except UserError as error:
+        print(f"reft_train {parsed.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"reft_train {parsed.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""The error that a user can mend: printed as one line, without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input. The message names the argument, what came and what was expected."""

@@ -1,0 +1,79 @@
+"""Peak memory of a stretch of work, and a sentence that says what was measured.
+
+On CUDA it is the allocator's own peak. On the CPU it is the process's peak resident set (``VmHWM``), reset when the
+stretch begins; a variant that is trained in a process of its own therefore shows its own peak. ``ru_maxrss`` would not
+do on Linux: it cannot be reset, and a child's starts at its parent's size.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_MIB = 2**20
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """``before`` and ``peak`` in MiB (0 where unknown), and how they were measured."""
+
+    before: float
+    peak: float
+    method: str
+
+
+def _status_mib(field: str) -> float | None:
+    try:
+        match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) / 1024 if match else None
+
+
+def _max_rss_mib() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / _MIB if sys.platform == "darwin" else peak / 1024
+
+
+class PeakMeter:
+    """``start()`` before the work, ``stop()`` after it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._before = 0.0
+        self._method = ""
+
+    def start(self) -> None:
+        """Reset the high-water mark, where the system allows it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device) / _MIB
+            self._method = "peak of PyTorch's CUDA allocator while training"
+            return
+        self._before = _status_mib("VmRSS") or 0.0
+        try:
+            _CLEAR.write_text("5")  # 5 resets VmHWM to the present size
+            self._method = "peak resident memory of the variant's process while training (VmHWM, reset before it)"
+        except OSError:
+            self._method = "peak resident memory of the variant's process since its start (VmHWM)"
+
+    def stop(self) -> Peak:
+        """The peak since ``start()``."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return Peak(self._before, torch.cuda.max_memory_allocated(self.device) / _MIB, self._method)
+        high_water = _status_mib("VmHWM")
+        if high_water is None:
+            return Peak(self._before, _max_rss_mib(), "peak resident memory of the process since its start (ru_maxrss)")
+        return Peak(self._before, high_water, self._method)

@@ -1,0 +1,51 @@
+"""reft_kernels: representation finetuning (ReFT) at the speed of the frozen model.
+
+Importing this package needs torch alone; kernels are loaded when an operator first runs on a device they serve.
+"""
+
+from reft_kernels import positions
+from reft_kernels.dispatch import BackendError, backend, forced_backend, set_backend
+from reft_kernels.functional import consreft, direft, lobireft, loreft, nodireft, noreft, red
+from reft_kernels.interventions import RED, ConsReFT, DiReFT, LobiReFT, LoReFT, NodiReFT, NoReFT
+from reft_kernels.parametrization import (
+    BasePoint,
+    base_point,
+    cayley,
+    cayley_inverse,
+    householder,
+    householder_inverse,
+    orthonormality_error,
+    orthonormalize,
+)
+from reft_kernels.version import __version__
+
+__all__ = [
+    "__version__",
+    "BackendError",
+    "BasePoint",
+    "ConsReFT",
+    "DiReFT",
+    "LoReFT",
+    "LobiReFT",
+    "NoReFT",
+    "NodiReFT",
+    "RED",
+    "backend",
+    "base_point",
+    "cayley",
+    "cayley_inverse",
+    "consreft",
+    "direft",
+    "forced_backend",
+    "householder",
+    "householder_inverse",
+    "lobireft",
+    "loreft",
+    "nodireft",
+    "noreft",
+    "orthonormality_error",
+    "orthonormalize",
+    "positions",
+    "red",
+    "set_backend",
+]

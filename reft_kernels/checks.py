@@ -1,0 +1,192 @@
+"""Argument checks of the public functions: metadata only, so they cost no synchronisation.
+
+Row numbers are values, so they are checked once for each tensor and remembered on it; the tensors that
+:mod:`reft_kernels.positions` builds are right by construction and come marked.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reft_kernels.activations import canonical_activation
+from reft_kernels.parametrization import MAX_RANK
+
+HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(value: object) -> str:
+    """A value as an error message shows it: shape, dtype and device of a tensor, else its type."""
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}, {value.dtype}, {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def _check_hidden(hidden: Tensor) -> None:
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden: got {describe(hidden)}, expected a tensor [..., d]")
+    if hidden.dtype not in HIDDEN_DTYPES:
+        raise TypeError(f"hidden: got dtype {hidden.dtype}, expected one of {', '.join(map(str, HIDDEN_DTYPES))}")
+    if hidden.dim() < 1 or hidden.shape[-1] < 1:
+        raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected [..., d] with d >= 1")
+
+
+def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name}: got {describe(weight)}, expected a tensor of shape {shape}")
+    if weight.shape != shape:
+        raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {shape}")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"{name}: got dtype {weight.dtype}, expected a floating-point dtype")
+    if weight.device != hidden.device:
+        raise ValueError(f"{name}: got device {weight.device}, expected {hidden.device}, where hidden is")
+
+
+def check_writable(hidden: Tensor, graph: bool) -> None:
+    """Refuse, before anything is written, an in-place edit that autograd would refuse afterwards.
+
+    Raises:
+        ValueError: ``hidden`` is expanded; or ``graph`` (a gradient will be needed) and it is a leaf that requires grad, a view
+            of one, a view that autograd cannot rebase, or an inference tensor.
+    """
+    if torch.compiler.is_compiling():
+        return
+    reason = None
+    if any(stride == 0 and size > 1 for size, stride in zip(hidden.shape, hidden.stride(), strict=True)):
+        reason = "an expanded tensor, several of whose elements share memory"
+    elif graph and hidden.is_inference():
+        reason = "an inference tensor"
+    elif graph and hidden.is_leaf and hidden.requires_grad:
+        reason = "a leaf that requires grad"
+    elif graph and hidden._is_view():
+        if hidden._base.is_leaf and hidden._base.requires_grad:
+            reason = "a view of a leaf that requires grad"
+        elif torch._C._autograd._get_creation_meta(hidden) != torch._C._autograd.CreationMeta.DEFAULT:
+            reason = "a view that autograd cannot follow (of several outputs, or made without gradients)"
+    if reason is not None:
+        raise ValueError(
+            f"hidden: got {reason}, expected inplace=False or a tensor that may be edited in place, as by hidden.mul_"
+        )
+
+
+def row_count(hidden: Tensor) -> int:
+    """M of ``hidden.view(-1, d)``."""
+    return hidden.numel() // hidden.shape[-1]
+
+
+def _check_index(name: str, index: Tensor, hidden: Tensor, length: int | None) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"{name}: got {describe(index)}, expected an int32 tensor [N]")
+    if index.dtype != torch.int32:
+        raise TypeError(f"{name}: got dtype {index.dtype}, expected torch.int32")
+    if index.dim() != 1 or (length is not None and index.shape[0] != length):
+        raise ValueError(f"{name}: got shape {tuple(index.shape)}, expected [{'N' if length is None else length}]")
+    if index.device != hidden.device:
+        raise ValueError(f"{name}: got device {index.device}, expected {hidden.device}, where hidden is")
+
+
+def mark_rows(rows: Tensor, num_rows: int) -> Tensor:
+    """Record on ``rows`` that its values are distinct and lie in [-1, num_rows)."""
+    if not torch.compiler.is_compiling():
+        rows._reft_checked = (num_rows, rows._version)
+    return rows
+
+
+def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
+    """Refuse row numbers out of range or repeated; one synchronisation the first time a GPU tensor is seen, none after.
+
+    Raises:
+        ValueError: an entry below -1 or at least ``num_rows``, or one that stands twice.
+    """
+    if torch.compiler.is_compiling() or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return rows
+    known = getattr(rows, "_reft_checked", None)
+    if known is not None and known[0] <= num_rows and known[1] == rows._version:
+        return rows
+    if rows.numel():
+        low, high = (int(v) for v in torch.stack(torch.aminmax(rows)).tolist())
+        if low < -1 or high >= num_rows:
+            raise ValueError(
+                f"{name}: got values from {low} to {high}, expected row numbers in [0, {num_rows}), or -1 to skip an entry"
+            )
+        ordered = rows.sort().values
+        repeated = (ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)
+        if bool(repeated.any()):
+            raise ValueError(
+                f"{name}: row {int(ordered[1:][repeated][0])} stands more than once, expected each row at most once"
+            )
+    return mark_rows(rows, num_rows)
+
+
+def _check_set_values(set_ids: Tensor, sets: int) -> None:
+    if torch.compiler.is_compiling() or (set_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    known = getattr(set_ids, "_reft_checked", None)
+    if known is not None and known[0] <= sets and known[1] == set_ids._version:
+        return
+    if set_ids.numel():
+        low, high = (int(v) for v in torch.stack(torch.aminmax(set_ids)).tolist())
+        if low < 0 or high >= sets:
+            raise ValueError(f"set_ids: got values from {low} to {high}, expected set numbers in [0, {sets})")
+    mark_rows(set_ids, sets)
+
+
+def _check_selection(hidden: Tensor, rows: Tensor | None, set_ids: Tensor | None, sets: int | None) -> int:
+    total = row_count(hidden)
+    count = total
+    if rows is not None:
+        _check_index("rows", rows, hidden, None)
+        check_row_values(rows, total)
+        count = rows.shape[0]
+    if set_ids is not None:
+        _check_index("set_ids", set_ids, hidden, count)
+        _check_set_values(set_ids, sets)
+    return count
+
+
+def check_edit(
+    hidden: Tensor,
+    weights: dict[str, Tensor],
+    biases: dict[str, Tensor],
+    rows: Tensor | None,
+    activation: str | None,
+    coeff: Tensor | None,
+    set_ids: Tensor | None,
+) -> str:
+    """Check one edit's arguments; the first weight fixes r (and S). Returns the activation's canonical name."""
+    _check_hidden(hidden)
+    activation = canonical_activation(activation)
+    first, reference = next(iter(weights.items()))
+    rank_dims = 2 if set_ids is None else 3
+    d = hidden.shape[-1]
+    if not isinstance(reference, Tensor):
+        raise TypeError(f"{first}: got {describe(reference)}, expected a tensor [r, {d}]")
+    if reference.dim() != rank_dims or reference.shape[-1] != d:
+        layout = f"[r, {d}] (no set_ids)" if set_ids is None else f"[S, r, {d}] (with set_ids)"
+        raise ValueError(f"{first}: got shape {tuple(reference.shape)}, expected {layout}")
+    r = reference.shape[-2]
+    if not 1 <= r <= MAX_RANK:
+        raise ValueError(f"{first}: got rank r = {r}, expected 1 <= r <= {MAX_RANK}")
+    shape = tuple(reference.shape)
+    for name, weight in weights.items():
+        _check_weight(name, weight, shape, hidden)
+    for name, bias in biases.items():
+        _check_weight(name, bias, shape[:-1], hidden)
+    count = _check_selection(hidden, rows, set_ids, shape[0] if set_ids is not None else None)
+    if coeff is not None:
+        _check_weight("coeff", coeff, (count, r), hidden)
+    return activation
+
+
+def check_red(hidden: Tensor, scale: Tensor, bias: Tensor, rows: Tensor | None, set_ids: Tensor | None) -> None:
+    """Check the arguments of :func:`reft_kernels.red`."""
+    _check_hidden(hidden)
+    d = hidden.shape[-1]
+    if not isinstance(scale, Tensor):
+        raise TypeError(f"scale: got {describe(scale)}, expected a tensor [{d}]")
+    if set_ids is not None and scale.dim() != 2:
+        raise ValueError(f"scale: got shape {tuple(scale.shape)}, expected [S, {d}] (with set_ids)")
+    shape = (d,) if set_ids is None else (scale.shape[0], d)
+    _check_weight("scale", scale, shape, hidden)
+    _check_weight("bias", bias, shape, hidden)
+    _check_selection(hidden, rows, set_ids, shape[0] if set_ids is not None else None)

@@ -1,0 +1,157 @@
+"""Which backend serves which operator on which tensor: one table, one place.
+
+``REFT_KERNELS_BACKEND=triton|cuda|cpu|torch`` forces a backend: forced and unable raises. Unset, the first able backend of
+the device's preference list serves, and a choice that costs speed is said once, as a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+
+BACKENDS = ("triton", "cuda", "cpu", "torch")
+OPERATORS = (
+    "edit",
+    "edit_backward",
+    "red",
+    "red_backward",
+    "householder",
+    "householder_backward",
+    "cayley",
+    "cayley_backward",
+)
+ENVIRONMENT_VARIABLE = "REFT_KERNELS_BACKEND"
+
+_PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
+_MODULES = {
+    "triton": "reft_kernels.triton",
+    "cuda": "reft_kernels.cuda",
+    "cpu": "reft_kernels.cpu",
+    "torch": "reft_kernels.reference",
+}
+_UNALARMING = {"cpu"}  # a seat that this release leaves empty: its absence is no surprise worth a warning
+
+
+class BackendError(RuntimeError):
+    """A backend was forced that cannot serve the call."""
+
+
+_lock = threading.Lock()
+_forced: str | None = None
+_table: dict[tuple[str, str, torch.dtype], Callable] = {}
+_warned: set[str] = set()
+
+
+def _checked(name: str | None, source: str) -> str | None:
+    if name is None or name == "" or name == "auto":
+        return None
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(BACKENDS)} or auto")
+    return name
+
+
+def forced_backend() -> str | None:
+    """The backend that is forced now, by ``set_backend`` or the environment; None when the choice is automatic."""
+    return _forced
+
+
+def set_backend(name: str | None) -> None:
+    """Force a backend for the process (``None`` or ``"auto"``: choose automatically)."""
+    global _forced
+    with _lock:
+        _forced = _checked(name, "backend")
+        _table.clear()
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Force a backend within a ``with`` block (process-wide, like ``set_backend``)."""
+    before = _forced
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def interpreting() -> bool:
+    """True when Triton kernels run in its interpreter (``TRITON_INTERPRET=1``)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
+
+
+def why_unable(name: str, operator: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None when backend ``name`` can serve ``operator`` for tensors of that device type and dtype, else the reason."""
+    if operator not in OPERATORS:
+        raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(OPERATORS)}")
+    if name == "torch":
+        return None
+    if name in ("cpu", "cuda"):
+        if importlib.util.find_spec(_MODULES[name]) is None:
+            return f"the native {name} backend is not part of this build"
+        return importlib.import_module(_MODULES[name]).why_unable(operator, device_type, dtype)
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if dtype == torch.float64:
+        return "Triton kernels accumulate in fp32; fp64 is served by the torch backend"
+    if device_type == "cpu" and not interpreting():
+        return "Triton needs a GPU (or TRITON_INTERPRET=1, its interpreter, for tests)"
+    if device_type not in ("cpu", "cuda"):
+        return f"Triton kernels do not serve {device_type} tensors"
+    if device_type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            return f"Triton kernels need compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """The backend that serves, and for each one passed over, why.
+
+    Raises:
+        BackendError: the forced backend cannot serve this call.
+    """
+    if _forced is not None:
+        reason = why_unable(_forced, operator, device_type, dtype)
+        if reason is not None:
+            raise BackendError(f"backend {_forced!r} is forced but cannot serve {operator} on {device_type} {dtype}: {reason}")
+        return _forced, {}
+    passed_over: dict[str, str] = {}
+    for name in _PREFERENCE.get(device_type, ("torch",)):
+        reason = why_unable(name, operator, device_type, dtype)
+        if reason is None:
+            return name, passed_over
+        passed_over[name] = reason
+    raise BackendError(f"no backend serves {operator} on {device_type} {dtype}: {passed_over}")
+
+
+def select(operator: str, tensor: torch.Tensor) -> Callable:
+    """The function that computes ``operator`` for ``tensor``'s device and dtype; decided once, then a dictionary lookup."""
+    key = (operator, tensor.device.type, tensor.dtype)
+    function = _table.get(key)
+    if function is None:
+        function = _resolve(key)
+    return function
+
+
+def _resolve(key: tuple[str, str, torch.dtype]) -> Callable:
+    operator, device_type, dtype = key
+    name, passed_over = choose(operator, device_type, dtype)
+    alarming = {n: why for n, why in passed_over.items() if n not in _UNALARMING and dtype != torch.float64}
+    for other, reason in alarming.items():
+        if other not in _warned:
+            _warned.add(other)
+            warnings.warn(f"reft_kernels: backend {other!r} is off ({reason}); {name!r} serves instead", stacklevel=3)
+    function = getattr(importlib.import_module(_MODULES[name]), operator)
+    with _lock:
+        _table[key] = function
+    return function
+
+
+set_backend(_checked(os.environ.get(ENVIRONMENT_VARIABLE), ENVIRONMENT_VARIABLE))

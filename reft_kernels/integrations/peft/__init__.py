@@ -1,0 +1,13 @@
+"""ReFT as a PEFT method: ``get_peft_model(model, ReftConfig(...))``, and everything PEFT does with a model after that.
+
+Importing this module registers the method, so import it before loading a saved adapter too.
+"""
+
+from reft_kernels.integrations.peft.config import ReftConfig
+from reft_kernels.integrations.peft.layer import ReftLayer
+from reft_kernels.integrations.peft.register import register
+from reft_kernels.integrations.peft.tuner import ReftTuner
+
+register(ReftConfig, ReftTuner)
+
+__all__ = ["ReftConfig", "ReftLayer", "ReftTuner"]

@@ -1,0 +1,210 @@
+"""One forward's edits and the hooks that apply them: a layer's hook only consumes what its step holds.
+
+A step outlives its forward, because recomputation (gradient checkpointing) runs layer hooks again during the backward. It is
+kept by the graph itself: a hook on the node that produced the backbone's output holds it, and, called when the backward enters
+that backbone, makes it the step that recomputed layers consume. So two forwards before two backwards each get their own.
+
+A reentrant checkpoint runs a layer's backward by itself, cut off from the graph in which the weights of all layers were built.
+Such layers consume detached weights, whose gradients are carried back through one build when the whole backward ends: the
+parameters get their gradient once, as data parallelism expects.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from reft_kernels.interventions import EditWeights, Intervention, RedWeights
+from reft_kernels.model.components import Target
+from reft_kernels.model.prompts import Explicit, Selection, select_from_shape
+from reft_kernels.positions import Spec
+
+if TYPE_CHECKING:
+    from reft_kernels.model.editor import Scope
+
+Weights = EditWeights | RedWeights
+
+
+class Pending:
+    """A selection that waits for the first hidden state, where a call's arguments do not tell the sequence's length."""
+
+    def __init__(self, spec: Spec, untied: bool, explicit: Explicit) -> None:
+        self.spec = spec
+        self.untied = untied
+        self.explicit = explicit
+        self._known: dict[tuple, Selection | None] = {}
+
+    def select(self, hidden: Tensor) -> Selection | None:
+        key = (hidden.shape[:-1], hidden.device)
+        if key not in self._known:
+            self._known[key] = select_from_shape(hidden.shape, hidden.device, self.spec, self.untied, self.explicit)
+        return self._known[key]
+
+
+class Edit:
+    """One adapter's edit of one layer in one step."""
+
+    __slots__ = ("stack", "index", "weights", "selection", "device", "detached")
+
+    def __init__(
+        self, stack: Intervention, index: int, weights: Weights, selection: Selection | Pending, device: torch.device
+    ) -> None:
+        self.stack = stack
+        self.index = index
+        self.weights = weights
+        self.selection = selection
+        self.device = device  # of the weights
+        self.detached: Weights | None = None  # leaves in their place, while layers run their backward by themselves
+
+    def leaves(self) -> Weights:
+        """The weights as leaves that collect gradients."""
+        if self.detached is None:
+            made = (t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in self.weights)
+            self.detached = type(self.weights)(*made)
+        return self.detached
+
+
+class Step:
+    """What the hooks of one forward consume: for each site, its edits in order."""
+
+    def __init__(self, edits: dict[int, list[Edit]], has_graph: bool) -> None:
+        self.edits = edits
+        self.has_graph = has_graph  # gradients are on around the forward
+        self.reentrant = False  # a layer ran without them all the same: a reentrant checkpoint, which will run it again
+        self._collecting = False
+        self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def apply(self, site: int, hidden: Tensor, inplace: bool) -> Tensor:
+        graph = torch.is_grad_enabled()
+        if self.has_graph and not graph:
+            self.reentrant = True
+        for edit in self.edits.get(site, ()):
+            selection, weights = edit.selection, edit.weights
+            if self.reentrant and graph:
+                if not self._collecting and torch._C._current_graph_task_id() >= 0:
+                    raise RuntimeError(
+                        "reentrant gradient checkpointing: the backward did not come through the model's output; "
+                        "compute the loss from it, or use use_reentrant=False"
+                    )
+                weights = edit.leaves()
+            if isinstance(selection, Pending):
+                selection = selection.select(hidden)
+                if selection is None:
+                    continue
+            rows, set_ids = selection
+            if edit.device != hidden.device or (rows is not None and rows.device != hidden.device):
+                weights = type(weights)(*(self._to(t, hidden.device) for t in weights))
+                rows, set_ids = self._once(rows, hidden.device), self._once(set_ids, hidden.device)
+            hidden = edit.stack.edit(hidden, weights, rows=rows, set_ids=set_ids, inplace=inplace)
+        return hidden
+
+    def enter_backward(self) -> None:
+        """A backward has reached this step's backbone: when it ends, gradients of detached weights go to the parameters."""
+        if self.reentrant and not self._collecting:
+            self._collecting = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._carry_back)
+
+    def _carry_back(self) -> None:
+        self._collecting = False
+        by_stack: dict[Intervention, list[Edit]] = {}
+        for edit in (e for edits in self.edits.values() for e in edits if e.detached is not None):
+            by_stack.setdefault(edit.stack, []).append(edit)
+        for stack, edits in by_stack.items():
+            with torch.enable_grad():
+                built = stack()
+            outputs, grads = [], []
+            for edit in edits:
+                for weight, leaf in zip(built[edit.index], edit.detached, strict=True):
+                    if isinstance(leaf, Tensor) and leaf.grad is not None:
+                        outputs.append(weight)
+                        grads.append(leaf.grad)
+                edit.detached = None
+            if outputs:
+                torch.autograd.backward(outputs, grads)
+
+    @staticmethod
+    def _to(value: Any, device: torch.device) -> Any:
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    def _once(self, tensor: Tensor | None, device: torch.device) -> Tensor | None:
+        """The batch's rows on another device: copied once, by the first layer there."""
+        if tensor is None:
+            return None
+        key = (id(tensor), device)
+        if key not in self._moved:
+            self._moved[key] = (tensor.to(device, non_blocking=True), tensor)
+        return self._moved[key][0]
+
+
+def _first_tensor_with(values: Any) -> tuple[int, Tensor] | None:
+    for index, value in enumerate(values):
+        if isinstance(value, Tensor):
+            return index, value
+    return None
+
+
+class LayerHook:
+    """The persistent hook of one site; subclasses say where the hidden state is."""
+
+    def __init__(self, scope: Scope, site: int, target: Target) -> None:
+        self.scope = scope
+        self.site = site
+        self.target = target
+
+    def _edited(self, hidden: Any, step: Step, inplace: bool) -> Tensor:
+        target = self.target
+        if not isinstance(hidden, Tensor) or hidden.dim() < 2 or hidden.shape[-1] != target.embed_dim:
+            got = f"shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise ValueError(
+                f"component: the {target.side} of {target.path!r} is {got}, expected a hidden state [..., {target.embed_dim}]; "
+                "name another component, or state its width: ReftConfig(embed_dim=...)"
+            )
+        if torch.compiler.is_compiling():
+            inplace = False  # the compiler decides itself what to reuse
+        elif inplace:
+            # a view may share memory that others read, and autograd forbids editing a leaf in place
+            inplace = not hidden._is_view() and not (hidden.requires_grad and hidden.is_leaf)
+        return step.apply(self.site, hidden, inplace)
+
+
+class OutputHook(LayerHook):
+    """Forward hook: edits the module's output, the first element of a tuple."""
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        step = self.scope.step
+        if step is None:
+            step = self.scope.recalled()
+            if step is None:
+                return None
+        if isinstance(output, Tensor):
+            # a layer that hands its input through has not made the tensor
+            fresh = self.target.inplace and not (args and output is args[0])
+            return self._edited(output, step, fresh)
+        if isinstance(output, tuple | list) and output:
+            fresh = self.target.inplace and not (args and output[0] is args[0])
+            edited = self._edited(output[0], step, fresh)
+            return (edited, *output[1:]) if isinstance(output, tuple) else [edited, *output[1:]]
+        self._edited(output, step, False)
+        return None
+
+
+class InputHook(LayerHook):
+    """Forward pre-hook: edits the module's first tensor argument, positional or not."""
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        step = self.scope.step
+        if step is None:
+            step = self.scope.recalled()
+            if step is None:
+                return None
+        found = _first_tensor_with(args)
+        if found is not None:
+            index, hidden = found
+            return (*args[:index], self._edited(hidden, step, False), *args[index + 1 :]), kwargs
+        names = ("hidden_states", *kwargs)
+        name = next((n for n in names if isinstance(kwargs.get(n), Tensor)), None)
+        if name is None:
+            self._edited(None, step, False)
+        return args, {**kwargs, name: self._edited(kwargs[name], step, False)}

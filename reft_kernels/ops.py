@@ -1,0 +1,235 @@
+"""The operators of the engine: schemas, fakes and the door to the backends. This file imports torch alone.
+
+Every tensor that holds rows is two-dimensional here: ``hidden`` is ``[M, d]``; ``rows`` is int32 ``[N]`` (``-1`` skips) or
+``None`` for all M rows; ``set_ids`` is int32 ``[N]`` or ``None``. Weights are ``[r, d]`` and ``[r]``, or ``[S, r, d]`` and
+``[S, r]`` when ``set_ids`` is given. With ``x`` the selected rows, ``A`` = read, ``c`` = read_bias, ``B`` = write,
+``p`` = subtract_bias:
+
+    z = A x + c                                     (``A`` absent: z = c;  ``c`` absent: z = A x)
+    u = act(z) - (B x + p)   if subtract else act(z)
+    y = x + B^T (coeff * u)
+
+Every member of the family that subtracts a projection subtracts the one it writes with, hence a flag and not a third weight.
+
+``kept`` is what the backward needs of the rows: their input ``x [N, d]`` when ``rows`` is given; nothing when it is not, for
+then the caller passes the output ``y`` back (``x = y - B^T (coeff * u)``) and no second copy of the hidden state lives on.
+Outputs that a call does not need are empty tensors, so that every operator has a fixed arity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reft_kernels import dispatch
+from reft_kernels.dtypes import accumulation_dtype
+
+_EDIT_ARGS = (
+    "Tensor? rows, Tensor? set_ids, Tensor? read, Tensor? read_bias, Tensor write, Tensor? subtract_bias, "
+    "Tensor? coeff, bool subtract, str activation, bool save"
+)
+_EDIT_BACKWARD_ARGS = (
+    "Tensor kept, Tensor u, Tensor z, Tensor? rows, Tensor? set_ids, Tensor? read, Tensor write, Tensor? coeff, "
+    "bool subtract, str activation"
+)
+_BUILD_ARGS = "Tensor X, Tensor? signs, Tensor? base, Tensor? base_point, Tensor? W"
+_BUILD_BACKWARD_ARGS = "Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, Tensor aux"
+
+SCHEMAS: dict[str, str] = {
+    "edit": f"(Tensor hidden, {_EDIT_ARGS}) -> (Tensor out, Tensor kept, Tensor u, Tensor z)",
+    "edit_": f"(Tensor(a!) hidden, {_EDIT_ARGS}) -> (Tensor kept, Tensor u, Tensor z)",
+    "edit_backward": (
+        f"(Tensor grad, {_EDIT_BACKWARD_ARGS}, bool need_hidden, bool need_weights) -> (Tensor grad_hidden, "
+        "Tensor grad_read, Tensor grad_read_bias, Tensor grad_write, Tensor grad_subtract_bias, Tensor grad_coeff)"
+    ),
+    "edit_backward_": (
+        f"(Tensor(a!) grad, {_EDIT_BACKWARD_ARGS}, bool need_weights) -> (Tensor grad_read, Tensor grad_read_bias, "
+        "Tensor grad_write, Tensor grad_subtract_bias, Tensor grad_coeff)"
+    ),
+    "red": "(Tensor hidden, Tensor? rows, Tensor? set_ids, Tensor scale, Tensor bias, bool save) -> (Tensor out, Tensor kept)",
+    "red_": "(Tensor(a!) hidden, Tensor? rows, Tensor? set_ids, Tensor scale, Tensor bias, bool save) -> Tensor kept",
+    "red_backward": (
+        "(Tensor grad, Tensor kept, Tensor? rows, Tensor? set_ids, Tensor scale, bool need_hidden, bool need_weights) "
+        "-> (Tensor grad_hidden, Tensor grad_scale, Tensor grad_bias)"
+    ),
+    "red_backward_": (
+        "(Tensor(a!) grad, Tensor kept, Tensor? rows, Tensor? set_ids, Tensor scale, bool need_weights) "
+        "-> (Tensor grad_scale, Tensor grad_bias)"
+    ),
+    "householder": f"({_BUILD_ARGS}) -> (Tensor R, Tensor D, Tensor aux)",
+    "householder_backward": f"({_BUILD_BACKWARD_ARGS}) -> Tensor grad_X",
+    "cayley": f"({_BUILD_ARGS}) -> (Tensor R, Tensor D, Tensor aux)",
+    "cayley_backward": f"({_BUILD_BACKWARD_ARGS}) -> Tensor grad_X",
+}
+"""Operator name -> schema: the list of what exists, under ``torch.ops.reft_kernels``."""
+
+_library = torch.library.Library("reft_kernels", "DEF")
+
+
+def _row_count(hidden: Tensor, rows: Tensor | None) -> int:
+    return hidden.shape[0] if rows is None else rows.shape[0]
+
+
+# ---- implementations: allocate what is out of place, then call the backend that serves this device and dtype
+
+
+def _output_like(tensor: Tensor, rows: Tensor | None) -> Tensor:
+    """A contiguous output: a copy where only some rows will be written, uninitialised where all will."""
+    if rows is None:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _edit(hidden: Tensor, rows: Tensor | None, *args):
+    out = _output_like(hidden, rows)
+    return out, *dispatch.select("edit", hidden)(hidden, out, rows, *args)
+
+
+def _edit_(hidden: Tensor, *args):
+    return dispatch.select("edit", hidden)(hidden, hidden, *args)
+
+
+def _edit_backward(
+    grad: Tensor, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_hidden, need_weights
+):
+    out = _output_like(grad, rows) if need_hidden else None
+    grads = dispatch.select("edit_backward", grad)(
+        grad, out, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_weights
+    )
+    return (grad.new_empty(0) if out is None else out), *grads
+
+
+def _edit_backward_(grad: Tensor, *args):
+    return dispatch.select("edit_backward", grad)(grad, grad, *args)
+
+
+def _red(hidden: Tensor, rows: Tensor | None, set_ids, scale, bias, save):
+    out = _output_like(hidden, rows)
+    # out of place over all rows the caller still holds the input: keep no copy of it
+    kept = dispatch.select("red", hidden)(hidden, out, rows, set_ids, scale, bias, save and rows is not None)
+    return out, kept
+
+
+def _red_(hidden: Tensor, *args):
+    return dispatch.select("red", hidden)(hidden, hidden, *args)
+
+
+def _red_backward(grad: Tensor, kept, rows, set_ids, scale, need_hidden, need_weights):
+    out = _output_like(grad, rows) if need_hidden else None
+    grads = dispatch.select("red_backward", grad)(grad, out, kept, rows, set_ids, scale, need_weights)
+    return (grad.new_empty(0) if out is None else out), *grads
+
+
+def _red_backward_(grad: Tensor, *args):
+    return dispatch.select("red_backward", grad)(grad, grad, *args)
+
+
+def _build(name: str):
+    return lambda X, *args: dispatch.select(name, X)(X, *args)
+
+
+def _build_backward(name: str):
+    return lambda grad_R, grad_D, X, *args: dispatch.select(name, X)(grad_R, grad_D, X, *args)
+
+
+# ---- fakes: shapes and dtypes only
+
+
+def _edit_saved_fake(hidden, rows, activation, write, save):
+    n, d, r = _row_count(hidden, rows), hidden.shape[1], write.shape[-2]
+    acc = accumulation_dtype(hidden.dtype)
+    kept = hidden.new_empty((n, d)) if save and rows is not None else hidden.new_empty(0)
+    u = hidden.new_empty((n, r), dtype=acc) if save else hidden.new_empty(0, dtype=acc)
+    z = hidden.new_empty((n, r), dtype=acc) if save and activation != "linear" else hidden.new_empty(0, dtype=acc)
+    return kept, u, z
+
+
+def _edit_fake(hidden, rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation, save):
+    return _output_fake(hidden), *_edit_saved_fake(hidden, rows, activation, write, save)
+
+
+def _edit__fake(hidden, rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation, save):
+    return _edit_saved_fake(hidden, rows, activation, write, save)
+
+
+def _edit_backward__fake(grad, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_weights):
+    acc = accumulation_dtype(grad.dtype)
+
+    def like(shape, wanted):
+        return grad.new_empty(shape if wanted else (0,), dtype=acc)
+
+    return (
+        like(write.shape, need_weights and read is not None),
+        like(write.shape[:-1], need_weights),
+        like(write.shape, need_weights),
+        like(write.shape[:-1], need_weights and subtract),
+        like(u.shape, coeff is not None),
+    )
+
+
+def _output_fake(tensor):
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _hidden_grad_fake(grad, need_hidden):
+    return _output_fake(grad) if need_hidden else grad.new_empty(0)
+
+
+def _edit_backward_fake(grad, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_hidden, need_weights):
+    rest = _edit_backward__fake(grad, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_weights)
+    return _hidden_grad_fake(grad, need_hidden), *rest
+
+
+def _red_kept_fake(hidden, rows, save):
+    return hidden.new_empty((_row_count(hidden, rows), hidden.shape[1])) if save else hidden.new_empty(0)
+
+
+def _red_fake(hidden, rows, set_ids, scale, bias, save):
+    return _output_fake(hidden), _red_kept_fake(hidden, rows, save and rows is not None)
+
+
+def _red__fake(hidden, rows, set_ids, scale, bias, save):
+    return _red_kept_fake(hidden, rows, save)
+
+
+def _red_backward__fake(grad, kept, rows, set_ids, scale, need_weights):
+    acc = accumulation_dtype(grad.dtype)
+    shape = scale.shape if need_weights else (0,)
+    return grad.new_empty(shape, dtype=acc), grad.new_empty(shape, dtype=acc)
+
+
+def _red_backward_fake(grad, kept, rows, set_ids, scale, need_hidden, need_weights):
+    return _hidden_grad_fake(grad, need_hidden), *_red_backward__fake(grad, kept, rows, set_ids, scale, need_weights)
+
+
+def _build_fake(X, signs, base, base_point, W):
+    layers, d, r = X.shape
+    acc = accumulation_dtype(X.dtype)
+    R = X.new_empty((layers, r, d), dtype=acc)
+    D = X.new_empty((layers, r, d), dtype=acc) if W is not None else X.new_empty(0, dtype=acc)
+    return R, D, X.new_empty((layers, 1 if base is None else 2, r, r), dtype=acc)
+
+
+def _build_backward_fake(grad_R, grad_D, X, signs, base, aux):
+    return torch.empty_like(X, memory_format=torch.contiguous_format)
+
+
+_IMPLEMENTATIONS = {
+    "edit": (_edit, _edit_fake),
+    "edit_": (_edit_, _edit__fake),
+    "edit_backward": (_edit_backward, _edit_backward_fake),
+    "edit_backward_": (_edit_backward_, _edit_backward__fake),
+    "red": (_red, _red_fake),
+    "red_": (_red_, _red__fake),
+    "red_backward": (_red_backward, _red_backward_fake),
+    "red_backward_": (_red_backward_, _red_backward__fake),
+    "householder": (_build("householder"), _build_fake),
+    "householder_backward": (_build_backward("householder_backward"), _build_backward_fake),
+    "cayley": (_build("cayley"), _build_fake),
+    "cayley_backward": (_build_backward("cayley_backward"), _build_backward_fake),
+}
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, _IMPLEMENTATIONS[_name][0], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"reft_kernels::{_name}", _IMPLEMENTATIONS[_name][1], lib=_library)

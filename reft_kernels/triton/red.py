@@ -1,0 +1,172 @@
+"""RED, y = scale * x + bias over the rows: one launch forward, one backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reft_kernels.triton import common, reduction
+
+
+@dataclass(frozen=True)
+class RedConfig:
+    """Launch knobs; ``chunks`` programs share the rows of one block of columns in the backward."""
+
+    block_n: int
+    block_d: int
+    chunks: int
+    num_warps: int
+
+
+def red_config(num_rows: int, d: int, sets: int) -> RedConfig:
+    """Launch knobs by shape: elementwise work in 4096-element tiles. Not yet measured on a GPU."""
+    block_d = min(common.next_power_of_2(d), 256)
+    block_n = max(1, min(4096 // block_d, common.next_power_of_2(num_rows)))
+    wanted = max(1, 528 // (triton.cdiv(d, block_d) * sets))
+    return RedConfig(block_n, block_d, max(1, min(wanted, triton.cdiv(num_rows, 4 * block_n))), 4)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def red_kernel(
+    source, out, rows, set_ids, scale, bias, kept,
+    num_rows, d, source_stride_n, source_stride_d, out_stride_n, out_stride_d,
+    SAVE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = n.to(tl.int64)
+    mine = n < num_rows
+    if rows is not None:
+        row = tl.load(rows + n, mask=mine, other=-1).to(tl.int64)
+        mine = row >= 0
+    mask = mine[:, None] & (col < d)[None, :]
+    column = col[None, :].to(tl.int64)
+    x = tl.load(source + row[:, None] * source_stride_n + column * source_stride_d, mask=mask, other=0.0)
+    w_offsets = column
+    if set_ids is not None:
+        w_offsets = tl.load(set_ids + n, mask=mine, other=0).to(tl.int64)[:, None] * d + column
+    w_mask = (col < d)[None, :]
+    a = tl.load(scale + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
+    b = tl.load(bias + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
+    if SAVE:
+        # entries that are skipped were loaded as zeros and are kept as zeros
+        tl.store(kept + n[:, None].to(tl.int64) * d + column, x, mask=(n < num_rows)[:, None] & (col < d)[None, :])
+    y = a * x.to(tl.float32) + b
+    tl.store(out + row[:, None] * out_stride_n + column * out_stride_d, y.to(x.dtype), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_sets", "chunks"])
+def red_backward_kernel(
+    grad, out, kept, rows, set_ids, scale, grad_scale, grad_bias, partials, counters,
+    num_rows, num_sets, chunks, d, grad_stride_n, grad_stride_d, out_stride_n, out_stride_d, kept_stride_n, kept_stride_d,
+    NEED_WEIGHTS: tl.constexpr, ONE_CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0)
+    chunk = tl.program_id(1)
+    s = tl.program_id(2)
+    col = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = col[None, :].to(tl.int64)
+    c_mask = col < d
+    w_offsets = tl.cast(s, tl.int64) * d + col
+    a = tl.load(scale + w_offsets, mask=c_mask, other=0.0).to(tl.float32)
+    acc_scale = tl.zeros((BLOCK_D,), tl.float32)
+    acc_bias = tl.zeros((BLOCK_D,), tl.float32)
+    steps = tl.cdiv(num_rows, BLOCK_N)
+    per_chunk = tl.cdiv(steps, chunks)
+    for step in range(chunk * per_chunk, tl.minimum(steps, (chunk + 1) * per_chunk)):
+        n = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        row = n.to(tl.int64)
+        mine = n < num_rows
+        if rows is not None:
+            row = tl.load(rows + n, mask=mine, other=-1).to(tl.int64)
+            mine = row >= 0
+        if set_ids is not None:
+            mine = mine & (tl.load(set_ids + n, mask=mine, other=-1) == s)
+        mask = mine[:, None] & c_mask[None, :]
+        g_raw = tl.load(grad + row[:, None] * grad_stride_n + column * grad_stride_d, mask=mask, other=0.0)
+        g = g_raw.to(tl.float32)
+        if NEED_WEIGHTS:
+            x_row = row if rows is None else n.to(tl.int64)
+            x = tl.load(kept + x_row[:, None] * kept_stride_n + column * kept_stride_d, mask=mask, other=0.0)
+            acc_scale += tl.sum(g * x.to(tl.float32), 0)
+            acc_bias += tl.sum(g, 0)
+        if out is not None:
+            dh = (a[None, :] * g).to(g_raw.dtype)
+            tl.store(out + row[:, None] * out_stride_n + column * out_stride_d, dh, mask=mask)
+    if NEED_WEIGHTS:
+        if ONE_CHUNK:
+            tl.store(grad_scale + w_offsets, acc_scale, mask=c_mask)
+            tl.store(grad_bias + w_offsets, acc_bias, mask=c_mask)
+        else:
+            size = tl.cast(num_sets, tl.int64) * d
+            mine_partials = partials + tl.cast(chunk, tl.int64) * 2 * size
+            tl.store(mine_partials + w_offsets, acc_scale, mask=c_mask)
+            tl.store(mine_partials + size + w_offsets, acc_bias, mask=c_mask)
+            counter = counters + s * tl.num_programs(0) + block
+            if reduction.is_last(counter, chunks):
+                tl.store(
+                    grad_scale + w_offsets, reduction.sum_chunks(partials, w_offsets, c_mask, 2 * size, chunks), mask=c_mask
+                )
+                total = reduction.sum_chunks(partials + size, w_offsets, c_mask, 2 * size, chunks)
+                tl.store(grad_bias + w_offsets, total, mask=c_mask)
+                tl.store(counter, 0)
+
+
+def red(
+    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor, bias: Tensor, save: bool
+) -> Tensor:
+    """The contract of :func:`reft_kernels.reference.red`, in one launch."""
+    d = source.shape[1]
+    num_rows = source.shape[0] if rows is None else rows.shape[0]
+    kept = source.new_empty((num_rows, d) if save else (0,))
+    if num_rows == 0:
+        return kept
+    config = red_config(num_rows, d, scale.shape[0] if set_ids is not None else 1)
+    with common.device_guard(source):
+        red_kernel[(triton.cdiv(num_rows, config.block_n), triton.cdiv(d, config.block_d))](
+            source, out, common.contiguous(rows), common.contiguous(set_ids), common.contiguous(scale), common.contiguous(bias),
+            kept, num_rows, d, *source.stride(), *out.stride(),
+            SAVE=save, BLOCK_N=config.block_n, BLOCK_D=config.block_d, num_warps=config.num_warps,
+        )  # fmt: skip
+    return kept
+
+
+def red_backward(
+    grad: Tensor,
+    out: Tensor | None,
+    kept: Tensor,
+    rows: Tensor | None,
+    set_ids: Tensor | None,
+    scale: Tensor,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor]:
+    """The contract of :func:`reft_kernels.reference.red_backward`, in one launch."""
+    d = grad.shape[1]
+    num_rows = grad.shape[0] if rows is None else rows.shape[0]
+    sets = scale.shape[0] if set_ids is not None else 1
+    shape = scale.shape if need_weights else (0,)
+    grad_scale, grad_bias = (grad.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    if num_rows == 0:
+        return grad_scale.zero_(), grad_bias.zero_()
+    if out is None and not need_weights:
+        return grad_scale, grad_bias
+    config = red_config(num_rows, d, sets)
+    blocks = triton.cdiv(d, config.block_d)
+    partials = counters = None
+    if need_weights and config.chunks > 1:
+        partials = grad.new_empty(config.chunks * 2 * sets * d, dtype=torch.float32)
+        counters = reduction.counters(grad, blocks * sets)
+    kept_strides = kept.stride() if kept.dim() == 2 else (0, 0)
+    with common.device_guard(grad):
+        red_backward_kernel[(blocks, config.chunks, sets)](
+            grad, out, kept, common.contiguous(rows), common.contiguous(set_ids), common.contiguous(scale),
+            grad_scale, grad_bias, partials, counters, num_rows, sets, config.chunks, d,
+            *grad.stride(), *(out.stride() if out is not None else (0, 0)), *kept_strides,
+            NEED_WEIGHTS=need_weights, ONE_CHUNK=config.chunks == 1 or not need_weights,
+            BLOCK_N=config.block_n, BLOCK_D=config.block_d, num_warps=config.num_warps,
+        )  # fmt: skip
+    return grad_scale, grad_bias

@@ -1,0 +1,92 @@
+"""What every test shares: the Triton interpreter where there is no GPU, the backends as a parameter, poisoned memory."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import hypothesis
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+
+import reft_kernels as rk
+from reft_kernels.dispatch import interpreting
+
+torch.set_num_threads(1)
+
+_INTEGER_POISON = 0x5A5A5A5A
+
+
+def _targets() -> list:
+    """(backend, device) pairs that this machine serves."""
+    triton = importlib.util.find_spec("triton") is not None
+    targets = [pytest.param(("torch", "cpu"), id="torch-cpu")]
+    if triton and interpreting():
+        targets.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
+    if torch.cuda.is_available():
+        targets += [pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu) for name in ("torch", "triton")]
+    return targets
+
+
+@pytest.fixture(params=_targets())
+def _target(request):
+    name, device = request.param
+    with rk.backend(name):
+        yield name, device
+
+
+@pytest.fixture
+def backend(_target) -> str:
+    """The forced backend: each one that this machine serves, in turn."""
+    return _target[0]
+
+
+@pytest.fixture
+def device(_target) -> str:
+    """The device of the backend in turn."""
+    return _target[1]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def _poisoned(function):
+    def allocate(*args, **kwargs):
+        tensor = function(*args, **kwargs)
+        with torch.no_grad():
+            if tensor.dtype.is_floating_point:
+                tensor.fill_(float("nan"))
+            elif tensor.dtype != torch.bool:
+                tensor.fill_(_INTEGER_POISON & torch.iinfo(tensor.dtype).max)
+        return tensor
+
+    return allocate
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Fill fresh memory with NaN (integers with a sentinel), so that an output that nobody wrote cannot pass."""
+    for holder, name in [
+        (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"),
+        (torch.Tensor, "new_empty_strided"),
+    ]:  # fmt: skip
+        monkeypatch.setattr(holder, name, _poisoned(getattr(holder, name)))
+
+
+hypothesis.settings.register_profile(
+    "reft_kernels",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("reft_kernels")
+
+
+def pytest_configure(config):
+    if not config.option.markexpr:
+        config.option.markexpr = "not full"

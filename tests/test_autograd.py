@@ -1,0 +1,159 @@
+"""The edits behave in autograd as built-in functions do: who needs gradients, in-place rules, versions, modes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import reft_kernels as rk
+from tests import inputs
+from tests.inputs import Case
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+CASE = Case((2, 5), 12, 3, rows=4, activation="gelu")
+
+
+def _problem(device, case=CASE):
+    own = list(inputs.weights("loreft", case, device=device).values())
+    return torch.randn(*case.lead, case.d, device=device), own, inputs.options(case, device)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("wanted", [0b0001, 0b1110, 0b0010, 0b0100, 0b1000, 0b0101, 0b0000])
+def test_only_wanted_gradients_are_computed_and_they_do_not_change(wanted, inplace, backend, device):
+    hidden, own, fixed = _problem(device)
+    leaves = [hidden, *own]
+    found = []
+    for mask in (0b1111, wanted):
+        fresh = [t.clone().requires_grad_(bool(mask >> i & 1)) for i, t in enumerate(leaves)]
+        out = rk.loreft(fresh[0].clone(), *fresh[1:], inplace=inplace, **fixed)
+        assert out.requires_grad == bool(mask)
+        if mask:
+            (out * hidden).sum().backward()
+        found.append([t.grad for t in fresh])
+    for i, (everything, some) in enumerate(zip(*found, strict=True)):
+        if wanted >> i & 1:
+            assert torch.equal(everything, some)
+        else:
+            assert some is None
+
+
+def test_coeff_alone(backend, device):
+    hidden, own, fixed = _problem(device)
+    coeff = torch.rand(4, 3, device=device, requires_grad=True)
+    rk.loreft(hidden, *own, coeff=coeff, **fixed).sum().backward()
+    assert coeff.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_in_place_equals_out_of_place(rows, backend, device):
+    hidden, own, fixed = _problem(device, CASE._replace(rows=rows))
+    copy = hidden.clone()
+    with torch.no_grad():
+        want = rk.loreft(hidden, *own, **fixed)
+        got = rk.loreft(copy, *own, inplace=True, **fixed)
+    assert got is copy and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("name", ["loreft", "red"])
+def test_in_place_counts_as_a_change(name, grad, backend, device):
+    """A tensor saved for another node's backward and then edited makes that backward raise."""
+    hidden, own, fixed = _problem(device)
+    x = hidden.requires_grad_() * 1
+    y = x.exp()
+    with torch.set_grad_enabled(grad):
+        if name == "loreft":
+            rk.loreft(y, *own, inplace=True, **fixed)
+        else:
+            rk.red(y, own[0][0], own[0][1], rows=fixed["rows"], inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_the_result_may_be_edited_in_place(rows, backend, device):
+    hidden, own, fixed = _problem(device, CASE._replace(rows=rows, activation="linear"))
+    hidden.requires_grad_()
+    if rows is None:  # over all rows the output is kept, as by tanh: a change to it is refused, not ignored
+        y = rk.loreft(hidden, *own, **fixed)
+        y.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    else:
+        rk.loreft(hidden, *own, **fixed).mul_(2).sum().backward()
+        twice = hidden.grad.clone()
+        hidden.grad = None
+        (rk.loreft(hidden, *own, **fixed) * 2).sum().backward()
+        assert torch.equal(twice, hidden.grad)
+
+
+def _leaf(hidden):
+    return hidden.requires_grad_()
+
+
+def _view_of_a_leaf(hidden):
+    return hidden.requires_grad_()[0]
+
+
+def _one_of_several_views(hidden):
+    return (hidden.requires_grad_() * 1).unbind(0)[0]
+
+
+def _expanded(hidden):
+    return hidden[:, :1].expand(2, 5, -1)
+
+
+def _made_without_gradients(hidden):
+    with torch.no_grad():
+        return (hidden * 1)[0]
+
+
+def _inference(hidden):
+    with torch.inference_mode():
+        return hidden * 1
+
+
+@pytest.mark.parametrize("name", ["loreft", "red"])
+@pytest.mark.parametrize(
+    "make", [_leaf, _view_of_a_leaf, _one_of_several_views, _expanded, _made_without_gradients, _inference],
+    ids=lambda make: make.__name__[1:],
+)  # fmt: skip
+def test_an_in_place_edit_that_autograd_refuses_leaves_hidden_as_it_was(make, name, backend, device):
+    hidden, own, _ = _problem(device)
+    target = make(hidden)
+    before = target.detach().clone()
+    own = [w.requires_grad_() for w in own]
+    with pytest.raises(ValueError, match="^hidden: got .*, expected"):
+        if name == "loreft":
+            rk.loreft(target, *own, inplace=True)
+        else:
+            rk.red(target, own[0][0], own[0][1], inplace=True)
+    assert torch.equal(target.detach(), before)
+
+
+def test_a_view_of_an_intermediate_is_edited_in_place(backend, device):
+    hidden, own, _ = _problem(device)
+    found = []
+    for inplace in (True, False):
+        leaf = hidden.clone().requires_grad_()
+        base = leaf * 1
+        out = rk.loreft(base[1], *own, inplace=inplace)
+        total = base if inplace else torch.stack([base[0], out])
+        (total * hidden).sum().backward()
+        found.append((total.detach(), leaf.grad))
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("rows", [None, 4])
+def test_memory_of_any_layout_is_edited_in_place(rows, backend, device):
+    """... also where its strides allow no view as rows: the edit goes through a copy and back."""
+    hidden, own, fixed = _problem(device, CASE._replace(rows=rows))
+    with torch.no_grad():
+        want = rk.loreft(hidden, *own, **fixed)
+        for layout in (hidden.transpose(0, 1).contiguous().transpose(0, 1), hidden.mT.contiguous().mT):
+            storage = layout.data_ptr()
+            got = rk.loreft(layout, *own, inplace=True, **fixed)
+            assert got is layout and got.data_ptr() == storage and torch.equal(got, want)

@@ -1,0 +1,286 @@
+"""A backward edits the incoming gradient in place when, and only when, nobody else holds it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import reft_kernels as rk
+from reft_kernels import ownership
+from tests import inputs
+from tests.inputs import Case
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+D = 12
+CASES = {"rows": Case((2, 5), D, 3, rows=4), "all": Case((2, 5), D, 3)}
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function._schema.name)
+        return function(*args, **(kwargs or {}))
+
+
+class Problem:
+    """One edit of ``[2, 5, d]`` hidden states, with everything that a scenario needs."""
+
+    def __init__(self, kind: str, device: str) -> None:
+        torch.manual_seed(1)
+        case = CASES["rows" if kind.endswith("rows") else "all"]
+        self.rows = inputs.rows(10, case.rows, device=device) if case.rows else None
+        if kind.startswith("red"):
+            self.own = [torch.randn(D, device=device, requires_grad=True) for _ in range(2)]
+            self.function = rk.red
+        else:
+            own = inputs.weights("loreft", case, device=device)
+            self.own = [own[k].requires_grad_() for k in "RWb"]
+            self.function = rk.loreft
+        self.leaf = torch.randn(2, 5, D, device=device, requires_grad=True)
+        self.other = torch.randn(2, 5, D, device=device, requires_grad=True)
+        self.weight = torch.randn(2, 5, D, device=device)
+
+    def edit(self, inplace: bool = False) -> torch.Tensor:
+        return self.function(self.leaf * 1, *self.own, rows=self.rows, inplace=inplace)
+
+
+KINDS = ["loreft-rows", "loreft-all", "red-rows", "red-all"]
+
+
+# ---- who else may hold a gradient: each scenario returns every tensor that must come out right
+
+
+def _sum_of_two(p, y):
+    """Another node receives the same gradient, after the edit's backward has run."""
+    c = p.other * 1
+    ((y + c) * p.weight).sum().backward()
+    return [p.other.grad]
+
+
+def _add_first(p, y):
+    """... or before, and directly from the root."""
+    (y + p.other).backward(p.weight.clone())
+    return [p.other.grad]
+
+
+def _hook_keeps(p, y):
+    held = []
+    y.register_hook(held.append)
+    (y * p.weight).sum().backward()
+    return held
+
+
+def _node_hook_keeps(p, y):
+    held = []
+    y.grad_fn.register_prehook(lambda grads: held.extend(grads))
+    (y * p.weight).sum().backward()
+    return held
+
+
+def _retain_grad(p, y):
+    y.retain_grad()
+    (y * p.weight).sum().backward()
+    return [y.grad]
+
+
+def _users_gradient(p, y):
+    given = p.weight.clone()
+    y.backward(given)
+    return [given]
+
+
+def _users_gradient_of_a_view(p, y):
+    given = p.weight.clone().view(-1)
+    y.view(-1).backward(given)
+    return [given]
+
+
+def _autograd_grad(p, y):
+    grads = torch.autograd.grad((y * p.weight).sum(), [y, p.leaf, *p.own])
+    p.leaf.grad = grads[1]
+    return list(grads)
+
+
+def _retain_graph(p, y):
+    loss = (y * p.weight).sum()
+    loss.backward(retain_graph=True)
+    first = [p.leaf.grad.clone(), *(w.grad.clone() for w in p.own)]
+    loss.backward()
+    return first
+
+
+def _expanded(p, y):
+    y.sum().backward()
+    return []
+
+
+def _broadcast_row(p, y):
+    (y * p.weight[:, :1]).sum(1).sum().backward()
+    return []
+
+
+def _saved_by_its_maker(p, y):
+    """exp's backward multiplies by its saved output; the product is new, the saved one must survive."""
+    e = (y * 0.1).exp()
+    loss = (e * p.weight).sum()
+    loss.backward(retain_graph=True)
+    e.sum().backward()
+    return [e]
+
+
+def _identity_nodes(p, y):
+    """View nodes hand one gradient on; a second consumer sits behind them."""
+    c = p.other * 1
+    z = y.view(10, D) + c.view(10, D)
+    (z.view(2, 5, D) * p.weight).sum().backward()
+    return [p.other.grad]
+
+
+def _global_keeper(p, y):
+    """A custom function that hands out a tensor which it keeps."""
+    kept = p.weight.clone()
+
+    class Keeper(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return kept
+
+    Keeper.apply(y).backward()
+    return [kept]
+
+
+def _buffer_of_numpy(p, y):
+    """A gradient that shares its memory with another tensor object."""
+    given = p.weight.clone()
+    alias = given.detach()
+    y.backward(given)
+    return [given, alias]
+
+
+SCENARIOS = [
+    _sum_of_two, _add_first, _hook_keeps, _node_hook_keeps, _retain_grad, _users_gradient, _users_gradient_of_a_view,
+    _autograd_grad, _retain_graph, _expanded, _broadcast_row, _saved_by_its_maker, _identity_nodes, _global_keeper,
+    _buffer_of_numpy,
+]  # fmt: skip
+
+
+def _run(scenario, kind: str, device: str, inplace: bool) -> list[torch.Tensor]:
+    p = Problem(kind, device)
+    held = scenario(p, p.edit(inplace))
+    return [*held, p.leaf.grad, *(w.grad for w in p.own if w.grad is not None)]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__[1:])
+def test_a_gradient_that_others_hold_is_not_damaged(scenario, kind, inplace, backend, device, monkeypatch):
+    if scenario is _saved_by_its_maker and inplace and kind.endswith("all"):
+        scenario = _retain_grad  # exp of the edited tensor is no other case than this one over all rows
+    got = _run(scenario, kind, device, inplace)
+    monkeypatch.setattr(ownership, "owned", lambda grad: False)
+    want = _run(scenario, kind, device, inplace)
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_owned_gradient_is_edited_in_place(kind, backend, device):
+    p = Problem(kind, device)
+    loss = ((p.edit() * p.weight) * 2).sum()
+    with Calls() as calls:
+        loss.backward()
+    edits = [name for name in calls.names if "backward" in name and name.startswith("reft_kernels")]
+    assert edits == [f"reft_kernels::{kind.split('-')[0].replace('loreft', 'edit')}_backward_"]
+    assert "aten::clone" not in calls.names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_residual_stream_of_edits_copies_no_gradient(kind, backend, device):
+    """Two layers, each x + f(x): two paths were summed into every gradient, so all are owned."""
+    p = Problem(kind, device)
+    x = p.leaf
+    for _ in range(2):
+        x = p.function(x + x.tanh(), *p.own, rows=p.rows, inplace=p.rows is not None)
+    loss = (x * p.weight).sum()
+    with Calls() as calls:
+        loss.backward()
+    assert sum(name.endswith("_backward_") for name in calls.names) == 2
+    assert not any(name in ("reft_kernels::edit_backward", "reft_kernels::red_backward") for name in calls.names)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoint(kind, reentrant, backend, device):
+    def body(p, x):
+        return p.function(x.tanh() + x, *p.own, rows=p.rows, inplace=True) * 2
+
+    found = []
+    for wrapped in (False, True):
+        p = Problem(kind, device)
+        x = p.leaf * 1
+        y = checkpoint(lambda x, p=p: body(p, x), x, use_reentrant=reentrant) if wrapped else body(p, x)
+        (y * p.weight).sum().backward()
+        found.append([p.leaf.grad, *(w.grad for w in p.own)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_differentiating_twice_raises(kind):
+    p = Problem(kind, "cpu")
+    (grad,) = torch.autograd.grad((p.edit().tanh() * p.weight).sum(), p.leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+_CALIBRATION = """
+import torch, reft_kernels as rk
+from reft_kernels import ownership
+{setup}
+with {context}:
+    ownership.calibrate()
+seen = []
+counts = ownership._counts
+class Watch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x * 1
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        seen.append(ownership.owned(grad))
+        return grad
+x = torch.randn(3, device="cpu", requires_grad=True)
+(Watch.apply(x) * 2).sum().backward()
+y = Watch.apply(x); kept = []; y.register_hook(kept.append); (y * 2).sum().backward()
+assert seen == [True, False], seen
+"""
+_CONTEXTS = {
+    "meta": ("", "torch.device('meta')"),
+    "autocast": ("", "torch.autocast('cpu', torch.bfloat16)"),
+    "hooks": ("", "torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)"),
+    "anomaly": ("", "torch.autograd.set_detect_anomaly(True)"),
+    "inference": ("", "torch.inference_mode()"),
+}
+
+
+@pytest.mark.parametrize("context", _CONTEXTS)
+def test_calibration_does_not_depend_on_where_it_happens(context):
+    setup, manager = _CONTEXTS[context]
+    script = _CALIBRATION.format(setup=setup, context=manager)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

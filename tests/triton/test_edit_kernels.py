@@ -1,0 +1,183 @@
+"""The edit's and RED's kernels against the fp64 reference in every regime of their launch heuristics, whatever the shape.
+
+The functions of the package reach only the regime that the heuristic picks for a small shape; here each is forced. The budget
+is that of tests/budget.py; the straightforward computation is the reference rounded to the hidden state's dtype everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import itertools
+import random
+
+import pytest
+import torch
+
+from reft_kernels import reference
+from reft_kernels.dispatch import interpreting
+
+pytest.importorskip("triton", reason="needs the package triton")
+if not (interpreting() or torch.cuda.is_available()):
+    pytest.skip("needs a GPU, or the Triton interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
+
+forward = importlib.import_module("reft_kernels.triton.edit")
+backward = importlib.import_module("reft_kernels.triton.edit_backward")
+red = importlib.import_module("reft_kernels.triton.red")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter casts fp32 to bf16 by cutting bits off, twice the error of rounding, so bf16 is for a GPU
+DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+CASES = list(
+    itertools.product(
+        DTYPES,
+        ("selected", "all"),  # rows
+        (None, 3),  # sets
+        ("linear", "gelu", "sigmoid"),
+        ((True, True), (True, False), (False, True), (False, False)),  # has a read matrix, subtracts
+        (False, True),  # coeff
+        (7, 70),  # rows edited
+        (1, 5, 20),  # rank
+        ("elementwise", "dot"),
+    )
+)
+SAMPLE = random.Random(0).sample(CASES, 48)
+
+
+def _id(case) -> str:
+    dtype, rows, sets, activation, (reads, subtracts), coeff, n, r, regime = case
+    flags = "".join(("A" if reads else "", "P" if subtracts else "", "k" if coeff else "", "S" if sets else ""))
+    return f"{str(dtype)[6:]}-{rows}-{activation}-{flags or 'none'}-n{n}-r{r}-{regime}"
+
+
+def _double(tensor):
+    return tensor.double() if tensor is not None and tensor.is_floating_point() else tensor
+
+
+def _run(module_edit, module_backward, inputs, convert):
+    """Forward in place, then backward in place, from converted copies: every output of both."""
+    hidden, grad, rows, set_ids, read, bias, write, subtract_bias, coeff, subtract, activation = inputs
+    hidden, grad = convert(hidden).clone(), convert(grad).clone()
+    read, bias, write, subtract_bias, coeff = (convert(t) for t in (read, bias, write, subtract_bias, coeff))
+    kept, u, z = module_edit(hidden, hidden, rows, set_ids, read, bias, write, subtract_bias, coeff, subtract, activation, True)
+    kept = hidden if rows is None else kept
+    grads = module_backward(grad, grad, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, True)
+    names = ("y", "u", "z", "dh", "dA", "dc", "dB", "dp", "dcoeff")
+    return dict(zip(names, (hidden, u, z, grad, *grads), strict=True))
+
+
+def _hold(ours, theirs, exact):
+    for name, want in exact.items():
+        got = ours[name]
+        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        if not want.numel():
+            continue
+        size = float(want.abs().max())
+        straightforward = float((theirs[name].double() - want).abs().max())
+        error = float((got.double() - want).abs().max())
+        allowed = 2 * straightforward + torch.finfo(got.dtype).eps * size
+        assert error <= allowed, f"{name}: {error:.2e} over the budget {allowed:.2e} (straightforward {straightforward:.2e})"
+
+
+def _inputs(dtype, rows_kind, sets, activation, reads, subtracts, with_coeff, n, r):
+    total, d = (n, 37) if rows_kind == "all" else (90, 37)
+    lead = () if sets is None else (sets,)
+
+    def normal(*shape):
+        return torch.randn(*shape, device=DEVICE)
+
+    rows = None
+    if rows_kind == "selected":
+        rows = torch.randperm(total)[:n].to(torch.int32)
+        rows[[0, 2]] = -1
+        rows = rows.to(DEVICE)
+    set_ids = None if sets is None else torch.randint(0, sets, (n,), dtype=torch.int32).to(DEVICE)
+    return (
+        normal(total, d).to(dtype), normal(total, d).to(dtype), rows, set_ids, normal(*lead, r, d) / 6 if reads else None,
+        normal(*lead, r), normal(*lead, r, d) / 6, normal(*lead, r) if subtracts else None,
+        torch.rand(n, r, device=DEVICE) if with_coeff else None, subtracts, activation,
+    )  # fmt: skip
+
+
+def _force(monkeypatch, regime):
+    original = forward.edit_config
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "edit_config", lambda n, *rest: original(10 if regime == "elementwise" else 5000, *rest))
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=_id)
+def test_edit_and_its_backward(case, monkeypatch, poison):
+    dtype, rows, sets, activation, (reads, subtracts), coeff, n, r, regime = case
+    _force(monkeypatch, regime)
+    inputs = _inputs(dtype, rows, sets, activation, reads, subtracts, coeff, n, r)
+    ours = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
+    exact = _run(reference.edit, reference.edit_backward, inputs, _double)
+    # the straightforward computation keeps everything in hidden's dtype at every step
+    naive = _run(_naive(dtype)[0], _naive(dtype)[1], inputs, lambda t: t)
+    _hold(ours, naive, exact)
+
+
+def _naive(dtype):
+    """The reference as a user's half-precision code would run it: every input and every result is rounded to ``dtype``."""
+
+    def rounded(function):
+        def round_(t):
+            return t.to(dtype).to(t.dtype) if isinstance(t, torch.Tensor) and t.dtype == torch.float32 else t
+
+        def call(source, out, *rest):
+            return tuple(round_(t) for t in function(source, out, *(round_(a) for a in rest)))
+
+        return call
+
+    return rounded(reference.edit), rounded(reference.edit_backward)
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_chunks_change_nothing_but_rounding_and_repeat_bit_for_bit(chunks, monkeypatch, poison):
+    original = backward.gradient_config
+    monkeypatch.setattr(backward, "gradient_config", lambda *a: dataclasses.replace(original(*a), chunks=chunks, block_n=16))
+    inputs = _inputs(torch.float32, "selected", 3, "gelu", True, True, True, 85, 5)
+    first = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
+    again = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    exact = _run(reference.edit, reference.edit_backward, inputs, _double)
+    naive = _run(reference.edit, reference.edit_backward, inputs, lambda t: t)
+    _hold(first, naive, exact)
+
+
+@pytest.mark.parametrize("phases", [1, 2, 3])
+def test_phases_agree_bit_for_bit(phases, monkeypatch, poison):
+    original = backward.gradient_config
+    inputs = _inputs(torch.float32, "all", None, "gelu", True, True, False, 40, 5)
+    expected = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
+    monkeypatch.setattr(backward, "gradient_config", lambda *a: dataclasses.replace(original(*a), phases=phases))
+    found = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sets", [None, 2])
+@pytest.mark.parametrize("selected", [True, False])
+def test_red_and_its_backward(selected, sets, dtype, chunks, monkeypatch, poison):
+    original = red.red_config
+    monkeypatch.setattr(red, "red_config", lambda *a: dataclasses.replace(original(*a), chunks=chunks, block_n=4))
+    n, total, d = 25, 40 if selected else 25, 37
+    lead = () if sets is None else (sets,)
+    rows = None
+    if selected:
+        rows = torch.randperm(total)[:n].to(torch.int32)
+        rows[3] = -1
+        rows = rows.to(DEVICE)
+    set_ids = None if sets is None else torch.randint(0, sets, (n,), dtype=torch.int32).to(DEVICE)
+    hidden, grad = (torch.randn(total, d, device=DEVICE).to(dtype) for _ in range(2))
+    scale, bias = (torch.randn(*lead, d, device=DEVICE) for _ in range(2))
+
+    def run(module, convert):
+        h, g = convert(hidden).clone(), convert(grad).clone()
+        s, b = convert(scale), convert(bias)
+        kept = module.red(h, h, rows, set_ids, s, b, True)
+        sums = module.red_backward(g, g, kept, rows, set_ids, s, True)
+        return dict(zip(("y", "dh", "dscale", "dbias"), (h, g, *sums), strict=True))
+
+    _hold(run(red, lambda t: t), run(reference, lambda t: t), run(reference, _double))

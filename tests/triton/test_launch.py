@@ -1,0 +1,97 @@
+"""The host side of the launches, with no kernel run: grids, tiles and counters follow from shapes alone."""
+
+from __future__ import annotations
+
+import importlib
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+pytest.importorskip("triton", reason="needs the package triton")
+
+common = importlib.import_module("reft_kernels.triton.common")
+forward = importlib.import_module("reft_kernels.triton.edit")
+backward = importlib.import_module("reft_kernels.triton.edit_backward")
+red = importlib.import_module("reft_kernels.triton.red")
+reduction = importlib.import_module("reft_kernels.triton.reduction")
+
+shapes = {
+    "num_rows": st.integers(1, 1 << 20),
+    "d": st.integers(1, 16384),
+    "rank": st.integers(1, 256),
+    "dtype": st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+    "second": st.booleans(),
+    "amd": st.booleans(),
+}
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+@given(**shapes)
+def test_edit_tiles_are_ones_that_triton_takes(num_rows, d, rank, dtype, second, amd):
+    config = forward.edit_config(num_rows, d, rank, dtype, second, amd)
+    tile = (config.block_n, config.block_d, config.block_r)
+    assert all(_is_power_of_two(side) for side in tile)
+    assert rank <= config.block_r < 2 * max(rank, common.MIN_DOT)
+    if config.use_dot:
+        assert min(tile) >= common.MIN_DOT
+    else:
+        # the products of a tile live in registers: at most 32 fp32 values a thread, or one narrow tile
+        assert config.block_n * config.block_d * config.block_r <= max(4096, 16 * config.block_r)
+
+
+@given(sets=st.integers(1, 64), **shapes)
+def test_gradient_tiles_and_chunks_cover_the_rows(sets, num_rows, d, rank, dtype, second, amd):
+    config = backward.gradient_config(num_rows, d, rank, sets, dtype, second, amd)
+    tile = (config.block_n, config.block_d, config.block_r)
+    assert all(_is_power_of_two(side) for side in tile) and min(tile) >= common.MIN_DOT
+    assert rank <= config.block_r
+    assert 1 <= config.chunks <= -(-num_rows // (4 * config.block_n))
+
+
+@given(sets=st.integers(1, 64), num_rows=st.integers(1, 1 << 20), d=st.integers(1, 16384))
+def test_red_tiles_and_chunks_cover_the_rows(sets, num_rows, d):
+    config = red.red_config(num_rows, d, sets)
+    assert _is_power_of_two(config.block_n) and _is_power_of_two(config.block_d)
+    assert config.block_n * config.block_d <= 4096
+    assert 1 <= config.chunks <= -(-num_rows // config.block_n)
+
+
+def test_launch_configs_depend_on_shapes_alone():
+    """The same call is launched the same way every time: the first condition of determinism."""
+    first = [forward.edit_config(n, 4096, 8, torch.bfloat16) for n in (1, 448, 8192)]
+    assert first == [forward.edit_config(n, 4096, 8, torch.bfloat16) for n in (1, 448, 8192)]
+
+
+def test_few_rows_spread_over_programs():
+    """f7+l7 of 32 prompts is launch-bound: enough programs to occupy a large GPU."""
+    config = forward.edit_config(448, 4096, 8, torch.bfloat16)
+    assert -(-448 // config.block_n) >= 132
+
+
+@pytest.mark.parametrize("n, power", [(0, 1), (1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (8192, 8192)])
+def test_next_power_of_two(n, power):
+    assert common.next_power_of_2(n) == power
+
+
+def test_counters_are_zero_kept_and_grow():
+    like = torch.empty(0)
+    small = reduction.counters(like, 10)
+    assert small.dtype == torch.int32 and int(small.abs().sum()) == 0
+    assert reduction.counters(like, 5) is small
+    large = reduction.counters(like, small.numel() + 1)
+    assert large.numel() > small.numel() and int(large.abs().sum()) == 0
+
+
+def test_products_stay_on_tensor_cores_where_the_dtype_allows(monkeypatch):
+    monkeypatch.setattr(common, "INTERPRETING", False)
+    monkeypatch.setattr(common, "IS_AMD", False)
+    assert common.dot_precision(torch.bfloat16) is None
+    assert common.dot_precision(torch.float16) is None
+    assert common.dot_precision(torch.float32) == "tf32x3"
+    monkeypatch.setattr(common, "IS_AMD", True)
+    assert common.dot_precision(torch.float32) == "ieee"

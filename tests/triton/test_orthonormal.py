@@ -1,0 +1,184 @@
+"""The one-launch builds of R and D, and their backward, against reft_kernels/orthonormal.py in fp64.
+
+The budget is that of tests/budget.py: twice the error of the torch functions in fp32, plus one rounding. Here every input of
+the backend functions is varied, and memory that no kernel wrote is NaN.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+
+import pytest
+import torch
+
+from reft_kernels import orthonormal
+from reft_kernels.dispatch import interpreting
+from reft_kernels.parametrization import base_point, orthonormality_error
+
+pytest.importorskip("triton", reason="needs the package triton")
+if not (interpreting() or torch.cuda.is_available()):
+    pytest.skip("needs a GPU, or the Triton interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
+
+kernels = importlib.import_module("reft_kernels.triton.orthonormal")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# the interpreter casts fp32 to bf16 by cutting bits off, twice the error of rounding, so bf16 is for a GPU
+DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+MAPS = ("householder", "cayley")
+SHAPES = ((3, 7, 1), (3, 45, 3), (3, 64, 4), (2, 131, 8), (1, 77, 16), (1, 65, 33))  # L, d, r; r = 33 takes four tiles
+CASES = [(shape, base) for shape in SHAPES for base in (False, True) if base or shape[2] <= 16]
+
+
+def _inputs(layers, d, r, *, base=False, signs=True, W=True, dtype=torch.float32, scale=0.3):
+    """X, signs, base, point, W as the operators take them."""
+    X = (scale * torch.randn(layers, d, r, device=DEVICE)).to(dtype)
+    reflectors = point = None
+    sign = torch.randn(layers, r, device=DEVICE).sign() if signs else None
+    if base:
+        frame = torch.linalg.qr(torch.randn(layers, d, r, dtype=torch.float64, device=DEVICE)).Q
+        prepared = base_point(frame.mT.float())
+        reflectors, point, sign = prepared.reflectors, prepared.R, prepared.signs
+    return X, sign, reflectors, point, torch.randn(layers, r, d, device=DEVICE) if W else None
+
+
+def _double(tensors):
+    return [None if t is None else t.double() for t in tensors]
+
+
+def _both(module, name, inputs, grads):
+    """Forward and backward of one map: R, D, aux, grad_X."""
+    outputs = getattr(module, name)(*inputs)
+    X, signs, base = inputs[:3]
+    return *outputs, getattr(module, f"{name}_backward")(*grads, X, signs, base, outputs[2])
+
+
+def _check(name, draws):
+    """Hold each output to the budget over several draws of (inputs, grads)."""
+    found = {}
+    for inputs, grads in draws:
+        want = _both(orthonormal, name, _double(inputs), _double(grads))
+        plain = _both(orthonormal, name, inputs, grads)
+        ours = _both(kernels, name, inputs, grads)
+        for label, ref, theirs, got in zip(("R", "D", "aux", "grad_X"), want, plain, ours, strict=True):
+            assert (got.shape, got.dtype) == (theirs.shape, theirs.dtype), label
+            assert got.is_contiguous() and got.isfinite().all(), label
+            if ref.numel():
+                numbers = (got.double() - ref).abs().max(), (theirs.double() - ref).abs().max(), ref.abs().max()
+                found.setdefault((label, torch.finfo(got.dtype).eps), []).append([float(n) for n in numbers])
+        assert not ours[3].triu().any(), "grad_X: entries on or above the diagonal"
+    for (label, eps), numbers in found.items():
+        error, straightforward, size = (max(column) for column in zip(*numbers, strict=True))
+        allowed = 2 * straightforward + eps * size
+        assert error <= allowed, f"{label}: {error:.2e} over the budget {allowed:.2e} (straightforward: {straightforward:.2e})"
+
+
+@pytest.mark.parametrize(("shape", "base"), CASES, ids=str)
+@pytest.mark.parametrize("name", MAPS)
+def test_outputs_and_gradient(name, base, shape, poison):
+    layers, d, r = shape
+    draws = [_inputs(*shape, base=base) for _ in range(1 if r > 4 else 2)]
+    _check(name, [(inputs, torch.randn(2, layers, r, d, device=DEVICE).unbind()) for inputs in draws])
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 12), (1, 1, 1), (2, 300, 5)], ids=str)
+@pytest.mark.parametrize("name", MAPS)
+def test_square_and_tiny_and_several_splits(name, shape, poison):
+    layers, d, r = shape
+    inputs = _inputs(*shape, base=True)
+    _check(name, [(inputs, torch.randn(2, layers, r, d, device=DEVICE).unbind())])
+
+
+@pytest.mark.full
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1, 130, 100), (1, 257, 256)], ids=str)
+@pytest.mark.parametrize("name", MAPS)
+def test_large_ranks(name, shape, poison):
+    layers, d, r = shape
+    inputs = _inputs(*shape, base=True)
+    _check(name, [(inputs, torch.randn(2, layers, r, d, device=DEVICE).unbind())])
+
+
+@pytest.mark.parametrize(("signs", "W"), list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("name", MAPS)
+def test_without_signs_or_W(name, signs, W, poison):
+    inputs = _inputs(2, 19, 3, signs=signs, W=W)
+    grad_R, grad_D = torch.randn(2, 2, 3, 19, device=DEVICE).unbind()
+    _check(name, [(inputs, (grad_R, grad_D if W else None))])
+
+
+@pytest.mark.parametrize("present", [(True, False), (False, True), (False, False)], ids=["R", "D", "none"])
+@pytest.mark.parametrize("name", MAPS)
+def test_gradients_that_are_none(name, present, poison):
+    grads = [torch.randn(2, 4, 21, device=DEVICE) if given else None for given in present]
+    for base in (False, True):
+        _check(name, [(_inputs(2, 21, 4, base=base), grads)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", MAPS)
+def test_half_precision_X(name, dtype, poison):
+    draws = [(_inputs(3, 37, 5, dtype=dtype), torch.randn(2, 3, 5, 37, device=DEVICE).unbind()) for _ in range(2)]
+    _check(name, draws)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_strided_inputs_and_two_runs_are_bit_identical(name, poison):
+    inputs = _inputs(2, 40, 4, base=True)
+    grads = torch.randn(2, 2, 4, 40, device=DEVICE).unbind()
+    first = _both(kernels, name, inputs, grads)
+    strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 2 else t for t in inputs]
+    assert not strided[0].is_contiguous()
+    expanded = [t.mT.contiguous().mT for t in grads]
+    for again in (_both(kernels, name, inputs, grads), _both(kernels, name, strided, expanded)):
+        for a, b in zip(first, again, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("processors", [1, 3])
+@pytest.mark.parametrize("name", MAPS)
+def test_the_number_of_splits_changes_no_bit(name, processors, monkeypatch):
+    inputs = _inputs(1, 200, 3, base=True)
+    grads = torch.randn(2, 1, 3, 200, device=DEVICE).unbind()
+    want = _both(kernels, name, inputs, grads)
+    monkeypatch.setattr(kernels, "_processors", lambda device: processors)
+    for a, b in zip(want, _both(kernels, name, inputs, grads), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_zero_X_is_exactly_the_base_point(name):
+    X, signs, base, point, W = _inputs(2, 33, 4, base=True)
+    R, D, _ = getattr(kernels, name)(torch.zeros_like(X), signs, base, point, W)
+    assert torch.equal(R, point)
+    assert torch.equal(D, W - R)
+
+
+@pytest.mark.parametrize("scale", [0.3, math.sqrt(8192)])
+@pytest.mark.parametrize("name", MAPS)
+def test_orthonormal_rows_at_d_8192(name, scale):
+    R, _, _ = getattr(kernels, name)(*_inputs(1, 8192, 8, scale=scale / math.sqrt(8192), W=False))
+    assert orthonormality_error(R) <= 1e-6
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_no_layers(name):
+    X = torch.zeros(0, 8, 2, device=DEVICE)
+    R, D, aux = getattr(kernels, name)(X, None, None, None, None)
+    assert (R.shape, D.shape, aux.shape) == ((0, 2, 8), (0,), (0, 1, 2, 2))
+    assert getattr(kernels, f"{name}_backward")(R, None, X, None, None, aux).shape == X.shape
+
+
+def test_launch_configuration():
+    for layers, d, r in itertools.product((1, 32, 80), (1, 37, 4096, 8192), (1, 3, 8, 33, 64, 100, 256)):
+        config = kernels.build_config(layers, d, r, 132)
+        assert config.tile & (config.tile - 1) == 0 and config.tile <= 32
+        assert config.padded >= r and config.padded % config.tile == 0
+        assert (config.splits - 1) * config.chunk < d <= config.splits * config.chunk  # no program without rows
+        assert config.chunk % config.block_c == 0
+        assert config.splits == 1 or layers * config.splits <= 132
+        assert config.splits == 1 or layers * config.splits * config.padded**2 * 72 <= 64 << 20
+        assert min(config.block_d, config.block_j, config.block_k, config.block_c) >= 16  # sides of tl.dot
+    assert kernels.build_config(32, 4096, 8, 132).splits == 4
+    assert kernels.build_config(1, 4096, 8, 132).splits == 8
