@@ -22,7 +22,7 @@ class _Build(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, name, X, signs, base, base_point, W):
-        R, D, aux = getattr(torch.ops.reft_kernels, name)(X, signs, base, base_point, W)
+        R, D, aux = getattr(torch.ops.reft_kernels, name).default(X, signs, base, base_point, W)
         ctx.name, ctx.has_W = name, W is not None
         ctx.W_dtype = W.dtype if W is not None else None
         ctx.save_for_backward(X, signs, base, aux)
@@ -39,7 +39,7 @@ class _Build(torch.autograd.Function):
             grad_D = None
         grad_X = grad_W = None
         if ctx.needs_input_grad[1] and (grad_R is not None or grad_D is not None):
-            operator = getattr(torch.ops.reft_kernels, f"{ctx.name}_backward")
+            operator = getattr(torch.ops.reft_kernels, f"{ctx.name}_backward").default
             grad_X = operator(grad_R, grad_D, X, signs, base, aux)
         if ctx.has_W and ctx.needs_input_grad[5] and grad_D is not None:
             grad_W = grad_D.to(ctx.W_dtype)

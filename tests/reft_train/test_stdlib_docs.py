@@ -17,7 +17,7 @@ def real(tmp_path_factory):
 
 
 def test_this_interpreter_has_enough_text(real):
-    assert len(real.labels) >= 8
+    assert set(real.labels) <= set(stdlib_docs.PACKAGES) and len(real.labels) >= 6  # idlelib may be absent
     assert len(real.train) > 1000 and len(real.held_out) > 200
     for part in (real.train, real.held_out):
         assert {example.label for example in part} == set(real.labels)
@@ -35,11 +35,11 @@ def test_a_module_belongs_to_its_label(real):
         assert example.source.split(".")[0] == example.label
 
 
-def test_held_out_share_is_bounded_for_each_label(real):
+def test_about_a_quarter_of_each_label_is_held_out(real):
     for label in real.labels:
         held = sum(e.label == label for e in real.held_out)
         total = held + sum(e.label == label for e in real.train)
-        assert 0 < held <= stdlib_docs.HELD_OUT_FRACTION * total
+        assert 0.15 * total < held < 0.35 * total, label
 
 
 def test_the_answer_is_not_written_in_the_text(real):
