@@ -7,9 +7,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test test-full test-transformers4 test-gpu lint bench clean
 
-$(VENV)/.installed: constraints.txt pyproject.toml setup.py
+NATIVE := $(wildcard csrc/*.py csrc/cpu/*)
+
+# the build finds its tools in the environment: an isolated one would download PyTorch once more
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools ninja torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test]"
 	touch $@
 
@@ -28,10 +31,11 @@ test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 # the Hugging Face side again, on the oldest supported transformers
-$(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py
+$(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py $(NATIVE)
 	$(PYTHON) -m venv $(VENV)-transformers4
 	sed 's/^transformers==.*/transformers==4.57.6/' constraints.txt > $(VENV)-transformers4/constraints.txt
-	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt setuptools
+	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt \
+		setuptools ninja torch
 	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt \
 		--no-build-isolation --editable ".[test]"
 	touch $@

@@ -36,7 +36,6 @@ _MODULES = {
     "cpu": "reft_kernels.cpu",
     "torch": "reft_kernels.reference",
 }
-_UNALARMING = {"cpu"}  # a seat that this release leaves empty: its absence is no surprise worth a warning
 
 
 class BackendError(RuntimeError):
@@ -143,9 +142,8 @@ def select(operator: str, tensor: torch.Tensor) -> Callable:
 def _resolve(key: tuple[str, str, torch.dtype]) -> Callable:
     operator, device_type, dtype = key
     name, passed_over = choose(operator, device_type, dtype)
-    alarming = {n: why for n, why in passed_over.items() if n not in _UNALARMING and dtype != torch.float64}
-    for other, reason in alarming.items():
-        if other not in _warned:
+    for other, reason in passed_over.items():
+        if other not in _warned and not (other == "triton" and dtype == torch.float64):  # no kernel of it serves fp64
             _warned.add(other)
             warnings.warn(f"reft_kernels: backend {other!r} is off ({reason}); {name!r} serves instead", stacklevel=3)
     function = getattr(importlib.import_module(_MODULES[name]), operator)

@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import reft_kernels as rk
+from reft_kernels import dispatch
 from reft_kernels.dispatch import interpreting
 
 torch.set_num_threads(1)
@@ -24,6 +25,8 @@ def _targets() -> list:
     """(backend, device) pairs that this machine serves."""
     triton = importlib.util.find_spec("triton") is not None
     targets = [pytest.param(("torch", "cpu"), id="torch-cpu")]
+    if dispatch.why_unable("cpu", "edit", "cpu", torch.float32) is None:
+        targets.append(pytest.param(("cpu", "cpu"), id="cpu-cpu"))
     if triton and interpreting():
         targets.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
     if torch.cuda.is_available():

@@ -1,0 +1,201 @@
+"""Build the native libraries with ninja: used by setup.py, by the tests, and by hand.
+
+    python csrc/build.py [--cuda] [--out FOLDER] [--sanitize address,undefined]
+
+``_native_cpu.so`` holds ``csrc/cpu`` once for each instruction set of the machine's architecture, ``_native_cuda.so`` holds
+``csrc/cuda`` for sm_80, sm_90 and sm_100. Neither contains Python: they are PyTorch operator libraries on its stable ABI
+(as of torch 2.11), so one build serves every Python and every later torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent
+TARGET_TORCH = "0x020b000000000000"  # torch 2.11, the oldest supported
+CUDA_ARCHITECTURES = ("80", "90", "100")
+
+# by platform.machine(): instruction set -> compiler flags; the portable one uses what every such processor has
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
+        "avx2": "-mavx2 -mfma -mf16c",
+        "portable": "",
+    }
+}
+_WITHOUT = "or install without the native backend: REFT_KERNELS_BUILD_NATIVE=0"
+_CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+# gcc 12 warns about its own intrinsics' undefined registers
+_KERNEL_FLAGS = "-Wno-uninitialized -Wno-maybe-uninitialized"
+
+
+class BuildError(RuntimeError):
+    """A tool is missing or failed; the message says which, and how to go on."""
+
+
+def compiler() -> str:
+    """The C++ compiler: ``$CXX``, or g++, c++ or clang++ on the PATH."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
+    for name in names:
+        found = shutil.which(name.split()[0])
+        if found:
+            return name
+    raise BuildError(f"C++17 compiler: found none of {', '.join(names)}; install g++ or clang++ or set CXX, {_WITHOUT}")
+
+
+def ninja() -> str:
+    """The ninja program: of the package ninja, or on the PATH."""
+    beside = Path(sys.executable).with_name("ninja")
+    found = str(beside) if beside.exists() else shutil.which("ninja")
+    if importlib.util.find_spec("ninja") is not None:
+        import ninja as package
+
+        candidate = Path(package.BIN_DIR) / "ninja"
+        found = str(candidate) if candidate.exists() else found
+    if not found:
+        raise BuildError(f"ninja: not found; pip install ninja, {_WITHOUT}")
+    return found
+
+
+def torch_folder() -> Path:
+    """Where PyTorch's headers and libraries lie; PyTorch itself is not imported."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        raise BuildError(f"torch: not installed beside {sys.executable}; pip install 'torch>=2.11' first, {_WITHOUT}")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    if not (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+        raise BuildError(f"torch: {folder} has no headers of the stable ABI; torch >= 2.11 is expected, {_WITHOUT}")
+    return folder
+
+
+def nvcc() -> str | None:
+    """nvcc of ``$CUDA_HOME``, on the PATH or in /usr/local/cuda; None when there is none."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [str(Path(home) / "bin" / "nvcc")] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for found in map(shutil.which, candidates) if found), None)
+
+
+def _escape(path: Path | str) -> str:
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def _cpu_rules(library: Path, objects: Path, sanitize: str | None) -> list[str]:
+    torch = torch_folder()
+    checked = f" -g -fno-omit-frame-pointer -fsanitize={sanitize} -fno-sanitize-recover=undefined" if sanitize else ""
+    flags = f"{_CXX_FLAGS}{checked} -I{_escape(SOURCES / 'cpu')}"
+    lines = [
+        f"cxx = {compiler()}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        "  command = $cxx -shared $flags $in -o $out $libraries",
+        "  description = link $out",
+    ]
+    built = []
+
+    def add(source: str, name: str, more: str) -> None:
+        target = _escape(objects / f"{name}.o")
+        built.append(target)
+        lines.extend([f"build {target}: compile {_escape(SOURCES / 'cpu' / source)}", f"  flags = {flags} {more}"])
+
+    for isa, machine in INSTRUCTION_SETS.get(platform.machine(), {"portable": ""}).items():
+        add("kernels.cpp", f"kernels_{isa}", f"{_KERNEL_FLAGS} {machine} -DREFT_ISA={isa}")
+    add("isa.cpp", "isa", "")
+    add("registration.cpp", "registration", f"-DTORCH_TARGET_VERSION={TARGET_TORCH} -isystem {_escape(torch / 'include')}")
+    lines += [
+        f"build {_escape(library)}: link {' '.join(built)}",
+        f"  flags ={checked}",
+        f"  libraries = -L{_escape(torch / 'lib')} -ltorch_cpu",
+    ]
+    return lines
+
+
+def _run(rules: list[str], objects: Path) -> None:
+    objects.mkdir(parents=True, exist_ok=True)
+    (objects / "build.ninja").write_text("ninja_required_version = 1.5\n" + "\n".join(rules) + "\n", encoding="utf-8")
+    done = subprocess.run([ninja(), "-C", str(objects)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise BuildError(f"the native build failed in {objects}; mend it, {_WITHOUT}\n{done.stdout}")
+
+
+def build_cpu(out: Path, objects: Path, sanitize: str | None = None) -> Path:
+    """Build ``_native_cpu.so`` into ``out``; object files go to ``objects``.
+
+    Raises:
+        BuildError: ninja, a C++17 compiler or torch's headers are missing, or a compilation failed.
+    """
+    library = out.resolve() / "_native_cpu.so"
+    out.mkdir(parents=True, exist_ok=True)
+    _run(_cpu_rules(library, objects.resolve(), sanitize), objects.resolve())
+    return library
+
+
+def _cuda_rules(library: Path, objects: Path) -> list[str]:
+    found = nvcc()
+    if found is None:
+        raise BuildError("nvcc: not found; install the CUDA toolkit or set CUDA_HOME, or set REFT_KERNELS_BUILD_CUDA=0")
+    torch, home = torch_folder(), Path(found).resolve().parents[1]
+    architectures = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES)
+    flags = (
+        f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {architectures} -DTORCH_TARGET_VERSION={TARGET_TORCH} -DUSE_CUDA "
+        f"-I{_escape(SOURCES / 'cuda')} -isystem {_escape(torch / 'include')}"
+    )
+    lines = [
+        f"nvcc = {_escape(found)}",
+        "rule compile",
+        f"  command = $nvcc -MMD -MF $out.d {flags} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = $nvcc -shared -cudart static $in -o $out -L{_escape(torch / 'lib')} -ltorch_cpu -L{_escape(home / 'lib64')}",
+        "  description = link $out",
+    ]
+    sources = sorted([*(SOURCES / "cuda").glob("*.cu"), *(SOURCES / "cuda").glob("*.cpp")])
+    built = [_escape(objects / f"{source.stem}.o") for source in sources]
+    lines += [f"build {target}: compile {_escape(source)}" for target, source in zip(built, sources, strict=True)]
+    return [*lines, f"build {_escape(library)}: link {' '.join(built)}"]
+
+
+def build_cuda(out: Path, objects: Path) -> Path:
+    """Build ``_native_cuda.so`` into ``out``; object files go to ``objects``.
+
+    Raises:
+        BuildError: nvcc, ninja or torch's headers are missing, or a compilation failed.
+    """
+    library = out.resolve() / "_native_cuda.so"
+    out.mkdir(parents=True, exist_ok=True)
+    _run(_cuda_rules(library, objects.resolve()), objects.resolve())
+    return library
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Build the native libraries of reft_kernels.")
+    parser.add_argument("--out", type=Path, default=SOURCES.parent / "reft_kernels", help="folder of the libraries")
+    parser.add_argument("--objects", type=Path, default=SOURCES.parent / "build" / "native", help="folder of the object files")
+    parser.add_argument("--sanitize", help="gcc sanitizers for the CPU library, for the tests: address,undefined")
+    parser.add_argument("--cuda", action="store_true", help="build the CUDA library instead")
+    args = parser.parse_args(argv)
+    try:
+        if args.cuda:
+            print(build_cuda(args.out, args.objects / "cuda"))
+        else:
+            print(build_cpu(args.out, args.objects / (args.sanitize or "release").replace(",", "-"), args.sanitize))
+    except BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

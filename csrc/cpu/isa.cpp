@@ -1,0 +1,54 @@
+// Which instruction set serves: asked of the processor once.
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels.h"
+
+namespace reft {
+namespace {
+
+struct Choice {
+  const Kernels* kernels;
+  bool able;
+};
+
+// The widest first.
+int choices(Choice* out) {
+  int count = 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  bool fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512dq");
+  out[count++] = {&avx512::kernels, fma && wide};
+  out[count++] = {&avx2::kernels, fma};
+#endif
+  out[count++] = {&portable::kernels, true};
+  return count;
+}
+
+const Kernels& choose() {
+  Choice all[3];
+  int count = choices(all);
+  const char* wanted = getenv("REFT_KERNELS_CPU_ISA");
+  for (int i = 0; i < count; ++i)
+    if (all[i].able && (wanted == nullptr || strcmp(wanted, all[i].kernels->name) == 0)) return *all[i].kernels;
+  return portable::kernels;  // an impossible wish is refused where the library is loaded, by why_unable
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+const char* why_unable(const char* isa) {
+  Choice all[3];
+  int count = choices(all);
+  for (int i = 0; i < count; ++i)
+    if (strcmp(all[i].kernels->name, isa) == 0) return all[i].able ? nullptr : "this processor does not have it";
+  return "it is not one of avx512, avx2, portable";
+}
+
+}  // namespace reft

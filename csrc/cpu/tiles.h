@@ -1,0 +1,212 @@
+// What the row kernels share: scratch memory, weights as padded rows of the accumulation dtype, the order in which entries
+// are visited, and rows of a tile as vectors whatever their dtype.
+#pragma once
+
+#include <stdlib.h>
+
+#include "edit.h"
+#include "parallel.h"
+#include "vector.h"
+
+namespace reft {
+namespace REFT_ISA {
+
+// Uninitialised memory of this call, aligned to a cache line.
+template <class T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count = 0) { reset(count); }
+  ~Scratch() { free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void reset(int64_t count) {
+    free(data_);
+    data_ = nullptr;
+    if (count > 0 && posix_memalign(&data_, 64, size_t(count) * sizeof(T)) != 0) abort();
+  }
+  operator T*() const { return static_cast<T*>(data_); }
+  T* get() const { return static_cast<T*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
+
+constexpr int64_t kChunkBytes = 2048;  // of one row: a chunk of every weight row and of a few rows stays in L1
+
+template <class A>
+constexpr int64_t kChunk = kChunkBytes / int64_t(sizeof(A));
+
+template <class A>
+inline int64_t padded(int64_t d) {
+  return (d + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+// Weight rows a power of two apart would share a few cache sets; two lines more spread them.
+template <class A>
+constexpr int64_t kSkew = 128 / int64_t(sizeof(A));
+
+// ---- weights
+
+template <class A, class T>
+inline void convert_row(const T* from, int64_t count, A* to) {
+  constexpr int L = kLanes<A>;
+  int64_t i = 0;
+  if constexpr (sizeof(T) <= sizeof(A) && sizeof(acc_t<T>) == sizeof(A)) {
+    for (; i + L <= count; i += L) store(to + i, load(from + i));
+  }
+  for (; i < count; ++i) to[i] = A(to_acc(from[i]));
+}
+
+// Element i of a typed tensor onwards, `count` of them, as A.
+template <class A>
+inline void convert(Typed from, int64_t first, int64_t count, A* to) {
+  switch (from.dtype) {
+    case Dtype::float32: return convert_row(static_cast<const float*>(from.data) + first, count, to);
+    case Dtype::float64: return convert_row(static_cast<const double*>(from.data) + first, count, to);
+    case Dtype::bfloat16: return convert_row(static_cast<const bf16*>(from.data) + first, count, to);
+    case Dtype::float16: return convert_row(static_cast<const fp16*>(from.data) + first, count, to);
+  }
+}
+
+// `rows` rows of d numbers as A, each padded with zeros to whole vectors.
+template <class A>
+class Panel {
+ public:
+  void fill(Typed from, int64_t rows, int64_t d) {
+    stride = padded<A>(d) + kSkew<A>;
+    data.reset(rows * stride);
+    for (int64_t i = 0; i < rows; ++i) {
+      convert(from, i * d, d, row(i));
+      for (int64_t j = d; j < stride; ++j) row(i)[j] = A(0);
+    }
+  }
+  void subtract(const Panel& other, int64_t rows) {
+    constexpr int L = kLanes<A>;
+    for (int64_t i = 0; i < rows * stride; i += L) store(data.get() + i, load(data.get() + i) - load(other.data.get() + i));
+  }
+  A* row(int64_t i) const { return data.get() + i * stride; }
+
+  Scratch<A> data;
+  int64_t stride = 0;
+};
+
+// ---- entries
+
+// The entries to work on, grouped by set, each set's in the order given: runs of one set share its weights in cache.
+class Order {
+ public:
+  explicit Order(const Selection& s) : plain_(s.rows == nullptr && s.set_ids == nullptr), begins_(s.sets + 1), entries_() {
+    int64_t* begins = begins_;
+    if (plain_) {
+      begins[0] = 0;
+      for (int64_t k = 1; k <= s.sets; ++k) begins[k] = s.entries;  // no entries have no ids either, but many sets
+      return;
+    }
+    entries_.reset(s.entries);
+    for (int64_t k = 0; k <= s.sets; ++k) begins[k] = 0;
+    for (int64_t n = 0; n < s.entries; ++n)
+      if (wanted(s, n)) ++begins[set(s, n) + 1];
+    for (int64_t k = 0; k < s.sets; ++k) begins[k + 1] += begins[k];
+    for (int64_t n = 0; n < s.entries; ++n)  // begins[k] serves as the cursor of set k and ends as the begin of k + 1
+      if (wanted(s, n)) entries_[begins[set(s, n)]++] = n;
+    for (int64_t k = s.sets; k > 0; --k) begins[k] = begins[k - 1];
+    begins[0] = 0;
+  }
+  int64_t begin(int64_t set) const { return begins_[set]; }
+  int64_t end(int64_t set) const { return begins_[set + 1]; }
+  int64_t entry(int64_t i) const { return plain_ ? i : entries_[i]; }
+
+ private:
+  static int64_t set(const Selection& s, int64_t n) { return s.set_ids ? s.set_ids[n] : 0; }
+  static bool wanted(const Selection& s, int64_t n) {
+    int64_t k = set(s, n);
+    return (s.rows == nullptr || s.rows[n] >= 0) && k >= 0 && k < s.sets;
+  }
+  bool plain_;
+  Scratch<int64_t> begins_, entries_;
+};
+
+// A run of entries of one set: the unit that a thread takes. Its bounds depend on the entries alone.
+struct Run {
+  int64_t set, begin, end;
+};
+
+class Runs {
+ public:
+  Runs(const Order& order, int64_t sets, int64_t longest) : runs_() {
+    for (int64_t k = 0; k < sets; ++k) count += (order.end(k) - order.begin(k) + longest - 1) / longest;
+    runs_.reset(count);
+    int64_t i = 0;
+    for (int64_t k = 0; k < sets; ++k)
+      for (int64_t b = order.begin(k); b < order.end(k); b += longest)
+        runs_[i++] = Run{k, b, b + longest < order.end(k) ? b + longest : order.end(k)};
+  }
+  const Run& operator[](int64_t i) const { return runs_.get()[i]; }
+  int64_t count = 0;
+
+ private:
+  Scratch<Run> runs_;
+};
+
+inline int64_t row_of(const Selection& s, int64_t entry) { return s.rows ? s.rows[entry] : entry; }
+
+template <class T>
+REFT_INLINE T* row_at(Rows rows, int64_t i) {
+  return static_cast<T*>(rows.data) + i * rows.stride;
+}
+
+// ---- a chunk of the rows of a tile, where it cannot be used in place
+
+// A buffer of one chunk of `rows` rows, zero beyond the channels that it holds.
+template <class A>
+class Chunk {
+ public:
+  explicit Chunk(int64_t rows) : data_(rows * kChunk<A>), rows_(rows) {
+    for (int64_t m = 0; m < rows; ++m) rows_[m] = data_ + m * kChunk<A>;
+  }
+  A* const* rows() const { return rows_; }
+
+  template <class T>
+  void load(T* const* rows, int64_t count, int64_t from, int64_t length) const {
+    constexpr int L = kLanes<A>;
+    for (int64_t m = 0; m < count; ++m) {
+      const T* row = rows[m] + from;
+      int64_t i = 0;
+      for (; i + L <= length; i += L) store(rows_[m] + i, REFT_ISA::load(row + i));
+      if (i < length) store(rows_[m] + i, load_part(row + i, int(length - i)));
+    }
+  }
+  template <class T>
+  void save(T* const* rows, int64_t count, int64_t from, int64_t length) const {
+    constexpr int L = kLanes<A>;
+    for (int64_t m = 0; m < count; ++m) {
+      T* row = rows[m] + from;
+      int64_t i = 0;
+      for (; i + L <= length; i += L) store(row + i, REFT_ISA::load(rows_[m] + i));
+      if (i < length) store_part(row + i, REFT_ISA::load(rows_[m] + i), int(length - i));
+    }
+  }
+
+ private:
+  Scratch<A> data_;
+  Scratch<A*> rows_;
+};
+
+// Rows of a tile: as many as keep it in L2 between the two products, in multiples of the register blocks.
+template <class T>
+inline int64_t tile_rows(int64_t d, int64_t r) {
+  constexpr int64_t kTileBytes = 256 * 1024, kSumBytes = 64 * 1024, kUnit = 12;
+  int64_t by_row = kTileBytes / (d * int64_t(sizeof(T))), by_rank = kSumBytes / (r * kVectorBytes);
+  int64_t rows = by_row < by_rank ? by_row : by_rank;
+  rows = rows / kUnit * kUnit;
+  return rows < kUnit ? kUnit : rows > 48 ? 48 : rows;
+}
+
+// How many units a thread should take at least: below this much work entering the pool costs more than it brings.
+inline int64_t grain_of(int64_t work_per_unit) {
+  constexpr int64_t kWork = 200000;  // multiply-adds, about 10 microseconds
+  return work_per_unit >= kWork ? 1 : kWork / (work_per_unit > 0 ? work_per_unit : 1);
+}
+
+}  // namespace REFT_ISA
+}  // namespace reft

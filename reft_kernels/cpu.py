@@ -1,0 +1,190 @@
+"""The ``cpu`` backend: the operators on CPU tensors by the native library built from ``csrc/cpu``.
+
+Each function has the contract of the function of its name in :mod:`reft_kernels.reference`. This side allocates outputs and
+makes weights contiguous; the library computes. ``REFT_KERNELS_CPU_ISA=avx512|avx2|portable`` forces an instruction set.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reft_kernels.activations import ACTIVATIONS
+from reft_kernels.dtypes import accumulation_dtype
+
+LIBRARY = Path(__file__).with_name("_native_cpu.so")
+ISA_VARIABLE = "REFT_KERNELS_CPU_ISA"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ACTIVATION_NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
+
+
+@functools.cache
+def _why_off() -> str | None:
+    """None when the library is loaded, else the reason; asked once."""
+    if not LIBRARY.exists():
+        return (
+            "the native library was not built: install with a C++17 compiler and ninja, "
+            "without REFT_KERNELS_BUILD_NATIVE=0 (README, Install)"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY))
+    except OSError as error:
+        return f"the native library {LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+    wanted = os.environ.get(ISA_VARIABLE)
+    if wanted:
+        refusal = torch.ops.reft_kernels_cpu.isa_refusal(wanted)
+        if refusal:
+            return f"{ISA_VARIABLE}: got {wanted!r}, {refusal}"
+    return None
+
+
+def instruction_set() -> str | None:
+    """``avx512``, ``avx2`` or ``portable``, whichever the library uses here; None when it is off."""
+    return torch.ops.reft_kernels_cpu.isa() if _why_off() is None else None
+
+
+def why_unable(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None when this backend can serve ``operator`` for tensors of that device type and dtype, else the reason."""
+    if device_type != "cpu":
+        return f"the native cpu backend does not serve {device_type} tensors"
+    if dtype not in _DTYPES:
+        return f"the native cpu backend does not serve {dtype}"
+    return _why_off()
+
+
+def _weight(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+
+
+def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype).contiguous()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``[M, d]`` with consecutive channels; a copy only where they are not."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] <= 1 else tensor.contiguous()
+
+
+def _written(out: Tensor | None, target: Tensor | None) -> None:
+    """Bring back what was written to a copy of ``out``."""
+    if out is not None and target is not out:
+        out.copy_(target)
+
+
+def _targets(source: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """``source`` and ``out`` with consecutive channels, one tensor where they were one."""
+    dense = _rows(source)
+    return dense, dense if out is source else (None if out is None else _rows(out))
+
+
+def edit(
+    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
+    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract: bool, activation: str, save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    acc = accumulation_dtype(source.dtype)
+    entries, r = source.shape[0] if rows is None else rows.shape[0], write.shape[-2]
+    kept = source.new_empty((entries, source.shape[1])) if save and rows is not None else None
+    u = source.new_empty((entries, r), dtype=acc) if save else None
+    z = source.new_empty((entries, r), dtype=acc) if save and activation != "linear" else None
+    dense, target = _targets(source, out)
+    torch.ops.reft_kernels_cpu.edit.default(
+        dense, target, _weight(rows), _weight(set_ids), _weight(read), _weight(read_bias), _weight(write),
+        _weight(subtract_bias), _weight(coeff), subtract, _ACTIVATION_NUMBER[activation], kept, u, z,
+    )  # fmt: skip
+    _written(out, target)
+    absent = lambda: source.new_empty(0, dtype=acc)  # noqa: E731  (each output its own: they may not alias)
+    return source.new_empty(0) if kept is None else kept, absent() if u is None else u, absent() if z is None else z
+
+
+def edit_backward(
+    grad: Tensor, out: Tensor | None, kept: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, set_ids: Tensor | None,
+    read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract: bool, activation: str, need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    acc = accumulation_dtype(grad.dtype)
+
+    def wanted(like: Tensor, shape: torch.Size, condition: bool) -> Tensor | None:
+        return like.new_empty(shape, dtype=acc) if condition else None
+
+    grads = (
+        wanted(grad, write.shape, need_weights and read is not None),
+        wanted(grad, write.shape[:-1], need_weights),
+        wanted(grad, write.shape, need_weights),
+        wanted(grad, write.shape[:-1], need_weights and subtract),
+        wanted(grad, u.shape, coeff is not None),
+    )
+    dense, target = _targets(grad, out)
+    torch.ops.reft_kernels_cpu.edit_backward.default(
+        dense, target, _rows(kept) if need_weights else kept, u, None if activation == "linear" else z, _weight(rows),
+        _weight(set_ids), _weight(read), _weight(write), _weight(coeff), subtract, _ACTIVATION_NUMBER[activation], *grads,
+    )  # fmt: skip
+    _written(out, target)
+    return tuple(grad.new_empty(0, dtype=acc) if g is None else g for g in grads)
+
+
+def red(
+    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor, bias: Tensor, save: bool
+) -> Tensor:
+    entries = source.shape[0] if rows is None else rows.shape[0]
+    # out of place over all rows the caller keeps the input itself
+    keep = save and (rows is not None or out is source)
+    kept = source.new_empty((entries, source.shape[1])) if keep else None
+    dense, target = _targets(source, out)
+    torch.ops.reft_kernels_cpu.red.default(
+        dense, target, _weight(rows), _weight(set_ids), _weight(scale), _weight(bias), kept
+    )
+    _written(out, target)
+    if kept is not None:
+        return kept
+    return source if save else source.new_empty(0)
+
+
+def red_backward(
+    grad: Tensor, out: Tensor | None, kept: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor, need_weights: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    acc = accumulation_dtype(grad.dtype)
+    grads = [grad.new_empty(scale.shape, dtype=acc) if need_weights else None for _ in range(2)]
+    dense, target = _targets(grad, out)
+    torch.ops.reft_kernels_cpu.red_backward.default(
+        dense, target, _rows(kept) if need_weights else kept, _weight(rows), _weight(set_ids), _weight(scale), *grads
+    )
+    _written(out, target)
+    return tuple(grad.new_empty(0, dtype=acc) if g is None else g for g in grads)
+
+
+def _build(operator, X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
+    acc = accumulation_dtype(X.dtype)
+    layers, d, r = X.shape
+    R = X.new_empty((layers, r, d), dtype=acc)
+    D = None if W is None else X.new_empty((layers, r, d), dtype=acc)
+    aux = X.new_empty((layers, 1 if base is None else 2, r, r), dtype=acc)
+    operator(_as(X, acc), _as(signs, acc), _as(base, acc), _as(point, acc), _as(W, acc), R, D, aux)
+    return R, X.new_empty(0, dtype=acc) if D is None else D, aux
+
+
+def _build_backward(operator, grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
+    acc = accumulation_dtype(X.dtype)
+    if grad_R is None and grad_D is None:
+        return torch.zeros_like(X, memory_format=torch.contiguous_format)
+    grad_X = X.new_empty(X.shape, dtype=acc)
+    operator(_as(grad_R, acc), _as(grad_D, acc), _as(X, acc), _as(signs, acc), _as(base, acc), aux, grad_X)
+    return grad_X.to(X.dtype)
+
+
+def householder(X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
+    return _build(torch.ops.reft_kernels_cpu.householder.default, X, signs, base, point, W)
+
+
+def householder_backward(grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
+    return _build_backward(torch.ops.reft_kernels_cpu.householder_backward.default, grad_R, grad_D, X, signs, base, aux)
+
+
+def cayley(X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
+    return _build(torch.ops.reft_kernels_cpu.cayley.default, X, signs, base, point, W)
+
+
+def cayley_backward(grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
+    return _build_backward(torch.ops.reft_kernels_cpu.cayley_backward.default, grad_R, grad_D, X, signs, base, aux)
