@@ -158,13 +158,17 @@ def _cuda_rules(library: Path, objects: Path) -> list[str]:
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        f"  command = $nvcc -shared -cudart static $in -o $out -L{_escape(torch / 'lib')} -ltorch_cpu -L{_escape(home / 'lib64')}",
+        "  command = $nvcc -shared -cudart static $in -o $out $libraries",
         "  description = link $out",
     ]
     sources = sorted([*(SOURCES / "cuda").glob("*.cu"), *(SOURCES / "cuda").glob("*.cpp")])
     built = [_escape(objects / f"{source.stem}.o") for source in sources]
     lines += [f"build {target}: compile {_escape(source)}" for target, source in zip(built, sources, strict=True)]
-    return [*lines, f"build {_escape(library)}: link {' '.join(built)}"]
+    lines += [
+        f"build {_escape(library)}: link {' '.join(built)}",
+        f"  libraries = -L{_escape(torch / 'lib')} -ltorch_cpu -L{_escape(home / 'lib64')}",
+    ]
+    return lines
 
 
 def build_cuda(out: Path, objects: Path) -> Path:

@@ -1,7 +1,8 @@
 """The ``cpu`` backend: the operators on CPU tensors by the native library built from ``csrc/cpu``.
 
 Each function has the contract of the function of its name in :mod:`reft_kernels.reference`. This side allocates outputs and
-makes weights contiguous; the library computes. ``REFT_KERNELS_CPU_ISA=avx512|avx2|portable`` forces an instruction set.
+makes weights contiguous; the library computes. ``REFT_KERNELS_CPU_ISA=avx512|avx2|portable`` forces an instruction set,
+``REFT_KERNELS_CPU_LIBRARY`` names another build of the library (one with sanitizers).
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from reft_kernels.activations import ACTIVATIONS
 from reft_kernels.dtypes import accumulation_dtype
 
-LIBRARY = Path(__file__).with_name("_native_cpu.so")
+LIBRARY_VARIABLE = "REFT_KERNELS_CPU_LIBRARY"
+LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_native_cpu.so"))
 ISA_VARIABLE = "REFT_KERNELS_CPU_ISA"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _ACTIVATION_NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
@@ -26,6 +28,8 @@ _ACTIVATION_NUMBER = {name: number for number, name in enumerate(ACTIVATIONS)}
 def _why_off() -> str | None:
     """None when the library is loaded, else the reason; asked once."""
     if not LIBRARY.exists():
+        if os.environ.get(LIBRARY_VARIABLE):
+            return f"{LIBRARY_VARIABLE}: got {str(LIBRARY)!r}, expected an existing file"
         return (
             "the native library was not built: install with a C++17 compiler and ninja, "
             "without REFT_KERNELS_BUILD_NATIVE=0 (README, Install)"
@@ -143,7 +147,8 @@ def red(
 
 
 def red_backward(
-    grad: Tensor, out: Tensor | None, kept: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor, need_weights: bool
+    grad: Tensor, out: Tensor | None, kept: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor,
+    need_weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     acc = accumulation_dtype(grad.dtype)
     grads = [grad.new_empty(scale.shape, dtype=acc) if need_weights else None for _ in range(2)]

@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from reft_kernels import dispatch
+from reft_kernels import cpu, dispatch
 from reft_kernels.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors")
@@ -56,7 +56,8 @@ def report() -> str:
             lines.append(f"      {', '.join(operators)}")
         for name in dispatch.BACKENDS:
             reason = dispatch.why_unable(name, "edit", device, torch.float32)
-            lines.append(f"  {name:<8}{'able' if reason is None else f'off: {reason}'}")
+            detail = f", instruction set {cpu.instruction_set()}" if name == "cpu" else ""
+            lines.append(f"  {name:<8}{f'able{detail}' if reason is None else f'off: {reason}'}")
         lines += [f"  {reason}" for reason in reasons.values()]
     return "\n".join(lines)
 

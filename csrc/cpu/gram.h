@@ -199,20 +199,22 @@ REFT_INLINE void add_lane_sums(vec<T> (&v)[kGramColumns], double* sums) {
   }
 }
 
-constexpr int kGramChain = 16;  // terms that a lane adds up before its sum goes to fp64
+// Terms that a lane adds up before its sum goes to fp64; few where the whole matrix is one block and its sums cost little.
+REFT_INLINE int64_t gram_chain(int64_t size) { return size <= kGramColumns ? 4 : 16; }
 
 // sums[i, j] += sum_n a[i, n] b[j, n] for the `size` rows (a multiple of 4) of two tiles; of the upper triangle alone where
 // `upper`.
 template <class T>
 void add_gram(const T* a, const T* b, int64_t size, int64_t ld, int64_t columns, bool upper, double* sums) {
   constexpr int L = kLanes<T>, I = kGramRows, J = kGramColumns;
+  const int64_t chain = gram_chain(size) * L;
   for (int64_t i0 = 0; i0 < size; i0 += I) {
     for (int64_t j0 = upper ? i0 / J * J : 0; j0 < size; j0 += J) {
       const T *ai = a + i0 * ld, *bj = b + j0 * ld;
       for (int64_t n = 0; n < columns;) {
         vec<T> acc[I][J];
         clear(acc);
-        for (const int64_t end = smaller(columns, n + kGramChain * L); n < end; n += L) {
+        for (const int64_t end = smaller(columns, n + chain); n < end; n += L) {
           vec<T> left[I];
 #pragma GCC unroll 8
           for (int i = 0; i < I; ++i) left[i] = load(ai + i * ld + n);

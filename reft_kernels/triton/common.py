@@ -26,6 +26,14 @@ def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+CUDA_OPTIONS = {"maxnreg": 255}  # else ptxas spills to reach an occupancy that it was not asked for
+
+
+def compile_options(tensor: Tensor) -> dict[str, int]:
+    """What the launches on ``tensor``'s device give the compiler beside warps and stages."""
+    return CUDA_OPTIONS if tensor.is_cuda and not IS_AMD else {}
+
+
 def contiguous(tensor: Tensor | None) -> Tensor | None:
     """Weights and small per-row tensors are read as dense rows."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()

@@ -163,6 +163,6 @@ def edit(
             SUBTRACT=subtract, ACTIVATION=activation, SAVE=save,
             BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_R=config.block_r, USE_DOT=config.use_dot,
             PRECISION=common.dot_precision(source.dtype), SMALL_PRECISION=common.small_precision(source.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, **common.compile_options(source),
         )  # fmt: skip
     return kept, u, z

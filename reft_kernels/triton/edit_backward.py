@@ -330,7 +330,7 @@ def edit_backward(
             grad, rows, set_ids, write, coeff, u, z, dz, ddelta, grad_coeff, num_rows, d, rank, *grad.stride(),
             ACTIVATION=activation, BLOCK_N=row_config.block_n, BLOCK_D=row_config.block_d, BLOCK_R=row_config.block_r,
             USE_DOT=row_config.use_dot, PRECISION=common.dot_precision(grad.dtype),
-            num_warps=row_config.num_warps, num_stages=row_config.num_stages,
+            num_warps=row_config.num_warps, num_stages=row_config.num_stages, **common.compile_options(grad),
         )  # fmt: skip
         if out is None and not need_weights:
             return grads
@@ -349,6 +349,6 @@ def edit_backward(
             PHASES=config.phases,
             BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_R=config.block_r,
             PRECISION=common.dot_precision(grad.dtype), SMALL_PRECISION=common.small_precision(grad.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, **common.compile_options(grad),
         )  # fmt: skip
     return grads

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reft_kernels.triton import common
 from reft_kernels.triton.small_algebra import (
     FULL,
     LOWER,
@@ -365,8 +366,6 @@ class BuildConfig:
         }
 
 
-CUDA_OPTIONS = {"maxnreg": 255}  # else ptxas spills to reach an occupancy that one program a multiprocessor has no use for
-
 _MAX_TILE = 32  # compiled: an fp64 tile of 64 x 64 spills
 _BLOCK_D = {4: 256, 8: 64, 16: 32, 32: 32}  # compiled: 4, 8 keep 16 sums a thread; 16, 32 are limited as block_k is
 _MAX_SPLITS = 8  # not measured: every split repeats the Gram sum, so past 8 there is little left to share out
@@ -405,11 +404,11 @@ def _processors(device: torch.device) -> int:
 
 def _launch(kernel, config: BuildConfig, X: Tensor, is_cayley: bool, *args) -> None:
     layers, d, r = X.shape
-    options = CUDA_OPTIONS if X.is_cuda and torch.version.hip is None else {}
     with torch.cuda.device_of(X) if X.is_cuda else contextlib.nullcontext():
         kernel[(config.splits, layers)](
             *args, d, r, config.chunk,
-            CAYLEY=is_cayley, **config.constexprs(), num_warps=config.num_warps, num_stages=config.num_stages, **options,
+            CAYLEY=is_cayley, **config.constexprs(), num_warps=config.num_warps, num_stages=config.num_stages,
+            **common.compile_options(X),
         )  # fmt: skip
 
 
@@ -472,7 +471,7 @@ def cayley_backward(grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tenso
 def aot_specs(d: int, r: int) -> Iterator[tuple]:
     """``(jit_function, signature, constexprs, num_warps, num_stages)`` of each kernel, with and without base and W, in fp32.
 
-    CUDA targets are compiled with :data:`CUDA_OPTIONS`, as the launch does.
+    CUDA targets are compiled with ``common.CUDA_OPTIONS``, as the launch does.
     """
     config = build_config(32, d, r, 132)
     for is_cayley in (False, True):

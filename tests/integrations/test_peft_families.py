@@ -54,11 +54,11 @@ def test_identity_leaves_the_logits_bit_identical(family):
     assert torch.equal(edited, expected)
 
 
-@EVERY
-@pytest.mark.parametrize("side", ["right", "left"])
+# padding on the left is a generating model's habit; Bloom in fp64, padded left: NaN
+@pytest.mark.parametrize(
+    ("family", "side"), [(f, "right") for f in FAMILIES] + [(f, "left") for f in ("llama", "gpt2", "neox")]
+)
 def test_logits_equal_those_of_straightforward_hooks(family, side):
-    if side == "left" and family not in ("llama", "gpt2", "neox"):  # Bloom in fp64, padded left: NaN
-        pytest.skip("padding on the left is a generating model's habit")
     inputs, model = batch(family, side=side), adapted(family)
     shake(model)
     (stack,) = stacks(model)

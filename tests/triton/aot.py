@@ -200,8 +200,8 @@ def compile_one(job: tuple[str, int, int, str, int, str]) -> dict[str, object]:
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"}
     source = ASTSource(spec.kernel, signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
-    if group == "orthonormal" and backend == "cuda":
-        options |= importlib.import_module("reft_kernels.triton.orthonormal").CUDA_OPTIONS  # as its launch does
+    if group != "red" and backend == "cuda":
+        options |= importlib.import_module("reft_kernels.triton.common").CUDA_OPTIONS  # as the launches do
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # a cached kernel has no log
     with contextlib.redirect_stdout(io.StringIO()) as log:
