@@ -23,6 +23,7 @@ from tests.inputs import Case
 
 assert cpu.instruction_set() == {isa!r}, (cpu.instruction_set(), cpu.why_unable("edit", "cpu", torch.float32))
 rk.set_backend("cpu")
+torch.set_num_threads(1)
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
     for name in plain.MEMBERS:

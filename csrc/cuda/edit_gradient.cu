@@ -1,0 +1,271 @@
+// The edit's backward, second launch, over columns: dh = g + A^T dz - B^T ddelta, and the weights' gradients
+//
+//     dA = dz^T x     dB = (coeff * u)^T g - ddelta^T x     dc = sum dz     dp = -sum ddelta
+//
+// A block owns 32 or 64 columns of one weight set and goes over all rows: its 16 warps share the rows, four at a time, and hold
+// fp32 sums for eight ranks, which are added warp by warp, in order: no atomics, no second phase. Each element of g is read and
+// written by one thread, so dh may overwrite g. One more block a set sums the biases.
+#include "common.cuh"
+
+namespace reft_cuda {
+namespace {
+
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kRows = 4;   // of a warp's step
+constexpr int kRanks = 8;  // of a pass over the rows
+
+__device__ inline bool belongs(const Selection& selection, int64_t n, int set) {
+  if (n >= selection.num_rows || selection.rows[n] < 0) return false;
+  return selection.set_ids == nullptr || selection.set_ids[n] == set;
+}
+
+// dc and dp of one set, in fp64: these few sums over all rows cost nothing.
+__device__ inline void sum_biases(const EditGradient& p, int set) {
+  const Selection& selection = p.selection;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int r = selection.rank, padded = padded_rank(r), count = small_count(p.subtract, p.linear);
+  double* sums = dynamic_shared<double>();  // [2, warps, 32]
+  for (int first = 0; first < r; first += kWarp) {
+    const int i = first + lane;
+    double dz = 0.0, ddelta = 0.0;
+#pragma unroll 4
+    for (int64_t n = warp; n < selection.num_rows; n += kWarps) {
+      if (i >= r || !belongs(selection, n, set)) continue;
+      const float* small = p.small + n * count * padded + i;
+      dz += double(small[0]);
+      if (count == 3) ddelta += double(small[2 * padded]);
+    }
+    sums[warp * kWarp + lane] = dz;
+    sums[(kWarps + warp) * kWarp + lane] = ddelta;
+    __syncthreads();
+    if (warp == 0 && i < r) {
+      dz = ddelta = 0.0;
+      for (int w = 0; w < kWarps; ++w) {
+        dz += sums[w * kWarp + lane];
+        ddelta += sums[(kWarps + w) * kWarp + lane];
+      }
+      const int64_t at = int64_t(set) * r + i;
+      p.grad_read_bias[at] = float(dz);
+      if (p.subtract) p.grad_subtract_bias[at] = -float(p.linear ? dz : ddelta);
+    }
+    __syncthreads();
+  }
+}
+
+template <int V>
+__device__ inline void zero(float (&to)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) to[v] = 0.0f;
+}
+
+// Eight consecutive values of one row, the same in each lane; zeros where `given` is false.
+__device__ inline void load_ranks(const float* from, bool given, float (&to)[kRanks]) {
+  load<float, kRanks>(from, to);
+#pragma unroll
+  for (int k = 0; k < kRanks; ++k) to[k] = given ? to[k] : 0.0f;
+}
+
+// sums[k] of each warp -> the sum over warps of element e = k * 32 V + column, in order.
+template <int V>
+__device__ inline float sum_warps(const float* sums, int e) {
+  constexpr int kTile = kRanks * kWarp * V;
+  float total = sums[e];
+  for (int w = 1; w < kWarps; ++w) total += sums[w * kTile + e];
+  return total;
+}
+
+template <class T, int V, bool SECOND>
+__global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGradient p) {
+  constexpr int kColumns = kWarp * V, kTile = kRanks * kColumns;
+  const Selection& selection = p.selection;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int set = blockIdx.y, r = selection.rank, padded = padded_rank(r);
+  const int64_t d = selection.d, first_column = int64_t(blockIdx.x) * kColumns;
+  const bool needs_weights = p.grad_write != nullptr;
+  if (first_column >= d) {  // the block past the columns
+    sum_biases(p, set);
+    return;
+  }
+  const bool fold = p.subtract && !SECOND;
+  const bool first = p.read.data != nullptr || fold;  // dz acts on x
+  const bool needs_x = needs_weights && (first || SECOND);
+  constexpr int kCount = SECOND ? 3 : 2;
+
+  float* sums_a = dynamic_shared<float>();  // [warps, 8, columns]
+  float* sums_b = sums_a + kWarps * kTile;
+  float* tile_a = sums_b + kWarps * kTile;      // [padded, columns]: A, A - B or -B
+  float* tile_b = tile_a + padded * kColumns;   // [padded, columns]: B, with SECOND
+  if (p.out != nullptr) {
+    for (int e = threadIdx.x; e < padded * kColumns; e += kThreads) {
+      const int i = e / kColumns;
+      const int64_t c = first_column + e % kColumns;
+      float a = 0.0f, b = 0.0f;
+      if (i < r && c < d) {
+        const int64_t at = (int64_t(set) * r + i) * d + c;
+        if (p.read.data != nullptr) a = load_any(p.read, at);
+        if (p.subtract) b = load_any(p.write, at);
+      }
+      tile_a[e] = fold ? a - b : a;
+      if (SECOND) tile_b[e] = b;
+    }
+    __syncthreads();
+  }
+
+  const int64_t c = first_column + lane * V;
+  const bool inside = c < d;  // d is a multiple of V
+  const int passes = needs_weights ? padded / kRanks : 1;
+  for (int pass = 0; pass < passes; ++pass) {
+    float acc_a[kRanks][V] = {}, acc_b[kRanks][V] = {};
+#pragma unroll 1  // more would spill
+    for (int64_t n0 = int64_t(warp) * kRows; n0 < selection.num_rows; n0 += kWarps * kRows) {
+      bool mine[kRows];
+      int32_t row[kRows];
+      const float* small = p.small + n0 * kCount * padded;
+      int at_row[kRows];  // of `small`; the first row's, which is readable, where the row's is not used
+      float g[kRows][V], x[kRows][V];
+#pragma unroll
+      for (int q = 0; q < kRows; ++q) {
+        const int64_t n = n0 + q;
+        mine[q] = belongs(selection, n, set);
+        row[q] = mine[q] ? selection.rows[n] : 0;
+        at_row[q] = mine[q] ? q * kCount * padded : 0;
+      }
+#pragma unroll
+      for (int q = 0; q < kRows; ++q) {
+        zero(g[q]);
+        zero(x[q]);
+        if (mine[q] && inside) {
+          load<T, V>(static_cast<const T*>(p.grad) + int64_t(row[q]) * p.grad_stride + c, g[q]);
+          if (needs_x) load<T, V>(static_cast<const T*>(p.kept) + (n0 + q) * p.kept_stride + c, x[q]);
+        }
+      }
+      if (needs_weights) {
+#pragma unroll
+        for (int q = 0; q < kRows; ++q) {
+          float coefficient[kRanks];
+          load_ranks(small + at_row[q] + padded + pass * kRanks, mine[q], coefficient);
+#pragma unroll
+          for (int k = 0; k < kRanks; ++k)
+#pragma unroll
+            for (int v = 0; v < V; ++v) acc_b[k][v] = fmaf(coefficient[k], g[q][v], acc_b[k][v]);
+          if (first) {
+            load_ranks(small + at_row[q] + pass * kRanks, mine[q], coefficient);
+#pragma unroll
+            for (int k = 0; k < kRanks; ++k)
+#pragma unroll
+              for (int v = 0; v < V; ++v) acc_a[k][v] = fmaf(coefficient[k], x[q][v], acc_a[k][v]);
+          }
+          if (SECOND) {
+            load_ranks(small + at_row[q] + 2 * padded + pass * kRanks, mine[q], coefficient);
+#pragma unroll
+            for (int k = 0; k < kRanks; ++k)
+#pragma unroll
+              for (int v = 0; v < V; ++v) acc_b[k][v] = fmaf(-coefficient[k], x[q][v], acc_b[k][v]);
+          }
+        }
+      }
+      if (p.out == nullptr || pass != passes - 1) continue;
+      // the last pass over these rows: nobody reads g again
+      float change[kRows][V] = {};
+#pragma unroll 1
+      for (int i = 0; i < (first || SECOND ? padded : 0); i += 4) {
+#pragma unroll
+        for (int q = 0; q < kRows; ++q) {
+          float dz[4], ddelta[4];
+          load<float, 4>(small + at_row[q] + i, dz);
+          if (SECOND) load<float, 4>(small + at_row[q] + 2 * padded + i, ddelta);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int at = (i + k) * kColumns + lane * V;
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+              change[q][v] = fmaf(dz[k], tile_a[at + v], change[q][v]);
+              if (SECOND) change[q][v] = fmaf(-ddelta[k], tile_b[at + v], change[q][v]);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int q = 0; q < kRows; ++q) {
+        if (!mine[q] || !inside) continue;
+#pragma unroll
+        for (int v = 0; v < V; ++v) change[q][v] += g[q][v];
+        store<T, V>(static_cast<T*>(p.out) + int64_t(row[q]) * p.out_stride + c, change[q]);
+      }
+    }
+    if (!needs_weights) continue;
+#pragma unroll
+    for (int k = 0; k < kRanks; ++k) {
+      store<float, V>(sums_a + warp * kTile + k * kColumns + lane * V, acc_a[k]);
+      store<float, V>(sums_b + warp * kTile + k * kColumns + lane * V, acc_b[k]);
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < kTile; e += kThreads) {
+      const int i = pass * kRanks + e / kColumns;
+      const int64_t column = first_column + e % kColumns;
+      if (i >= r || column >= d) continue;
+      const int64_t at = (int64_t(set) * r + i) * d + column;
+      const float a = sum_warps<V>(sums_a, e), b = sum_warps<V>(sums_b, e);
+      p.grad_write[at] = fold ? b - a : b;
+      if (p.grad_read != nullptr) p.grad_read[at] = a;
+    }
+    __syncthreads();  // the next pass writes the sums again
+  }
+}
+
+constexpr size_t kSharedLimit = 99 * 1024;  // what every chip from sm_80 on lets one block have
+
+// `tiles`: rows of weights that are staged.
+constexpr size_t shared_bytes(int columns_a_thread, int tiles) {
+  return sizeof(float) * kWarp * columns_a_thread * (2 * kWarps * kRanks + tiles);
+}
+static_assert(shared_bytes(1, 2 * kMaxRank) <= kSharedLimit);
+
+int staged_rows(const EditGradient& p) {
+  return p.out == nullptr ? 0 : padded_rank(p.selection.rank) * (p.subtract && !p.linear ? 2 : 1);
+}
+
+template <class T, int V, bool SECOND>
+cudaError_t launch(const EditGradient& p, cudaStream_t stream) {
+  const bool needs_weights = p.grad_write != nullptr;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(ceil_div(p.selection.d, kWarp * V) + (needs_weights ? 1 : 0)), unsigned(p.selection.sets));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared_bytes(V, staged_rows(p));
+  config.stream = stream;
+  auto kernel = edit_gradient_kernel<T, V, SECOND>;
+  if (config.dynamicSmemBytes > 48 * 1024) {
+    cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
+template <class T, bool SECOND>
+cudaError_t choose(const EditGradient& p, cudaStream_t stream) {
+  const size_t pair = 2 * sizeof(T);
+  // two columns a thread where 64 columns a block still leave a block for each multiprocessor; reasoned, not measured
+  const bool pairs = p.selection.d >= 8192 && p.selection.d % 2 == 0 && p.grad_stride % 2 == 0 && p.out_stride % 2 == 0 &&
+                     p.kept_stride % 2 == 0 && aligned(p.grad, pair) && aligned(p.out, pair) && aligned(p.kept, pair) &&
+                     shared_bytes(2, staged_rows(p)) <= kSharedLimit;
+  return pairs ? launch<T, 2, SECOND>(p, stream) : launch<T, 1, SECOND>(p, stream);
+}
+
+template <class T>
+cudaError_t choose(const EditGradient& p, cudaStream_t stream) {
+  return p.subtract && !p.linear ? choose<T, true>(p, stream) : choose<T, false>(p, stream);
+}
+
+}  // namespace
+
+cudaError_t edit_gradient(const EditGradient& p, cudaStream_t stream) {
+  switch (p.dtype) {
+    case Dtype::kFloat32: return choose<float>(p, stream);
+    case Dtype::kBFloat16: return choose<__nv_bfloat16>(p, stream);
+    default: return choose<__half>(p, stream);
+  }
+}
+
+}  // namespace reft_cuda

@@ -1,0 +1,49 @@
+"""Every CUDA source compiles for the supported chips, with no spilled register and within their shared memory.
+
+Dynamic shared memory is held to the smallest chip's limit by static assertions in the sources themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu"))
+TARGETS = ("90", pytest.param("80", marks=pytest.mark.full), pytest.param("100", marks=pytest.mark.full))
+STATIC_SHARED_LIMIT = 48 * 1024
+
+
+def _nvcc() -> str | None:
+    folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    return shutil.which("nvcc") or next((str(folder / "nvcc") for folder in folders if (folder / "nvcc").exists()), None)
+
+
+@pytest.mark.skipif(_nvcc() is None, reason="nvcc is not installed")
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
+def test_compiles_without_spills(source, target, tmp_path):
+    command = [
+        _nvcc(), "-std=c++17", "-O3", "-Xptxas", "-v", f"-gencode=arch=compute_{target},code=sm_{target}",
+        "-c", str(source), "-o", str(tmp_path / "object.o"),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    report = done.stdout + done.stderr
+    kernels = re.findall(r"Compiling entry function '(\S+)'", report)
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", report)]
+    assert kernels and len(spills) == 2 * len(kernels), "ptxas reported nothing"
+    assert not any(spills), f"spills in {source.name}: {report[-4000:]}"
+    assert max(shared, default=0) <= STATIC_SHARED_LIMIT
+
+
+def test_every_source_is_found():
+    assert {source.stem for source in SOURCES} == {
+        "edit_delta", "edit_forward", "edit_gradient", "orthonormal_backward", "orthonormal_forward",
+    }  # fmt: skip
