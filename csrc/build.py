@@ -82,6 +82,15 @@ def nvcc() -> str | None:
     return next((found for found in map(shutil.which, candidates) if found), None)
 
 
+def _toolkit(nvcc: str) -> Path:
+    """The CUDA toolkit's folder, from nvcc's own account: the program on the PATH may be a wrapper somewhere else."""
+    plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True)
+    top = next((line.split("TOP=", 1)[1] for line in plan.stderr.splitlines() if "TOP=" in line), None)
+    if top is None:
+        raise BuildError(f"nvcc: {nvcc} does not say where its toolkit is; set CUDA_HOME, or REFT_KERNELS_BUILD_CUDA=0")
+    return Path(top).resolve()
+
+
 def _escape(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -144,31 +153,35 @@ def _cuda_rules(library: Path, objects: Path) -> list[str]:
     found = nvcc()
     if found is None:
         raise BuildError("nvcc: not found; install the CUDA toolkit or set CUDA_HOME, or set REFT_KERNELS_BUILD_CUDA=0")
-    torch, home = torch_folder(), Path(found).resolve().parents[1]
-    architectures = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES)
-    flags = (
-        f"-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {architectures} -DTORCH_TARGET_VERSION={TARGET_TORCH} -DUSE_CUDA "
-        f"-I{_escape(SOURCES / 'cuda')} -isystem {_escape(torch / 'include')}"
-    )
+    torch, home = torch_folder(), _toolkit(found)
+    targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES)
+    newest = CUDA_ARCHITECTURES[-1]  # its portable code is compiled by the driver of any later GPU
+    targets += f" -gencode arch=compute_{newest},code=compute_{newest}"
+    static = home / "lib64" / "libcudart_static.a"
     lines = [
         f"nvcc = {_escape(found)}",
-        "rule compile",
-        f"  command = $nvcc -MMD -MF $out.d {flags} -c $in -o $out",
+        f"cxx = {compiler()}",
+        "rule kernels",
+        f"  command = $nvcc -MMD -MF $out.d -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {targets} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule registration",
+        f"  command = $cxx -MMD -MF $out.d -std=c++17 -O2 -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION={TARGET_TORCH} "
+        f"-isystem {_escape(torch / 'include')} -isystem {_escape(home / 'include')} -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        "  command = $nvcc -shared -cudart static $in -o $out $libraries",
+        f"  command = $cxx -shared -o $out $in {_escape(static)} -L{_escape(torch / 'lib')} -Wl,--no-as-needed -ltorch_cpu "
+        "-Wl,--as-needed -lpthread -ldl -lrt -Wl,--exclude-libs,ALL",
         "  description = link $out",
     ]
-    sources = sorted([*(SOURCES / "cuda").glob("*.cu"), *(SOURCES / "cuda").glob("*.cpp")])
-    built = [_escape(objects / f"{source.stem}.o") for source in sources]
-    lines += [f"build {target}: compile {_escape(source)}" for target, source in zip(built, sources, strict=True)]
-    lines += [
-        f"build {_escape(library)}: link {' '.join(built)}",
-        f"  libraries = -L{_escape(torch / 'lib')} -ltorch_cpu -L{_escape(home / 'lib64')}",
-    ]
-    return lines
+    built = []
+    for source in sorted([*(SOURCES / "cuda").glob("*.cu"), *(SOURCES / "cuda").glob("*.cpp")]):
+        built.append(_escape(objects / f"{source.stem}.o"))
+        lines.append(f"build {built[-1]}: {'kernels' if source.suffix == '.cu' else 'registration'} {_escape(source)}")
+    return [*lines, f"build {_escape(library)}: link {' '.join(built)}"]
 
 
 def build_cuda(out: Path, objects: Path) -> Path:

@@ -20,7 +20,6 @@ from reft_kernels.activations import ACTIVATIONS
 
 LIBRARY = Path(__file__).with_name("_native_cuda.so")
 MAX_RANK = 256
-_SERVED = ("edit", "edit_backward", "householder", "householder_backward", "cayley", "cayley_backward")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _RANK_MULTIPLE = 8  # the backward's [N, r] scratch is padded to it
 
@@ -40,10 +39,8 @@ def _why_not_loaded() -> str | None:
 def why_unable(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
     """None when the CUDA kernels can serve ``operator`` for tensors of that device type and dtype, else the reason.
 
-    Edits over all rows and hidden states whose channels are strided are of these operators too: they go to Triton.
+    Edits over all rows, hidden states whose channels are strided, and RED go from here to Triton.
     """
-    if operator not in _SERVED:
-        return f"the CUDA kernels do not include {operator}"
     if dtype not in _DTYPES:
         return f"the CUDA kernels accumulate in fp32 and serve fp32, bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
     if device_type != "cuda" or torch.version.hip is not None:
@@ -154,6 +151,16 @@ def edit_backward(
             grad_read, grad_bias, grad_write, grad_subtract_bias,
         )  # fmt: skip
     return grads
+
+
+def red(source: Tensor, *args) -> Tensor:
+    """The contract of :func:`reft_kernels.reference.red`; it is Triton's."""
+    return _elsewhere("red")(source, *args)
+
+
+def red_backward(grad: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """The contract of :func:`reft_kernels.reference.red_backward`; it is Triton's."""
+    return _elsewhere("red_backward")(grad, *args)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

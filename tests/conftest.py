@@ -31,6 +31,8 @@ def _targets() -> list:
         targets.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
     if torch.cuda.is_available():
         targets += [pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu) for name in ("torch", "triton")]
+        if dispatch.why_unable("cuda", "edit", "cuda", torch.float32) is None:
+            targets.append(pytest.param(("cuda", "cuda"), id="cuda-cuda", marks=pytest.mark.gpu))
     return targets
 
 
