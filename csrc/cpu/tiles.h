@@ -195,7 +195,7 @@ class Chunk {
 // Rows of a tile: as many as keep it in L2 between the two products, in multiples of the register blocks.
 template <class T>
 inline int64_t tile_rows(int64_t d, int64_t r) {
-  constexpr int64_t kTileBytes = 256 * 1024, kSumBytes = 64 * 1024, kUnit = 12;
+  constexpr int64_t kTileBytes = 512 * 1024, kSumBytes = 64 * 1024, kUnit = 12;
   int64_t by_row = kTileBytes / (d * int64_t(sizeof(T))), by_rank = kSumBytes / (r * kVectorBytes);
   int64_t rows = by_row < by_rank ? by_row : by_rank;
   rows = rows / kUnit * kUnit;

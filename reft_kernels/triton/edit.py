@@ -46,7 +46,7 @@ def edit_config(num_rows: int, d: int, rank: int, dtype: torch.dtype, second: bo
     block_r = max(common.MIN_DOT, block_r)
     wide = dtype == torch.float32
     if rank <= 32:
-        block_n, block_d, num_warps = (16, 32, 4) if second else (32, 64, 8 if wide else 4)
+        block_n, block_d, num_warps = (16, 32, 4) if second else (32, 32 if wide and rank > 16 else 64, 8 if wide else 4)
     else:
         block_n, block_d, num_warps = 16, 16 if second else 32, 8
     num_warps = 4 if amd else num_warps  # 4 wavefronts are as many threads as 8 warps

@@ -47,7 +47,7 @@ def gradient_config(
     elif second:
         block_n, block_d, num_warps = 16, 32, 4
     else:
-        block_n, block_d, num_warps = (16, 64, 8) if wide else (32, 64, 4)
+        block_n, block_d, num_warps = (16, 64, 8) if wide else (16 if rank > 16 else 32, 64, 4)
     phases = 1 + (rank > 32 or second) + crowded
     num_stages = 1 if crowded and not wide else 2
     block_d = min(columns, block_d)
