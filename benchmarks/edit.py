@@ -3,14 +3,16 @@
     python -m benchmarks.edit [--quick] [--csv FILE] [--device cpu|cuda]
 
 Forward, and forward + backward, by reft_kernels and by PyTorch (folded: two products, eager and by torch.compile; unfolded:
-three), against
-``torch.clone`` of the same hidden state, the copy that no kernel beats. The selected rows are f7+l7 of each prompt, edited in
-place, at several sequence lengths. Each provider is held to fp64 on the same inputs before it is timed.
+three), against ``torch.clone`` of the same hidden state, the copy that no kernel beats; and forward + backward between two other
+operations, as inside a model, where hidden state and gradient are the graph's own and are edited in place, against the same graph
+without an edit. The selected rows are f7+l7 of each prompt, edited in place, at several sequence lengths. Each provider is held to
+fp64 on the same inputs before it is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,6 +71,17 @@ def _both(function: Callable[..., Tensor], hidden: Tensor, weights: tuple[Tensor
     return run
 
 
+def _inside(function: Callable[..., Tensor], hidden: Tensor, weights: tuple[Tensor, ...], grad: Tensor) -> Callable[[], None]:
+    leaves = [hidden.clone().requires_grad_(), *(w.detach().clone().requires_grad_() for w in weights)]
+
+    def run() -> None:
+        (function(leaves[0] * 1.0, *leaves[1:]) * 1.0).backward(grad)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return run
+
+
 def all_rows(n: int, d: int, rank: int, dtype: torch.dtype, device: str, rounds: int) -> list[timing.Row]:
     """Forward and forward + backward over all n rows."""
     hidden = torch.randn(n, d, device=device).to(dtype)
@@ -86,7 +99,12 @@ def all_rows(n: int, d: int, rank: int, dtype: torch.dtype, device: str, rounds:
         forward = {name: (lambda f=f: f(hidden, *weights)) for name, f in providers.items()}
         found = timing.compare("edit, all rows, forward", {"clone": hidden.clone, **forward}, "clone", **settings)
     both = {name: _both(f, hidden, weights, grad) for name, f in providers.items()}
-    return found + timing.compare("edit, all rows, forward + backward", {"clone": hidden.clone, **both}, "clone", **settings)
+    found += timing.compare("edit, all rows, forward + backward", {"clone": hidden.clone, **both}, "clone", **settings)
+    providers["reft_kernels"] = functools.partial(reft_kernels.loreft, inplace=True)
+    inside = {name: _inside(f, hidden, weights, grad) for name, f in providers.items()}
+    baseline = {"no edit": _inside(lambda h, *_: h, hidden, weights, grad)}
+    question = "edit inside a model, all rows, forward + backward"
+    return found + timing.compare(question, baseline | inside, "no edit", **settings)
 
 
 def selected_rows(batch: int, d: int, rank: int, dtype: torch.dtype, device: str, rounds: int) -> list[timing.Row]:

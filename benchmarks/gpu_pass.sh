@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: environment, the gpu tests, the benchmarks. Output under $OUT.
-#   benchmarks/gpu_pass.sh [env] [tests] [kernels] [model]        parts, all by default
+# Everything that needs a GPU, in one command: native build, environment, the gpu tests, the benchmarks, the sanitizers.
+#   benchmarks/gpu_pass.sh [build] [env] [tests] [kernels] [model] [sanitize]        parts, all by default; output under $OUT
 # Without a GPU it runs through and marks each part absent. It installs nothing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -9,8 +9,13 @@ PYTHON="${PYTHON:-python3}"
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(env tests kernels model)
+[ ${#parts[@]} -gt 0 ] || parts=(build env tests kernels model sanitize)
 failed=0
+
+if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+  echo "gpu_pass.sh: $PYTHON has no torch; name another by PYTHON=..." >&2
+  exit 2
+fi
 
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
@@ -29,6 +34,11 @@ run() { # name, command...
 
 for part in "${parts[@]}"; do
   case $part in
+    build)
+      if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then absent build "no nvcc"
+      elif ! has ninja && ! command -v ninja >/dev/null; then absent build "no ninja"
+      else run build_cuda "$PYTHON" csrc/build.py --cuda && run build_cpu "$PYTHON" csrc/build.py; fi
+      ;;
     env)
       run env "$PYTHON" -m reft_kernels.env
       [ $gpu = 0 ] || run nvidia-smi nvidia-smi
@@ -50,8 +60,20 @@ for part in "${parts[@]}"; do
       elif ! has transformers || ! has peft; then absent model "transformers or peft is not installed"
       else run training_step "$PYTHON" -m benchmarks.training_step --device cuda --csv "$OUT/training_step.csv"; fi
       ;;
+    sanitize)
+      sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+      if [ $gpu = 0 ]; then absent sanitize "no GPU"
+      elif [ ! -x "$sanitizer" ]; then absent sanitize "compute-sanitizer is not installed"
+      elif ! has pytest || ! has hypothesis; then absent sanitize "pytest or hypothesis is not installed"
+      else
+        for tool in memcheck racecheck initcheck synccheck; do
+          run "$tool" timeout 120 "$sanitizer" --tool "$tool" --error-exitcode 9 --launch-timeout 60 \
+            "$PYTHON" -m pytest -m gpu -p no:cacheprovider -x tests/cuda/test_cuda_kernels.py -k "strides or unselected or skipped or nothing or zero_X or without_signs"
+        done
+      fi
+      ;;
     *)
-      echo "unknown part '$part', expected env, tests, kernels or model" >&2
+      echo "unknown part '$part', expected build, env, tests, kernels, model or sanitize" >&2
       exit 2
       ;;
   esac
