@@ -5,8 +5,8 @@
 Forward, and forward + backward, by reft_kernels and by PyTorch (folded: two products, eager and by torch.compile; unfolded:
 three), against ``torch.clone`` of the same hidden state, the copy that no kernel beats. Forward + backward between two other
 operations, as inside a model: there hidden state and gradient are the graph's own and are edited in place; the baseline is the
-same graph without an edit. The selected rows are f7+l7 of each prompt, edited in place, at several sequence lengths. Each provider
-is held to fp64 on the same inputs before it is timed.
+same graph without an edit. The selected rows are f7+l7 of each prompt, edited in place, at several sequence lengths. Each
+provider is held to fp64 on the same inputs before it is timed.
 """
 
 from __future__ import annotations

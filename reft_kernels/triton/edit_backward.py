@@ -39,15 +39,15 @@ def gradient_config(
     block_r = max(common.MIN_DOT, common.next_power_of_2(rank))
     columns = max(common.MIN_DOT, common.next_power_of_2(d))
     wide = dtype == torch.float32
-    crowded = rank > 32 and second
+    crowded = rank > 16 and second
     if amd or crowded and not wide:
         block_n, block_d, num_warps = 16, 32, 4
-    elif rank > 32:
+    elif rank > 32 or crowded:
         block_n, block_d, num_warps = 16, 16, 8
-    elif second:
+    elif second or rank > 16 and not wide:
         block_n, block_d, num_warps = 16, 32, 4
     else:
-        block_n, block_d, num_warps = (16, 64, 8) if wide else (16 if rank > 16 else 32, 64, 4)
+        block_n, block_d, num_warps = (16, 64, 8) if wide else (32, 64, 4)
     phases = 1 + (rank > 32 or second) + crowded
     num_stages = 1 if crowded and not wide else 2
     block_d = min(columns, block_d)

@@ -219,7 +219,8 @@ def jobs(full: bool, targets: list[str]) -> list[tuple[str, int, int, str, int, 
         wanted += [("red", d, 2, t) for d in DIMS for t in (*half, "float32")]
         wanted += [("orthonormal", d, r, "float32") for d in DIMS for r in RANKS]
     else:
-        wanted = [("edit", 4096, 8, "bfloat16"), ("edit", 5120, 64, "bfloat16"), ("red", 4096, 2, "bfloat16")]
+        wanted = [("edit", 4096, r, "bfloat16") for r in (8, 32)]
+        wanted += [("edit", 5120, 64, "bfloat16"), ("red", 4096, 2, "bfloat16")]
         wanted += [("orthonormal", 4096, 8, "float32")]
     found = []
     for target in targets:
