@@ -1,6 +1,6 @@
 // The two products of an edit on tiles that lie in cache: rows times weights, and weights added to rows.
-// Both work on whole vectors, converting as they load and store; their callers pad what is not whole. Each element's sum runs in one order whatever the blocking, so
-// results do not depend on how rows are grouped into tiles.
+// Both work on whole vectors, converting as they load and store; their callers pad what is not whole. Each element's sum runs
+// in one order whatever the blocking, so results do not depend on how rows are grouped into tiles.
 #pragma once
 
 #include "vector.h"
