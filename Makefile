@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: demo test test-full test-transformers4 test-gpu lint bench clean
 
-NATIVE := $(wildcard csrc/*.py csrc/cpu/*)
+NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
 # the build finds its tools in the environment: an isolated one would download PyTorch once more
 $(VENV)/.installed: constraints.txt pyproject.toml setup.py $(NATIVE)

@@ -31,6 +31,7 @@ INSTRUCTION_SETS = {
     }
 }
 _WITHOUT = "or install without the native backend: REFT_KERNELS_BUILD_NATIVE=0"
+_WITHOUT_CUDA = "or install without the CUDA library: REFT_KERNELS_BUILD_CUDA=0"
 _CXX_FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi"
 # gcc 12 warns about its own intrinsics' undefined registers
 _KERNEL_FLAGS = "-Wno-uninitialized -Wno-maybe-uninitialized"
@@ -51,14 +52,9 @@ def compiler() -> str:
 
 
 def ninja() -> str:
-    """The ninja program: of the package ninja, or on the PATH."""
+    """The ninja program: beside this Python, where the package ninja puts it, or on the PATH."""
     beside = Path(sys.executable).with_name("ninja")
     found = str(beside) if beside.exists() else shutil.which("ninja")
-    if importlib.util.find_spec("ninja") is not None:
-        import ninja as package
-
-        candidate = Path(package.BIN_DIR) / "ninja"
-        found = str(candidate) if candidate.exists() else found
     if not found:
         raise BuildError(f"ninja: not found; pip install ninja, {_WITHOUT}")
     return found
@@ -87,7 +83,7 @@ def _toolkit(nvcc: str) -> Path:
     plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True)
     top = next((line.split("TOP=", 1)[1] for line in plan.stderr.splitlines() if "TOP=" in line), None)
     if top is None:
-        raise BuildError(f"nvcc: {nvcc} does not say where its toolkit is; set CUDA_HOME, or REFT_KERNELS_BUILD_CUDA=0")
+        raise BuildError(f"nvcc: {nvcc} does not say where its toolkit is; set CUDA_HOME, {_WITHOUT_CUDA}")
     return Path(top).resolve()
 
 
@@ -129,12 +125,14 @@ def _cpu_rules(library: Path, objects: Path, sanitize: str | None) -> list[str]:
     return lines
 
 
-def _run(rules: list[str], objects: Path) -> None:
-    objects.mkdir(parents=True, exist_ok=True)
+def _build(library: Path, rules: list[str], objects: Path, without: str) -> Path:
+    for folder in (library.parent, objects):
+        folder.mkdir(parents=True, exist_ok=True)
     (objects / "build.ninja").write_text("ninja_required_version = 1.5\n" + "\n".join(rules) + "\n", encoding="utf-8")
     done = subprocess.run([ninja(), "-C", str(objects)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise BuildError(f"the native build failed in {objects}; mend it, {_WITHOUT}\n{done.stdout}")
+        raise BuildError(f"the native build failed in {objects}; mend it, {without}\n{done.stdout}")
+    return library
 
 
 def build_cpu(out: Path, objects: Path, sanitize: str | None = None) -> Path:
@@ -143,16 +141,14 @@ def build_cpu(out: Path, objects: Path, sanitize: str | None = None) -> Path:
     Raises:
         BuildError: ninja, a C++17 compiler or torch's headers are missing, or a compilation failed.
     """
-    library = out.resolve() / "_native_cpu.so"
-    out.mkdir(parents=True, exist_ok=True)
-    _run(_cpu_rules(library, objects.resolve(), sanitize), objects.resolve())
-    return library
+    library, objects = out.resolve() / "_native_cpu.so", objects.resolve()
+    return _build(library, _cpu_rules(library, objects, sanitize), objects, _WITHOUT)
 
 
 def _cuda_rules(library: Path, objects: Path) -> list[str]:
     found = nvcc()
     if found is None:
-        raise BuildError("nvcc: not found; install the CUDA toolkit or set CUDA_HOME, or set REFT_KERNELS_BUILD_CUDA=0")
+        raise BuildError(f"nvcc: not found; install the CUDA toolkit or set CUDA_HOME, {_WITHOUT_CUDA}")
     torch, home = torch_folder(), _toolkit(found)
     targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES)
     newest = CUDA_ARCHITECTURES[-1]  # its portable code is compiled by the driver of any later GPU
@@ -190,10 +186,8 @@ def build_cuda(out: Path, objects: Path) -> Path:
     Raises:
         BuildError: nvcc, ninja or torch's headers are missing, or a compilation failed.
     """
-    library = out.resolve() / "_native_cuda.so"
-    out.mkdir(parents=True, exist_ok=True)
-    _run(_cuda_rules(library, objects.resolve()), objects.resolve())
-    return library
+    library, objects = out.resolve() / "_native_cuda.so", objects.resolve()
+    return _build(library, _cuda_rules(library, objects), objects, _WITHOUT_CUDA)
 
 
 def main(argv: list[str] | None = None) -> int:

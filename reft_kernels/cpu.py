@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reft_kernels import outputs
 from reft_kernels.activations import ACTIVATIONS
 from reft_kernels.dtypes import accumulation_dtype
+from reft_kernels.outputs import contiguous
 
 LIBRARY_VARIABLE = "REFT_KERNELS_CPU_LIBRARY"
 LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_native_cpu.so"))
@@ -60,8 +62,9 @@ def why_unable(operator: str, device_type: str, dtype: torch.dtype) -> str | Non
     return _why_off()
 
 
-def _weight(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+def _wanted(*tensors: Tensor) -> list[Tensor | None]:
+    """Outputs as the library takes them: an empty one is not wanted."""
+    return [tensor if tensor.numel() else None for tensor in tensors]
 
 
 def _as(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -89,91 +92,73 @@ def edit(
     source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
     write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract: bool, activation: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    acc = accumulation_dtype(source.dtype)
-    entries, r = source.shape[0] if rows is None else rows.shape[0], write.shape[-2]
-    kept = source.new_empty((entries, source.shape[1])) if save and rows is not None else None
-    u = source.new_empty((entries, r), dtype=acc) if save else None
-    z = source.new_empty((entries, r), dtype=acc) if save and activation != "linear" else None
+    kept, u, z = outputs.edit_saved(source, rows, write, activation, save)
     dense, target = _targets(source, out)
     torch.ops.reft_kernels_cpu.edit.default(
-        dense, target, _weight(rows), _weight(set_ids), _weight(read), _weight(read_bias), _weight(write),
-        _weight(subtract_bias), _weight(coeff), subtract, _ACTIVATION_NUMBER[activation], kept, u, z,
+        dense, target, contiguous(rows), contiguous(set_ids), contiguous(read), contiguous(read_bias), contiguous(write),
+        contiguous(subtract_bias), contiguous(coeff), subtract, _ACTIVATION_NUMBER[activation], *_wanted(kept, u, z),
     )  # fmt: skip
     _written(out, target)
-    absent = lambda: source.new_empty(0, dtype=acc)  # noqa: E731  (each output its own: they may not alias)
-    return source.new_empty(0) if kept is None else kept, absent() if u is None else u, absent() if z is None else z
+    return kept, u, z
 
 
 def edit_backward(
     grad: Tensor, out: Tensor | None, kept: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, set_ids: Tensor | None,
     read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract: bool, activation: str, need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    acc = accumulation_dtype(grad.dtype)
-
-    def wanted(like: Tensor, shape: torch.Size, condition: bool) -> Tensor | None:
-        return like.new_empty(shape, dtype=acc) if condition else None
-
-    grads = (
-        wanted(grad, write.shape, need_weights and read is not None),
-        wanted(grad, write.shape[:-1], need_weights),
-        wanted(grad, write.shape, need_weights),
-        wanted(grad, write.shape[:-1], need_weights and subtract),
-        wanted(grad, u.shape, coeff is not None),
-    )
+    grads = outputs.edit_gradients(grad, rows, read, write, coeff, subtract, need_weights)
     dense, target = _targets(grad, out)
     torch.ops.reft_kernels_cpu.edit_backward.default(
-        dense, target, _rows(kept) if need_weights else kept, u, None if activation == "linear" else z, _weight(rows),
-        _weight(set_ids), _weight(read), _weight(write), _weight(coeff), subtract, _ACTIVATION_NUMBER[activation], *grads,
+        dense, target, _rows(kept) if need_weights else kept, u, None if activation == "linear" else z, contiguous(rows),
+        contiguous(set_ids), contiguous(read), contiguous(write), contiguous(coeff), subtract,
+        _ACTIVATION_NUMBER[activation], *_wanted(*grads),
     )  # fmt: skip
     _written(out, target)
-    return tuple(grad.new_empty(0, dtype=acc) if g is None else g for g in grads)
+    return grads
 
 
 def red(
     source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor, bias: Tensor, save: bool
 ) -> Tensor:
-    entries = source.shape[0] if rows is None else rows.shape[0]
-    # out of place over all rows the caller keeps the input itself
-    keep = save and (rows is not None or out is source)
-    kept = source.new_empty((entries, source.shape[1])) if keep else None
+    kept = outputs.red_kept(source, rows, save)
     dense, target = _targets(source, out)
     torch.ops.reft_kernels_cpu.red.default(
-        dense, target, _weight(rows), _weight(set_ids), _weight(scale), _weight(bias), kept
+        dense, target, contiguous(rows), contiguous(set_ids), contiguous(scale), contiguous(bias), *_wanted(kept)
     )
     _written(out, target)
-    if kept is not None:
-        return kept
-    return source if save else source.new_empty(0)
+    return kept
 
 
 def red_backward(
     grad: Tensor, out: Tensor | None, kept: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    acc = accumulation_dtype(grad.dtype)
-    grads = [grad.new_empty(scale.shape, dtype=acc) if need_weights else None for _ in range(2)]
+    grads = outputs.red_gradients(grad, scale, need_weights)
     dense, target = _targets(grad, out)
     torch.ops.reft_kernels_cpu.red_backward.default(
-        dense, target, _rows(kept) if need_weights else kept, _weight(rows), _weight(set_ids), _weight(scale), *grads
+        dense,
+        target,
+        _rows(kept) if need_weights else kept,
+        contiguous(rows),
+        contiguous(set_ids),
+        contiguous(scale),
+        *_wanted(*grads),
     )
     _written(out, target)
-    return tuple(grad.new_empty(0, dtype=acc) if g is None else g for g in grads)
+    return grads
 
 
 def _build(operator, X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
     acc = accumulation_dtype(X.dtype)
-    layers, d, r = X.shape
-    R = X.new_empty((layers, r, d), dtype=acc)
-    D = None if W is None else X.new_empty((layers, r, d), dtype=acc)
-    aux = X.new_empty((layers, 1 if base is None else 2, r, r), dtype=acc)
-    operator(_as(X, acc), _as(signs, acc), _as(base, acc), _as(point, acc), _as(W, acc), R, D, aux)
-    return R, X.new_empty(0, dtype=acc) if D is None else D, aux
+    R, D, aux = outputs.build(X, base, W)
+    operator(_as(X, acc), _as(signs, acc), _as(base, acc), _as(point, acc), _as(W, acc), R, D if W is not None else None, aux)
+    return R, D, aux
 
 
 def _build_backward(operator, grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
     acc = accumulation_dtype(X.dtype)
     if grad_R is None and grad_D is None:
-        return torch.zeros_like(X, memory_format=torch.contiguous_format)
+        return outputs.no_build_gradient(X)
     grad_X = X.new_empty(X.shape, dtype=acc)
     operator(_as(grad_R, acc), _as(grad_D, acc), _as(X, acc), _as(signs, acc), _as(base, acc), aux, grad_X)
     return grad_X.to(X.dtype)

@@ -16,7 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from reft_kernels import outputs
 from reft_kernels.activations import ACTIVATIONS
+from reft_kernels.outputs import contiguous
 
 LIBRARY = Path(__file__).with_name("_native_cuda.so")
 MAX_RANK = 256
@@ -94,14 +96,11 @@ def edit(
             source, out, rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation, save
         )
     _check_rank(write)
-    num_rows, d, rank = rows.shape[0], source.shape[1], write.shape[-2]
-    kept = source.new_empty((num_rows, d) if save else (0,))
-    u = source.new_empty((num_rows, rank) if save else (0,), dtype=torch.float32)
-    z = source.new_empty((num_rows, rank) if save and activation != "linear" else (0,), dtype=torch.float32)
-    if num_rows > 0:
+    kept, u, z = outputs.edit_saved(source, rows, write, activation, save)
+    if rows.shape[0] > 0:
         read, write = _weights(source, read, write)
         torch.ops.reft_kernels_cuda.edit_forward.default(
-            source, out, rows.contiguous(), _contiguous(set_ids), read, _small(read_bias), write, _small(subtract_bias),
+            source, out, rows.contiguous(), contiguous(set_ids), read, _small(read_bias), write, _small(subtract_bias),
             _small(coeff), subtract, ACTIVATIONS.index(activation), kept, u, z,
         )  # fmt: skip
     return kept, u, z
@@ -122,20 +121,13 @@ def edit_backward(
     _check_rank(write)
     num_rows, rank = rows.shape[0], write.shape[-2]
 
-    def new(shape: tuple[int, ...], wanted: bool) -> Tensor:
-        return grad.new_empty(shape if wanted else (0,), dtype=torch.float32)
-
-    grad_read = new(write.shape, need_weights and read is not None)
-    grad_bias = new(write.shape[:-1], need_weights)
-    grad_write = new(write.shape, need_weights)
-    grad_subtract_bias = new(write.shape[:-1], need_weights and subtract)
-    grad_coeff = new((num_rows, rank), coeff is not None)
-    grads = grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff
+    grads = outputs.edit_gradients(grad, rows, read, write, coeff, subtract, need_weights)
+    grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff = grads
     if num_rows == 0:
         for empty_sum in grads:
             empty_sum.zero_()
         return grads
-    rows, set_ids = rows.contiguous(), _contiguous(set_ids)
+    rows, set_ids = rows.contiguous(), contiguous(set_ids)
     read, write = _weights(grad, read, write)
     chosen = ACTIVATIONS.index(activation)
     count = 3 if subtract and activation != "linear" else 2
@@ -163,10 +155,6 @@ def red_backward(grad: Tensor, *args) -> tuple[Tensor, Tensor]:
     return _elsewhere("red_backward")(grad, *args)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def _single(*tensors: Tensor | None) -> list[Tensor | None]:
     """fp32 and contiguous; nothing is copied where it already is."""
     return [None if t is None else t.float().contiguous() for t in tensors]
@@ -176,9 +164,7 @@ def _build(is_cayley: bool, X: Tensor, signs, base, point, W):
     layers, d, r = X.shape
     if not 1 <= r <= min(d, MAX_RANK):
         raise ValueError(f"X: got d = {d}, r = {r}, the CUDA kernels serve 1 <= r <= min(d, {MAX_RANK})")
-    R = X.new_empty((layers, r, d), dtype=torch.float32)
-    D = X.new_empty((layers, r, d) if W is not None else (0,), dtype=torch.float32)
-    aux = X.new_empty((layers, 1 if base is None else 2, r, r), dtype=torch.float32)
+    R, D, aux = outputs.build(X, base, W)
     if layers > 0:
         torch.ops.reft_kernels_cuda.build_forward.default(*_single(X, signs, base, point, W), is_cayley, R, D, aux)
     return R, D, aux
@@ -186,7 +172,7 @@ def _build(is_cayley: bool, X: Tensor, signs, base, point, W):
 
 def _build_backward(is_cayley: bool, grad_R, grad_D, X: Tensor, signs, base, aux: Tensor) -> Tensor:
     if (grad_R is None and grad_D is None) or X.shape[0] == 0:
-        return torch.zeros_like(X, memory_format=torch.contiguous_format)
+        return outputs.no_build_gradient(X)
     grad_X = X.new_empty(X.shape, dtype=torch.float32)
     torch.ops.reft_kernels_cuda.build_backward.default(*_single(grad_R, grad_D, X, signs, base, aux), is_cayley, grad_X)
     return grad_X.to(X.dtype)

@@ -21,8 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reft_kernels import dispatch
-from reft_kernels.dtypes import accumulation_dtype
+from reft_kernels import dispatch, outputs
 
 _EDIT_ARGS = (
     "Tensor? rows, Tensor? set_ids, Tensor? read, Tensor? read_bias, Tensor write, Tensor? subtract_bias, "
@@ -64,10 +63,6 @@ SCHEMAS: dict[str, str] = {
 """Operator name -> schema: the list of what exists, under ``torch.ops.reft_kernels``."""
 
 _library = torch.library.Library("reft_kernels", "DEF")
-
-
-def _row_count(hidden: Tensor, rows: Tensor | None) -> int:
-    return hidden.shape[0] if rows is None else rows.shape[0]
 
 
 # ---- implementations: allocate what is out of place, then call the backend that serves this device and dtype
@@ -135,36 +130,16 @@ def _build_backward(name: str):
 # ---- fakes: shapes and dtypes only
 
 
-def _edit_saved_fake(hidden, rows, activation, write, save):
-    n, d, r = _row_count(hidden, rows), hidden.shape[1], write.shape[-2]
-    acc = accumulation_dtype(hidden.dtype)
-    kept = hidden.new_empty((n, d)) if save and rows is not None else hidden.new_empty(0)
-    u = hidden.new_empty((n, r), dtype=acc) if save else hidden.new_empty(0, dtype=acc)
-    z = hidden.new_empty((n, r), dtype=acc) if save and activation != "linear" else hidden.new_empty(0, dtype=acc)
-    return kept, u, z
-
-
 def _edit_fake(hidden, rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation, save):
-    return _output_fake(hidden), *_edit_saved_fake(hidden, rows, activation, write, save)
+    return _output_fake(hidden), *outputs.edit_saved(hidden, rows, write, activation, save)
 
 
 def _edit__fake(hidden, rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation, save):
-    return _edit_saved_fake(hidden, rows, activation, write, save)
+    return outputs.edit_saved(hidden, rows, write, activation, save)
 
 
 def _edit_backward__fake(grad, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_weights):
-    acc = accumulation_dtype(grad.dtype)
-
-    def like(shape, wanted):
-        return grad.new_empty(shape if wanted else (0,), dtype=acc)
-
-    return (
-        like(write.shape, need_weights and read is not None),
-        like(write.shape[:-1], need_weights),
-        like(write.shape, need_weights),
-        like(write.shape[:-1], need_weights and subtract),
-        like(u.shape, coeff is not None),
-    )
+    return outputs.edit_gradients(grad, rows, read, write, coeff, subtract, need_weights)
 
 
 def _output_fake(tensor):
@@ -180,22 +155,16 @@ def _edit_backward_fake(grad, kept, u, z, rows, set_ids, read, write, coeff, sub
     return _hidden_grad_fake(grad, need_hidden), *rest
 
 
-def _red_kept_fake(hidden, rows, save):
-    return hidden.new_empty((_row_count(hidden, rows), hidden.shape[1])) if save else hidden.new_empty(0)
-
-
 def _red_fake(hidden, rows, set_ids, scale, bias, save):
-    return _output_fake(hidden), _red_kept_fake(hidden, rows, save and rows is not None)
+    return _output_fake(hidden), outputs.red_kept(hidden, rows, save and rows is not None)
 
 
 def _red__fake(hidden, rows, set_ids, scale, bias, save):
-    return _red_kept_fake(hidden, rows, save)
+    return outputs.red_kept(hidden, rows, save)
 
 
 def _red_backward__fake(grad, kept, rows, set_ids, scale, need_weights):
-    acc = accumulation_dtype(grad.dtype)
-    shape = scale.shape if need_weights else (0,)
-    return grad.new_empty(shape, dtype=acc), grad.new_empty(shape, dtype=acc)
+    return outputs.red_gradients(grad, scale, need_weights)
 
 
 def _red_backward_fake(grad, kept, rows, set_ids, scale, need_hidden, need_weights):
@@ -203,11 +172,7 @@ def _red_backward_fake(grad, kept, rows, set_ids, scale, need_hidden, need_weigh
 
 
 def _build_fake(X, signs, base, base_point, W):
-    layers, d, r = X.shape
-    acc = accumulation_dtype(X.dtype)
-    R = X.new_empty((layers, r, d), dtype=acc)
-    D = X.new_empty((layers, r, d), dtype=acc) if W is not None else X.new_empty(0, dtype=acc)
-    return R, D, X.new_empty((layers, 1 if base is None else 2, r, r), dtype=acc)
+    return outputs.build(X, base, W)
 
 
 def _build_backward_fake(grad_R, grad_D, X, signs, base, aux):

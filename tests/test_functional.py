@@ -94,6 +94,22 @@ def test_error_budget_of_red(case, dtype, backend, device):
     budget.check(make, dtype, draws=_draws(backend, device))
 
 
+@pytest.mark.parametrize("name", ["loreft", "noreft"])
+@pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 3), (torch.float16, 1)], ids=str)
+def test_error_budget_of_edits_larger_than_the_hidden_state(dtype, times, name, backend, device):
+    """Over all rows the backward has the output, not the input: how large an edit may be before that costs accuracy."""
+
+    def make():
+        draw = inputs.draw(name, Case((24,), 24, 3), dtype, device)
+        read = "W" if name == "loreft" else "W1"
+        exact = budget.cast(draw.inputs, torch.float64)
+        edit = draw.plain(**exact) - exact["hidden"]
+        draw.inputs[read] *= float(times * exact["hidden"].norm() / edit.norm())
+        return draw
+
+    budget.check(make, dtype, draws=_draws(backend, device))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_weights(dtype, backend, device):
     """Weights may come in the hidden state's dtype, and their gradients leave in it."""

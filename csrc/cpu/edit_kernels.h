@@ -43,7 +43,7 @@ inline bool whole(int64_t length) {
 
 template <class A>
 inline int64_t chunk_length(int64_t d, int64_t from) {
-  return d - from < kChunk<A> ? d - from : kChunk<A>;
+  return smaller(d - from, kChunk<A>);
 }
 
 // out = the rows of a tile times `panel`'s rows of a set; the lanes are added once, at the end of the row.
@@ -139,11 +139,10 @@ inline void edit(const EditForward& e) {
   });
 }
 
-// Partial sums of the weights' gradients over one run of entries. Where the backward has the output y = x + B^T used in place
-// of the input x, products with x are taken with y, and `cross` [terms, r] holds by what they are too large: pulled^T used B.
+// Partial sums of the weights' gradients over one run of entries.
 template <class A>
 struct Partial {
-  A *write, *read, *read_bias, *subtract_bias, *cross;
+  A *read, *write, *read_bias, *subtract_bias;
 };
 
 template <class T>
@@ -154,8 +153,9 @@ class EditBackwardKernel {
  public:
   explicit EditBackwardKernel(const EditBackward& e)
       : e_(e), w_(e.weights), d_(w_.d), r_(w_.r), tile_(tile_rows<T>(d_, r_)), panels_(w_, e.selection.sets),
-        order_(e.selection), runs_(order_, e.selection.sets, run_length()), weights_(e.grad_write != nullptr), stride_(padded<A>(d_) + kSkew<A>),
-        terms_((panels_.reads + panels_.projects) * r_), partials_(weights_ ? runs_.count * partial_size() : 0) {}
+        order_(e.selection), runs_(order_, e.selection.sets, run_length()), weights_(e.grad_write != nullptr),
+        stride_(padded<A>(d_) + kSkew<A>), terms_((panels_.reads + panels_.projects) * r_),
+        partials_(weights_ ? runs_.count * partial_size() : 0) {}
 
   void operator()() const {
     if (e_.grad_coeff) memset(e_.grad_coeff, 0, size_t(e_.selection.entries * r_) * sizeof(A));  // skipped entries
@@ -169,12 +169,12 @@ class EditBackwardKernel {
  private:
   struct Buffers {
     explicit Buffers(int64_t tile, int64_t r)
-        : sums(tile * r), delta(tile * r), pulled(tile * 2 * r), used(tile * r), g(tile), x(tile), out(tile), terms(2 * r),
-          sums_out(r), g_chunk(tile), x_chunk(tile) {}
+        : sums(tile * r), delta(tile * r), pulled(tile * 2 * r), used(tile * r), unused(tile * r), g(tile), x(tile), out(tile),
+          terms(2 * r), sums_out(r), g_chunk(tile), x_chunk(tile) {}
     Scratch<vec<A>> sums;
-    Scratch<A> delta;   // B g
-    Scratch<A> pulled;  // [rows, terms_]: what multiplies the rows of `terms` in dh: dz, then -ddelta, where they are
-    Scratch<A> used;    // coeff * u
+    Scratch<A> delta;         // B g
+    Scratch<A> pulled;        // [rows, terms_]: what multiplies the rows of `terms` in dh: dz, then -ddelta, where they are
+    Scratch<A> used, unused;  // coeff * u, and its negative
     Scratch<T*> g, x, out;
     Scratch<const A*> terms;  // the rows of read, then of write
     Scratch<A*> sums_out;
@@ -186,14 +186,11 @@ class EditBackwardKernel {
     int64_t rows = 8 * r_ > 128 ? 8 * r_ : 128, most = (e_.selection.entries + 63) / 64;
     return rows > most ? rows : most;
   }
-  bool all_rows() const { return e_.selection.rows == nullptr; }
-  int64_t partial_size() const {
-    return (panels_.reads ? 2 : 1) * r_ * stride_ + 2 * padded<A>(r_) + (all_rows() ? padded<A>(terms_ * r_) : 0);
-  }
+  int64_t partial_size() const { return (panels_.reads ? 2 : 1) * r_ * stride_ + 2 * padded<A>(r_); }
   Partial<A> partial(int64_t i) const {
-    A* write = partials_ + i * partial_size();
-    A* biases = write + (panels_.reads ? 2 : 1) * r_ * stride_;
-    return {write, write + r_ * stride_, biases, biases + padded<A>(r_), biases + 2 * padded<A>(r_)};
+    A* at = partials_ + i * partial_size();
+    A* biases = at + (panels_.reads ? 2 : 1) * r_ * stride_;
+    return {at + r_ * stride_, at, biases, biases + padded<A>(r_)};
   }
 
   void run(int64_t i, Buffers& b) const {
@@ -204,16 +201,17 @@ class EditBackwardKernel {
       memset(sums.write, 0, size_t(partial_size()) * sizeof(A));
     }
     for (int64_t begin = run.begin; begin < run.end; begin += tile_)
-      tile(run.set, begin, begin + tile_ < run.end ? begin + tile_ : run.end, sums, b);
+      tile(run.set, begin, smaller(begin + tile_, run.end), sums, b);
   }
 
   void tile(int64_t set, int64_t begin, int64_t end, const Partial<A>& sums, Buffers& b) const {
     const int64_t count = end - begin;
+    const bool all_rows = e_.selection.rows == nullptr;
     for (int64_t m = 0; m < count; ++m) {
       int64_t entry = order_.entry(begin + m), row = row_of(e_.selection, entry);
       b.g[m] = row_at<T>(e_.grad, row);
       if (e_.out) b.out[m] = row_at<T>(e_.out, row);
-      if (weights_) b.x[m] = row_at<T>(e_.kept, all_rows() ? row : entry);
+      if (weights_) b.x[m] = row_at<T>(e_.kept, all_rows ? row : entry);
     }
     for (int64_t k = 0; k < r_ && panels_.reads; ++k) b.terms[k] = panels_.read.row(set * r_ + k);
     for (int64_t k = 0; k < r_; ++k) b.terms[panels_.reads * r_ + k] = panels_.write.row(set * r_ + k);
@@ -221,7 +219,7 @@ class EditBackwardKernel {
     ranks(begin, count, sums, b);
     for (int64_t from = 0; from < d_; from += kChunk<A>) {
       const int64_t length = chunk_length<A>(d_, from);
-      if (weights_) weight_gradients(count, from, length, sums, b);  // before the gradient is overwritten
+      if (weights_) weight_gradients(count, from, length, all_rows, sums, b);  // before the gradient is overwritten
       if (e_.out) hidden_gradient(count, from, length, b);
     }
   }
@@ -245,27 +243,32 @@ class EditBackwardKernel {
         if (panels_.reads) b.pulled[m * terms_ + k] = dz;
         if (panels_.projects) b.pulled[m * terms_ + panels_.reads * r_ + k] = -ddelta;
         b.used[at] = factor * u;
+        b.unused[at] = -factor * u;
         if (weights_) {
           sums.read_bias[k] += dz;
           sums.subtract_bias[k] -= ddelta;
         }
       }
-      if (!weights_ || !all_rows()) continue;
-      const A* const used = b.used + m * r_;
-      for (int64_t t = 0; t < terms_; ++t) {
-        const A pulled = b.pulled[m * terms_ + t];
-        A* const cross = sums.cross + t * r_;
-        for (int64_t j = 0; j < r_; ++j) cross[j] += pulled * used[j];
-      }
     }
   }
 
-  // used^T g, -ddelta^T x and dz^T x for one chunk of the channels, onto the partial sums; x may be y (Partial).
-  void weight_gradients(int64_t count, int64_t from, int64_t length, const Partial<A>& sums, Buffers& b) const {
+  // used^T g, -ddelta^T x and dz^T x for one chunk of the channels, onto the partial sums.
+  void weight_gradients(int64_t count, int64_t from, int64_t length, bool all_rows, const Partial<A>& sums, Buffers& b) const {
     const int64_t vectors = padded<A>(length) / L;
     outer({b.used, 1, r_}, count, from, vectors, rows_of(b.g, count, from, length, b.g_chunk), sums.write, b);
     if (terms_ == 0) return;  // no other gradient needs the input
-    const At<const A> x = rows_of(b.x, count, from, length, b.x_chunk);
+    At<const A> x{b.x_chunk.rows(), 0};
+    if (all_rows) {  // x = y - B^T used
+      const A* const* write = b.terms + panels_.reads * r_;
+      if (whole<A>(length)) {
+        update<A, A, T>({b.x_chunk.rows(), 0}, {b.x, from}, count, vectors, {b.unused, r_, 1}, r_, {write, from});
+      } else {
+        b.x_chunk.load(b.x.get(), count, from, length);
+        update<A, A, A>({b.x_chunk.rows(), 0}, x, count, vectors, {b.unused, r_, 1}, r_, {write, from});
+      }
+    } else {
+      x = rows_of(b.x, count, from, length, b.x_chunk);
+    }
     if (panels_.projects) outer({b.pulled + panels_.reads * r_, 1, terms_}, count, from, vectors, x, sums.write, b);
     if (panels_.reads) outer({b.pulled, 1, terms_}, count, from, vectors, x, sums.read, b);
   }
@@ -309,7 +312,7 @@ class EditBackwardKernel {
         A *write = grad_write + i * d_, *read = panels_.reads ? grad_read + i * d_ : nullptr;
         memset(write, 0, size_t(d_) * sizeof(A));
         if (read) memset(read, 0, size_t(d_) * sizeof(A));
-        A dc = A(0), dp = A(0), cross_read[256] = {}, cross_write[256] = {};
+        A dc = A(0), dp = A(0);
         for (int64_t run = 0; run < runs_.count; ++run) {
           if (runs_[run].set != set) continue;
           const Partial<A> sums = partial(run);
@@ -317,14 +320,6 @@ class EditBackwardKernel {
           if (read) add(read, sums.read + k * stride_, A(1));
           dc += sums.read_bias[k];
           dp += sums.subtract_bias[k];
-          if (!all_rows()) continue;
-          for (int64_t j = 0; j < r_ && read; ++j) cross_read[j] += sums.cross[k * r_ + j];
-          for (int64_t j = 0; j < r_ && panels_.projects; ++j)
-            cross_write[j] += sums.cross[(panels_.reads * r_ + k) * r_ + j];
-        }
-        for (int64_t j = 0; j < r_ && all_rows(); ++j) {
-          if (read) add(read, panels_.write.row(set * r_ + j), -cross_read[j]);
-          if (panels_.projects) add(write, panels_.write.row(set * r_ + j), -cross_write[j]);
         }
         if (same) add(write, read, A(-1));
         if (read_bias) read_bias[i] = dc;
@@ -332,10 +327,10 @@ class EditBackwardKernel {
       }
     });
   }
-  void add(A* to, const A* from, A factor) const {
+  void add(A* to, const A* from, A sign) const {
     int64_t j = 0;
-    for (; j + L <= d_; j += L) store(to + j, fma(broadcast<A>(factor), load(from + j), load(to + j)));
-    for (; j < d_; ++j) to[j] += factor * from[j];
+    for (; j + L <= d_; j += L) store(to + j, fma(broadcast<A>(sign), load(from + j), load(to + j)));
+    for (; j < d_; ++j) to[j] += sign * from[j];
   }
 
   const EditBackward& e_;

@@ -8,9 +8,6 @@
 namespace reft {
 namespace REFT_ISA {
 
-REFT_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-REFT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // ---- transposition through registers, 16 bytes of a row at a time
 
 template <class T>

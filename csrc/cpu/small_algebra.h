@@ -39,16 +39,15 @@ class Squares {
   int64_t size_;
 };
 
-// The left operand of a product: element (i, k) is data[i * row + k * column]; zeros left of the diagonal (`upper`) or right
-// of it (`lower`) are skipped.
-enum class Form { full, upper, lower };
+// The left operand of a product: element (i, k) is data[i * row + k * column]; zeros left of it (`upper`) are skipped.
+enum class Form { full, upper };
 struct Operand {
   const double* data;
   int64_t row, column;
   Form form;
 };
 inline Operand plain(Square a, Form form = Form::full) { return {a.data, a.ld, 1, form}; }
-inline Operand transposed(Square a, Form form_of_transpose = Form::full) { return {a.data, 1, a.ld, form_of_transpose}; }
+inline Operand transposed(Square a) { return {a.data, 1, a.ld, Form::full}; }
 
 struct SquareSink {
   Square out;
@@ -61,10 +60,10 @@ inline void multiply(double alpha, Operand a, Square b, Square out, bool accumul
   alignas(64) double factor[kDepth * kFactorRows];
   const int64_t size = b.size;
   for (int64_t block = 0; block < factor_blocks(size); ++block) {
-    int64_t row = factor_block_begin(size, block), end = factor_block_begin(size, block + 1), rows = end - row;
-    int64_t from = a.form == Form::upper ? row : 0, to = a.form == Form::lower ? end : size;
-    for (int64_t begin = from; begin < to; begin += kDepth) {
-      int64_t depth = smaller(kDepth, to - begin);
+    int64_t row = factor_block_begin(size, block), rows = factor_block_begin(size, block + 1) - row;
+    int64_t from = a.form == Form::upper ? row : 0;
+    for (int64_t begin = from; begin < size; begin += kDepth) {
+      int64_t depth = smaller(kDepth, size - begin);
       for (int64_t k = 0; k < depth; ++k) {
         const double* left = a.data + row * a.row + (begin + k) * a.column;
         for (int64_t i = 0; i < rows; ++i) factor[k * rows + i] = alpha * left[i * a.row];

@@ -11,6 +11,9 @@
 namespace reft {
 namespace REFT_ISA {
 
+REFT_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+REFT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // Uninitialised memory of this call, aligned to a cache line.
 template <class T>
 class Scratch {
@@ -38,7 +41,7 @@ constexpr int64_t kChunk = kChunkBytes / int64_t(sizeof(A));
 
 template <class A>
 inline int64_t padded(int64_t d) {
-  return (d + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+  return round_up(d, kLanes<A>);
 }
 
 // Weight rows a power of two apart would share a few cache sets; two lines more spread them.
@@ -139,7 +142,7 @@ class Runs {
     int64_t i = 0;
     for (int64_t k = 0; k < sets; ++k)
       for (int64_t b = order.begin(k); b < order.end(k); b += longest)
-        runs_[i++] = Run{k, b, b + longest < order.end(k) ? b + longest : order.end(k)};
+        runs_[i++] = Run{k, b, smaller(b + longest, order.end(k))};
   }
   const Run& operator[](int64_t i) const { return runs_.get()[i]; }
   int64_t count = 0;
@@ -197,9 +200,8 @@ template <class T>
 inline int64_t tile_rows(int64_t d, int64_t r) {
   constexpr int64_t kTileBytes = 512 * 1024, kSumBytes = 64 * 1024, kUnit = 12;
   int64_t by_row = kTileBytes / (d * int64_t(sizeof(T))), by_rank = kSumBytes / (r * kVectorBytes);
-  int64_t rows = by_row < by_rank ? by_row : by_rank;
-  rows = rows / kUnit * kUnit;
-  return rows < kUnit ? kUnit : rows > 48 ? 48 : rows;
+  int64_t rows = smaller(by_row, by_rank) / kUnit * kUnit;
+  return rows < kUnit ? kUnit : smaller(rows, 4 * kUnit);
 }
 
 // How many units a thread should take at least: below this much work entering the pool costs more than it brings.

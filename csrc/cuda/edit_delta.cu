@@ -1,4 +1,4 @@
-// The edit's backward, first launch, over rows: delta = B g, then dz = act'(z) coeff delta, coeff * u and the gradient of coeff.
+// The edit's backward, first launch, over rows: delta = B g, then dz = act'(z) coeff delta, coeff * u and coeff's gradient.
 //
 // It reads the rows of g once and writes what the second launch needs of them, [N, r] each, padded with zeros.
 #include "project.cuh"

@@ -36,7 +36,8 @@ __host__ __device__ constexpr int matrix_stride(int r) { return r | 1; }
 __host__ __device__ constexpr int64_t matrix_size(int r) { return int64_t(r) * matrix_stride(r); }
 
 constexpr size_t build_shared_bytes(int r, int matrices) {
-  return sizeof(float) * 2 * Tiling(r).floats() + sizeof(double) * (2 * kMaxRank + (r <= kSharedRank ? matrices * matrix_size(r) : 0));
+  return sizeof(float) * 2 * Tiling(r).floats() +
+         sizeof(double) * (2 * kMaxRank + (r <= kSharedRank ? matrices * matrix_size(r) : 0));
 }
 
 // What every chip from sm_80 on lets one block have.

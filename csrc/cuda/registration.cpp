@@ -1,4 +1,4 @@
-// The kernels as operators of the private namespace `reft_kernels_cuda`, through PyTorch's stable ABI alone: no Python, no ATen.
+// The kernels as operators of the private namespace `reft_kernels_cuda`, through PyTorch's stable ABI: no Python, no ATen.
 // Outputs are allocated by the caller (reft_kernels/cuda.py), which also checks shapes; a tensor of no elements is not wanted.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>

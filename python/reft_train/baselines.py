@@ -53,9 +53,7 @@ class TorchLoReFT(nn.Module):
     def __init__(self, rotation: Tensor) -> None:
         super().__init__()
         rank, width = rotation.shape
-        self.rotate = orthogonal(
-            nn.Linear(width, rank, bias=False), orthogonal_map="householder", use_trivialization=False
-        )
+        self.rotate = orthogonal(nn.Linear(width, rank, bias=False), orthogonal_map="householder", use_trivialization=False)
         self.source = nn.Linear(width, rank)
         with torch.no_grad():
             self.rotate.weight = rotation

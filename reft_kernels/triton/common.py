@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels.dispatch import interpreting
+from reft_kernels.outputs import contiguous  # noqa: F401  (the kernels' launches take it from here)
 
 INTERPRETING = interpreting()
 IS_AMD = torch.version.hip is not None
@@ -32,11 +33,6 @@ CUDA_OPTIONS = {"maxnreg": 255}  # else ptxas spills to reach an occupancy that 
 def compile_options(tensor: Tensor) -> dict[str, int]:
     """What the launches on ``tensor``'s device give the compiler beside warps and stages."""
     return CUDA_OPTIONS if tensor.is_cuda and not IS_AMD else {}
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Weights and small per-row tensors are read as dense rows."""
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 def dot_precision(dtype: torch.dtype) -> str | None:

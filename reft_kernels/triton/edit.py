@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reft_kernels import outputs
 from reft_kernels.triton import common
 
 
@@ -147,10 +148,8 @@ def edit(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The contract of :func:`reft_kernels.reference.edit`, in one launch."""
     d, rank = source.shape[1], write.shape[-2]
-    num_rows = source.shape[0] if rows is None else rows.shape[0]
-    kept = source.new_empty((num_rows, d) if save and rows is not None else (0,))
-    u = source.new_empty((num_rows, rank) if save else (0,), dtype=torch.float32)
-    z = source.new_empty((num_rows, rank) if save and activation != "linear" else (0,), dtype=torch.float32)
+    num_rows = outputs.row_count(source, rows)
+    kept, u, z = outputs.edit_saved(source, rows, write, activation, save)
     if num_rows == 0:
         return kept, u, z
     second = subtract and activation != "linear"

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reft_kernels import outputs
 from reft_kernels.triton import common, reduction
 from reft_kernels.triton.edit import EditConfig, edit_config
 
@@ -301,20 +302,13 @@ def edit_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The contract of :func:`reft_kernels.reference.edit_backward`, in two launches (one where only dcoeff is wanted)."""
     d, rank = grad.shape[1], write.shape[-2]
-    num_rows = grad.shape[0] if rows is None else rows.shape[0]
+    num_rows = outputs.row_count(grad, rows)
     sets = write.shape[0] if set_ids is not None else 1
     linear = activation == "linear"
     second = subtract and not linear
 
-    def new(shape: tuple[int, ...], wanted: bool) -> Tensor:
-        return grad.new_empty(shape if wanted else (0,), dtype=torch.float32)
-
-    grad_read = new(write.shape, need_weights and read is not None)
-    grad_bias = new(write.shape[:-1], need_weights)
-    grad_write = new(write.shape, need_weights)
-    grad_subtract_bias = new(write.shape[:-1], need_weights and subtract)
-    grad_coeff = new((num_rows, rank), coeff is not None)
-    grads = grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff
+    grads = outputs.edit_gradients(grad, rows, read, write, coeff, subtract, need_weights)
+    grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff = grads
     if num_rows == 0:
         for empty_sum in grads:
             empty_sum.zero_()

@@ -13,7 +13,6 @@ bit-identical. What one phase writes to scratch the next reads, behind ``tl.debu
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reft_kernels import outputs
 from reft_kernels.triton import common
 from reft_kernels.triton.small_algebra import (
     FULL,
@@ -404,16 +404,12 @@ def _processors(device: torch.device) -> int:
 
 def _launch(kernel, config: BuildConfig, X: Tensor, is_cayley: bool, *args) -> None:
     layers, d, r = X.shape
-    with torch.cuda.device_of(X) if X.is_cuda else contextlib.nullcontext():
+    with common.device_guard(X):
         kernel[(config.splits, layers)](
             *args, d, r, config.chunk,
             CAYLEY=is_cayley, **config.constexprs(), num_warps=config.num_warps, num_stages=config.num_stages,
             **common.compile_options(X),
         )  # fmt: skip
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [t if t is None else t.contiguous() for t in tensors]
 
 
 def _scratch(config: BuildConfig, X: Tensor, wide: int, narrow: int) -> tuple[Tensor, Tensor]:
@@ -424,10 +420,8 @@ def _scratch(config: BuildConfig, X: Tensor, wide: int, narrow: int) -> tuple[Te
 
 def _build(is_cayley: bool, X: Tensor, signs, base, point, W):
     layers, d, r = X.shape
-    X, signs, base, point, W = _contiguous(X, signs, base, point, W)
-    R = X.new_empty((layers, r, d), dtype=torch.float32)
-    D = X.new_empty((layers, r, d) if W is not None else (0,), dtype=torch.float32)
-    aux = X.new_empty((layers, 1 if base is None else 2, r, r), dtype=torch.float32)
+    X, signs, base, point, W = map(common.contiguous, (X, signs, base, point, W))
+    R, D, aux = outputs.build(X, base, W)
     if layers > 0:
         config = build_config(layers, d, r, _processors(X.device))
         scratch = _scratch(config, X, *((1, 2) if base is None else (4, 3)))
@@ -439,8 +433,8 @@ def _build(is_cayley: bool, X: Tensor, signs, base, point, W):
 def _build_backward(is_cayley: bool, grad_R, grad_D, X: Tensor, signs, base, aux: Tensor) -> Tensor:
     layers, d, r = X.shape
     if (grad_R is None and grad_D is None) or layers == 0:
-        return torch.zeros_like(X, memory_format=torch.contiguous_format)
-    grad_R, grad_D, X, signs, base, aux = _contiguous(grad_R, grad_D, X, signs, base, aux)
+        return outputs.no_build_gradient(X)
+    grad_R, grad_D, X, signs, base, aux = map(common.contiguous, (grad_R, grad_D, X, signs, base, aux))
     grad_X = torch.empty_like(X)
     config = build_config(layers, d, r, _processors(X.device))
     scratch = _scratch(config, X, *((4, 3) if base is None else (7, 4)))

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reft_kernels import outputs
 from reft_kernels.triton import common, reduction
 
 
@@ -121,8 +122,8 @@ def red(
 ) -> Tensor:
     """The contract of :func:`reft_kernels.reference.red`, in one launch."""
     d = source.shape[1]
-    num_rows = source.shape[0] if rows is None else rows.shape[0]
-    kept = source.new_empty((num_rows, d) if save else (0,))
+    num_rows = outputs.row_count(source, rows)
+    kept = outputs.red_kept(source, rows, save)
     if num_rows == 0:
         return kept
     config = red_config(num_rows, d, scale.shape[0] if set_ids is not None else 1)
@@ -146,10 +147,9 @@ def red_backward(
 ) -> tuple[Tensor, Tensor]:
     """The contract of :func:`reft_kernels.reference.red_backward`, in one launch."""
     d = grad.shape[1]
-    num_rows = grad.shape[0] if rows is None else rows.shape[0]
+    num_rows = outputs.row_count(grad, rows)
     sets = scale.shape[0] if set_ids is not None else 1
-    shape = scale.shape if need_weights else (0,)
-    grad_scale, grad_bias = (grad.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    grad_scale, grad_bias = outputs.red_gradients(grad, scale, need_weights)
     if num_rows == 0:
         return grad_scale.zero_(), grad_bias.zero_()
     if out is None and not need_weights:

@@ -126,9 +126,7 @@ def _sanitized(tmp_path: Path, *selection: str) -> None:
         if not os.path.isabs(found):
             pytest.skip(f"{compiler} has no {name}")
         runtimes.append(found)
-    built = _run(
-        sys.executable, BUILD, "--sanitize", "address,undefined", "--out", tmp_path, "--objects", tmp_path / "objects"
-    )
+    built = _run(sys.executable, BUILD, "--sanitize", "address,undefined", "--out", tmp_path, "--objects", tmp_path / "objects")
     assert built.returncode == 0, built.stderr
     done = _run(
         sys.executable, "-c", SANITIZED, *selection, REFT_KERNELS_CPU_LIBRARY=str(tmp_path / "_native_cpu.so"),

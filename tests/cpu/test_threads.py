@@ -55,6 +55,4 @@ def test_orthonormal(name, based, rank, layers):
     base = rk.base_point(rk.orthonormalize(torch.randn(layers, rank, 2311))) if based else None
     leaves = {"X": torch.randn(layers, 2311, rank) / 2311**0.5}
     grad = torch.randn(layers, rank, 2311)
-    _assert_the_same_on_any_number_of_threads(
-        lambda: budget.outputs(lambda X: getattr(rk, name)(X, base), leaves, grad)
-    )
+    _assert_the_same_on_any_number_of_threads(lambda: budget.outputs(lambda X: getattr(rk, name)(X, base), leaves, grad))

@@ -5,31 +5,30 @@ Dynamic shared memory is held to the smallest chip's limit by static assertions 
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
-SOURCES = sorted((Path(__file__).parents[2] / "csrc" / "cuda").glob("*.cu"))
+CSRC = Path(__file__).parents[2] / "csrc"
+SOURCES = sorted((CSRC / "cuda").glob("*.cu"))
+_spec = importlib.util.spec_from_file_location("native_build", CSRC / "build.py")
+_build = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_build)
+NVCC = _build.nvcc()
 TARGETS = ("90", pytest.param("80", marks=pytest.mark.full), pytest.param("100", marks=pytest.mark.full))
 STATIC_SHARED_LIMIT = 48 * 1024
 
 
-def _nvcc() -> str | None:
-    folders = [Path(home) / "bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    return shutil.which("nvcc") or next((str(folder / "nvcc") for folder in folders if (folder / "nvcc").exists()), None)
-
-
-@pytest.mark.skipif(_nvcc() is None, reason="nvcc is not installed")
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_compiles_without_spills(source, target, tmp_path):
     command = [
-        _nvcc(), "-std=c++17", "-O3", "-Xptxas", "-v", f"-gencode=arch=compute_{target},code=sm_{target}",
+        NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", f"-gencode=arch=compute_{target},code=sm_{target}",
         "-c", str(source), "-o", str(tmp_path / "object.o"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)

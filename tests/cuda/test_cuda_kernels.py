@@ -5,6 +5,7 @@ The oracle is tests/budget.py. The tests of the package also run with this backe
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -12,10 +13,10 @@ import pytest
 import torch
 
 import reft_kernels as rk
-from reft_kernels import cuda, orthonormal
+from reft_kernels import cuda
 from reft_kernels.activations import ACTIVATIONS
-from reft_kernels.parametrization import base_point, orthonormality_error
-from tests import budget, inputs, plain
+from reft_kernels.parametrization import orthonormality_error
+from tests import budget, inputs, maps, plain
 from tests.inputs import Case
 
 DEVICE = "cuda"
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAPS = ("householder", "cayley")
+MAPS = maps.MAPS
 
 
 @pytest.fixture
@@ -247,45 +248,9 @@ SHAPES = [  # layers, d, r
 ]  # fmt: skip
 
 
-def _build_inputs(layers, d, r, *, base=False, signs=True, W=True, dtype=torch.float32, scale=0.3):
-    """X, signs, base, point, W as the operators take them."""
-    X = (scale * torch.randn(layers, d, r, device=DEVICE)).to(dtype)
-    reflectors = point = None
-    sign = torch.randn(layers, r, device=DEVICE).sign() if signs else None
-    if base:
-        prepared = base_point(torch.linalg.qr(torch.randn(layers, d, r, dtype=torch.float64)).Q.mT.float())
-        point, reflectors, sign = (t.to(DEVICE) for t in prepared)
-    return X, sign, reflectors, point, torch.randn(layers, r, d, device=DEVICE) if W else None
-
-
-def _both(module, name, given, grads):
-    """R, D, aux and grad_X of one map."""
-    outputs = getattr(module, name)(*given)
-    return *outputs, getattr(module, f"{name}_backward")(*grads, *given[:3], outputs[2])
-
-
-def _double(tensors):
-    return [None if t is None else t.double() for t in tensors]
-
-
-def _check(name, draws):
-    """Hold R, D, aux and grad_X to the budget, with the torch functions in fp32 as the straightforward computation."""
-    found = {}
-    for given, grads in draws:
-        exact = _both(orthonormal, name, _double(given), _double(grads))
-        theirs = _both(orthonormal, name, given, grads)
-        ours = _both(cuda, name, given, grads)
-        for label, ref, other, got in zip(("R", "D", "aux", "grad_X"), exact, theirs, ours, strict=True):
-            assert (got.shape, got.dtype) == (other.shape, other.dtype), label
-            assert got.is_contiguous() and got.isfinite().all(), label
-            if ref.numel():
-                numbers = (got.double() - ref).abs().max(), (other.double() - ref).abs().max(), ref.abs().max()
-                found.setdefault((label, torch.finfo(got.dtype).eps), []).append([float(n) for n in numbers])
-        assert not ours[3].triu().any(), "grad_X: entries on or above the diagonal"
-    for (label, eps), numbers in found.items():
-        error, straightforward, size = (max(column) for column in zip(*numbers, strict=True))
-        allowed = 2 * straightforward + eps * size
-        assert error <= allowed, f"{label}: {error:.2e} over the budget {allowed:.2e} (straightforward: {straightforward:.2e})"
+_build_inputs = functools.partial(maps.draw, device=DEVICE)
+_check = functools.partial(maps.check, cuda)
+_both, _double = maps.both, maps.double
 
 
 def _grads(layers, d, r):

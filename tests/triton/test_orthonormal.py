@@ -6,6 +6,7 @@ the backend functions is varied, and memory that no kernel wrote is NaN.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 import math
@@ -13,9 +14,9 @@ import math
 import pytest
 import torch
 
-from reft_kernels import orthonormal
 from reft_kernels.dispatch import interpreting
-from reft_kernels.parametrization import base_point, orthonormality_error
+from reft_kernels.parametrization import orthonormality_error
+from tests import maps
 
 pytest.importorskip("triton", reason="needs the package triton")
 if not (interpreting() or torch.cuda.is_available()):
@@ -26,52 +27,14 @@ kernels = importlib.import_module("reft_kernels.triton.orthonormal")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # the interpreter casts fp32 to bf16 by cutting bits off, twice the error of rounding, so bf16 is for a GPU
 DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
-MAPS = ("householder", "cayley")
+MAPS = maps.MAPS
 SHAPES = ((3, 7, 1), (3, 45, 3), (3, 64, 4), (2, 131, 8), (1, 77, 16), (1, 65, 33))  # L, d, r; r = 33 takes four tiles
 CASES = [(shape, base) for shape in SHAPES for base in (False, True) if base or shape[2] <= 16]
 
 
-def _inputs(layers, d, r, *, base=False, signs=True, W=True, dtype=torch.float32, scale=0.3):
-    """X, signs, base, point, W as the operators take them."""
-    X = (scale * torch.randn(layers, d, r, device=DEVICE)).to(dtype)
-    reflectors = point = None
-    sign = torch.randn(layers, r, device=DEVICE).sign() if signs else None
-    if base:
-        frame = torch.linalg.qr(torch.randn(layers, d, r, dtype=torch.float64, device=DEVICE)).Q
-        prepared = base_point(frame.mT.float())
-        reflectors, point, sign = prepared.reflectors, prepared.R, prepared.signs
-    return X, sign, reflectors, point, torch.randn(layers, r, d, device=DEVICE) if W else None
-
-
-def _double(tensors):
-    return [None if t is None else t.double() for t in tensors]
-
-
-def _both(module, name, inputs, grads):
-    """Forward and backward of one map: R, D, aux, grad_X."""
-    outputs = getattr(module, name)(*inputs)
-    X, signs, base = inputs[:3]
-    return *outputs, getattr(module, f"{name}_backward")(*grads, X, signs, base, outputs[2])
-
-
-def _check(name, draws):
-    """Hold each output to the budget over several draws of (inputs, grads)."""
-    found = {}
-    for inputs, grads in draws:
-        want = _both(orthonormal, name, _double(inputs), _double(grads))
-        plain = _both(orthonormal, name, inputs, grads)
-        ours = _both(kernels, name, inputs, grads)
-        for label, ref, theirs, got in zip(("R", "D", "aux", "grad_X"), want, plain, ours, strict=True):
-            assert (got.shape, got.dtype) == (theirs.shape, theirs.dtype), label
-            assert got.is_contiguous() and got.isfinite().all(), label
-            if ref.numel():
-                numbers = (got.double() - ref).abs().max(), (theirs.double() - ref).abs().max(), ref.abs().max()
-                found.setdefault((label, torch.finfo(got.dtype).eps), []).append([float(n) for n in numbers])
-        assert not ours[3].triu().any(), "grad_X: entries on or above the diagonal"
-    for (label, eps), numbers in found.items():
-        error, straightforward, size = (max(column) for column in zip(*numbers, strict=True))
-        allowed = 2 * straightforward + eps * size
-        assert error <= allowed, f"{label}: {error:.2e} over the budget {allowed:.2e} (straightforward: {straightforward:.2e})"
+_inputs = functools.partial(maps.draw, device=DEVICE)
+_check = functools.partial(maps.check, kernels)
+_both, _double = maps.both, maps.double
 
 
 @pytest.mark.parametrize(("shape", "base"), CASES, ids=str)
