@@ -10,10 +10,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
 # the build finds its tools in the environment: an isolated one would download PyTorch once more
-$(VENV)/.installed: constraints.txt pyproject.toml setup.py $(NATIVE)
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py benchmarks/requirements-pyreft.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools ninja torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements-pyreft.txt
 	touch $@
 
 demo: $(VENV)/.installed
@@ -47,9 +48,11 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+# every question that this machine can answer; raw rows under benchmarks/results/, one page that shows them all
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.r_build $(ARGS)
-	$(BIN)/python -m benchmarks.training_step $(ARGS)
+	$(BIN)/python -m benchmarks.run --csv $(ARGS)
+	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks.readme
 
 clean:
 	rm -rf $(VENV) $(VENV)-transformers4 build *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -1,81 +1,127 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: native build, environment, the gpu tests, the benchmarks, the sanitizers.
-#   benchmarks/gpu_pass.sh [build] [env] [tests] [kernels] [model] [sanitize]        parts, all by default; output under $OUT
-# Without a GPU it runs through and marks each part absent. It installs nothing.
+# Everything that needs a GPU, in one command, under ten minutes; it installs nothing.
+#   benchmarks/gpu_pass.sh [--resume] [env] [build] [tests] [kernels] [model] [profile] [sanitize] [tuning]
+# Parts run in this order, all by default; --resume leaves out those that an earlier pass into the same $OUT finished.
+# Output goes to $OUT (default benchmarks/results/gpu_pass). Without a GPU it runs through and marks each part absent.
+# A part that outlives its share of the ten minutes is cut and says so; LIMIT_tests=600 and the like give it more.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-OUT="${OUT:-benchmarks/results}"
+OUT="${OUT:-benchmarks/results/gpu_pass}"
 PYTHON="${PYTHON:-python3}"
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(build env tests kernels model sanitize)
-failed=0
-
+all=(env build tests kernels model profile sanitize tuning)
+resume=0
+parts=()
+for argument in "$@"; do
+  if [ "$argument" = --resume ]; then resume=1
+  elif [[ " ${all[*]} " == *" $argument "* ]]; then parts+=("$argument")
+  else echo "gpu_pass.sh: got '$argument', expected --resume, ${all[*]}" >&2; exit 2; fi
+done
+[ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
 if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
   echo "gpu_pass.sh: $PYTHON has no torch; name another by PYTHON=..." >&2
   exit 2
 fi
+if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then gpu=1; else gpu=0; fi
+LIMIT_env=20 LIMIT_build=60
+: "${LIMIT_tests:=200}" "${LIMIT_kernels:=110}" "${LIMIT_model:=90}" "${LIMIT_profile:=30}" "${LIMIT_sanitize:=50}" "${LIMIT_tuning:=60}"
+failed=0
+[ $resume = 1 ] || rm -f "$OUT"/*.done "$OUT/left_out.txt"
 
 has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
-if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then gpu=1; else gpu=0; fi
+absent() { echo "$part: absent ($1)" | tee -a "$OUT/left_out.txt"; }
 
-absent() { echo "$1: absent ($2)" | tee -a "$OUT/left_out.txt"; }
-
-run() { # name, command...
-  local name=$1
+run() { # log's name, command...: within what is left of the part's time
+  local log=$1 name="LIMIT_$part" left
   shift
-  echo "== $name"
-  "$@" 2>&1 | tee "$OUT/$name.log"
+  left=$((${!name} - SECONDS + began))
+  if [ $left -le 0 ]; then
+    echo "$part: $log left out, the part's ${!name} s are over" | tee -a "$OUT/left_out.txt"
+    whole=0
+    return
+  fi
+  echo "== $log (at most $left s)"
+  timeout --kill-after 5 $left "$@" 2>&1 | tee "$OUT/$log.log"
   local status=${PIPESTATUS[0]}
-  [ "$status" -eq 0 ] || { echo "$name: exit status $status" | tee -a "$OUT/left_out.txt"; failed=1; }
+  [ "$status" -eq 0 ] && return
+  whole=0
+  if [ "$status" -eq 124 ]; then echo "$part: $log cut after $left s" | tee -a "$OUT/left_out.txt"
+  else echo "$part: $log ended with status $status" | tee -a "$OUT/left_out.txt"; failed=1; fi
+}
+
+questions() { run "$1" "$PYTHON" -m benchmarks.run --only "$1" --device cuda --csv "$OUT/$1.csv"; }
+
+part_env() {
+  run env "$PYTHON" -m reft_kernels.env
+  if [ $gpu = 1 ]; then run nvidia-smi nvidia-smi; else absent "no GPU; versions only"; fi
+}
+
+part_build() {
+  if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then absent "no nvcc"
+  elif ! has ninja && ! command -v ninja >/dev/null; then absent "no ninja"
+  else
+    run build_cpu "$PYTHON" csrc/build.py
+    run build_cuda "$PYTHON" csrc/build.py --cuda
+  fi
+}
+
+part_tests() {
+  if [ $gpu = 0 ]; then absent "no GPU"
+  elif ! has pytest || ! has hypothesis; then absent "pytest or hypothesis is not installed"
+  else run tests "$PYTHON" -m pytest -m gpu -p no:cacheprovider; fi
+}
+
+part_kernels() {
+  if [ $gpu = 0 ]; then absent "no GPU"
+  else for question in edit_selected_rows r_build host_cost edit_all_rows cold_start; do questions $question; done; fi
+}
+
+part_model() {
+  if [ $gpu = 0 ]; then absent "no GPU"
+  elif ! has transformers || ! has peft; then absent "transformers or peft is not installed"
+  else for question in training_step generation; do questions $question; done; fi
+}
+
+part_profile() {
+  local ncu metrics
+  ncu=$(command -v ncu || echo /usr/local/cuda/bin/ncu)
+  metrics=dram__bytes_read.sum,dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum
+  metrics+=,launch__registers_per_thread,launch__grid_size,sm__warps_active.avg.pct_of_peak_sustained_active
+  if [ $gpu = 0 ]; then absent "no GPU"
+  elif [ ! -x "$ncu" ]; then absent "ncu is not installed"
+  else run profile "$ncu" --clock-control none --nvtx --csv --metrics "$metrics" "$PYTHON" -m benchmarks.profiled; fi
+}
+
+part_sanitize() {
+  local sanitizer chosen="strides or unselected or skipped or nothing or zero_X or without_signs"
+  sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+  if [ $gpu = 0 ]; then absent "no GPU"
+  elif [ ! -x "$sanitizer" ]; then absent "compute-sanitizer is not installed"
+  elif ! has pytest || ! has hypothesis; then absent "pytest or hypothesis is not installed"
+  else
+    for tool in racecheck memcheck initcheck synccheck; do
+      run $tool "$sanitizer" --tool $tool --error-exitcode 9 --launch-timeout 60 \
+        "$PYTHON" -m pytest -m gpu -p no:cacheprovider -x tests/cuda/test_cuda_kernels.py -k "$chosen"
+    done
+  fi
+}
+
+part_tuning() {
+  if [ $gpu = 0 ]; then absent "no GPU"
+  elif ! has triton; then absent "triton is not installed"
+  else run tuning "$PYTHON" -m benchmarks.tuning --csv "$OUT/tuning.csv" --rounds 9; fi
 }
 
 for part in "${parts[@]}"; do
-  case $part in
-    build)
-      if ! command -v nvcc >/dev/null && [ ! -x /usr/local/cuda/bin/nvcc ]; then absent build "no nvcc"
-      elif ! has ninja && ! command -v ninja >/dev/null; then absent build "no ninja"
-      else run build_cuda "$PYTHON" csrc/build.py --cuda && run build_cpu "$PYTHON" csrc/build.py; fi
-      ;;
-    env)
-      run env "$PYTHON" -m reft_kernels.env
-      [ $gpu = 0 ] || run nvidia-smi nvidia-smi
-      ;;
-    tests)
-      if [ $gpu = 0 ]; then absent tests "no GPU"
-      elif ! has pytest || ! has hypothesis; then absent tests "pytest or hypothesis is not installed"
-      else run tests "$PYTHON" -m pytest -m gpu -p no:cacheprovider; fi
-      ;;
-    kernels)
-      if [ $gpu = 0 ]; then absent kernels "no GPU"
-      else
-        run r_build "$PYTHON" -m benchmarks.r_build --device cuda --csv "$OUT/r_build.csv"
-        run edit "$PYTHON" -m benchmarks.edit --device cuda --csv "$OUT/edit.csv"
-      fi
-      ;;
-    model)
-      if [ $gpu = 0 ]; then absent model "no GPU"
-      elif ! has transformers || ! has peft; then absent model "transformers or peft is not installed"
-      else run training_step "$PYTHON" -m benchmarks.training_step --device cuda --csv "$OUT/training_step.csv"; fi
-      ;;
-    sanitize)
-      sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
-      if [ $gpu = 0 ]; then absent sanitize "no GPU"
-      elif [ ! -x "$sanitizer" ]; then absent sanitize "compute-sanitizer is not installed"
-      elif ! has pytest || ! has hypothesis; then absent sanitize "pytest or hypothesis is not installed"
-      else
-        for tool in memcheck racecheck initcheck synccheck; do
-          run "$tool" timeout 120 "$sanitizer" --tool "$tool" --error-exitcode 9 --launch-timeout 60 \
-            "$PYTHON" -m pytest -m gpu -p no:cacheprovider -x tests/cuda/test_cuda_kernels.py -k "strides or unselected or skipped or nothing or zero_X or without_signs"
-        done
-      fi
-      ;;
-    *)
-      echo "unknown part '$part', expected build, env, tests, kernels, model or sanitize" >&2
-      exit 2
-      ;;
-  esac
+  if [ $resume = 1 ] && [ -e "$OUT/$part.done" ]; then
+    echo "$part: done before"
+    continue
+  fi
+  began=$SECONDS whole=1
+  "part_$part"
+  [ $whole = 0 ] || [ $gpu = 0 ] || touch "$OUT/$part.done"
 done
+echo "output: $OUT, $SECONDS s"
 exit $failed

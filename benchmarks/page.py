@@ -1,0 +1,199 @@
+"""One self-contained HTML page of all raw rows: environments, figures, complete tables, and where reft_kernels is slower.
+
+    python -m benchmarks.page [RESULTS_DIR] [--out FILE.html]
+
+Exit status: 0 when the page is written, 2 when there is nothing to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from reft_train.files import write_text
+
+from benchmarks import compare, plots, questions
+from benchmarks.rows import RESULTS, Row
+
+OUT = RESULTS / "page.html"
+NO_GPU = "GPU: not measured"
+_CSS = """
+:root { color-scheme: light dark; --text: #1f2328; --faint: #656d76; --line: #d8dee4; --back: #fff; --own: #0b5fa514; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #dde3ea; --faint: #939ba5; --line: #343b44; --back: #14181d; --own: #4f9bd92b; }
+}
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 80em; margin: 2em auto; padding: 0 1em; }
+body { color: var(--text); background: var(--back); }
+h1 { font-size: 1.6em; } h2 { margin-top: 2.2em; border-bottom: 1px solid var(--line); } h3 { margin-top: 1.8em; }
+.wide { overflow-x: auto; } .faint, figcaption { color: var(--faint); font-size: .9em; }
+table { border-collapse: collapse; font-size: .87em; font-variant-numeric: tabular-nums; margin: .6em 0; }
+th, td { padding: .18em .7em; text-align: right; white-space: nowrap; }
+thead th { border-bottom: 2px solid var(--line); color: var(--faint); font-weight: 600; }
+.left { text-align: left; } tbody tr.first td { border-top: 1px solid var(--line); } tr.own { background: var(--own); }
+figure { display: inline-block; margin: .6em .8em .6em 0; max-width: 100%; vertical-align: top; }
+img { max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: 4px; }
+.missing { color: #b35900; font-weight: 600; } nav a { margin-right: 1em; } summary { cursor: pointer; }
+"""
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _number(value: float | int | None) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def _table(head: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]], left: int) -> str:
+    """A table in a box of its own; each line is its CSS class and its cells, the first ``left`` of them flush left."""
+
+    def cells(values: Sequence[str], tag: str) -> str:
+        return "".join(f"<{tag}{' class=left' if k < left else ''}>{_text(value)}</{tag}>" for k, value in enumerate(values))
+
+    body = "\n".join(f'<tr class="{kind}">{cells(values, "td")}</tr>' for kind, values in lines)
+    return f'<div class="wide"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _environment(rows: Sequence[Row]) -> str:
+    """A line for each run: versions, commit, date, threads, allocator, and the questions it answered."""
+    runs: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        key = (row.when, row.commit, row.torch, row.triton, row.transformers, row.driver, str(row.threads), row.allocator)
+        runs.setdefault(key, []).append(row.question)
+    head = ("when", "commit", "torch", "triton", "transformers", "driver", "threads", "allocator", "questions", "rows")
+    lines = [("", (*key, ", ".join(sorted(set(runs[key]))), str(len(runs[key])))) for key in sorted(runs)]
+    return _table(head, lines, len(head) - 1)
+
+
+_HEAD = (
+    "mode", "shape", "dtype", "allocator", "provider", "median ms", "p20-p80 ms", "ratio", "to", "of clone", "graph ms",
+    "launches", "host us", "peak MiB", "error", "allowed", "rounds", "note",
+)  # fmt: skip
+
+
+def _cells(row: Row, first: bool) -> tuple[str, ...]:
+    spread = "" if row.median_ms is None else f"{row.p20_ms:.4g}-{row.p80_ms:.4g}" if row.p20_ms and row.p80_ms else ""
+    case = (row.mode, row.shape, row.dtype, row.allocator) if first else ("", "", "", "")
+    errors = ("" if value is None else f"{value:.1e}" for value in (row.error, row.allowed))
+    return (
+        *case, row.provider, "" if row.median_ms is None else f"{row.median_ms:.4g}", spread, _number(row.ratio),
+        row.baseline if row.ratio is not None else "", "" if row.clone_fraction is None else f"{row.clone_fraction:.0%}",
+        "" if row.graph_ms is None else f"{row.graph_ms:.4g}", _number(row.launches), _number(row.host_us),
+        "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.1f}", *errors, str(row.rounds), row.note,
+    )  # fmt: skip
+
+
+def _results(rows: Sequence[Row]) -> str:
+    lines = []
+    for case in compare.cases(rows):
+        for k, row in enumerate(case):
+            kinds = ["first"] * (k == 0) + ["own"] * compare.is_ours(row)
+            lines.append((" ".join(kinds), _cells(row, k == 0)))
+    return _table(_HEAD, lines, 5)
+
+
+def _figure(plot: plots.Plot) -> str:
+    if plot.path is None:
+        return f'<p><span class="missing">not measured</span>: {_text(plot.title)}</p>'
+    data = base64.b64encode(plot.path.read_bytes()).decode()
+    image = f'<img alt="{_text(plot.title)}" src="data:image/svg+xml;base64,{data}">'
+    return f"<figure>{image}<figcaption>{_text(plot.caption)}</figcaption></figure>"
+
+
+def _behind(rows: Sequence[Row]) -> str:
+    losses = compare.behind(rows)
+    if not losses:
+        return "<p>reft_kernels is slower than another provider in no case measured here.</p>"
+    head = ("question", "mode", "shape", "dtype", "allocator", "reft_kernels", "ms", "faster provider", "ms", "times faster")
+    lines = []
+    for loss in losses:
+        own = loss.own
+        for k, other in enumerate(loss.others):
+            case = (own.question, own.mode, own.shape, own.dtype, own.allocator, own.provider) if k == 0 else ("",) * 6
+            time = ("" if k else own.note or "no time") if own.median_ms is None else "" if k else f"{own.median_ms:.4g}"
+            factor = "" if own.median_ms is None else _number(own.median_ms / other.median_ms)
+            lines.append(("first" * (k == 0), (*case, time, other.provider, f"{other.median_ms:.4g}", factor)))
+    told = f"Where reft_kernels is slower than another provider by more than noise: {len(losses)} of {_count(rows)} cases"
+    return f"<h3>{told}</h3>{_table(head, lines, 6)}"
+
+
+def _count(rows: Sequence[Row]) -> int:
+    return sum(len(compare.chosen(case)) for case in compare.cases(rows))
+
+
+def _question(name: str, rows: Sequence[Row], drawn: Sequence[plots.Plot]) -> str:
+    module = questions.load(name)
+    head = f"<h3>{_text(module.TITLE)}</h3><p>{_text(module.ABOUT)}</p>"
+    if not rows:
+        return f'{head}<p class="missing">not measured on this device</p>'
+    figures = "\n".join(_figure(plot) for plot in drawn)
+    return f"{head}\n{figures}\n<details open><summary>all rows ({len(rows)})</summary>{_results(rows)}</details>"
+
+
+def _device(device: str, rows: Sequence[Row]) -> str:
+    parts = [f'<h2 id="{_text(device)}">{_text(device)}</h2>', _environment(rows), _behind(rows)]
+    with tempfile.TemporaryDirectory() as folder:
+        for name in questions.NAMES:
+            own = [row for row in rows if row.question == name]
+            parts.append(_question(name, own, plots.draw(own, Path(folder), [name]) if own else []))
+    return "\n".join(parts)
+
+
+def without_gpu(devices: dict[str, list[Row]]) -> list[str]:
+    """The questions that no GPU has answered."""
+    answered = {row.question for rows in devices.values() if compare.on_gpu(rows) for row in rows}
+    return [name for name in questions.NAMES if name not in answered]
+
+
+def render(devices: dict[str, list[Row]]) -> str:
+    """The page for the newest rows of each device.
+
+    Raises:
+        ValueError: rows of a question that does not exist.
+    """
+    unknown = {row.question for rows in devices.values() for row in rows} - set(questions.NAMES)
+    if unknown:
+        raise ValueError(f"question: got {', '.join(sorted(unknown))}, expected one of {', '.join(questions.NAMES)}")
+    missing = "".join(f'<li>{_text(questions.load(name).TITLE)}: <span class="missing">{NO_GPU}</span></li>'
+                      for name in without_gpu(devices))  # fmt: skip
+    links = " ".join(f'<a href="#{_text(device)}">{_text(device)}</a>' for device in devices)
+    body = "\n".join(_device(device, rows) for device, rows in devices.items())
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>reft_kernels: benchmarks</title><style>{_CSS}</style></head><body>
+<h1>reft_kernels: benchmarks</h1>
+<p>Medians with the 20th and 80th percentile, providers timed in turn in one process. A ratio is time over the baseline's in the
+same rounds: below 1 is faster. A provider that is wrong, absent or out of memory has its note instead of a time.</p>
+<nav>{links or "nothing measured"}</nav>
+{f"<ul>{missing}</ul>" if missing else ""}
+{body}
+</body></html>
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description="Write one HTML page of all raw rows.")
+    parser.add_argument("results", type=Path, nargs="?", default=RESULTS, metavar="RESULTS_DIR")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FILE.html")
+    args = parser.parse_args(argv)
+    try:
+        text = render(compare.devices(args.results))
+        write_text(args.out, text)
+    except compare.UNREADABLE as reason:
+        print(f"page: {reason}", file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,230 @@
+"""The page and its figures: everything is on it, escaped, and what was not measured is said."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+from matplotlib.figure import Figure
+
+from benchmarks import page, plots, questions
+from benchmarks.rows import Row
+from tests.benchmarks import GPU, edits, row, write
+
+
+@pytest.fixture(autouse=True)
+def _titles(monkeypatch):
+    """Titles without the questions' imports."""
+    monkeypatch.setattr(questions, "load", lambda name: SimpleNamespace(TITLE=f"<{name}>", ABOUT=f"about {name} & more"))
+
+
+class _Page(HTMLParser):
+    """Text, tags, addresses; raises on tags that are not closed in order."""
+
+    VOID = frozenset({"meta", "img"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words, self.open, self.addresses, self.cells = "", [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells[-1] += data
+
+
+def _selected(**values: object) -> list[Row]:
+    found = []
+    for length in (128, 512, 2048):
+        case = {"question": "edit_selected_rows", "shape": f"batch=8 T={length} positions=f7+l7 d=64 r=8"} | values
+        found += [row("the rows alone", 1.0, **case), row(median=1.1, **case), row("eager, in place", length / 50, **case)]
+    return found
+
+
+def _steps(**values: object) -> list[Row]:
+    found = []
+    for model, time in (("llama-512x4", 1.0), ("llama-2048x4", 9.0)):
+        case = {
+            "question": "training_step", "mode": "step", "shape": f"model={model} batch=4 T=64 positions=f7+l7 r=8",
+            "baseline": "frozen model",
+        } | values  # fmt: skip
+        found += [row("frozen model", time, ratio=1.0, peak_bytes=1 << 22, **case)]
+        found += [row(median=0.9 * time, ratio=0.9, peak_bytes=1 << 21, **case), row("pyreft", note="out of memory", **case)]
+    return found
+
+
+def _builds(**values: object) -> list[Row]:
+    case = {"question": "r_build", "mode": "both"} | values
+    own = [row("reft_kernels householder", 1.0, shape=f"layers={n} d=64 r=8", baseline="x", **case) for n in (1, 32)]
+    return [*own, row("parametrizations.orthogonal", 100.0, shape="layers=1 d=64 r=8", **case)]
+
+
+def test_page_is_complete_escaped_and_self_contained():
+    text = page.render({"some-cpu-2-threads": edits(shape="rows=4096 d=4096 r=8 x=<i>")})
+    seen = _Page(text)
+    assert "<not>" not in text and "<i>" not in text and "<edit_all_rows>" not in text
+    assert "absent: pyreft is <not> installed" in seen.cells and "rows=4096 d=4096 r=8 x=<i>" in seen.cells
+    for provider in ("torch.clone", "reft_kernels", "eager, unfolded", "torch.compile, folded", "pyreft"):
+        assert provider in seen.cells
+    assert {"1.9-2.1", "0.5", "50%"} <= set(seen.cells)
+    assert "about edit_all_rows & more" in seen.words
+    assert all(address.startswith(("data:image/svg+xml;base64,", "#")) for address in seen.addresses)
+    assert "http" not in text
+
+
+def test_environment():
+    cells = _Page(page.render({"some-cpu-2-threads": edits()})).cells
+    assert {"abc1234", "2.13.0", "5.1", "2026-01-01T00:00:00Z", "malloc", "edit_all_rows"} <= set(cells)
+
+
+def test_losing_cases_are_listed():
+    seen = _Page(page.render({"some-cpu-2-threads": edits()}))
+    assert "slower than another provider by more than noise: 1 of 1 cases" in seen.words
+    assert "1.6" in seen.cells
+    winning = [one for one in edits() if not one.provider.startswith("torch.compile")]
+    assert "slower than another provider in no case" in _Page(page.render({"d": winning})).words
+
+
+def test_gpu_not_measured():
+    """... is said of each question that no GPU answered, on a page with CPU rows and one without any."""
+    cpu = {"some-cpu-2-threads": edits()}
+    assert _Page(page.render(cpu)).words.count(page.NO_GPU) == len(questions.NAMES)
+    assert _Page(page.render({})).words.count(page.NO_GPU) == len(questions.NAMES)
+    both = _Page(page.render(cpu | {"some-gpu": edits(**GPU)})).words
+    assert both.count(page.NO_GPU) == len(questions.NAMES) - 1 and f"<edit_all_rows>: {page.NO_GPU}" not in both
+
+
+def test_unknown_question_and_missing_module(monkeypatch):
+    with pytest.raises(ValueError, match="question: got mystery"):
+        page.render({"d": [row(median=1.0, question="mystery")]})
+    monkeypatch.undo()
+    monkeypatch.setattr(questions, "NAMES", ("no_such_module",))
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        page.render({})
+
+
+def test_main(tmp_path, capsys):
+    out = tmp_path / "page.html"
+    results = write(tmp_path / "results", edits())
+    assert page.main([str(results), "--out", str(out)]) == 0
+    first = out.read_bytes()
+    assert page.main([str(results), "--out", str(out)]) == 0 and out.read_bytes() == first
+    (results / "some-cpu-2-threads" / "old.csv").write_text("question,provider\n")
+    capsys.readouterr()
+    assert page.main([str(results), "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("page: ") and "old.csv" in err and err.count("\n") == 1
+    assert out.read_bytes() == first
+
+
+def test_missing_figures_are_returned_by_title(tmp_path):
+    drawn = plots.draw([], tmp_path)
+    assert {plot.title.split(",")[0] for plot in drawn} == {
+        "Bandwidth against rows", "Speed-up over eager", "Selected rows: time against sequence length",
+        "Build of R: speed-up over parametrizations.orthogonal", "Training step over the frozen model",
+        "Peak memory of a training step",
+    }  # fmt: skip
+    assert all(plot.path is None for plot in drawn) and not list(tmp_path.iterdir())
+
+
+def test_every_figure_is_drawn(tmp_path):
+    found = [*edits(), *edits(mode="backward"), *_selected(), *_steps(), *_builds()]
+    drawn = plots.draw(found, tmp_path)
+    assert len(drawn) == 6 and len({plot.path for plot in drawn}) == 6
+    assert all(plot.path.read_text().rstrip().endswith("</svg>") for plot in drawn)
+
+
+def test_rows_without_times_draw_nothing_and_the_page_says_so():
+    text = page.render({"d": [row("pyreft", note="absent: x"), row(note="out of memory")]})
+    assert "not measured</span>: Bandwidth against rows, float32" in text and "<img" not in text
+
+
+def test_allocators_have_their_own_figures(tmp_path):
+    drawn = plots.draw([*edits(), *edits(allocator="huge pages")], tmp_path, ["edit_all_rows"])
+    assert {plot.title.rsplit(", ", 1)[1] for plot in drawn} == {"malloc", "huge pages"}
+    assert len({plot.path for plot in drawn}) == 4
+
+
+def _drawn(drawer, found: list[Row]) -> Figure:
+    ((_, _, figure),) = drawer(found, "")
+    return figure
+
+
+def _lines(axes) -> dict[str, list[float]]:
+    return {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
+
+
+def test_bandwidth_values():
+    forward, backward = _drawn(plots._bandwidth, edits()).axes
+    assert _lines(forward)["reft_kernels"] == [0.5] and _lines(forward)["torch.clone"] == [1.0]
+    assert not _lines(backward)
+
+
+def test_speed_up_values():
+    """From the paired ratio where the row has that baseline, else from the medians."""
+    found = [*edits(), row("eager, folded", 2.0, baseline="other", ratio=9.0)]
+    lines = _lines(_drawn(plots._speed_up, found).axes[0])
+    assert lines["reft_kernels"] == [2.0] and lines["eager, folded"] == [2.0] and lines["eager, unfolded"] == [1.0]
+    assert "torch.clone" not in lines
+
+
+def test_build_of_several_layers_is_held_against_one_as_often():
+    layers = _drawn(plots._r_build, _builds()).axes[3]
+    assert _lines(layers) == {"reft_kernels householder": [100.0, 3200.0]}
+
+
+def test_selected_is_logarithmic_in_both():
+    axes = _drawn(plots._selected, _selected()).axes[0]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert _lines(axes)["the rows alone"] == [1.0, 1.0, 1.0]
+
+
+def test_only_the_star_around_the_base_is_drawn():
+    """A row that differs in another dimension than the varied one does not join its line."""
+    found = [*_selected(), row(median=7.0, question="edit_selected_rows", shape="batch=64 T=512 positions=f7+l7 d=64 r=8")]
+    assert 7.0 not in _lines(_drawn(plots._selected, found).axes[0])["reft_kernels"]
+
+
+def test_step_bars():
+    """A bar for each provider and model, small model first; what ran out of memory says so where no bar stands."""
+    (axes,) = _drawn(plots._steps, list(reversed([*_steps(), row("pyreft", 3.0, ratio=3.0, **_pyreft())]))).axes
+    assert [round(patch.get_height(), 2) for patch in axes.patches] == [0.9, 0.9, 3.0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["llama-512x4", "llama-1024x4", "llama-2048x4"]
+    assert [text.get_text() for text in axes.texts].count("out of memory") == 2
+
+
+def _pyreft() -> dict[str, object]:
+    shape = "model=llama-1024x4 batch=4 T=64 positions=f7+l7 r=8"
+    return {"question": "training_step", "mode": "step", "shape": shape, "baseline": "frozen model"}
+
+
+def test_colours():
+    """One colour a provider, no two alike that meet in one figure."""
+    meeting = ["torch.clone", "reft_kernels", "reft_kernels, torch backend", "reft_kernels, triton backend",
+               "reft_kernels, cuda backend", "eager, folded", "eager, unfolded", "torch.compile, folded", "pyreft"]  # fmt: skip
+    steps = ["frozen model", "reft_kernels", "eager hooks", "eager hooks, cached R", "pyreft", "adapters"]
+    builds = ["reft_kernels householder", "reft_kernels cayley", "householder_product"]
+    for names in (meeting, steps, builds):
+        assert len({plots.colour(name) for name in names}) == len(names)
+    assert re.fullmatch("#[0-9a-f]{6}", plots.colour("a name that nobody listed"))
+
+
+def test_inline_figures_are_svg():
+    addresses = _Page(page.render({"d": edits()})).addresses
+    images = [base64.b64decode(a.split(",", 1)[1]) for a in addresses if a.startswith("data:")]
+    assert len(images) == 2 and all(b"<svg" in image for image in images)

@@ -1,0 +1,130 @@
+"""The commands: what they print, what they write, and what they refuse."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import harness, questions, rows, run, tuning
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_list_names_every_question(capsys):
+    assert run.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1].rstrip(":") for line in lines] == list(questions.NAMES)
+
+
+@pytest.mark.parametrize("name", ["edit_selected_rows", "r_build", "host_cost"])
+def test_a_quick_run_answers_the_question(name, tmp_path, capsys):
+    file = tmp_path / "rows.csv"
+    assert run.main(["--only", name, "--quick", "--csv", str(file), "--device", "cpu", "--rounds", "1"]) == 0
+    found = rows.read(file)
+    assert {row.question for row in found} == {name}
+    own = [row for row in found if row.provider.startswith("reft_kernels")]
+    assert own and all(row.median_ms for row in own), [row.note for row in own]
+    assert not [row for row in found if row.note and not row.note.startswith("absent")]
+    assert questions.load(name).TITLE in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--rounds", "0"], ["--device", "tpu"]])
+def test_bad_arguments(arguments, capsys):
+    try:
+        code = run.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and arguments[1] in capsys.readouterr().err
+
+
+def test_an_unknown_question():
+    with pytest.raises(ValueError, match="question: got 'nothing', expected one of edit_all_rows"):
+        questions.load("nothing")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU does")
+def test_the_gpu_pass_runs_through_without_a_gpu(tmp_path):
+    environment = os.environ | {
+        "OUT": str(tmp_path),
+        "PYTHON": sys.executable,
+        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
+    }
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu_pass.sh", "env", "tests", "kernels", "model", "profile", "sanitize", "tuning"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    left_out = (tmp_path / "left_out.txt").read_text().splitlines()
+    assert [line.split(":")[0] for line in left_out] == ["env", "tests", "kernels", "model", "profile", "sanitize", "tuning"]
+    assert all("no GPU" in line for line in left_out) and not list(tmp_path.glob("*.done"))
+
+
+def test_the_gpu_pass_refuses_an_unknown_part(tmp_path):
+    environment = os.environ | {"OUT": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "benchmarks/gpu_pass.sh", "everything"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2 and "got 'everything', expected --resume, env build" in done.stderr
+
+
+def test_tuning_tries_each_knob_alone():
+    from reft_kernels.triton.edit import EditConfig
+
+    present = EditConfig(16, 64, 16, True, 4, 1)
+    found = tuning.neighbours(present)
+    assert set(found) == {
+        "block_n=8", "block_n=32", "block_d=32", "block_d=128", "num_warps=2", "num_warps=8", "num_stages=2",
+    }  # fmt: skip
+    assert found["block_d=32"] == EditConfig(16, 32, 16, True, 4, 1)
+
+
+def test_tuning_proposes_only_what_beats_noise():
+    case = harness.Case("tuning", "forward", {"rows": 1}, torch.float32, {}, tuning.PRESENT)
+    samples = {
+        tuning.PRESENT: [1.0, 1.1, 0.9],
+        "block_n=8": [0.5, 0.6, 0.5],
+        "block_n=32": [0.95, 1.0, 0.8],
+        "num_warps=8": [2.0, 2.0, 2.0],
+    }
+    proposed = tuning.proposals(harness.rows_of_samples(case, harness.Settings(), samples, {"num_stages=4": "absent: spills"}))
+    assert proposed == ["rows=1, float32, forward: block_n=8 takes 0.50 of the present"]
+
+
+def test_tuning_needs_triton_to_run(monkeypatch, capsys):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert tuning.main(["--device", "cpu"]) == 2
+    assert "TRITON_INTERPRET=1" in capsys.readouterr().err
+
+
+def test_tuning_changes_the_launch_and_puts_the_heuristic_back():
+    """In a process of its own, because Triton's interpreter is chosen at import."""
+    code = """
+import torch, reft_kernels
+from benchmarks import edits, tuning
+from reft_kernels import dispatch
+module = tuning._kernels("edit")
+heuristic = module.edit_config
+problems = edits.draw(6, 16, 2, torch.float32, "cpu", 1)
+with dispatch.backend("triton"), torch.no_grad():
+    own = edits.provider(reft_kernels.loreft, problems, "forward", edits.Gate(problems[0], backward=False))
+    found = tuning._candidates(module, "edit_config", own.prepare, own.check)
+    assert len(found) > 4, found
+    for name in (tuning.PRESENT, "block_d=32"):
+        verdict = found[name].check()
+        assert verdict.error <= verdict.allowed, (name, verdict)
+assert module.edit_config is heuristic
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
