@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-full test-transformers4 test-gpu lint bench clean
+.PHONY: demo test test-full test-transformers4 test-gpu lint bench bench-transformers4 clean
 
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
@@ -32,13 +32,14 @@ test-gpu: $(VENV)/.installed
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 # the Hugging Face side again, on the oldest supported transformers
-$(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py $(NATIVE)
+$(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py benchmarks/requirements-adapters.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)-transformers4
 	sed 's/^transformers==.*/transformers==4.57.6/' constraints.txt > $(VENV)-transformers4/constraints.txt
 	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt \
 		setuptools ninja torch
 	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt \
-		--no-build-isolation --editable ".[test]"
+		--no-build-isolation --editable ".[test]" --requirement benchmarks/requirements-adapters.txt
+	$(VENV)-transformers4/bin/python -m pip install --quiet --no-deps --requirement benchmarks/requirements-pyreft-transformers4.txt
 	touch $@
 
 test-transformers4: $(VENV)-transformers4/.installed
@@ -53,6 +54,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run --csv $(ARGS)
 	$(BIN)/python -m benchmarks.page
 	$(BIN)/python -m benchmarks.readme
+
+# whole training steps beside AdapterHub's adapters, which needs transformers 4.57
+bench-transformers4: $(VENV)-transformers4/.installed
+	$(VENV)-transformers4/bin/python -m benchmarks.run --csv --only training_step $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-transformers4 build *.egg-info .pytest_cache .hypothesis .ruff_cache

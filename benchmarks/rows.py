@@ -140,10 +140,17 @@ def _row(line: list[str], number: int, path: Path) -> Row:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that answer the same case by the same provider, the one of the newest run; order of first appearance."""
+    """Of rows that answer the same case by the same provider, the one of the newest run; order of first appearance.
+
+    A provider that is absent leaves what it was measured at: some packages live in environments of their own.
+    """
+
+    def rank(row: Row) -> tuple[bool, str]:
+        return not row.note.startswith("absent"), row.when
+
     newest: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        if row.key not in newest or row.when >= newest[row.key].when:
+        if row.key not in newest or rank(row) >= rank(newest[row.key]):
             newest[row.key] = row
     return list(newest.values())
 

@@ -26,11 +26,30 @@ IGNORED_LABEL = -100
 
 
 class Spec(NamedTuple):
-    """A parsed position spec: ``kind`` is "ends" (first and last), "prompt" or "all"."""
+    """A parsed position spec: ``kind`` is "ends" (first and last), "prompt" or "all".
+
+    ``pyreft`` counts "ends" as pyreft's ReftDataset classes do: without the prompt's last token, and at most half of the rest.
+    """
 
     kind: str
     first: int = 0
     last: int = 0
+    pyreft: bool = False
+
+    def as_pyreft(self) -> Spec:
+        """The same, counted as pyreft's ReftDataset classes do.
+
+        Raises:
+            ValueError: the spec has no first or last tokens to count.
+        """
+        if self.kind != "ends":
+            raise ValueError(f"pyreft_positions: got True with positions {self.kind!r}, expected 'fN', 'lN' or 'fN+lM'")
+        return self._replace(pyreft=True)
+
+    @property
+    def halves(self) -> bool:
+        """Whether each end gets at most half of the prompt, so that no token is chosen twice."""
+        return self.pyreft or (self.first > 0 and self.last > 0)
 
     @property
     def per_example(self) -> int | None:
@@ -130,8 +149,8 @@ def prompt_rows(
     batch, device = starts.shape[0], starts.device
     base = torch.arange(batch, device=device).unsqueeze(1) * (width if stride is None else stride)
     if spec.kind == "ends":
-        both = spec.first > 0 and spec.last > 0
-        available = (lengths // 2 if both else lengths).unsqueeze(1)
+        lengths = (lengths - 1).clamp(min=0) if spec.pyreft else lengths
+        available = (lengths // 2 if spec.halves else lengths).unsqueeze(1)
         steps = torch.arange(spec.first, device=device), torch.arange(spec.last, device=device)
         counts = [available.clamp(max=n) for n in (spec.first, spec.last)]
         ends = (starts + lengths).unsqueeze(1)
@@ -157,6 +176,7 @@ def resolve(
     *,
     padding_side: str = "right",
     attention_mask: Tensor | None = None,
+    pyreft_positions: bool = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Rows of a padded batch ``[B, seq_len, d]`` for a position spec.
@@ -167,6 +187,8 @@ def resolve(
         seq_len: T, columns of the batch, padding included.
         padding_side: "right" or "left". Padded left without a mask, a prompt ends at the last column.
         attention_mask: ``[B, T]``, nonzero for real tokens; it tells where each example starts.
+        pyreft_positions: count as pyreft's ReftDataset classes do: without each prompt's last token ("l1" is the one before),
+            and never more than half of the rest. Its helpers and the paper's script count the last token.
         device: of the result; by default that of the mask or the lengths.
 
     Returns:
@@ -175,7 +197,7 @@ def resolve(
     Raises:
         TypeError, ValueError: a spec that does not parse, lengths beyond the sequence, a mask of another shape.
     """
-    parsed = parse(spec)
+    parsed = parse(spec).as_pyreft() if pyreft_positions else parse(spec)
     _check_seq_len(seq_len)
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side: got {padding_side!r}, expected 'right' or 'left'")

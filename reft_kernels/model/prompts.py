@@ -320,7 +320,9 @@ def _from_packed(window: Window, spec: Spec, untied: bool) -> Selection:
         length = torch.zeros(count, dtype=torch.int64, device=device).index_add_(0, sequence, prompt.to(torch.int64))[sequence]
     last = torch.zeros_like(prompt)
     if spec.kind == "ends":
-        available = length // 2 if spec.first and spec.last else length
+        length = (length - 1).clamp(min=0) if spec.pyreft else length
+        prompt = prompt & (position < length)
+        available = length // 2 if spec.halves else length
         last = prompt & (position >= length - available.clamp(max=spec.last))
         prompt = (prompt & (position < available.clamp(max=spec.first))) | last
     rows = torch.where(prompt, index, -1).to(torch.int32)

@@ -69,6 +69,15 @@ def test_latest_picks_the_newest_run(newest_last):
     assert found == [new, other]
 
 
+@pytest.mark.parametrize("absent_last", [True, False])
+def test_latest_keeps_what_was_measured_where_the_package_is(absent_last):
+    measured = row("adapters", 1.0)
+    absent = row("adapters", note="absent: adapters is not installed", when="2026-02-01T00:00:00Z")
+    wrong = row("adapters", note="wrong: error", when="2026-03-01T00:00:00Z")
+    assert rows.latest([measured, absent] if absent_last else [absent, measured]) == [measured]
+    assert rows.latest([measured, absent, wrong]) == [wrong]
+
+
 @pytest.mark.parametrize("name", ["question", "device", "allocator", "dtype", "shape", "mode", "provider"])
 def test_latest_keeps_other_cases(name):
     found = [row(median=1.0), dataclasses.replace(row(median=2.0, when="2026-02-01T00:00:00Z"), **{name: "a=b"})]

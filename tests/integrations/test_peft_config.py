@@ -24,6 +24,8 @@ WRONG = [
     ({"rank": 4.0}, "rank: got 4.0"),
     ({"positions": "x3"}, "positions: got 'x3'"),
     ({"positions": "f3", "share_weights": False}, "share_weights: got False"),
+    ({"pyreft_positions": 1}, "pyreft_positions: got 1"),
+    ({"pyreft_positions": True, "positions": "prompt"}, "pyreft_positions: got True with positions 'prompt'"),
     ({"intervention": "lora"}, "intervention: got 'lora', expected one of loreft"),
     ({"component": ""}, "component: got ''"),
     ({"activation": "mish"}, "activation: got 'mish'"),

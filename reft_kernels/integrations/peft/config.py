@@ -34,6 +34,8 @@ class ReftConfig(PeftConfig):
         rank: r, 1 to 256.
         positions: tokens to edit: "f7+l7" (first and last n of the prompt), "f3", "l1", "prompt" or "all".
         share_weights: False gives first and last positions their own weights ("fN+lM" only).
+        pyreft_positions: count first and last tokens as pyreft's ReftDataset classes do: without the prompt's last token, and
+            never more than half of the rest. The paper's script counts the last token, as False does.
         intervention: loreft, direft, nodireft, noreft, consreft, lobireft or red.
         component: what to edit: a role such as "block_output", or a module path such as
             "model.layers.{layer}.mlp"; see :mod:`reft_kernels.model.components`.
@@ -52,6 +54,7 @@ class ReftConfig(PeftConfig):
     rank: int = dataclasses.field(default=8, metadata={"help": "Rank of the edited subspace"})
     positions: str = dataclasses.field(default="f7+l7", metadata={"help": 'Tokens to edit, such as "f7+l7"'})
     share_weights: bool = dataclasses.field(default=True, metadata={"help": "Same weights for first and last positions"})
+    pyreft_positions: bool = dataclasses.field(default=False, metadata={"help": "Count positions as pyreft's ReftDataset does"})
     intervention: str = dataclasses.field(default="loreft", metadata={"help": "Member of the family"})
     component: str = dataclasses.field(default="block_output", metadata={"help": "Role or module path to edit"})
     activation: str = dataclasses.field(default="linear", metadata={"help": "Activation of the learned projection"})
@@ -76,6 +79,10 @@ class ReftConfig(PeftConfig):
         spec = positions_module.parse(self.positions)
         if not self.share_weights and not (spec.first and spec.last):
             raise ValueError(f"share_weights: got False with positions {self.positions!r}, expected positions 'fN+lM'")
+        if not isinstance(self.pyreft_positions, bool):
+            raise ValueError(f"pyreft_positions: got {self.pyreft_positions!r}, expected True or False")
+        if self.pyreft_positions:
+            spec.as_pyreft()
         _one_of("intervention", self.intervention, tuple(STACKED))
         if not isinstance(self.component, str) or not self.component:
             raise ValueError(f"component: got {self.component!r}, expected a role or a module path")
@@ -101,7 +108,8 @@ class ReftConfig(PeftConfig):
     @property
     def spec(self) -> Spec:
         """The parsed ``positions``."""
-        return positions_module.parse(self.positions)
+        parsed = positions_module.parse(self.positions)
+        return parsed.as_pyreft() if self.pyreft_positions else parsed
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> ReftConfig:
