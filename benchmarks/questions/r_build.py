@@ -107,4 +107,4 @@ def _check(
     error = reft_kernels.orthonormality_error(function(X))
     if error > ORTHONORMAL:
         return Verdict(error, ORTHONORMAL)
-    return Verdict(max(errors), 64 * torch.finfo(X.dtype).eps)
+    return Verdict(max(errors), 256 * torch.finfo(X.dtype).eps)
