@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft_kernels import positions
-from reft_kernels.positions import from_indices, from_mask, parse, prompt_rows, resolve, resolve_packed, set_ids
+from reft_kernels.positions import Spec, from_indices, from_mask, parse, prompt_rows, resolve, resolve_packed, set_ids
 
 T = 8
 
@@ -68,7 +68,7 @@ def test_all_leaves_out_padding():
 
 @pytest.mark.parametrize("spec", ["F2 + L2", "f2+l2", " f2+ l2 "])
 def test_spelling(spec):
-    assert parse(spec) == ("ends", 2, 2)
+    assert parse(spec) == Spec("ends", 2, 2)
     assert parse(spec).per_example == 4 and parse("all").per_example is None
 
 
