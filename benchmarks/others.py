@@ -115,10 +115,15 @@ def pyreft_model(model: nn.Module, weights: Weights) -> Any:
     return reft_model
 
 
-def pyreft_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
-    """pyreft's training step. As in its ReftTrainer, positions come as a tensor and become nested lists in every step."""
+def pyreft_stepper(model: nn.Module, shape: Shape, weights: Weights, accelerated: bool = False) -> Stepper:
+    """pyreft's training step, as it is or under ``accelerate_pyreft``.
+
+    As in its ReftTrainer, positions come as a tensor and become nested lists in every step.
+    """
     model = models.sharing(model).train()
     reft_model = pyreft_model(model, weights)
+    if accelerated:
+        importlib.import_module("reft_kernels.integrations.pyreft").accelerate_pyreft(reft_model)
     interventions = [reft_model.interventions[key] for key in reft_model.sorted_keys]
 
     def loss(batch: Batch) -> Tensor:
@@ -131,8 +136,8 @@ def pyreft_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
     return Stepper(loss, trained, lambda: [own.learned_source.weight.grad for own in interventions])
 
 
-def adapters_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
-    """adapters' training step.
+def adapters_stepper(model: nn.Module, shape: Shape, weights: Weights, accelerated: bool = False) -> Stepper:
+    """adapters' training step, as it is or under ``accelerate_adapters``.
 
     It knows no prompts: "l7" are the last 7 tokens of the attention mask, answer included. As many rows are edited as in the
     prompt's reading, so its time compares; its loss compares with an edit of those tokens. Its orthogonal R fails in half
@@ -158,6 +163,8 @@ def adapters_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Steppe
     units = [layer.reft_layer.refts[_ADAPTER].units[0] for _, layer in model.base_model.iter_layers()]
     for unit, layer in zip(units, weights, strict=True):
         _load(unit.projection, unit.learned_source, layer, columns=False)
+    if accelerated:
+        importlib.import_module("reft_kernels.integrations.adapters").accelerate_adapters(model)
 
     def loss(batch: Batch) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):

@@ -1,5 +1,7 @@
 """One self-contained HTML page of all raw rows: environments, figures, complete tables, and where reft_kernels is slower.
 
+The figures are kept as files too, in ``RESULTS_DIR/<device>/figures``.
+
     python -m benchmarks.page [RESULTS_DIR] [--out FILE.html]
 
 Exit status: 0 when the page is written, 2 when there is nothing to read.
@@ -11,7 +13,6 @@ import argparse
 import base64
 import html
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -139,12 +140,11 @@ def _question(name: str, rows: Sequence[Row], drawn: Sequence[plots.Plot]) -> st
     return f"{head}\n{figures}\n<details open><summary>all rows ({len(rows)})</summary>{_results(rows)}</details>"
 
 
-def _device(device: str, rows: Sequence[Row]) -> str:
+def _device(device: str, rows: Sequence[Row], figures: Path) -> str:
     parts = [f'<h2 id="{_text(device)}">{_text(device)}</h2>', _environment(rows), _behind(rows)]
-    with tempfile.TemporaryDirectory() as folder:
-        for name in questions.NAMES:
-            own = [row for row in rows if row.question == name]
-            parts.append(_question(name, own, plots.draw(own, Path(folder), [name]) if own else []))
+    for name in questions.NAMES:
+        own = [row for row in rows if row.question == name]
+        parts.append(_question(name, own, plots.draw(own, figures, [name]) if own else []))
     return "\n".join(parts)
 
 
@@ -154,8 +154,8 @@ def without_gpu(devices: dict[str, list[Row]]) -> list[str]:
     return [name for name in questions.NAMES if name not in answered]
 
 
-def render(devices: dict[str, list[Row]]) -> str:
-    """The page for the newest rows of each device.
+def render(devices: dict[str, list[Row]], results: Path) -> str:
+    """The page for the newest rows of each device; its figures are kept in ``results/<device>/figures``.
 
     Raises:
         ValueError: rows of a question that does not exist.
@@ -166,7 +166,7 @@ def render(devices: dict[str, list[Row]]) -> str:
     missing = "".join(f'<li>{_text(questions.load(name).TITLE)}: <span class="missing">{NO_GPU}</span></li>'
                       for name in without_gpu(devices))  # fmt: skip
     links = " ".join(f'<a href="#{_text(device)}">{_text(device)}</a>' for device in devices)
-    body = "\n".join(_device(device, rows) for device, rows in devices.items())
+    body = "\n".join(_device(device, rows, results / device / "figures") for device, rows in devices.items())
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>reft_kernels: benchmarks</title><style>{_CSS}</style></head><body>
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE.html")
     args = parser.parse_args(argv)
     try:
-        text = render(compare.devices(args.results))
+        text = render(compare.devices(args.results), args.results)
         write_text(args.out, text)
     except compare.UNREADABLE as reason:
         print(f"page: {reason}", file=sys.stderr)

@@ -56,7 +56,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         for mode in ("prefill", "decode"):
             dimensions = shape.dimensions | ({"steps": steps} if mode == "decode" else {})
             providers = {name: _provider(name, model, tokens, mode, checked) for name, model in subjects.items()}
-            yield Case("generation", mode, dimensions, shape.dtype, providers, FROZEN, rounds=9)
+            yield Case("generation", mode, dimensions, shape.dtype, providers, FROZEN, rounds=7)
         del subjects, providers, checked
 
 

@@ -37,6 +37,7 @@ def shapes(settings: Settings) -> list[Shape]:
     if settings.device == "cpu":
         wide = _small("llama-2048x4", 2048)
         variants = [_small("llama-512x4", 512), _small("llama-1024x4", 1024), wide]
+        variants += [dataclasses.replace(_small("llama-4096x2", 4096), layers=2, batch=2)]
         variants += [dataclasses.replace(wide, spec="prompt"), dataclasses.replace(wide, checkpointing=True)]
         return [*variants, dataclasses.replace(variants[0], compiled=True)]
     one = Shape("llama-3.2-1b", 2048, 16, 32, 8, 8192, 128256, 8, 512, dtype=torch.bfloat16)
@@ -62,13 +63,15 @@ def _case(shape: Shape, device: str) -> Case:
         "eager hooks": models.by_hooks,
     }
     if not shape.checkpointing and not shape.compiled:  # neither package supports them
-        builds |= {"pyreft": others.pyreft_stepper, "adapters": others.adapters_stepper}
+        for name, build in (("pyreft", others.pyreft_stepper), ("adapters", others.adapters_stepper)):
+            builds |= {name: build, f"reft_kernels, in {name}": functools.partial(build, accelerated=True)}
     gate = functools.cache(lambda whole: _Gate(shape, device, whole))
     providers = {FROZEN: _provider(lambda: models.frozen(model, shape), batches)}
     for name, build in builds.items():
         make = functools.partial(build, model, shape, weights)
-        providers[name] = _provider(make, batches, lambda build=build, whole=name == "adapters": gate(whole)(build))
-    return Case("training_step", "step", shape.dimensions, shape.dtype, providers, FROZEN, len(batches), rounds=9)
+        whole = name.endswith("adapters")
+        providers[name] = _provider(make, batches, lambda build=build, whole=whole: gate(whole)(build))
+    return Case("training_step", "step", shape.dimensions, shape.dtype, providers, FROZEN, len(batches), rounds=7)
 
 
 def _provider(

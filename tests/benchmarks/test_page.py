@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import re
+import tempfile
 from html.parser import HTMLParser
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +15,12 @@ from matplotlib.figure import Figure
 from benchmarks import page, plots, questions
 from benchmarks.rows import Row
 from tests.benchmarks import GPU, edits, row, write
+
+
+def _render(devices):
+    """The page, its figures thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        return page.render(devices, Path(folder))
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +83,7 @@ def _builds(**values: object) -> list[Row]:
 
 
 def test_page_is_complete_escaped_and_self_contained():
-    text = page.render({"some-cpu-2-threads": edits(shape="rows=4096 d=4096 r=8 x=<i>")})
+    text = _render({"some-cpu-2-threads": edits(shape="rows=4096 d=4096 r=8 x=<i>")})
     seen = _Page(text)
     assert "<not>" not in text and "<i>" not in text and "<edit_all_rows>" not in text
     assert "absent: pyreft is <not> installed" in seen.cells and "rows=4096 d=4096 r=8 x=<i>" in seen.cells
@@ -88,34 +96,34 @@ def test_page_is_complete_escaped_and_self_contained():
 
 
 def test_environment():
-    cells = _Page(page.render({"some-cpu-2-threads": edits()})).cells
+    cells = _Page(_render({"some-cpu-2-threads": edits()})).cells
     assert {"abc1234", "2.13.0", "5.1", "2026-01-01T00:00:00Z", "malloc", "edit_all_rows"} <= set(cells)
 
 
 def test_losing_cases_are_listed():
-    seen = _Page(page.render({"some-cpu-2-threads": edits()}))
+    seen = _Page(_render({"some-cpu-2-threads": edits()}))
     assert "slower than another provider by more than noise: 1 of 1 cases" in seen.words
     assert "1.6" in seen.cells
     winning = [one for one in edits() if not one.provider.startswith("torch.compile")]
-    assert "slower than another provider in no case" in _Page(page.render({"d": winning})).words
+    assert "slower than another provider in no case" in _Page(_render({"d": winning})).words
 
 
 def test_gpu_not_measured():
     """... is said of each question that no GPU answered, on a page with CPU rows and one without any."""
     cpu = {"some-cpu-2-threads": edits()}
-    assert _Page(page.render(cpu)).words.count(page.NO_GPU) == len(questions.NAMES)
-    assert _Page(page.render({})).words.count(page.NO_GPU) == len(questions.NAMES)
-    both = _Page(page.render(cpu | {"some-gpu": edits(**GPU)})).words
+    assert _Page(_render(cpu)).words.count(page.NO_GPU) == len(questions.NAMES)
+    assert _Page(_render({})).words.count(page.NO_GPU) == len(questions.NAMES)
+    both = _Page(_render(cpu | {"some-gpu": edits(**GPU)})).words
     assert both.count(page.NO_GPU) == len(questions.NAMES) - 1 and f"<edit_all_rows>: {page.NO_GPU}" not in both
 
 
 def test_unknown_question_and_missing_module(monkeypatch):
     with pytest.raises(ValueError, match="question: got mystery"):
-        page.render({"d": [row(median=1.0, question="mystery")]})
+        _render({"d": [row(median=1.0, question="mystery")]})
     monkeypatch.undo()
     monkeypatch.setattr(questions, "NAMES", ("no_such_module",))
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
-        page.render({})
+        _render({})
 
 
 def test_main(tmp_path, capsys):
@@ -150,7 +158,7 @@ def test_every_figure_is_drawn(tmp_path):
 
 
 def test_rows_without_times_draw_nothing_and_the_page_says_so():
-    text = page.render({"d": [row("pyreft", note="absent: x"), row(note="out of memory")]})
+    text = _render({"d": [row("pyreft", note="absent: x"), row(note="out of memory")]})
     assert "not measured</span>: Bandwidth against rows, float32" in text and "<img" not in text
 
 
@@ -225,6 +233,6 @@ def test_colours():
 
 
 def test_inline_figures_are_svg():
-    addresses = _Page(page.render({"d": edits()})).addresses
+    addresses = _Page(_render({"d": edits()})).addresses
     images = [base64.b64decode(a.split(",", 1)[1]) for a in addresses if a.startswith("data:")]
     assert len(images) == 2 and all(b"<svg" in image for image in images)
