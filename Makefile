@@ -57,7 +57,7 @@ bench: $(VENV)/.installed
 
 # whole training steps beside AdapterHub's adapters, which needs transformers 4.57
 bench-transformers4: $(VENV)-transformers4/.installed
-	$(VENV)-transformers4/bin/python -m benchmarks.run --csv --only training_step $(ARGS)
+	$(VENV)-transformers4/bin/python -m benchmarks.run --csv --only training_step --match llama-1024x4 $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-transformers4 build *.egg-info .pytest_cache .hypothesis .ruff_cache

@@ -100,14 +100,25 @@ class Case:
     clone: list[Tensor] | None = None
     rounds: int = 15
 
+    @property
+    def label(self) -> str:
+        """The shape as ``name=value`` pairs."""
+        return " ".join(f"{key}={value}" for key, value in self.shape.items())
+
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: ``quick`` asks for small shapes and few rounds."""
+    """How to measure: ``quick`` asks for small shapes and few rounds, ``match`` for cases that contain each of its words."""
 
     device: str = "cpu"
     quick: bool = False
     rounds: int | None = None
+    match: tuple[str, ...] = ()
+
+    def wants(self, case: Case) -> bool:
+        """Whether each word of ``match`` stands in the case's mode, shape or dtype."""
+        text = f"{case.mode} {case.label} {case.dtype}"
+        return all(word in text for word in self.match)
 
     def rounds_or(self, default: int) -> int:
         """The rounds asked for, else 3 when quick, else the question's own number."""
@@ -312,7 +323,7 @@ def _of_times(
             values["ratio"] = statistics.median(own / other for own, other in zip(times, base, strict=True))
     return Row(
         question=case.question, provider=name, mode=case.mode,
-        shape=" ".join(f"{key}={value}" for key, value in case.shape.items()), dtype=str(case.dtype).removeprefix("torch."),
+        shape=case.label, dtype=str(case.dtype).removeprefix("torch."),
         device=machine.device_name(device), driver=machine.driver(device), allocator=machine.allocator(device),
         threads=torch.get_num_threads(), torch=torch.__version__, triton=machine.version("triton"),
         transformers=machine.version("transformers"), commit=machine.commit(), when=_STARTED, rounds=rounds,

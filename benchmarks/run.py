@@ -1,6 +1,7 @@
 """Run the questions, print each case as it is measured, and append the raw rows.
 
-    python -m benchmarks.run [--list] [--only QUESTION ...] [--quick] [--csv [FILE]] [--device cpu|cuda] [--rounds N]
+    python -m benchmarks.run [--list] [--only QUESTION ...] [--match WORD ...] [--quick] [--csv [FILE]] [--device cpu|cuda]
+        [--rounds N]
 
 With ``--csv`` rows go to ``benchmarks/results/<device>/<question>.csv``, or to the one file that is named.
 """
@@ -25,6 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--csv", nargs="?", type=Path, const=rows.RESULTS, help="append raw rows (to one FILE, if named)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, help="samples of each provider")
+    parser.add_argument(
+        "--match", nargs="+", default=[], metavar="WORD", help="only cases whose mode, shape, dtype have each word"
+    )
     return parser
 
 
@@ -42,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.rounds is not None and args.rounds < 1:
         print(f"--rounds: got {args.rounds}, expected at least 1", file=sys.stderr)
         return 2
-    settings = harness.Settings(args.device, args.quick, args.rounds)
+    settings = harness.Settings(args.device, args.quick, args.rounds, tuple(args.match))
     started = time.perf_counter()
     for name in args.only:
         print(f"== {questions.load(name).TITLE}", flush=True)

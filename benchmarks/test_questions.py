@@ -19,7 +19,7 @@ def _providers() -> Iterator[object]:
     settings = harness.Settings(DEVICE, quick=True)
     for name in questions.NAMES:
         for case in getattr(questions.load(name), "cases", lambda _: ())(settings):
-            group = " ".join([name, case.mode, *(f"{key}={value}" for key, value in case.shape.items())])
+            group = f"{name} {case.mode} {case.label}"
             for provider in case.providers:
                 yield pytest.param(group, case.providers[provider], id=f"{group} {provider}".replace(" ", "-"))
 

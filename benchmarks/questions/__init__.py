@@ -41,4 +41,5 @@ def answers(name: str, settings: harness.Settings) -> Iterator[list[Row]]:
         yield from question.measure(settings)
         return
     for case in question.cases(settings):
-        yield harness.measure(case, settings)
+        if settings.wants(case):
+            yield harness.measure(case, settings)

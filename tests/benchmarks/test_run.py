@@ -33,6 +33,13 @@ def test_a_quick_run_answers_the_question(name, tmp_path, capsys):
     assert questions.load(name).TITLE in capsys.readouterr().out
 
 
+def test_match_picks_cases(tmp_path):
+    file = tmp_path / "rows.csv"
+    arguments = ["--only", "host_cost", "--quick", "--device", "cpu", "--rounds", "1", "--match", "function=red", "both"]
+    assert run.main([*arguments, "--csv", str(file)]) == 0
+    assert {(row.mode, row.shape) for row in rows.read(file)} == {("both", "function=red")}
+
+
 @pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--rounds", "0"], ["--device", "tpu"]])
 def test_bad_arguments(arguments, capsys):
     try:
