@@ -336,6 +336,28 @@ def _memory(rows: Sequence[Row], suffix: str) -> Drawn:
     yield title, caption, _bars(title, "peak memory (MiB)", rows, value, one=False) if rows else None
 
 
+def _memory_of_layers(rows: Sequence[Row], suffix: str) -> Drawn:
+    """Of models whose names differ in their last number alone, such as llama-512x4 and llama-512x16, those with most sizes."""
+    found: dict[str, dict[str, dict[float, float]]] = {}
+    for row in _of(rows, "training_step", "step"):
+        same, layers = re.fullmatch(r"(.*?)(\d*)", row.dimensions.get("model", "")).groups()
+        if row.peak_bytes and layers and not row.dimensions.keys() & set(SWITCHES):
+            key = row.shape.replace(row.dimensions["model"], same)
+            found.setdefault(key, {}).setdefault(row.provider, {})[float(layers)] = row.peak_bytes / 2**20
+    sizes = {key: len(set().union(*providers.values())) for key, providers in found.items()}
+    widest = max(sizes, key=sizes.get, default="")
+    lines = {}
+    if sizes.get(widest, 0) > 1:
+        providers = found[widest]
+        lines = {name: [(x, y, y, y) for x, y in sorted(providers[name].items())] for name in order(providers)}
+    title = f"Peak memory against layers{suffix}"
+    yield (
+        title,
+        f"As above, by the model's number of layers; {widest}.",
+        _grid(title, [[("", "layers", "peak memory (MiB)", lines)]]),
+    )
+
+
 def _r_build(rows: Sequence[Row], suffix: str) -> Drawn:
     rows = _of(rows, "r_build", "forward", "both")
     faster, names = _over(rows, ORTHOGONAL), {"forward": "forward", "both": "forward + backward"}
@@ -353,7 +375,7 @@ def _r_build(rows: Sequence[Row], suffix: str) -> Drawn:
 
 DRAWERS = {
     "edit_all_rows": (_bandwidth, _speed_up), "edit_selected_rows": (_selected,), "r_build": (_r_build,),
-    "training_step": (_steps, _memory),
+    "training_step": (_steps, _memory, _memory_of_layers),
 }  # fmt: skip
 
 

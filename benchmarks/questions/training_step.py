@@ -39,6 +39,7 @@ def shapes(settings: Settings) -> list[Shape]:
         variants = [_small("llama-512x4", 512), _small("llama-1024x4", 1024), wide]
         variants += [dataclasses.replace(_small("llama-4096x2", 4096), layers=2, batch=2)]
         variants += [dataclasses.replace(wide, spec="prompt"), dataclasses.replace(wide, checkpointing=True)]
+        variants += [dataclasses.replace(_small(f"llama-512x{n}", 512), layers=n) for n in (2, 8, 16)]
         return [*variants, dataclasses.replace(variants[0], compiled=True)]
     one = Shape("llama-3.2-1b", 2048, 16, 32, 8, 8192, 128256, 8, 512, dtype=torch.bfloat16)
     eight = Shape("llama-3-8b", 4096, 32, 32, 8, 14336, 128256, 4, 512, dtype=torch.bfloat16)

@@ -66,7 +66,7 @@ def _selected(**values: object) -> list[Row]:
 
 def _steps(**values: object) -> list[Row]:
     found = []
-    for model, time in (("llama-512x4", 1.0), ("llama-2048x4", 9.0)):
+    for model, time in (("llama-512x4", 1.0), ("llama-512x8", 2.0), ("llama-2048x4", 9.0)):
         case = {
             "question": "training_step", "mode": "step", "shape": f"model={model} batch=4 T=64 positions=f7+l7 r=8",
             "baseline": "frozen model",
@@ -145,7 +145,7 @@ def test_missing_figures_are_returned_by_title(tmp_path):
     assert {plot.title.split(",")[0] for plot in drawn} == {
         "Bandwidth against rows", "Speed-up over eager", "Selected rows: time against sequence length",
         "Build of R: speed-up over parametrizations.orthogonal", "Training step over the frozen model",
-        "Peak memory of a training step",
+        "Peak memory of a training step", "Peak memory against layers",
     }  # fmt: skip
     assert all(plot.path is None for plot in drawn) and not list(tmp_path.iterdir())
 
@@ -153,7 +153,7 @@ def test_missing_figures_are_returned_by_title(tmp_path):
 def test_every_figure_is_drawn(tmp_path):
     found = [*edits(), *edits(mode="backward"), *_selected(), *_steps(), *_builds()]
     drawn = plots.draw(found, tmp_path)
-    assert len(drawn) == 6 and len({plot.path for plot in drawn}) == 6
+    assert len(drawn) == 7 and len({plot.path for plot in drawn}) == 7
     assert all(plot.path.read_text().rstrip().endswith("</svg>") for plot in drawn)
 
 
