@@ -66,7 +66,7 @@ def _selected(**values: object) -> list[Row]:
 
 def _steps(**values: object) -> list[Row]:
     found = []
-    for model, time in (("llama-512x4", 1.0), ("llama-512x8", 2.0), ("llama-2048x4", 9.0)):
+    for model, time in (("llama-512x4", 1.0), ("llama-2048x4", 9.0)):
         case = {
             "question": "training_step", "mode": "step", "shape": f"model={model} batch=4 T=64 positions=f7+l7 r=8",
             "baseline": "frozen model",
@@ -74,6 +74,11 @@ def _steps(**values: object) -> list[Row]:
         found += [row("frozen model", time, ratio=1.0, peak_bytes=1 << 22, **case)]
         found += [row(median=0.9 * time, ratio=0.9, peak_bytes=1 << 21, **case), row("pyreft", note="out of memory", **case)]
     return found
+
+
+def _deeper() -> Row:
+    shape = "model=llama-512x8 batch=4 T=64 positions=f7+l7 r=8"
+    return row(median=2.0, ratio=0.9, peak_bytes=1 << 22, question="training_step", mode="step", shape=shape)
 
 
 def _builds(**values: object) -> list[Row]:
@@ -151,7 +156,7 @@ def test_missing_figures_are_returned_by_title(tmp_path):
 
 
 def test_every_figure_is_drawn(tmp_path):
-    found = [*edits(), *edits(mode="backward"), *_selected(), *_steps(), *_builds()]
+    found = [*edits(), *edits(mode="backward"), *_selected(), *_steps(), *_builds(), _deeper()]
     drawn = plots.draw(found, tmp_path)
     assert len(drawn) == 7 and len({plot.path for plot in drawn}) == 7
     assert all(plot.path.read_text().rstrip().endswith("</svg>") for plot in drawn)
@@ -206,6 +211,12 @@ def test_only_the_star_around_the_base_is_drawn():
     """A row that differs in another dimension than the varied one does not join its line."""
     found = [*_selected(), row(median=7.0, question="edit_selected_rows", shape="batch=64 T=512 positions=f7+l7 d=64 r=8")]
     assert 7.0 not in _lines(_drawn(plots._selected, found).axes[0])["reft_kernels"]
+
+
+def test_memory_against_layers_takes_models_that_differ_in_layers_alone():
+    (axes,) = _drawn(plots._memory_of_layers, [*_steps(), _deeper()]).axes
+    (line,) = (line for line in axes.get_lines() if line.get_label() == "reft_kernels")
+    assert [list(values) for values in line.get_data()] == [[4, 8], [2, 4]]
 
 
 def test_step_bars():
