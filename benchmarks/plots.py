@@ -33,10 +33,12 @@ LISTED = {
     "reft_kernels": 0, "reft_kernels householder": 0, "reft_kernels cayley": 1, "reft_kernels, torch backend": 1,
     "reft_kernels, triton backend": 2, "reft_kernels, cuda backend": 3, "eager, unfolded": 0, "eager, folded": 1,
     "eager, clone and scatter": 0, "eager, in place": 1, "eager hooks": 0, "eager hooks, cached R": 1,
+    "reft_kernels, in adapters": 1, "reft_kernels, in pyreft": 3,
     "torch.compile, folded": 0, "torch.compile, in place": 0,
 }  # fmt: skip
 OTHERS = ("#c2358f", "#8c6d31", "#5b5bd6", "#6b8e23")
 MARKERS = {"reft_kernels": "o", "eager": "s", "torch.compile": "^", "pyreft": "D", "adapters": "P", "householder_product": "X"}
+MOST_GROUPS = 5  # of bars side by side
 LOG_FROM = 30  # largest over smallest value from which an axis is logarithmic
 STYLE = {
     "font.size": 10, "axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -280,16 +282,41 @@ def _bars(title: str, y_label: str, rows: Sequence[Row], value: Callable[[Row], 
     if not any(drawn.values()):
         return None
     providers = [name for name in providers if any(drawn.get((*place, name)) for place in labels)]
-    figure = Figure(figsize=(max(6.5, 1.6 + 0.36 * len(labels) * (len(providers) + 1)), 4.6), layout="constrained")
-    axes, width = figure.subplots(), 0.84 / len(providers)
+    places = list(labels)
+    lines = [places[k : k + MOST_GROUPS] for k in range(0, len(places), MOST_GROUPS)]
+    groups = len(lines[0])
+    figure = Figure(figsize=(max(6.5, 1.6 + 0.36 * groups * (len(providers) + 1)), 3.6 * len(lines) + 1), layout="constrained")
     figure.suptitle(title, fontsize=12)
-    values = [point[1] for point in drawn.values() if point] + [1] * one
+    panels = figure.subplots(len(lines), 1, squeeze=False, sharey=True)[:, 0]
     notes = {(row.shape, row.dtype, row.provider): row.note.split(":")[0] for row in rows}
+    for axes, line in zip(panels, lines, strict=True):
+        _draw_bars(axes, line, providers, drawn, notes)
+        axes.set_xticks(range(len(line)), [labels[place] for place in line], fontsize=8.5)
+        axes.set(ylabel=y_label, xlim=(-0.55, groups - 0.45))
+        axes.grid(axis="x", visible=False)
+        axes.set_axisbelow(True)
+        if one:
+            axes.axhline(1, color="#555555", linewidth=0.9, linestyle=":")
+    values = [point[1] for point in drawn.values() if point] + [1] * one
+    tops = [max(point[1:]) for point in drawn.values() if point] + [1] * one
+    _scale(panels[0], tops, max(values) > LOG_FROM * min(values))
+    _legend(figure, panels)
+    return figure
+
+
+Place = tuple[str, str]  # shape and dtype
+
+
+def _draw_bars(
+    axes: Axes, places: Sequence[Place], providers: Sequence[str], drawn: dict[tuple[str, str, str], Point | None],
+    notes: dict[tuple[str, str, str], str],
+) -> None:  # fmt: skip
+    width = 0.84 / len(providers)
     for k, provider in enumerate(providers):
-        for n, place in enumerate(labels):
+        for n, place in enumerate(places):
             x, point = n - 0.42 + (k + 0.5) * width, drawn.get((*place, provider))
             if point is None:
-                said = notes.get((*place, provider), "")
+                said = notes.get((*place, provider), "").replace("absent", "")  # a package that is elsewhere: the table says so
                 axes.text(x, 0.015, said, rotation=90, ha="center", va="bottom", fontsize=8, color=colour(provider),
                           transform=axes.get_xaxis_transform())  # fmt: skip
                 continue
@@ -297,15 +324,6 @@ def _bars(title: str, y_label: str, rows: Sequence[Row], value: Callable[[Row], 
             errors = [[max(y - low, 0)], [max(high - y, 0)]] if high > low else None
             axes.bar(x, y, 0.92 * width, color=colour(provider), label=provider, yerr=errors, ecolor="#333333")
             axes.annotate(_plain(y), (x, max(y, high)), (0, 2), textcoords="offset points", ha="center", fontsize=7)
-    axes.set_xticks(range(len(labels)), labels.values(), fontsize=8.5)
-    axes.set(ylabel=y_label, xlim=(-0.55, len(labels) - 0.45))
-    axes.grid(axis="x", visible=False)
-    axes.set_axisbelow(True)
-    if one:
-        axes.axhline(1, color="#555555", linewidth=0.9, linestyle=":")
-    _scale(axes, [max(point[1:]) for point in drawn.values() if point] + [1] * one, max(values) > LOG_FROM * min(values))
-    _legend(figure, [axes])
-    return figure
 
 
 def _steps(rows: Sequence[Row], suffix: str) -> Drawn:
