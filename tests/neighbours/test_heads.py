@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
 import torch
 
 from reft_kernels.neighbours import JoLA, LoFiT
+from tests import budget
 from tests.neighbours import common
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -64,26 +66,27 @@ def test_jola_in_evaluation(dtype, case, backend, device):
     _check(lambda heads: JoLA(H, D, heads, device=device).eval(), formula, dtype, case, backend, device)
 
 
-def test_jola_in_training_draws_hard_concrete_gates():
-    module = common.randomized(JoLA(H, D)).double()
-    z = torch.randn(B, T, H * D, dtype=torch.float64, requires_grad=True)
-    torch.manual_seed(5)
-    module(z).sin().sum().backward()
-    got = {"z": z.grad, **{k: p.grad for k, p in module.named_parameters()}}
-    torch.manual_seed(5)
-    u = [torch.rand(H, dtype=torch.float64) for _ in range(2)]
-    leaves = {k: p.detach().clone().requires_grad_() for k, p in module.named_parameters()}
-    z2 = z.detach().clone().requires_grad_()
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_jola_in_training_draws_hard_concrete_gates(case, backend, device):
+    seeds = {}
 
-    def gate(alpha, u):
-        s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + alpha) / 0.33)
-        return (s * 1.2 - 0.1).clamp(0, 1).unsqueeze(1)
+    def module(heads):
+        made = JoLA(H, D, heads, device=device)
+        seeds["now"] = int(torch.randint(2**31, ()))
+        made.register_forward_pre_hook(lambda *_: torch.manual_seed(seeds["now"]) and None)
+        return made
 
-    scale = 1 + gate(leaves["alpha_a"], u[0]) * leaves["a"]
-    bias = gate(leaves["alpha_v"], u[1]) * leaves["v"]
-    (scale * z2.view(B, T, H, D) + bias).sin().sum().backward()
-    for name, want in {"z": z2.grad, **{k: p.grad for k, p in leaves.items()}}.items():
-        torch.testing.assert_close(got[name], want, rtol=1e-12, atol=1e-14, msg=name)
+    def formula(k, x, a, v, alpha_a, alpha_v):
+        generator = torch.Generator(device).manual_seed(seeds["now"])
+        u = [torch.rand(len(alpha_a), generator=generator, device=device) for _ in range(2)]
+
+        def gate(alpha, u):
+            s = torch.sigmoid((torch.log(u.to(x)) - torch.log(1 - u.to(x)) + alpha) / 0.33)
+            return (s * 1.2 - 0.1).clamp(0, 1)[k]
+
+        return (1 + gate(alpha_a, u[0]) * a[k]) * x + gate(alpha_v, u[1]) * v[k]
+
+    _check(module, formula, torch.float32, case, backend, device)
 
 
 def test_expected_open_is_the_share_of_open_gates():
@@ -114,16 +117,25 @@ def test_starts_as_the_identity_and_can_be_left(make):
 
 def test_before_an_output_projection():
     """As a forward pre-hook of the projection; a bias on the heads is a bias after it."""
-    projection = torch.nn.Linear(H * D, 10).double()
-    module = common.randomized(LoFiT(H, D, HEADS, dtype=torch.float64))
-    z = torch.randn(B, T, H * D, dtype=torch.float64)
-    offset = torch.zeros(H, D, dtype=torch.float64)
-    offset[list(HEADS)] = module.v.detach()
-    want = projection(z) + projection.weight @ offset.flatten()
-    with torch.no_grad():
-        handle = projection.register_forward_pre_hook(lambda _, args: (module(args[0]),))
-        torch.testing.assert_close(projection(z), want.detach(), rtol=1e-12, atol=1e-12)
-        handle.remove()
+
+    def make():
+        projection, module = torch.nn.Linear(H * D, 10), common.randomized(LoFiT(H, D, HEADS))
+        W, b, v = (t.detach().clone() for t in (projection.weight, projection.bias, module.v))
+
+        def engine(z, v):
+            edit = functools.partial(torch.func.functional_call, module, {"v": v})
+            handle = projection.register_forward_pre_hook(lambda _, args: (edit(args),))
+            out = projection(z)
+            handle.remove()
+            return out
+
+        def straightforward(z, v):
+            offset = v.new_zeros(H, D).index_copy(0, torch.tensor(HEADS), v)
+            return torch.nn.functional.linear(z, W.to(z), b.to(z)) + W.to(z) @ offset.flatten()
+
+        return budget.Draw({"z": torch.randn(B, T, H * D), "v": v}, engine, straightforward)
+
+    budget.check(make, torch.float32)
 
 
 def test_heads_and_tokens_that_are_not_chosen_are_untouched():
