@@ -13,9 +13,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
+from reft_train.baselines import TorchLoReFT
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import orthogonal
 
 from benchmarks import edits
 from reft_kernels import positions
@@ -192,16 +192,13 @@ def by_peft(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
     return Stepper(lambda batch: run(**batch.inputs).loss, trained, lambda: list(stack.W.grad))
 
 
-class _Eager(nn.Module):
-    """One layer's edit as written from the paper, with R under PyTorch's own parametrization."""
+class _Eager(TorchLoReFT):
+    """The demo's plain edit with PyTorch's default parametrization, in the hidden state's dtype."""
 
     def __init__(self, R: Tensor, W: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        rank, width = R.shape
-        self.rotate = orthogonal(nn.Linear(width, rank, bias=False, device=R.device), orthogonal_map="householder")
-        self.source = nn.Linear(width, rank, device=R.device)
+        with R.device:
+            super().__init__(R, use_trivialization=True)
         with torch.no_grad():
-            self.rotate.weight = R
             self.source.weight.copy_(W)
             self.source.bias.copy_(b)
         if dtype == torch.float64:

@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
+from benchmarks import compare
 from benchmarks.rows import Row
 
 UNFOLDED = "eager, unfolded"
@@ -28,7 +29,7 @@ COLOURS = {
     "adapters": ("#c0392b",),
     "householder_product": ("#16a2a2",),
 }
-FLOORS = {"torch.clone": "#555555", "no edit": "#555555", "the rows alone": "#555555", "frozen model": "#9a9a9a"}
+FLOORS = dict.fromkeys(compare.FLOORS, "#555555") | {"frozen model": "#9a9a9a"}
 LISTED = {
     "reft_kernels": 0, "reft_kernels householder": 0, "reft_kernels cayley": 1, "reft_kernels, torch backend": 1,
     "reft_kernels, triton backend": 2, "reft_kernels, cuda backend": 3, "eager, unfolded": 0, "eager, folded": 1,

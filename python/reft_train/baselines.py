@@ -47,13 +47,14 @@ class TorchLoReFT(nn.Module):
     """One layer's edit, starting as the identity: W = R, b = 0.
 
     Args:
-        rotation: R at the start, ``[r, d]`` with orthonormal rows.
+        rotation: R at the start, ``[r, d]`` with orthonormal rows. use_trivialization: PyTorch's default, with its d x d base.
     """
 
-    def __init__(self, rotation: Tensor) -> None:
+    def __init__(self, rotation: Tensor, *, use_trivialization: bool = False) -> None:
         super().__init__()
         rank, width = rotation.shape
-        self.rotate = orthogonal(nn.Linear(width, rank, bias=False), orthogonal_map="householder", use_trivialization=False)
+        linear = nn.Linear(width, rank, bias=False)
+        self.rotate = orthogonal(linear, orthogonal_map="householder", use_trivialization=use_trivialization)
         self.source = nn.Linear(width, rank)
         with torch.no_grad():
             self.rotate.weight = rotation

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from adapters.configuration import ReftConfig
-from adapters.methods.reft import ReftLayer, ReftModule, ReftUnit
+from adapters.methods.reft import ReftLayer, ReftModule
 from torch import Tensor, nn
 
 from reft_kernels import ownership
@@ -31,12 +31,13 @@ from reft_kernels.activations import canonical_activation
 from reft_kernels.autograd import apply_red
 from reft_kernels.checks import mark_rows
 from reft_kernels.dtypes import accumulation_dtype
+from reft_kernels.integrations.torch_orthogonal import householder_chain, rotations
 from reft_kernels.interventions import EditWeights, Intervention
 from reft_kernels.model.components import MODEL_INPUTS, Component, Target
 from reft_kernels.model.editor import Editor, Scope, _Begin, _End
 from reft_kernels.model.prompts import Explicit, Selection, Window, select
 from reft_kernels.model.steps import Edit, Pending, Step
-from reft_kernels.parametrization import MAX_RANK, build
+from reft_kernels.parametrization import MAX_RANK
 from reft_kernels.positions import Spec, prompt_rows
 
 PROMPTS = ("sequence", "labels")
@@ -73,16 +74,6 @@ def _kind(layer: ReftLayer, name: str) -> _Kind:
 # ---- weights
 
 
-def _householder(unit: ReftUnit) -> Any:
-    """The unit's parametrizations where R^T = base H(X), as torch's ``orthogonal`` makes them for r < d; None for others."""
-    if not unit.orthogonal:
-        return None
-    chain = unit.projection.parametrizations.weight
-    rank, width = chain.original.shape
-    known = len(chain) == 1 and getattr(getattr(chain[0], "orthogonal_map", None), "name", "") == "householder"
-    return chain if known and rank < width and getattr(chain[0], "base", None) is not None else None
-
-
 def _signs(X: Tensor) -> Tensor:
     """Signs ``[..., r]`` of H(X)'s columns, which torch keeps on X's diagonal and reads as integers: decay makes them 0."""
     return torch.where(X.detach().diagonal(dim1=-2, dim2=-1) > 0, 1.0, -1.0).to(X.dtype)
@@ -92,7 +83,7 @@ def _signs(X: Tensor) -> Tensor:
 def _mend(layer: ReftLayer) -> None:
     """Write whole signs back where an optimizer's decay shrank them, so that the package reads the R that was trained."""
     for module in layer.refts.values():
-        for chain in filter(None, map(_householder, module.units)):
+        for chain in filter(None, (householder_chain(unit.projection) for unit in module.units)):
             chain.original.diagonal().copy_(_signs(chain.original))
 
 
@@ -127,12 +118,11 @@ class _Units(Intervention):
         return stacked.view(*self._lead, *stacked.shape[1:])
 
     def _write(self) -> Tensor:
-        chains = [_householder(unit) for unit in self.units]
+        chains = [householder_chain(unit.projection) for unit in self.units]
         if None in chains:
             return self._stack([unit.projection.weight for unit in self.units])
         X = torch.stack([chain.original.mT for chain in chains]).contiguous()
-        H, _ = build("householder", X, signs=_signs(X))
-        return self._stack([h @ chain[0].base.mT.to(h.dtype) for h, chain in zip(H.unbind(0), chains, strict=True)])
+        return self._stack(rotations(chains, X, _signs(X)))
 
     def _stacked_weights(self) -> tuple[Tensor, Tensor, Tensor, None, bool]:
         source = [unit.learned_source for unit in self.units]

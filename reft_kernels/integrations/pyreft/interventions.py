@@ -112,12 +112,14 @@ class ReftIntervention(FusedIntervention, SourcelessIntervention, TrainableInter
         return adopt
 
 
-class LoreftIntervention(ReftIntervention):
-    """LoReFT: h + R^T (act(W h + b) - R h); R^T = ``rotate_layer.weight``; W, b = ``learned_source`` (ReFT, equation 2)."""
-
+class _Rotated(ReftIntervention):
     def _make_layers(self, kwargs: dict) -> None:
         self.rotate_layer = self._rotate_layer(kwargs)
         self.learned_source = self._linear()
+
+
+class LoreftIntervention(_Rotated):
+    """LoReFT: h + R^T (act(W h + b) - R h); R^T = ``rotate_layer.weight``; W, b = ``learned_source`` (ReFT, equation 2)."""
 
     def edit_weights(self) -> EditWeights:
         source = self.learned_source
@@ -147,12 +149,8 @@ class LoreftIntervention(ReftIntervention):
             state.setdefault(prefix + name, buffer)
 
 
-class DireftIntervention(ReftIntervention):
+class DireftIntervention(_Rotated):
     """DiReFT, the ablation of LoReFT: h + R^T act(W h + b); R^T = ``rotate_layer.weight``, W, b = ``learned_source``."""
-
-    def _make_layers(self, kwargs: dict) -> None:
-        self.rotate_layer = self._rotate_layer(kwargs)
-        self.learned_source = self._linear()
 
     def edit_weights(self) -> EditWeights:
         source = self.learned_source

@@ -21,8 +21,6 @@ from pyreft.interventions import (
     NoreftIntervention,
 )
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _OrthMaps, _Orthogonal
-from torch.nn.utils.parametrize import is_parametrized
 from transformers.activations import ACT2FN
 
 from reft_kernels import functional
@@ -30,7 +28,7 @@ from reft_kernels.activations import canonical_activation
 from reft_kernels.autograd import apply_edit
 from reft_kernels.checks import check_edit, row_count
 from reft_kernels.integrations.pyreft.interventions import ReftIntervention
-from reft_kernels.parametrization import MAX_RANK
+from reft_kernels.integrations.torch_orthogonal import householder_chain, rotations
 
 Edit = Callable[..., Tensor]
 """``edit(hidden, *, rows, inplace)``: a function of :mod:`reft_kernels.functional` with its weights."""
@@ -148,18 +146,7 @@ def check_intervention(key: str, intervention: nn.Module) -> None:
         raise ValueError(f"reft_model: intervention {key!r}, {error}") from None
 
 
-def _householder_of(layer: nn.Module) -> _Orthogonal | None:
-    """The parametrization of a rotate layer, where it is torch's Householder map of a tall matrix."""
-    if not is_parametrized(layer, "weight") or len(layer.parametrizations.weight) != 1:
-        return None
-    map_ = layer.parametrizations.weight[0]
-    if type(map_) is not _Orthogonal or map_.orthogonal_map != _OrthMaps.householder:
-        return None
-    d, r = layer.parametrizations.weight.original.shape
-    return map_ if r <= min(d, MAX_RANK) else None
-
-
-def rotations(layers: Iterable[nn.Module]) -> list[Tensor]:
+def _rotations(layers: Iterable[nn.Module]) -> list[Tensor]:
     """R ``[r, d]`` of each rotate layer, differentiable, in fp32 (fp64 for fp64 parameters).
 
     Layers of one shape share one householder call. Another parametrization (torch takes the matrix exponential for a square
@@ -168,21 +155,18 @@ def rotations(layers: Iterable[nn.Module]) -> list[Tensor]:
     layers = list(layers)
     found: dict[int, Tensor] = {}
     groups: dict[tuple, list[int]] = {}
-    for index, layer in enumerate(layers):
-        if _householder_of(layer) is None:
-            found[index] = layer.weight.mT
+    chains = [householder_chain(layer) for layer in layers]
+    for index, chain in enumerate(chains):
+        if chain is None:
+            found[index] = layers[index].weight.mT
         else:
-            X = layer.parametrizations.weight.original
+            X = chain.original
             groups.setdefault((X.shape, X.dtype, X.device), []).append(index)
-    for (_, _, device), members in groups.items():
-        with torch.autocast(device.type, enabled=False):  # R is fp32 whatever the model computes in
-            X = torch.stack([layers[i].parametrizations.weight.original for i in members])
-            # torch truncates the diagonal to integers, so that weight decay makes zeros of the signs: pyreft's numbers are kept
-            signs = X.detach().diagonal(dim1=-2, dim2=-1).int()
-            H = functional.householder(X, signs=signs.to(torch.promote_types(X.dtype, torch.float32)))
-            for index, own in zip(members, H.unbind(0), strict=True):
-                base = getattr(_householder_of(layers[index]), "base", None)
-                found[index] = own if base is None else own @ base.to(own.dtype).mT
+    for members in groups.values():
+        X = torch.stack([chains[i].original for i in members])
+        # torch truncates the diagonal to integers, so that weight decay makes zeros of the signs: pyreft's numbers are kept
+        signs = X.detach().diagonal(dim1=-2, dim2=-1).int()
+        found |= zip(members, rotations([chains[i] for i in members], X, signs), strict=True)
     return [found[i] for i in range(len(layers))]
 
 
@@ -196,7 +180,7 @@ def edits_of(interventions: Mapping[str, nn.Module]) -> dict[str, Edit]:
         check_intervention(key, own)
     shipped = [own for own in interventions.values() if not isinstance(own, ReftIntervention)]
     rotating = list(dict.fromkeys(own for own in shipped if hasattr(own, "rotate_layer")))
-    R = dict(zip(rotating, rotations(own.rotate_layer for own in rotating), strict=True))
+    R = dict(zip(rotating, _rotations(own.rotate_layer for own in rotating), strict=True))
     return {key: _maker(own)(own, R.get(own)) for key, own in interventions.items()}
 
 
