@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
-from reft_train.baselines import TorchLoReFT
+from reft_train.demo.baselines import TorchLoReFT
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 

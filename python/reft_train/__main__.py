@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from reft_train import demo
+from reft_train.demo import command as demo
 from reft_train.errors import UserError
 
 COMMANDS = (demo,)

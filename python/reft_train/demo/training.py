@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from reft_train.batching import Encoded
-from reft_train.settings import Settings
-from reft_train.variants import TITLES, Variant
+from reft_train.demo.batching import Encoded
+from reft_train.demo.settings import Settings
+from reft_train.demo.variants import TITLES, Variant
 
 WARMUP = 0.1  # part of the steps over which the learning rates rise; then they fall linearly
 EVAL_BATCH = 128

@@ -12,12 +12,12 @@ from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
-from reft_train.datasets import Dataset
+from reft_train.demo.datasets import Dataset
+from reft_train.demo.results import Result, StepTimes
+from reft_train.demo.settings import Settings
+from reft_train.demo.table import HEADER
+from reft_train.demo.variants import FROZEN, KERNELS, TITLES, TORCH
 from reft_train.files import write_bytes, write_text
-from reft_train.results import Result, StepTimes
-from reft_train.settings import Settings
-from reft_train.table import HEADER
-from reft_train.variants import FROZEN, KERNELS, TITLES, TORCH
 
 # dashes, since the two LoReFTs' curves lie on one another
 STYLES = {FROZEN: ("#7f7f7f", "-"), TORCH: ("#ff7f0e", "-"), KERNELS: ("#1f77b4", "--")}

@@ -8,13 +8,13 @@ import os
 import pytest
 import torch
 from reft_train import files
-from reft_train.datasets import Dataset, Example
+from reft_train.demo.datasets import Dataset, Example
+from reft_train.demo.report import smoothed, write_report
+from reft_train.demo.results import Result, StepTimes
+from reft_train.demo.settings import Settings
+from reft_train.demo.table import notes, render, rows
+from reft_train.demo.variants import VARIANTS
 from reft_train.memory import Peak, PeakMeter
-from reft_train.report import smoothed, write_report
-from reft_train.results import Result, StepTimes
-from reft_train.settings import Settings
-from reft_train.table import notes, render, rows
-from reft_train.variants import VARIANTS
 
 SETTINGS = Settings("model", [0, 1], 4, "all", 1, 0, 1e-3, 1e-2, 8, 16, "cpu", 2, 5)
 DATASET = Dataset([Example("a", "<x>"), Example("b", "y")], [Example("c", "<x>")], ["<x>", "y"], "two <texts>")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from reft_train.datasets import Dataset
-from reft_train.results import Result, StepTimes
-from reft_train.settings import Settings
-from reft_train.variants import TITLES
+from reft_train.demo.datasets import Dataset
+from reft_train.demo.results import Result, StepTimes
+from reft_train.demo.settings import Settings
+from reft_train.demo.variants import TITLES
 
 HEADER = ("", "trainable: edits", "head", "held-out accuracy", "step / frozen", "training", "peak memory")
 

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from reft_train import demo, experiment, training, worker
 from reft_train.__main__ import main, parser
-from reft_train.batching import encode
-from reft_train.encoder import load_tokenizer
+from reft_train.demo import command as demo
+from reft_train.demo import experiment, training, worker
+from reft_train.demo.batching import encode
+from reft_train.demo.encoder import load_tokenizer
+from reft_train.demo.stdlib_docs import load_stdlib
+from reft_train.demo.variants import KERNELS, TORCH, VARIANTS, build
 from reft_train.errors import UserError
-from reft_train.stdlib_docs import load_stdlib
-from reft_train.variants import KERNELS, TORCH, VARIANTS, build
 
 SMALL = {"epochs": 1, "rank": 2, "timing-steps": 3, "batch-size": 16, "max-length": 24, "device": "cpu"}
 FLAGS = [f"--{name}={value}" for name, value in SMALL.items()]

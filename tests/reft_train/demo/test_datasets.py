@@ -6,7 +6,7 @@ import json
 from collections import Counter
 
 import pytest
-from reft_train.datasets import Dataset, Example, deduplicate, load_file, split_by_row
+from reft_train.demo.datasets import Dataset, Example, deduplicate, load_file, split_by_row
 from reft_train.errors import UserError
 
 

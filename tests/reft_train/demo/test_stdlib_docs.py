@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from reft_train import stdlib_docs
-from reft_train.datasets import normalized
+from reft_train.demo import stdlib_docs
+from reft_train.demo.datasets import normalized
 from reft_train.errors import UserError
 
 

@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from reft_train.datasets import Dataset, Example, deduplicate
+from reft_train.demo.datasets import Dataset, Example, deduplicate
 from reft_train.errors import UserError
 from reft_train.files import write_text
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from reft_train.baselines import HookedLoReFT
-from reft_train.encoder import HEAD, EncoderClassifier, load_encoder
-from reft_train.settings import Settings
+from reft_train.demo.baselines import HookedLoReFT
+from reft_train.demo.encoder import HEAD, EncoderClassifier, load_encoder
+from reft_train.demo.settings import Settings
 
 FROZEN, TORCH, KERNELS = "frozen", "torch", "kernels"
 VARIANTS = (FROZEN, TORCH, KERNELS)

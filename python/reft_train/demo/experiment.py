@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from reft_train.batching import Encoded, encode
-from reft_train.datasets import Dataset
-from reft_train.encoder import load_tokenizer
+from reft_train.demo.batching import Encoded, encode
+from reft_train.demo.datasets import Dataset
+from reft_train.demo.encoder import load_tokenizer
+from reft_train.demo.report import write_report
+from reft_train.demo.results import Result
+from reft_train.demo.settings import Settings
+from reft_train.demo.table import notes, render, rows
+from reft_train.demo.timing import measure
+from reft_train.demo.training import predict
+from reft_train.demo.variants import KERNELS, TORCH, VARIANTS, classifier, load_reft
+from reft_train.demo.worker import ADAPTER, LOGITS, run_isolated, run_variant
 from reft_train.files import replace_folder
-from reft_train.report import write_report
-from reft_train.results import Result
-from reft_train.settings import Settings
-from reft_train.table import notes, render, rows
-from reft_train.timing import measure
-from reft_train.training import predict
-from reft_train.variants import KERNELS, TORCH, VARIANTS, classifier, load_reft
-from reft_train.worker import ADAPTER, LOGITS, run_isolated, run_variant
 
 SAME_STEPS = 50  # over which the two LoReFTs' losses are compared; rounding makes them drift apart later
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reft_train.datasets import Example
+from reft_train.demo.datasets import Example
 
 BUCKET = 8  # batches sorted by length together: little padding, and still a random order
 

@@ -1,6 +1,6 @@
 """``demo``: train LoReFT on real weights and text, beside a frozen model and a plain implementation, and report.
 
-Here are the command's flags and their checks; :mod:`reft_train.experiment` does the work.
+Here are the command's flags and their checks; :mod:`reft_train.demo.experiment` does the work.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from reft_train import arguments
 from reft_train.errors import UserError
 
 if TYPE_CHECKING:
-    from reft_train.datasets import Dataset
-    from reft_train.settings import Settings
+    from reft_train.demo.datasets import Dataset
+    from reft_train.demo.settings import Settings
 
 DESCRIPTION = """Classify which standard-library package a docstring comes from, or your own texts, with a frozen
 encoder and a trained head, with LoReFT in plain PyTorch and with LoReFT by reft_kernels: one data set, order and start.
@@ -56,7 +56,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """The command; see :func:`reft_train.experiment.run_demo` for the exit code.
+    """The command; see :func:`reft_train.demo.experiment.run_demo` for the exit code.
 
     Raises:
         UserError: bad input, found before any training starts.
@@ -66,7 +66,7 @@ def run(parsed: argparse.Namespace) -> int:
     check_out(out)
     settings = resolve_settings(parsed)
     dataset = resolve_data(parsed)
-    from reft_train.experiment import run_demo
+    from reft_train.demo.experiment import run_demo
 
     print(dataset.description, file=sys.stderr)
     code = run_demo(settings, dataset, out)
@@ -95,8 +95,8 @@ def resolve_settings(parsed: argparse.Namespace) -> Settings:
     """
     import torch
 
-    from reft_train.encoder import load_tokenizer, model_shape, resolve_model
-    from reft_train.settings import Settings
+    from reft_train.demo.encoder import load_tokenizer, model_shape, resolve_model
+    from reft_train.demo.settings import Settings
 
     folder = resolve_model(parsed.model)
     width, depth, longest = model_shape(folder)
@@ -135,9 +135,9 @@ def resolve_data(parsed: argparse.Namespace) -> Dataset:
         UserError: a file that cannot be used.
     """
     if parsed.data is not None:
-        from reft_train.datasets import load_file
+        from reft_train.demo.datasets import load_file
 
         return load_file(parsed.data, parsed.seed)
-    from reft_train.stdlib_docs import load_stdlib
+    from reft_train.demo.stdlib_docs import load_stdlib
 
     return load_stdlib(None if parsed.cache is None else Path(parsed.cache))

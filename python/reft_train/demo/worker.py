@@ -1,4 +1,4 @@
-"""One variant in a process of its own, so that its peak memory is its own: ``python -m reft_train.worker PLAN``."""
+"""One variant in a process of its own, so that its peak memory is its own: ``python -m reft_train.demo.worker PLAN``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from safetensors.torch import save_file
 
 import reft_kernels
 import reft_train
-from reft_train.batching import encode
-from reft_train.datasets import Dataset
-from reft_train.encoder import load_tokenizer
+from reft_train.demo.batching import encode
+from reft_train.demo.datasets import Dataset
+from reft_train.demo.encoder import load_tokenizer
+from reft_train.demo.results import Result
+from reft_train.demo.settings import Settings
+from reft_train.demo.training import accuracy, predict, train
+from reft_train.demo.variants import KERNELS, TITLES, build
 from reft_train.files import write_text
 from reft_train.memory import PeakMeter
-from reft_train.results import Result
-from reft_train.settings import Settings
-from reft_train.training import accuracy, predict, train
-from reft_train.variants import KERNELS, TITLES, build
 
 RESULT, LOGITS, ADAPTER, DATA = "result.json", "logits.safetensors", "adapter", "data.json"
 
@@ -65,7 +65,7 @@ def run_isolated(name: str, settings: Settings, dataset: Dataset, folder: Path) 
     paths = [str(Path(package.__file__).resolve().parents[1]) for package in (reft_train, reft_kernels)]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "reft_train.worker", str(folder / "plan.json")]
+    command = [sys.executable, "-m", "reft_train.demo.worker", str(folder / "plan.json")]
     code = subprocess.run(command, env=environment, check=False).returncode
     if code:
         raise RuntimeError(f"{TITLES[name]}: its process ended with exit code {code}")

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from reft_train.batching import Batch, Encoded
-from reft_train.results import StepTimes
-from reft_train.settings import Settings
-from reft_train.training import bar
-from reft_train.variants import FROZEN, VARIANTS, Variant, build
+from reft_train.demo.batching import Batch, Encoded
+from reft_train.demo.results import StepTimes
+from reft_train.demo.settings import Settings
+from reft_train.demo.training import bar
+from reft_train.demo.variants import FROZEN, VARIANTS, Variant, build
 
 REFERENCE = "reference"
 WARMUP_ROUNDS = 3

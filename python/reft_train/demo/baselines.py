@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from reft_train.encoder import EncoderClassifier, layers_of
+from reft_train.demo.encoder import EncoderClassifier, layers_of
 
 _SPEC = re.compile(r"^(?:f([1-9]\d*))?(?:(?:^|\+)l([1-9]\d*))?$")
 
