@@ -15,14 +15,16 @@ _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetenso
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _installed(package: str) -> str:
+def installed(package: str) -> str:
+    """A package's version, or ``not installed``."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _devices() -> list[tuple[str, str]]:
+def devices() -> list[tuple[str, str]]:
+    """The kinds of device that there are, each with a description."""
     found = [("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
     if torch.cuda.is_available():
         names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
@@ -30,36 +32,64 @@ def _devices() -> list[tuple[str, str]]:
     return found
 
 
+def serving(device: str) -> dict[str, dict[str, str]]:
+    """For each operator the backend that serves it on a kind of device, by dtype; ``none`` where there is none."""
+
+    def name(operator: str, dtype: torch.dtype) -> str:
+        try:
+            return dispatch.choose(operator, device, dtype)[0]
+        except dispatch.BackendError:
+            return "none"
+
+    return {
+        operator: {str(dtype).removeprefix("torch."): name(operator, dtype) for dtype in _DTYPES}
+        for operator in dispatch.OPERATORS
+    }
+
+
+def unable(device: str) -> dict[str, str]:
+    """The backends that are off on a kind of device, each with the reason."""
+    reasons = {name: dispatch.why_unable(name, "edit", device, torch.float32) for name in dispatch.BACKENDS}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def report() -> str:
     """The environment as text: versions, devices, and for each device the serving backend of every operator."""
     lines = [f"reft_kernels {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"]
-    lines += [f"  {name:<14}{_installed(name)}" for name in _PACKAGES]
+    lines += [f"  {name:<14}{installed(name)}" for name in _PACKAGES]
+    return "\n".join([*lines, *backend_lines()])
+
+
+def backend_lines() -> list[str]:
+    """The part of :func:`report` after the versions."""
     forced = dispatch.forced_backend()
-    lines.append(f"  {dispatch.ENVIRONMENT_VARIABLE}: {forced or 'not set (automatic)'}")
+    lines = [f"  {dispatch.ENVIRONMENT_VARIABLE}: {forced or 'not set (automatic)'}"]
     lines.append(f"  TRITON_INTERPRET: {'on' if dispatch.interpreting() else 'off'}")
-    for device, description in _devices():
+    for device, description in devices():
         lines.append(f"\n{device} ({description})")
         served: dict[str, list[str]] = {}
-        reasons: dict[str, str] = {}
-        for operator in dispatch.OPERATORS:
-            cells = []
-            for dtype in _DTYPES:
-                try:
-                    name, _ = dispatch.choose(operator, device, dtype)
-                except dispatch.BackendError as error:
-                    name = "none"
-                    reasons.setdefault("none", str(error))
-                cells.append(f"{str(dtype).removeprefix('torch.')}={name}")
-            served.setdefault("  ".join(cells), []).append(operator)
+        for operator, backends in serving(device).items():
+            served.setdefault("  ".join(f"{dtype}={name}" for dtype, name in backends.items()), []).append(operator)
         for cells, operators in served.items():
             lines.append(f"  {cells}")
             lines.append(f"      {', '.join(operators)}")
+        reasons = unable(device)
         for name in dispatch.BACKENDS:
-            reason = dispatch.why_unable(name, "edit", device, torch.float32)
             detail = f", instruction set {cpu.instruction_set()}" if name == "cpu" else ""
-            lines.append(f"  {name:<8}{f'able{detail}' if reason is None else f'off: {reason}'}")
-        lines += [f"  {reason}" for reason in reasons.values()]
-    return "\n".join(lines)
+            lines.append(f"  {name:<8}{f'off: {reasons[name]}' if name in reasons else f'able{detail}'}")
+        lines += [f"  {reason}" for reason in _failures(device)]
+    return lines
+
+
+def _failures(device: str) -> list[str]:
+    """Why an operator has no backend at all: the first such error."""
+    for operator in dispatch.OPERATORS:
+        for dtype in _DTYPES:
+            try:
+                dispatch.choose(operator, device, dtype)
+            except dispatch.BackendError as error:
+                return [str(error)]
+    return []
 
 
 if __name__ == "__main__":

@@ -6,10 +6,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from reft_train import run
 from reft_train.demo import command as demo
+from reft_train.doctor import command as doctor
 from reft_train.errors import UserError
+from reft_train.evaluation import command as evaluation
+from reft_train.search import command as search
 
-COMMANDS = (demo,)
+COMMANDS = (run, evaluation, search, doctor, demo)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,6 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return parsed.run(parsed)
     except UserError as error:
+        print(f"reft_train {parsed.command}: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"reft_train {parsed.command}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # no space left, no permission: nothing that a traceback would explain
         print(f"reft_train {parsed.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

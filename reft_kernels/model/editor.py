@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from reft_kernels import ownership
 from reft_kernels.checks import mark_rows
 from reft_kernels.interventions import Intervention
+from reft_kernels.model.accumulation import SharedBuild
 from reft_kernels.model.components import Component, Target
 from reft_kernels.model.generation import Generate
 from reft_kernels.model.prompts import (
@@ -137,6 +138,9 @@ class Scope:
     def _step(self, adapters: Sequence[Adapter], window: Window | None, explicit: Explicit) -> Step | None:
         edits: dict[int, list[Edit]] = {}
         known: dict[tuple[Spec, bool], Selection | None] = {}
+        shared = self.editor.shared
+        if shared is not None and not shared.serves():
+            shared = None
         for adapter in adapters:
             if window is None:
                 said = explicit.prompt_lengths is not None or explicit.edit_positions is not None
@@ -152,11 +156,12 @@ class Scope:
             for width, stack in adapter.stacks.items():
                 places = adapter.places[width]
                 if places:
-                    weights = stack()  # a module call, so that engines which gather parameters around one do
+                    # a module call, so that engines which gather parameters around one do
+                    weights = stack() if shared is None else shared.weights(stack)
                     device = next(stack.parameters()).device
                     for index, site in places:
                         edits.setdefault(site, []).append(Edit(stack, index, weights[index], selection, device))
-        return Step(edits, torch.is_grad_enabled()) if edits else None
+        return Step(edits, torch.is_grad_enabled(), shared is not None) if edits else None
 
     def prune(self) -> None:
         """Remove the hooks of places that no adapter edits, and the backbone's with the last adapter."""
@@ -206,12 +211,13 @@ class Editor:
         self.explicit = Explicit()
         self.generation: Generation | None = None
         self.members: tuple[str, ...] | None = None  # the adapter of each example, in a batch of several tasks
+        self.shared: SharedBuild | None = None  # one build for the forwards of an optimizer step
         self._warned = False
         self._scopes: dict[str, Scope] = {}
         self._handles: list[Handle] = []
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "explicit": Explicit(), "generation": None, "members": None}
+        return {**self.__dict__, "explicit": Explicit(), "generation": None, "members": None, "shared": None}
 
     @property
     def adapters(self) -> dict[str, Adapter]:

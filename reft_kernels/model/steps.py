@@ -69,9 +69,10 @@ class Edit:
 class Step:
     """What the hooks of one forward consume: for each site, its edits in order."""
 
-    def __init__(self, edits: dict[int, list[Edit]], has_graph: bool) -> None:
+    def __init__(self, edits: dict[int, list[Edit]], has_graph: bool, shared: bool = False) -> None:
         self.edits = edits
         self.has_graph = has_graph  # gradients are on around the forward
+        self.shared = shared  # the weights come from a build for several forwards, so what they collect goes there
         self.reentrant = False  # a layer ran without them all the same: a reentrant checkpoint, which will run it again
         self._collecting = False
         self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -113,7 +114,7 @@ class Step:
             by_stack.setdefault(edit.stack, []).append(edit)
         for stack, edits in by_stack.items():
             with torch.enable_grad():
-                built = stack()
+                built = {edit.index: edit.weights for edit in edits} if self.shared else stack()
             outputs, grads = [], []
             for edit in edits:
                 for weight, leaf in zip(built[edit.index], edit.detached, strict=True):

@@ -12,7 +12,6 @@ import ast
 import contextlib
 import hashlib
 import json
-import os
 import re
 import sys
 import sysconfig
@@ -20,6 +19,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
+from reft_train.cache_folder import default_cache
 from reft_train.demo.datasets import Dataset, Example, deduplicate
 from reft_train.errors import UserError
 from reft_train.files import write_text
@@ -105,12 +105,6 @@ def _usable(examples: list[Example]) -> list[Example]:
     return kept
 
 
-def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/reft_train``, or ``~/.cache/reft_train``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "reft_train"
-
-
 def _cached(path: Path) -> list[Example] | None:
     try:
         return [Example(*row) for row in json.loads(path.read_text(encoding="utf-8"))]
@@ -127,7 +121,7 @@ def load_stdlib(cache: Path | None = None, root: Path | None = None) -> Dataset:
     """The docstrings of this interpreter's standard library, made once and kept under ``cache``.
 
     Args:
-        cache: folder to keep the text in; :func:`default_cache` when None.
+        cache: folder to keep the text in; :func:`reft_train.cache_folder.default_cache` when None.
         root: the library's folder; this interpreter's when None.
 
     Raises:

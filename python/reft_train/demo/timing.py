@@ -13,8 +13,8 @@ from torch import nn
 from reft_train.demo.batching import Batch, Encoded
 from reft_train.demo.results import StepTimes
 from reft_train.demo.settings import Settings
-from reft_train.demo.training import bar
 from reft_train.demo.variants import FROZEN, VARIANTS, Variant, build
+from reft_train.progress import bar
 
 REFERENCE = "reference"
 WARMUP_ROUNDS = 3

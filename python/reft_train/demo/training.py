@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from reft_train.demo.batching import Encoded
 from reft_train.demo.settings import Settings
 from reft_train.demo.variants import TITLES, Variant
+from reft_train.progress import bar
 
 WARMUP = 0.1  # part of the steps over which the learning rates rise; then they fall linearly
 EVAL_BATCH = 128
@@ -32,12 +31,6 @@ def schedule(step: int, steps: int) -> float:
     """Factor of the learning rates at a step: linear warm-up, then linear decay."""
     warm = max(1, round(WARMUP * steps))
     return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-
-
-def bar(total: int, title: str, unit: str = "step") -> tqdm:
-    """A progress bar on stderr; where that is no terminal, it shows itself every ten seconds."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=f"{title:<26}", unit=unit, mininterval=interval, maxinterval=interval)
 
 
 def train(variant: Variant, data: Encoded, settings: Settings) -> Trained:

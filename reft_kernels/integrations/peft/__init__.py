@@ -6,8 +6,9 @@ Importing this module registers the method, so import it before loading a saved 
 from reft_kernels.integrations.peft.config import ReftConfig
 from reft_kernels.integrations.peft.layer import ReftLayer
 from reft_kernels.integrations.peft.register import register
+from reft_kernels.integrations.peft.sharing import share_build
 from reft_kernels.integrations.peft.tuner import ReftTuner
 
 register(ReftConfig, ReftTuner)
 
-__all__ = ["ReftConfig", "ReftLayer", "ReftTuner"]
+__all__ = ["ReftConfig", "ReftLayer", "ReftTuner", "share_build"]

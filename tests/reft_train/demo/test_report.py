@@ -9,12 +9,13 @@ import pytest
 import torch
 from reft_train import files
 from reft_train.demo.datasets import Dataset, Example
-from reft_train.demo.report import smoothed, write_report
+from reft_train.demo.report import write_report
 from reft_train.demo.results import Result, StepTimes
 from reft_train.demo.settings import Settings
 from reft_train.demo.table import notes, render, rows
 from reft_train.demo.variants import VARIANTS
 from reft_train.memory import Peak, PeakMeter
+from reft_train.reporting.plots import smoothed
 
 SETTINGS = Settings("model", [0, 1], 4, "all", 1, 0, 1e-3, 1e-2, 8, 16, "cpu", 2, 5)
 DATASET = Dataset([Example("a", "<x>"), Example("b", "y")], [Example("c", "<x>")], ["<x>", "y"], "two <texts>")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from reft_train.demo import stdlib_docs
@@ -85,8 +84,3 @@ def test_extraction_skips_tests_short_texts_and_broken_files(tmp_path):
 def test_a_stripped_library_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"--data: got none, .* too few docstrings \(0\)"):
         stdlib_docs.load_stdlib(tmp_path / "cache", tmp_path / "nothing")
-
-
-def test_default_cache_follows_the_environment(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert stdlib_docs.default_cache() == Path("/somewhere/reft_train")

@@ -1,0 +1,162 @@
+"""Several examples in one row, without padding between them.
+
+Position ids start at 0 again with each example, and there is no attention mask: that is how transformers' models know that
+tokens of different examples must not see each other, and how the engine finds each example's prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from reft_train.data.tokenizing import IGNORED
+from reft_train.errors import UserError
+
+Items = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class PackingCollator:
+    """Causal items as ``input_ids``, ``labels`` and ``position_ids`` ``[n, T]``, n = ceil(tokens / row_length).
+
+    The longest example goes first, each into the emptiest row. A row's end is filled by a sequence of its own, which nothing
+    is learned from. The first label of each example is -100: models compare a token's logits with the next label, and an
+    example's first token does not follow from the one before. ``use_cache`` is False since a cache would hide the position
+    ids from the mask.
+
+    Args:
+        row_length: tokens of a row to aim at; a row is longer where examples do not divide evenly.
+        pad_id: fills the ends of rows.
+        flat: one row ``[1, M]`` without any filling, and the boundaries that flash attention asks for (``cu_seq_lens_q``,
+            ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k``).
+    """
+
+    row_length: int
+    pad_id: int
+    flat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.row_length < 1:
+            raise ValueError(f"row_length: got {self.row_length}, expected at least 1")
+
+    def __call__(self, items: Items) -> dict[str, Any]:
+        rows = [list(range(len(items)))] if self.flat else balanced([len(i["input_ids"]) for i in items], self.row_length)
+        width = max(sum(len(items[i]["input_ids"]) for i in row) for row in rows)
+        ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
+        labels = torch.full_like(ids, IGNORED)
+        positions = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            start = 0
+            for index in row:
+                tokens = torch.as_tensor(items[index]["input_ids"], dtype=torch.int64)
+                place = slice(start, start + len(tokens))
+                ids[number, place] = tokens
+                labels[number, place] = torch.as_tensor(items[index]["labels"], dtype=torch.int64)
+                labels[number, start] = IGNORED
+                positions[number, place] = torch.arange(len(tokens))
+                start += len(tokens)
+            # to the engine the filling is a prompt: edits there are wasted work, seen by no other token and by no loss
+            positions[number, start:] = torch.arange(width - start)
+        batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "use_cache": False}
+        return batch | _boundaries([len(item["input_ids"]) for item in items]) if self.flat else batch
+
+
+def balanced(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Indices in ceil(sum / row_length) rows (no more than there are examples), the longest first, each into the emptiest row."""
+    count = min(len(lengths), -(-sum(lengths) // row_length))
+    rows: list[list[int]] = [[] for _ in range(count)]
+    totals = [0] * count
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        emptiest = totals.index(min(totals))
+        rows[emptiest].append(index)
+        totals[emptiest] += lengths[index]
+    return rows
+
+
+def _boundaries(lengths: Sequence[int]) -> dict[str, Any]:
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+
+
+# ---- whether a model can
+
+
+_PROBES = (9, 5, 7, 12)  # tokens of the sequences tried: two rows of two, of which one is filled
+_PROBE_ROW = 17
+
+
+def check_model_packs(model: nn.Module, pad_id: int, flat: bool = False) -> None:
+    """Try whether a model keeps packed sequences apart: random ones, alone and packed, must have the same logits.
+
+    What differs is held against what a mask that lets everything be seen would change. Rounding leaves nearly all digits of
+    the logits' dtype alone and a leak spoils the first ones; the bound, sqrt(eps) of that change, is half way between.
+
+    Args:
+        model: on its device, in the dtype it is trained in. Modes of its modules are as before afterwards.
+        flat: as of :class:`PackingCollator`.
+
+    Raises:
+        UserError: a model that does not.
+    """
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            apart = _keeps_apart(model, pad_id, flat)
+    except (TypeError, ValueError) as error:  # arguments that the model does not take
+        raise _refused(model) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not apart:
+        raise _refused(model)
+
+
+def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
+    embedding = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    known = [i for i in range(min(embedding.shape[0], 1000)) if i != pad_id]
+    items = []
+    for length in _PROBES:
+        ids = [known[i] for i in torch.randint(len(known), (length,), generator=generator).tolist()]
+        items.append({"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]})
+    batch = PackingCollator(_PROBE_ROW, pad_id, flat)(items)
+    batch = {name: value.to(embedding.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    packed = _logits(model, batch)
+    seen = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "use_cache")}
+    leaking = _logits(model, seen | {"attention_mask": torch.ones_like(batch["input_ids"])})
+    if packed is None or leaking is None:
+        return False
+    eps = max(torch.finfo(dtype).eps for dtype in (packed.dtype, embedding.dtype))
+    errors, leaks = [], []
+    rows = [list(range(len(items)))] if flat else balanced(_PROBES, _PROBE_ROW)
+    for number, row in enumerate(rows):
+        start = 0
+        for index in row:
+            place = slice(start, start + len(items[index]["input_ids"]))
+            start = place.stop
+            alone = _logits(model, {name: batch[name][number : number + 1, place] for name in ("input_ids", "labels")})
+            if alone is None:
+                return False
+            errors.append((packed[number, place] - alone[0]).abs().max())
+            leaks.append((leaking[number, place] - alone[0]).abs().max())
+    return bool(torch.stack(errors).max() <= eps**0.5 * torch.stack(leaks).max())  # False of NaN
+
+
+def _logits(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
+    """Logits of every token ``[B, T, V]``; None from a model that gives none."""
+    logits = getattr(model(**arguments, return_dict=True), "logits", None)
+    shape = arguments["input_ids"].shape
+    return logits if isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == shape else None
+
+
+def _refused(model: nn.Module) -> UserError:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return UserError(
+        f"--packing: got a {type(inner).__name__}, which does not keep packed sequences apart, "
+        "expected a causal language model whose attention follows position ids"
+    )

@@ -1,0 +1,120 @@
+"""Rows read, tokenized and shuffled as they are needed, for files that do not fit in memory."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from reft_train.data.reading import existing_file, iter_rows
+from reft_train.data.sampling import epoch_seed
+from reft_train.data.tokenizing import KINDS, iter_items
+from reft_train.errors import UserError
+
+if TYPE_CHECKING:
+    from reft_train.tasks.base import Task
+
+T = TypeVar("T")
+
+
+def shuffled(values: Iterable[T], buffer: int, generator: random.Random) -> Iterator[T]:
+    """``values`` in an order random within about ``buffer`` of them, which is how many are held; 1: as they come."""
+    held: list[T] = []
+    for value in values:
+        if len(held) < buffer:
+            held.append(value)
+        else:
+            place = generator.randrange(buffer)
+            held[place], value = value, held[place]
+            yield value
+    generator.shuffle(held)
+    yield from held
+
+
+class StreamingRows(IterableDataset):
+    """Items of a file, without their columns of lengths and cuts. An epoch is a function of the seed and its number alone.
+
+    Each worker of a data loader takes its share of rows. Processes are accelerate's business: it deals the items of what it
+    prepares, for which ``num_processes`` stays 1. With a data loader that it does not prepare, say which process this is:
+    only its rows are then tokenized, and every process gets as many, since the first rows come again to fill the last round.
+
+    Args:
+        path: .jsonl, .csv, .tsv or .parquet, read row by row; .json works and is read whole.
+        task, tokenizer, kind, max_length: as of :func:`reft_train.data.tokenizing.tokenize_rows`.
+        seed: with the epoch, decides the order.
+        buffer: rows to shuffle among; 1 keeps the file's order.
+        process_index, num_processes: this process's share.
+        name: the argument that errors about the file name.
+        endless: begin again at the end, each pass in another order.
+
+    Raises:
+        UserError: an argument out of range, no such file; while reading, no rows or one that the task refuses.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        task: Task,
+        tokenizer: Any,
+        kind: str,
+        max_length: int,
+        *,
+        seed: int = 0,
+        buffer: int = 10_000,
+        process_index: int = 0,
+        num_processes: int = 1,
+        name: str = "--train",
+        endless: bool = False,
+    ) -> None:
+        if kind not in KINDS:
+            raise UserError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+        if buffer < 1:
+            raise UserError(f"buffer: got {buffer}, expected at least 1")
+        if not 0 <= process_index < num_processes:
+            raise UserError(f"process_index: got {process_index}, expected 0 to {num_processes - 1}")
+        self.path, self.name = existing_file(path, name), name
+        self.task, self.tokenizer, self.kind, self.max_length = task, tokenizer, kind, max_length
+        self.seed, self.buffer = seed, buffer
+        self.process_index, self.num_processes = process_index, num_processes
+        self.endless = endless
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that the next iteration is of; accelerate and transformers' Trainer call it."""
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        first = int(self._epoch)
+        for epoch in itertools.count(first) if self.endless else (first,):
+            yield from self._pass(epoch)
+
+    def _pass(self, epoch: int) -> Iterator[dict[str, Any]]:
+        generator = random.Random(epoch_seed(self.seed, epoch))
+        rows = self._share(shuffled(iter_rows(self.path, self.name), self.buffer, generator))
+        for item in iter_items(rows, self.task, self.tokenizer, self.kind, self.max_length):
+            types = {} if item.token_type_ids is None else {"token_type_ids": item.token_type_ids}
+            yield {"input_ids": item.input_ids, "labels": item.labels, **types}
+
+    def _share(self, rows: Iterable[T]) -> Iterator[T]:
+        worker = get_worker_info()
+        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        for number, row in enumerate(self._whole_rounds(rows)):
+            turn, process = divmod(number, self.num_processes)
+            if process == self.process_index and turn % workers == index:
+                yield row
+
+    def _whole_rounds(self, rows: Iterable[T]) -> Iterator[T]:
+        first: list[T] = []
+        count = 0
+        for row in rows:
+            if len(first) < self.num_processes:
+                first.append(row)
+            count += 1
+            yield row
+        for number in range(-count % self.num_processes):
+            yield first[number % len(first)]

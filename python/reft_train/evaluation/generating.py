@@ -1,0 +1,178 @@
+"""Answers to prompts: batched generation that gives each prompt the same answer whatever stands beside it in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from reft_train.config import RunConfig
+from reft_train.data.collating import PaddingCollator
+from reft_train.data.tokenizing import pad_id, prompt_ids
+from reft_train.evaluation.batching import evaluating, run_batches
+from reft_train.models import CAUSAL
+from reft_train.tasks.base import Decoding
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How answers are generated.
+
+    Attributes:
+        max_new_tokens: of an answer. max_total_tokens: of prompt and answer together; None for no limit.
+        temperature: 0 decodes greedily (or by beams); above, tokens are drawn. top_p: nucleus that is drawn from.
+        num_beams: beams. seed: of the draws.
+    """
+
+    max_new_tokens: int
+    max_total_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    num_beams: int = 1
+    seed: int = 42
+
+    @classmethod
+    def of(cls, config: RunConfig, decoding: Decoding, window: int | None = None) -> Decode:
+        """From a run's settings, which win, and the task's.
+
+        Args:
+            window: tokens that the model can hold, see :func:`context_window`.
+        """
+        limits = [limit for limit in (decoding.max_total_tokens, window) if limit is not None]
+        return cls(
+            max_new_tokens=config.max_new_tokens or decoding.max_new_tokens,
+            max_total_tokens=min(limits, default=None),
+            temperature=config.temperature,
+            top_p=config.top_p,
+            num_beams=config.num_beams,
+            seed=config.seed,
+        )
+
+    def answer_room(self, prompt: int) -> int:
+        """Tokens that the answer to a prompt of so many tokens can have."""
+        room = self.max_new_tokens
+        return room if self.max_total_tokens is None else max(0, min(room, self.max_total_tokens - prompt))
+
+    def prompt_room(self, max_length: int) -> int:
+        """Tokens of a prompt: ``max_length``, or less, where the answer (or half of all tokens) would not fit beside it."""
+        total = self.max_total_tokens
+        return max_length if total is None else min(max_length, total - min(self.max_new_tokens, total // 2))
+
+
+def context_window(model: Any, kind: str) -> int | None:
+    """Tokens of prompt and answer that a causal model can hold, a trained prefix taken off; None where nothing says."""
+    if kind != CAUSAL:
+        return None
+    config = _base(model).config.get_text_config()
+    window = next((size for name in ("max_position_embeddings", "n_positions") if (size := getattr(config, name, None))), None)
+    prefix = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    return None if window is None else max(2, window - prefix)
+
+
+def encode_prompts(prompts: Sequence[str], tokenizer: Any, kind: str, decode: Decode, max_length: int) -> list[list[int]]:
+    """The prompts' tokens as in training, cut from the left where they are longer than ``max_length`` or leave no room.
+
+    Raises:
+        UserError: an empty prompt.
+    """
+    if kind != CAUSAL:
+        return [prompt_ids(prompt, tokenizer, max_length, decode.max_new_tokens, kind) for prompt in prompts]
+    room = decode.prompt_room(max_length)
+    return [prompt_ids(prompt, tokenizer, room + 1, 1, kind) for prompt in prompts]
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    kind: str,
+    prompts: Sequence[list[int]],
+    decode: Decode,
+    batch_size: int,
+    progress: bool = True,
+    title: str = "generating",
+) -> list[str]:
+    """The model's answers, in the order of the prompts.
+
+    Prompts of a causal model are padded on the left, those of an encoder on the right. Greedy answers do not depend on the
+    batch; drawn ones are the same again with the same seed and batch size. Only what is generated is decoded, up to the end
+    token and without special tokens.
+
+    Args:
+        model: a transformers model or a PeftModel. kind: "causal" or "seq2seq". prompts: token ids.
+
+    Raises:
+        UserError: a batch that does not fit the GPU's memory.
+    """
+    collate = PaddingCollator(pad_id(tokenizer), "left" if kind == CAUSAL else "right")
+    ends = _end_tokens(model, tokenizer)
+    wait = torch.distributed.is_available() and torch.distributed.is_initialized() and _is_sharded(model)
+
+    def forward(batch: list[int]) -> list[str]:
+        rooms = [decode.answer_room(len(prompts[index])) for index in batch]
+        inputs = collate([{"input_ids": prompts[index]} for index in batch])
+        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+        _base(model).generation_config.max_new_tokens = max(1, *rooms)
+        output = model.generate(**inputs, synced_gpus=wait).cpu()
+        start = inputs["input_ids"].shape[1] if kind == CAUSAL else 1  # a decoder starts from a token of its own
+        rows = output[:, start:].tolist()
+        return [_text(row[:room], ends, tokenizer) for row, room in zip(rows, rooms, strict=True)]
+
+    lengths = [len(prompt) for prompt in prompts]
+    with evaluating(model), _decoding_by(model, tokenizer, decode, ends), _seeded(model, decode.seed):
+        return run_batches(lengths, batch_size, forward, title, progress)
+
+
+def _text(tokens: list[int], ends: list[int], tokenizer: Any) -> str:
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end an answer: the tokenizer's, which training teaches, and the model's own."""
+    own = getattr(_base(model).generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *own]) if token is not None]
+
+
+@contextmanager
+def _decoding_by(model: Any, tokenizer: Any, decode: Decode, ends: list[int]) -> Iterator[None]:
+    """Replace the model's own habits (a repetition penalty, a temperature) by these settings for a while."""
+    from transformers import GenerationConfig
+
+    base = _base(model)
+    before = base.generation_config
+    draws = {"do_sample": True, "temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}
+    base.generation_config = GenerationConfig(
+        num_beams=decode.num_beams,
+        use_cache=True,
+        bos_token_id=before.bos_token_id,
+        eos_token_id=ends or None,
+        pad_token_id=pad_id(tokenizer),
+        decoder_start_token_id=before.decoder_start_token_id,
+        **(draws if decode.temperature > 0 else {"do_sample": False}),
+    )
+    try:
+        yield
+    finally:
+        base.generation_config = before
+
+
+@contextmanager
+def _seeded(model: Any, seed: int) -> Iterator[None]:
+    """Draw from the seed, and leave the generators of a training in progress as they were."""
+    device = model.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _is_sharded(model: Any) -> bool:
+    """Whether every process has to take part in each forward: FSDP or DeepSpeed ZeRO-3 hold parts of the weights."""
+    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())

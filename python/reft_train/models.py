@@ -1,0 +1,193 @@
+"""The frozen model and its tokenizer: found out, checked and loaded, or refused in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from reft_train.config import RunConfig
+from reft_train.errors import UserError
+from reft_train.tasks.base import Task
+
+CAUSAL, SEQ2SEQ, CLASSIFICATION = "causal", "seq2seq", "classification"
+_HEADS = ("classifier", "score", "classification_head")
+_IDENTITY = ("model_type", "hidden_size", "d_model", "n_embd", "num_hidden_layers", "num_layers", "n_layer", "vocab_size")
+
+
+@dataclass
+class Loaded:
+    """A model with its tokenizer.
+
+    ``kind`` is "causal", "seq2seq" or "classification"; ``heads`` are the modules that are new and have to be trained.
+    """
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    heads: list[str]
+
+
+def _offline_reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def model_config(config: RunConfig) -> Any:
+    """The model's configuration.
+
+    Raises:
+        UserError: no such folder or hub name, or no network.
+    """
+    from transformers import AutoConfig
+
+    path = Path(config.model)
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"model: got {path}, expected a folder with config.json, weights and a tokenizer")
+    try:
+        return AutoConfig.from_pretrained(config.model)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"model: got {config.model!r}, which cannot be loaded ({_offline_reason(error)})") from None
+
+
+def identity(hf_config: Any) -> dict[str, Any]:
+    """What tells one base model from another, for adapters that were trained on it."""
+    return {name: getattr(hf_config, name) for name in _IDENTITY if isinstance(getattr(hf_config, name, None), int | str)}
+
+
+def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
+    """How the model is used for a task: the wish of ``architecture``, or what the model and the task say.
+
+    Raises:
+        UserError: a task that this use does not serve.
+    """
+    generates, classifies = task.decoding is not None, task.labels is not None or task.decoding is None
+    named = " ".join(getattr(hf_config, "architectures", None) or ())
+    if config.architecture != "auto":
+        kind = {"encoder": CLASSIFICATION}.get(config.architecture, config.architecture)
+    elif not generates:
+        kind = CLASSIFICATION
+    elif getattr(hf_config, "is_encoder_decoder", False):
+        kind = SEQ2SEQ
+    elif "CausalLM" in named or "LMHead" in named or "ConditionalGeneration" in named:
+        kind = CAUSAL
+    else:
+        kind = CLASSIFICATION
+    if kind == CLASSIFICATION and not classifies:
+        raise UserError(f"task: got {task.name!r}, which generates text, with {hf_config.model_type}, expected a causal model")
+    if kind != CLASSIFICATION and not generates:
+        raise UserError(f"architecture: got {config.architecture!r} with {task.name!r}, expected encoder or auto")
+    return kind
+
+
+def load_tokenizer(config: RunConfig) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: there is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise UserError(f"model: got {config.model!r}, whose tokenizer cannot be loaded ({_offline_reason(error)})") from None
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"model: got {config.model!r}, whose tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token serves
+    return tokenizer
+
+
+def _quantization(config: RunConfig) -> Any:
+    if config.quantization == "none":
+        return None
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"quantization: got {config.quantization!r}, expected none: bitsandbytes is not installed")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if config.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+    )
+
+
+def pick_device(config: RunConfig) -> str:
+    """``cuda`` or ``cpu``.
+
+    Raises:
+        UserError: cuda is wanted and not there.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not cuda:
+        raise UserError("device: got cuda, but torch sees no CUDA device, expected cpu or auto")
+    return "cuda" if cuda and config.device != "cpu" else "cpu"
+
+
+def _dtype(config: RunConfig) -> Any:
+    import torch
+
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    return torch.bfloat16 if pick_device(config) == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def load(config: RunConfig, task: Task) -> Loaded:
+    """The frozen model in the wanted dtype, with its tokenizer.
+
+    Raises:
+        UserError: weights that cannot be loaded, or packages that the settings need and that are missing.
+    """
+    import transformers
+
+    hf_config = model_config(config)
+    kind = kind_of(config, hf_config, task)
+    tokenizer = load_tokenizer(config)
+    options: dict[str, Any] = {"config": hf_config, "dtype": _dtype(config), "quantization_config": _quantization(config)}
+    options = {name: value for name, value in options.items() if value is not None}
+    if config.attention is not None:
+        options["attn_implementation"] = config.attention
+    if config.device_map == "auto":
+        options["device_map"] = "auto"
+    if kind == CLASSIFICATION:
+        hf_config.num_labels = 1 if task.labels is None else len(task.labels)
+        hf_config.problem_type = "regression" if task.labels is None else "single_label_classification"
+        if getattr(hf_config, "pad_token_id", None) is None:
+            hf_config.pad_token_id = tokenizer.pad_token_id  # decoders find the last real token by it
+    name = {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}.get(kind, "AutoModelForSequenceClassification")
+    try:
+        model, info = getattr(transformers, name).from_pretrained(
+            config.model, output_loading_info=True, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UserError(f"model: got {config.model!r}, whose weights cannot be loaded ({_offline_reason(error)})") from None
+    heads = _new_modules(model, info["missing_keys"]) if kind == CLASSIFICATION else []
+    if config.liger:
+        _apply_liger(model)
+    return Loaded(model.requires_grad_(False), tokenizer, kind, heads)
+
+
+def _new_modules(model: Any, missing: Any) -> list[str]:
+    fresh = sorted({key.rpartition(".")[0] for key in missing})
+    if fresh:
+        return fresh
+    return [name for name in _HEADS if hasattr(model, name)]
+
+
+def _apply_liger(model: Any) -> None:
+    if find_spec("liger_kernel") is None:
+        raise UserError("liger: got true, expected false: liger-kernel is not installed")
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model)
+
+
+def fingerprint(values: Any) -> str:
+    """A short digest of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

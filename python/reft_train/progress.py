@@ -1,0 +1,17 @@
+"""The progress bar of every long loop."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+def bar(total: int, title: str, unit: str = "step", show: bool = True) -> tqdm:
+    """A progress bar on stderr; where that is no terminal, it shows itself every ten seconds."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=f"{title:<26}", unit=unit, mininterval=interval, maxinterval=interval, disable=not show)

@@ -1,0 +1,55 @@
+"""Named settings: the paper's, for its four benchmarks, and what a user's own data starts from.
+
+Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models" (arXiv:2404.03592), appendix D. For GLUE the paper
+tuned each task and model within ranges (first 1, 3 or 11 positions, learning rates 1e-4 to 9e-4, 20 to 60 epochs, dropout 0.05
+to 0.2); the recipe stands inside them, and ``search`` chooses better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from reft_train.errors import UserError
+
+_COMMONSENSE = {
+    "layers": "all", "rank": 8, "positions": "f7+l7", "share_weights": True, "lr": 9e-4, "epochs": 6, "batch_size": 16,
+    "accumulation": 2, "warmup": 0.1, "dropout": 0.0, "schedule": "linear", "weight_decay": 0.0, "max_length": 512,
+}  # fmt: skip
+_INSTRUCT = {
+    **_COMMONSENSE, "layers": [3, 9, 18, 24], "rank": 4, "positions": "f5+l5", "share_weights": False, "epochs": 9,
+    "batch_size": 4, "accumulation": 32, "max_length": 768,
+}  # fmt: skip
+_GLUE = {
+    **_COMMONSENSE, "rank": 1, "positions": "f1", "lr": 6e-4, "epochs": 40, "batch_size": 32, "accumulation": 1,
+    "dropout": 0.05, "max_length": 256, "select": "metric",
+}  # fmt: skip
+_GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
+
+RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "commonsense": _COMMONSENSE,
+        "math": {**_COMMONSENSE, "epochs": 12},
+        "gsm8k": {**_COMMONSENSE, "epochs": 12},
+        "instruct": _INSTRUCT,
+        **{f"glue/{name}": _GLUE for name in _GLUE_TASKS},
+        # the defaults of the paper's script
+        "script": {
+            **_COMMONSENSE, "layers": [2, 10, 18, 26], "positions": "f1+l1", "lr": 5e-3, "epochs": 1, "batch_size": 4,
+            "accumulation": 4, "warmup": 0.0,
+        },
+        "default": {**_COMMONSENSE, "epochs": 3},
+    }
+)  # fmt: skip
+
+
+def recipe(name: str) -> Mapping[str, Any]:
+    """The settings of a recipe.
+
+    Raises:
+        UserError: no recipe of that name.
+    """
+    if name not in RECIPES:
+        raise UserError(f"recipe: got {name!r}, expected one of {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,42 @@
+"""``run``: train an adapter from a configuration file or flags, score it, and report."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+DESCRIPTION = """Train a ReFT adapter (or a PEFT baseline) on a frozen Hugging Face model and score it on the task's test sets.
+Settings come from the task's recipe, then from --config, then from flags. Under torchrun or accelerate launch several
+processes share the work. Ctrl-C saves a checkpoint and says how to go on."""
+
+
+def add_parser(subparsers) -> None:
+    """Add the command and its flags."""
+    from reft_train.flags import add_settings
+
+    command = subparsers.add_parser("run", help="train and score an adapter on a task", description=DESCRIPTION)
+    add_settings(command)
+    command.set_defaults(run=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """The command: 0, or 130 where Ctrl-C ended it early.
+
+    Raises:
+        UserError: bad input, found before any training.
+    """
+    from reft_train.flags import settings
+
+    config = settings(parsed)
+    from reft_train.training.session import resume_hint, train
+    from reft_train.training.summary import summary
+
+    outcome = train(config)
+    if int(os.environ.get("RANK", "0")):
+        return 130 if outcome.interrupted else 0
+    print(summary(outcome))
+    if outcome.interrupted:
+        print(f"stopped at step {outcome.steps}, checkpoint saved; to go on: {resume_hint(config)}", file=sys.stderr)
+        return 130
+    return 0

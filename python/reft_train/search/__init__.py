@@ -1,0 +1,1 @@
+"""``search``: hyperparameters by optuna, chosen on held-out training rows."""

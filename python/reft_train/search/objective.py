@@ -1,0 +1,80 @@
+"""What a search compares trials by: a number on held-out training rows, never on a test set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from reft_train import tasks
+from reft_train.config import RunConfig
+from reft_train.errors import UserError
+
+LOSS = "loss"
+_MINIMIZED = (LOSS, "perplexity")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``name`` among the held-out metrics."""
+
+    name: str
+
+    @property
+    def direction(self) -> str:
+        """``minimize`` for a loss, ``maximize`` for every other metric."""
+        return "minimize" if self.name in _MINIMIZED else "maximize"
+
+    def best(self, values: Mapping[int, float]) -> int | None:
+        """The key of the best value, the first of equal ones; None where there are none."""
+        sign = 1 if self.direction == "minimize" else -1
+        return min(values, key=lambda key: (sign * values[key], key), default=None)
+
+    def of(self, metrics: Mapping[str, float]) -> float:
+        """The objective among a run's held-out metrics, named with or without Trainer's ``eval_``.
+
+        Raises:
+            UserError: it is not among them. FloatingPointError: it is no finite number.
+        """
+        plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        if self.name not in plain:
+            raise UserError(f"objective: got {self.name!r}, expected one of the held-out metrics: {', '.join(plain) or 'none'}")
+        value = float(plain[self.name])
+        if not math.isfinite(value):
+            raise FloatingPointError(f"held-out {self.name} is {value}")
+        return value
+
+
+def held_out(config: RunConfig) -> None:
+    """Refuse settings that hold no rows out.
+
+    Raises:
+        UserError: so.
+    """
+    if not config.validation and not config.task.startswith("glue/"):
+        raise UserError("validation: got 0, expected held-out training rows to choose by, such as --validation 0.1")
+
+
+def resolve(config: RunConfig, wish: str = "auto") -> tuple[Objective, RunConfig]:
+    """The objective, and the settings under which a run computes it.
+
+    Args:
+        wish: a metric of the task, ``loss``, ``metric`` (the task's first), or ``auto``: the metric of a task with
+            classes or where ``select`` says so, else the loss.
+
+    Raises:
+        UserError: no held-out rows, or no such metric.
+    """
+    held_out(config)
+    task = tasks.get(config.task)
+    if wish == "auto":
+        wish = "metric" if task.metrics and (task.decoding is None or config.select == "metric") else LOSS
+    if wish == LOSS:
+        unseen = config.select == "none" and not config.validation  # GLUE's own held-out rows are read for selecting alone
+        return Objective(LOSS), config.replace(select="loss") if unseen else config
+    if not task.metrics or wish not in ("metric", *task.metrics):
+        expected = ", ".join(("loss", *task.metrics))
+        raise UserError(f"objective: got {wish!r}, expected auto or one of {expected}")
+    name = task.metrics[0] if wish == "metric" else wish
+    # a run computes its task's metrics on held-out rows when it selects by them
+    return Objective(name), config.replace(select="metric") if config.select == "none" else config

@@ -1,0 +1,33 @@
+"""The tasks by name: the paper's four benchmarks, each of their sets alone, and a user's own rows."""
+
+from __future__ import annotations
+
+import difflib
+
+from reft_train.errors import UserError
+from reft_train.tasks.base import Task
+
+
+def _tasks() -> dict[str, Task]:
+    from reft_train.tasks import arithmetic, commonsense, glue, instruct, jsonl
+
+    return {task.name: task for part in (commonsense, arithmetic, instruct, glue, jsonl) for task in part.tasks()}
+
+
+def names() -> list[str]:
+    """The tasks' names, a mixture before its sets."""
+    return list(_tasks())
+
+
+def get(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        UserError: no such task; the message lists the names.
+    """
+    tasks = _tasks()
+    if name not in tasks:
+        close = difflib.get_close_matches(name, tasks, n=1)
+        meant = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(f"task: got {name!r}{meant}, expected one of {', '.join(tasks)}")
+    return tasks[name]

@@ -1,0 +1,72 @@
+"""Commonsense reasoning: eight multiple-choice sets in LLM-Adapters' layout, and the mixture that trains on all of them.
+
+The prompt is the instruction and a newline, the target "the correct answer is {answer}". A set alone has class numbers
+too, so that an encoder can learn it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from reft_train.errors import UserError
+from reft_train.tasks import answers, fields
+from reft_train.tasks.base import Classified, Decoding, Example, Row, Scored, Task
+from reft_train.tasks.measures import accuracy
+
+SETS = {
+    "boolq": ("true", "false"),
+    "piqa": ("solution1", "solution2"),
+    "social_i_qa": ("answer1", "answer2", "answer3"),
+    "hellaswag": ("ending1", "ending2", "ending3", "ending4"),
+    "winogrande": ("option1", "option2"),
+    # a few ARC questions have three or five choices
+    "ARC-Easy": ("answer1", "answer2", "answer3", "answer4", "answer5"),
+    "ARC-Challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
+    "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
+}
+_FORMAT_TAIL = re.compile(r"\s*Answer format: \w+(?:/\w+)*\s*\Z")
+
+
+class Commonsense(Task):
+    """One of the eight sets, or their mixture (``labels`` is None: the sets' labels differ)."""
+
+    recipe = "commonsense"
+    decoding = Decoding(max_new_tokens=32)
+
+    def __init__(self, name: str, labels: Sequence[str] | None, test_sets: Sequence[str]) -> None:
+        self.name, self.labels, self.test_sets = name, labels, test_sets
+
+    def example(self, row: Row, tokenizer: object = None) -> Example:
+        """See :meth:`Task.example`. An ``input``, which the published files leave empty, follows on a line of its own."""
+        parts = [fields.filled(row, "instruction"), fields.optional(row, "input")]
+        answer = fields.answer(row)
+        return Example("\n".join(filter(None, parts)) + "\n", answers.TRIGGER + answer, answer, row.fields)
+
+    def classified(self, row: Row) -> Classified:
+        """The instruction without its last line ("Answer format: ..."), paired with the ``input`` if there is one."""
+        if self.labels is None:
+            return super().classified(row)
+        instruction = fields.filled(row, "instruction")
+        answer = fields.answer(row)
+        if answer not in self.labels:
+            raise UserError(f"{row.where}: answer: got {answer!r}, expected one of {', '.join(self.labels)}")
+        text = _FORMAT_TAIL.sub("", instruction) or instruction
+        return Classified(text, fields.optional(row, "input") or None, self.labels.index(answer), row.fields)
+
+    def score(self, generated: str, example: Example) -> Scored:
+        """The text after "the correct answer is ", stripped, must be the answer exactly."""
+        prediction = answers.after_trigger(generated)
+        return Scored(prediction, prediction == example.answer)
+
+    def measure(self, predictions: Sequence[int | float], references: Sequence[int | float]) -> dict[str, float]:
+        """The fraction of right classes."""
+        return {"accuracy": accuracy(predictions, references)}
+
+
+def tasks() -> list[Task]:
+    """The mixture, then the sets."""
+    return [
+        Commonsense("commonsense", None, tuple(SETS)),
+        *(Commonsense(name, labels, (name,)) for name, labels in SETS.items()),
+    ]

@@ -1,0 +1,94 @@
+"""Reading a row's fields: what is missing, misspelt, empty or of a wrong type is an error that names the row."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reft_train.errors import UserError
+from reft_train.tasks.base import Row
+
+ADAPTERS = ("instruction", "input", "output", "answer")  # the fields of an LLM-Adapters file
+# below this likeness an extra field is taken for the user's own, above it for a misspelt one
+MISSPELT = 0.8
+
+
+def string(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
+    """The text of a field that must be there, and may be empty.
+
+    Args:
+        known: the fields a row can have; any other may be a misspelt one.
+
+    Raises:
+        UserError: no such field, or not a string.
+    """
+    if name not in row.fields:
+        raise missing(row, name, known)
+    value = row.fields[name]
+    if not isinstance(value, str):
+        raise UserError(f"{row.where}: {name}: got {described(value)}, expected a string")
+    return value
+
+
+def filled(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
+    """As :func:`string`, and not blank."""
+    value = string(row, name, known)
+    if not value.strip():
+        raise UserError(f"{row.where}: {name}: got no text, expected some")
+    return value
+
+
+def optional(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
+    """The text of a field that may be absent, null or blank, all of which give "".
+
+    Raises:
+        UserError: absent where another field looks like a misspelling of it, or not a string.
+    """
+    if name not in row.fields:
+        if _misspelt(row.fields, name, known, MISSPELT):
+            raise missing(row, name, known)
+        return ""
+    value = string(row, name, known) if row.fields[name] is not None else ""
+    return value if value.strip() else ""
+
+
+def answer(row: Row, name: str = "answer", known: Sequence[str] = ADAPTERS) -> str:
+    """An answer: a string, a number, or a list of one of these, as stripped text.
+
+    Raises:
+        UserError: no such field, another type, or blank.
+    """
+    if name not in row.fields:
+        raise missing(row, name, known)
+    value = given = row.fields[name]
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise UserError(f"{row.where}: {name}: got {described(given)}, expected a string, a number or a list of one of these")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{row.where}: {name}: got {value}, expected a finite number")
+    text = str(value).strip()
+    if not text:
+        raise UserError(f"{row.where}: {name}: got no text, expected an answer")
+    return text
+
+
+def missing(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> UserError:
+    """The error that a field is not there, with the field that may have been meant for it."""
+    close = _misspelt(row.fields, name, known, 0.6)
+    meant = f" (did you mean {name!r} by {close!r}?)" if close else ""
+    return UserError(f"{row.where}: got fields {', '.join(map(str, row.fields)) or 'none'}, expected {name}{meant}")
+
+
+def described(value: Any) -> str:
+    """A value for an error message: shortened, with its type."""
+    text = repr(value)
+    return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
+
+
+def _misspelt(fields: Mapping[str, Any], name: str, known: Sequence[str], likeness: float) -> str | None:
+    others = {str(other).strip().casefold(): other for other in fields if other not in known}
+    close = difflib.get_close_matches(name.casefold(), others, n=1, cutoff=likeness)
+    return others[close[0]] if close else None

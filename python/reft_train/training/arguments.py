@@ -1,0 +1,119 @@
+"""A run's settings as transformers' TrainingArguments, on every supported release."""
+
+from __future__ import annotations
+
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from reft_train.config import RunConfig
+from reft_train.errors import UserError
+from reft_train.models import pick_device
+
+BOARD = "tensorboard"
+
+
+def steps_in_all(config: RunConfig, examples: int | None, processes: int) -> int:
+    """Optimizer steps of a run; ``examples`` is None for a stream."""
+    if config.max_steps is not None or examples is None:
+        return config.max_steps or 0
+    forwards = math.ceil(math.ceil(examples / config.batch_size) / processes)
+    return config.epochs * max(1, math.ceil(forwards / config.accumulation))
+
+
+def _strategy(every: int | None, name: str, wanted: bool) -> dict[str, Any]:
+    if not wanted:
+        return {f"{name}_strategy": "no"}
+    return {f"{name}_strategy": "epoch"} if every is None else {f"{name}_strategy": "steps", f"{name}_steps": every}
+
+
+def _sharding(config: RunConfig, model: Any) -> dict[str, Any]:
+    if not config.fsdp:
+        return {}
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UserError("fsdp: got true in a single process, expected torchrun or accelerate launch with several")
+    blocks = getattr(model.get_base_model(), "_no_split_modules", None) or ()
+    return {
+        "fsdp": "full_shard auto_wrap",
+        "fsdp_config": {
+            "version": 2,
+            "transformer_layer_cls_to_wrap": sorted(blocks),
+            "state_dict_type": "FULL_STATE_DICT",
+            "cpu_ram_efficient_loading": False,
+        },
+    }
+
+
+def training_arguments(config: RunConfig, output: Path, model: Any, examples: int | None, metric: str | None) -> Any:
+    """The arguments of a run.
+
+    Args:
+        model: the PEFT model. examples: number of training examples, None for a stream.
+        metric: what the best checkpoint is chosen by, "loss" or a metric's name; None where none is chosen.
+
+    Raises:
+        UserError: settings that this machine or these packages cannot serve.
+    """
+    import transformers
+
+    device = pick_device(config)
+    if config.mixed_precision == "fp16" and device == "cpu":
+        raise UserError("mixed_precision: got fp16 on a CPU, expected bf16 or no")
+    if config.deepspeed is not None and find_spec("deepspeed") is None:
+        raise UserError(f"deepspeed: got {config.deepspeed}, expected none: deepspeed is not installed")
+    if metric is not None and config.save_every is not None and config.save_every != config.evaluate_every:
+        raise UserError(
+            f"save_every: got {config.save_every} with select, expected evaluate_every, {config.evaluate_every}: "
+            "the best checkpoint must have been evaluated"
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    total = steps_in_all(config, examples, processes)
+    save_every = config.evaluate_every if metric is not None else config.save_every
+    if config.streaming and save_every is None:
+        save_every = math.ceil(total / 10)  # a stream has no epochs
+    board = find_spec("tensorboard") is not None
+    if board:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / BOARD)
+    extra: dict[str, Any] = {}
+    if metric is not None:
+        name = f"eval_{metric}"
+        extra = {"load_best_model_at_end": True, "metric_for_best_model": name, "greater_is_better": metric != "loss"}
+    if config.gradient_checkpointing:
+        # the name changed in transformers 5.23
+        fields = transformers.TrainingArguments.__dataclass_fields__
+        name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+        extra |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return transformers.TrainingArguments(
+        output_dir=str(output),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        warmup_steps=math.ceil(config.warmup * total),
+        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        bf16=config.mixed_precision == "bf16",
+        fp16=config.mixed_precision == "fp16",
+        use_cpu=device == "cpu",
+        torch_compile=config.compile,
+        deepspeed=config.deepspeed,
+        ddp_find_unused_parameters=False,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=device == "cuda",
+        report_to=["tensorboard"] if board else [],
+        save_total_limit=None,
+        **_strategy(config.evaluate_every, "eval", config.validation > 0 or metric is not None),
+        **_strategy(save_every, "save", True),
+        **extra,
+        **_sharding(config, model),
+    )

@@ -1,0 +1,140 @@
+"""What a run does beside its steps: a log that survives a kill, an orderly end on Ctrl-C, a stop on a loss that is NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from reft_train.files import write_text
+from reft_train.progress import bar
+from transformers import TrainerCallback
+
+
+class Journal(TrainerCallback):
+    """Appends each line of the log to ``log.jsonl``; on resuming, lines after the checkpoint are dropped first."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the file, or cut it back to the step that the run goes on from."""
+        if not state.is_world_process_zero:
+            return
+        lines = [json.dumps(entry) for entry in state.log_history if "train_runtime" not in entry]
+        write_text(self.path, "".join(f"{line}\n" for line in lines))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Append the newest line."""
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
+
+
+class FiniteLoss(TrainerCallback):
+    """Stops a run whose loss is no number any more."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Raise FloatingPointError, which names the step."""
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {state.global_step}; a lower lr or float32 may help")
+
+
+class Interrupt(TrainerCallback):
+    """The first Ctrl-C (or SIGTERM) ends the run after the present step, with a checkpoint; the second one at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous.clear()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Save and stop; several processes agree on the step."""
+        asked = self.asked
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            flag = torch.tensor(int(asked), device=args.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            asked = self.asked = bool(flag)
+        if asked and state.global_step < state.max_steps:
+            control.should_training_stop = True
+            control.should_save = control.should_save or not _ends_epoch(state)
+        return control
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Save after the epoch's evaluation where one ends here; elsewhere do nothing that an uninterrupted run would not."""
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = _ends_epoch(state)
+            control.should_evaluate = control.should_evaluate and _ends_epoch(state)
+        return control
+
+
+def _ends_epoch(state: Any) -> bool:
+    return state.epoch == int(state.epoch)
+
+
+class Bookkeeping(TrainerCallback):
+    """Tells the trainer when an optimizer step is over, and what orders the examples which epoch begins."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set the epoch of sampler or stream: wrapped twice, as in a resumed run, engines do not reach them."""
+        order = self.trainer.sampler if self.trainer.sampler is not None else self.trainer.train_dataset
+        order.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the time."""
+        self.trainer.step_done()
+
+
+class Progress(TrainerCallback):
+    """One bar for the whole run: loss, tokens per second, held-out loss; on the first process only."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._bar: Any = None
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Open the bar, where the run goes on from."""
+        self._bar = bar(state.max_steps, self.title, show=state.is_world_process_zero)
+        self._bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Move on by one."""
+        self._bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the newest numbers."""
+        titles = {"loss": "loss", "tokens_per_second": "tokens/s", "eval_loss": "held out"}
+        for name, title in titles.items():
+            if logs and name in logs:
+                self._shown[title] = f"{logs[name]:.4g}" if name != "tokens_per_second" else f"{logs[name]:,.0f}"
+        if self._bar is not None:
+            self._bar.set_postfix(self._shown, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Close the bar."""
+        self._bar.close()

@@ -1,0 +1,272 @@
+"""One training from settings to results: prepare, train, select, save, score, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from reft_train.config import RunConfig, dump_yaml, read_yaml
+from reft_train.errors import UserError
+from reft_train.evaluation.scoring import score_set
+from reft_train.files import replace_folder, write_text
+from reft_train.memory import PeakMeter
+from reft_train.methods import TITLES, adapt, check_base, save_adapter
+from reft_train.models import CLASSIFICATION, Loaded, load
+from reft_train.reporting.log import LOG
+from reft_train.reporting.run_report import PAGE, PICTURE, write_run_report
+from reft_train.reporting.versions import versions
+from reft_train.tasks.base import Row, Task
+from reft_train.training import prepare
+from reft_train.training.arguments import BOARD, training_arguments
+from reft_train.training.callbacks import Bookkeeping, FiniteLoss, Interrupt, Journal, Progress
+from reft_train.training.checkpoints import checkpoints, last, sweep
+from reft_train.training.outcome import RESULTS, Outcome
+from reft_train.training.trainer import ReftTrainer, orthonormality
+
+CONFIG, ADAPTER, PREDICTIONS = "config.yaml", "adapter", "predictions"
+# what may differ between a run and its continuation
+_FREE = {
+    "resume", "overwrite", "output", "threads", "workers", "cache", "log_every", "keep", "skip_test", "test", "test_rows",
+    "eval_batch_size", "max_new_tokens", "temperature", "top_p", "num_beams", "data", "train", "device",
+}  # fmt: skip
+
+
+def check_output(config: RunConfig) -> Path | None:
+    """The checkpoint to go on from, None to start.
+
+    Raises:
+        UserError: a folder that cannot be written to, one that holds a run, or nothing to resume.
+    """
+    output = Path(config.output)
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output: got {output}, but {existing} is a file, expected a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"output: got {output}, but {existing} cannot be written to, expected a folder that can")
+    if config.resume:
+        found = last(output)
+        if found is None:
+            raise UserError(f"resume: got {output}, which holds no checkpoint, expected a run that was begun")
+        _check_same(config, output)
+        return found
+    if not config.overwrite and (checkpoints(output) or (output / RESULTS).exists()):
+        raise UserError(f"output: got {output}, which holds a run, expected another folder, --resume or --overwrite")
+    return None
+
+
+def _check_same(config: RunConfig, output: Path) -> None:
+    path = output / CONFIG
+    if not path.is_file():
+        raise UserError(f"resume: got {output} without {CONFIG}, expected a run of reft-train")
+    for name, value in read_yaml(path).items():
+        own = getattr(config, name)
+        if name not in _FREE and own != value:
+            raise UserError(f"resume: got {name} {own!r}, but the run was begun with {value!r}, expected the same")
+
+
+def _check_room(model: torch.nn.Module, config: RunConfig) -> None:
+    """Refuse a disk that cannot hold the run's checkpoints: parameters and two moments, each one more than are kept."""
+    output = Path(config.output)
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed = (config.keep + 2) * (3 * trained + 2**20)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"output: got {output} with {free / 2**20:.0f} MiB free, expected at least {needed / 2**20:.0f} MiB for checkpoints"
+        )
+
+
+def _counts(model: Any, loaded: Loaded) -> tuple[int, int, int]:
+    """Numbers trained in the method and in the head, and the frozen model's."""
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    head = sum(count for name, count in trained.items() if any(f".{part}." in name for part in loaded.heads))
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return sum(trained.values()) - head, head, frozen
+
+
+def _class_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
+    def measure(prediction: Any) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        given = logits.squeeze(-1) if task.labels is None else logits.argmax(-1)
+        return task.measure(given.tolist(), prediction.label_ids.tolist())
+
+    return measure
+
+
+def _scorer(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row]) -> Callable[[Any], dict[str, float]]:
+    def score(model: Any) -> dict[str, float]:
+        bare = Loaded(model, loaded.tokenizer, loaded.kind, loaded.heads)
+        return score_set("held out", rows, bare, task, config, progress=False).metrics
+
+    return score
+
+
+def quiet() -> None:
+    """Leave the terminal to the run's own bar: no bars for reading a model or writing a cache, no notes between libraries."""
+    import datasets
+
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _threads(config: RunConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+
+
+def train(config: RunConfig, *, callbacks: Sequence[transformers.TrainerCallback] = (), report: bool = True) -> Outcome:
+    """Train an adapter as ``config`` says and leave it, the log, the numbers and a report in ``config.output``.
+
+    Args:
+        callbacks: more of them, for a search that prunes, say. report: write figures and the HTML page.
+
+    Returns:
+        The outcome; ``interrupted`` where Ctrl-C or SIGTERM ended it early, with a checkpoint to go on from.
+
+    Raises:
+        UserError: bad input, found before anything is written. FloatingPointError: the loss is no number.
+    """
+    _threads(config)
+    quiet()
+    task, output = prepare.task_of(config), Path(config.output)
+    checkpoint = check_output(config)
+    rows = prepare.find_rows(config, task)
+    if config.select == "metric" and not rows.held_out:
+        raise UserError("select: got 'metric' without held-out rows, expected validation")
+    loaded = load(config, task)
+    if checkpoint is not None:
+        check_base(loaded.model.config, checkpoint)
+    collate = prepare.collator(config, loaded)
+    if rows.train is None:
+        examples: Any = prepare.stream(config, loaded, task, rows.stream)
+    else:
+        examples = prepare.tokenized(config, loaded, task, rows.train, "training rows")
+    held_out = prepare.tokenized(config, loaded, task, rows.held_out, "held-out rows") if rows.held_out else None
+    model = adapt(config, loaded)
+    _check_room(model, config)
+    count = None if rows.train is None else len(examples)
+    metric = {"none": None, "loss": "loss", "metric": task.metrics[0]}[config.select]
+    arguments = training_arguments(config, output, model, count, metric)
+    if arguments.should_save:
+        sweep(output)
+        if config.overwrite:
+            _clear(output)
+    by_generation = config.select == "metric" and loaded.kind != CLASSIFICATION
+    bookkeeping, interrupt = Bookkeeping(), Interrupt()
+    trainer = ReftTrainer(
+        collate=collate,
+        sampler=prepare.sampler(config, examples, arguments.world_size),
+        heads=loaded.heads,
+        head_lr=config.head_lr,
+        score=_scorer(config, loaded, task, rows.held_out) if by_generation else None,
+        keep=config.keep,
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        eval_dataset=held_out,
+        compute_metrics=_class_metrics(task) if loaded.kind == CLASSIFICATION else None,
+        callbacks=[bookkeeping, FiniteLoss(), Journal(output / LOG), Progress(TITLES[config.method]), interrupt, *callbacks],
+    )
+    bookkeeping.trainer = trainer
+    for display in (transformers.trainer_callback.ProgressCallback, transformers.trainer_callback.PrinterCallback):
+        trainer.remove_callback(display)  # ours says more, on one line
+    numbers = _counts(model, loaded)
+    if arguments.should_save:
+        write_text(output / CONFIG, dump_yaml(config.replace(resume=False, overwrite=False)))
+    meter = PeakMeter(arguments.device)
+    meter.start()
+    started = time.perf_counter()
+    with interrupt:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds, memory = time.perf_counter() - started, meter.stop()
+    error = orthonormality(trainer.model)
+    interrupted = interrupt.asked and trainer.state.global_step < trainer.state.max_steps
+    trainer.close()
+    _publish_adapter(trainer, output)
+    outcome = Outcome(
+        config=config.to_dict(),
+        trainable=numbers[0],
+        head=numbers[1],
+        total=numbers[2],
+        steps=trainer.state.global_step,
+        losses=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        seconds=seconds,
+        step_seconds=trainer.median_step_seconds(),
+        tokens_per_second=trainer.tokens * arguments.world_size / seconds,
+        memory=memory,
+        validation={} if interrupted else _validation(trainer, metric),
+        tests={} if interrupted else _score_tests(trainer, config, loaded, task, rows.tests, output),
+        orthonormality=error,
+        interrupted=interrupted,
+        versions=versions(),
+    )
+    if arguments.should_save:
+        if report:
+            write_run_report(output, outcome, trainer.state.log_history)
+        outcome.save(output)
+    return outcome
+
+
+def _clear(output: Path) -> None:
+    for path in checkpoints(output):
+        shutil.rmtree(path)
+    for name in (ADAPTER, PREDICTIONS, BOARD):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (RESULTS, LOG, PICTURE, PAGE):
+        (output / name).unlink(missing_ok=True)
+
+
+def _publish_adapter(trainer: ReftTrainer, output: Path) -> None:
+    """Write the adapter aside and put it in its place in one step."""
+    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    if trainer.args.should_save:
+        staged = Path(tempfile.mkdtemp(dir=output, prefix=".adapter-"))
+        try:
+            bare = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+            save_adapter(bare, staged / ADAPTER, state)
+            replace_folder(staged / ADAPTER, output / ADAPTER)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _validation(trainer: ReftTrainer, metric: str | None) -> dict[str, float]:
+    """Held-out metrics of the adapter that is kept: the last ones, or the best checkpoint's."""
+    lines = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    if not lines:
+        return {}
+    chosen = lines[-1]
+    if metric is not None and trainer.state.best_global_step:
+        chosen = next(entry for entry in lines if entry["step"] == trainer.state.best_global_step)
+    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "step")
+    return {name.removeprefix("eval_"): value for name, value in chosen.items() if name not in speed}
+
+
+def _score_tests(
+    trainer: ReftTrainer, config: RunConfig, loaded: Loaded, task: Task, tests: dict[str, list[Row]], output: Path
+) -> dict[str, dict[str, float]]:
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    scored = {}
+    for name, rows in tests.items():
+        result = score_set(name, rows, Loaded(model, loaded.tokenizer, loaded.kind, loaded.heads), task, config)
+        scored[name] = result.metrics
+        if trainer.args.should_save:
+            lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in result.predictions)
+            write_text(output / PREDICTIONS / f"{name}.jsonl", lines)
+    return scored
+
+
+def resume_hint(config: RunConfig) -> str:
+    """The command that goes on with a run."""
+    return f"reft-train run --config {Path(config.output) / CONFIG} --resume"

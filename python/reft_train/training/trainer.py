@@ -1,0 +1,238 @@
+"""transformers' Trainer with what ReFT adds: seeded order, one build of R a step, two learning rates, whole checkpoints."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from reft_train.errors import UserError
+from reft_train.files import write_text
+from reft_train.methods import save_adapter
+from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
+from reft_train.training.sharding import shard_stacks
+from torch import nn
+
+from reft_kernels.integrations.peft import share_build
+from reft_kernels.interventions import Intervention
+from reft_kernels.parametrization import orthonormality_error
+
+
+class _Counted:
+    """A collator that notes how many real tokens its batch has."""
+
+    def __init__(self, collate: Callable[[Sequence[dict]], dict]) -> None:
+        self.collate = collate
+
+    def __call__(self, features: Sequence[dict]) -> dict:
+        batch = self.collate(features)
+        batch["token_count"] = torch.tensor(sum(len(feature["input_ids"]) for feature in features))
+        return batch
+
+
+def orthonormality(model: nn.Module) -> float | None:
+    """max |R R^T - I| over every R of a model; None where there is none. On a sharded model every rank must call it."""
+    worst = None
+    for stack in model.modules():
+        if isinstance(stack, Intervention) and stack.orthonormal:
+            with torch.no_grad():
+                errors = [orthonormality_error(weights.write) for weights in stack()]
+            worst = max([float(error) for error in errors] + ([] if worst is None else [worst]))
+    return worst
+
+
+class ReftTrainer(transformers.Trainer):
+    """A Trainer whose run resumes exactly and whose checkpoints are whole or not there.
+
+    Args:
+        collate: examples to a batch. sampler: order of the training examples, None for a stream.
+        head_lr: learning rate of parameters under ``heads``; None: that of the rest.
+        score: called at each evaluation with the model; its metrics join the held-out loss.
+        keep: checkpoints to keep, beside the best one.
+        kwargs: as for :class:`transformers.Trainer`.
+    """
+
+    def __init__(
+        self,
+        *,
+        collate: Callable[[Sequence[dict]], dict],
+        sampler: torch.utils.data.Sampler | None,
+        heads: Sequence[str] = (),
+        head_lr: float | None = None,
+        score: Callable[[nn.Module], dict[str, float]] | None = None,
+        keep: int = 2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(data_collator=_Counted(collate), **kwargs)
+        self.sampler = sampler
+        self.heads = tuple(heads)
+        self.head_lr = head_lr
+        self.score = score
+        self.keep = keep
+        self.step_seconds: list[float] = []
+        self.tokens = 0
+        self._batch_tokens = 0
+        self._logged: tuple[float, int] | None = None
+        self._staging = False
+        self._loss: torch.Tensor | float = 0.0
+        self._loss_steps = 0
+        edits = any(isinstance(module, Intervention) for module in self.model.modules())
+        self._shared = share_build(self.model) if edits else None
+        self._started = 0.0
+
+    def close(self) -> None:
+        """Give the model back as it came: each forward builds R again."""
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+
+    # ---- order and optimizer
+
+    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler | None:
+        return self.sampler
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """AdamW (or what the arguments say) over a few groups: edits and head, each with and without decay."""
+        if self.is_fsdp_enabled:
+            shard_stacks(self.model)  # the engine takes the optimizer's parameters from here on
+        if self.optimizer is None:
+            model = args[0] if args and args[0] is not None else self.model
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(self._groups(model), **options)
+        return self.optimizer
+
+    def _groups(self, model: nn.Module) -> list[dict]:
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                head = any(f".{part}." in f".{name}." for part in self.heads)
+                bias = name.endswith((".b", ".bias", ".s"))
+                groups.setdefault((head, bias), []).append(parameter)
+        made = []
+        for (head, bias), parameters in groups.items():
+            group = {"params": parameters, "weight_decay": 0.0 if bias else self.args.weight_decay}
+            if head and self.head_lr is not None:
+                group["lr"] = self.head_lr
+            made.append(group)
+        return made
+
+    # ---- steps
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        count = inputs.pop("token_count", None)
+        self._batch_tokens = 0 if count is None else int(count)
+        return super()._prepare_inputs(inputs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As Trainer's; after the last forward of an optimizer step R's gradients go to its parameters, in one build."""
+        if self._started == 0.0:
+            self._started = time.perf_counter()
+        loss = super().training_step(*args, **kwargs)
+        self._loss = self._loss + loss.detach().float()
+        self.tokens += self._batch_tokens
+        if self._shared is not None and self.accelerator.gradient_state.sync_gradients:
+            self._shared.flush()
+        return loss
+
+    def step_done(self) -> None:
+        """Note the time of an optimizer step; the callback calls it."""
+        self._loss_steps += 1
+        if self.args.device.type == "cuda":
+            torch.cuda.synchronize(self.args.device)
+        if self._started:
+            self.step_seconds.append(time.perf_counter() - self._started)
+        self._started = 0.0
+
+    def median_step_seconds(self) -> float:
+        """Median seconds of an optimizer step; 0 when there was none."""
+        return statistics.median(self.step_seconds) if self.step_seconds else 0.0
+
+    # ---- log
+
+    def log(self, logs: dict[str, float], *args: Any) -> None:
+        """As Trainer's; lines with a training loss get tokens per second and R's orthonormality."""
+        if "loss" in logs:
+            # Trainer's own mean starts anew where a run is resumed between two lines
+            logs["loss"] = self._losses().mean().item() / self._loss_steps
+            self._loss, self._loss_steps = 0.0, 0
+            now = time.perf_counter()
+            if self._logged is not None:
+                seconds, tokens = now - self._logged[0], self.tokens - self._logged[1]
+                logs["tokens_per_second"] = round(tokens * self.args.world_size / max(seconds, 1e-9), 1)
+            self._logged = (now, self.tokens)
+            error = orthonormality(self.model)
+            if error is not None:
+                logs["orthonormality"] = error
+        super().log(logs, *args)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's: the held-out loss, and the task's own metrics where the run selects by them."""
+        output = super().evaluation_loop(*args, **kwargs)
+        if self.score is not None:
+            prefix = kwargs.get("metric_key_prefix", "eval")
+            output.metrics.update({f"{prefix}_{name}": value for name, value in self.score(self.model).items()})
+        return output
+
+    # ---- checkpoints
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As Trainer's; the first line of the log after a resume counts the steps before it, too."""
+        if resume_from_checkpoint is not None:
+            saved = json.loads((Path(resume_from_checkpoint) / LOSS).read_text(encoding="utf-8"))
+            losses, rank = saved["losses"], self.args.process_index
+            self._loss = losses[rank] if rank < len(losses) else sum(losses) / len(losses)
+            self._loss_steps = saved["steps"]
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _losses(self) -> torch.Tensor:
+        """Each process's sum of losses since the last line of the log."""
+        loss = torch.as_tensor(self._loss, dtype=torch.float32, device=self.args.device)
+        return self.accelerator.gather(loss.reshape(1))
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder) / STAGING) if self._staging else folder
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Write a checkpoint aside and put it in its place in one step, so that a kill leaves the previous one whole."""
+        folder = Path(self._get_output_dir())
+        try:
+            self._write_checkpoint(folder, *args, **kwargs)
+        except Exception as error:
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
+            if isinstance(error, OSError) or "No space left" in str(error):
+                raise UserError(f"output: got {folder}, where no checkpoint can be written ({error})") from error
+            raise
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, folder: Path, *args: Any, **kwargs: Any) -> None:
+        self._staging = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._staging = False
+        losses = self._losses().tolist()
+        self.accelerator.wait_for_everyone()
+        name = f"checkpoint-{self.state.global_step}"
+        if self.state.best_global_step:
+            best = folder / f"checkpoint-{self.state.best_global_step}"
+            if best.exists() or best.name == name:
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            write_text(folder / STAGING / name / LOSS, json.dumps({"losses": losses, "steps": self._loss_steps}))
+            self.state.save_to_json(str(folder / STAGING / name / "trainer_state.json"))
+            publish(folder / STAGING / name, folder / name)
+            rotate(folder, self.keep, self.state.best_model_checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The adapter alone, in PEFT's layout: no tokenizer, and no pickled arguments."""
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder, state_dict)

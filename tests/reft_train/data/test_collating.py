@@ -1,0 +1,65 @@
+"""Batches: every token in its place, everything else masked and not learned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reft_train.data.collating import ClassificationCollator, PaddingCollator, Seq2SeqCollator
+
+ITEMS = [
+    {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3},
+    {"input_ids": [8], "labels": [-100], "length": 1},
+]
+
+
+def _lists(batch):
+    return {name: tensor.tolist() for name, tensor in batch.items()}
+
+
+@pytest.mark.parametrize("side, expected", [
+    ("right", {"input_ids": [[5, 6, 7], [8, 9, 9]], "attention_mask": [[1, 1, 1], [1, 0, 0]],
+               "labels": [[-100, 6, 7], [-100, -100, -100]]}),
+    ("left", {"input_ids": [[5, 6, 7], [9, 9, 8]], "attention_mask": [[1, 1, 1], [0, 0, 1]],
+              "labels": [[-100, 6, 7], [-100, -100, -100]]}),
+])  # fmt: skip
+def test_causal_items_are_padded_on_either_side(side, expected):
+    batch = PaddingCollator(9, side)(ITEMS)
+    assert _lists(batch) == expected
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_a_pad_token_within_an_example_is_not_masked():
+    batch = PaddingCollator(7)(ITEMS)
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]] and batch["labels"][0].tolist() == [-100, 6, 7]
+
+
+@pytest.mark.parametrize("multiple, width", [(None, 3), (1, 3), (3, 3), (4, 4), (8, 8)])
+def test_the_width_is_a_multiple(multiple, width):
+    batch = PaddingCollator(9, multiple=multiple)(ITEMS)
+    assert {tensor.shape for tensor in batch.values()} == {(2, width)}
+
+
+def test_prompts_have_no_labels():
+    assert set(PaddingCollator(9, "left")([{"input_ids": [5]}])) == {"input_ids", "attention_mask"}
+
+
+def test_targets_of_an_encoder_decoder_are_padded_apart():
+    items = [{"input_ids": [5, 6, 7], "labels": [2]}, {"input_ids": [8], "labels": [3, 4, 2, 2]}]
+    batch = Seq2SeqCollator(9)(items)
+    assert batch["labels"].tolist() == [[2, -100, -100, -100], [3, 4, 2, 2]] and batch["input_ids"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("labels, dtype", [([1, 0], torch.int64), ([2.5, 4.0], torch.float32)])
+def test_labels_of_texts_are_one_number_each(labels, dtype):
+    items = [
+        item | {"labels": label, "token_type_ids": [1] * item["length"]} for item, label in zip(ITEMS, labels, strict=True)
+    ]
+    batch = ClassificationCollator(9)(items)
+    assert batch["labels"].tolist() == labels and batch["labels"].dtype == dtype
+    assert batch["token_type_ids"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("arguments, message", [({"side": "both"}, "side: got 'both'"), ({"multiple": 0}, "multiple: got 0")])
+def test_arguments_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PaddingCollator(9, **arguments)

@@ -1,0 +1,159 @@
+"""Streams of rows: complete, shared out without overlap, repeatable, and never held in memory whole."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from reft_train.data import streaming
+from reft_train.data.sampling import set_epoch
+from reft_train.data.streaming import StreamingRows, shuffled
+from reft_train.data.tokenizing import tokenize_rows
+from reft_train.errors import UserError
+from reft_train.tasks.base import Example, Row, Task
+from torch.utils.data import DataLoader
+
+from tests.reft_train.tiny import tokenizer_of
+
+COUNT = 50
+TOKENIZER = tokenizer_of("llama")
+
+
+class _Count(Task):
+    name, recipe = "count", "none"
+
+    def example(self, row, tokenizer=None):
+        return Example("what is the answer", f" {row.fields['number']}", "")
+
+
+@pytest.fixture
+def path(tmp_path):
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(json.dumps({"number": n}) + "\n" for n in range(COUNT)))
+    return file
+
+
+def _stream(path, **settings):
+    return StreamingRows(path, _Count(), TOKENIZER, "causal", 32, **({"buffer": 8} | settings))
+
+
+def _number(item):
+    return int(TOKENIZER.decode([label for label in item["labels"] if label != -100][:-1]))
+
+
+def _numbers(stream):
+    return [_number(item) for item in stream]
+
+
+def _loader(stream, **settings):
+    return DataLoader(stream, batch_size=4, collate_fn=_numbers, **settings)
+
+
+def test_items_are_those_of_the_tokenized_data_set(path):
+    rows = [Row({"number": n}, "") for n in range(COUNT)]
+    dataset = tokenize_rows(rows, _Count(), TOKENIZER, "causal", 32).select_columns(["input_ids", "labels"])
+    assert list(_stream(path, buffer=1)) == list(dataset)
+
+
+def test_every_row_comes_once_in_another_order(path):
+    numbers = _numbers(_stream(path))
+    assert sorted(numbers) == list(range(COUNT)) != numbers
+
+
+def test_an_epoch_is_a_function_of_seed_and_number(path):
+    orders = {}
+    for seed, epoch in itertools.product(range(2), range(2)):
+        for _ in range(2):
+            stream = _stream(path, seed=seed)
+            list(stream)  # what was read before does not matter
+            stream.set_epoch(epoch)
+            orders.setdefault((seed, epoch), set()).add(tuple(_numbers(stream)))
+    assert [len(order) for order in orders.values()] == [1] * 4
+    assert len(set.union(*orders.values())) == 4
+
+
+@pytest.mark.parametrize("buffer", [1, 8, 1000])
+def test_a_buffer_holds_no_more_than_its_size(buffer):
+    read = 0
+
+    def values():
+        nonlocal read
+        for read in range(1, COUNT + 1):
+            yield read
+
+    for given, _ in enumerate(shuffled(values(), buffer, random.Random(0))):
+        assert read - given <= buffer + 1
+
+
+def test_a_file_of_any_size_can_be_begun(path, monkeypatch):
+    monkeypatch.setattr(streaming, "iter_rows", lambda path, name: (Row({"number": n}, "") for n in itertools.count()))
+    assert len([item for item, _ in zip(_stream(path), range(3), strict=False)]) == 3
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_get_as_many_rows_and_all_of_them(path, processes):
+    shares = [_numbers(_stream(path, process_index=p, num_processes=processes)) for p in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    together = sorted(itertools.chain(*shares))
+    assert set(together) == set(range(COUNT)) and len(together) == COUNT + -COUNT % processes
+
+
+def test_only_this_processs_rows_are_tokenized(path, monkeypatch):
+    calls = []
+    example = _Count.example
+    monkeypatch.setattr(_Count, "example", lambda self, row, tokenizer=None: calls.append(row) or example(self, row))
+    list(_stream(path, process_index=1, num_processes=2))
+    assert len(calls) == COUNT // 2
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_share_the_rows_and_hear_of_epochs(path, persistent):
+    stream = _stream(path)
+    loader = _loader(stream, num_workers=2, persistent_workers=persistent, multiprocessing_context="fork")
+    epochs = []
+    for epoch in range(2):
+        set_epoch(loader, epoch)
+        epochs.append(list(itertools.chain(*loader)))
+    assert [sorted(numbers) for numbers in epochs] == [list(range(COUNT))] * 2
+    assert epochs[0] != epochs[1]
+
+
+def _prepared(path, processes, index):
+    return prepare_data_loader(
+        _loader(_stream(path)), torch.device("cpu"), processes, index, put_on_device=False, dispatch_batches=False
+    )
+
+
+@pytest.mark.parametrize("processes, index", [(1, 0), (2, 0), (2, 1)])
+def test_accelerate_shares_the_rows_and_resumes_where_it_stopped(path, processes, index):
+    def epoch_of(loader, epoch):
+        set_epoch(loader, epoch)
+        return list(loader)
+
+    loader = _prepared(path, processes, index)
+    epochs = [epoch_of(loader, epoch) for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+    assert epoch_of(skip_first_batches(_prepared(path, processes, index), 3), 1) == epochs[1][3:]
+
+
+def test_accelerates_shares_do_not_overlap(path):
+    shares = [set(itertools.chain(*_prepared(path, 2, index))) for index in range(2)]
+    assert shares[0] | shares[1] == set(range(COUNT))
+    assert len(shares[0] & shares[1]) <= -COUNT % 8  # the first rows again, to fill the last round
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"buffer": 0}, "buffer: got 0"), ({"process_index": 2, "num_processes": 2}, "process_index: got 2, expected 0 to 1"),
+])  # fmt: skip
+def test_arguments_out_of_range_are_refused(path, settings, message):
+    with pytest.raises(UserError, match=message):
+        _stream(path, **settings)
+
+
+def test_a_missing_file_is_refused_at_once(tmp_path):
+    with pytest.raises(UserError, match="--train: got .*absent.jsonl"):
+        _stream(tmp_path / "absent.jsonl")

@@ -1,0 +1,156 @@
+"""A run's report stands alone, escapes what it shows and is written for runs that ended early too."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+from reft_train.memory import Peak
+from reft_train.reporting.curves import finite, run_curves, series
+from reft_train.reporting.html import image, page, table
+from reft_train.reporting.run_report import figures, render_html, write_run_report
+from reft_train.reporting.versions import versions
+from reft_train.training.outcome import Outcome
+
+HOSTILE = '<script>alert("x")</script>&\'"'
+OUTCOME = Outcome(
+    config={"model": "a/model", "task": "gsm8k", "method": "loreft", "rank": 8, "lora_alpha": None},
+    trainable=1_234,
+    head=56,
+    total=1_000_000,
+    steps=20,
+    losses=[(10, 2.0), (20, 1.0)],
+    seconds=12.5,
+    step_seconds=0.625,
+    tokens_per_second=4_321.0,
+    memory=Peak(500.0, 612.5, "measured somehow"),
+    validation={"accuracy": 0.75},
+    tests={"boolq": {"accuracy": 0.5, "f1": 0.25}, "piqa": {"accuracy": 1.0}},
+    orthonormality=2.5e-7,
+    versions={"torch": "9.9"},
+)
+LOG = [
+    {"step": 10, "loss": 2.0, "learning_rate": 1e-3, "orthonormality": 1e-7},
+    {"step": 10, "eval_loss": 2.5},
+    {"step": 20, "loss": 1.0, "learning_rate": 0.0, "orthonormality": 2e-7},
+]
+
+
+class _Tags(HTMLParser):
+    """The tags of a page, with a check that they nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_two_files_are_written(tmp_path):
+    paths = write_run_report(tmp_path / "run", OUTCOME, LOG)
+    assert [path.name for path in paths] == sorted(os.listdir(tmp_path / "run")) == ["loss.png", "report.html"]
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_fetches_nothing_and_has_no_script():
+    text = render_html(OUTCOME, LOG, b"png")
+    parsed = _Tags(text)
+    assert parsed.open == [] and not parsed.tags & {"script", "link", "iframe", "object"}
+    assert re.findall(r'(?:src|href)="([^"]{0,22})', text) == ["data:image/png;base64,"]
+
+
+@pytest.mark.parametrize(
+    "shown",
+    ["1,234 (0.1234% of the model&#x27;s 1,000,000)", "<td>56</td>", "<td>20</td>", "12.5 s", "0.625 s", "4,321",
+     "612 MiB, 500 MiB of it before training", "measured somehow", "2.50e-07", "<td>accuracy</td><td>0.75</td>",
+     "<th>f1</th>", "<td>boolq</td><td>0.5</td><td>0.25</td>", "<td>piqa</td><td>1</td><td></td>",
+     "<td>lora_alpha</td><td>none</td>", "<td>torch</td><td>9.9</td>"],
+)  # fmt: skip
+def test_the_page_shows_each_figure(shown):
+    assert shown in render_html(OUTCOME, LOG, b"png")
+
+
+def test_hostile_texts_are_escaped_wherever_they_stand():
+    outcome = replace(
+        OUTCOME,
+        config={"model": HOSTILE, "task": HOSTILE, "method": HOSTILE, HOSTILE: HOSTILE},
+        memory=Peak(1.0, 2.0, HOSTILE),
+        validation={HOSTILE: 1.0},
+        tests={HOSTILE: {HOSTILE: 1.0}},
+        versions={HOSTILE: HOSTILE},
+    )
+    text = render_html(outcome, LOG, b"png")
+    assert "script" not in _Tags(text).tags and HOSTILE not in text
+    title, settings, others = 2 * 3, 3 + 2, 1 + 1 + 2 + 2
+    assert text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;&#x27;&quot;") == title + settings + others
+
+
+def test_a_picture_s_description_is_escaped():
+    assert 'alt="&quot;&gt;"' in image(b"", '">') and "<title>&lt;" in page("<", "") and "&lt;" in table(("<",), [])
+
+
+def test_a_run_that_was_interrupted_at_once_has_a_report(tmp_path):
+    outcome = replace(OUTCOME, steps=0, losses=[], interrupted=True, validation={}, tests={}, orthonormality=None)
+    png, html = write_run_report(tmp_path, outcome, [])
+    assert png.stat().st_size > 0
+    text = html.read_text()
+    assert "Interrupted before the end." in text and "Test sets" not in text and "max |R" not in text
+
+
+def test_losses_of_the_outcome_are_drawn_where_the_log_has_none(tmp_path):
+    png, _ = write_run_report(tmp_path, OUTCOME, [])
+    assert png.read_bytes() == run_curves([{"step": step, "loss": loss} for step, loss in OUTCOME.losses])
+
+
+def test_losses_that_are_not_finite_are_told_and_not_drawn(tmp_path):
+    log = [*LOG, {"step": 30, "loss": math.nan}, {"step": 40, "loss": math.inf}]
+    _, html = write_run_report(tmp_path, OUTCOME, log)
+    assert "2 of 4 logged losses are not finite, the first at step 30" in html.read_text()
+    assert finite(series(log, "loss")) == [(10, 2.0), (20, 1.0)]
+
+
+def test_the_later_entry_of_a_step_counts():
+    log = [
+        {"step": 2, "loss": 9.0},
+        {"step": 1, "loss": 3.0},
+        {"step": 2, "loss": 2.0},
+        {"loss": 5.0},
+        {"step": 3, "loss": "x"},
+    ]
+    assert series(log, "loss") == [(1, 3.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [-1.0, 2.0], [1.0]])
+def test_values_that_have_no_logarithm_are_drawn(values):
+    log = [{"step": step, "loss": value, "orthonormality": value} for step, value in enumerate(values)]
+    assert run_curves(log).startswith(b"\x89PNG")
+
+
+def test_each_panel_is_drawn_only_where_it_was_logged():
+    def height(log):
+        return int.from_bytes(run_curves(log)[20:24], "big")
+
+    assert height([]) == height([{"step": 1, "loss": 1.0}]) < height(LOG[:1])
+
+
+def test_figures_name_the_head_only_where_there_is_one():
+    assert any("head" in name for name, _ in figures(OUTCOME))
+    assert not any("head" in name for name, _ in figures(replace(OUTCOME, head=0)))
+
+
+def test_versions_name_what_results_depend_on():
+    found = versions()
+    assert {"python", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "reft_kernels"} <= found.keys()
+    assert all(found.values())

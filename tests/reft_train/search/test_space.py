@@ -1,0 +1,133 @@
+"""What a search can vary, and what it refuses."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import optuna
+import pytest
+
+from reft_train.errors import UserError
+from reft_train.search.defaults import layer_sets, small_space_of, space_of
+from reft_train.search.space import Choices, Range, parse, parse_flags, plain, read, suggest
+from tests.reft_train.search.plans import config
+
+LLAMA_7B = SimpleNamespace(hidden_size=4096, num_hidden_layers=32)
+
+
+def test_a_list_is_short_for_choices():
+    assert parse({"rank": [4, 8]}, "loreft", "test") == parse({"rank": {"choices": [4, 8]}}, "loreft", "test")
+
+
+def test_a_range_of_whole_numbers_stays_whole():
+    assert parse({"rank": {"low": 2, "high": 8, "step": 2}}, "loreft", "test") == {"rank": Range(2, 8, step=2)}
+
+
+def test_a_range_takes_numbers_that_yaml_reads_as_text(tmp_path):
+    (tmp_path / "space.yaml").write_text("lr: {low: 1e-4, high: 1e-2, log: true}")
+    assert read(tmp_path / "space.yaml", "loreft") == {"lr": Range(1e-4, 1e-2, log=True)}
+
+
+def test_a_flag_says_what_the_file_says():
+    assert parse_flags(["rank=[4, 8]", "head-lr={low: 1e-4, high: 1e-2}"], "loreft") == {
+        "rank": Choices((4, 8)),
+        "head_lr": Range(1e-4, 1e-2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "expected a mapping of settings"),
+        ([1], "expected a mapping of settings"),
+        ({"seed": [1, 2]}, "'seed', expected settings that loreft can vary"),
+        ({"rnk": [1, 2]}, "'rnk', expected settings that loreft can vary"),
+        ({"prefix_tokens": [1, 2]}, "'prefix_tokens', expected settings that loreft can vary"),
+        ({"rank": 4}, "rank: got 4, expected a list"),
+        ({"rank": []}, "rank: got [], expected one or more values"),
+        ({"rank": [4, 4]}, "expected one or more values, each once"),
+        ({"rank": [4, 400]}, "rank: got 400, expected a number from 1 to 256"),
+        ({"layers": ["upper"]}, "layers: got 'upper', expected 'all' or a list"),
+        ({"positions": {"low": "f1", "high": "f3"}}, "expected choices: this setting is no number"),
+        ({"share_weights": {"low": False, "high": True}}, "expected choices: this setting is no number"),
+        ({"lr": {"low": 1e-2, "high": 1e-4}}, "expected low < high"),
+        ({"dropout": {"low": 0, "high": 0.1, "log": True}}, "low > 0 with log"),
+        ({"lr": {"low": 1e-4, "high": 1e-2, "log": "yes"}}, "expected log true or false"),
+        ({"lr": {"low": 1e-4, "high": 1e-2, "log": True, "step": 1e-4}}, "without log"),
+        ({"rank": {"low": 1, "high": 8, "step": 0.5}}, "whole for a whole number"),
+        ({"rank": {"low": 1, "high": 8, "by": 2}}, "expected a list, {choices: [...]}"),
+        ({"rank": {"low": 1}}, "expected a list, {choices: [...]}"),
+    ],
+)
+def test_a_wrong_entry_is_named(values, message):
+    with pytest.raises(UserError) as caught:
+        parse(values, "loreft", "--space space.yaml")
+    assert message in str(caught.value) and "--space space.yaml" in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="which does not exist"):
+        read(tmp_path / "none.yaml", "loreft")
+
+
+@pytest.mark.parametrize("text", ["rank", "rank=[4, 8"])
+def test_a_flag_that_is_no_entry_is_refused(text):
+    with pytest.raises(UserError, match="--vary: got"):
+        parse_flags([text], "loreft")
+
+
+def test_layers_are_stored_as_text_and_come_back_as_numbers():
+    space = {"layers": Choices(("all", [0, 2, 4]))}
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    study.enqueue_trial({"layers": "0;2;4"})
+    assert suggest(study.ask(), space) == {"layers": [0, 2, 4]}
+
+
+def test_a_space_reads_as_it_is_written():
+    space = {"layers": Choices(("all", [0, 2])), "lr": Range(1e-4, 1e-2, log=True), "rank": Range(2, 8, step=2)}
+    assert parse(plain(space), "loreft", "test") == space
+
+
+@pytest.mark.parametrize(
+    ("value", "held"), [(2, True), (5, False), (8, True), (9, False), (2.0, False)]
+)  # fmt: skip
+def test_a_range_holds_its_steps_alone(value, held):
+    assert Range(2, 8, step=2).holds(value) is held
+
+
+def test_the_default_varies_what_loreft_has(tmp_path):
+    found = space_of(config(tmp_path), LLAMA_7B, encoder=False)
+    assert set(found) == {"lr", "rank", "layers", "positions", "dropout", "parametrization"}
+
+
+@pytest.mark.parametrize(("method", "names"), [("red", {"lr", "layers", "positions", "dropout"}), ("ia3", {"lr"}),
+                                               ("lora", {"lr", "rank", "layers", "dropout"}), ("head", {"lr"}),
+                                               ("prefix", {"lr", "prefix_tokens"})])  # fmt: skip
+def test_the_default_leaves_out_what_a_method_does_not_have(tmp_path, method, names):
+    assert set(space_of(config(tmp_path, method=method), LLAMA_7B, encoder=False)) == names
+
+
+def test_default_entries_are_ones_that_a_file_could_state(tmp_path):
+    found = space_of(config(tmp_path), LLAMA_7B, encoder=False)
+    assert parse(plain(found), "loreft", "test") == found
+
+
+def test_default_layers_of_a_deep_model():
+    assert layer_sets(LLAMA_7B).values == ("all", list(range(1, 32, 2)), [4, 12, 20, 28])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+def test_default_layers_of_a_shallow_model_exist_and_differ(depth):
+    found = layer_sets(SimpleNamespace(num_hidden_layers=depth)).values
+    assert all(sets == "all" or max(sets) < depth for sets in found)
+    assert len({str(sets) for sets in found}) == len(found)
+
+
+def test_default_ranks_fit_the_width(tmp_path):
+    narrow = SimpleNamespace(hidden_size=6, num_hidden_layers=2)
+    assert small_space_of(config(tmp_path), narrow)["rank"] == Choices((1, 2, 4))
+
+
+def test_untied_weights_get_positions_at_both_ends(tmp_path):
+    untied = config(tmp_path, share_weights=False, positions="f1+l1")
+    assert space_of(untied, LLAMA_7B, encoder=True)["positions"] == Choices(("f1+l1",))
