@@ -85,10 +85,15 @@ def _check_index(name: str, index: Tensor, hidden: Tensor, length: int | None) -
         raise ValueError(f"{name}: got device {index.device}, expected {hidden.device}, where hidden is")
 
 
+def _version(index: Tensor) -> int:
+    """Counts in-place changes; inference tensors do not, so only marks that builders made are trusted there."""
+    return -1 if index.is_inference() else index._version
+
+
 def mark_rows(rows: Tensor, num_rows: int) -> Tensor:
     """Record on ``rows`` that its values are distinct and lie in [-1, num_rows)."""
     if not torch.compiler.is_compiling():
-        rows._reft_checked = (num_rows, rows._version)
+        rows._reft_checked = (num_rows, _version(rows))
     return rows
 
 
@@ -101,7 +106,7 @@ def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
     if torch.compiler.is_compiling() or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
         return rows
     known = getattr(rows, "_reft_checked", None)
-    if known is not None and known[0] <= num_rows and known[1] == rows._version:
+    if known is not None and known[0] <= num_rows and known[1] == _version(rows):
         return rows
     if rows.numel():
         low, high = (int(v) for v in torch.stack(torch.aminmax(rows)).tolist())
@@ -115,20 +120,21 @@ def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
             raise ValueError(
                 f"{name}: row {int(ordered[1:][repeated][0])} stands more than once, expected each row at most once"
             )
-    return mark_rows(rows, num_rows)
+    return rows if rows.is_inference() else mark_rows(rows, num_rows)
 
 
 def _check_set_values(set_ids: Tensor, sets: int) -> None:
     if torch.compiler.is_compiling() or (set_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     known = getattr(set_ids, "_reft_checked", None)
-    if known is not None and known[0] <= sets and known[1] == set_ids._version:
+    if known is not None and known[0] <= sets and known[1] == _version(set_ids):
         return
     if set_ids.numel():
         low, high = (int(v) for v in torch.stack(torch.aminmax(set_ids)).tolist())
         if low < 0 or high >= sets:
             raise ValueError(f"set_ids: got values from {low} to {high}, expected set numbers in [0, {sets})")
-    mark_rows(set_ids, sets)
+    if not set_ids.is_inference():
+        mark_rows(set_ids, sets)
 
 
 def _check_selection(hidden: Tensor, rows: Tensor | None, set_ids: Tensor | None, sets: int | None) -> int:
