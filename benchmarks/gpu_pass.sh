@@ -81,7 +81,7 @@ part_kernels() {
 part_model() {
   if [ $gpu = 0 ]; then absent "no GPU"
   elif ! has transformers || ! has peft; then absent "transformers or peft is not installed"
-  else for question in training_step generation; do questions $question; done; fi
+  else for question in training_step generation trainer_step; do questions $question; done; fi
 }
 
 part_profile() {

@@ -45,6 +45,7 @@ class Call:
         capturable: whether a CUDA graph may hold it.
         countable: whether its operators can be counted by an eager dispatch mode (compiled code cannot).
         context: entered around both, untimed, such as a forced backend.
+        elsewhere: whether it works in a thread of its own, where the CPU's profiler does not see its memory.
     """
 
     run: Callable[[object], object]
@@ -52,6 +53,7 @@ class Call:
     capturable: bool = True
     countable: bool = True
     context: Callable[[], AbstractContextManager] = field(default=contextlib.nullcontext)
+    elsewhere: bool = False
 
     def once(self) -> object:
         """Run it, preparation included."""
@@ -300,7 +302,8 @@ def _row(
             found["host_us"] = statistics.median(runner.host) * 1e6
         if all(call.countable for call in runner.calls) or device == "cuda":
             found["launches"] = counting.launches(runner.next(), device)
-        found["peak_bytes"] = counting.peak_bytes(runner.next(), device)
+        if device == "cuda" or not any(call.elsewhere for call in runner.calls):
+            found["peak_bytes"] = counting.peak_bytes(runner.next(), device)
     if verdict:
         found |= {"error": verdict.error, "allowed": verdict.allowed}
     base = runners[case.baseline].times if case.baseline in runners else []

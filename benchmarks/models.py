@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmarks import edits
+from benchmarks.harness import Call, Provider, Verdict
 from reft_kernels import positions
 from reft_kernels.interventions import StackedLoReFT
 
@@ -65,13 +67,20 @@ class Batch:
 
     @property
     def columns(self) -> Tensor:
-        """The rows as columns of each sequence, ``[B, P]``."""
+        """The rows as columns of each sequence, ``[B, P]``, where each has as many."""
         return self.rows.view(self.input_ids.shape[0], -1) % self.input_ids.shape[1]
 
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What a causal LM takes."""
         return {"input_ids": self.input_ids, "labels": self.labels, "attention_mask": self.attention_mask}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A batch whose examples share rows: what a causal LM takes. Position ids and labels tell what is edited."""
+
+    inputs: dict[str, Tensor]
 
 
 Weights = Sequence[tuple[Tensor, Tensor, Tensor]]
@@ -106,6 +115,13 @@ def batch(shape: Shape, device: str, number: int = 0, whole: bool = False) -> Ba
     return Batch(ids, labels, torch.ones_like(ids), rows[rows >= 0].long())
 
 
+def collated(inputs: Mapping[str, Tensor], spec: str, device: str) -> Batch:
+    """A batch of ``input_ids``, ``labels`` and ``attention_mask [B, T]`` padded on the right; labels begin after the prompt."""
+    ids, labels, mask = (inputs[name].to(device) for name in ("input_ids", "labels", "attention_mask"))
+    rows = positions.resolve(spec, positions.prompt_lengths_from_labels(labels, mask), ids.shape[1])
+    return Batch(ids, labels, mask, rows[rows >= 0].long())
+
+
 def weights(shape: Shape, device: str) -> Weights:
     """R, W, b of each layer in fp32, where R and W differ."""
     torch.manual_seed(1)
@@ -129,13 +145,13 @@ class Stepper:
         around: entered around forward and backward.
     """
 
-    loss: Callable[[Batch], Tensor]
+    loss: Callable[[Batch | Packed], Tensor]
     parameters: list[nn.Parameter]
     gradients: Callable[[], list[Tensor]]
     around: Callable[[], AbstractContextManager] = field(default=contextlib.nullcontext)
     optimizer: torch.optim.Optimizer | None = None
 
-    def step(self, batch: Batch) -> Tensor:
+    def step(self, batch: Batch | Packed) -> Tensor:
         """Forward, backward, AdamW."""
         if self.parameters and self.optimizer is None:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0)
@@ -233,3 +249,16 @@ def by_hooks(model: nn.Module, shape: Shape, weights: Weights, cached: bool = Fa
 
     around = parametrize.cached if cached else contextlib.nullcontext
     return Stepper(loss, list(own.parameters()), lambda: [edit.source.weight.grad for edit in own], around)
+
+
+def provider(
+    make: Callable[[], Stepper], batches: Sequence[Batch | Packed], check: Callable[[], Verdict] | None = None
+) -> Provider:  # fmt: skip
+    """Time training steps on each batch, of one model that is made when first needed."""
+    built = functools.cache(make)
+
+    def prepare(k: int) -> Call:
+        stepper = built()
+        return Call(lambda _: stepper.step(batches[k]), capturable=False, countable=False)
+
+    return Provider(prepare, check)

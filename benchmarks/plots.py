@@ -270,7 +270,7 @@ def _labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
         parts = [shape.get("model", "")]
         if varied & {"batch", "T"}:
             parts.append(f"{shape.get('batch')} x {shape.get('T')}")
-        parts += [f"{k} = {v}" for k, v in shape.items() if k in varied and k in ("positions", "r", "layers", "d")]
+        parts += [f"{k} = {v}" for k, v in shape.items() if k in varied and k in ("positions", "r", "layers", "d", "lengths")]
         parts += [name for name in SWITCHES if shape.get(name) not in (None, "0")]
         labels[row.shape, row.dtype] = "\n".join(parts + [row.dtype] * dtypes)
     return labels
@@ -327,8 +327,8 @@ def _draw_bars(
             axes.annotate(_plain(y), (x, max(y, high)), (0, 2), textcoords="offset points", ha="center", fontsize=7)
 
 
-def _steps(rows: Sequence[Row], suffix: str) -> Drawn:
-    rows = _of(rows, "training_step", "step")
+def _over_baseline(title: str, caption: str, y_label: str, rows: Sequence[Row], question: str) -> Drawn:
+    rows = _of(rows, question, "step")
 
     def value(row: Row) -> Point | None:
         if not row.median_ms or not row.ratio or row.provider == row.baseline:
@@ -336,11 +336,24 @@ def _steps(rows: Sequence[Row], suffix: str) -> Drawn:
         low, high = ((row.median_ms if t is None else t) / row.median_ms * row.ratio for t in (row.p20_ms, row.p80_ms))
         return 0, row.ratio, low, high
 
-    title = f"Training step over the frozen model{suffix}"
-    caption = (
-        "Step time over the frozen model's forward and backward; lower is better; bars at p20 and p80 of the step's own time."
-    )
-    yield title, caption, _bars(title, "times the frozen model's step", rows, value, one=True) if rows else None
+    caption += "; lower is better; bars at p20 and p80 of the step's own time."
+    yield title, caption, _bars(title, y_label, rows, value, one=True) if rows else None
+
+
+def _steps(rows: Sequence[Row], suffix: str) -> Drawn:
+    title, caption = "Training step over the frozen model", "Step time over the frozen model's forward and backward"
+    yield from _over_baseline(title + suffix, caption, "times the frozen model's step", rows, "training_step")
+
+
+def _program(rows: Sequence[Row], suffix: str) -> Drawn:
+    title = "Step of the training program over the frozen model"
+    caption = "Step time, all that the Trainer does included, over the frozen model's forward and backward"
+    yield from _over_baseline(title + suffix, caption, "times the frozen model's step", rows, "trainer_step")
+
+
+def _packing(rows: Sequence[Row], suffix: str) -> Drawn:
+    title, caption = "Packed batches over padded ones", "Time of a step on as many examples, over the randomly padded batch's"
+    yield from _over_baseline(title + suffix, caption, "times the padded step", rows, "packing")
 
 
 def _memory(rows: Sequence[Row], suffix: str) -> Drawn:
@@ -394,7 +407,7 @@ def _r_build(rows: Sequence[Row], suffix: str) -> Drawn:
 
 DRAWERS = {
     "edit_all_rows": (_bandwidth, _speed_up), "edit_selected_rows": (_selected,), "r_build": (_r_build,),
-    "training_step": (_steps, _memory, _memory_of_layers),
+    "training_step": (_steps, _memory, _memory_of_layers), "trainer_step": (_program,), "packing": (_packing,),
 }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def _models(cases: Sequence[Case]) -> list[Case]:
 
 PICKED: dict[str, Callable[[Sequence[Case]], list[Case]]] = {
     "edit_all_rows": _edits, "edit_selected_rows": _selected, "r_build": _builds, "training_step": _models,
-    "generation": _models,
+    "generation": _models, "trainer_step": _models, "packing": list,
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from reft_train.progress import bar
 
-VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH = 4096, 256, 4, 4, 256, 16
+VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH = 2048, 256, 4, 4, 256, 8
 PACKAGES = ("asyncio", "concurrent", "email", "html", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml")
 
 

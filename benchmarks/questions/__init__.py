@@ -20,6 +20,8 @@ NAMES = (
     "generation",
     "host_cost",
     "cold_start",
+    "trainer_step",
+    "packing",
 )
 
 

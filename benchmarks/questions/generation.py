@@ -9,6 +9,7 @@ decoded tokens, the same for all. All models share one set of weights.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from benchmarks import edits, models
+from benchmarks import edits, models, shapes
 from benchmarks.harness import Call, Case, Provider, Settings, Verdict
 from benchmarks.models import Shape
 from reft_kernels import positions
@@ -30,16 +31,13 @@ STEPS, QUICK_STEPS, CHECKED_STEPS, CHECKED_TOKENS = 16, 4, 4, 8
 QUICK = Shape("llama-64x2", 64, 2, 4, 2, 176, 256, 2, 16)
 
 
-def shapes(settings: Settings) -> list[Shape]:
+def asked(settings: Settings) -> list[Shape]:
     """Models and their batches."""
     if settings.quick:
         return [QUICK]
     if settings.device == "cpu":
-        return [Shape("llama-1024x4", 1024, 4, 16, 16, 2816, 8192, 4, 128)]
-    return [
-        Shape("llama-3.2-1b", 2048, 16, 32, 8, 8192, 128256, 8, 512, dtype=torch.bfloat16),
-        Shape("llama-3-8b", 4096, 32, 32, 8, 14336, 128256, 8, 512, dtype=torch.bfloat16),
-    ]
+        return [shapes.small(1024, length=128)]
+    return [shapes.LLAMA_1B, dataclasses.replace(shapes.LLAMA_8B, batch=8)]
 
 
 def cases(settings: Settings) -> Iterator[Case]:
@@ -49,7 +47,7 @@ def cases(settings: Settings) -> Iterator[Case]:
         RuntimeError: greedy generation by our tuner and by plain hooks differ in fp32.
     """
     _check_tokens(settings.device)
-    for shape in shapes(settings):
+    for shape in asked(settings):
         steps = QUICK_STEPS if settings.quick else STEPS
         subjects, tokens = _subjects(shape, settings.device), _Tokens(shape, steps, settings.device)
         checked = functools.cache(functools.partial(_verdicts, subjects, shape, tokens))

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import sys
 from collections.abc import Sequence
 
 from reft_train import run
+from reft_train.compare import command as compare
 from reft_train.demo import command as demo
 from reft_train.doctor import command as doctor
-from reft_train.errors import UserError
+from reft_train.errors import ReportedError, UserError
 from reft_train.evaluation import command as evaluation
 from reft_train.search import command as search
 
-COMMANDS = (run, evaluation, search, doctor, demo)
+COMMANDS = (run, evaluation, search, compare, doctor, demo)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -27,14 +31,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; 0 when all is well, 1 when a check or a training failed, 2 for bad input, 130 when interrupted."""
-    parsed = parser().parse_args(arguments)
+    # started several times by torchrun or accelerate launch, one process of a machine says what all of them see
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
+    with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
+        parsed = parser().parse_args(arguments)
     try:
         return parsed.run(parsed)
+    except ReportedError:
+        return 2
     except UserError as error:
         print(f"reft_train {parsed.command}: error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"reft_train {parsed.command}: {error}", file=sys.stderr)
+        if speaks:
+            print(f"reft_train {parsed.command}: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # no space left, no permission: nothing that a traceback would explain
         print(f"reft_train {parsed.command}: error: {error}", file=sys.stderr)

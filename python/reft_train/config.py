@@ -137,8 +137,6 @@ class RunConfig:
             raise UserError("fsdp: got true with deepspeed, expected one of them")
         if self.resume and self.overwrite:
             raise UserError("resume: got true with overwrite, expected one of them")
-        if self.quantization != "none" and self.device == "cpu":
-            raise UserError(f"quantization: got {self.quantization!r} with device cpu, expected a GPU")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, plain values only."""
@@ -258,7 +256,7 @@ def build(*layers: Mapping[str, Any]) -> RunConfig:
         given.update(values)
     if not isinstance(given.get("task"), str) or not given["task"]:
         raise UserError("task: got none, expected a task such as commonsense, gsm8k, boolq or jsonl")
-    name = given.get("recipe") or tasks.get(given["task"]).recipe
+    name = check("recipe", given.get("recipe")) or tasks.get(given["task"]).recipe
     return RunConfig(**{**recipe(name), **given, "recipe": name})
 
 

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class UserError(ValueError):
     """Bad input. The message names the argument, what came and what was expected."""
+
+
+class ReportedError(UserError):
+    """Bad input that another process of the run prints: this one ends in silence."""

@@ -7,6 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from reft_train.errors import UserError
+
 
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write ``content`` beside ``path`` and move it there; folders are made as needed."""
@@ -45,6 +47,26 @@ def replace_folder(source: Path, target: Path) -> Path:
     finally:
         shutil.rmtree(aside.parent, ignore_errors=True)
     return target
+
+
+def check_folder(folder: Path, name: str) -> Path:
+    """Refuse an output folder that is a file or cannot be written to.
+
+    Args:
+        name: the argument that errors name.
+
+    Returns:
+        The deepest folder on the way that is there.
+
+    Raises:
+        UserError: naming what stands in the way.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{name}: got {folder}, but {existing} is a file, expected a folder")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"{name}: got {folder}, but {existing} cannot be written to, expected a folder that can")
+    return existing
 
 
 def _umask() -> int:

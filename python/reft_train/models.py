@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from reft_train.errors import UserError
 from reft_train.tasks.base import Task
 
 CAUSAL, SEQ2SEQ, CLASSIFICATION = "causal", "seq2seq", "classification"
-_HEADS = ("classifier", "score", "classification_head")
+HEADS = ("classifier", "score", "classification_head")
 _IDENTITY = ("model_type", "hidden_size", "d_model", "n_embd", "num_hidden_layers", "num_layers", "n_layer", "vocab_size")
 
 
@@ -109,6 +110,9 @@ def _quantization(config: RunConfig) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
+    # it says in every forward that it rounds activations, which 8 bits mean
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -130,7 +134,8 @@ def pick_device(config: RunConfig) -> str:
     return "cuda" if cuda and config.device != "cpu" else "cpu"
 
 
-def _dtype(config: RunConfig) -> Any:
+def weight_dtype(config: RunConfig) -> Any:
+    """The dtype of the frozen weights."""
     import torch
 
     if config.dtype != "auto":
@@ -139,33 +144,38 @@ def _dtype(config: RunConfig) -> Any:
 
 
 def load(config: RunConfig, task: Task) -> Loaded:
-    """The frozen model in the wanted dtype, with its tokenizer.
+    """The frozen model in the wanted dtype, with its tokenizer; a new head is drawn from the seed.
 
     Raises:
         UserError: weights that cannot be loaded, or packages that the settings need and that are missing.
     """
+    import torch
     import transformers
+    from safetensors import SafetensorError
 
     hf_config = model_config(config)
     kind = kind_of(config, hf_config, task)
     tokenizer = load_tokenizer(config)
-    options: dict[str, Any] = {"config": hf_config, "dtype": _dtype(config), "quantization_config": _quantization(config)}
+    options: dict[str, Any] = {"config": hf_config, "dtype": weight_dtype(config), "quantization_config": _quantization(config)}
     options = {name: value for name, value in options.items() if value is not None}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
     if config.device_map == "auto":
         options["device_map"] = "auto"
+    elif config.quantization != "none" and pick_device(config) == "cpu":
+        options["device_map"] = "cpu"  # bitsandbytes would take a GPU that is there
     if kind == CLASSIFICATION:
         hf_config.num_labels = 1 if task.labels is None else len(task.labels)
         hf_config.problem_type = "regression" if task.labels is None else "single_label_classification"
         if getattr(hf_config, "pad_token_id", None) is None:
             hf_config.pad_token_id = tokenizer.pad_token_id  # decoders find the last real token by it
     name = {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}.get(kind, "AutoModelForSequenceClassification")
+    torch.manual_seed(config.seed)  # a new head is drawn here
     try:
         model, info = getattr(transformers, name).from_pretrained(
             config.model, output_loading_info=True, use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"model: got {config.model!r}, whose weights cannot be loaded ({_offline_reason(error)})") from None
     heads = _new_modules(model, info["missing_keys"]) if kind == CLASSIFICATION else []
     if config.liger:
@@ -177,7 +187,7 @@ def _new_modules(model: Any, missing: Any) -> list[str]:
     fresh = sorted({key.rpartition(".")[0] for key in missing})
     if fresh:
         return fresh
-    return [name for name in _HEADS if hasattr(model, name)]
+    return [name for name in HEADS if hasattr(model, name)]
 
 
 def _apply_liger(model: Any) -> None:

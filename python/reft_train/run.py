@@ -26,13 +26,21 @@ def run(parsed: argparse.Namespace) -> int:
     Raises:
         UserError: bad input, found before any training.
     """
+    from reft_train.errors import ReportedError, UserError
     from reft_train.flags import settings
 
-    config = settings(parsed)
+    try:
+        config = settings(parsed)
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            raise
+        raise ReportedError(str(error)) from None  # the first process of this machine says it
+    from reft_train.training.processes import leave
     from reft_train.training.session import resume_hint, train
     from reft_train.training.summary import summary
 
     outcome = train(config)
+    leave()
     if int(os.environ.get("RANK", "0")):
         return 130 if outcome.interrupted else 0
     print(summary(outcome))

@@ -150,15 +150,16 @@ def test_missing_figures_are_returned_by_title(tmp_path):
     assert {plot.title.split(",")[0] for plot in drawn} == {
         "Bandwidth against rows", "Speed-up over eager", "Selected rows: time against sequence length",
         "Build of R: speed-up over parametrizations.orthogonal", "Training step over the frozen model",
-        "Peak memory of a training step", "Peak memory against layers",
+        "Peak memory of a training step", "Peak memory against layers", "Step of the training program over the frozen model",
+        "Packed batches over padded ones",
     }  # fmt: skip
     assert all(plot.path is None for plot in drawn) and not list(tmp_path.iterdir())
 
 
 def test_every_figure_is_drawn(tmp_path):
-    found = [*edits(), *edits(mode="backward"), *_selected(), *_steps(), *_builds(), _deeper()]
+    found = [*edits(), *edits(mode="backward"), *_selected(), *_steps(), *_builds(), _deeper(), *_programs()]
     drawn = plots.draw(found, tmp_path)
-    assert len(drawn) == 7 and len({plot.path for plot in drawn}) == 7
+    assert len(drawn) == 9 and len({plot.path for plot in drawn}) == 9
     assert all(plot.path.read_text().rstrip().endswith("</svg>") for plot in drawn)
 
 
@@ -171,6 +172,26 @@ def test_allocators_have_their_own_figures(tmp_path):
     drawn = plots.draw([*edits(), *edits(allocator="huge pages")], tmp_path, ["edit_all_rows"])
     assert {plot.title.rsplit(", ", 1)[1] for plot in drawn} == {"malloc", "huge pages"}
     assert len({plot.path for plot in drawn}) == 4
+
+
+def _programs() -> list[Row]:
+    program = {
+        "question": "trainer_step",
+        "mode": "step",
+        "baseline": "frozen model",
+        "shape": "model=llama-512x4 batch=4 T=64",
+    }
+    found = [row("frozen model", 1.0, ratio=1.0, **program), row("reft_kernels, Trainer", 1.2, ratio=1.2, **program)]
+    for lengths in ("boolq", "questions"):
+        case = {"question": "packing", "mode": "step", "baseline": "padding", "shape": f"model=m batch=32 lengths={lengths}"}
+        found += [row("padding", 4.0, ratio=1.0, **case), row("packing", 2.0, ratio=0.5, **case)]
+    return found
+
+
+def test_packing_bars_are_named_by_their_lengths():
+    (axes,) = _drawn(plots._packing, _programs()).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["m\nlengths = boolq", "m\nlengths = questions"]
+    assert [patch.get_height() for patch in axes.patches] == [0.5, 0.5]
 
 
 def _drawn(drawer, found: list[Row]) -> Figure:
@@ -238,7 +259,8 @@ def test_colours():
                "reft_kernels, cuda backend", "eager, folded", "eager, unfolded", "torch.compile, folded", "pyreft"]  # fmt: skip
     steps = ["frozen model", "reft_kernels", "eager hooks", "eager hooks, cached R", "pyreft", "adapters"]
     builds = ["reft_kernels householder", "reft_kernels cayley", "householder_product"]
-    for names in (meeting, steps, builds):
+    packing = ["padding", "padding, grouped by length", "packing"]
+    for names in (meeting, steps, builds, packing):
         assert len({plots.colour(name) for name in names}) == len(names)
     assert re.fullmatch("#[0-9a-f]{6}", plots.colour("a name that nobody listed"))
 

@@ -170,6 +170,16 @@ def test_generation_shows_both_modes():
     assert _shapes("generation", "prefill", shape) == _shapes("generation", "decode", shape) == [shape]
 
 
+def test_packing_shows_every_distribution_beside_padding():
+    lines = []
+    for lengths in ("boolq", "questions"):
+        case = {"question": "packing", "mode": "step", "baseline": "padding", "shape": f"batch=32 lengths={lengths}"}
+        lines += [row("padding", 4.0, ratio=1.0, **case), row("packing", 2.0, ratio=0.5, **case)]
+    shown = _table(_figures(*lines))
+    assert [line[1] for line in shown] == ["batch=32 lengths=boolq, float32", "batch=32 lengths=questions, float32"]
+    assert all(line[3:] == ["padding: 4 ms", "", "packing 0.5"] for line in shown)
+
+
 def test_very_small_ratios_are_read_as_fractions():
     case = {"question": "r_build", "mode": "both", "shape": "layers=1 d=4096 r=8", "baseline": "parametrizations.orthogonal"}
     found = [row("reft_kernels householder", 0.05, ratio=1 / 3700, **case), row(case["baseline"], 185.0, ratio=1.0, **case)]

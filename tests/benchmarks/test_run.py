@@ -21,13 +21,13 @@ def test_list_names_every_question(capsys):
     assert [line.split()[1].rstrip(":") for line in lines] == list(questions.NAMES)
 
 
-@pytest.mark.parametrize("name", ["edit_selected_rows", "r_build", "host_cost"])
+@pytest.mark.parametrize("name", ["edit_selected_rows", "r_build", "host_cost", "trainer_step", "packing"])
 def test_a_quick_run_answers_the_question(name, tmp_path, capsys):
     file = tmp_path / "rows.csv"
     assert run.main(["--only", name, "--quick", "--csv", str(file), "--device", "cpu", "--rounds", "1"]) == 0
     found = rows.read(file)
     assert {row.question for row in found} == {name}
-    own = [row for row in found if row.provider.startswith("reft_kernels")]
+    own = [row for row in found if row.provider.startswith(("reft_kernels", "packing"))]
     assert own and all(row.median_ms for row in own), [row.note for row in own]
     assert not [row for row in found if row.note and not row.note.startswith("absent")]
     assert questions.load(name).TITLE in capsys.readouterr().out

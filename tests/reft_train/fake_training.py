@@ -43,15 +43,16 @@ class FakeTrain:
         for name in ("checkpoint-1", "adapter"):
             write_text(folder / name / "weights", "")
         self.before(config, len(self.seen) - 1)
+        end = self.quality(config)
         for step in range(1, self.evaluations + 1):
             self.steps += 1
             state = SimpleNamespace(global_step=step, max_steps=self.evaluations)
-            value = self.quality(config) * step / self.evaluations
+            value = end * (step / self.evaluations)
             metrics = {"eval_accuracy": value, "eval_exact_match": value, "eval_loss": 1 - value}
             for callback in callbacks:
                 callback.on_step_end(None, state, None)
                 callback.on_evaluate(None, state, None, metrics=metrics)
-        outcome = finished(config, value)
+        outcome = finished(config, end)
         outcome.save(folder)
         return outcome
 

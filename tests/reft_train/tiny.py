@@ -55,13 +55,14 @@ def tokenizer_of(kind: str) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=POSITIONS, model_input_names=inputs, **specials)
 
 
-def save_llama(folder: Path) -> Path:
-    """A causal Llama, hidden size 32, with ``<s>``, ``</s>`` and ``<pad>``."""
+def save_llama(folder: Path, **sizes: int) -> Path:
+    """A causal Llama, hidden size 32 unless ``sizes`` say otherwise, with ``<s>``, ``</s>`` and ``<pad>``."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     tokenizer = tokenizer_of("llama")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        **{"hidden_size": 32, "intermediate_size": 48, **sizes},
+        vocab_size=len(tokenizer), num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=POSITIONS, initializer_range=0.2,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip

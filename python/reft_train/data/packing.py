@@ -66,7 +66,7 @@ class PackingCollator:
 
 
 def balanced(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Indices in ceil(sum / row_length) rows (no more than there are examples), the longest first, each into the emptiest row."""
+    """Indices in ceil(sum / row_length) rows, at most one for each: the longest first, into the emptiest row."""
     count = min(len(lengths), -(-sum(lengths) // row_length))
     rows: list[list[int]] = [[] for _ in range(count)]
     totals = [0] * count
@@ -92,8 +92,12 @@ _PROBE_ROW = 17
 def check_model_packs(model: nn.Module, pad_id: int, flat: bool = False) -> None:
     """Try whether a model keeps packed sequences apart: random ones, alone and packed, must have the same logits.
 
-    What differs is held against what a mask that lets everything be seen would change. Rounding leaves nearly all digits of
-    the logits' dtype alone and a leak spoils the first ones; the bound, sqrt(eps) of that change, is half way between.
+    With eps of the model's dtype, ``rounding`` = eps * max|logits|, and ``leak`` what the logits change by where a mask lets
+    every example see those before it, the largest difference allowed is
+
+        sqrt(rounding * leak),   half way, in digits, between what rounding and what a leak would make of it
+
+    Where rounding alone is as large as a leak nothing can be told, and the model is refused too.
 
     Args:
         model: on its device, in the dtype it is trained in. Modes of its modules are as before afterwards.
@@ -106,14 +110,11 @@ def check_model_packs(model: nn.Module, pad_id: int, flat: bool = False) -> None
     model.eval()
     try:
         with torch.no_grad():
-            apart = _keeps_apart(model, pad_id, flat)
-    except (TypeError, ValueError) as error:  # arguments that the model does not take
-        raise _refused(model) from error
+            if not _keeps_apart(model, pad_id, flat):
+                raise _refused(model)
     finally:
         for module, training in modes.items():
             module.training = training
-    if not apart:
-        raise _refused(model)
 
 
 def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
@@ -126,13 +127,17 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
         items.append({"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]})
     batch = PackingCollator(_PROBE_ROW, pad_id, flat)(items)
     batch = {name: value.to(embedding.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
-    packed = _logits(model, batch)
+    try:
+        packed = _logits(model, batch)
+    except (TypeError, ValueError) as error:  # arguments that the model does not take
+        raise _refused(model) from error
     seen = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "use_cache")}
     leaking = _logits(model, seen | {"attention_mask": torch.ones_like(batch["input_ids"])})
     if packed is None or leaking is None:
         return False
-    eps = max(torch.finfo(dtype).eps for dtype in (packed.dtype, embedding.dtype))
-    errors, leaks = [], []
+    # some models give logits of more digits than they compute with
+    eps = max(torch.finfo(tensor.dtype).eps for tensor in (packed, embedding) if tensor.is_floating_point())
+    differences = []
     rows = [list(range(len(items)))] if flat else balanced(_PROBES, _PROBE_ROW)
     for number, row in enumerate(rows):
         start = 0
@@ -142,9 +147,11 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
             alone = _logits(model, {name: batch[name][number : number + 1, place] for name in ("input_ids", "labels")})
             if alone is None:
                 return False
-            errors.append((packed[number, place] - alone[0]).abs().max())
-            leaks.append((leaking[number, place] - alone[0]).abs().max())
-    return bool(torch.stack(errors).max() <= eps**0.5 * torch.stack(leaks).max())  # False of NaN
+            found = (packed[number, place] - alone[0], leaking[number, place] - alone[0], alone[0])
+            differences.append(torch.stack([tensor.abs().max() for tensor in found]))
+    error, leak, scale = torch.stack(differences).amax(0).tolist()
+    rounding = eps * scale
+    return rounding < leak and error <= (rounding * leak) ** 0.5  # not so of NaN either
 
 
 def _logits(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:

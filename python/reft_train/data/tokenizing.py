@@ -1,6 +1,6 @@
 """From a task's rows to token ids: what a model reads, and which of its tokens are learned.
 
-Prompt and target are tokenized apart and joined, so that a prompt has the same tokens in training as when its answer is generated:
+Prompt and target are tokenized apart and joined, so that a prompt's tokens are the same when its answer is generated:
 
     causal          prompt = BOS + text, labels -100;   target = text + EOS, learned
     seq2seq         input_ids = the prompt with the tokenizer's special tokens;   labels = text + EOS
@@ -68,7 +68,7 @@ class Specials(NamedTuple):
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that fills a row: the pad token's, or the EOS token's where there is none, since padding is masked and not learned.
+    """The id that fills a row: the pad token's, or the EOS token's where there is none, since padding is not learned.
 
     Raises:
         UserError: a tokenizer with neither.
@@ -132,9 +132,9 @@ def prompt_ids(prompt: str, tokenizer: Any, max_length: int, max_new_tokens: int
 
 
 def tokenize_rows(rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int) -> datasets.Dataset:
-    """Every row as a data set of ``input_ids``, ``labels``, ``length`` (tokens of ``input_ids``) and :func:`count_cuts`'s columns.
+    """Every row as a data set: ``input_ids``, ``labels``, ``length`` (of ``input_ids``), ``cut_prompt`` and ``cut_target``.
 
-    ``token_type_ids`` are there where the tokenizer gives them.
+    ``token_type_ids`` are there where the tokenizer gives them; :func:`count_cuts` counts what was cut.
 
     Raises:
         UserError: no rows, a row that the task refuses, or one that :func:`causal` does.

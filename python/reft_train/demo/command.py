@@ -6,7 +6,6 @@ Here are the command's flags and their checks; :mod:`reft_train.demo.experiment`
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from reft_train import arguments
 from reft_train.errors import UserError
+from reft_train.files import check_folder
 
 if TYPE_CHECKING:
     from reft_train.demo.datasets import Dataset
@@ -63,7 +63,7 @@ def run(parsed: argparse.Namespace) -> int:
     """
     started = time.perf_counter()
     out = Path(parsed.out)
-    check_out(out)
+    check_folder(out, "--out")
     settings = resolve_settings(parsed)
     dataset = resolve_data(parsed)
     from reft_train.demo.experiment import run_demo
@@ -72,19 +72,6 @@ def run(parsed: argparse.Namespace) -> int:
     code = run_demo(settings, dataset, out)
     print(f"{time.perf_counter() - started:.0f} s in all")
     return code
-
-
-def check_out(out: Path) -> None:
-    """Refuse an output folder that is a file or cannot be written to.
-
-    Raises:
-        UserError: naming what stands in the way.
-    """
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--out: got {out}, but {existing} is a file, expected a folder")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--out: got {out}, but {existing} cannot be written to, expected a folder that can")
 
 
 def resolve_settings(parsed: argparse.Namespace) -> Settings:

@@ -11,12 +11,14 @@ vocabulary, h the hidden size:
                  Llama's K is 2q + 2k + 3i + 2h, with q, k, i the widths of queries, keys and feed-forward. Eager attention
                  adds heads B S^2 (e + 4), or 4 in fp32. Linear modules that are trained keep their input, 4 bytes a number
     edits        rows that are edited times h e, for each edited layer
-    activations  the sum over layers from the first trained one on, and the larger of one layer more (the gradients that are
-                 under way) and of the logits: T V (3 * 4 + e, or 3 * 4 in fp32), of a language model alone.
-                 With gradient checkpointing T h e for each layer, and two layers or the logits
+    activations  the sum over the layers that the backward passes (after the first edit of a block's output, from the first
+                 trained layer on otherwise), T h e of the last norm, and the larger of one layer more (the gradients that are
+                 under way) and of a language model's logits: T V (4 * 4 + e, or 4 * 4 in fp32), for logits, log-softmax and
+                 both gradients in fp32. With gradient checkpointing T h e for each layer, and two layers or the logits
     autocast     2 bytes for each number of a linear module: its copy is kept, as frozen weights are not cached
 
-Left out: what the libraries themselves occupy, fragmentation, experts of a mixture (their weights count), sharding.
+Left out: what the libraries themselves occupy, what the allocator holds beyond what is used (on a CPU a trial's resident
+memory shows both), experts of a mixture (their weights count), sharding.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from reft_train.config import REFT_METHODS, RunConfig
-from reft_train.doctor.skeleton import Skeleton, build, linears
+from reft_train.doctor.skeleton import Skeleton, Widths, build, linears
 from reft_train.models import CAUSAL, CLASSIFICATION
 from reft_train.tasks.base import Task
 
@@ -96,13 +98,16 @@ def length_of(config: RunConfig, skeleton: Skeleton) -> int:
 
 def saved_bytes(config: RunConfig, skeleton: Skeleton) -> int:
     """What the forward keeps for the backward, logits apart, without gradient checkpointing."""
-    tokens, size = config.batch_size * length_of(config, skeleton), compute_bytes(config, skeleton)
+    if config.method == "head":
+        return 0
+    length, size = length_of(config, skeleton), compute_bytes(config, skeleton)
+    tokens = config.batch_size * length
     layers = [layer for blocks in _reached(config, skeleton) for layer in blocks]
-    kept = sum(_layer_bytes(config, skeleton, layer.kept, layer.normed) for layer in layers)
+    kept = sum(_layer_bytes(config, skeleton, layer.kept, layer.normed) for layer in layers) + tokens * skeleton.hidden * size
     if config.method in REFT_METHODS:
-        edited = len(layers) if config.layers == "all" else len(config.layers)
-        return kept + edited * _edited_rows(config, length_of(config, skeleton)) * skeleton.hidden * size
-    return kept + (0 if skeleton.kind == CLASSIFICATION and config.method == "head" else tokens * _trained_inputs(skeleton) * 4)
+        edited = sum(map(len, skeleton.widths)) if config.layers == "all" else len(config.layers)
+        return kept + edited * _edited_rows(config, length) * skeleton.hidden * size
+    return kept + tokens * _trained_inputs(skeleton) * 4
 
 
 def _layer_bytes(config: RunConfig, skeleton: Skeleton, kept: int, normed: int) -> int:
@@ -113,12 +118,15 @@ def _layer_bytes(config: RunConfig, skeleton: Skeleton, kept: int, normed: int) 
     return tokens * (size * kept + (4 - size) * normed) + eager
 
 
-def _reached(config: RunConfig, skeleton: Skeleton) -> list[list]:
-    """The layers that the backward passes: from the first trained one on."""
+def _reached(config: RunConfig, skeleton: Skeleton) -> list[list[Widths]]:
+    """The layers that the backward passes; all of an encoder-decoder's, whose two stacks depend on each other."""
     if config.method == "head":
         return []
-    chosen = config.method in (*REFT_METHODS, "lora", "dora") and config.layers != "all" and len(skeleton.widths) == 1
-    return [blocks[min(config.layers) :] if chosen else blocks for blocks in skeleton.widths]
+    if len(skeleton.widths) > 1:
+        return skeleton.widths
+    first = 0 if config.layers == "all" or config.method not in (*REFT_METHODS, "lora", "dora") else min(config.layers)
+    after = config.method in REFT_METHODS and config.component == "block_output"
+    return [blocks[first + after :] for blocks in skeleton.widths]
 
 
 def _activations(config: RunConfig, skeleton: Skeleton) -> int:
@@ -127,7 +135,7 @@ def _activations(config: RunConfig, skeleton: Skeleton) -> int:
     everything = [layer for blocks in skeleton.widths for layer in blocks]
     largest = max((_layer_bytes(config, skeleton, w.kept, w.normed) for w in everything), default=0)
     generates = skeleton.kind != CLASSIFICATION
-    logits = tokens * skeleton.vocabulary * (12 + (size if size < 4 else 0)) if generates else 0
+    logits = tokens * skeleton.vocabulary * (16 + (size if size < 4 else 0)) if generates else 0
     copies = 2 * sum(layer.linear for layer in everything) if config.mixed_precision != "no" else 0
     if config.gradient_checkpointing:
         reached = sum(map(len, _reached(config, skeleton)))

@@ -16,10 +16,24 @@ from reft_train.tasks.base import Task
 
 
 @dataclass(frozen=True)
-class Skeleton:
-    """A model without weights. ``base_bytes`` are those of its parameters and buffers before anything was added.
+class Widths:
+    """Numbers that a layer keeps for each token, and those of them that RMSNorm keeps in fp32; its linears' weights."""
 
-    ``adapted`` is the model with the method's parameters, ``blocks`` its lists of layers, taken before the method changed them.
+    kept: int
+    normed: int
+    linear: int
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A model without weights.
+
+    Attributes:
+        adapted: the model with the method's parameters. kind: how it is used, as in :class:`reft_train.models.Loaded`.
+        base_numbers, base_bytes: of its parameters, and of these and buffers, before anything was added.
+        widths: of each layer, in a list for each of the model's stacks (encoder, decoder), before the method changed them.
+        hidden, vocabulary, heads, longest: of the configuration; ``longest`` None where it has no limit of tokens.
+        eager: attention is computed as written, scores kept.
     """
 
     adapted: nn.Module
@@ -32,15 +46,6 @@ class Skeleton:
     heads: int
     eager: bool
     longest: int | None
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Numbers that a layer keeps for each token, and those of them that RMSNorm keeps in fp32; its linears' weights."""
-
-    kept: int
-    normed: int
-    linear: int
 
 
 def _linear(module: nn.Module) -> tuple[int, int] | None:
@@ -99,7 +104,7 @@ def _empty(config: RunConfig, hf_config: Any, kind: str, task: Task) -> nn.Modul
     options = {} if config.attention is None else {"attn_implementation": config.attention}
     try:
         with torch.device("meta"):
-            return getattr(transformers, name).from_config(hf_config, dtype=models._dtype(config), **options)
+            return getattr(transformers, name).from_config(hf_config, dtype=models.weight_dtype(config), **options)
     except (ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model: got {config.model!r}, which cannot be built ({reason[:300]})") from None
@@ -119,7 +124,7 @@ def build(config: RunConfig, task: Task) -> Skeleton:
     base = [*model.parameters(), *model.buffers()]
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     widths = [[_widths(block) for block in blocks] for blocks in _block_lists(model)]
-    heads = [name for name in models._HEADS if hasattr(model, name)] if kind == models.CLASSIFICATION else []
+    heads = [name for name in models.HEADS if hasattr(model, name)] if kind == models.CLASSIFICATION else []
     numbers, size = sum(p.numel() for p in model.parameters()), sum(t.numel() * t.element_size() for t in base)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of initialisations that do nothing without memory

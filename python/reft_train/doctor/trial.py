@@ -6,6 +6,7 @@ import contextlib
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from reft_train import methods, models
 from reft_train.config import RunConfig
+from reft_train.errors import UserError
 from reft_train.memory import Peak, PeakMeter
 from reft_train.tasks.base import Task
 from reft_train.training.session import quiet
@@ -82,7 +84,9 @@ class _Steps:
             self.model.to(device)
         loaded.model.config.use_cache = False  # as Trainer has it
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the new name is not there in transformers 4
+                self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay)
@@ -145,6 +149,8 @@ def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> Trial:
         torch.set_num_threads(config.threads)
     try:
         return _measured(config, task, steps, length, left_out)
+    except UserError:  # bad input, not a failed step
+        raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError, torch.OutOfMemoryError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return Trial(steps, length, left_out=left_out, failure=reason)

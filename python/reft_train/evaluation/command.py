@@ -111,11 +111,11 @@ def resolve_out(parsed: argparse.Namespace) -> Path:
     Raises:
         UserError: a file stands in the way, or nothing can be written there.
     """
-    from reft_train.demo.command import check_out
+    from reft_train.files import check_folder
 
     out = Path("runs") if parsed.run_folder is None else Path(parsed.run_folder)
     out = out / "eval" if parsed.out is None else Path(parsed.out)
-    check_out(out)
+    check_folder(out, "--out")
     return out
 
 

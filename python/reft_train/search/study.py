@@ -76,7 +76,10 @@ class Search:
         )
 
 
-def search(plan: Plan, train: Train, say: Callable[[str], None] = print) -> Search:
+Clock = Callable[[], float]
+
+
+def search(plan: Plan, train: Train, say: Callable[[str], None] = print, clock: Clock = time.monotonic) -> Search:
     """Run the trials that are missing, and write ``best.yaml`` and ``trials.json``.
 
     A trial that fails (RuntimeError, which out-of-memory errors are, MemoryError, ArithmeticError, or a UserError once another
@@ -91,17 +94,17 @@ def search(plan: Plan, train: Train, say: Callable[[str], None] = print) -> Sear
     _prepare(plan)
     study = open_study(plan.config, plan.space, plan.objective, plan.storage, plan.pruner, start=plan.start)
     write_text(plan.folder / MARKER, json.dumps({"objective": plan.objective.name, "space": plain(plan.space)}, indent=1))
-    deadline = None if plan.timeout is None else time.monotonic() + plan.timeout
+    deadline = None if plan.timeout is None else clock() + plan.timeout
     interrupted = False
-    while not interrupted and not _over(plan, study, deadline):
-        interrupted = _trial(plan, study, train, deadline, say)
+    while not interrupted and not _over(plan, study, deadline, clock):
+        interrupted = _trial(plan, study, train, deadline, say, clock)
         _save(plan, study)
     return _result(plan, study, interrupted)
 
 
-def _over(plan: Plan, study: optuna.Study, deadline: float | None) -> bool:
+def _over(plan: Plan, study: optuna.Study, deadline: float | None, clock: Clock) -> bool:
     enough = plan.trials is not None and _settled(plan, study) >= plan.trials
-    return enough or (deadline is not None and time.monotonic() >= deadline)
+    return enough or (deadline is not None and clock() >= deadline)
 
 
 def _settled(plan: Plan, study: optuna.Study) -> int:
@@ -133,13 +136,15 @@ def trial_folder(plan: Plan, number: int) -> Path:
     return plan.folder / "trials" / str(number)
 
 
-def _trial(plan: Plan, study: optuna.Study, train: Train, deadline: float | None, say: Callable[[str], None]) -> bool:
+def _trial(
+    plan: Plan, study: optuna.Study, train: Train, deadline: float | None, say: Callable[[str], None], clock: Clock
+) -> bool:
     """One trial, from asking to telling; whether it was interrupted."""
     study.sampler = _sampler(plan, study)
     trial = study.ask()
     settings = suggest(trial, plan.space)
-    watch = Watch(trial, plan.objective, deadline)
-    started = time.monotonic()
+    watch = Watch(trial, plan.objective, deadline, clock)
+    started = clock()
     value, reason, state = None, "", TrialState.FAIL
     try:
         config = plan.config.replace(
@@ -163,7 +168,7 @@ def _trial(plan: Plan, study: optuna.Study, train: Train, deadline: float | None
     except (RuntimeError, MemoryError, ArithmeticError) as error:
         reason, interrupted = _first_line(error), False
     _free_memory()
-    trial.set_user_attr("seconds", time.monotonic() - started)
+    trial.set_user_attr("seconds", clock() - started)
     if reason:
         trial.set_user_attr("reason", reason)
     study.tell(trial, value, state=state)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +19,7 @@ class TimeUp(Exception):
 class Watch(TrainerCallback):
     """Tells optuna each held-out value, numbered from 1: batch sizes differ between trials, so steps could not be compared."""
 
-    def __init__(
-        self, trial: Trial, objective: Objective, deadline: float | None, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, trial: Trial, objective: Objective, deadline: float | None, clock: Callable[[], float]) -> None:
         self.trial = trial
         self.objective = objective
         self.deadline = deadline

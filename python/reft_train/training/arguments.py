@@ -11,6 +11,7 @@ from typing import Any
 from reft_train.config import RunConfig
 from reft_train.errors import UserError
 from reft_train.models import pick_device
+from reft_train.training.sharding import fsdp_arguments
 
 BOARD = "tensorboard"
 
@@ -27,23 +28,6 @@ def _strategy(every: int | None, name: str, wanted: bool) -> dict[str, Any]:
     if not wanted:
         return {f"{name}_strategy": "no"}
     return {f"{name}_strategy": "epoch"} if every is None else {f"{name}_strategy": "steps", f"{name}_steps": every}
-
-
-def _sharding(config: RunConfig, model: Any) -> dict[str, Any]:
-    if not config.fsdp:
-        return {}
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise UserError("fsdp: got true in a single process, expected torchrun or accelerate launch with several")
-    blocks = getattr(model.get_base_model(), "_no_split_modules", None) or ()
-    return {
-        "fsdp": "full_shard auto_wrap",
-        "fsdp_config": {
-            "version": 2,
-            "transformer_layer_cls_to_wrap": sorted(blocks),
-            "state_dict_type": "FULL_STATE_DICT",
-            "cpu_ram_efficient_loading": False,
-        },
-    }
 
 
 def training_arguments(config: RunConfig, output: Path, model: Any, examples: int | None, metric: str | None) -> Any:
@@ -109,11 +93,12 @@ def training_arguments(config: RunConfig, output: Path, model: Any, examples: in
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         dataloader_num_workers=config.workers,
+        accelerator_config={"dispatch_batches": False},  # batches differ in width, so one process cannot deal them out
         dataloader_pin_memory=device == "cuda",
         report_to=["tensorboard"] if board else [],
         save_total_limit=None,
         **_strategy(config.evaluate_every, "eval", config.validation > 0 or metric is not None),
         **_strategy(save_every, "save", True),
         **extra,
-        **_sharding(config, model),
+        **fsdp_arguments(config, model),
     )

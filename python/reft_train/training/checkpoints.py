@@ -13,7 +13,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 STAGING = ".saving"
 LOSS = "loss.json"
 _STATE = "trainer_state.json"
-_NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", LOSS, _STATE)
+NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", LOSS, _STATE)
 
 
 def _sync(path: Path) -> None:
@@ -73,7 +73,7 @@ def last(folder: Path) -> Path | None:
     found = checkpoints(folder)
     if not found:
         return None
-    missing = [name for name in _NEEDED if not (found[-1] / name).is_file()]
+    missing = [name for name in NEEDED if not (found[-1] / name).is_file()]
     if missing:
         raise UserError(f"resume: got {found[-1]} without {', '.join(missing)}, expected a whole checkpoint")
     return found[-1]

@@ -10,6 +10,7 @@ from typing import Any
 from reft_train.errors import UserError
 from reft_train.files import write_text
 from reft_train.memory import Peak
+from reft_train.reporting.strict_json import dumps
 
 RESULTS = "results.json"
 
@@ -44,7 +45,7 @@ class Outcome:
 
     def save(self, folder: Path) -> Path:
         """Write ``results.json``."""
-        return write_text(folder / RESULTS, json.dumps(asdict(self), indent=1, ensure_ascii=False))
+        return write_text(folder / RESULTS, dumps(asdict(self)))
 
     @classmethod
     def load(cls, folder: str | Path) -> Outcome:

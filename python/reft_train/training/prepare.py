@@ -6,19 +6,23 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from reft_train import tasks
 from reft_train.config import RunConfig
 from reft_train.data import caching, collating, packing, sampling, sources, streaming, tokenizing
-from reft_train.data.reading import read_rows
+from reft_train.data.reading import iter_rows, read_rows
 from reft_train.errors import UserError
-from reft_train.models import CAUSAL, SEQ2SEQ, Loaded
+from reft_train.models import CAUSAL, CLASSIFICATION, SEQ2SEQ, Loaded
 from reft_train.tasks.base import Row, Task
 from reft_train.tasks.glue import Glue, validation_split
+from reft_train.training.processes import is_first
+
+_TRIED = 1000  # rows of a stream that are looked at before the training
 
 
 @dataclass
@@ -103,6 +107,11 @@ def _digest(rows: list[Row]) -> str:
     return digest.hexdigest()
 
 
+def digest(rows: Rows) -> str:
+    """Of the training rows; of a stream, which is not read for it, the size of its file."""
+    return _digest(rows.train) if rows.train is not None else f"{rows.stream.stat().st_size} bytes"
+
+
 def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], name: str) -> Any:
     """The rows as a data set of token ids, from the cache where the very same rows were tokenized before."""
 
@@ -118,7 +127,7 @@ def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], na
     }
     dataset = caching.cached(build, parts, None if config.cache is None else Path(config.cache) / "tokenized")
     cuts = tokenizing.count_cuts(dataset)
-    if cuts.prompts or cuts.targets:
+    if (cuts.prompts or cuts.targets) and is_first():
         print(
             f"{name}: {cuts.prompts} of {len(dataset)} prompts cut from the left and {cuts.targets} targets cut at the end "
             f"to fit max_length {config.max_length}",
@@ -127,8 +136,26 @@ def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], na
     return dataset
 
 
+def check_rows(rows: Iterable[Row], loaded: Loaded, task: Task) -> None:
+    """Try whether the task takes rows, before a training that they come after.
+
+    Raises:
+        UserError: a row that it refuses.
+    """
+    for row in rows:
+        if loaded.kind == CLASSIFICATION:
+            task.classified(row)
+        else:
+            task.example(row, loaded.tokenizer)
+
+
 def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
-    """A training file, read and tokenized while training."""
+    """A training file, read and tokenized while training; its first rows are tried before.
+
+    Raises:
+        UserError: a row among them that the task refuses.
+    """
+    check_rows(islice(iter_rows(path, "--train"), _TRIED), loaded, task)
     return streaming.StreamingRows(
         path, task, loaded.tokenizer, loaded.kind, config.max_length, seed=config.seed, buffer=config.shuffle_buffer,
         endless=True,

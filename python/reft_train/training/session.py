@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import shlex
 import shutil
 import tempfile
 import time
@@ -17,7 +16,8 @@ import transformers
 from reft_train.config import RunConfig, dump_yaml, read_yaml
 from reft_train.errors import UserError
 from reft_train.evaluation.scoring import score_set
-from reft_train.files import replace_folder, write_text
+from reft_train.evaluation.writing import ALPACA_EVAL, PREDICTIONS, write_alpaca_eval, write_predictions
+from reft_train.files import check_folder, replace_folder, write_text
 from reft_train.memory import PeakMeter
 from reft_train.methods import TITLES, adapt, check_base, save_adapter
 from reft_train.models import CLASSIFICATION, Loaded, load
@@ -25,14 +25,17 @@ from reft_train.reporting.log import LOG
 from reft_train.reporting.run_report import PAGE, PICTURE, write_run_report
 from reft_train.reporting.versions import versions
 from reft_train.tasks.base import Row, Task
+from reft_train.tasks.instruct import Instruct
 from reft_train.training import prepare
 from reft_train.training.arguments import BOARD, training_arguments
 from reft_train.training.callbacks import Bookkeeping, FiniteLoss, Interrupt, Journal, Progress
 from reft_train.training.checkpoints import checkpoints, last, sweep
 from reft_train.training.outcome import RESULTS, Outcome
+from reft_train.training.processes import join, together
+from reft_train.training.sharding import engine_environment, trained_state
 from reft_train.training.trainer import ReftTrainer, orthonormality
 
-CONFIG, ADAPTER, PREDICTIONS = "config.yaml", "adapter", "predictions"
+CONFIG, DATA, ADAPTER = "config.yaml", "data.sha256", "adapter"
 # what may differ between a run and its continuation
 _FREE = {
     "resume", "overwrite", "output", "threads", "workers", "cache", "log_every", "keep", "skip_test", "test", "test_rows",
@@ -47,11 +50,7 @@ def check_output(config: RunConfig) -> Path | None:
         UserError: a folder that cannot be written to, one that holds a run, or nothing to resume.
     """
     output = Path(config.output)
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"output: got {output}, but {existing} is a file, expected a folder")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"output: got {output}, but {existing} cannot be written to, expected a folder that can")
+    check_folder(output, "output")
     if config.resume:
         found = last(output)
         if found is None:
@@ -69,14 +68,24 @@ def _check_same(config: RunConfig, output: Path) -> None:
         raise UserError(f"resume: got {output} without {CONFIG}, expected a run of reft-train")
     for name, value in read_yaml(path).items():
         own = getattr(config, name)
-        if name not in _FREE and own != value:
+        free = name in _FREE and not (name == "workers" and config.streaming)  # which deal out a stream's rows
+        if not free and own != value:
             raise UserError(f"resume: got {name} {own!r}, but the run was begun with {value!r}, expected the same")
+
+
+def _check_same_data(rows: prepare.Rows, output: Path) -> None:
+    try:
+        begun = (output / DATA).read_text(encoding="utf-8")
+    except OSError:
+        return  # killed before it was written, or taken away: nothing to compare with
+    if begun != prepare.digest(rows):
+        raise UserError(f"resume: got other training rows than {output} was begun with, expected the same")
 
 
 def _check_room(model: torch.nn.Module, config: RunConfig) -> None:
     """Refuse a disk that cannot hold the run's checkpoints: parameters and two moments, each one more than are kept."""
     output = Path(config.output)
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    existing = check_folder(output, "output")
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     needed = (config.keep + 2) * (3 * trained + 2**20)
     free = shutil.disk_usage(existing).free
@@ -137,27 +146,50 @@ def train(config: RunConfig, *, callbacks: Sequence[transformers.TrainerCallback
     Raises:
         UserError: bad input, found before anything is written. FloatingPointError: the loss is no number.
     """
-    _threads(config)
-    quiet()
-    task, output = prepare.task_of(config), Path(config.output)
-    checkpoint = check_output(config)
+    join(config)
+    with engine_environment(config):
+        return _train(config, callbacks, report)
+
+
+def _read(config: RunConfig) -> tuple[Task, Path | None, prepare.Rows, Loaded, Callable]:
+    task, checkpoint = prepare.task_of(config), check_output(config)
     rows = prepare.find_rows(config, task)
     if config.select == "metric" and not rows.held_out:
         raise UserError("select: got 'metric' without held-out rows, expected validation")
+    if config.select == "metric" and not task.metrics:
+        raise UserError(f"select: got 'metric' with {task.name}, which is not scored here, expected loss")
     loaded = load(config, task)
     if checkpoint is not None:
         check_base(loaded.model.config, checkpoint)
-    collate = prepare.collator(config, loaded)
+        _check_same_data(rows, Path(config.output))
+    return task, checkpoint, rows, loaded, prepare.collator(config, loaded)
+
+
+def _tokenized(config: RunConfig, task: Task, rows: prepare.Rows, loaded: Loaded) -> tuple[Any, Any]:
+    for test in rows.tests.values():
+        prepare.check_rows(test, loaded, task)
     if rows.train is None:
         examples: Any = prepare.stream(config, loaded, task, rows.stream)
     else:
         examples = prepare.tokenized(config, loaded, task, rows.train, "training rows")
-    held_out = prepare.tokenized(config, loaded, task, rows.held_out, "held-out rows") if rows.held_out else None
+    return examples, prepare.tokenized(config, loaded, task, rows.held_out, "held-out rows") if rows.held_out else None
+
+
+def _adapted(config: RunConfig, loaded: Loaded, count: int | None, metric: str | None) -> tuple[Any, Any]:
     model = adapt(config, loaded)
     _check_room(model, config)
+    return model, training_arguments(config, Path(config.output), model, count, metric)
+
+
+def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback], report: bool) -> Outcome:
+    _threads(config)
+    quiet()
+    output = Path(config.output)
+    task, checkpoint, rows, loaded, collate = together(lambda: _read(config))
+    examples, held_out = together(lambda: _tokenized(config, task, rows, loaded), in_turn=True)
     count = None if rows.train is None else len(examples)
-    metric = {"none": None, "loss": "loss", "metric": task.metrics[0]}[config.select]
-    arguments = training_arguments(config, output, model, count, metric)
+    metric = task.metrics[0] if config.select == "metric" else "loss" if config.select == "loss" else None
+    model, arguments = together(lambda: _adapted(config, loaded, count, metric))
     if arguments.should_save:
         sweep(output)
         if config.overwrite:
@@ -179,10 +211,14 @@ def train(config: RunConfig, *, callbacks: Sequence[transformers.TrainerCallback
         callbacks=[bookkeeping, FiniteLoss(), Journal(output / LOG), Progress(TITLES[config.method]), interrupt, *callbacks],
     )
     bookkeeping.trainer = trainer
+    if loaded.kind == CLASSIFICATION:
+        # such models take num_items_in_batch and ignore it, and Trainer would then sum the means of micro-batches and processes
+        trainer.model_accepts_loss_kwargs = False
     for display in (transformers.trainer_callback.ProgressCallback, transformers.trainer_callback.PrinterCallback):
         trainer.remove_callback(display)  # ours says more, on one line
     numbers = _counts(model, loaded)
     if arguments.should_save:
+        write_text(output / DATA, prepare.digest(rows))
         write_text(output / CONFIG, dump_yaml(config.replace(resume=False, overwrite=False)))
     meter = PeakMeter(arguments.device)
     meter.start()
@@ -221,7 +257,7 @@ def train(config: RunConfig, *, callbacks: Sequence[transformers.TrainerCallback
 def _clear(output: Path) -> None:
     for path in checkpoints(output):
         shutil.rmtree(path)
-    for name in (ADAPTER, PREDICTIONS, BOARD):
+    for name in (ADAPTER, PREDICTIONS, ALPACA_EVAL, BOARD):
         shutil.rmtree(output / name, ignore_errors=True)
     for name in (RESULTS, LOG, PICTURE, PAGE):
         (output / name).unlink(missing_ok=True)
@@ -229,7 +265,7 @@ def _clear(output: Path) -> None:
 
 def _publish_adapter(trainer: ReftTrainer, output: Path) -> None:
     """Write the adapter aside and put it in its place in one step."""
-    state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
+    state = trained_state(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.args.should_save:
         staged = Path(tempfile.mkdtemp(dir=output, prefix=".adapter-"))
         try:
@@ -257,16 +293,15 @@ def _score_tests(
     trainer: ReftTrainer, config: RunConfig, loaded: Loaded, task: Task, tests: dict[str, list[Row]], output: Path
 ) -> dict[str, dict[str, float]]:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    scored = {}
-    for name, rows in tests.items():
-        result = score_set(name, rows, Loaded(model, loaded.tokenizer, loaded.kind, loaded.heads), task, config)
-        scored[name] = result.metrics
-        if trainer.args.should_save:
-            lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in result.predictions)
-            write_text(output / PREDICTIONS / f"{name}.jsonl", lines)
-    return scored
+    bare = Loaded(model, loaded.tokenizer, loaded.kind, loaded.heads)
+    scored = [score_set(name, rows, bare, task, config) for name, rows in tests.items()]
+    if scored and trainer.args.should_save:
+        write_predictions(output, scored)
+        if isinstance(task, Instruct):
+            write_alpaca_eval(output, scored, f"{Path(config.model).name}-reft")
+    return {score.name: score.metrics for score in scored}
 
 
 def resume_hint(config: RunConfig) -> str:
     """The command that goes on with a run."""
-    return f"reft-train run --config {Path(config.output) / CONFIG} --resume"
+    return shlex.join(["reft-train", "run", "--config", str(Path(config.output) / CONFIG), "--resume"])

@@ -1,30 +1,124 @@
-"""What FSDP2 needs to know of edits: each stack is a unit of its own, in float32."""
+"""FSDP2 for a model with edits: how to ask the engines for it, the edits' own units, and what is saved of a sharded model."""
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from torch import nn
+from reft_train.config import RunConfig
+from reft_train.errors import UserError
+from torch import Tensor, nn
 
 from reft_kernels.interventions import Intervention
+
+_SETTINGS = {
+    "FSDP_VERSION": "2",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
+
+def wanted(config: RunConfig) -> bool:
+    """Whether a run is to be sharded: by its settings, or by ``accelerate launch --use_fsdp``."""
+    return config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+@contextmanager
+def engine_environment(config: RunConfig) -> Iterator[None]:
+    """Where engines read their settings from while a run lasts; the next run in this process finds what this one found."""
+    before = {name: value for name, value in os.environ.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    if wanted(config):
+        os.environ.update(_SETTINGS)
+    try:
+        yield
+    finally:
+        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+def _block_classes(model: Any) -> list[str]:
+    """Names of the classes whose modules are units; not of those around the embedding, which accelerate makes a unit itself."""
+    named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    embedding = model.get_input_embeddings()
+    found = {type(m).__name__ for m in model.modules() if all(part is not embedding for part in m.modules())}
+    return sorted(named & found)
+
+
+def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
+    """What TrainingArguments need to be told.
+
+    Raises:
+        UserError: a single process, or a model whose blocks transformers does not name.
+    """
+    if not wanted(config):
+        return {}
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise UserError("fsdp: got true in a single process, expected torchrun or accelerate launch with several")
+    base = model.get_base_model()
+    blocks = _block_classes(base)
+    if not blocks:
+        raise UserError(f"fsdp: got true with {type(base).__name__}, whose blocks transformers does not name")
+    os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(blocks)
+    settings = {
+        "version": 2,
+        "transformer_layer_cls_to_wrap": blocks,
+        "state_dict_type": "FULL_STATE_DICT",
+        "cpu_ram_efficient_loading": False,
+        "reshard_after_forward": True,
+    }
+    return {"fsdp": True, "fsdp_config": settings}
+
+
+def shard_on_cpus(accelerator: Any, arguments: Any) -> None:
+    """Have accelerate shard on CPUs as on accelerators; by itself it would take DDP there and say nothing."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(**(getattr(arguments, "fsdp_plugin_args", None) or {}))
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
 def shard_stacks(model: nn.Module) -> None:
     """Shard every stack of edits as a unit of its own, before the rest of ``model`` is.
 
-    A stack's call builds the weights for all layers, and gradients come back to it after the whole backward, so it can be
-    gathered with no layer. Its unit computes in float32 whatever the rest does: R built from rounded parameters is not
-    orthonormal. What is sharded already stays as it is.
+    A stack's call builds the weights of all layers and its gradients come after the whole backward, so it belongs to no
+    layer's unit. It computes in float32 whatever the rest does: R built from rounded parameters is not orthonormal. What is
+    sharded already stays as it is.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+    # edits read what a stack returns and never write to it
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
     policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for stack in model.modules():
+    for stack in list(model.modules()):
         if isinstance(stack, Intervention) and not isinstance(stack, FSDPModule):
             fully_shard(stack, mp_policy=policy)
 
 
 def forget_built(model: nn.Module) -> None:
-    """Have stacks build their weights anew: loading into shards leaves no trace in what a stack compares."""
+    """Have stacks build their weights anew: what is loaded into shards leaves no trace in what a stack compares."""
     for stack in model.modules():
         if isinstance(stack, Intervention):
             stack.train(stack.training)
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """A sharded model's trained parameters and its buffers, whole and on the CPU; every rank must call it."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name not in frozen:
+            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            state[name] = whole.detach().cpu()
+    return state

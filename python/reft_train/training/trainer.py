@@ -13,11 +13,15 @@ from typing import Any
 import torch
 import transformers
 from reft_train.errors import UserError
+from reft_train.evaluation.batching import evaluating
 from reft_train.files import write_text
 from reft_train.methods import save_adapter
 from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
-from reft_train.training.sharding import shard_stacks
+from reft_train.training.held_out import held_out
+from reft_train.training.sharding import forget_built, shard_on_cpus, shard_stacks, trained_state
+from safetensors import SafetensorError
 from torch import nn
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from reft_kernels.integrations.peft import share_build
 from reft_kernels.interventions import Intervention
@@ -32,7 +36,7 @@ class _Counted:
 
     def __call__(self, features: Sequence[dict]) -> dict:
         batch = self.collate(features)
-        batch["token_count"] = torch.tensor(sum(len(feature["input_ids"]) for feature in features))
+        batch["token_count"] = torch.tensor([sum(len(feature["input_ids"]) for feature in features)])
         return batch
 
 
@@ -83,7 +87,8 @@ class ReftTrainer(transformers.Trainer):
         self._loss: torch.Tensor | float = 0.0
         self._loss_steps = 0
         edits = any(isinstance(module, Intervention) for module in self.model.modules())
-        self._shared = share_build(self.model) if edits else None
+        # DeepSpeed keeps gradients to itself, before a build shared by several backwards could give them
+        self._shared = share_build(self.model) if edits and not self.is_deepspeed_enabled else None
         self._started = 0.0
 
     def close(self) -> None:
@@ -91,6 +96,13 @@ class ReftTrainer(transformers.Trainer):
         if self._shared is not None:
             self._shared.close()
             self._shared = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; on CPUs too a run that is to be sharded is."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            shard_on_cpus(self.accelerator, self.args)
+            self.is_fsdp_enabled = True
 
     # ---- order and optimizer
 
@@ -171,13 +183,28 @@ class ReftTrainer(transformers.Trainer):
                 logs["orthonormality"] = error
         super().log(logs, *args)
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's: the held-out loss, and the task's own metrics where the run selects by them."""
-        output = super().evaluation_loop(*args, **kwargs)
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The held-out loss, and the task's own metrics of classes, or where the run selects by them."""
+        dataset, shifted = dataloader.dataset, not getattr(self.model.config, "is_encoder_decoder", False)
+        wanted = self.compute_metrics is not None
+
+        def step(inputs: dict) -> tuple:
+            inputs = self._prepare_inputs(inputs)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                # not prediction_step: there the mean is over all processes' tokens
+                loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
+            return loss.detach(), outputs["logits"] if wanted else None
+
+        with evaluating(self.model):
+            loss, logits = held_out(step, dataset, self.data_collator, self.args.eval_batch_size, shifted, self.args.device)
+        metrics = {"loss": loss}
+        if wanted:
+            labels = torch.tensor([example["labels"] for example in dataset])
+            metrics |= self.compute_metrics(EvalPrediction(torch.stack(logits).numpy(), labels.numpy()))
         if self.score is not None:
-            prefix = kwargs.get("metric_key_prefix", "eval")
-            output.metrics.update({f"{prefix}_{name}": value for name, value in self.score(self.model).items()})
-        return output
+            metrics |= self.score(self.model)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(dataset))
 
     # ---- checkpoints
 
@@ -206,8 +233,9 @@ class ReftTrainer(transformers.Trainer):
             self._write_checkpoint(folder, *args, **kwargs)
         except Exception as error:
             shutil.rmtree(folder / STAGING, ignore_errors=True)
-            if isinstance(error, OSError) or "No space left" in str(error):
-                raise UserError(f"output: got {folder}, where no checkpoint can be written ({error})") from error
+            if isinstance(error, OSError | SafetensorError) or "inline_container" in str(error):  # torch's own writer
+                reason = " ".join(str(error).split())
+                raise UserError(f"output: got {folder}, where no checkpoint can be written ({reason})") from error
             raise
         self.accelerator.wait_for_everyone()
 
@@ -229,6 +257,17 @@ class ReftTrainer(transformers.Trainer):
             self.state.save_to_json(str(folder / STAGING / name / "trainer_state.json"))
             publish(folder / STAGING / name, folder / name)
             rotate(folder, self.keep, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As Trainer's; of a sharded model only what is trained is gathered."""
+        if self.is_fsdp_enabled:
+            self._save(output_dir, trained_state(self.model))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        forget_built(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The adapter alone, in PEFT's layout: no tokenizer, and no pickled arguments."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import warnings
 
 import datasets
 import pytest
@@ -129,7 +130,10 @@ def test_who_loses_the_race_takes_what_the_winner_left(tmp_path, monkeypatch):
         raise OSError("directory not empty")
 
     monkeypatch.setattr(caching, "replace_folder", lose)
-    assert cached(_Build(), PARTS, tmp_path).to_dict() == ROWS
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dataset = cached(_Build(), PARTS, tmp_path)
+    assert dataset.to_dict() == ROWS and dataset.cache_files  # from disk
 
 
 def test_a_files_digest_is_its_contents(tmp_path):

@@ -1,4 +1,4 @@
-"""Packed rows: examples side by side that neither see nor train one another, with the same loss and gradients as padded ones."""
+"""Packed rows: examples side by side that do not see one another, with the loss and gradients of padded ones."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 import transformers
 from peft import get_peft_model
-from reft_kernels.integrations.peft import ReftConfig
 from reft_train.data.collating import PaddingCollator
 from reft_train.data.packing import PackingCollator, balanced, check_model_packs
 from reft_train.errors import UserError
 
+from reft_kernels.integrations.peft import ReftConfig
 from tests.model.families import COMMON, SPECIAL, VOCAB, make, shake
 
 PAD = 0
@@ -113,8 +113,15 @@ def test_a_model_that_follows_position_ids_packs(name, attention, flat):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_rounding_is_not_taken_for_a_leak(dtype):
-    check_model_packs(make("llama").to(dtype), PAD)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rounding_is_not_taken_for_a_leak(family, dtype):
+    check_model_packs(make(family).to(dtype), PAD)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_leak_is_not_taken_for_rounding(dtype):
+    with pytest.raises(UserError, match="--packing: got a _Leaking"):
+        check_model_packs(_Leaking().to(dtype), PAD)
 
 
 def _masked_bert():
@@ -149,6 +156,7 @@ class _NotANumber(_Leaking):
 
 @pytest.mark.parametrize("make_model, name", [
     (lambda: make("bert"), "BertForSequenceClassification"),
+    (_masked_bert, "BertForMaskedLM"),
     (_headless_bert, "BertModel"),
     (lambda: make("bloom"), "BloomForCausalLM"),
     (lambda: make("t5"), "T5ForConditionalGeneration"),

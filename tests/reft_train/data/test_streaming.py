@@ -78,15 +78,10 @@ def test_an_epoch_is_a_function_of_seed_and_number(path):
 
 @pytest.mark.parametrize("buffer", [1, 8, 1000])
 def test_a_buffer_holds_no_more_than_its_size(buffer):
-    read = 0
-
-    def values():
-        nonlocal read
-        for read in range(1, COUNT + 1):
-            yield read
-
-    for given, _ in enumerate(shuffled(values(), buffer, random.Random(0))):
-        assert read - given <= buffer + 1
+    read: list[int] = []
+    values = (read.append(number) or number for number in range(COUNT))
+    for given, _ in enumerate(shuffled(values, buffer, random.Random(0))):
+        assert len(read) - given <= buffer + 1
 
 
 def test_a_file_of_any_size_can_be_begun(path, monkeypatch):

@@ -102,7 +102,7 @@ def test_the_prompt_has_the_same_tokens_when_its_answer_is_generated():
     tokenizer = _llama()
     item = causal(EXAMPLE, tokenizer, 512)
     assert prompt_ids(EXAMPLE.prompt, tokenizer, 512, 32) == [
-        t for t, label in zip(item.input_ids, item.labels) if label == IGNORED
+        t for t, label in zip(item.input_ids, item.labels, strict=True) if label == IGNORED
     ]
 
 

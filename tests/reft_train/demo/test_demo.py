@@ -19,6 +19,7 @@ from reft_train.demo.encoder import load_tokenizer
 from reft_train.demo.stdlib_docs import load_stdlib
 from reft_train.demo.variants import KERNELS, TORCH, VARIANTS, build
 from reft_train.errors import UserError
+from reft_train.files import check_folder
 
 SMALL = {"epochs": 1, "rank": 2, "timing-steps": 3, "batch-size": 16, "max-length": 24, "device": "cpu"}
 FLAGS = [f"--{name}={value}" for name, value in SMALL.items()]
@@ -65,7 +66,7 @@ def test_flags_that_the_model_decides_about(tiny_model, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="--device: got cuda"):
             demo.resolve_settings(parse("--model", tiny_model, "--max-length", 24, "--device", "cuda"))
     with pytest.raises(UserError, match="--out: got .* is a file"):
-        demo.check_out(tmp_path / "file" / "out")
+        check_folder(tmp_path / "file" / "out", "--out")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny_model, capsys):

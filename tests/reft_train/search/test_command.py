@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-
 from reft_train.__main__ import parser
 from reft_train.errors import UserError
 from reft_train.search import command
 from reft_train.search.space import Choices, Range
+
 from tests.reft_train.fake_training import FakeTrain
 
 

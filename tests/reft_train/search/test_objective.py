@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-
 from reft_train.errors import UserError
 from reft_train.search.objective import Objective, resolve
+
 from tests.reft_train.search.plans import config
 
 

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
-
 from reft_train.errors import UserError
 from reft_train.search.defaults import layer_sets, small_space_of, space_of
 from reft_train.search.space import Choices, Range, parse, parse_flags, plain, read, suggest
+
 from tests.reft_train.search.plans import config
 
 LLAMA_7B = SimpleNamespace(hidden_size=4096, num_hidden_layers=32)

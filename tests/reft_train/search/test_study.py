@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-
 from reft_train.config import build, read_yaml
 from reft_train.errors import UserError
 from reft_train.search.objective import Objective
 from reft_train.search.space import Choices, Range
 from reft_train.search.study import search
+
 from tests.reft_train.fake_training import FakeTrain, finished, quality
 from tests.reft_train.search.plans import SPACE, plan, silent
 
@@ -27,6 +27,18 @@ def stop_at(number: int, error: type[BaseException], *arguments: str):
             raise error(*arguments)
 
     return before
+
+
+class Clock:
+    """Stands still but for ten seconds at the start of each training."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self, config, call) -> None:
+        self.now += 10.0
 
 
 def test_the_best_trial_is_the_one_with_the_best_held_out_value(tmp_path):
@@ -166,15 +178,10 @@ def test_bad_input_in_a_later_trial_is_that_trials_failure(tmp_path):
 
 def test_a_hopeless_trial_is_pruned_before_its_end(tmp_path):
     values = iter([0.9, 0.8, 0.9, 0.8, 0.9, 0.1])
-    qualities = {}
-
-    def falling(config):
-        return qualities.setdefault(config.output, next(values, 0.9))
-
-    train = FakeTrain(quality=falling)
+    train = FakeTrain(quality=lambda config: next(values))
     found = run(plan(tmp_path / "s", trials=6, pruner="median"), train)
     assert [trial.state for trial in found.trials] == ["complete"] * 5 + ["pruned"]
-    assert train.steps == 5 * 3 + 1 and found.trials[5].curve == [(1, 0.1 / 3)]
+    assert train.steps == 5 * 3 + 1 and found.trials[5].curve == [(1, 0.1 * (1 / 3))]
 
 
 def test_a_trial_is_not_pruned_at_its_end(tmp_path):
@@ -184,12 +191,20 @@ def test_a_trial_is_not_pruned_at_its_end(tmp_path):
     assert [trial.state for trial in found.trials] == ["complete"] * 6
 
 
-def test_time_that_is_up_stops_the_trial_under_way(tmp_path, monkeypatch):
-    now = iter(range(10_000))
-    monkeypatch.setattr("reft_train.search.study.time.monotonic", lambda: float(next(now)))
-    found = run(plan(tmp_path / "s", trials=None, timeout=30.0), FakeTrain(evaluations=5))
-    assert found.best is not None and found.trials[-1].state in ("complete", "interrupted")
-    assert next(now) < 60
+def test_time_that_is_up_stops_the_trial_under_way(tmp_path):
+    clock = Clock()
+    found = run(plan(tmp_path / "s", trials=None, timeout=25.0), FakeTrain(before=clock.tick), clock=clock)
+    assert [trial.state for trial in found.trials] == ["complete", "complete", "interrupted"]
+    assert not found.interrupted
+
+
+def test_a_trial_that_time_stopped_is_taken_up_again(tmp_path):
+    clock, train = Clock(), FakeTrain()
+    train.before = clock.tick
+    run(plan(tmp_path / "s", trials=4, timeout=25.0), train, clock=clock)
+    found = run(plan(tmp_path / "s", trials=4), train)
+    assert [trial.state for trial in found.trials][2:] == ["interrupted", "complete", "complete"]
+    assert (train.seen[2].lr, train.seen[2].rank) == (train.seen[3].lr, train.seen[3].rank)
 
 
 def test_a_search_with_other_settings_is_refused(tmp_path):

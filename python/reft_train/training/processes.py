@@ -1,0 +1,71 @@
+"""Several processes that train together: joined early, and ended together where one of them refuses its input."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from reft_train.config import RunConfig
+from reft_train.errors import ReportedError, UserError
+from reft_train.models import pick_device
+
+Result = TypeVar("Result")
+_TIMEOUT = timedelta(hours=2)  # while the first process tokenizes
+
+
+def join(config: RunConfig) -> None:
+    """Make the process group, where torchrun or accelerate launch started several processes; engines find it and use it."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        from accelerate import PartialState
+
+        PartialState(cpu=pick_device(config) == "cpu", timeout=_TIMEOUT)
+
+
+def joined() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints."""
+    return not joined() or dist.get_rank() == 0
+
+
+def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
+    """``prepare()``, if it succeeds in every process; ``prepare`` must not talk to the others.
+
+    Args:
+        in_turn: the first process of each machine goes first; the others find what it left in caches.
+
+    Raises:
+        UserError: in the first process, whichever process refused. ReportedError: in the others.
+    """
+    if not joined():
+        return prepare()
+    error: UserError | None = None
+    result: Any = None
+    waits = in_turn and int(os.environ.get("LOCAL_RANK", "0")) > 0
+    if waits:
+        dist.barrier()
+    try:
+        result = prepare()
+    except UserError as refused:
+        error = refused
+    finally:
+        if in_turn and not waits:
+            dist.barrier()
+    said: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, None if error is None else str(error))
+    messages = [text for text in said if text is not None]
+    if not messages:
+        return result
+    raise (UserError if is_first() else ReportedError)(messages[0]) from error
+
+
+def leave() -> None:
+    """End the process group at the end of a program."""
+    if joined():
+        dist.destroy_process_group()

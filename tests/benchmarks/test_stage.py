@@ -1,0 +1,104 @@
+"""The stage: one step a call, everything in one thread, errors told, an end that leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.stage import Stage
+
+
+class _Training:
+    """What of a Trainer the stage meets; ``last`` steps, of which the one of that number fails."""
+
+    def __init__(self, last: int = 100, fails: int = 0) -> None:
+        self.last, self.fails = last, fails
+        self.state, self.begun, self.ended = SimpleNamespace(global_step=0), 0, 0
+        self.seen: list[tuple[threading.Thread, int]] = []
+        self.stage = Stage(self._context)
+
+    @contextlib.contextmanager
+    def _context(self, callback):
+        self.begun += 1
+        self.callback = callback
+        try:
+            yield self
+        finally:
+            self.ended += 1
+
+    def train(self) -> None:
+        control = SimpleNamespace(should_training_stop=False)
+        while self.state.global_step < self.last and not control.should_training_stop:
+            self.state.global_step += 1
+            if self.state.global_step == self.fails:
+                raise FloatingPointError("the loss is nan")
+            self.seen.append((threading.current_thread(), torch.get_num_threads()))
+            self.callback.on_step_end(None, self.state, control)
+
+
+@pytest.fixture
+def training():
+    made = _Training()
+    yield made
+    made.stage.close()
+
+
+def test_a_call_is_one_step(training):
+    counts = []
+    for _ in range(3):
+        training.stage.step()
+        counts.append(training.state.global_step)
+    assert counts == [1, 2, 3] and training.begun == 1
+
+
+def test_tasks_and_steps_share_a_thread_with_the_callers_number_of_threads(training):
+    task = lambda: (threading.current_thread(), torch.get_num_threads())  # noqa: E731
+    before = training.stage.do(task)
+    training.stage.step()
+    assert {before, training.stage.do(task), *training.seen} == {before}
+    assert before[0] is not threading.current_thread() and before[1] == torch.get_num_threads()
+
+
+def test_closing_ends_training_and_thread_and_a_step_begins_anew(training):
+    training.stage.step()
+    thread = training.seen[0][0]
+    training.stage.close()
+    assert not thread.is_alive() and (training.begun, training.ended, training.state.global_step) == (1, 1, 1)
+    training.stage.step()
+    assert training.begun == 2
+
+
+def test_closing_without_a_training_begins_none(training):
+    training.stage.do(int)
+    training.stage.close()
+    training.stage.close()
+    assert training.begun == 0
+
+
+def test_a_failing_task_does_not_end_the_training(training):
+    training.stage.step()
+    with pytest.raises(ZeroDivisionError):
+        training.stage.do(lambda: 1 / 0)
+    training.stage.step()
+    assert training.begun == 1 and training.state.global_step == 2
+
+
+def test_what_the_training_raises_is_raised_by_the_step():
+    training = _Training(fails=2)
+    training.stage.step()
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        training.stage.step()
+    assert training.ended == 1
+    training.stage.close()
+
+
+def test_a_training_that_is_over_is_told():
+    training = _Training(last=1)
+    training.stage.step()
+    with pytest.raises(RuntimeError, match="over after 1 steps"):
+        training.stage.step()
+    training.stage.close()

@@ -1,0 +1,69 @@
+"""What a comparison leaves: JSON, CSV, a figure and a page, with every method in them."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+from reft_train.compare import report
+from reft_train.errors import UserError
+
+from tests.reft_train.compare.plans import METHODS, FakeFinal, plan, run
+from tests.reft_train.fake_training import FakeTrain, finished
+
+
+def refused(config, call):
+    if config.method == "ia3":
+        raise UserError("method ia3: <none>")
+
+
+@pytest.fixture
+def found(tmp_path):
+    """A comparison in which a method is not available."""
+    done = run(plan(tmp_path / "c"), FakeTrain(before=refused))
+    report.write(done)
+    return done
+
+
+def test_the_json_has_every_method_and_run(found):
+    numbers = json.loads((found.plan.folder / "compare.json").read_text())
+    assert [row["method"] for row in numbers["methods"]] == list(METHODS)
+    assert [(run["method"], run["seed"]) for run in numbers["runs"]] == list(found.outcomes)
+    assert numbers["budget"] == {"trials": 2, "seconds": None}
+
+
+def test_the_csv_has_a_line_for_each_method(found):
+    rows = list(csv.DictReader((found.plan.folder / "compare.csv").open()))
+    assert [row["method"] for row in rows] == list(METHODS)
+    assert float(rows[0]["test_mean"]) == found.rows[0].test.mean
+    assert rows[2]["test_mean"] == "" and rows[2]["status"] == "not available: method ia3: <none>"
+
+
+def test_the_page_escapes_a_reason(found):
+    page = (found.plan.folder / "report.html").read_text(encoding="utf-8")
+    assert "method ia3: &lt;none&gt;" in page and "<none>" not in page
+
+
+def test_the_figure_is_a_png(found):
+    assert (found.plan.folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_names_every_method(found):
+    table = report.text(found)
+    assert all(title in table for title in ("LoReFT", "LoRA", "IA3"))
+
+
+def test_runs_without_test_sets_are_shown_by_their_held_out_value(tmp_path):
+    class Untested(FakeFinal):
+        def __call__(self, config):
+            return finished(config, 0.5, tests={})
+
+    done = run(plan(tmp_path / "c"), None, Untested())
+    assert done.rows[0].test is None and report.line(done.rows[0], 2)[1:3] == ("-", "0.5000 ± 0.0000")
+    assert report.figure(done) is not None
+
+
+def test_nothing_finished_draws_no_figure(tmp_path):
+    everything = tuple((method, seed) for method in METHODS for seed in (42, 43))
+    assert report.figure(run(plan(tmp_path / "c"), None, FakeFinal(failing=everything))) is None
