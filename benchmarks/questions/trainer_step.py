@@ -2,11 +2,11 @@
 
 The program is reft-train's: its Trainer with data loader, collator, shuffling sampler, callbacks and journal, AdamW under a
 schedule, clipped gradients, a line of the log every 10 steps; nothing is saved or evaluated. A call is one optimizer step, from
-the end of one to the end of the next, so that all that the program does between steps is in it; since a tenth of the calls has
-a line of the log, it shows in the quantiles rather than in the median. Examples are random tokens, all of one length, their
-first half prompt. The baseline is the frozen model's forward and backward to the input embeddings on the
-first batches of the same order; both are computed in one thread, see :mod:`benchmarks.stage`. The first step's loss and
-gradient of W, as they stand before the optimizer, are held to plain PyTorch in fp64 on the model cut to two layers.
+the end of one to the end of the next, so that all that the program does between steps is in it; the line of the log, which a
+tenth of the calls writes, is not in their median. Examples are random tokens, all of one length, their first half prompt. The
+baseline is the frozen model's forward and backward to the input embeddings on the first batches of the same order; both are
+computed in one thread, see :mod:`benchmarks.stage`. The first step's loss and gradient of W, before the optimizer, are held to
+plain PyTorch in fp64 on the model cut to two layers.
 """
 
 from __future__ import annotations

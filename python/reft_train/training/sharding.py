@@ -51,11 +51,21 @@ def _block_classes(model: Any) -> list[str]:
     return sorted(named & found)
 
 
+def _tied_elsewhere(model: Any) -> bool:
+    """Whether a parameter has more owners than the embedding and the output layer, the pair that accelerate keeps together."""
+    pair = (model.get_input_embeddings(), model.get_output_embeddings())
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(module)
+    return any(len(group) > 1 and any(all(m is not part for part in pair) for m in group) for group in owners.values())
+
+
 def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
     """What TrainingArguments need to be told.
 
     Raises:
-        UserError: a single process, or a model whose blocks transformers does not name.
+        UserError: a single process, a method or a model that FSDP2 does not serve.
     """
     if not wanted(config):
         return {}
@@ -65,6 +75,12 @@ def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
     blocks = _block_classes(base)
     if not blocks:
         raise UserError(f"fsdp: got true with {type(base).__name__}, whose blocks transformers does not name")
+    if config.method == "prefix":
+        raise UserError("fsdp: got true with method prefix, expected another method: PEFT does not save sharded prompts")
+    if _tied_elsewhere(base):
+        raise UserError(
+            f"fsdp: got true with {type(base).__name__}, which ties more than its first and last layer, expected false"
+        )
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(blocks)
     settings = {
         "version": 2,

@@ -107,7 +107,13 @@ def arguments(tmp_path, tiny_llama) -> Callable[..., list[str]]:
     rows = write_rows(tmp_path / "rows.jsonl", instructions(24))
 
     def of(output: Path, **settings) -> list[str]:
-        return command(tiny_llama, output, train=rows, save_every=1, skip_test=True, dropout=0.1, **settings)
+        fixed = {
+            "save_every": 1,
+            "skip_test": True,
+            "dropout": 0.1,
+            "log_every": 50,
+        }  # a log would wait for threads that no child has
+        return command(tiny_llama, output, train=rows, **fixed, **settings)
 
     return of
 
