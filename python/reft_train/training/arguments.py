@@ -40,6 +40,7 @@ def training_arguments(config: RunConfig, output: Path, model: Any, examples: in
     Raises:
         UserError: settings that this machine or these packages cannot serve.
     """
+    import torch
     import transformers
 
     device = pick_device(config)
@@ -69,7 +70,7 @@ def training_arguments(config: RunConfig, output: Path, model: Any, examples: in
         fields = transformers.TrainingArguments.__dataclass_fields__
         name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
         extra |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    return transformers.TrainingArguments(
+    arguments = transformers.TrainingArguments(
         output_dir=str(output),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
@@ -102,3 +103,7 @@ def training_arguments(config: RunConfig, output: Path, model: Any, examples: in
         **extra,
         **fsdp_arguments(config, model),
     )
+    if arguments.device.type == "cpu" and arguments.device.index is not None:
+        # transformers 4 numbers the CPUs of several processes, and no optimizer can be loaded to "cpu:0"
+        vars(arguments)["_setup_devices"] = torch.device("cpu")
+    return arguments

@@ -135,6 +135,9 @@ class Progress(TrainerCallback):
         if self._bar is not None:
             self._bar.set_postfix(self._shown, refresh=False)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the bar."""
-        self._bar.close()
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:  # closed after an error, too, so that its message has a line of its own
+            self._bar.close()

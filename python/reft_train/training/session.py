@@ -32,7 +32,7 @@ from reft_train.training.callbacks import Bookkeeping, FiniteLoss, Interrupt, Jo
 from reft_train.training.checkpoints import checkpoints, last, sweep
 from reft_train.training.outcome import RESULTS, Outcome
 from reft_train.training.processes import join, together
-from reft_train.training.sharding import engine_environment, trained_state
+from reft_train.training.sharding import engine_environment, gather_to_generate, trained_state
 from reft_train.training.trainer import ReftTrainer, orthonormality
 
 CONFIG, DATA, ADAPTER = "config.yaml", "data.sha256", "adapter"
@@ -195,7 +195,7 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
         if config.overwrite:
             _clear(output)
     by_generation = config.select == "metric" and loaded.kind != CLASSIFICATION
-    bookkeeping, interrupt = Bookkeeping(), Interrupt()
+    bookkeeping, interrupt, progress = Bookkeeping(), Interrupt(), Progress(TITLES[config.method])
     trainer = ReftTrainer(
         collate=collate,
         sampler=prepare.sampler(config, examples, arguments.world_size),
@@ -208,7 +208,7 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
         train_dataset=examples,
         eval_dataset=held_out,
         compute_metrics=_class_metrics(task) if loaded.kind == CLASSIFICATION else None,
-        callbacks=[bookkeeping, FiniteLoss(), Journal(output / LOG), Progress(TITLES[config.method]), interrupt, *callbacks],
+        callbacks=[bookkeeping, FiniteLoss(), Journal(output / LOG), progress, interrupt, *callbacks],
     )
     bookkeeping.trainer = trainer
     if loaded.kind == CLASSIFICATION:
@@ -223,7 +223,7 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
     meter = PeakMeter(arguments.device)
     meter.start()
     started = time.perf_counter()
-    with interrupt:
+    with interrupt, progress:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, memory = time.perf_counter() - started, meter.stop()
     error = orthonormality(trainer.model)
@@ -293,6 +293,7 @@ def _score_tests(
     trainer: ReftTrainer, config: RunConfig, loaded: Loaded, task: Task, tests: dict[str, list[Row]], output: Path
 ) -> dict[str, dict[str, float]]:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    gather_to_generate(model)
     bare = Loaded(model, loaded.tokenizer, loaded.kind, loaded.heads)
     scored = [score_set(name, rows, bare, task, config) for name, rows in tests.items()]
     if scored and trainer.args.should_save:

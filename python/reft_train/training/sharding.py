@@ -122,6 +122,14 @@ def shard_stacks(model: nn.Module) -> None:
             fully_shard(stack, mp_policy=policy)
 
 
+def gather_to_generate(model: nn.Module) -> None:
+    """Have a sharded model's ``generate`` gather weights as its forward does; transformers 4 leaves that out."""
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    if isinstance(model, FSDPModule) and "generate" not in vars(model) and hasattr(model, "generate"):
+        register_fsdp_forward_method(model, "generate")
+
+
 def forget_built(model: nn.Module) -> None:
     """Have stacks build their weights anew: what is loaded into shards leaves no trace in what a stack compares."""
     for stack in model.modules():

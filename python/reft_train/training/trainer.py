@@ -18,7 +18,7 @@ from reft_train.files import write_text
 from reft_train.methods import save_adapter
 from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
 from reft_train.training.held_out import held_out
-from reft_train.training.sharding import forget_built, shard_on_cpus, shard_stacks, trained_state
+from reft_train.training.sharding import forget_built, gather_to_generate, shard_on_cpus, shard_stacks, trained_state
 from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
@@ -202,6 +202,7 @@ class ReftTrainer(transformers.Trainer):
             labels = torch.tensor([example["labels"] for example in dataset])
             metrics |= self.compute_metrics(EvalPrediction(torch.stack(logits).numpy(), labels.numpy()))
         if self.score is not None:
+            gather_to_generate(self.model)
             metrics |= self.score(self.model)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(dataset))
