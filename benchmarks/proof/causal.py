@@ -2,8 +2,8 @@
 
 The base is a small Llama trained on the standard library's text (:mod:`benchmarks.proof.stdlib_llama`), which knows no
 arithmetic. LoReFT is trained on a few gsm8k rows until it repeats them; the very rows are then scored, since what is asked is
-whether training, generation, positions and files fit together, not whether a tiny model can reason. The run is stopped by Ctrl-C
-once and resumed; a second one is left alone, and both must log the same losses.
+whether training, generation, positions and files fit together, not whether a tiny model can reason. One run is stopped by
+Ctrl-C and resumed, another is left alone, and both must log the same losses.
 
     python -m benchmarks.proof.causal --data FOLDER      # FOLDER/gsm8k/test.json, as LLM-Adapters lays it out
 """

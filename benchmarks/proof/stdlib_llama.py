@@ -11,7 +11,7 @@ import torch
 from reft_train.progress import bar
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH = 2048, 256, 4, 4, 256, 8
-PACKAGES = ("asyncio", "concurrent", "email", "html", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "xml")
+PACKAGES = ("asyncio", "concurrent", "email", "html", "http", "importlib", "json", "logging", "unittest", "xml")
 
 
 def texts() -> list[str]:
