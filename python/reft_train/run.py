@@ -35,8 +35,9 @@ def run(parsed: argparse.Namespace) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         raise ReportedError(str(error)) from None  # the first process of this machine says it
+    from reft_train.training.folder import resume_hint
     from reft_train.training.processes import leave
-    from reft_train.training.session import resume_hint, train
+    from reft_train.training.session import train
     from reft_train.training.summary import summary
 
     outcome = train(config)

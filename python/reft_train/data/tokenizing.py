@@ -228,6 +228,9 @@ def _classification(examples, wheres, tokenizer, specials: None, max_length: int
 
 
 def _prompts_and_targets(examples, wheres, tokenizer, specials: Specials):
+    for example, where in zip(examples, wheres, strict=True):
+        if not example.target.strip():
+            raise _empty("target", example.target, where)
     prompts = _prompts([example.prompt for example in examples], wheres, tokenizer, specials)
     return zip(prompts, _targets(examples, tokenizer, specials), strict=True)
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import shutil
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -13,86 +10,28 @@ from typing import Any
 
 import torch
 import transformers
-from reft_train.config import RunConfig, dump_yaml, read_yaml
+from reft_train.config import RunConfig, dump_yaml
 from reft_train.errors import UserError
 from reft_train.evaluation.scoring import score_set
-from reft_train.evaluation.writing import ALPACA_EVAL, PREDICTIONS, write_alpaca_eval, write_predictions
-from reft_train.files import check_folder, replace_folder, write_text
+from reft_train.evaluation.writing import write_alpaca_eval, write_predictions
+from reft_train.files import write_text
 from reft_train.memory import PeakMeter
-from reft_train.methods import TITLES, adapt, check_base, save_adapter
+from reft_train.methods import TITLES, adapt, check_base
 from reft_train.models import CLASSIFICATION, Loaded, load
 from reft_train.reporting.log import LOG
-from reft_train.reporting.run_report import PAGE, PICTURE, write_run_report
+from reft_train.reporting.run_report import write_run_report
 from reft_train.reporting.versions import versions
 from reft_train.tasks.base import Row, Task
 from reft_train.tasks.instruct import Instruct
 from reft_train.training import prepare
-from reft_train.training.arguments import BOARD, training_arguments
+from reft_train.training.arguments import training_arguments
 from reft_train.training.callbacks import Bookkeeping, FiniteLoss, Interrupt, Journal, Progress
-from reft_train.training.checkpoints import checkpoints, last, sweep
-from reft_train.training.outcome import RESULTS, Outcome
+from reft_train.training.checkpoints import sweep
+from reft_train.training.folder import CONFIG, DATA, check_output, check_room, check_same_data, clear, publish_adapter
+from reft_train.training.outcome import Outcome
 from reft_train.training.processes import join, together
-from reft_train.training.sharding import engine_environment, gather_to_generate, trained_state
+from reft_train.training.sharding import engine_environment, gather_to_generate
 from reft_train.training.trainer import ReftTrainer, orthonormality
-
-CONFIG, DATA, ADAPTER = "config.yaml", "data.sha256", "adapter"
-# what may differ between a run and its continuation
-_FREE = {
-    "resume", "overwrite", "output", "threads", "workers", "cache", "log_every", "keep", "skip_test", "test", "test_rows",
-    "eval_batch_size", "max_new_tokens", "temperature", "top_p", "num_beams", "data", "train", "device",
-}  # fmt: skip
-
-
-def check_output(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, None to start.
-
-    Raises:
-        UserError: a folder that cannot be written to, one that holds a run, or nothing to resume.
-    """
-    output = Path(config.output)
-    check_folder(output, "output")
-    if config.resume:
-        found = last(output)
-        if found is None:
-            raise UserError(f"resume: got {output}, which holds no checkpoint, expected a run that was begun")
-        _check_same(config, output)
-        return found
-    if not config.overwrite and (checkpoints(output) or (output / RESULTS).exists()):
-        raise UserError(f"output: got {output}, which holds a run, expected another folder, --resume or --overwrite")
-    return None
-
-
-def _check_same(config: RunConfig, output: Path) -> None:
-    path = output / CONFIG
-    if not path.is_file():
-        raise UserError(f"resume: got {output} without {CONFIG}, expected a run of reft-train")
-    for name, value in read_yaml(path).items():
-        own = getattr(config, name)
-        free = name in _FREE and not (name == "workers" and config.streaming)  # which deal out a stream's rows
-        if not free and own != value:
-            raise UserError(f"resume: got {name} {own!r}, but the run was begun with {value!r}, expected the same")
-
-
-def _check_same_data(rows: prepare.Rows, output: Path) -> None:
-    try:
-        begun = (output / DATA).read_text(encoding="utf-8")
-    except OSError:
-        return  # killed before it was written, or taken away: nothing to compare with
-    if begun != prepare.digest(rows):
-        raise UserError(f"resume: got other training rows than {output} was begun with, expected the same")
-
-
-def _check_room(model: torch.nn.Module, config: RunConfig) -> None:
-    """Refuse a disk that cannot hold the run's checkpoints: parameters and two moments, each one more than are kept."""
-    output = Path(config.output)
-    existing = check_folder(output, "output")
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    needed = (config.keep + 2) * (3 * trained + 2**20)
-    free = shutil.disk_usage(existing).free
-    if free < needed:
-        raise UserError(
-            f"output: got {output} with {free / 2**20:.0f} MiB free, expected at least {needed / 2**20:.0f} MiB for checkpoints"
-        )
 
 
 def _counts(model: Any, loaded: Loaded) -> tuple[int, int, int]:
@@ -161,7 +100,7 @@ def _read(config: RunConfig) -> tuple[Task, Path | None, prepare.Rows, Loaded, C
     loaded = load(config, task)
     if checkpoint is not None:
         check_base(loaded.model.config, checkpoint)
-        _check_same_data(rows, Path(config.output))
+        check_same_data(rows, Path(config.output))
     return task, checkpoint, rows, loaded, prepare.collator(config, loaded)
 
 
@@ -177,7 +116,7 @@ def _tokenized(config: RunConfig, task: Task, rows: prepare.Rows, loaded: Loaded
 
 def _adapted(config: RunConfig, loaded: Loaded, count: int | None, metric: str | None) -> tuple[Any, Any]:
     model = adapt(config, loaded)
-    _check_room(model, config)
+    check_room(model, config)
     return model, training_arguments(config, Path(config.output), model, count, metric)
 
 
@@ -193,7 +132,7 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
     if arguments.should_save:
         sweep(output)
         if config.overwrite:
-            _clear(output)
+            clear(output)
     by_generation = config.select == "metric" and loaded.kind != CLASSIFICATION
     bookkeeping, interrupt, progress = Bookkeeping(), Interrupt(), Progress(TITLES[config.method])
     trainer = ReftTrainer(
@@ -229,7 +168,7 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
     error = orthonormality(trainer.model)
     interrupted = interrupt.asked and trainer.state.global_step < trainer.state.max_steps
     trainer.close()
-    _publish_adapter(trainer, output)
+    publish_adapter(trainer, output)
     outcome = Outcome(
         config=config.to_dict(),
         trainable=numbers[0],
@@ -252,29 +191,6 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
             write_run_report(output, outcome, trainer.state.log_history)
         outcome.save(output)
     return outcome
-
-
-def _clear(output: Path) -> None:
-    for path in checkpoints(output):
-        shutil.rmtree(path)
-    for name in (ADAPTER, PREDICTIONS, ALPACA_EVAL, BOARD):
-        shutil.rmtree(output / name, ignore_errors=True)
-    for name in (RESULTS, LOG, PICTURE, PAGE):
-        (output / name).unlink(missing_ok=True)
-
-
-def _publish_adapter(trainer: ReftTrainer, output: Path) -> None:
-    """Write the adapter aside and put it in its place in one step."""
-    state = trained_state(trainer.model) if trainer.is_fsdp_enabled else None
-    if trainer.args.should_save:
-        staged = Path(tempfile.mkdtemp(dir=output, prefix=".adapter-"))
-        try:
-            bare = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-            save_adapter(bare, staged / ADAPTER, state)
-            replace_folder(staged / ADAPTER, output / ADAPTER)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
 
 
 def _validation(trainer: ReftTrainer, metric: str | None) -> dict[str, float]:
@@ -301,8 +217,3 @@ def _score_tests(
         if isinstance(task, Instruct):
             write_alpaca_eval(output, scored, f"{Path(config.model).name}-reft")
     return {score.name: score.metrics for score in scored}
-
-
-def resume_hint(config: RunConfig) -> str:
-    """The command that goes on with a run."""
-    return shlex.join(["reft-train", "run", "--config", str(Path(config.output) / CONFIG), "--resume"])

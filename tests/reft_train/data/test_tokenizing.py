@@ -148,6 +148,12 @@ def test_an_empty_prompt_is_refused_with_its_row(encode, kind, prompt):
         encode(Example(prompt, "true", "true"), tokenizer_of(kind), 16, where="row 3 of train.json")
 
 
+@pytest.mark.parametrize("encode, kind", [(causal, "llama"), (seq2seq, "t5")])
+def test_an_empty_target_is_refused_with_its_row(encode, kind):
+    with pytest.raises(UserError, match="target of row 3 of train.json: got '', expected text"):
+        encode(Example("what", "", "true"), tokenizer_of(kind), 16, where="row 3 of train.json")
+
+
 def test_a_prompt_of_nothing_but_a_bos_is_refused():
     with pytest.raises(UserError, match="prompt: got '<s>', expected text"):
         causal(Example("<s>", "true", "true"), _llama(), 16)

@@ -1,0 +1,123 @@
+"""A run's folder: what is in it, whether a run may begin or go on there, and how an adapter gets into it whole."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from reft_train.config import RunConfig, read_yaml
+from reft_train.errors import UserError
+from reft_train.evaluation.writing import ALPACA_EVAL, PREDICTIONS
+from reft_train.files import check_folder, replace_folder
+from reft_train.methods import save_adapter
+from reft_train.reporting.log import LOG
+from reft_train.reporting.run_report import PAGE, PICTURE
+from reft_train.training import prepare
+from reft_train.training.arguments import BOARD
+from reft_train.training.checkpoints import checkpoints, last
+from reft_train.training.outcome import RESULTS
+from reft_train.training.sharding import trained_state
+
+if TYPE_CHECKING:
+    from reft_train.training.trainer import ReftTrainer
+
+CONFIG, DATA, ADAPTER = "config.yaml", "data.sha256", "adapter"
+# what may differ between a run and its continuation
+_FREE = {
+    "resume", "overwrite", "output", "threads", "workers", "cache", "log_every", "keep", "skip_test", "test", "test_rows",
+    "eval_batch_size", "max_new_tokens", "temperature", "top_p", "num_beams", "data", "train", "device",
+}  # fmt: skip
+
+
+def check_output(config: RunConfig) -> Path | None:
+    """The checkpoint to go on from, None to start.
+
+    Raises:
+        UserError: a folder that cannot be written to, one that holds a run, or nothing to resume.
+    """
+    output = Path(config.output)
+    check_folder(output, "output")
+    if config.resume:
+        found = last(output)
+        if found is None:
+            raise UserError(f"resume: got {output}, which holds no checkpoint, expected a run that was begun")
+        _check_same(config, output)
+        return found
+    if not config.overwrite and (checkpoints(output) or (output / RESULTS).exists()):
+        raise UserError(f"output: got {output}, which holds a run, expected another folder, --resume or --overwrite")
+    return None
+
+
+def _check_same(config: RunConfig, output: Path) -> None:
+    path = output / CONFIG
+    if not path.is_file():
+        raise UserError(f"resume: got {output} without {CONFIG}, expected a run of reft-train")
+    for name, value in read_yaml(path).items():
+        own = getattr(config, name)
+        free = name in _FREE and not (name == "workers" and config.streaming)  # which deal out a stream's rows
+        if not free and own != value:
+            raise UserError(f"resume: got {name} {own!r}, but the run was begun with {value!r}, expected the same")
+
+
+def check_same_data(rows: prepare.Rows, output: Path) -> None:
+    """Refuse to go on with other training rows than the run was begun with.
+
+    Raises:
+        UserError: they differ.
+    """
+    try:
+        begun = (output / DATA).read_text(encoding="utf-8")
+    except OSError:
+        return  # killed before it was written, or taken away: nothing to compare with
+    if begun != prepare.digest(rows):
+        raise UserError(f"resume: got other training rows than {output} was begun with, expected the same")
+
+
+def check_room(model: torch.nn.Module, config: RunConfig) -> None:
+    """Refuse a disk that cannot hold the run's checkpoints: parameters and two moments, each one more than are kept.
+
+    Raises:
+        UserError: saying how much is free and how much is needed.
+    """
+    output = Path(config.output)
+    existing = check_folder(output, "output")
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    needed = (config.keep + 2) * (3 * trained + 2**20)
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            f"output: got {output} with {free / 2**20:.0f} MiB free, expected at least {needed / 2**20:.0f} MiB for checkpoints"
+        )
+
+
+def clear(output: Path) -> None:
+    """Remove what a run left there, for another one to begin."""
+    for path in checkpoints(output):
+        shutil.rmtree(path)
+    for name in (ADAPTER, PREDICTIONS, ALPACA_EVAL, BOARD):
+        shutil.rmtree(output / name, ignore_errors=True)
+    for name in (RESULTS, LOG, PICTURE, PAGE):
+        (output / name).unlink(missing_ok=True)
+
+
+def publish_adapter(trainer: ReftTrainer, output: Path) -> None:
+    """Write the adapter aside and put it in its place in one step."""
+    state = trained_state(trainer.model) if trainer.is_fsdp_enabled else None
+    if trainer.args.should_save:
+        staged = Path(tempfile.mkdtemp(dir=output, prefix=".adapter-"))
+        try:
+            bare = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+            save_adapter(bare, staged / ADAPTER, state)
+            replace_folder(staged / ADAPTER, output / ADAPTER)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+
+
+def resume_hint(config: RunConfig) -> str:
+    """The command that goes on with a run."""
+    return shlex.join(["reft-train", "run", "--config", str(Path(config.output) / CONFIG), "--resume"])
