@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from reft_train.evaluation.batching import evaluating
 from reft_train.files import write_text
 from reft_train.methods import save_adapter
 from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
+from reft_train.training.clock import StepClock
 from reft_train.training.held_out import held_out
 from reft_train.training.sharding import forget_built, gather_to_generate, shard_on_cpus, shard_stacks, trained_state
 from safetensors import SafetensorError
@@ -36,7 +36,7 @@ class _Counted:
 
     def __call__(self, features: Sequence[dict]) -> dict:
         batch = self.collate(features)
-        batch["token_count"] = torch.tensor([sum(len(feature["input_ids"]) for feature in features)])
+        batch["token_count"] = sum(len(feature["input_ids"]) for feature in features)  # not a tensor: reading one waits
         return batch
 
 
@@ -79,7 +79,7 @@ class ReftTrainer(transformers.Trainer):
         self.head_lr = head_lr
         self.score = score
         self.keep = keep
-        self.step_seconds: list[float] = []
+        self.clock = StepClock(self.args.device)
         self.tokens = 0
         self._batch_tokens = 0
         self._logged: tuple[float, int] | None = None
@@ -89,7 +89,6 @@ class ReftTrainer(transformers.Trainer):
         edits = any(isinstance(module, Intervention) for module in self.model.modules())
         # DeepSpeed keeps gradients to itself, before a build shared by several backwards could give them
         self._shared = share_build(self.model) if edits and not self.is_deepspeed_enabled else None
-        self._started = 0.0
 
     def close(self) -> None:
         """Give the model back as it came: each forward builds R again."""
@@ -137,14 +136,12 @@ class ReftTrainer(transformers.Trainer):
     # ---- steps
 
     def _prepare_inputs(self, inputs: dict) -> dict:
-        count = inputs.pop("token_count", None)
-        self._batch_tokens = 0 if count is None else int(count)
+        self._batch_tokens = inputs.pop("token_count", 0)
         return super()._prepare_inputs(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """As Trainer's; after the last forward of an optimizer step R's gradients go to its parameters, in one build."""
-        if self._started == 0.0:
-            self._started = time.perf_counter()
+        self.clock.begin()
         loss = super().training_step(*args, **kwargs)
         self._loss = self._loss + loss.detach().float()
         self.tokens += self._batch_tokens
@@ -155,15 +152,7 @@ class ReftTrainer(transformers.Trainer):
     def step_done(self) -> None:
         """Note the time of an optimizer step; the callback calls it."""
         self._loss_steps += 1
-        if self.args.device.type == "cuda":
-            torch.cuda.synchronize(self.args.device)
-        if self._started:
-            self.step_seconds.append(time.perf_counter() - self._started)
-        self._started = 0.0
-
-    def median_step_seconds(self) -> float:
-        """Median seconds of an optimizer step; 0 when there was none."""
-        return statistics.median(self.step_seconds) if self.step_seconds else 0.0
+        self.clock.end()
 
     # ---- log
 
@@ -173,6 +162,7 @@ class ReftTrainer(transformers.Trainer):
             # Trainer's own mean starts anew where a run is resumed between two lines
             logs["loss"] = self._losses().mean().item() / self._loss_steps
             self._loss, self._loss_steps = 0.0, 0
+            self.clock.settle()  # the loss has been waited for
             now = time.perf_counter()
             if self._logged is not None:
                 seconds, tokens = now - self._logged[0], self.tokens - self._logged[1]
