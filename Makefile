@@ -34,7 +34,7 @@ test-gpu: $(VENV)/.installed
 # the Hugging Face side again, on the oldest supported transformers, where AdapterHub's adapters can be installed too
 $(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py benchmarks/requirements-adapters.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)-transformers4
-	sed 's/^transformers==.*/transformers==4.57.6/' constraints.txt > $(VENV)-transformers4/constraints.txt
+	sed 's/^transformers==.*/transformers==4.57.6/; s/^datasets==.*/datasets==4.4.2/' constraints.txt > $(VENV)-transformers4/constraints.txt
 	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt \
 		setuptools ninja torch
 	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt \
