@@ -8,8 +8,8 @@ Tokens are random, answers 6 tokens long, and lengths are drawn:
     questions  whole examples as LLM-Adapters' rows of BoolQ, the question without its passage in a fixed sentence: 38 tokens,
                standard deviation 2
 
-"padding" has 32 random examples padded to their longest, "packing" the very same ones in rows of 512. "padding, grouped by
-length" has other examples of the same distribution: reft-train's sampler puts 512 in groups of 32 by length, and of these the
+"padding" has 32 random examples padded to their longest, "packing" the very same ones in rows of up to 512. "padding, grouped
+by length" has other examples of the same distribution: reft-train's sampler puts 512 in groups of 32 by length; of these the
 group is taken whose padded size is nearest to the groups' mean, since a group's size is its time. Tokens of an example, filling
 included, are in the shape as means over the batches, ``real`` without any. Loss and gradients of W are held to plain PyTorch in
 fp64 on padded batches; a packed batch must give those of the padded one.
@@ -88,7 +88,7 @@ def padded(examples: Items, shape: Shape, device: str) -> Batch:
 
 
 def packed(examples: Items, device: str) -> Packed:
-    """The examples in rows of 512."""
+    """The examples in rows of up to 512."""
     batch = PackingCollator(ROW, 0)(examples)
     return Packed({name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()})
 

@@ -16,7 +16,7 @@ SHAPE = dataclasses.replace(shapes.QUICK, vocabulary=256, batch=4)
 
 @pytest.fixture(scope="module")
 def examples():
-    return packing.pool("questions", 0, SHAPE.vocabulary)[: SHAPE.batch]
+    return packing.pool("boolq", 0, SHAPE.vocabulary)[: SHAPE.batch]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ tokens of different examples must not see each other, and how the engine finds e
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ Items = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Causal items as ``input_ids``, ``labels`` and ``position_ids`` ``[n, T]``, n = ceil(tokens / row_length).
+    """Causal items as ``input_ids``, ``labels`` and ``position_ids`` ``[n, T]``, T about ``row_length`` or less.
 
     The longest example goes first, each into the emptiest row. A row's end is filled by a sequence of its own, which nothing
     is learned from. The first label of each example is -100: models compare a token's logits with the next label, and an
@@ -29,7 +30,8 @@ class PackingCollator:
     ids from the mask.
 
     Args:
-        row_length: tokens of a row to aim at; a row is longer where examples do not divide evenly.
+        row_length: tokens of a row to aim at: rows are shorter where shorter ones are full as well (:func:`packed_rows`),
+            and longer where examples do not divide evenly.
         pad_id: fills the ends of rows.
         flat: one row ``[1, M]`` without any filling, and the boundaries that flash attention asks for (``cu_seq_lens_q``,
             ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k``).
@@ -44,7 +46,7 @@ class PackingCollator:
             raise ValueError(f"row_length: got {self.row_length}, expected at least 1")
 
     def __call__(self, items: Items) -> dict[str, Any]:
-        rows = [list(range(len(items)))] if self.flat else balanced([len(i["input_ids"]) for i in items], self.row_length)
+        rows = [list(range(len(items)))] if self.flat else packed_rows([len(i["input_ids"]) for i in items], self.row_length)
         width = max(sum(len(items[i]["input_ids"]) for i in row) for row in rows)
         ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
@@ -65,15 +67,31 @@ class PackingCollator:
         return batch | _boundaries([len(item["input_ids"]) for item in items]) if self.flat else batch
 
 
-def balanced(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Indices in ceil(sum / row_length) rows, at most one for each: the longest first, into the emptiest row."""
-    count = min(len(lengths), -(-sum(lengths) // row_length))
-    rows: list[list[int]] = [[] for _ in range(count)]
-    totals = [0] * count
+def packed_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Indices of the examples of each row: the shortest rows that are full but for ``FILLING``, or rows of ``row_length``.
+
+    Attention costs as much for a packed row as for one long example, so short examples go into short rows.
+    """
+    longest = balanced(lengths, -(-sum(lengths) // row_length))
+    for each in _EXAMPLES_A_ROW:
+        count = -(-len(lengths) // each)
+        if count <= len(longest):
+            break
+        rows = balanced(lengths, count)
+        width = max(sum(lengths[index] for index in row) for row in rows)
+        if width <= row_length and count * width <= (1 + FILLING) * sum(lengths):
+            return rows
+    return longest
+
+
+def balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Indices in ``count`` rows, at most one for each: the longest first, into the emptiest row."""
+    rows: list[list[int]] = [[] for _ in range(min(len(lengths), count))]
+    totals = [(0, number) for number in range(len(rows))]
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        emptiest = totals.index(min(totals))
+        total, emptiest = totals[0]
         rows[emptiest].append(index)
-        totals[emptiest] += lengths[index]
+        heapq.heapreplace(totals, (total + lengths[index], emptiest))
     return rows
 
 
@@ -85,6 +103,8 @@ def _boundaries(lengths: Sequence[int]) -> dict[str, Any]:
 # ---- whether a model can
 
 
+FILLING = 0.05  # part of the tokens that short rows may waste
+_EXAMPLES_A_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _PROBES = (9, 5, 7, 12)  # tokens of the sequences tried: two rows of two, of which one is filled
 _PROBE_ROW = 17
 
@@ -138,7 +158,7 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
     # some models give logits of more digits than they compute with
     eps = max(torch.finfo(tensor.dtype).eps for tensor in (packed, embedding) if tensor.is_floating_point())
     differences = []
-    rows = [list(range(len(items)))] if flat else balanced(_PROBES, _PROBE_ROW)
+    rows = [list(range(len(items)))] if flat else packed_rows(_PROBES, _PROBE_ROW)
     for number, row in enumerate(rows):
         start = 0
         for index in row:
