@@ -128,7 +128,7 @@ def _line(group: Sequence[Case]) -> str:
 
     def told(name: str, short: bool) -> str:
         figures = _joined([_figure(found[name]) if name in found else "-" for found in by_name])
-        said = name.removeprefix(compare.OURS).strip() if short else name
+        said = name.removeprefix(compare.OURS).strip(" ,") if short else name
         return f"{said} {figures}".strip()
 
     own = "; ".join(f"**{told(name, True)}**" for name in names if name in standing)
