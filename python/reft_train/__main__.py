@@ -17,6 +17,9 @@ from reft_train.errors import ReportedError, UserError
 from reft_train.evaluation import command as evaluation
 from reft_train.search import command as search
 
+# what an installation without the extra ``train`` may lack, by the name it is imported by
+_TRAIN = ("accelerate", "datasets", "matplotlib", "optuna", "peft", "safetensors", "scipy", "tqdm", "transformers")
+_EXTRAS = {name: name for name in _TRAIN} | {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 COMMANDS = (run, evaluation, search, compare, doctor, demo)
 
 
@@ -46,6 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speaks:
             print(f"reft_train {parsed.command}: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        package = _EXTRAS.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        print(
+            f"reft_train {parsed.command}: error: needs the package {package}, which is not installed; "
+            'pip install "reft_kernels[train]" brings it',
+            file=sys.stderr,
+        )
+        return 2
     except OSError as error:  # no space left, no permission: nothing that a traceback would explain
         print(f"reft_train {parsed.command}: error: {error}", file=sys.stderr)
         return 2
