@@ -55,6 +55,8 @@ class RunConfig:
     prefix_tokens: int = _field(20, "virtual tokens of prefix tuning", None, 1)
 
     architecture: str = _field("auto", "how the model is used", ("auto", "causal", "seq2seq", "encoder"))
+    pooling: str = _field("model", "what a classifier reads: as the model's own does, or the mean of the last hidden states",
+                          ("model", "mean"))  # fmt: skip
     dtype: str = _field("auto", "of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU that has it",
                         ("auto", "float32", "bfloat16", "float16"))  # fmt: skip
     mixed_precision: str = _field("no", "autocast in training", ("no", "bf16", "fp16"))

@@ -143,6 +143,19 @@ def weight_dtype(config: RunConfig) -> Any:
     return torch.bfloat16 if pick_device(config) == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
 
 
+def class_of(config: RunConfig, kind: str) -> str:
+    """The name of transformers' class that is loaded.
+
+    Raises:
+        UserError: pooling by a model that does not classify.
+    """
+    if config.pooling == "mean":
+        if kind != CLASSIFICATION:
+            raise UserError(f"pooling: got 'mean' with a {kind} model, expected 'model': it generates text")
+        return "AutoModel"
+    return {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}.get(kind, "AutoModelForSequenceClassification")
+
+
 def load(config: RunConfig, task: Task) -> Loaded:
     """The frozen model in the wanted dtype, with its tokenizer; a new head is drawn from the seed.
 
@@ -152,6 +165,8 @@ def load(config: RunConfig, task: Task) -> Loaded:
     import torch
     import transformers
     from safetensors import SafetensorError
+
+    from reft_train.pooling import HEAD, MeanPooledClassifier
 
     hf_config = model_config(config)
     kind = kind_of(config, hf_config, task)
@@ -169,15 +184,16 @@ def load(config: RunConfig, task: Task) -> Loaded:
         hf_config.problem_type = "regression" if task.labels is None else "single_label_classification"
         if getattr(hf_config, "pad_token_id", None) is None:
             hf_config.pad_token_id = tokenizer.pad_token_id  # decoders find the last real token by it
-    name = {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}.get(kind, "AutoModelForSequenceClassification")
     torch.manual_seed(config.seed)  # a new head is drawn here
     try:
-        model, info = getattr(transformers, name).from_pretrained(
+        model, info = getattr(transformers, class_of(config, kind)).from_pretrained(
             config.model, output_loading_info=True, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"model: got {config.model!r}, whose weights cannot be loaded ({_offline_reason(error)})") from None
     heads = _new_modules(model, info["missing_keys"]) if kind == CLASSIFICATION else []
+    if config.pooling == "mean":
+        model, heads = MeanPooledClassifier(model, hf_config.num_labels, config.seed), [HEAD]
     if config.liger:
         _apply_liger(model)
     return Loaded(model.requires_grad_(False), tokenizer, kind, heads)

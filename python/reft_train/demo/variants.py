@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from reft_train.demo.baselines import HookedLoReFT
-from reft_train.demo.encoder import HEAD, EncoderClassifier, load_encoder
+from reft_train.demo.encoder import load_encoder
 from reft_train.demo.settings import Settings
+from reft_train.pooling import HEAD, EncoderClassifier
 
 FROZEN, TORCH, KERNELS = "frozen", "torch", "kernels"
 VARIANTS = (FROZEN, TORCH, KERNELS)

@@ -97,14 +97,16 @@ def _empty(config: RunConfig, hf_config: Any, kind: str, task: Task) -> nn.Modul
     import torch
     import transformers
 
-    name = {models.CAUSAL: "AutoModelForCausalLM", models.SEQ2SEQ: "AutoModelForSeq2SeqLM"}
-    name = name.get(kind, "AutoModelForSequenceClassification")
+    from reft_train.pooling import MeanPooledClassifier
+
     if kind == models.CLASSIFICATION:
         hf_config.num_labels = 1 if task.labels is None else len(task.labels)
     options = {} if config.attention is None else {"attn_implementation": config.attention}
     try:
         with torch.device("meta"):
-            return getattr(transformers, name).from_config(hf_config, dtype=models.weight_dtype(config), **options)
+            model = getattr(transformers, models.class_of(config, kind))
+            model = model.from_config(hf_config, dtype=models.weight_dtype(config), **options)
+            return MeanPooledClassifier(model, hf_config.num_labels, config.seed) if config.pooling == "mean" else model
     except (ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model: got {config.model!r}, which cannot be built ({reason[:300]})") from None
