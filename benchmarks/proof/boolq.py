@@ -24,8 +24,8 @@ from benchmarks import machine
 from benchmarks.proof.causal import command
 
 SETTINGS = (
-    "--architecture", "encoder", "--pooling", "mean", "--positions", "all", "--epochs", "5", "--batch-size", "32", "--accumulation", "1",
-    "--max-length", "64", "--validation", "600", "--dropout", "0.1", "--weight-decay", "0.01",
+    "--architecture", "encoder", "--pooling", "mean", "--positions", "all", "--epochs", "5", "--batch-size", "32",
+    "--accumulation", "1", "--max-length", "64", "--validation", "600", "--dropout", "0.1", "--weight-decay", "0.01",
     "--seeds", "1", "2", "3", "--methods", "head", "loreft",
 )  # fmt: skip
 
