@@ -44,7 +44,6 @@ $(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py benchm
 
 test-transformers4: $(VENV)-transformers4/.installed
 	$(VENV)-transformers4/bin/python -m pytest -n 2 tests/model tests/integrations tests/conversion/test_adapterhub.py \
-		tests/reft_train/training/test_run.py tests/reft_train/evaluation \
 		--ignore-glob='*test_pyreft_[!a]*' --ignore=tests/integrations/test_pyreft_accelerate.py $(ARGS)
 
 lint: $(VENV)/.installed
