@@ -93,7 +93,7 @@ def prove(data: Path, out: Path, rows: int, seconds: float, settings: list[str])
     return {
         "base": model,
         "rows": rows,
-        "settings": total["config"],
+        "settings": total["config"] | {"model": "base", "data": "data", "output": "whole"},  # no paths of this machine
         "trained_numbers": total["trainable"],
         "steps": total["steps"],
         "first_loss": logged[0][1],
