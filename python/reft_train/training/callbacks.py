@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import TrainerCallback
+
 from reft_train.files import write_text
 from reft_train.progress import bar
-from transformers import TrainerCallback
 
 
 class Journal(TrainerCallback):

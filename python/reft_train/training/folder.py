@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
 from reft_train.config import RunConfig, read_yaml
 from reft_train.errors import UserError
 from reft_train.evaluation.writing import ALPACA_EVAL, PREDICTIONS

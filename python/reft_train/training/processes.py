@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+
 from reft_train.config import RunConfig
 from reft_train.errors import ReportedError, UserError
 from reft_train.models import pick_device

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+
 from reft_train.config import RunConfig, dump_yaml
 from reft_train.errors import UserError
 from reft_train.evaluation.scoring import score_set

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from reft_train.config import RunConfig
-from reft_train.errors import UserError
 from torch import Tensor, nn
 
 from reft_kernels.interventions import Intervention
+from reft_train.config import RunConfig
+from reft_train.errors import UserError
 
 _SETTINGS = {
     "FSDP_VERSION": "2",

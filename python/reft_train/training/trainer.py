@@ -11,6 +11,13 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+
+from reft_kernels.integrations.peft import share_build
+from reft_kernels.interventions import Intervention
+from reft_kernels.parametrization import orthonormality_error
 from reft_train.errors import UserError
 from reft_train.evaluation.batching import evaluating
 from reft_train.files import write_text
@@ -19,13 +26,6 @@ from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
 from reft_train.training.clock import StepClock
 from reft_train.training.held_out import held_out
 from reft_train.training.sharding import forget_built, gather_to_generate, shard_on_cpus, shard_stacks, trained_state
-from safetensors import SafetensorError
-from torch import nn
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
-
-from reft_kernels.integrations.peft import share_build
-from reft_kernels.interventions import Intervention
-from reft_kernels.parametrization import orthonormality_error
 
 
 class _Counted:
