@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from reft_train.demo.baselines import HookedLoReFT, TorchLoReFT, select_rows
-from reft_train.demo.encoder import EncoderClassifier, layers_of, load_encoder
+from reft_train.demo.encoder import layers_of, load_encoder
+from reft_train.pooling import EncoderClassifier
 
 import reft_kernels
 from reft_kernels import positions
