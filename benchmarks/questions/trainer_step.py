@@ -24,11 +24,10 @@ from reft_train.data.collating import PaddingCollator
 from reft_train.data.sampling import ShuffledSampler
 from reft_train.reporting.log import LOG
 from reft_train.training.arguments import training_arguments
-from reft_train.training.callbacks import Bookkeeping, FiniteLoss, Journal
+from reft_train.training.callbacks import FiniteLoss, Journal
 from reft_train.training.trainer import ReftTrainer
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from benchmarks import models, shapes
 from benchmarks.gates import StepGate
@@ -112,14 +111,10 @@ def trainer(
         }  # fmt: skip
         arguments = training_arguments(RunConfig(**fixed | settings), Path(folder), tuned, len(data), None)
         arguments.report_to = []  # TensorBoard is not everywhere
-        bookkeeping = Bookkeeping()
         made = ReftTrainer(
             collate=PaddingCollator(0), sampler=ShuffledSampler(len(data), SEED), model=tuned, args=arguments,
-            train_dataset=data, callbacks=[bookkeeping, FiniteLoss(), Journal(Path(folder) / LOG), *callbacks],
+            train_dataset=data, callbacks=[FiniteLoss(), Journal(Path(folder) / LOG), *callbacks],
         )  # fmt: skip
-        bookkeeping.trainer = made
-        for display in (ProgressCallback, PrinterCallback):
-            made.remove_callback(display)
         try:
             yield made
         finally:

@@ -7,15 +7,15 @@ do on Linux: it cannot be reset, and a child's starts at its parent's size.
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from reft_train.proc import STATUS, sizes
+
 _MIB = 2**20
-_STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 
 
@@ -26,14 +26,6 @@ class Peak:
     before: float
     peak: float
     method: str
-
-
-def _status_mib(field: str) -> float | None:
-    try:
-        match = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(match[1]) / 1024 if match else None
 
 
 def _max_rss_mib() -> float:
@@ -61,7 +53,7 @@ class PeakMeter:
             self._before = torch.cuda.memory_allocated(self.device) / _MIB
             self._method = "peak of PyTorch's CUDA allocator while training"
             return
-        self._before = _status_mib("VmRSS") or 0.0
+        self._before = sizes(STATUS).get("VmRSS", 0) / _MIB
         try:
             _CLEAR.write_text("5")  # 5 resets VmHWM to the present size
             self._method = "peak resident memory of the variant's process while training (VmHWM, reset before it)"
@@ -73,7 +65,7 @@ class PeakMeter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return Peak(self._before, torch.cuda.max_memory_allocated(self.device) / _MIB, self._method)
-        high_water = _status_mib("VmHWM")
+        high_water = sizes(STATUS).get("VmHWM")
         if high_water is None:
             return Peak(self._before, _max_rss_mib(), "peak resident memory of the process since its start (ru_maxrss)")
-        return Peak(self._before, high_water, self._method)
+        return Peak(self._before, high_water / _MIB, self._method)

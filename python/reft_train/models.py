@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import dataclass
@@ -180,7 +179,7 @@ def load(config: RunConfig, task: Task) -> Loaded:
     elif config.quantization != "none" and pick_device(config) == "cpu":
         options["device_map"] = "cpu"  # bitsandbytes would take a GPU that is there
     if kind == CLASSIFICATION:
-        hf_config.num_labels = 1 if task.labels is None else len(task.labels)
+        hf_config.num_labels = task.num_labels
         hf_config.problem_type = "regression" if task.labels is None else "single_label_classification"
         if getattr(hf_config, "pad_token_id", None) is None:
             hf_config.pad_token_id = tokenizer.pad_token_id  # decoders find the last real token by it
@@ -212,8 +211,3 @@ def _apply_liger(model: Any) -> None:
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(model=model)
-
-
-def fingerprint(values: Any) -> str:
-    """A short digest of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

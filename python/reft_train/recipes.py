@@ -1,6 +1,6 @@
 """Named settings: the paper's, for its four benchmarks, and what a user's own data starts from.
 
-Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models" (arXiv:2404.03592), appendix D. For GLUE the paper
+Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models" (arXiv:2404.03592). For GLUE the paper
 tuned each task and model within ranges (first 1, 3 or 11 positions, learning rates 1e-4 to 9e-4, 20 to 60 epochs, dropout 0.05
 to 0.2); the recipe stands inside them, and ``search`` chooses better.
 """

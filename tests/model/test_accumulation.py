@@ -91,33 +91,23 @@ def test_two_adapters_of_different_widths(builds):
     compare(model, wanted)
 
 
-def test_an_adapter_that_is_frozen_builds_as_ever():
-    def one_frozen():
-        model = two_adapters()
+@pytest.mark.parametrize(
+    "make, trained",
+    [(two_adapters, lambda name: ".default." not in name), (build, lambda name: name.endswith(".b"))],
+    ids=["one_of_two_adapters", "only_biases"],
+)
+def test_what_is_frozen_gets_no_gradient(make, trained):
+    def partly_frozen():
+        model = make()
         for name, parameter in model.named_parameters():
-            if ".default." in name:
-                parameter.requires_grad_(False)
+            parameter.requires_grad_(parameter.requires_grad and trained(name))
         return model
 
-    inputs, model = micro_batches(), one_frozen()
+    inputs, model = micro_batches(), partly_frozen()
     with share_build(model) as shared:
         accumulate(model, inputs)
         shared.flush()
-    compare(model, expected(one_frozen, inputs))
-
-
-def test_only_one_parameter_is_trained():
-    def only_biases():
-        model = build()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name.endswith(".b"))
-        return model
-
-    inputs, model = micro_batches(), only_biases()
-    with share_build(model) as shared:
-        accumulate(model, inputs)
-        shared.flush()
-    compare(model, expected(only_biases, inputs))
+    compare(model, expected(partly_frozen, inputs))
 
 
 def test_a_head_gets_its_gradient_in_the_main_backward():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from reft_train import arguments, flags
 from reft_train.config import FIELDS
+from reft_train.search.command import add_choice, needs_optuna
 
 if TYPE_CHECKING:
     from reft_train.compare.plan import Plan
@@ -31,19 +32,7 @@ def add_parser(subparsers) -> None:
     budget = group.add_mutually_exclusive_group()
     budget.add_argument("--budget-trials", type=arguments.count(1), metavar="N", help="trials of each search (default: 8)")
     budget.add_argument("--budget-seconds", type=arguments.rate, metavar="S", help="seconds of each method's search")
-    add(
-        "--objective",
-        default="auto",
-        metavar="NAME",
-        help="held-out loss or metric (default: auto, metric of a task with classes)",
-    )
-    add(
-        "--sampler-seed",
-        type=arguments.count(0, 2**31 - 1),
-        default=0,
-        metavar="N",
-        help="of the choice of trials (default: 0)",
-    )
+    add_choice(add)
     flags.add_settings(command, [name for name in FIELDS if name not in _NOT_HERE])
     command.set_defaults(run=run)
 
@@ -97,8 +86,6 @@ def run(parsed: argparse.Namespace, train: Callable | None = None, final: Callab
     Raises:
         UserError: bad input.
     """
-    from reft_train.search.command import needs_optuna
-
     needs_optuna()
     plan = resolve_plan(parsed)
     spaces = spaces_of(plan)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import reft_kernels
-import reft_train
+from reft_train.children import environment
 from reft_train.config import RunConfig, dump_yaml
 from reft_train.files import write_text
 from reft_train.training.outcome import Outcome
@@ -27,13 +25,9 @@ def run_isolated(config: RunConfig) -> Outcome:
     output = Path(config.output)
     plan = write_text(output.with_name(f"{output.name}.yaml"), dump_yaml(config))
     log = output.with_name(f"{output.name}.log")
-    # the two packages may be importable here by a path that a new process would not have
-    paths = [str(Path(package.__file__).resolve().parents[1]) for package in (reft_train, reft_kernels)]
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-m", "reft_train", "run", "--config", str(plan)]
     with log.open("wb") as file:
-        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(command, env=environment(), stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code:

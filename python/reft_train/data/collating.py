@@ -14,11 +14,9 @@ from reft_train.data.tokenizing import IGNORED
 Items = Sequence[Mapping[str, Any]]
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right", multiple: int | None = None) -> Tensor:
-    """``rows`` as int64 ``[B, T]``, shorter ones filled with ``value``; T is the longest, rounded up to a ``multiple``."""
+def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
+    """``rows`` as int64 ``[B, T]``, shorter ones filled with ``value``; T is the longest."""
     width = max(len(row) for row in rows)
-    if multiple is not None:
-        width = -(-width // multiple) * multiple
     filled = torch.full((len(rows), width), value, dtype=torch.int64)
     for number, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
@@ -33,33 +31,29 @@ class PaddingCollator:
     Args:
         pad_id: fills ``input_ids``; labels are filled with -100.
         side: "right", or "left" to generate.
-        multiple: what the width is a multiple of; None for any.
     """
 
     pad_id: int
     side: str = "right"
-    multiple: int | None = None
 
     def __post_init__(self) -> None:
         if self.side not in ("left", "right"):
             raise ValueError(f"side: got {self.side!r}, expected 'left' or 'right'")
-        if self.multiple is not None and self.multiple < 1:
-            raise ValueError(f"multiple: got {self.multiple}, expected at least 1, or None")
 
     def __call__(self, items: Items) -> dict[str, Tensor]:
         batch = self._inputs(items)
         if "labels" in items[0]:
-            batch["labels"] = pad([item["labels"] for item in items], IGNORED, self.side, self.multiple)
+            batch["labels"] = pad([item["labels"] for item in items], IGNORED, self.side)
         return batch
 
     def _inputs(self, items: Items) -> dict[str, Tensor]:
         ids = [item["input_ids"] for item in items]
         batch = {
-            "input_ids": pad(ids, self.pad_id, self.side, self.multiple),
-            "attention_mask": pad([[1] * len(row) for row in ids], 0, self.side, self.multiple),
+            "input_ids": pad(ids, self.pad_id, self.side),
+            "attention_mask": pad([[1] * len(row) for row in ids], 0, self.side),
         }
         if "token_type_ids" in items[0]:
-            batch["token_type_ids"] = pad([item["token_type_ids"] for item in items], 0, self.side, self.multiple)
+            batch["token_type_ids"] = pad([item["token_type_ids"] for item in items], 0, self.side)
         return batch
 
 
@@ -70,7 +64,7 @@ class Seq2SeqCollator(PaddingCollator):
     def __call__(self, items: Items) -> dict[str, Tensor]:
         batch = self._inputs(items)
         if "labels" in items[0]:
-            batch["labels"] = pad([item["labels"] for item in items], IGNORED, "right", self.multiple)
+            batch["labels"] = pad([item["labels"] for item in items], IGNORED, "right")
         return batch
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from reft_train.data.tokenizing import IGNORED
 from reft_train.errors import UserError
+from reft_train.evaluation.batching import evaluating
 
 Items = Sequence[Mapping[str, Any]]
 
@@ -126,15 +127,9 @@ def check_model_packs(model: nn.Module, pad_id: int, flat: bool = False) -> None
     Raises:
         UserError: a model that does not.
     """
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            if not _keeps_apart(model, pad_id, flat):
-                raise _refused(model)
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model):
+        if not _keeps_apart(model, pad_id, flat):
+            raise _refused(model)
 
 
 def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:

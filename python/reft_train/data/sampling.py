@@ -76,30 +76,5 @@ class GroupedSampler(ShuffledSampler):
         return iter([index for group in [*_shuffled(groups, generator), rest] for index in group])
 
 
-def set_epoch(loader: Any, epoch: int) -> None:
-    """Tell a data loader's sampler (or the data set that it streams) the epoch, through whatever accelerate wrapped around it.
-
-    accelerate looks through one wrapper; a run resumed on several processes has two, a skipping one around a sharding one. Call
-    this at the start of each epoch, before the first batch is asked for.
-
-    Raises:
-        ValueError: no sampler of this module within.
-    """
-    setter = getattr(loader, "set_epoch", None)
-    if setter is not None:
-        setter(epoch)  # keeps accelerate's own counter in step
-    streamed = getattr(loader, "dataset", None)
-    if hasattr(streamed, "set_epoch"):
-        streamed.set_epoch(epoch)
-        return
-    inner = loader
-    while inner is not None and not isinstance(inner, ShuffledSampler):
-        batches = getattr(inner, "batch_sampler", None)
-        inner = getattr(inner, "sampler", None) if batches is None else batches
-    if inner is None:
-        raise ValueError(f"loader: got a {type(loader).__name__} without a sampler of reft_train, expected one")
-    inner.set_epoch(epoch)
-
-
 def _shuffled(values: Sequence[Any], generator: torch.Generator) -> list[Any]:
     return [values[i] for i in torch.randperm(len(values), generator=generator).tolist()]

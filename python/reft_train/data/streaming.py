@@ -39,16 +39,13 @@ def shuffled(values: Iterable[T], buffer: int, generator: random.Random) -> Iter
 class StreamingRows(IterableDataset):
     """Items of a file, without their columns of lengths and cuts. An epoch is a function of the seed and its number alone.
 
-    Each worker of a data loader takes its share of rows. Processes are accelerate's business: it deals the items of what it
-    prepares, for which ``num_processes`` stays 1. With a data loader that it does not prepare, say which process this is:
-    only its rows are then tokenized, and every process gets as many, since the first rows come again to fill the last round.
+    Each worker of a data loader takes its share of rows. Processes are accelerate's business: it deals the items out.
 
     Args:
         path: .jsonl, .csv, .tsv or .parquet, read row by row; .json works and is read whole.
         task, tokenizer, kind, max_length: as of :func:`reft_train.data.tokenizing.tokenize_rows`.
         seed: with the epoch, decides the order.
         buffer: rows to shuffle among; 1 keeps the file's order.
-        process_index, num_processes: this process's share.
         name: the argument that errors about the file name.
         endless: begin again at the end, each pass in another order.
 
@@ -66,8 +63,6 @@ class StreamingRows(IterableDataset):
         *,
         seed: int = 0,
         buffer: int = 10_000,
-        process_index: int = 0,
-        num_processes: int = 1,
         name: str = "--train",
         endless: bool = False,
     ) -> None:
@@ -75,12 +70,9 @@ class StreamingRows(IterableDataset):
             raise UserError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
         if buffer < 1:
             raise UserError(f"buffer: got {buffer}, expected at least 1")
-        if not 0 <= process_index < num_processes:
-            raise UserError(f"process_index: got {process_index}, expected 0 to {num_processes - 1}")
         self.path, self.name = existing_file(path, name), name
         self.task, self.tokenizer, self.kind, self.max_length = task, tokenizer, kind, max_length
         self.seed, self.buffer = seed, buffer
-        self.process_index, self.num_processes = process_index, num_processes
         self.endless = endless
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
 
@@ -103,18 +95,4 @@ class StreamingRows(IterableDataset):
     def _share(self, rows: Iterable[T]) -> Iterator[T]:
         worker = get_worker_info()
         index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for number, row in enumerate(self._whole_rounds(rows)):
-            turn, process = divmod(number, self.num_processes)
-            if process == self.process_index and turn % workers == index:
-                yield row
-
-    def _whole_rounds(self, rows: Iterable[T]) -> Iterator[T]:
-        first: list[T] = []
-        count = 0
-        for row in rows:
-            if len(first) < self.num_processes:
-                first.append(row)
-            count += 1
-            yield row
-        for number in range(-count % self.num_processes):
-            yield first[number % len(first)]
+        return itertools.islice(rows, index, None, workers)

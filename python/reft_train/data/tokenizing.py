@@ -110,25 +110,18 @@ def classification(classified: Classified, tokenizer: Any, max_length: int, *, w
     return _classification([classified], [where], tokenizer, None, max_length)[0]
 
 
-def prompt_ids(prompt: str, tokenizer: Any, max_length: int, max_new_tokens: int, kind: str = "causal") -> list[int]:
-    """The prompt's tokens to generate from: those of training, cut from the left so that the answer has room.
-
-    Args:
-        max_length: tokens of prompt and answer together; of the encoder's input where ``kind`` is seq2seq.
+def prompt_ids(prompts: Sequence[str], tokenizer: Any, max_length: int, kind: str = "causal") -> list[list[int]]:
+    """The tokens of prompts to generate from: those of training, each cut from the left to ``max_length`` of them.
 
     Raises:
-        UserError: an empty prompt, or an answer that leaves it no room.
+        UserError: an empty prompt, or a ``max_length`` that leaves it no token.
     """
     specials = Specials.of(tokenizer)
-    before, body = _prompts([prompt], [None], tokenizer, specials)[0]
-    if kind == "seq2seq":
-        _check_length(max_length)
-        return _cut_left(before, body, max_length - len(specials.after)) + specials.after
-    if max_new_tokens >= max_length:
-        raise UserError(
-            f"max_new_tokens: got {max_new_tokens}, expected less than the {max_length} tokens of prompt and answer"
-        )
-    return _cut_left(before, body, max_length - max_new_tokens)
+    after = specials.after if kind == "seq2seq" else []
+    if max_length <= len(after):
+        raise UserError(f"max_length: got {max_length}, expected at least {len(after) + 1}")
+    bodies = _prompts(prompts, [None] * len(prompts), tokenizer, specials)
+    return [_cut_left(before, body, max_length - len(after)) + after for before, body in bodies]
 
 
 def tokenize_rows(rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int) -> datasets.Dataset:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,8 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-import reft_kernels
-import reft_train
+from reft_train.children import environment
 from reft_train.demo.batching import encode
 from reft_train.demo.datasets import Dataset
 from reft_train.demo.encoder import load_tokenizer
@@ -61,12 +59,8 @@ def run_isolated(name: str, settings: Settings, dataset: Dataset, folder: Path) 
     write_text(folder / DATA, dataset.to_json())
     plan = {"name": name, "settings": asdict(settings), "folder": str(folder)}
     write_text(folder / "plan.json", json.dumps(plan))
-    # the two packages may be importable here by a path that a new process would not have
-    paths = [str(Path(package.__file__).resolve().parents[1]) for package in (reft_train, reft_kernels)]
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "reft_train.demo.worker", str(folder / "plan.json")]
-    code = subprocess.run(command, env=environment, check=False).returncode
+    code = subprocess.run(command, env={**environment(), "HF_HUB_OFFLINE": "1"}, check=False).returncode
     if code:
         raise RuntimeError(f"{TITLES[name]}: its process ended with exit code {code}")
     return Result.from_json((folder / RESULT).read_text(encoding="utf-8"))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_MEMINFO = Path("/proc/meminfo")
+from reft_train.proc import MEMINFO, sizes
+
 _GROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
@@ -31,11 +31,10 @@ def _number(path: Path) -> int | None:
 
 
 def _cpu() -> Memory | None:
-    try:
-        fields = dict(re.findall(r"^(\w+):\s+(\d+) kB", _MEMINFO.read_text(), re.MULTILINE))
-        memory = Memory(int(fields["MemAvailable"]) * 1024, int(fields["MemTotal"]) * 1024, "/proc/meminfo")
-    except (OSError, KeyError):
+    fields = sizes(MEMINFO)
+    if not {"MemAvailable", "MemTotal"} <= fields.keys():
         return None
+    memory = Memory(fields["MemAvailable"], fields["MemTotal"], "/proc/meminfo")
     for limit_path, used_path in _GROUPS:
         limit, used = _number(limit_path), _number(used_path)
         if limit is not None and used is not None and limit < memory.total:

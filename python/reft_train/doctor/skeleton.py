@@ -100,7 +100,7 @@ def _empty(config: RunConfig, hf_config: Any, kind: str, task: Task) -> nn.Modul
     from reft_train.pooling import MeanPooledClassifier
 
     if kind == models.CLASSIFICATION:
-        hf_config.num_labels = 1 if task.labels is None else len(task.labels)
+        hf_config.num_labels = task.num_labels
     options = {} if config.attention is None else {"attn_implementation": config.attention}
     try:
         with torch.device("meta"):

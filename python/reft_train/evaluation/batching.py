@@ -11,6 +11,7 @@ from torch import nn
 
 from reft_train.errors import UserError
 from reft_train.progress import bar
+from reft_train.ranks import merged, place
 
 Result = TypeVar("Result")
 
@@ -51,7 +52,7 @@ def run_batches(
     Raises:
         UserError: a batch that does not fit the GPU's memory.
     """
-    rank, processes = _place()
+    rank, processes = place()
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     share = -(-len(order) // processes)
     mine = order[rank::processes]
@@ -71,22 +72,5 @@ def run_batches(
                 ) from None
             found.update(zip(batch, results, strict=True))
             shown.update(len(batch))
-    for other in _gathered(found):
-        found.update(other)
+    found = merged(found)
     return [found[index] for index in range(len(lengths))]
-
-
-def _place() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 0, 1
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _gathered(found: dict[int, Result]) -> list[dict[int, Result]]:
-    processes = _place()[1]
-    if processes == 1:
-        return []
-    everyone: list[dict[int, Result]] = [{} for _ in range(processes)]
-    torch.distributed.all_gather_object(everyone, found)
-    return everyone

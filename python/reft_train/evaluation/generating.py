@@ -14,6 +14,7 @@ from reft_train.data.collating import PaddingCollator
 from reft_train.data.tokenizing import pad_id, prompt_ids
 from reft_train.evaluation.batching import evaluating, run_batches
 from reft_train.models import CAUSAL
+from reft_train.ranks import joined
 from reft_train.tasks.base import Decoding
 
 
@@ -78,10 +79,7 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Any, kind: str, decode: De
     Raises:
         UserError: an empty prompt.
     """
-    if kind != CAUSAL:
-        return [prompt_ids(prompt, tokenizer, max_length, decode.max_new_tokens, kind) for prompt in prompts]
-    room = decode.prompt_room(max_length)
-    return [prompt_ids(prompt, tokenizer, room + 1, 1, kind) for prompt in prompts]
+    return prompt_ids(prompts, tokenizer, decode.prompt_room(max_length) if kind == CAUSAL else max_length, kind)
 
 
 def generate(
@@ -108,7 +106,7 @@ def generate(
     """
     collate = PaddingCollator(pad_id(tokenizer), "left" if kind == CAUSAL else "right")
     ends = _end_tokens(model, tokenizer)
-    wait = torch.distributed.is_available() and torch.distributed.is_initialized() and _is_sharded(model)
+    wait = joined() and _is_sharded(model)
 
     def forward(batch: list[int]) -> list[str]:
         rooms = [decode.answer_room(len(prompts[index])) for index in batch]

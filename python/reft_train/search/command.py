@@ -22,6 +22,23 @@ _OUTPUT = "runs/search"
 _NOT_HERE = ("resume", "skip_test")
 
 
+def add_choice(add: Callable) -> None:
+    """Add what any search is told: by what it judges trials, and the seed of the sampler that proposes them."""
+    add(
+        "--objective",
+        default="auto",
+        metavar="NAME",
+        help="held-out loss or metric (default: auto, metric of a task with classes)",
+    )
+    add(
+        "--sampler-seed",
+        type=arguments.count(0, 2**31 - 1),
+        default=0,
+        metavar="N",
+        help="of the choice of trials (default: 0)",
+    )
+
+
 def add_parser(subparsers) -> None:
     """Add the command and its flags."""
     command = subparsers.add_parser("search", help="choose hyperparameters on held-out training rows", description=DESCRIPTION)
@@ -36,20 +53,8 @@ def add_parser(subparsers) -> None:
     )
     add("--trials", type=arguments.count(1), default=20, metavar="N", help="trials in all (default: 20)")
     add("--timeout", type=arguments.rate, metavar="SECONDS", help="end the search after so long")
-    add(
-        "--objective",
-        default="auto",
-        metavar="NAME",
-        help="held-out loss or metric (default: auto, metric of a task with classes)",
-    )
+    add_choice(add)
     add("--pruner", choices=("median", "hyperband", "none"), default="median", help="ends hopeless trials (default: median)")
-    add(
-        "--sampler-seed",
-        type=arguments.count(0, 2**31 - 1),
-        default=0,
-        metavar="N",
-        help="of the choice of trials (default: 0)",
-    )
     add("--storage", metavar="URL", help="optuna's storage (default: sqlite, search.db in the output folder)")
     flags.add_settings(command, [name for name in FIELDS if name not in _NOT_HERE])
     command.set_defaults(run=run)

@@ -71,6 +71,11 @@ class Task:
     test_sets: Sequence[str] = ()
     metrics: Sequence[str] = ("accuracy",)
 
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a classifier: one for each label, or one for a number to predict."""
+        return 1 if self.labels is None else len(self.labels)
+
     def example(self, row: Row, tokenizer: Any = None) -> Example:
         """The prompt and target of a row.
 

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,10 @@ from transformers import TrainerCallback
 
 from reft_train.files import write_text
 from reft_train.progress import bar
+from reft_train.ranks import joined
+
+if TYPE_CHECKING:
+    from reft_train.training.trainer import ReftTrainer
 
 
 class Journal(TrainerCallback):
@@ -73,7 +77,7 @@ class Interrupt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Save and stop; several processes agree on the step."""
         asked = self.asked
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if joined():
             flag = torch.tensor(int(asked), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             asked = self.asked = bool(flag)
@@ -97,8 +101,8 @@ def _ends_epoch(state: Any) -> bool:
 class Bookkeeping(TrainerCallback):
     """Tells the trainer when an optimizer step is over, and what orders the examples which epoch begins."""
 
-    def __init__(self) -> None:
-        self.trainer: Any = None
+    def __init__(self, trainer: ReftTrainer) -> None:
+        self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch of sampler or stream: wrapped twice, as in a resumed run, engines do not reach them."""

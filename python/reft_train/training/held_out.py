@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from reft_train.ranks import merged, place
+
 Step = Callable[[dict], tuple[Tensor, Tensor | None]]
 
 
@@ -31,8 +33,7 @@ def held_out(
         step: a batch in, its mean loss and logits (None: not wanted) out. shifted: a label is predicted one token
             earlier, so the first one of a row is not.
     """
-    several = dist.is_available() and dist.is_initialized()
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    rank, processes = place()
     order = sorted(range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"]))
     mine, share = order[rank::processes], -(-len(order) // processes)
     found: dict[int, Any] = {}
@@ -49,7 +50,5 @@ def held_out(
             found.update(zip(batch, logits.float().cpu(), strict=False))  # none of a batch that only fills
     if processes > 1:
         dist.all_reduce(total)
-        everyone: list[dict] = [{} for _ in range(processes)]
-        dist.all_gather_object(everyone, found)
-        found = {index: value for other in everyone for index, value in other.items()}
+    found = merged(found)
     return float(total[0] / total[1]), [found[index] for index in sorted(found)]

@@ -18,9 +18,9 @@ from reft_train.data import caching, collating, packing, sampling, sources, stre
 from reft_train.data.reading import iter_rows, read_rows
 from reft_train.errors import UserError
 from reft_train.models import CAUSAL, CLASSIFICATION, SEQ2SEQ, Loaded
+from reft_train.ranks import is_first
 from reft_train.tasks.base import Row, Task
 from reft_train.tasks.glue import Glue, validation_split
-from reft_train.training.processes import is_first
 
 _TRIED = 1000  # rows of a stream that are looked at before the training
 

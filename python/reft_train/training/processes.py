@@ -12,6 +12,7 @@ import torch.distributed as dist
 from reft_train.config import RunConfig
 from reft_train.errors import ReportedError, UserError
 from reft_train.models import pick_device
+from reft_train.ranks import gathered, is_first, joined
 
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(hours=2)  # while the first process tokenizes
@@ -23,16 +24,6 @@ def join(config: RunConfig) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=pick_device(config) == "cpu", timeout=_TIMEOUT)
-
-
-def joined() -> bool:
-    """Whether this is one of several processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def is_first() -> bool:
-    """Whether this process is the one that prints."""
-    return not joined() or dist.get_rank() == 0
 
 
 def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
@@ -58,9 +49,7 @@ def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
     finally:
         if in_turn and not waits:
             dist.barrier()
-    said: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, None if error is None else str(error))
-    messages = [text for text in said if text is not None]
+    messages = [text for text in gathered(None if error is None else str(error)) if text is not None]
     if not messages:
         return result
     raise (UserError if is_first() else ReportedError)(messages[0]) from error

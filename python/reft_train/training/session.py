@@ -26,7 +26,7 @@ from reft_train.tasks.base import Row, Task
 from reft_train.tasks.instruct import Instruct
 from reft_train.training import prepare
 from reft_train.training.arguments import training_arguments
-from reft_train.training.callbacks import Bookkeeping, FiniteLoss, Interrupt, Journal, Progress
+from reft_train.training.callbacks import FiniteLoss, Interrupt, Journal, Progress
 from reft_train.training.checkpoints import sweep
 from reft_train.training.folder import CONFIG, DATA, check_output, check_room, check_same_data, clear, publish_adapter
 from reft_train.training.outcome import Outcome
@@ -135,7 +135,7 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
         if config.overwrite:
             clear(output)
     by_generation = config.select == "metric" and loaded.kind != CLASSIFICATION
-    bookkeeping, interrupt, progress = Bookkeeping(), Interrupt(), Progress(TITLES[config.method])
+    interrupt, progress = Interrupt(), Progress(TITLES[config.method])
     trainer = ReftTrainer(
         collate=collate,
         sampler=prepare.sampler(config, examples, arguments.world_size),
@@ -148,14 +148,11 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
         train_dataset=examples,
         eval_dataset=held_out,
         compute_metrics=_class_metrics(task) if loaded.kind == CLASSIFICATION else None,
-        callbacks=[bookkeeping, FiniteLoss(), Journal(output / LOG), progress, interrupt, *callbacks],
+        callbacks=[FiniteLoss(), Journal(output / LOG), progress, interrupt, *callbacks],
     )
-    bookkeeping.trainer = trainer
     if loaded.kind == CLASSIFICATION:
         # such models take num_items_in_batch and ignore it, and Trainer would then sum the means of micro-batches and processes
         trainer.model_accepts_loss_kwargs = False
-    for display in (transformers.trainer_callback.ProgressCallback, transformers.trainer_callback.PrinterCallback):
-        trainer.remove_callback(display)  # ours says more, on one line
     numbers = _counts(model, loaded)
     if arguments.should_save:
         write_text(output / DATA, prepare.digest(rows))

@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from reft_kernels.integrations.peft import share_build
@@ -22,6 +23,7 @@ from reft_train.errors import UserError
 from reft_train.evaluation.batching import evaluating
 from reft_train.files import write_text
 from reft_train.methods import save_adapter
+from reft_train.training.callbacks import Bookkeeping
 from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
 from reft_train.training.clock import StepClock
 from reft_train.training.held_out import held_out
@@ -59,6 +61,7 @@ class ReftTrainer(transformers.Trainer):
         head_lr: learning rate of parameters under ``heads``; None: that of the rest.
         score: called at each evaluation with the model; its metrics join the held-out loss.
         keep: checkpoints to keep, beside the best one.
+        callbacks: more of them; no other one prints.
         kwargs: as for :class:`transformers.Trainer`.
     """
 
@@ -71,9 +74,12 @@ class ReftTrainer(transformers.Trainer):
         head_lr: float | None = None,
         score: Callable[[nn.Module], dict[str, float]] | None = None,
         keep: int = 2,
+        callbacks: Sequence[transformers.TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(data_collator=_Counted(collate), **kwargs)
+        super().__init__(data_collator=_Counted(collate), callbacks=[Bookkeeping(self), *callbacks], **kwargs)
+        for display in (ProgressCallback, PrinterCallback):
+            self.remove_callback(display)
         self.sampler = sampler
         self.heads = tuple(heads)
         self.head_lr = head_lr
@@ -86,9 +92,10 @@ class ReftTrainer(transformers.Trainer):
         self._staging = False
         self._loss: torch.Tensor | float = 0.0
         self._loss_steps = 0
+        several = self.args.gradient_accumulation_steps > 1
         edits = any(isinstance(module, Intervention) for module in self.model.modules())
         # DeepSpeed keeps gradients to itself, before a build shared by several backwards could give them
-        self._shared = share_build(self.model) if edits and not self.is_deepspeed_enabled else None
+        self._shared = share_build(self.model) if several and edits and not self.is_deepspeed_enabled else None
 
     def close(self) -> None:
         """Give the model back as it came: each forward builds R again."""

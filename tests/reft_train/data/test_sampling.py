@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from reft_train.data.sampling import GroupedSampler, ShuffledSampler, epoch_seed, set_epoch
+from reft_train.data.sampling import GroupedSampler, ShuffledSampler, epoch_seed
 from torch.utils.data import BatchSampler, DataLoader
 
 GROUP, BATCH = 12, 3
@@ -104,12 +104,18 @@ def _loader(sampler, processes, index):
     return prepare_data_loader(loader, device=torch.device("cpu"), num_processes=processes, process_index=index)
 
 
-def _epochs(loader, epochs):
+def _epochs(sampler, loader, epochs):
     found = []
     for epoch in epochs:
-        set_epoch(loader, epoch)
+        sampler.set_epoch(epoch)  # as the program's callback does, then
+        loader.set_epoch(epoch)  # Trainer
         found.append([batch.tolist() for batch in loader])
     return found
+
+
+def _uninterrupted(make, processes, index, epochs=3):
+    sampler = make()
+    return _epochs(sampler, _loader(sampler, processes, index), range(epochs))
 
 
 @BOTH
@@ -118,43 +124,22 @@ def test_accelerate_passes_the_epoch_on(make, processes, index):
     loader = _loader(make(), processes, index)
     found = []
     for epoch in range(2):
-        loader.set_epoch(epoch)  # as the Trainer does
+        loader.set_epoch(epoch)
         found.append([batch.tolist() for batch in loader])
-    assert found == _epochs(_loader(make(), processes, index), range(2))
+    assert found == _uninterrupted(make, processes, index, 2)
     assert found[0] != found[1]
 
 
 @BOTH
 @pytest.mark.parametrize("processes, index", [(1, 0), (2, 0), (2, 1)])
 def test_a_resumed_run_sees_the_rest_of_its_epoch(make, processes, index):
-    uninterrupted = _epochs(_loader(make(), processes, index), range(3))[2]
-    resumed = skip_first_batches(_loader(make(), processes, index), 7)
-    (tail,) = _epochs(resumed, [2])
+    uninterrupted = _uninterrupted(make, processes, index)[2]
+    sampler = make()
+    (tail,) = _epochs(sampler, skip_first_batches(_loader(sampler, processes, index), 7), [2])
     assert tail == uninterrupted[7:] and tail
-
-
-@pytest.mark.parametrize("processes, index", [(1, 0), (2, 1)])
-def test_the_epoch_may_be_set_before_batches_are_skipped(processes, index):
-    uninterrupted = _epochs(_loader(_grouped(), processes, index), range(3))[2]
-    loader = _loader(_grouped(), processes, index)
-    set_epoch(loader, 2)
-    assert [batch.tolist() for batch in skip_first_batches(loader, 7)] == uninterrupted[7:]
 
 
 def test_processes_share_a_group():
     order = list(_grouped())
-    first = [_epochs(_loader(_grouped(), 2, index), [0])[0][:2] for index in range(2)]
+    first = [_uninterrupted(_grouped, 2, index, 1)[0][:2] for index in range(2)]
     assert sorted(i for process in first for batch in process for i in batch) == sorted(order[:GROUP])
-
-
-def test_a_plain_loader_is_told_too():
-    loader = DataLoader(list(range(500)), batch_size=BATCH, sampler=_shuffled())
-    (found,) = _epochs(loader, [4])
-    sampler = _shuffled()
-    sampler.set_epoch(4)
-    assert [i for batch in found for i in batch] == list(sampler)
-
-
-def test_a_loader_with_another_sampler_is_refused():
-    with pytest.raises(ValueError, match="loader: got a DataLoader without a sampler of reft_train"):
-        set_epoch(DataLoader([1, 2]), 1)

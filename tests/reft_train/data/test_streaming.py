@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from reft_train.data import streaming
-from reft_train.data.sampling import set_epoch
 from reft_train.data.streaming import StreamingRows, shuffled
 from reft_train.data.tokenizing import tokenize_rows
 from reft_train.errors import UserError
@@ -89,64 +88,47 @@ def test_a_file_of_any_size_can_be_begun(path, monkeypatch):
     assert len([item for item, _ in zip(_stream(path), range(3), strict=False)]) == 3
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_processes_get_as_many_rows_and_all_of_them(path, processes):
-    shares = [_numbers(_stream(path, process_index=p, num_processes=processes)) for p in range(processes)]
-    assert len({len(share) for share in shares}) == 1
-    together = sorted(itertools.chain(*shares))
-    assert set(together) == set(range(COUNT)) and len(together) == COUNT + -COUNT % processes
-
-
-def test_only_this_processs_rows_are_tokenized(path, monkeypatch):
-    calls = []
-    example = _Count.example
-    monkeypatch.setattr(_Count, "example", lambda self, row, tokenizer=None: calls.append(row) or example(self, row))
-    list(_stream(path, process_index=1, num_processes=2))
-    assert len(calls) == COUNT // 2
-
-
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_share_the_rows_and_hear_of_epochs(path, persistent):
     stream = _stream(path)
     loader = _loader(stream, num_workers=2, persistent_workers=persistent, multiprocessing_context="fork")
     epochs = []
     for epoch in range(2):
-        set_epoch(loader, epoch)
+        stream.set_epoch(epoch)
         epochs.append(list(itertools.chain(*loader)))
     assert [sorted(numbers) for numbers in epochs] == [list(range(COUNT))] * 2
     assert epochs[0] != epochs[1]
 
 
-def _prepared(path, processes, index):
+def _prepared(stream, processes, index):
     return prepare_data_loader(
-        _loader(_stream(path)), torch.device("cpu"), processes, index, put_on_device=False, dispatch_batches=False
+        _loader(stream), torch.device("cpu"), processes, index, put_on_device=False, dispatch_batches=False
     )
 
 
 @pytest.mark.parametrize("processes, index", [(1, 0), (2, 0), (2, 1)])
 def test_accelerate_shares_the_rows_and_resumes_where_it_stopped(path, processes, index):
-    def epoch_of(loader, epoch):
-        set_epoch(loader, epoch)
+    def epoch_of(epoch, skipped=0):
+        stream = _stream(path)
+        loader = skip_first_batches(_prepared(stream, processes, index), skipped)
+        stream.set_epoch(epoch)
+        loader.set_epoch(epoch)
         return list(loader)
 
-    loader = _prepared(path, processes, index)
-    epochs = [epoch_of(loader, epoch) for epoch in range(2)]
+    epochs = [epoch_of(epoch) for epoch in range(2)]
     assert epochs[0] != epochs[1]
-    assert epoch_of(skip_first_batches(_prepared(path, processes, index), 3), 1) == epochs[1][3:]
+    assert epoch_of(1, skipped=3) == epochs[1][3:]
 
 
 def test_accelerates_shares_do_not_overlap(path):
-    shares = [set(itertools.chain(*_prepared(path, 2, index))) for index in range(2)]
+    shares = [set(itertools.chain(*_prepared(_stream(path), 2, index))) for index in range(2)]
     assert shares[0] | shares[1] == set(range(COUNT))
     assert len(shares[0] & shares[1]) <= -COUNT % 8  # the first rows again, to fill the last round
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"buffer": 0}, "buffer: got 0"), ({"process_index": 2, "num_processes": 2}, "process_index: got 2, expected 0 to 1"),
-])  # fmt: skip
-def test_arguments_out_of_range_are_refused(path, settings, message):
-    with pytest.raises(UserError, match=message):
-        _stream(path, **settings)
+def test_a_buffer_of_nothing_is_refused(path):
+    with pytest.raises(UserError, match="buffer: got 0"):
+        _stream(path, buffer=0)
 
 
 def test_a_missing_file_is_refused_at_once(tmp_path):

@@ -101,23 +101,24 @@ def test_a_bos_that_a_chat_template_wrote_is_kept_and_not_doubled(bos, limit):
 def test_the_prompt_has_the_same_tokens_when_its_answer_is_generated():
     tokenizer = _llama()
     item = causal(EXAMPLE, tokenizer, 512)
-    assert prompt_ids(EXAMPLE.prompt, tokenizer, 512, 32) == [
-        t for t, label in zip(item.input_ids, item.labels, strict=True) if label == IGNORED
+    assert prompt_ids([EXAMPLE.prompt], tokenizer, 512) == [
+        [t for t, label in zip(item.input_ids, item.labels, strict=True) if label == IGNORED]
     ]
 
 
-def test_a_prompt_to_generate_from_leaves_room_for_the_answer():
+def test_a_prompt_to_generate_from_is_cut_from_the_left():
     tokenizer = _llama()
-    whole = prompt_ids(EXAMPLE.prompt, tokenizer, 512, 32)
-    assert prompt_ids(EXAMPLE.prompt, tokenizer, 32 + 5, 32) == whole[:1] + whole[-4:]
-    with pytest.raises(UserError, match="max_new_tokens: got 32, expected less than the 32 tokens"):
-        prompt_ids(EXAMPLE.prompt, tokenizer, 32, 32)
+    (whole,) = prompt_ids([EXAMPLE.prompt], tokenizer, 512)
+    assert prompt_ids([EXAMPLE.prompt, "one"], tokenizer, 5) == [whole[:1] + whole[-4:], *prompt_ids(["one"], tokenizer, 5)]
+    with pytest.raises(UserError, match="max_length: got 0, expected at least 1"):
+        prompt_ids([EXAMPLE.prompt], tokenizer, 0)
 
 
 def test_an_encoder_reads_the_prompt_with_its_special_tokens_and_a_decoder_learns_the_target():
     tokenizer = tokenizer_of("t5")
     item = seq2seq(EXAMPLE, tokenizer, 512)
-    assert item.input_ids == tokenizer(EXAMPLE.prompt)["input_ids"] == prompt_ids(EXAMPLE.prompt, tokenizer, 512, 32, "seq2seq")
+    assert item.input_ids == tokenizer(EXAMPLE.prompt)["input_ids"]
+    assert prompt_ids([EXAMPLE.prompt], tokenizer, 512, "seq2seq") == [item.input_ids]
     assert item.labels == [*_ids(tokenizer, EXAMPLE.target), tokenizer.eos_token_id]
 
 
@@ -127,7 +128,7 @@ def test_an_encoder_decoder_cuts_the_prompt_from_the_left_and_the_target_at_its_
     assert item.input_ids == whole.input_ids[-4:]
     assert item.labels == [*whole.labels[:3], tokenizer.eos_token_id]
     assert (item.cut_prompt, item.cut_target) == (len(whole.input_ids) - 4, len(whole.labels) - 4)
-    assert prompt_ids(EXAMPLE.prompt, tokenizer, 4, 32, "seq2seq") == item.input_ids
+    assert prompt_ids([EXAMPLE.prompt], tokenizer, 4, "seq2seq") == [item.input_ids]
 
 
 def test_of_a_pair_the_longer_text_is_cut_first():

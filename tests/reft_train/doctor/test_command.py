@@ -107,10 +107,10 @@ def test_a_control_group_s_limit_counts(monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 800 kB\n")
     (tmp_path / "max").write_text("512000\n")
     (tmp_path / "now").write_text("500000\n")
-    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(machine, "_GROUPS", ((tmp_path / "max", tmp_path / "now"),))
     assert memory_of("cpu") == Memory(12_000, 512_000, "the control group's limit")
     (tmp_path / "max").write_text("max\n")
     assert memory_of("cpu") == Memory(800 * 1024, 1000 * 1024, "/proc/meminfo")
-    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "absent")
+    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "absent")
     assert memory_of("cpu") is None
