@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +41,9 @@ def score_set(
         config: batch size, lengths and decoding.
 
     Returns:
-        The score. A prediction repeats its row's fields and adds ``index``, ``prediction`` and ``answer``, and where
-        answers are generated ``generated`` and ``right`` (None where the task has no rule).
+        The score. A prediction repeats its row's fields and adds ``index``, ``prediction`` and ``answer``, where answers
+        are generated ``generated`` and ``right`` (None where the task has no rule), and where there are classes
+        ``probabilities`` by label.
 
     Raises:
         UserError: no rows, a row that the task refuses, memory that does not suffice, or a model whose output is not finite.
@@ -84,26 +84,27 @@ def _classes(name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config:
     collate = ClassificationCollator(pad_id(loaded.tokenizer))
     model = loaded.model
 
-    def forward(batch: list[int]) -> list[int | float]:
+    def forward(batch: list[int]) -> list[list[float]]:
         inputs = {key: tensor.to(model.device) for key, tensor in collate([items[index] for index in batch]).items()}
-        logits = model(**inputs).logits.float()
-        found = logits.squeeze(-1) if task.labels is None else logits.argmax(-1)
-        finite = torch.isfinite(logits).all(-1).tolist()
-        return [value if good else math.nan for value, good in zip(found.tolist(), finite, strict=True)]
+        return model(**inputs).logits.float().tolist()
 
     with evaluating(model):
         lengths = [len(item["input_ids"]) for item in items]
-        found = run_batches(lengths, config.eval_batch_size, forward, f"scoring {name}", progress)
-    for value, row in zip(found, rows, strict=True):
-        if math.isnan(value):
+        logits = torch.tensor(run_batches(lengths, config.eval_batch_size, forward, f"scoring {name}", progress))
+    for finite, row in zip(logits.isfinite().all(-1).tolist(), rows, strict=True):
+        if not finite:
             raise UserError(
                 f"model: got an output that is not finite for {row.where}, expected numbers; --dtype float32 may help"
             )
-    metrics = task.measure(found, [text.label for text in classified])
-    predictions = [
+    values = (logits.squeeze(-1) if task.labels is None else logits.argmax(-1)).tolist()
+    metrics = task.measure(values, [text.label for text in classified])
+    predictions: list[dict[str, Any]] = [
         {**text.row, "index": index, "prediction": _label(value, task), "answer": _label(text.label, task)}
-        for index, (text, value) in enumerate(zip(classified, found, strict=True))
+        for index, (text, value) in enumerate(zip(classified, values, strict=True))
     ]
+    if task.labels is not None:
+        for prediction, row in zip(predictions, logits.softmax(-1).tolist(), strict=True):
+            prediction["probabilities"] = dict(zip(task.labels, row, strict=True))
     return SetScore(name, metrics, len(rows), predictions)
 
 

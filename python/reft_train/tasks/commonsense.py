@@ -26,6 +26,7 @@ SETS = {
     "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
 }
 _FORMAT_TAIL = re.compile(r"\s*Answer format: \w+(?:/\w+)*\s*\Z")
+_BOOLQ_HEAD = "Please answer the following question with true or false, question: "
 
 
 class Commonsense(Task):
@@ -44,14 +45,17 @@ class Commonsense(Task):
         return Example("\n".join(filter(None, parts)) + "\n", answers.TRIGGER + answer, answer, row.fields)
 
     def classified(self, row: Row) -> Classified:
-        """The instruction without its last line ("Answer format: ..."), paired with the ``input`` if there is one."""
+        """The instruction without its last line ("Answer format: ..."), paired with the ``input`` if there is one.
+
+        Of boolq the question alone: the words before it are the same in every row.
+        """
         if self.labels is None:
             return super().classified(row)
         instruction = fields.filled(row, "instruction")
         answer = fields.answer(row)
         if answer not in self.labels:
             raise UserError(f"{row.where}: answer: got {answer!r}, expected one of {', '.join(self.labels)}")
-        text = _FORMAT_TAIL.sub("", instruction) or instruction
+        text = _FORMAT_TAIL.sub("", instruction).removeprefix(_BOOLQ_HEAD) or instruction
         return Classified(text, fields.optional(row, "input") or None, self.labels.index(answer), row.fields)
 
     def score(self, generated: str, example: Example) -> Scored:

@@ -85,14 +85,20 @@ def test_classes_are_what_the_logits_of_a_text_alone_say(task, tiny_bert):
     # a number to predict is rounded otherwise in a wider batch
     result = score(rows, loaded, config, eval_batch_size=1 if task == "glue/stsb" else 4)
     chosen = tasks.get(task)
-    expected = []
+    expected, probabilities = [], []
     for row in rows:
         text = chosen.classified(row)
         with torch.no_grad():
             logits = loaded.model(**loaded.tokenizer(text.text, text.pair, return_tensors="pt")).logits[0]
         expected.append(logits.item() if chosen.labels is None else chosen.labels[int(logits.argmax())])
+        probabilities.append(None if chosen.labels is None else logits.softmax(-1))
     given = [line["prediction"] for line in result.predictions]
     assert given == expected and len(set(given)) > 1  # not one answer to everything
+    for line, wanted in zip(result.predictions, probabilities, strict=True):
+        assert ("probabilities" in line) == (wanted is not None)
+        if wanted is not None:
+            assert list(line["probabilities"]) == list(chosen.labels)
+            torch.testing.assert_close(torch.tensor(list(line["probabilities"].values())), wanted)
     assert list(result.metrics) == list(chosen.metrics)
 
 
