@@ -1,6 +1,6 @@
 """Build the native libraries with ninja: used by setup.py, by the tests, and by hand.
 
-    python csrc/build.py [--cuda] [--out FOLDER] [--sanitize address,undefined]
+    python csrc/build.py [--cuda] [--out FOLDER] [--sanitize address,undefined] [--isa avx2]
 
 ``_native_cpu.so`` holds ``csrc/cpu`` once for each instruction set of the machine's architecture, ``_native_cuda.so`` holds
 ``csrc/cuda`` for sm_80, sm_90 and sm_100. Neither contains Python: they are PyTorch operator libraries on its stable ABI
@@ -25,6 +25,7 @@ CUDA_ARCHITECTURES = ("80", "90", "100")
 # by platform.machine(): instruction set -> compiler flags; the portable one uses what every such processor has
 INSTRUCTION_SETS = {
     "x86_64": {
+        "avx512bf16": "-mavx512bf16 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
         "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
         "avx2": "-mavx2 -mfma -mf16c",
         "portable": "",
@@ -91,7 +92,7 @@ def _escape(path: Path | str) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-def _cpu_rules(library: Path, objects: Path, sanitize: str | None) -> list[str]:
+def _cpu_rules(library: Path, objects: Path, sanitize: str | None, isa: str | None) -> list[str]:
     torch = torch_folder()
     checked = f" -g -fno-omit-frame-pointer -fsanitize={sanitize} -fno-sanitize-recover=undefined" if sanitize else ""
     flags = f"{_CXX_FLAGS}{checked} -I{_escape(SOURCES / 'cpu')}"
@@ -113,9 +114,13 @@ def _cpu_rules(library: Path, objects: Path, sanitize: str | None) -> list[str]:
         built.append(target)
         lines.extend([f"build {target}: compile {_escape(SOURCES / 'cpu' / source)}", f"  flags = {flags} {more}"])
 
-    for isa, machine in INSTRUCTION_SETS.get(platform.machine(), {"portable": ""}).items():
-        add("kernels.cpp", f"kernels_{isa}", f"{_KERNEL_FLAGS} {machine} -DREFT_ISA={isa}")
-    add("isa.cpp", "isa", "")
+    sets = INSTRUCTION_SETS.get(platform.machine(), {"portable": ""})
+    if isa is not None and isa not in sets:
+        raise BuildError(f"--isa: got {isa!r}, expected one of {', '.join(sets)}")
+    kept = [name for name in sets if isa in (None, name) or name == "portable"]
+    for name in kept:
+        add("kernels.cpp", f"kernels_{name}", f"{_KERNEL_FLAGS} {sets[name]} -DREFT_ISA={name}")
+    add("isa.cpp", "isa", " ".join(f"-DREFT_HAS_{name}" for name in kept))
     add("registration.cpp", "registration", f"-DTORCH_TARGET_VERSION={TARGET_TORCH} -isystem {_escape(torch / 'include')}")
     lines += [
         f"build {_escape(library)}: link {' '.join(built)}",
@@ -135,14 +140,17 @@ def _build(library: Path, rules: list[str], objects: Path, without: str) -> Path
     return library
 
 
-def build_cpu(out: Path, objects: Path, sanitize: str | None = None) -> Path:
+def build_cpu(out: Path, objects: Path, sanitize: str | None = None, isa: str | None = None) -> Path:
     """Build ``_native_cpu.so`` into ``out``; object files go to ``objects``.
+
+    Args:
+        isa: compile this instruction set and the portable one only.
 
     Raises:
         BuildError: ninja, a C++17 compiler or torch's headers are missing, or a compilation failed.
     """
     library, objects = out.resolve() / "_native_cpu.so", objects.resolve()
-    return _build(library, _cpu_rules(library, objects, sanitize), objects, _WITHOUT)
+    return _build(library, _cpu_rules(library, objects, sanitize, isa), objects, _WITHOUT)
 
 
 def _cuda_rules(library: Path, objects: Path) -> list[str]:
@@ -195,13 +203,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=SOURCES.parent / "reft_kernels", help="folder of the libraries")
     parser.add_argument("--objects", type=Path, default=SOURCES.parent / "build" / "native", help="folder of the object files")
     parser.add_argument("--sanitize", help="gcc sanitizers for the CPU library, for the tests: address,undefined")
+    parser.add_argument("--isa", help="one instruction set, to be compiled beside the portable one; none: all")
     parser.add_argument("--cuda", action="store_true", help="build the CUDA library instead")
     args = parser.parse_args(argv)
     try:
         if args.cuda:
             print(build_cuda(args.out, args.objects / "cuda"))
         else:
-            print(build_cpu(args.out, args.objects / (args.sanitize or "release").replace(",", "-"), args.sanitize))
+            print(build_cpu(args.out, args.objects / (args.sanitize or "release").replace(",", "-"), args.sanitize, args.isa))
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

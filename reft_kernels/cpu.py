@@ -1,7 +1,8 @@
 """The ``cpu`` backend: the operators on CPU tensors by the native library built from ``csrc/cpu``.
 
 Each function has the contract of the function of its name in :mod:`reft_kernels.reference`. This side allocates outputs and
-makes weights contiguous; the library computes. ``REFT_KERNELS_CPU_ISA=avx512|avx2|portable`` forces an instruction set,
+makes weights contiguous; the library computes. ``avx512bf16`` multiplies bf16 hidden states with weights rounded to bf16 from
+rank 16 on, except under relu. ``REFT_KERNELS_CPU_ISA=avx512bf16|avx512|avx2|portable`` forces an instruction set,
 ``REFT_KERNELS_CPU_LIBRARY`` names another build of the library (one with sanitizers).
 """
 
@@ -49,7 +50,7 @@ def _why_off() -> str | None:
 
 
 def instruction_set() -> str | None:
-    """``avx512``, ``avx2`` or ``portable``, whichever the library uses here; None when it is off."""
+    """``avx512bf16``, ``avx512``, ``avx2`` or ``portable``, whichever the library uses here; None when it is off."""
     return torch.ops.reft_kernels_cpu.isa() if _why_off() is None else None
 
 

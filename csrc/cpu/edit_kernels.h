@@ -1,89 +1,19 @@
 // The edit: y = x + B^T (coeff * u), u = act(A x + c) - (B x + p), forward and backward, one pass over the rows each.
 #pragma once
 
-#include "activations.h"
-#include "products.h"
-#include "tiles.h"
+#include "paired_products.h"
+#include "plain_products.h"
 
 namespace reft {
 namespace REFT_ISA {
 
-// The weights of an edit as panels of the accumulation dtype.
-template <class A>
-struct Panels {
-  Panel<A> read, write;       // read holds A - B where folded
-  Scratch<A> read_bias, subtract_bias;
-  bool folded, reads, projects;  // projects: B x is subtracted apart
-
-  Panels(const EditWeights& w, int64_t sets) {
-    folded = w.subtract && w.activation == Activation::linear;
-    reads = bool(w.read);
-    projects = w.subtract && !(folded && reads);
-    write.fill(w.write, sets * w.r, w.d);
-    if (reads) {
-      read.fill(w.read, sets * w.r, w.d);
-      if (folded) read.subtract(write, sets * w.r);
-    }
-    fill(w.read_bias, sets * w.r, read_bias);
-    fill(w.subtract_bias, sets * w.r, subtract_bias);
-  }
-
- private:
-  static void fill(Typed from, int64_t count, Scratch<A>& to) {
-    if (!from) return;
-    to.reset(count);
-    convert(from, 0, count, to.get());
-  }
-};
-
-template <class A>
-inline bool whole(int64_t length) {
-  return length % kLanes<A> == 0;
-}
-
-template <class A>
-inline int64_t chunk_length(int64_t d, int64_t from) {
-  return smaller(d - from, kChunk<A>);
-}
-
-// out = the rows of a tile times `panel`'s rows of a set; the lanes are added once, at the end of the row.
-template <class T, class A>
-inline void project_tile(T* const* rows, int64_t count, const Panel<A>& panel, int64_t set, int64_t d, int64_t r,
-                         const Chunk<A>& buffer, vec<A>* sums, A* out) {
-  const bool once = sizeof(T) == sizeof(A) || r <= kProjectRanks;  // else a row is converted once, not for each block of ranks
-  for (int64_t i = 0; i < count * r; ++i) sums[i] = vec<A>{};
-  for (int64_t from = 0; from < d; from += kChunk<A>) {
-    const int64_t length = chunk_length<A>(d, from), vectors = padded<A>(length) / kLanes<A>;
-    const A* weights = panel.row(set * r) + from;
-    if (once && whole<A>(length)) {
-      project<A, T>({rows, from}, count, weights, panel.stride, vectors, sums, r);
-    } else {
-      buffer.load(rows, count, from, length);
-      project<A, A>({buffer.rows(), 0}, count, weights, panel.stride, vectors, sums, r);
-    }
-  }
-  for (int64_t i = 0; i < count * r; ++i) out[i] = lane_sum<A>(sums[i]);
-}
-
-// One chunk of rows of T plus products, from `base` to `out`: in place where it is whole vectors, else through the buffer.
-template <class T, class A>
-inline void update_chunk(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const Chunk<A>& buffer,
-                         Coefficients<A> s, int64_t terms, const A* const* b) {
-  if (whole<A>(length)) {
-    update<A, T, T>({out, from}, {base, from}, count, length / kLanes<A>, s, terms, {b, from});
-    return;
-  }
-  buffer.load(base, count, from, length);
-  update<A, A, A>({buffer.rows(), 0}, {buffer.rows(), 0}, count, padded<A>(length) / kLanes<A>, s, terms, {b, from});
-  buffer.save(out, count, from, length);
-}
-
-template <class T>
-inline void edit(const EditForward& e) {
+template <class T, template <class> class Products>
+inline void edit_by(const EditForward& e) {
   using A = acc_t<T>;
+  using P = Products<T>;
   const EditWeights& w = e.weights;
   const int64_t d = w.d, r = w.r, sets = e.selection.sets, longest = tile_rows<T>(d, r);
-  const Panels<A> panels(w, sets);
+  const P products(w, sets, longest);
   const Order order(e.selection);
   const Runs runs(order, sets, longest);
   A* const all_u = static_cast<A*>(e.u);
@@ -95,11 +25,10 @@ inline void edit(const EditForward& e) {
       if (e.selection.rows[n] < 0) memset(row_at<T>(e.kept, n), 0, size_t(d) * sizeof(T));
 
   parallel_chunks(runs.count, grain_of(2 * longest * d * r), [&](int64_t first, int64_t last) {
-    Scratch<vec<A>> sums(longest * r);
+    typename P::Work work(products);
+    typename P::ByTerm coefficients(products);
     Scratch<A> z(longest * r), used(longest * r);
     Scratch<T*> source(longest), out(longest);
-    Scratch<const A*> terms(r);
-    Chunk<A> buffer(longest);
     for (int64_t i = first; i < last; ++i) {
       const Run run = runs[i];
       const int64_t count = run.end - run.begin;
@@ -109,19 +38,19 @@ inline void edit(const EditForward& e) {
         out[m] = row_at<T>(e.out, row);
         if (e.kept) memcpy(row_at<T>(e.kept, entry), source[m], size_t(d) * sizeof(T));
       }
-      if (panels.reads) {
-        project_tile<T, A>(source, count, panels.read, run.set, d, r, buffer, sums, z);
+      if (products.reads) {
+        products.project(true, source, count, run.set, work, z);
       } else {
         for (int64_t k = 0; k < count * r; ++k) z[k] = A(0);
       }
-      if (panels.projects) project_tile<T, A>(source, count, panels.write, run.set, d, r, buffer, sums, used);
+      if (products.projects) products.project(false, source, count, run.set, work, used);
       for (int64_t m = 0; m < count; ++m) {
         int64_t entry = order.entry(run.begin + m);
         for (int64_t k = 0; k < r; ++k) {
-          A before = z[m * r + k] + (panels.read_bias ? panels.read_bias[run.set * r + k] : A(0));
+          A before = z[m * r + k] + (products.read_bias ? products.read_bias[run.set * r + k] : A(0));
           A u = activate(before, w.activation);
-          if (panels.projects) u -= used[m * r + k];
-          if (panels.subtract_bias) u -= panels.subtract_bias[run.set * r + k];
+          if (products.projects) u -= used[m * r + k];
+          if (products.subtract_bias) u -= products.subtract_bias[run.set * r + k];
           if (all_u) all_u[entry * r + k] = u;
           if (all_z) all_z[entry * r + k] = before;
           used[m * r + k] = u;
@@ -132,9 +61,9 @@ inline void edit(const EditForward& e) {
           for (int64_t k = 0; k < r; ++k) used[m * r + k] *= scale[k];
         }
       }
-      for (int64_t k = 0; k < r; ++k) terms[k] = panels.write.row(run.set * r + k);
+      coefficients.fill(products, run.set, used, count, false, true);
       for (int64_t from = 0; from < d; from += kChunk<A>)
-        update_chunk<T, A>(out, source, count, from, chunk_length<A>(d, from), buffer, {used, r, 1}, r, terms);
+        products.add(out, source, count, from, smaller(d - from, kChunk<A>), coefficients, work);
     }
   });
 }
@@ -145,22 +74,23 @@ struct Partial {
   A *read, *write, *read_bias, *subtract_bias;
 };
 
-template <class T>
+template <class T, template <class> class Products>
 class EditBackwardKernel {
   using A = acc_t<T>;
+  using P = Products<T>;
   static constexpr int L = kLanes<A>;
 
  public:
   explicit EditBackwardKernel(const EditBackward& e)
-      : e_(e), w_(e.weights), d_(w_.d), r_(w_.r), tile_(tile_rows<T>(d_, r_)), panels_(w_, e.selection.sets),
+      : e_(e), w_(e.weights), d_(w_.d), r_(w_.r), tile_(tile_rows<T>(d_, r_)), products_(w_, e.selection.sets, tile_),
         order_(e.selection), runs_(order_, e.selection.sets, run_length()), weights_(e.grad_write != nullptr),
-        stride_(padded<A>(d_) + kSkew<A>), terms_((panels_.reads + panels_.projects) * r_),
+        stride_(padded<A>(d_) + kSkew<A>), terms_(products_.terms()),
         partials_(weights_ ? runs_.count * partial_size() : 0) {}
 
   void operator()() const {
     if (e_.grad_coeff) memset(e_.grad_coeff, 0, size_t(e_.selection.entries * r_) * sizeof(A));  // skipped entries
     parallel_chunks(runs_.count, grain_of(4 * run_length() * d_ * r_), [&](int64_t first, int64_t last) {
-      Buffers b(tile_, r_);
+      Buffers b(products_);
       for (int64_t i = first; i < last; ++i) run(i, b);
     });
     if (weights_) sum_partials();
@@ -168,17 +98,16 @@ class EditBackwardKernel {
 
  private:
   struct Buffers {
-    explicit Buffers(int64_t tile, int64_t r)
-        : sums(tile * r), delta(tile * r), pulled(tile * 2 * r), used(tile * r), unused(tile * r), g(tile), x(tile), out(tile),
-          terms(2 * r), sums_out(r), g_chunk(tile), x_chunk(tile) {}
-    Scratch<vec<A>> sums;
+    explicit Buffers(const P& p)
+        : work(p), delta(p.tile * p.r), pulled(p.tile * 2 * p.r), used(p.tile * p.r), unused(p.tile * p.r), g(p.tile), x(p.tile),
+          out(p.tile), hidden(p), input(p), used_rows(p), read_rows(p), write_rows(p) {}
+    typename P::Work work;
     Scratch<A> delta;         // B g
-    Scratch<A> pulled;        // [rows, terms_]: what multiplies the rows of `terms` in dh: dz, then -ddelta, where they are
+    Scratch<A> pulled;        // [rows, terms_]: what multiplies the weights in dh: dz, then -ddelta, where they are
     Scratch<A> used, unused;  // coeff * u, and its negative
     Scratch<T*> g, x, out;
-    Scratch<const A*> terms;  // the rows of read, then of write
-    Scratch<A*> sums_out;
-    Chunk<A> g_chunk, x_chunk;
+    typename P::ByTerm hidden, input;  // pulled for dh, unused for x = y - B^T used
+    typename P::ByRow used_rows, read_rows, write_rows;
   };
 
   // Long enough that a run's partial sums cost little beside its rows; a function of the shapes alone.
@@ -186,10 +115,10 @@ class EditBackwardKernel {
     int64_t rows = 8 * r_ > 128 ? 8 * r_ : 128, most = (e_.selection.entries + 63) / 64;
     return rows > most ? rows : most;
   }
-  int64_t partial_size() const { return (panels_.reads ? 2 : 1) * r_ * stride_ + 2 * padded<A>(r_); }
+  int64_t partial_size() const { return (products_.reads ? 2 : 1) * r_ * stride_ + 2 * padded<A>(r_); }
   Partial<A> partial(int64_t i) const {
     A* at = partials_ + i * partial_size();
-    A* biases = at + (panels_.reads ? 2 : 1) * r_ * stride_;
+    A* biases = at + (products_.reads ? 2 : 1) * r_ * stride_;
     return {at + r_ * stride_, at, biases, biases + padded<A>(r_)};
   }
 
@@ -213,15 +142,24 @@ class EditBackwardKernel {
       if (e_.out) b.out[m] = row_at<T>(e_.out, row);
       if (weights_) b.x[m] = row_at<T>(e_.kept, all_rows ? row : entry);
     }
-    for (int64_t k = 0; k < r_ && panels_.reads; ++k) b.terms[k] = panels_.read.row(set * r_ + k);
-    for (int64_t k = 0; k < r_; ++k) b.terms[panels_.reads * r_ + k] = panels_.write.row(set * r_ + k);
-    project_tile<T, A>(b.g, count, panels_.write, set, d_, r_, b.g_chunk, b.sums, b.delta);
+    products_.project(false, b.g, count, set, b.work, b.delta);
     ranks(begin, count, sums, b);
+    prepare(set, count, all_rows, b);
     for (int64_t from = 0; from < d_; from += kChunk<A>) {
-      const int64_t length = chunk_length<A>(d_, from);
+      const int64_t length = smaller(d_ - from, kChunk<A>);
       if (weights_) weight_gradients(count, from, length, all_rows, sums, b);  // before the gradient is overwritten
       if (e_.out) hidden_gradient(count, from, length, b);
     }
+  }
+
+  // The coefficients of a tile's products.
+  void prepare(int64_t set, int64_t count, bool all_rows, Buffers& b) const {
+    if (e_.out && terms_) b.hidden.fill(products_, set, b.pulled, count, products_.reads, products_.projects);
+    if (!weights_) return;
+    b.used_rows.fill(products_, b.used, r_, count);
+    if (products_.reads) b.read_rows.fill(products_, b.pulled, terms_, count);
+    if (products_.projects) b.write_rows.fill(products_, b.pulled + products_.reads * r_, terms_, count);
+    if (all_rows) b.input.fill(products_, set, b.unused, count, false, true);
   }
 
   // Everything of size [rows, r].
@@ -240,8 +178,8 @@ class EditBackwardKernel {
                          ? ddelta
                          : ddelta * activation_derivative(all_z[entry * r_ + k], w_.activation);
         if (e_.grad_coeff) static_cast<A*>(e_.grad_coeff)[entry * r_ + k] = u * b.delta[at];
-        if (panels_.reads) b.pulled[m * terms_ + k] = dz;
-        if (panels_.projects) b.pulled[m * terms_ + panels_.reads * r_ + k] = -ddelta;
+        if (products_.reads) b.pulled[m * terms_ + k] = dz;
+        if (products_.projects) b.pulled[m * terms_ + products_.reads * r_ + k] = -ddelta;
         b.used[at] = factor * u;
         b.unused[at] = -factor * u;
         if (weights_) {
@@ -254,44 +192,19 @@ class EditBackwardKernel {
 
   // used^T g, -ddelta^T x and dz^T x for one chunk of the channels, onto the partial sums.
   void weight_gradients(int64_t count, int64_t from, int64_t length, bool all_rows, const Partial<A>& sums, Buffers& b) const {
-    const int64_t vectors = padded<A>(length) / L;
-    outer({b.used, 1, r_}, count, from, vectors, rows_of(b.g, count, from, length, b.g_chunk), sums.write, b);
+    const auto g = products_.lines_of(b.g, count, from, length, b.work);
+    products_.outer(b.used_rows, g, from, length, sums.write, stride_, b.work);
     if (terms_ == 0) return;  // no other gradient needs the input
-    At<const A> x{b.x_chunk.rows(), 0};
-    if (all_rows) {  // x = y - B^T used
-      const A* const* write = b.terms + panels_.reads * r_;
-      if (whole<A>(length)) {
-        update<A, A, T>({b.x_chunk.rows(), 0}, {b.x, from}, count, vectors, {b.unused, r_, 1}, r_, {write, from});
-      } else {
-        b.x_chunk.load(b.x.get(), count, from, length);
-        update<A, A, A>({b.x_chunk.rows(), 0}, x, count, vectors, {b.unused, r_, 1}, r_, {write, from});
-      }
-    } else {
-      x = rows_of(b.x, count, from, length, b.x_chunk);
-    }
-    if (panels_.projects) outer({b.pulled + panels_.reads * r_, 1, terms_}, count, from, vectors, x, sums.write, b);
-    if (panels_.reads) outer({b.pulled, 1, terms_}, count, from, vectors, x, sums.read, b);
-  }
-
-  // Rows of T as A: where they lie, or converted, for they are multiplied by every block of ranks.
-  At<const A> rows_of(T* const* rows, int64_t count, int64_t from, int64_t length, const Chunk<A>& buffer) const {
-    if constexpr (sizeof(T) == sizeof(A)) {
-      if (whole<A>(length)) return {rows, from};
-    }
-    buffer.load(rows, count, from, length);
-    return {buffer.rows(), 0};
-  }
-
-  // sums[k, from + i] += sum_m S[k, m] x[m, i]
-  void outer(Coefficients<A> s, int64_t count, int64_t from, int64_t vectors, At<const A> x, A* sums, Buffers& b) const {
-    for (int64_t k = 0; k < r_; ++k) b.sums_out[k] = sums + k * stride_;
-    update<A, A, A>({b.sums_out, from}, {b.sums_out, from}, r_, vectors, s, count, x);
+    const auto x = all_rows ? products_.rebuilt(b.x, count, from, length, b.input, b.work)
+                            : products_.lines_of(b.x, count, from, length, b.work);
+    if (products_.projects) products_.outer(b.write_rows, x, from, length, sums.write, stride_, b.work);
+    if (products_.reads) products_.outer(b.read_rows, x, from, length, sums.read, stride_, b.work);
   }
 
   // dh = g + A^T dz - B^T ddelta for one chunk of the channels.
   void hidden_gradient(int64_t count, int64_t from, int64_t length, Buffers& b) const {
     if (terms_) {
-      update_chunk<T, A>(b.out, b.g, count, from, length, b.g_chunk, {b.pulled, terms_, 1}, terms_, b.terms);
+      products_.add(b.out, b.g, count, from, length, b.hidden, b.work);
       return;
     }
     for (int64_t m = 0; m < count; ++m)
@@ -301,7 +214,7 @@ class EditBackwardKernel {
   // Partial sums of each set in the order of its runs.
   void sum_partials() const {
     const int64_t sets = e_.selection.sets;
-    const bool same = panels_.folded && panels_.reads;  // then dB takes dA with it: dB = used^T g - dA
+    const bool same = products_.folded && products_.reads;  // then dB takes dA with it: dB = used^T g - dA
     A* const grad_read = static_cast<A*>(e_.grad_read);
     A* const grad_write = static_cast<A*>(e_.grad_write);
     A* const read_bias = static_cast<A*>(e_.grad_read_bias);
@@ -309,7 +222,7 @@ class EditBackwardKernel {
     parallel_chunks(sets * r_, grain_of(runs_.count * d_), [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
         const int64_t set = i / r_, k = i % r_;
-        A *write = grad_write + i * d_, *read = panels_.reads ? grad_read + i * d_ : nullptr;
+        A *write = grad_write + i * d_, *read = products_.reads ? grad_read + i * d_ : nullptr;
         memset(write, 0, size_t(d_) * sizeof(A));
         if (read) memset(read, 0, size_t(d_) * sizeof(A));
         A dc = A(0), dp = A(0);
@@ -336,7 +249,7 @@ class EditBackwardKernel {
   const EditBackward& e_;
   const EditWeights& w_;
   const int64_t d_, r_, tile_;
-  const Panels<A> panels_;
+  const P products_;
   const Order order_;
   const Runs runs_;
   const bool weights_;
@@ -345,9 +258,27 @@ class EditBackwardKernel {
 };
 
 template <class T>
-inline void edit_backward(const EditBackward& e) {
-  EditBackwardKernel<T>{e}();
+inline void edit(const EditForward& e) {
+  edit_by<T, PlainProducts>(e);
 }
+template <class T>
+inline void edit_backward(const EditBackward& e) {
+  EditBackwardKernel<T, PlainProducts>{e}();
+}
+
+#if defined(__AVX512BF16__)
+// With fewer ranks memory is the limit, and fp32 weights cost nothing; relu's derivative jumps where a rounded weight moves z.
+inline bool in_pairs(const EditWeights& w) { return w.r >= kPairedRanks && w.activation != Activation::relu; }
+
+template <>
+inline void edit<bf16>(const EditForward& e) {
+  in_pairs(e.weights) ? edit_by<bf16, PairedProducts>(e) : edit_by<bf16, PlainProducts>(e);
+}
+template <>
+inline void edit_backward<bf16>(const EditBackward& e) {
+  in_pairs(e.weights) ? EditBackwardKernel<bf16, PairedProducts>{e}() : EditBackwardKernel<bf16, PlainProducts>{e}();
+}
+#endif
 
 }  // namespace REFT_ISA
 }  // namespace reft

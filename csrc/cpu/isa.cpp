@@ -12,23 +12,32 @@ struct Choice {
   bool able;
 };
 
-// The widest first.
+constexpr int kMost = 4;
+
+// Those that the build compiled (REFT_HAS_...), the widest first.
 int choices(Choice* out) {
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  bool fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-              __builtin_cpu_supports("avx512dq");
+  [[maybe_unused]] bool fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  [[maybe_unused]] bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#if defined(REFT_HAS_avx512bf16)
+  out[count++] = {&avx512bf16::kernels, fma && wide && __builtin_cpu_supports("avx512bf16")};
+#endif
+#if defined(REFT_HAS_avx512)
   out[count++] = {&avx512::kernels, fma && wide};
+#endif
+#if defined(REFT_HAS_avx2)
   out[count++] = {&avx2::kernels, fma};
+#endif
 #endif
   out[count++] = {&portable::kernels, true};
   return count;
 }
 
 const Kernels& choose() {
-  Choice all[3];
+  Choice all[kMost];
   int count = choices(all);
   const char* wanted = getenv("REFT_KERNELS_CPU_ISA");
   for (int i = 0; i < count; ++i)
@@ -44,11 +53,11 @@ const Kernels& kernels() {
 }
 
 const char* why_unable(const char* isa) {
-  Choice all[3];
+  Choice all[kMost];
   int count = choices(all);
   for (int i = 0; i < count; ++i)
     if (strcmp(all[i].kernels->name, isa) == 0) return all[i].able ? nullptr : "this processor does not have it";
-  return "it is not one of avx512, avx2, portable";
+  return "it is not one of avx512bf16, avx512, avx2, portable";
 }
 
 }  // namespace reft

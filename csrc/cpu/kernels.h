@@ -30,6 +30,7 @@ struct Kernels {
   extern const Kernels kernels;   \
   }
 #if defined(__x86_64__)
+REFT_DECLARE_KERNELS(avx512bf16)
 REFT_DECLARE_KERNELS(avx512)
 REFT_DECLARE_KERNELS(avx2)
 #endif

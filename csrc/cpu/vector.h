@@ -11,7 +11,7 @@
 #endif
 
 #ifndef REFT_ISA
-#error "REFT_ISA names the namespace of the instruction set: avx512, avx2 or portable"
+#error "REFT_ISA names the namespace of the instruction set: avx512bf16, avx512, avx2 or portable"
 #endif
 
 #define REFT_INLINE inline __attribute__((always_inline))

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from reft_kernels import cpu
+
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "csrc" / "build.py"
 
@@ -102,9 +104,14 @@ def test_a_library_that_is_not_there_or_none_is_said(tmp_path):
 def test_the_environment_report_names_the_instruction_set():
     done = _run(sys.executable, "-m", "reft_kernels.env", REFT_KERNELS_BACKEND=None, TRITON_INTERPRET=None)
     assert done.returncode == 0, done.stderr
-    assert any(f"cpu     able, instruction set {isa}" in done.stdout for isa in ("avx512", "avx2", "portable"))
+    assert any(f"cpu     able, instruction set {isa}" in done.stdout for isa in ("avx512bf16", "avx512", "avx2", "portable"))
     portable = _run(sys.executable, "-m", "reft_kernels.env", REFT_KERNELS_CPU_ISA="portable", REFT_KERNELS_BACKEND=None)
     assert "instruction set portable" in portable.stdout
+
+
+def test_one_instruction_set_may_be_compiled_alone(tmp_path):
+    refused = _run(sys.executable, BUILD, "--isa", "mmx", "--out", tmp_path, "--objects", tmp_path / "objects")
+    assert refused.returncode == 1 and refused.stderr.startswith("--isa: got 'mmx', expected one of "), refused.stderr
 
 
 SANITIZED = """
@@ -113,7 +120,10 @@ import pytest
 sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *sys.argv[1:]]))
 """
 _SELECTED = [
-    *(f"tests/test_functional.py::{name}" for name in ("test_exact_on_each_backend", "test_rank_256")),
+    *(
+        f"tests/test_functional.py::{name}"
+        for name in ("test_exact_on_each_backend", "test_error_budget_of_many_ranks", "test_rank_256")
+    ),
     *(f"tests/cpu/test_threads.py::{name}" for name in ("test_red", "test_orthonormal")),
 ]
 
@@ -126,7 +136,10 @@ def _sanitized(tmp_path: Path, *selection: str) -> None:
         if not os.path.isabs(found):
             pytest.skip(f"{compiler} has no {name}")
         runtimes.append(found)
-    built = _run(sys.executable, BUILD, "--sanitize", "address,undefined", "--out", tmp_path, "--objects", tmp_path / "objects")
+    built = _run(
+        sys.executable, BUILD, "--sanitize", "address,undefined", "--isa", cpu.instruction_set() or "portable",
+        "--out", tmp_path, "--objects", tmp_path / "objects",
+    )  # fmt: skip
     assert built.returncode == 0, built.stderr
     done = _run(
         sys.executable, "-c", SANITIZED, *selection, REFT_KERNELS_CPU_LIBRARY=str(tmp_path / "_native_cpu.so"),

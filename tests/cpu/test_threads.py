@@ -26,12 +26,12 @@ def _assert_the_same_on_any_number_of_threads(once: Callable[[], dict[str, torch
             assert torch.equal(first, other[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 9), (torch.bfloat16, 9), (torch.bfloat16, 17)])
 @pytest.mark.parametrize("rows", [None, 700])
 @pytest.mark.parametrize("sets", [None, 3])
 @pytest.mark.parametrize("name", ["loreft", "noreft"])
-def test_edit(name, sets, rows, dtype):
-    case = Case((1500,), 515, 9, rows=rows, sets=sets, coeff=True, activation="linear" if name == "loreft" else "silu")
+def test_edit(name, sets, rows, dtype, rank):
+    case = Case((1500,), 515, rank, rows=rows, sets=sets, coeff=True, activation="linear" if name == "loreft" else "silu")
     draw = inputs.draw(name, case, dtype)
     grad = torch.randn(*case.lead, case.d).to(dtype)
     _assert_the_same_on_any_number_of_threads(lambda: budget.outputs(draw.engine, draw.inputs, grad))

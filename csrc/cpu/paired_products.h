@@ -1,0 +1,302 @@
+// The products of an edit on bf16 rows, two neighbours at a time: one instruction multiplies 32 pairs of bf16 numbers and adds
+// each pair's sum to an fp32 number. Weights and coefficients are rounded to bf16; sums stay in fp32.
+// The interface is that of plain_products.h.
+#pragma once
+
+#if defined(__AVX512BF16__)
+
+#include "plain_products.h"
+
+namespace reft {
+namespace REFT_ISA {
+
+constexpr int64_t kPairedRanks = 16;     // ranks from which arithmetic, not memory, is the limit
+constexpr int64_t kPairLanes = 32;       // bf16 numbers in a vector
+constexpr int64_t kPairSkew = 64;        // two cache lines, as kSkew
+constexpr int kPairRows = 3, kPairRanks = 8, kPairUpdateRows = 4, kPairVectors = 4;
+
+REFT_INLINE int64_t whole_pairs(int64_t count) { return (count + 1) / 2; }
+
+REFT_INLINE vec<float> multiply_pairs(__m512i a, __m512i b, vec<float> sums) {
+  return (vec<float>)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+
+REFT_INLINE void round_row(const float* from, int64_t count, bf16* to) {
+  constexpr int L = kLanes<float>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store(to + i, load(from + i));
+  for (; i < count; ++i) from_acc(from[i], to + i);
+}
+
+// a0 b0 a1 b1 ... of rows a and b (null: zeros), `count` of each, the last vectors filled with zeros.
+inline void interleave(const bf16* a, const bf16* b, int64_t count, bf16* to) {
+  alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                               8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  for (int64_t i = 0; i < count; i += kPairLanes) {
+    const __mmask32 mask = count - i >= kPairLanes ? ~__mmask32(0) : (__mmask32(1) << (count - i)) - 1;
+    const __m512i x = _mm512_maskz_loadu_epi16(mask, a + i);
+    const __m512i y = b ? _mm512_maskz_loadu_epi16(mask, b + i) : _mm512_setzero_si512();
+    _mm512_storeu_si512(to + 2 * i, _mm512_permutex2var_epi16(x, first, y));
+    _mm512_storeu_si512(to + 2 * i + kPairLanes, _mm512_permutex2var_epi16(x, second, y));
+  }
+}
+
+// Rounded weights: each row for `project`, and each two rows of a set interleaved for `add`; zeros to whole vectors.
+class PairedPanel {
+ public:
+  void reset(int64_t sets, int64_t ranks, int64_t d) {
+    r_ = ranks;
+    const int64_t width = round_up(d, kPairLanes);
+    stride = width + kPairSkew;
+    pair_stride = 2 * width + kPairSkew;
+    rows_.reset(sets * r_ * stride);
+    pairs_.reset(sets * whole_pairs(r_) * pair_stride);
+  }
+  // One row of d numbers in fp32.
+  void set_row(int64_t i, const float* from, int64_t d) {
+    bf16* to = rows_ + i * stride;
+    round_row(from, d, to);
+    memset(to + d, 0, size_t(stride - d) * sizeof(bf16));
+  }
+  void pair(int64_t sets, int64_t d) {
+    for (int64_t s = 0; s < sets; ++s)
+      for (int64_t k = 0; k < r_; k += 2)
+        interleave(row(s * r_ + k), k + 1 < r_ ? row(s * r_ + k + 1) : nullptr, d,
+                   pairs_ + (s * whole_pairs(r_) + k / 2) * pair_stride);
+  }
+  const bf16* row(int64_t i) const { return rows_ + i * stride; }
+  const bf16* pair_row(int64_t set, int64_t p) const { return pairs_ + (set * whole_pairs(r_) + p) * pair_stride; }
+  int64_t stride = 0, pair_stride = 0;
+
+ private:
+  Scratch<bf16> rows_, pairs_;
+  int64_t r_ = 0;
+};
+
+template <int M, int N>
+REFT_INLINE void project_pairs_block(const bf16* const* x, int64_t from, const bf16* w, int64_t stride, int64_t vectors,
+                                     vec<float>* sums, int64_t r) {
+  vec<float> acc[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) acc[m][n] = sums[m * r + n];
+  for (int64_t i = 0; i < vectors; ++i) {
+    __m512i a[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) a[m] = _mm512_loadu_si512(x[m] + from + i * kPairLanes);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const __m512i b = _mm512_loadu_si512(w + n * stride + i * kPairLanes);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[m][n] = multiply_pairs(a[m], b, acc[m][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sums[m * r + n] = acc[m][n];
+}
+
+template <int M>
+REFT_INLINE void project_pairs_rows(const bf16* const* x, int64_t from, const bf16* w, int64_t stride, int64_t vectors,
+                                    vec<float>* sums, int64_t r) {
+  int64_t n = 0;
+  for (; n + kPairRanks <= r; n += kPairRanks)
+    project_pairs_block<M, kPairRanks>(x, from, w + n * stride, stride, vectors, sums + n, r);
+  for (; n < r; ++n) project_pairs_block<M, 1>(x, from, w + n * stride, stride, vectors, sums + n, r);
+}
+
+// Pairs of coefficients S[m, p], two neighbours each; row m begins at data + 2 * m * row.
+struct PairCoefficients {
+  const bf16* data;
+  int64_t row, pairs;
+};
+
+template <class T, int M, int V>
+REFT_INLINE void add_pairs_block(At<T> out, At<T> base, int64_t i, PairCoefficients s, At<const bf16> b) {
+  constexpr int L = kLanes<float>;
+  vec<float> acc[M][V] = {};
+  for (int64_t p = 0; p < s.pairs; ++p) {
+    const bf16* line = b.rows[p] + 2 * (b.from + i);
+    __m512i v[V];
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j) v[j] = _mm512_loadu_si512(line + 2 * j * L);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      int pair;
+      memcpy(&pair, s.data + 2 * (m * s.row + p), sizeof(pair));
+      const __m512i c = _mm512_set1_epi32(pair);
+#pragma GCC unroll 8
+      for (int j = 0; j < V; ++j) acc[m][j] = multiply_pairs(c, v[j], acc[m][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int j = 0; j < V; ++j)
+      store(out.rows[m] + out.from + i + j * L, load(base.rows[m] + base.from + i + j * L) + acc[m][j]);
+}
+
+template <class T, int M>
+REFT_INLINE void add_pairs_rows(At<T> out, At<T> base, int64_t vectors, PairCoefficients s, At<const bf16> b) {
+  constexpr int L = kLanes<float>;
+  int64_t v = 0;
+  for (; v + kPairVectors <= vectors; v += kPairVectors) add_pairs_block<T, M, kPairVectors>(out, base, v * L, s, b);
+  for (; v < vectors; ++v) add_pairs_block<T, M, 1>(out, base, v * L, s, b);
+}
+
+// out[m, i] = base[m, i] + the sum over p of S[m, p]'s two coefficients times the two numbers that line p has for channel i,
+// for i < vectors * 16. out may be base.
+template <class T>
+inline void add_pairs(At<T> out, At<T> base, int64_t rows, int64_t vectors, PairCoefficients s, At<const bf16> b) {
+  int64_t m = 0;
+  auto from = [&](int64_t m) { return PairCoefficients{s.data + 2 * m * s.row, s.row, s.pairs}; };
+  for (; m + kPairUpdateRows <= rows; m += kPairUpdateRows)
+    add_pairs_rows<T, kPairUpdateRows>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), b);
+  for (; m < rows; ++m) add_pairs_rows<T, 1>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), b);
+}
+
+template <class T>
+class PairedProducts : public Parts<float> {
+ public:
+  using A = float;
+  using Lines = At<const bf16>;
+
+  PairedProducts(const EditWeights& w, int64_t sets, int64_t tile_rows) : Parts<A>(w, sets, tile_rows) {
+    write_.reset(sets, r, d);
+    if (reads) read_.reset(sets, r, d);
+    Scratch<A> write(d), read(d);
+    for (int64_t i = 0; i < sets * r; ++i) {
+      convert(w.write, i * d, d, write.get());
+      write_.set_row(i, write, d);
+      if (!reads) continue;
+      convert(w.read, i * d, d, read.get());
+      for (int64_t j = 0; j < d && folded; ++j) read[j] -= write[j];
+      read_.set_row(i, read, d);
+    }
+    write_.pair(sets, d);
+    if (reads) read_.pair(sets, d);
+  }
+
+  struct Work {
+    explicit Work(const PairedProducts& p)
+        : sums(p.tile * p.r), rows(p.tile * kChunk<A>), lines(whole_pairs(p.tile) * 2 * kChunk<A>), row_at(p.tile),
+          line_at(whole_pairs(p.tile)), sums_at(p.r) {
+      for (int64_t m = 0; m < p.tile; ++m) row_at[m] = rows + m * kChunk<A>;
+      for (int64_t m = 0; m < whole_pairs(p.tile); ++m) line_at[m] = lines + m * 2 * kChunk<A>;
+    }
+    Scratch<vec<A>> sums;
+    Scratch<bf16> rows, lines;  // a chunk of the rows, and of each two of them interleaved
+    Scratch<bf16*> row_at;
+    Scratch<const bf16*> line_at;
+    Scratch<A*> sums_at;
+  };
+
+  class ByTerm {
+   public:
+    explicit ByTerm(const PairedProducts& p)
+        : coefficients(p.tile * 4 * whole_pairs(p.r)), weights(2 * whole_pairs(p.r)) {}
+    void fill(const PairedProducts& p, int64_t set, const A* s, int64_t count, bool read, bool write) {
+      const int64_t half = whole_pairs(p.r), parts = read + write;
+      pairs = 0;
+      for (int64_t k = 0; k < half && read; ++k) weights[pairs++] = p.read_.pair_row(set, k);
+      for (int64_t k = 0; k < half && write; ++k) weights[pairs++] = p.write_.pair_row(set, k);
+      for (int64_t m = 0; m < count; ++m)
+        for (int64_t part = 0; part < parts; ++part) {
+          const A* from = s + (m * parts + part) * p.r;
+          bf16* to = coefficients + 2 * (m * pairs + part * half);
+          round_row(from, p.r, to);
+          if (p.r % 2) to[p.r].bits = 0;
+        }
+    }
+    PairCoefficients view() const { return {coefficients, pairs, pairs}; }
+    Scratch<bf16> coefficients;
+    Scratch<const bf16*> weights;
+    int64_t pairs = 0;
+  };
+
+  class ByRow {
+   public:
+    explicit ByRow(const PairedProducts& p) : coefficients(p.r * 2 * whole_pairs(p.tile)) {}
+    void fill(const PairedProducts& p, const A* s, int64_t stride, int64_t count) {
+      pairs = whole_pairs(count);
+      for (int64_t k = 0; k < p.r; ++k) {
+        bf16* to = coefficients + 2 * k * pairs;
+        for (int64_t m = 0; m < count; ++m) from_acc(s[m * stride + k], to + m);
+        if (count % 2) to[count].bits = 0;
+      }
+    }
+    PairCoefficients view() const { return {coefficients, pairs, pairs}; }
+    Scratch<bf16> coefficients;
+    int64_t pairs = 0;
+  };
+
+  void project(bool read, T* const* rows, int64_t count, int64_t set, Work& b, A* out) const {
+    const PairedPanel& panel = read ? read_ : write_;
+    for (int64_t i = 0; i < count * r; ++i) b.sums[i] = vec<A>{};
+    for (int64_t from = 0; from < d; from += kChunk<A>) {
+      const int64_t length = smaller(d - from, kChunk<A>), vectors = round_up(length, kPairLanes) / kPairLanes;
+      const bool in_place = length % kPairLanes == 0;
+      if (!in_place) load_rows(rows, count, from, length, b);
+      T* const* x = in_place ? rows : b.row_at.get();
+      const int64_t at = in_place ? from : 0;
+      const bf16* w = panel.row(set * r) + from;
+      int64_t m = 0;
+      for (; m + kPairRows <= count; m += kPairRows)
+        project_pairs_rows<kPairRows>(x + m, at, w, panel.stride, vectors, b.sums + m * r, r);
+      for (; m < count; ++m) project_pairs_rows<1>(x + m, at, w, panel.stride, vectors, b.sums + m * r, r);
+    }
+    for (int64_t i = 0; i < count * r; ++i) out[i] = lane_sum<A>(b.sums[i]);
+  }
+
+  void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
+    if (whole<A>(length)) {
+      add_pairs<T>({out, from}, {base, from}, count, length / kLanes<A>, s.view(), {s.weights, from});
+      return;
+    }
+    add_to_buffer(base, count, from, length, s, b);
+    for (int64_t m = 0; m < count; ++m) memcpy(out[m] + from, b.row_at[m], size_t(length) * sizeof(bf16));
+  }
+
+  Lines lines_of(T* const* rows, int64_t count, int64_t from, int64_t length, Work& b) const {
+    for (int64_t m = 0; m < count; m += 2)
+      interleave(rows[m] + from, m + 1 < count ? rows[m + 1] + from : nullptr, length, b.lines + m * kChunk<A>);
+    return {b.line_at, 0};
+  }
+
+  Lines rebuilt(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
+    add_to_buffer(base, count, from, length, s, b);
+    return lines_of(b.row_at, count, 0, length, b);
+  }
+
+  void outer(const ByRow& s, Lines lines, int64_t from, int64_t length, A* sums, int64_t stride, Work& b) const {
+    for (int64_t k = 0; k < r; ++k) b.sums_at[k] = sums + k * stride;
+    const int64_t vectors = padded<A>(length) / kLanes<A>;
+    add_pairs<A>({b.sums_at, from}, {b.sums_at, from}, r, vectors, s.view(), lines);
+  }
+
+ private:
+  void load_rows(T* const* rows, int64_t count, int64_t from, int64_t length, Work& b) const {
+    for (int64_t m = 0; m < count; ++m) {
+      memcpy(b.row_at[m], rows[m] + from, size_t(length) * sizeof(bf16));
+      memset(b.row_at[m] + length, 0, size_t(round_up(length, kPairLanes) - length) * sizeof(bf16));
+    }
+  }
+  void add_to_buffer(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
+    At<T> in{base, from};
+    if (!whole<A>(length)) {
+      load_rows(base, count, from, length, b);
+      in = {b.row_at, 0};
+    }
+    add_pairs<T>({b.row_at, 0}, in, count, padded<A>(length) / kLanes<A>, s.view(), {s.weights, from});
+  }
+
+  PairedPanel read_, write_;
+};
+
+}  // namespace REFT_ISA
+}  // namespace reft
+
+#endif  // __AVX512BF16__
