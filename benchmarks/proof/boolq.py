@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from reft_train.files import write_text
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, roc_auc_score
 
 from benchmarks import machine
 from benchmarks.proof.causal import command
@@ -30,14 +31,17 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def balanced_accuracy(run: Path) -> float:
-    """Mean of the classes' recalls on a run's test rows; 0.5 for whoever always gives one answer."""
-    lines = [json.loads(line) for line in (run / "predictions" / "boolq.jsonl").read_text(encoding="utf-8").splitlines()]
-    recalls = []
-    for label in sorted({line["answer"] for line in lines}):
-        own = [line["prediction"] == label for line in lines if line["answer"] == label]
-        recalls.append(sum(own) / len(own))
-    return statistics.fmean(recalls)
+def test_scores(run: Path) -> dict[str, float]:
+    """How a run answers its test rows: by the class it gives, and by the probability of "true", whatever the threshold."""
+    rows = [json.loads(line) for line in (run / "predictions" / "boolq.jsonl").read_text(encoding="utf-8").splitlines()]
+    answers, given = [row["answer"] for row in rows], [row["prediction"] for row in rows]
+    likely = [row["probabilities"]["true"] for row in rows]
+    return {
+        "accuracy": accuracy_score(answers, given),
+        "balanced_accuracy": balanced_accuracy_score(answers, given),
+        "roc_auc": roc_auc_score([answer == "true" for answer in answers], likely),
+        "log_loss": log_loss(answers, [[1 - p, p] for p in likely], labels=["false", "true"]),
+    }
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -62,16 +66,12 @@ def main() -> None:
     found = json.loads((parsed.out / "compare.json").read_text(encoding="utf-8"))
     labels = Counter(row["answer"] for row in json.loads((parsed.data / "boolq" / "test.json").read_text(encoding="utf-8")))
     runs = [
-        {name: run[name] for name in ("method", "seed", "validation", "tests", "steps", "seconds", "step_seconds")}
-        | {"balanced_accuracy": balanced_accuracy(Path(run["config"]["output"]))}
+        {name: run[name] for name in ("method", "seed", "validation", "steps", "seconds", "step_seconds")}
+        | {"test": test_scores(Path(run["config"]["output"]))}
         for run in found["runs"]
     ]
     scores = {
-        method: {
-            "test_accuracy": spread([run["tests"]["boolq"]["accuracy"] for run in runs if run["method"] == method]),
-            "test_balanced_accuracy": spread([run["balanced_accuracy"] for run in runs if run["method"] == method]),
-            "held_out_accuracy": spread([run["validation"]["accuracy"] for run in runs if run["method"] == method]),
-        }
+        method: {name: spread([run["test"][name] for run in runs if run["method"] == method]) for name in runs[0]["test"]}
         for method in ("head", "loreft")
     }
     result = {

@@ -133,12 +133,17 @@ class RunConfig:
             raise UserError(f"validation: got {self.validation:g} with streaming, expected 0: a stream cannot be split")
         if self.validation >= 1 and self.validation != int(self.validation):
             raise UserError(f"validation: got {self.validation:g}, expected a part below 1 or a whole number of rows")
-        if self.select != "none" and not self.validation and not self.task.startswith("glue/"):
+        if self.select != "none" and not self.holds_out:
             raise UserError(f"select: got {self.select!r} without validation, expected held-out training rows to choose by")
         if self.fsdp and self.deepspeed:
             raise UserError("fsdp: got true with deepspeed, expected one of them")
         if self.resume and self.overwrite:
             raise UserError("resume: got true with overwrite, expected one of them")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out rows to choose by: those of ``validation``, or GLUE's own."""
+        return bool(self.validation) or self.task.startswith("glue/")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields by name, plain values only."""

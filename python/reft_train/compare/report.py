@@ -68,7 +68,7 @@ def notes(found: Comparison) -> list[str]:
         "a process of its own. The runs alternate between methods.",
     ]
     lines += sorted({f"peak memory is the {row.memory_method}" for row in found.rows if row.memory_method})
-    if plan.config.task.startswith("glue/") and not plan.config.validation:
+    if plan.config.holds_out and not plan.config.validation:
         lines.append(
             "GLUE's published validation rows are split anew by each seed, as the paper does: rows that chose the settings "
             "with one seed are among those reported with another."

@@ -51,7 +51,7 @@ def held_out(config: RunConfig) -> None:
     Raises:
         UserError: so.
     """
-    if not config.validation and not config.task.startswith("glue/"):
+    if not config.holds_out:
         raise UserError("validation: got 0, expected held-out training rows to choose by, such as --validation 0.1")
 
 
