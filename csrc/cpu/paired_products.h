@@ -11,15 +11,10 @@ namespace reft {
 namespace REFT_ISA {
 
 constexpr int64_t kPairedRanks = 16;     // ranks from which arithmetic, not memory, is the limit
-constexpr int64_t kPairLanes = 32;       // bf16 numbers in a vector
+constexpr int64_t kPairLanes = kStep<Paired>;
 constexpr int64_t kPairSkew = 64;        // two cache lines, as kSkew
-constexpr int kPairRows = 3, kPairRanks = 8, kPairUpdateRows = 4, kPairVectors = 4;
 
 REFT_INLINE int64_t whole_pairs(int64_t count) { return (count + 1) / 2; }
-
-REFT_INLINE vec<float> multiply_pairs(__m512i a, __m512i b, vec<float> sums) {
-  return (vec<float>)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
-}
 
 REFT_INLINE void round_row(const float* from, int64_t count, bf16* to) {
   constexpr int L = kLanes<float>;
@@ -74,90 +69,6 @@ class PairedPanel {
   int64_t r_ = 0;
 };
 
-template <int M, int N>
-REFT_INLINE void project_pairs_block(const bf16* const* x, int64_t from, const bf16* w, int64_t stride, int64_t vectors,
-                                     vec<float>* sums, int64_t r) {
-  vec<float> acc[M][N];
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) acc[m][n] = sums[m * r + n];
-  for (int64_t i = 0; i < vectors; ++i) {
-    __m512i a[M];
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) a[m] = _mm512_loadu_si512(x[m] + from + i * kPairLanes);
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) {
-      const __m512i b = _mm512_loadu_si512(w + n * stride + i * kPairLanes);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m][n] = multiply_pairs(a[m], b, acc[m][n]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) sums[m * r + n] = acc[m][n];
-}
-
-template <int M>
-REFT_INLINE void project_pairs_rows(const bf16* const* x, int64_t from, const bf16* w, int64_t stride, int64_t vectors,
-                                    vec<float>* sums, int64_t r) {
-  int64_t n = 0;
-  for (; n + kPairRanks <= r; n += kPairRanks)
-    project_pairs_block<M, kPairRanks>(x, from, w + n * stride, stride, vectors, sums + n, r);
-  for (; n < r; ++n) project_pairs_block<M, 1>(x, from, w + n * stride, stride, vectors, sums + n, r);
-}
-
-// Pairs of coefficients S[m, p], two neighbours each; row m begins at data + 2 * m * row.
-struct PairCoefficients {
-  const bf16* data;
-  int64_t row, pairs;
-};
-
-template <class T, int M, int V>
-REFT_INLINE void add_pairs_block(At<T> out, At<T> base, int64_t i, PairCoefficients s, At<const bf16> b) {
-  constexpr int L = kLanes<float>;
-  vec<float> acc[M][V] = {};
-  for (int64_t p = 0; p < s.pairs; ++p) {
-    const bf16* line = b.rows[p] + 2 * (b.from + i);
-    __m512i v[V];
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j) v[j] = _mm512_loadu_si512(line + 2 * j * L);
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      int pair;
-      memcpy(&pair, s.data + 2 * (m * s.row + p), sizeof(pair));
-      const __m512i c = _mm512_set1_epi32(pair);
-#pragma GCC unroll 8
-      for (int j = 0; j < V; ++j) acc[m][j] = multiply_pairs(c, v[j], acc[m][j]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 8
-    for (int j = 0; j < V; ++j)
-      store(out.rows[m] + out.from + i + j * L, load(base.rows[m] + base.from + i + j * L) + acc[m][j]);
-}
-
-template <class T, int M>
-REFT_INLINE void add_pairs_rows(At<T> out, At<T> base, int64_t vectors, PairCoefficients s, At<const bf16> b) {
-  constexpr int L = kLanes<float>;
-  int64_t v = 0;
-  for (; v + kPairVectors <= vectors; v += kPairVectors) add_pairs_block<T, M, kPairVectors>(out, base, v * L, s, b);
-  for (; v < vectors; ++v) add_pairs_block<T, M, 1>(out, base, v * L, s, b);
-}
-
-// out[m, i] = base[m, i] + the sum over p of S[m, p]'s two coefficients times the two numbers that line p has for channel i,
-// for i < vectors * 16. out may be base.
-template <class T>
-inline void add_pairs(At<T> out, At<T> base, int64_t rows, int64_t vectors, PairCoefficients s, At<const bf16> b) {
-  int64_t m = 0;
-  auto from = [&](int64_t m) { return PairCoefficients{s.data + 2 * m * s.row, s.row, s.pairs}; };
-  for (; m + kPairUpdateRows <= rows; m += kPairUpdateRows)
-    add_pairs_rows<T, kPairUpdateRows>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), b);
-  for (; m < rows; ++m) add_pairs_rows<T, 1>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), b);
-}
-
 template <class T>
 class PairedProducts : public Parts<float> {
  public:
@@ -211,7 +122,7 @@ class PairedProducts : public Parts<float> {
           if (p.r % 2) to[p.r].bits = 0;
         }
     }
-    PairCoefficients view() const { return {coefficients, pairs, pairs}; }
+    Coefficients<bf16> view() const { return {coefficients, 2 * pairs, 2}; }
     Scratch<bf16> coefficients;
     Scratch<const bf16*> weights;
     int64_t pairs = 0;
@@ -228,7 +139,7 @@ class PairedProducts : public Parts<float> {
         if (count % 2) to[count].bits = 0;
       }
     }
-    PairCoefficients view() const { return {coefficients, pairs, pairs}; }
+    Coefficients<bf16> view() const { return {coefficients, 2 * pairs, 2}; }
     Scratch<bf16> coefficients;
     int64_t pairs = 0;
   };
@@ -237,23 +148,18 @@ class PairedProducts : public Parts<float> {
     const PairedPanel& panel = read ? read_ : write_;
     for (int64_t i = 0; i < count * r; ++i) b.sums[i] = vec<A>{};
     for (int64_t from = 0; from < d; from += kChunk<A>) {
-      const int64_t length = smaller(d - from, kChunk<A>), vectors = round_up(length, kPairLanes) / kPairLanes;
+      const int64_t length = smaller(d - from, kChunk<A>), steps = round_up(length, kPairLanes) / kPairLanes;
       const bool in_place = length % kPairLanes == 0;
       if (!in_place) load_rows(rows, count, from, length, b);
-      T* const* x = in_place ? rows : b.row_at.get();
-      const int64_t at = in_place ? from : 0;
-      const bf16* w = panel.row(set * r) + from;
-      int64_t m = 0;
-      for (; m + kPairRows <= count; m += kPairRows)
-        project_pairs_rows<kPairRows>(x + m, at, w, panel.stride, vectors, b.sums + m * r, r);
-      for (; m < count; ++m) project_pairs_rows<1>(x + m, at, w, panel.stride, vectors, b.sums + m * r, r);
+      const At<const T> x = in_place ? At<const T>{rows, from} : At<const T>{b.row_at, 0};
+      REFT_ISA::project<Paired, T>(x, count, panel.row(set * r) + from, panel.stride, steps, b.sums, r);
     }
     for (int64_t i = 0; i < count * r; ++i) out[i] = lane_sum<A>(b.sums[i]);
   }
 
   void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
     if (whole<A>(length)) {
-      add_pairs<T>({out, from}, {base, from}, count, length / kLanes<A>, s.view(), {s.weights, from});
+      update<Paired, T, T>({out, from}, {base, from}, count, length / kLanes<A>, s.view(), s.pairs, {s.weights, from});
       return;
     }
     add_to_buffer(base, count, from, length, s, b);
@@ -274,7 +180,7 @@ class PairedProducts : public Parts<float> {
   void outer(const ByRow& s, Lines lines, int64_t from, int64_t length, A* sums, int64_t stride, Work& b) const {
     for (int64_t k = 0; k < r; ++k) b.sums_at[k] = sums + k * stride;
     const int64_t vectors = padded<A>(length) / kLanes<A>;
-    add_pairs<A>({b.sums_at, from}, {b.sums_at, from}, r, vectors, s.view(), lines);
+    update<Paired, A, A>({b.sums_at, from}, {b.sums_at, from}, r, vectors, s.view(), s.pairs, lines);
   }
 
  private:
@@ -285,12 +191,12 @@ class PairedProducts : public Parts<float> {
     }
   }
   void add_to_buffer(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
-    At<T> in{base, from};
+    At<const T> in{base, from};
     if (!whole<A>(length)) {
       load_rows(base, count, from, length, b);
       in = {b.row_at, 0};
     }
-    add_pairs<T>({b.row_at, 0}, in, count, padded<A>(length) / kLanes<A>, s.view(), {s.weights, from});
+    update<Paired, T, T>({b.row_at, 0}, in, count, padded<A>(length) / kLanes<A>, s.view(), s.pairs, {s.weights, from});
   }
 
   PairedPanel read_, write_;

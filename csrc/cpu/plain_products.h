@@ -103,10 +103,10 @@ class PlainProducts : public Parts<acc_t<T>> {
       const int64_t length = smaller(d - from, kChunk<A>), vectors = padded<A>(length) / kLanes<A>;
       const A* weights = panel.row(set * r) + from;
       if (once && whole<A>(length)) {
-        REFT_ISA::project<A, T>({rows, from}, count, weights, panel.stride, vectors, b.sums, r);
+        REFT_ISA::project<Single<A>, T>({rows, from}, count, weights, panel.stride, vectors, b.sums, r);
       } else {
         b.rows.load(rows, count, from, length);
-        REFT_ISA::project<A, A>({b.rows.rows(), 0}, count, weights, panel.stride, vectors, b.sums, r);
+        REFT_ISA::project<Single<A>, A>({b.rows.rows(), 0}, count, weights, panel.stride, vectors, b.sums, r);
       }
     }
     for (int64_t i = 0; i < count * r; ++i) out[i] = lane_sum<A>(b.sums[i]);
@@ -116,7 +116,7 @@ class PlainProducts : public Parts<acc_t<T>> {
   void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
     const A* const* weights = s.weights;
     if (whole<A>(length)) {
-      update<A, T, T>({out, from}, {base, from}, count, length / kLanes<A>, s.coefficients, s.terms, {weights, from});
+      update<Single<A>, T, T>({out, from}, {base, from}, count, length / kLanes<A>, s.coefficients, s.terms, {weights, from});
       return;
     }
     add_to_buffer(base, count, from, length, s, b.rows);
@@ -142,7 +142,7 @@ class PlainProducts : public Parts<acc_t<T>> {
   void outer(const ByRow& s, Lines lines, int64_t from, int64_t length, A* sums, int64_t stride, Work& b) const {
     for (int64_t k = 0; k < r; ++k) b.lines[k] = sums + k * stride;
     const int64_t vectors = padded<A>(length) / kLanes<A>;
-    update<A, A, A>({b.lines, from}, {b.lines, from}, r, vectors, s.coefficients, s.count, lines);
+    update<Single<A>, A, A>({b.lines, from}, {b.lines, from}, r, vectors, s.coefficients, s.count, lines);
   }
 
  private:
@@ -150,11 +150,11 @@ class PlainProducts : public Parts<acc_t<T>> {
     const int64_t vectors = padded<A>(length) / kLanes<A>;
     const A* const* weights = s.weights;
     if (whole<A>(length)) {
-      update<A, A, T>({out.rows(), 0}, {base, from}, count, vectors, s.coefficients, s.terms, {weights, from});
+      update<Single<A>, A, T>({out.rows(), 0}, {base, from}, count, vectors, s.coefficients, s.terms, {weights, from});
       return;
     }
     out.load(base, count, from, length);
-    update<A, A, A>({out.rows(), 0}, {out.rows(), 0}, count, vectors, s.coefficients, s.terms, {weights, from});
+    update<Single<A>, A, A>({out.rows(), 0}, {out.rows(), 0}, count, vectors, s.coefficients, s.terms, {weights, from});
   }
 
   Panel<A> read_, write_;

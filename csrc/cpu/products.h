@@ -15,6 +15,42 @@ constexpr int kProjectRows = 3, kProjectRanks = 8, kUpdateRows = 4, kUpdateVecto
 constexpr int kProjectRows = 3, kProjectRanks = 4, kUpdateRows = 2, kUpdateVectors = 4;
 #endif
 
+// Arithmetic of the products: one number a lane, multiplied in the accumulation dtype.
+template <class A>
+struct Single {
+  using Sum = A;
+  using Number = A;  // of weights and coefficients
+  static constexpr int kNumbers = 1;
+  template <class T>
+  static REFT_INLINE vec<A> numbers(const T* p) {
+    return load(p);
+  }
+  static REFT_INLINE vec<A> coefficient(const A* p) { return broadcast<A>(*p); }
+  static REFT_INLINE vec<A> multiply(vec<A> a, vec<A> b, vec<A> sums) { return fma(a, b, sums); }
+};
+
+#if defined(__AVX512BF16__)
+// Two neighbouring bf16 numbers a lane, whose products join an fp32 sum.
+struct Paired {
+  using Sum = float;
+  using Number = bf16;
+  static constexpr int kNumbers = 2;
+  static REFT_INLINE __m512i numbers(const bf16* p) { return _mm512_loadu_si512(p); }
+  static REFT_INLINE __m512i coefficient(const bf16* p) {
+    int pair;
+    memcpy(&pair, p, sizeof(pair));
+    return _mm512_set1_epi32(pair);
+  }
+  static REFT_INLINE vec<float> multiply(__m512i a, __m512i b, vec<float> sums) {
+    return (vec<float>)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// Numbers that one step of a product takes of a row.
+template <class Op>
+constexpr int64_t kStep = kLanes<typename Op::Sum> * Op::kNumbers;
+
 // Rows of a tile from one channel on.
 template <class T>
 struct At {
@@ -22,10 +58,9 @@ struct At {
   int64_t from;
 };
 
-template <class A, class T, int M, int N>
-REFT_INLINE void project_block(const T* const* x, int64_t from, const A* w, int64_t stride, int64_t vectors, vec<A>* sums,
-                               int64_t r) {
-  constexpr int L = kLanes<A>;
+template <class Op, class T, int M, int N, class A = typename Op::Sum>
+REFT_INLINE void project_block(const T* const* x, int64_t from, const typename Op::Number* w, int64_t stride, int64_t steps,
+                               vec<A>* sums, int64_t r) {
   vec<A> acc[M][N];
   const T* row[M];
 #pragma GCC unroll 8
@@ -34,15 +69,15 @@ REFT_INLINE void project_block(const T* const* x, int64_t from, const A* w, int6
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) acc[m][n] = sums[m * r + n];
   }
-  for (int64_t i = 0; i < vectors; ++i) {
-    vec<A> a[M];
+  for (int64_t i = 0; i < steps; ++i) {
+    decltype(Op::numbers(row[0])) a[M];
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) a[m] = load(row[m] + i * L);
+    for (int m = 0; m < M; ++m) a[m] = Op::numbers(row[m] + i * kStep<Op>);
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      vec<A> b = load(w + n * stride + i * L);
+      const auto b = Op::numbers(w + n * stride + i * kStep<Op>);
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m][n] = fma(a[m], b, acc[m][n]);
+      for (int m = 0; m < M; ++m) acc[m][n] = Op::multiply(a[m], b, acc[m][n]);
     }
   }
 #pragma GCC unroll 8
@@ -51,52 +86,54 @@ REFT_INLINE void project_block(const T* const* x, int64_t from, const A* w, int6
     for (int n = 0; n < N; ++n) sums[m * r + n] = acc[m][n];
 }
 
-template <class A, class T, int M>
-REFT_INLINE void project_rows(const T* const* x, int64_t from, const A* w, int64_t stride, int64_t vectors, vec<A>* sums,
-                              int64_t r) {
+template <class Op, class T, int M>
+REFT_INLINE void project_rows(const T* const* x, int64_t from, const typename Op::Number* w, int64_t stride, int64_t steps,
+                              vec<typename Op::Sum>* sums, int64_t r) {
   int64_t n = 0;
   for (; n + kProjectRanks <= r; n += kProjectRanks)
-    project_block<A, T, M, kProjectRanks>(x, from, w + n * stride, stride, vectors, sums + n, r);
-  for (; n + 4 <= r; n += 4) project_block<A, T, M, 4>(x, from, w + n * stride, stride, vectors, sums + n, r);
-  for (; n < r; ++n) project_block<A, T, M, 1>(x, from, w + n * stride, stride, vectors, sums + n, r);
+    project_block<Op, T, M, kProjectRanks>(x, from, w + n * stride, stride, steps, sums + n, r);
+  for (; n + 4 <= r; n += 4) project_block<Op, T, M, 4>(x, from, w + n * stride, stride, steps, sums + n, r);
+  for (; n < r; ++n) project_block<Op, T, M, 1>(x, from, w + n * stride, stride, steps, sums + n, r);
 }
 
-// sums[m, k] += x[m, i] * w[k, i], lane by lane, for `rows` rows of x and r rows of w, `stride` apart, i < vectors * lanes.
-template <class A, class T>
-inline void project(At<const T> x, int64_t rows, const A* w, int64_t stride, int64_t vectors, vec<A>* sums, int64_t r) {
+// sums[m, k] += x[m, i] * w[k, i], lane by lane, for `rows` rows of x and r rows of w, `stride` apart, i < steps * kStep.
+template <class Op, class T>
+inline void project(At<const T> x, int64_t rows, const typename Op::Number* w, int64_t stride, int64_t steps,
+                    vec<typename Op::Sum>* sums, int64_t r) {
   int64_t m = 0;
   for (; m + kProjectRows <= rows; m += kProjectRows)
-    project_rows<A, T, kProjectRows>(x.rows + m, x.from, w, stride, vectors, sums + m * r, r);
-  for (; m < rows; ++m) project_rows<A, T, 1>(x.rows + m, x.from, w, stride, vectors, sums + m * r, r);
+    project_rows<Op, T, kProjectRows>(x.rows + m, x.from, w, stride, steps, sums + m * r, r);
+  for (; m < rows; ++m) project_rows<Op, T, 1>(x.rows + m, x.from, w, stride, steps, sums + m * r, r);
 }
 
 // Terms summed before they join the total: one long sum of fp32 numbers loses more than the error budget at rank 256.
 constexpr int64_t kTerms = 32;
 
-// A matrix of coefficients S[i, k] = data[i * row + k * column].
-template <class A>
+// A matrix of coefficients, one for each number of a term: S[i, k] begins at data + i * row + k * column.
+template <class N>
 struct Coefficients {
-  const A* data;
+  const N* data;
   int64_t row, column;
 };
 
-template <class A, class To, class From, int M, int V>
-REFT_INLINE void update_block(At<To> out, At<const From> base, int64_t i, Coefficients<A> s, int64_t terms, At<const A> b) {
+template <class Op, class To, class From, int M, int V, class A = typename Op::Sum>
+REFT_INLINE void update_block(At<To> out, At<const From> base, int64_t i, Coefficients<typename Op::Number> s, int64_t terms,
+                              At<const typename Op::Number> b) {
   constexpr int L = kLanes<A>;
   vec<A> total[M][V] = {};
   for (int64_t begin = 0; begin < terms; begin += kTerms) {
     const int64_t end = begin + kTerms < terms ? begin + kTerms : terms;
     vec<A> acc[M][V] = {};
     for (int64_t k = begin; k < end; ++k) {
-      const A* term = b.rows[k] + b.from + i;
-      vec<A> line[V];
+      const auto* term = b.rows[k] + (b.from + i) * Op::kNumbers;
+      decltype(Op::numbers(term)) line[V];
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) line[v] = load(term + v * L);
+      for (int v = 0; v < V; ++v) line[v] = Op::numbers(term + v * kStep<Op>);
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        vec<A> c = broadcast<A>(s.data[m * s.row + k * s.column]);
+        const auto c = Op::coefficient(s.data + m * s.row + k * s.column);
 #pragma GCC unroll 8
-        for (int v = 0; v < V; ++v) acc[m][v] = fma(c, line[v], acc[m][v]);
+        for (int v = 0; v < V; ++v) acc[m][v] = Op::multiply(c, line[v], acc[m][v]);
       }
     }
 #pragma GCC unroll 8
@@ -111,26 +148,27 @@ REFT_INLINE void update_block(At<To> out, At<const From> base, int64_t i, Coeffi
       store(out.rows[m] + out.from + i + v * L, load(base.rows[m] + base.from + i + v * L) + total[m][v]);
 }
 
-template <class A, class To, class From, int M>
-REFT_INLINE void update_rows(At<To> out, At<const From> base, int64_t vectors, Coefficients<A> s, int64_t terms,
-                             At<const A> b) {
-  constexpr int L = kLanes<A>;
+template <class Op, class To, class From, int M>
+REFT_INLINE void update_rows(At<To> out, At<const From> base, int64_t vectors, Coefficients<typename Op::Number> s,
+                             int64_t terms, At<const typename Op::Number> b) {
+  constexpr int L = kLanes<typename Op::Sum>;
   int64_t v = 0;
   for (; v + kUpdateVectors <= vectors; v += kUpdateVectors)
-    update_block<A, To, From, M, kUpdateVectors>(out, base, v * L, s, terms, b);
-  for (; v < vectors; ++v) update_block<A, To, From, M, 1>(out, base, v * L, s, terms, b);
+    update_block<Op, To, From, M, kUpdateVectors>(out, base, v * L, s, terms, b);
+  for (; v < vectors; ++v) update_block<Op, To, From, M, 1>(out, base, v * L, s, terms, b);
 }
 
 // out[m, i] = base[m, i] + sum_k S[m, k] * b[k, i] for `rows` rows, `terms` terms, i < vectors * lanes. out may be base.
-template <class A, class To, class From>
-inline void update(At<To> out, At<const From> base, int64_t rows, int64_t vectors, Coefficients<A> s, int64_t terms,
-                   At<const A> b) {
+// Where a term has two numbers for a channel, so has S, and their products are summed.
+template <class Op, class To, class From>
+inline void update(At<To> out, At<const From> base, int64_t rows, int64_t vectors, Coefficients<typename Op::Number> s,
+                   int64_t terms, At<const typename Op::Number> b) {
   int64_t m = 0;
-  auto from = [&](int64_t m) { return Coefficients<A>{s.data + m * s.row, s.row, s.column}; };
+  auto from = [&](int64_t m) { return Coefficients<typename Op::Number>{s.data + m * s.row, s.row, s.column}; };
   for (; m + kUpdateRows <= rows; m += kUpdateRows)
-    update_rows<A, To, From, kUpdateRows>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
+    update_rows<Op, To, From, kUpdateRows>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
   for (; m < rows; ++m)
-    update_rows<A, To, From, 1>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
+    update_rows<Op, To, From, 1>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
 }
 
 }  // namespace REFT_ISA
