@@ -267,7 +267,7 @@ inline void edit_backward(const EditBackward& e) {
 }
 
 #if defined(__AVX512BF16__)
-// With fewer ranks memory is the limit, and fp32 weights cost nothing; relu's derivative jumps where a rounded weight moves z.
+// With fewer ranks fp32 weights cost nothing; relu's derivative jumps where a rounded weight moves z.
 inline bool in_pairs(const EditWeights& w) { return w.r >= kPairedRanks && w.activation != Activation::relu; }
 
 template <>

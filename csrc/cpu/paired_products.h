@@ -10,7 +10,7 @@
 namespace reft {
 namespace REFT_ISA {
 
-constexpr int64_t kPairedRanks = 16;     // ranks from which arithmetic, not memory, is the limit
+constexpr int64_t kPairedRanks = 8;      // ranks from which it is faster
 constexpr int64_t kPairLanes = kStep<Paired>;
 constexpr int64_t kPairSkew = 64;        // two cache lines, as kSkew
 
