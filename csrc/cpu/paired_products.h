@@ -10,9 +10,9 @@
 namespace reft {
 namespace REFT_ISA {
 
-constexpr int64_t kPairedRanks = 8;      // ranks from which it is faster
+constexpr int64_t kPairedRanks = 8;  // ranks from which they are faster
 constexpr int64_t kPairLanes = kStep<Paired>;
-constexpr int64_t kPairSkew = 64;        // two cache lines, as kSkew
+constexpr int64_t kPairSkew = 64;  // two cache lines, as kSkew
 
 REFT_INLINE int64_t whole_pairs(int64_t count) { return (count + 1) / 2; }
 

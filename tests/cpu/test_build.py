@@ -109,7 +109,7 @@ def test_the_environment_report_names_the_instruction_set():
     assert "instruction set portable" in portable.stdout
 
 
-def test_one_instruction_set_may_be_compiled_alone(tmp_path):
+def test_an_instruction_set_that_is_none_is_refused(tmp_path):
     refused = _run(sys.executable, BUILD, "--isa", "mmx", "--out", tmp_path, "--objects", tmp_path / "objects")
     assert refused.returncode == 1 and refused.stderr.startswith("--isa: got 'mmx', expected one of "), refused.stderr
 

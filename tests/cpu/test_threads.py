@@ -26,7 +26,7 @@ def _assert_the_same_on_any_number_of_threads(once: Callable[[], dict[str, torch
             assert torch.equal(first, other[name]), name
 
 
-@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 9), (torch.bfloat16, 9), (torch.bfloat16, 17)])
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 9), (torch.bfloat16, 5), (torch.bfloat16, 17)])
 @pytest.mark.parametrize("rows", [None, 700])
 @pytest.mark.parametrize("sets", [None, 3])
 @pytest.mark.parametrize("name", ["loreft", "noreft"])
