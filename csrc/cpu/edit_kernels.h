@@ -13,7 +13,7 @@ inline void edit_by(const EditForward& e) {
   using P = Products<T>;
   const EditWeights& w = e.weights;
   const int64_t d = w.d, r = w.r, sets = e.selection.sets, longest = tile_rows<T>(d, r);
-  const P products(w, sets, longest);
+  const P products(w, sets, longest, false);
   const Order order(e.selection);
   const Runs runs(order, sets, longest);
   A* const all_u = static_cast<A*>(e.u);
@@ -82,7 +82,7 @@ class EditBackwardKernel {
 
  public:
   explicit EditBackwardKernel(const EditBackward& e)
-      : e_(e), w_(e.weights), d_(w_.d), r_(w_.r), tile_(tile_rows<T>(d_, r_)), products_(w_, e.selection.sets, tile_),
+      : e_(e), w_(e.weights), d_(w_.d), r_(w_.r), tile_(tile_rows<T>(d_, r_)), products_(w_, e.selection.sets, tile_, true),
         order_(e.selection), runs_(order_, e.selection.sets, run_length()), weights_(e.grad_write != nullptr),
         stride_(padded<A>(d_) + kSkew<A>), terms_(products_.terms()),
         partials_(weights_ ? runs_.count * partial_size() : 0) {}

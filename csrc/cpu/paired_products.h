@@ -46,7 +46,6 @@ class PairedPanel {
     stride = width + kPairSkew;
     pair_stride = 2 * width + kPairSkew;
     rows_.reset(sets * r_ * stride);
-    pairs_.reset(sets * whole_pairs(r_) * pair_stride);
   }
   // One row of d numbers in fp32.
   void set_row(int64_t i, const float* from, int64_t d) {
@@ -55,6 +54,7 @@ class PairedPanel {
     memset(to + d, 0, size_t(stride - d) * sizeof(bf16));
   }
   void pair(int64_t sets, int64_t d) {
+    pairs_.reset(sets * whole_pairs(r_) * pair_stride);
     for (int64_t s = 0; s < sets; ++s)
       for (int64_t k = 0; k < r_; k += 2)
         interleave(row(s * r_ + k), k + 1 < r_ ? row(s * r_ + k + 1) : nullptr, d,
@@ -75,7 +75,7 @@ class PairedProducts : public Parts<float> {
   using A = float;
   using Lines = At<const bf16>;
 
-  PairedProducts(const EditWeights& w, int64_t sets, int64_t tile_rows) : Parts<A>(w, sets, tile_rows) {
+  PairedProducts(const EditWeights& w, int64_t sets, int64_t tile_rows, bool backward) : Parts<A>(w, sets, tile_rows) {
     write_.reset(sets, r, d);
     if (reads) read_.reset(sets, r, d);
     Scratch<A> write(d), read(d);
@@ -88,7 +88,7 @@ class PairedProducts : public Parts<float> {
       read_.set_row(i, read, d);
     }
     write_.pair(sets, d);
-    if (reads) read_.pair(sets, d);
+    if (reads && backward) read_.pair(sets, d);  // forward, rows are projected on read and never added
   }
 
   struct Work {

@@ -4,7 +4,8 @@
 //   project       the rows times the weights of a set
 //   add           rows plus coefficients times the weights, S [row, term]
 //   outer         coefficients times rows, S [row, rank], onto sums [rank, channel]
-// Coefficients are prepared once a tile (ByTerm, ByRow), rows that are multiplied by every rank once a chunk (lines_of, rebuilt).
+// Read's weights are added in the backward alone, which the constructor is told of. Coefficients are prepared once a tile
+// (ByTerm, ByRow), rows that are multiplied by every rank once a chunk (lines_of, rebuilt).
 #pragma once
 
 #include "activations.h"
@@ -52,7 +53,7 @@ class PlainProducts : public Parts<acc_t<T>> {
   using Parts<A>::tile;
   using Lines = At<const A>;
 
-  PlainProducts(const EditWeights& w, int64_t sets, int64_t tile_rows) : Parts<A>(w, sets, tile_rows) {
+  PlainProducts(const EditWeights& w, int64_t sets, int64_t tile_rows, bool) : Parts<A>(w, sets, tile_rows) {
     write_.fill(w.write, sets * r, d);
     if (!this->reads) return;
     read_.fill(w.read, sets * r, d);
