@@ -8,6 +8,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from reft_kernels import host_memory
+
 if TYPE_CHECKING:
     from benchmarks.harness import Call
 
@@ -54,8 +56,13 @@ def peak_bytes(call: Call, device: str) -> int:
             call.run(prepared)
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - before
-        with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True) as profile:
-            kept = call.run(prepared)
+        pool = host_memory.limit()
+        host_memory.set_limit(0)  # the profiler would not see what comes from it
+        try:
+            with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True) as profile:
+                kept = call.run(prepared)
+        finally:
+            host_memory.set_limit(pool)
     held = most = 0
     for event in sorted(profile.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:

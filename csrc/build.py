@@ -122,6 +122,7 @@ def _cpu_rules(library: Path, objects: Path, sanitize: str | None, isa: str | No
     for name in kept:
         add("kernels.cpp", f"kernels_{name}", f"{_KERNEL_FLAGS} {sets[name]} -DREFT_ISA={name}")
     add("isa.cpp", "isa", " ".join(f"-DREFT_HAS_{name}" for name in kept))
+    add("host_pool.cpp", "host_pool", "")
     add("registration.cpp", "registration", f"-DTORCH_TARGET_VERSION={TARGET_TORCH} -isystem {_escape(torch / 'include')}")
     lines += [
         f"build {_escape(library)}: link {' '.join(built)}",

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reft_kernels import dispatch, outputs
+from reft_kernels import dispatch, host_memory, outputs
 
 _EDIT_ARGS = (
     "Tensor? rows, Tensor? set_ids, Tensor? read, Tensor? read_bias, Tensor write, Tensor? subtract_bias, "
@@ -70,9 +70,8 @@ _library = torch.library.Library("reft_kernels", "DEF")
 
 def _output_like(tensor: Tensor, rows: Tensor | None) -> Tensor:
     """A contiguous output: a copy where only some rows will be written, uninitialised where all will."""
-    if rows is None:
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-    return tensor.clone(memory_format=torch.contiguous_format)
+    out = host_memory.empty_like(tensor)
+    return out if rows is None else out.copy_(tensor)
 
 
 def _edit(hidden: Tensor, rows: Tensor | None, *args):

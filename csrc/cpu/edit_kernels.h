@@ -14,6 +14,7 @@ inline void edit_by(const EditForward& e) {
   const EditWeights& w = e.weights;
   const int64_t d = w.d, r = w.r, sets = e.selection.sets, longest = tile_rows<T>(d, r);
   const P products(w, sets, longest, false);
+  const bool streams = streams_out<T>(e.selection, e.source, e.out, d);
   const Order order(e.selection);
   const Runs runs(order, sets, longest);
   A* const all_u = static_cast<A*>(e.u);
@@ -63,8 +64,9 @@ inline void edit_by(const EditForward& e) {
       }
       coefficients.fill(products, run.set, used, count, false, true);
       for (int64_t from = 0; from < d; from += kChunk<A>)
-        products.add(out, source, count, from, smaller(d - from, kChunk<A>), coefficients, work);
+        products.add(out, source, count, from, smaller(d - from, kChunk<A>), coefficients, streams, work);
     }
+    if (streams) end_streams();
   });
 }
 
@@ -84,7 +86,8 @@ class EditBackwardKernel {
   explicit EditBackwardKernel(const EditBackward& e)
       : e_(e), w_(e.weights), d_(w_.d), r_(w_.r), tile_(tile_rows<T>(d_, r_)), products_(w_, e.selection.sets, tile_, true),
         order_(e.selection), runs_(order_, e.selection.sets, run_length()), weights_(e.grad_write != nullptr),
-        stride_(padded<A>(d_) + kSkew<A>), terms_(products_.terms()),
+        streams_(streams_out<T>(e.selection, e.grad, e.out, d_)), stride_(padded<A>(d_) + kSkew<A>),
+        terms_(products_.terms()),
         partials_(weights_ ? runs_.count * partial_size() : 0) {}
 
   void operator()() const {
@@ -92,6 +95,7 @@ class EditBackwardKernel {
     parallel_chunks(runs_.count, grain_of(4 * run_length() * d_ * r_), [&](int64_t first, int64_t last) {
       Buffers b(products_);
       for (int64_t i = first; i < last; ++i) run(i, b);
+      if (streams_) end_streams();
     });
     if (weights_) sum_partials();
   }
@@ -204,7 +208,7 @@ class EditBackwardKernel {
   // dh = g + A^T dz - B^T ddelta for one chunk of the channels.
   void hidden_gradient(int64_t count, int64_t from, int64_t length, Buffers& b) const {
     if (terms_) {
-      products_.add(b.out, b.g, count, from, length, b.hidden, b.work);
+      products_.add(b.out, b.g, count, from, length, b.hidden, streams_, b.work);
       return;
     }
     for (int64_t m = 0; m < count; ++m)
@@ -252,7 +256,7 @@ class EditBackwardKernel {
   const P products_;
   const Order order_;
   const Runs runs_;
-  const bool weights_;
+  const bool weights_, streams_;
   const int64_t stride_, terms_;
   const Scratch<A> partials_;
 };

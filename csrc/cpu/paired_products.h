@@ -157,9 +157,16 @@ class PairedProducts : public Parts<float> {
     for (int64_t i = 0; i < count * r; ++i) out[i] = lane_sum<A>(b.sums[i]);
   }
 
-  void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
+  void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, bool streams,
+           Work& b) const {
     if (whole<A>(length)) {
-      update<Paired, T, T>({out, from}, {base, from}, count, length / kLanes<A>, s.view(), s.pairs, {s.weights, from});
+      const At<T> to{out, from};
+      const At<const T> in{base, from};
+      const int64_t vectors = length / kLanes<A>;
+      if (streams)
+        update<Paired, T, T, true>(to, in, count, vectors, s.view(), s.pairs, {s.weights, from});
+      else
+        update<Paired, T, T>(to, in, count, vectors, s.view(), s.pairs, {s.weights, from});
       return;
     }
     add_to_buffer(base, count, from, length, s, b);

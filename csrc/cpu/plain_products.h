@@ -114,10 +114,17 @@ class PlainProducts : public Parts<acc_t<T>> {
   }
 
   // One chunk of out = base + S times weights: in place where it is whole vectors, else through a buffer.
-  void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
+  void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, bool streams,
+           Work& b) const {
     const A* const* weights = s.weights;
     if (whole<A>(length)) {
-      update<Single<A>, T, T>({out, from}, {base, from}, count, length / kLanes<A>, s.coefficients, s.terms, {weights, from});
+      const At<T> to{out, from};
+      const At<const T> in{base, from};
+      const int64_t vectors = length / kLanes<A>;
+      if (streams)
+        update<Single<A>, T, T, true>(to, in, count, vectors, s.coefficients, s.terms, {weights, from});
+      else
+        update<Single<A>, T, T>(to, in, count, vectors, s.coefficients, s.terms, {weights, from});
       return;
     }
     add_to_buffer(base, count, from, length, s, b.rows);

@@ -116,7 +116,7 @@ struct Coefficients {
   int64_t row, column;
 };
 
-template <class Op, class To, class From, int M, int V, class A = typename Op::Sum>
+template <class Op, bool Stream, class To, class From, int M, int V, class A = typename Op::Sum>
 REFT_INLINE void update_block(At<To> out, At<const From> base, int64_t i, Coefficients<typename Op::Number> s, int64_t terms,
                               At<const typename Op::Number> b) {
   constexpr int L = kLanes<A>;
@@ -144,31 +144,36 @@ REFT_INLINE void update_block(At<To> out, At<const From> base, int64_t i, Coeffi
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v)
-      store(out.rows[m] + out.from + i + v * L, load(base.rows[m] + base.from + i + v * L) + total[m][v]);
+    for (int v = 0; v < V; ++v) {
+      const vec<A> sum = load(base.rows[m] + base.from + i + v * L) + total[m][v];
+      if constexpr (Stream)
+        stream(out.rows[m] + out.from + i + v * L, sum);
+      else
+        store(out.rows[m] + out.from + i + v * L, sum);
+    }
 }
 
-template <class Op, class To, class From, int M>
+template <class Op, bool Stream, class To, class From, int M>
 REFT_INLINE void update_rows(At<To> out, At<const From> base, int64_t vectors, Coefficients<typename Op::Number> s,
                              int64_t terms, At<const typename Op::Number> b) {
   constexpr int L = kLanes<typename Op::Sum>;
   int64_t v = 0;
   for (; v + kUpdateVectors <= vectors; v += kUpdateVectors)
-    update_block<Op, To, From, M, kUpdateVectors>(out, base, v * L, s, terms, b);
-  for (; v < vectors; ++v) update_block<Op, To, From, M, 1>(out, base, v * L, s, terms, b);
+    update_block<Op, Stream, To, From, M, kUpdateVectors>(out, base, v * L, s, terms, b);
+  for (; v < vectors; ++v) update_block<Op, Stream, To, From, M, 1>(out, base, v * L, s, terms, b);
 }
 
 // out[m, i] = base[m, i] + sum_k S[m, k] * b[k, i] for `rows` rows, `terms` terms, i < vectors * lanes. out may be base.
 // Where a term has two numbers for a channel, so has S, and their products are summed.
-template <class Op, class To, class From>
+template <class Op, class To, class From, bool Stream = false>
 inline void update(At<To> out, At<const From> base, int64_t rows, int64_t vectors, Coefficients<typename Op::Number> s,
                    int64_t terms, At<const typename Op::Number> b) {
   int64_t m = 0;
   auto from = [&](int64_t m) { return Coefficients<typename Op::Number>{s.data + m * s.row, s.row, s.column}; };
   for (; m + kUpdateRows <= rows; m += kUpdateRows)
-    update_rows<Op, To, From, kUpdateRows>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
+    update_rows<Op, Stream, To, From, kUpdateRows>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
   for (; m < rows; ++m)
-    update_rows<Op, To, From, 1>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
+    update_rows<Op, Stream, To, From, 1>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
 }
 
 }  // namespace REFT_ISA

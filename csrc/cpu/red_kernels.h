@@ -8,10 +8,13 @@ namespace REFT_ISA {
 
 // out[i] = f(i, a[i]) over a row, by vectors and a padded tail; a and out may be the same.
 template <class T, class F>
-REFT_INLINE void map_row(const T* a, T* out, int64_t d, F f) {
+REFT_INLINE void map_row(const T* a, T* out, int64_t d, bool streams, F f) {
   constexpr int L = kLanes<acc_t<T>>;
   int64_t i = 0;
-  for (; i + L <= d; i += L) store(out + i, f(i, load(a + i)));
+  if (streams)
+    for (; i + L <= d; i += L) stream(out + i, f(i, load(a + i)));
+  else
+    for (; i + L <= d; i += L) store(out + i, f(i, load(a + i)));
   if (i < d) store_part(out + i, f(i, load_part(a + i, int(d - i))), int(d - i));
 }
 
@@ -24,6 +27,7 @@ inline void red(const RedForward& e) {
   bias.fill(e.bias, e.selection.sets, d);
   const Order order(e.selection);
   const Runs runs(order, e.selection.sets, 64);
+  const bool streams = streams_out<T>(e.selection, e.source, e.out, d);
   if (e.kept && e.selection.rows)
     for (int64_t n = 0; n < e.selection.entries; ++n)
       if (e.selection.rows[n] < 0) memset(row_at<T>(e.kept, n), 0, size_t(d) * sizeof(T));
@@ -34,9 +38,11 @@ inline void red(const RedForward& e) {
         int64_t entry = order.entry(n), row = row_of(e.selection, entry);
         const T* source = row_at<T>(e.source, row);
         if (e.kept) memcpy(row_at<T>(e.kept, entry), source, size_t(d) * sizeof(T));
-        map_row(source, row_at<T>(e.out, row), d, [&](int64_t c, vec<A> x) { return fma(load(by + c), x, load(plus + c)); });
+        map_row(source, row_at<T>(e.out, row), d, streams,
+                [&](int64_t c, vec<A> x) { return fma(load(by + c), x, load(plus + c)); });
       }
     }
+    if (streams) end_streams();
   });
 }
 
@@ -46,7 +52,7 @@ inline void red_backward(const RedBackward& e) {
   constexpr int L = kLanes<A>;
   constexpr int64_t kRun = 256;
   const int64_t d = e.d, stride = padded<A>(d), sets = e.selection.sets;
-  const bool weights = e.grad_scale != nullptr;
+  const bool weights = e.grad_scale != nullptr, streams = streams_out<T>(e.selection, e.grad, e.out, d);
   Panel<A> scale;
   scale.fill(e.scale, sets, d);
   const Order order(e.selection);
@@ -74,9 +80,10 @@ inline void red_backward(const RedBackward& e) {
             store(sum_bias + c, load(sum_bias + c) + g);
           }
         }
-        if (e.out) map_row(grad, row_at<T>(e.out, row), d, [&](int64_t c, vec<A> g) { return load(by + c) * g; });
+        if (e.out) map_row(grad, row_at<T>(e.out, row), d, streams, [&](int64_t c, vec<A> g) { return load(by + c) * g; });
       }
     }
+    if (streams) end_streams();
   });
   if (!weights) return;
   A* const grads[2] = {static_cast<A*>(e.grad_scale), static_cast<A*>(e.grad_bias)};

@@ -8,7 +8,10 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
+#include <vector>
 
+#include "host_pool.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -171,6 +174,28 @@ REFT_BUILD_OPERATOR(householder)
 REFT_BUILD_OPERATOR(cayley)
 #undef REFT_BUILD_OPERATOR
 
+// An uninitialised contiguous tensor of like's shape and dtype, whose memory goes back to the pool.
+Tensor pooled_like(Tensor like) {
+  const int64_t dims = like.dim();
+  std::vector<int64_t> sizes(dims), strides(dims);
+  int64_t count = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    sizes[i] = like.sizes()[i];
+    strides[i] = count;
+    count *= sizes[i];
+  }
+  void* data = pool_take(size_t(count) * size_t(like.element_size()));
+  STD_TORCH_CHECK(data != nullptr, "reft_kernels_cpu: out of memory for an output of ", count, " elements");
+  return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), pool_give);
+}
+
+void set_pool_limit(int64_t bytes) { pool_limit(size_t(bytes)); }
+
+std::tuple<int64_t, int64_t> held_by_pool() {
+  const PoolBytes bytes = pool_bytes();
+  return {int64_t(bytes.used), int64_t(bytes.kept)};
+}
+
 std::string isa() { return kernels().name; }
 
 std::string isa_refusal(std::string name) {
@@ -207,11 +232,15 @@ STABLE_TORCH_LIBRARY(reft_kernels_cpu, m) {
   m.def(
       "cayley_backward(Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, Tensor aux, Tensor(a!) grad_X) "
       "-> ()");
+  m.def("pooled_like(Tensor like) -> Tensor");
+  m.def("set_pool_limit(int bytes) -> ()");
+  m.def("held_by_pool() -> (int used, int kept)");
   m.def("isa() -> str");
   m.def("isa_refusal(str name) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cpu, CPU, m) {
+  m.impl("pooled_like", TORCH_BOX(&reft::pooled_like));
   m.impl("edit", TORCH_BOX(&reft::edit));
   m.impl("edit_backward", TORCH_BOX(&reft::edit_backward));
   m.impl("red", TORCH_BOX(&reft::red));
@@ -223,6 +252,8 @@ STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("set_pool_limit", TORCH_BOX(&reft::set_pool_limit));
+  m.impl("held_by_pool", TORCH_BOX(&reft::held_by_pool));
   m.impl("isa", TORCH_BOX(&reft::isa));
   m.impl("isa_refusal", TORCH_BOX(&reft::isa_refusal));
 }

@@ -158,6 +158,16 @@ REFT_INLINE T* row_at(Rows rows, int64_t i) {
   return static_cast<T*>(rows.data) + i * rows.stride;
 }
 
+// Whether an output goes past the caches: it has memory of its own, in whole vectors, and so much of it that whoever reads it
+// next finds little of it there anyway.
+template <class T>
+inline bool streams_out(const Selection& s, Rows in, Rows out, int64_t d) {
+  constexpr int64_t kStreamedBytes = 16 << 20, kUnit = 64;
+  return s.rows == nullptr && out && in.data != out.data && s.entries * d * int64_t(sizeof(T)) >= kStreamedBytes &&
+         d % (kUnit / int64_t(sizeof(T))) == 0 && out.stride * int64_t(sizeof(T)) % kUnit == 0 &&
+         reinterpret_cast<uintptr_t>(out.data) % kUnit == 0;
+}
+
 // ---- a chunk of the rows of a tile, where it cannot be used in place
 
 // A buffer of one chunk of `rows` rows, zero beyond the channels that it holds.

@@ -191,6 +191,13 @@ REFT_INLINE vec<float> load(const fp16* p) {
 
 REFT_INLINE void store(float* p, vec<float> v) { memcpy(p, &v, sizeof(v)); }
 REFT_INLINE void store(double* p, vec<double> v) { memcpy(p, &v, sizeof(v)); }
+#if defined(__AVX512BF16__)
+// one instruction; unlike the arithmetic below it takes subnormal numbers as zero
+REFT_INLINE void store(bf16* p, vec<float> v) {
+  __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
+  memcpy(p, &rounded, sizeof(rounded));
+}
+#else
 REFT_INLINE void store(bf16* p, vec<float> v) {
   typedef VectorOf<float>::bits bits_t;
   bits_t bits = (bits_t)v;
@@ -204,6 +211,7 @@ REFT_INLINE void store(bf16* p, vec<float> v) {
   for (int i = 0; i < kLanes<float>; ++i) p[i].bits = uint16_t(bits[i]);
 #endif
 }
+#endif
 REFT_INLINE void store(fp16* p, vec<float> v) {
 #if defined(__AVX512F__)
   __m256i half = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -213,6 +221,39 @@ REFT_INLINE void store(fp16* p, vec<float> v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half);
 #else
   for (int i = 0; i < kLanes<float>; ++i) from_acc(v[i], p + i);
+#endif
+}
+
+// ---- stores that leave the caches alone, to addresses aligned to what they write; end_streams() before others read
+
+#if defined(__AVX512F__)
+REFT_INLINE void stream(float* p, vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+REFT_INLINE void stream(double* p, vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+#elif defined(__AVX2__)
+REFT_INLINE void stream(float* p, vec<float> v) { _mm256_stream_ps(p, (__m256)v); }
+REFT_INLINE void stream(double* p, vec<double> v) { _mm256_stream_pd(p, (__m256d)v); }
+#else
+REFT_INLINE void stream(float* p, vec<float> v) { store(p, v); }
+REFT_INLINE void stream(double* p, vec<double> v) { store(p, v); }
+#endif
+// bf16 and fp16: rounded as store() rounds
+template <class T>
+REFT_INLINE void stream(T* p, vec<float> v) {
+#if defined(__AVX2__)
+  alignas(32) T half[kLanes<float>];
+  store(half, v);
+#if defined(__AVX512F__)
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(half));
+#else
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(half));
+#endif
+#else
+  store(p, v);
+#endif
+}
+REFT_INLINE void end_streams() {
+#if defined(__AVX2__)
+  _mm_sfence();
 #endif
 }
 
