@@ -1,0 +1,47 @@
+"""The native maps against reft_kernels/orthonormal.py in fp64, by the budget of tests/maps.py: each output, with and without base.
+
+``tests/test_parametrization.py`` runs on this backend too; here are the operators' own inputs, and the d x r that are hard:
+square ones, where reflectors cancel most, and those past the registers' blocks and the chains of sums.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reft_kernels import cpu, dispatch
+from reft_kernels.parametrization import orthonormality_error
+from tests import maps
+
+_WHY_NOT = dispatch.why_unable("cpu", "householder", "cpu", torch.float32)
+pytestmark = [pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)), pytest.mark.usefixtures("poison")]
+
+SHAPES = [  # L, d, r
+    (3, 7, 1), (1, 1, 1), (1, 2, 2), (1, 8, 8), (3, 45, 3), (2, 131, 8), (1, 77, 16), (1, 33, 32), (1, 65, 33), (2, 531, 16),
+    (2, 535, 20), (1, 1100, 40), (1, 130, 100), (1, 257, 256),
+]  # fmt: skip
+
+
+def _draws(count, layers, d, r, **how):
+    return [(maps.draw(layers, d, r, "cpu", **how), torch.randn(2, layers, r, d).unbind()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("base", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", maps.MAPS)
+def test_outputs_and_gradient(name, shape, base):
+    maps.check(cpu, name, _draws(8 if shape[2] < 64 else 2, *shape, base=base))
+
+
+@pytest.mark.parametrize(("r", "seed"), [(16, 405396), (32, 387368), (32, 910595), (32, 884269)])
+def test_square_with_a_base_where_one_long_sum_left_the_budget(r, seed):
+    torch.manual_seed(seed)
+    maps.check(cpu, "householder", _draws(8, 1, r, r, base=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 16384, 256), (1, 8192, 64), (2, 4096, 8)], ids=str)
+@pytest.mark.parametrize("name", maps.MAPS)
+def test_orthonormal_rows(name, shape):
+    layers, d, r = shape
+    R, _, _ = getattr(cpu, name)(*maps.draw(layers, d, r, "cpu", base=True, W=False, scale=1 / d**0.5))
+    assert orthonormality_error(R) <= 1e-6
