@@ -1,4 +1,4 @@
-"""The native maps against reft_kernels/orthonormal.py in fp64, by the budget of tests/maps.py: each output, with and without base.
+"""The native maps against reft_kernels/orthonormal.py in fp64, each output held to the budget of tests/maps.py.
 
 ``tests/test_parametrization.py`` runs on this backend too; here are the operators' own inputs, and the d x r that are hard:
 square ones, where reflectors cancel most, and those past the registers' blocks and the chains of sums.
