@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from reft_kernels import cpu, dispatch
+from reft_kernels import cpu, dispatch, host_memory
 from reft_kernels.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors")
@@ -75,7 +75,9 @@ def backend_lines() -> list[str]:
             lines.append(f"      {', '.join(operators)}")
         reasons = unable(device)
         for name in dispatch.BACKENDS:
-            detail = f", instruction set {cpu.instruction_set()}" if name == "cpu" else ""
+            detail = ""
+            if name == "cpu":
+                detail = f", instruction set {cpu.instruction_set()}, up to {host_memory.limit()} MiB of freed outputs kept"
             lines.append(f"  {name:<8}{f'off: {reasons[name]}' if name in reasons else f'able{detail}'}")
         lines += [f"  {reason}" for reason in _failures(device)]
     return lines
