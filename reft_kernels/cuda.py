@@ -3,6 +3,8 @@
 The kernels are built at install time with ``REFT_KERNELS_BUILD_CUDA=1`` into ``_native_cuda.so`` beside this file, and reach
 PyTorch through its stable ABI. Every function has the contract of :mod:`reft_kernels.reference`; launches: one for ``edit``, at
 most two for ``edit_backward``, one for each map and each map's backward. Sums have a fixed order: two runs are bit-identical.
+``REFT_KERNELS_CUDA_LIBRARY`` names another build of the library. One that runs the kernels in the emulation of the tests
+(``tests/cuda/emulation``) serves CPU tensors, and no others: it is to these kernels what ``TRITON_INTERPRET=1`` is to Triton's.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,9 +23,11 @@ from reft_kernels import outputs
 from reft_kernels.activations import ACTIVATIONS
 from reft_kernels.outputs import contiguous
 
-LIBRARY = Path(__file__).with_name("_native_cuda.so")
+LIBRARY_VARIABLE = "REFT_KERNELS_CUDA_LIBRARY"
+LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_native_cuda.so"))
 MAX_RANK = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GPUS = "the CUDA kernels serve tensors on NVIDIA GPUs"
 _RANK_MULTIPLE = 8  # the backward's [N, r] scratch is padded to it
 
 
@@ -30,12 +35,20 @@ _RANK_MULTIPLE = 8  # the backward's [N, r] scratch is padded to it
 def _why_not_loaded() -> str | None:
     """Load the library once; None when its operators exist, else the reason."""
     if not LIBRARY.exists():
+        if os.environ.get(LIBRARY_VARIABLE):
+            return f"{LIBRARY_VARIABLE}: got {str(LIBRARY)!r}, expected an existing file"
         return "the CUDA kernels were not built: install with REFT_KERNELS_BUILD_CUDA=1 and the CUDA toolkit's nvcc"
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"{LIBRARY.name} does not load: {error.__cause__ or error}"
     return None
+
+
+def emulated() -> bool:
+    """Whether the library runs the kernels in the emulation; an installed library, which never does, is not loaded for it."""
+    named = os.environ.get(LIBRARY_VARIABLE)
+    return bool(named) and _why_not_loaded() is None and hasattr(torch.ops.reft_kernels_cuda, "emulated")
 
 
 def why_unable(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
@@ -45,11 +58,15 @@ def why_unable(operator: str, device_type: str, dtype: torch.dtype) -> str | Non
     """
     if dtype not in _DTYPES:
         return f"the CUDA kernels accumulate in fp32 and serve fp32, bf16 and fp16, not {str(dtype).removeprefix('torch.')}"
-    if device_type != "cuda" or torch.version.hip is not None:
-        return "the CUDA kernels serve tensors on NVIDIA GPUs"
+    if torch.version.hip is not None or (device_type != "cuda" and not os.environ.get(LIBRARY_VARIABLE)):
+        return _GPUS
     reason = _why_not_loaded()
     if reason is not None:
         return reason
+    if emulated():
+        return None if device_type == "cpu" else "the emulated CUDA kernels serve CPU tensors"
+    if device_type != "cuda":
+        return _GPUS
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         major, minor = torch.cuda.get_device_capability()
         return f"the CUDA kernels need compute capability 8.0 or later, this GPU has {major}.{minor}"
@@ -57,8 +74,8 @@ def why_unable(operator: str, device_type: str, dtype: torch.dtype) -> str | Non
 
 
 def _elsewhere(operator: str) -> Callable:
-    """What serves a call that these kernels leave out: Triton, or where it is not installed the reference."""
-    name = "triton" if importlib.util.find_spec("triton") is not None else "reference"
+    """What serves a call that these kernels leave out: Triton; the reference where it is not installed, or in the emulation."""
+    name = "reference" if emulated() or importlib.util.find_spec("triton") is None else "triton"
     return getattr(importlib.import_module(f"reft_kernels.{name}"), operator)
 
 

@@ -29,6 +29,8 @@ def _targets() -> list:
         targets.append(pytest.param(("cpu", "cpu"), id="cpu-cpu"))
     if triton and interpreting():
         targets.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
+    if dispatch.why_unable("cuda", "edit", "cpu", torch.float32) is None:
+        targets.append(pytest.param(("cuda", "cpu"), id="cuda-emulated"))
     if torch.cuda.is_available():
         targets += [pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu) for name in ("torch", "triton")]
         if dispatch.why_unable("cuda", "edit", "cuda", torch.float32) is None:

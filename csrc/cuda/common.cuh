@@ -18,8 +18,8 @@ __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + 
 // The block's dynamic shared memory.
 template <class T>
 __device__ inline T* dynamic_shared() {
-  extern __shared__ __align__(16) unsigned char arena[];
-  return reinterpret_cast<T*>(arena);
+  extern __shared__ __align__(16) unsigned char dynamic_arena[];
+  return reinterpret_cast<T*>(dynamic_arena);
 }
 
 __device__ inline float to_float(float v) { return v; }

@@ -1,18 +1,13 @@
 // The kernels as operators of the private namespace `reft_kernels_cuda`, through PyTorch's stable ABI: no Python, no ATen.
 // Outputs are allocated by the caller (reft_kernels/cuda.py), which also checks shapes; a tensor of no elements is not wanted.
-#include <cuda_runtime_api.h>
-#include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <stdexcept>
-#include <string>
 
 #include "arguments.h"
+#include "device.h"
 
 namespace {
 
@@ -21,45 +16,18 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-[[noreturn]] void fail(const char* name, const std::string& what) {
-  throw std::runtime_error(std::string("reft_kernels_cuda::") + name + ": " + what);
-}
-
-using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
-
-// aoti_torch_get_current_cuda_stream of the stable C interface. It lives in libtorch_cuda.so, which a CPU build of PyTorch does
-// not have: found at run time, so that this library links and loads without it.
-CurrentStream find_current_stream() {
-  void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-  return library == nullptr ? nullptr
-                            : reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
-}
-
 // The tensor's device for the time of a launch, and the stream that is current on it.
 class Launch {
  public:
-  Launch(const char* name, const Tensor& tensor) : name_(name), guard_(tensor.get_device_index()) {
-    // this library's own runtime takes the device over from the guard's; said once more for a thread that it has not seen
-    check(cudaSetDevice(tensor.get_device_index()));
-    static const CurrentStream current_stream = find_current_stream();
-    void* stream = nullptr;
-    if (current_stream == nullptr || current_stream(tensor.get_device_index(), &stream) != AOTI_TORCH_SUCCESS)
-      fail(name, "this PyTorch gives no current CUDA stream");
-    stream_ = static_cast<cudaStream_t>(stream);
-  }
+  Launch(const char* name, const Tensor& tensor) : name_(name), device_(name, tensor) {}
 
-  cudaStream_t stream() const { return stream_; }
+  cudaStream_t stream() const { return device_.stream(); }
 
-  void check(cudaError_t error) const {
-    const cudaError_t last = cudaGetLastError();
-    if (error == cudaSuccess) error = last;
-    if (error != cudaSuccess) fail(name_, cudaGetErrorString(error));
-  }
+  void check(cudaError_t error) const { check_launch(name_, error); }
 
  private:
   const char* name_;
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
+  Device device_;
 };
 
 Dtype dtype_of(const char* name, const Tensor& tensor) {
@@ -248,7 +216,7 @@ STABLE_TORCH_LIBRARY(reft_kernels_cuda, m) {
       "Tensor(a!) grad_X) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cuda, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cuda, REFT_DISPATCH_KEY, m) {
   m.impl("edit_forward", TORCH_BOX(&edit_forward_op));
   m.impl("edit_delta", TORCH_BOX(&edit_delta_op));
   m.impl("edit_gradient", TORCH_BOX(&edit_gradient_op));

@@ -1,6 +1,7 @@
 """The CUDA kernels against the fp64 reference: every path of their launch heuristics, in each dtype, and what they promise.
 
-The oracle is tests/budget.py. The tests of the package also run with this backend where a GPU and its build are there.
+The oracle is tests/budget.py. They run on a GPU, and without one in the emulation where REFT_KERNELS_CUDA_LIBRARY names its
+library (tests/cuda/test_emulation.py); the tests of the package run with this backend in both places, too.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from reft_kernels.parametrization import orthonormality_error
 from tests import budget, inputs, maps, plain
 from tests.inputs import Case
 
-DEVICE = "cuda"
-_WHY_NOT = cuda.why_unable("edit", "cuda", torch.float32) if torch.cuda.is_available() else "needs a CUDA GPU"
+EMULATED = cuda.emulated()
+DEVICE = "cpu" if EMULATED else "cuda"
+_WHY_NOT = (
+    cuda.why_unable("edit", DEVICE, torch.float32) if EMULATED or torch.cuda.is_available() else "needs a CUDA GPU"
+)
 pytestmark = [
-    pytest.mark.gpu,
+    *([] if EMULATED else [pytest.mark.gpu]),
     pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)),
     pytest.mark.usefixtures("poison", "_forced"),
 ]
+_gpu_alone = pytest.mark.skipif(EMULATED, reason="needs a CUDA GPU")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAPS = maps.MAPS
@@ -40,6 +45,10 @@ def _forced():
 def _kernels(function) -> int:
     """How many of this backend's kernels ``function`` launches."""
     function()
+    if EMULATED:
+        before = torch.ops.reft_kernels_cuda.launches()
+        function()
+        return torch.ops.reft_kernels_cuda.launches() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
         torch.cuda.synchronize()
@@ -207,6 +216,7 @@ def test_launches_of_an_edit(activation):
     assert _kernels(lambda: drawn.engine(**leaves).sum().backward()) == 3
 
 
+@_gpu_alone
 def test_captured_in_a_graph():
     """No host synchronisation and no other stream: an edit and its backward can be captured and replayed."""
     hidden, grad = torch.randn(64, 40, device=DEVICE), torch.randn(64, 40, device=DEVICE)
@@ -231,6 +241,7 @@ def test_captured_in_a_graph():
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
+@_gpu_alone
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_device_is_the_tensors():
     other = torch.device("cuda", 1)

@@ -1,0 +1,103 @@
+"""Build csrc/cuda for the CPU, against the emulated machine of this folder, with ninja.
+
+    python tests/cuda/emulation/build.py [--arch 800|900]
+
+The library stands in for ``_native_cuda.so``: ``REFT_KERNELS_CUDA_LIBRARY`` names it, and it serves CPU tensors. The programs
+need no PyTorch; the sanitizers see the kernels, not the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import importlib.util
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+KERNELS = ROOT / "csrc" / "cuda"
+MACHINE = ("machine", "runtime", "fiber")
+ARCHITECTURES = (800, 900)
+_spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
+native = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(native)
+
+_FLAGS = "-std=c++17 -g -fPIC -fvisibility=hidden -fno-omit-frame-pointer"
+# nvcc knows its own pragmas, and forgives what these kernels leave unused in some instantiations
+_KERNEL_FLAGS = "-w -fno-strict-aliasing -ffp-contract=fast -march=native -x c++"
+_SANITIZERS = {
+    "": "-O2 -fsanitize=alignment -fsanitize-undefined-trap-on-error",
+    "address": "-O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined",
+    "thread": "-O1 -fsanitize=thread",
+}
+_RULES = [
+    "rule compile",
+    "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+    "  depfile = $out.d",
+    "  deps = gcc",
+    "rule link",
+    "  command = $cxx $flags $in -o $out $libraries",
+]
+
+
+def _rules(target: Path, objects: Path, arch: int, kernels: list[Path], sanitizer: str, torch: Path | None) -> list[str]:
+    """``kernels``: sources that see the emulated CUDA language; the machine is linked to them."""
+    includes = f"-I{HERE / 'include'} -I{HERE} -I{KERNELS}"
+    checked = _SANITIZERS[sanitizer]
+    told = f" -DREFT_EMULATION_{sanitizer[0].upper()}SAN" if sanitizer else ""
+    lines = [f"cxx = {native.compiler()}", *_RULES]
+    built = []
+
+    def add(source: Path, flags: str) -> None:
+        built.append(str(objects / f"{source.stem}-{source.suffix[1:]}-{source.parent.name}.o"))
+        lines.extend([f"build {built[-1]}: compile {source}", f"  flags = {_FLAGS} {flags} {includes}"])
+
+    for source in kernels:
+        add(source, f"{checked} {_KERNEL_FLAGS} -D__CUDA_ARCH__={arch}")
+    for name in MACHINE:
+        add(HERE / f"{name}.cpp", f"-O2 -Wall -Wextra -DREFT_EMULATED_ARCH={arch}{told}")
+    libraries = ""
+    if torch is not None:
+        flags = f"-O1 -DTORCH_TARGET_VERSION={native.TARGET_TORCH} -DREFT_CUDA_EMULATED -DREFT_EMULATED_ARCH={arch}"
+        for source in (KERNELS / "registration.cpp", HERE / "registration.cpp"):
+            add(source, f"{flags} -isystem {torch / 'include'}")
+        libraries = f"-shared -L{torch / 'lib'} -ltorch_cpu"
+    linked = checked if sanitizer else ""
+    return [*lines, f"build {target}: link {' '.join(built)}", f"  flags = {linked}", f"  libraries = {libraries}"]
+
+
+def _locked(target: Path, rules: list[str], objects: Path) -> Path:
+    objects.mkdir(parents=True, exist_ok=True)
+    with open(objects / "lock", "w") as lock:  # several test processes want one build
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return native._build(target, rules, objects, "the emulation is needed by tests alone")
+
+
+def build_library(arch: int, folder: Path = ROOT / "build" / "emulation") -> Path:
+    """The operator library of the emulated kernels, for compute capability ``arch / 100``.
+
+    Raises:
+        native.BuildError: ninja, a C++17 compiler or torch's headers are missing, or a compilation failed.
+    """
+    objects = folder / f"library-{arch}"
+    target = objects / f"_emulated_cuda_{arch}.so"
+    kernels = sorted(KERNELS.glob("*.cu"))
+    return _locked(target, _rules(target, objects, arch, kernels, "", native.torch_folder()), objects)
+
+
+def build_program(source: Path, arch: int, sanitizer: str, folder: Path, *, kernels: bool) -> Path:
+    """A program of ``source`` and the machine, and with ``kernels`` of csrc/cuda, under no sanitizer, ``address`` or ``thread``.
+
+    Raises:
+        native.BuildError: ninja or a C++17 compiler is missing, or a compilation failed.
+    """
+    objects = folder / f"{source.stem}-{arch}-{sanitizer or 'plain'}"
+    target = objects / source.stem
+    sources = [source, *(sorted(KERNELS.glob("*.cu")) if kernels else [])]
+    return _locked(target, _rules(target, objects, arch, sources, sanitizer, None), objects)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Build the emulated CUDA library.")
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=900, help="compute capability, times 100")
+    print(build_library(parser.parse_args().arch))
