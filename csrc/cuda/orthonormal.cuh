@@ -289,7 +289,8 @@ struct Patch {
   }
 };
 
-// acc[j][c] += sum over k of A(row0 + c, k) matrix(k, j0 + j), in fp32. Begins after a barrier, ends with one.
+// acc[j][c] += sum over k of A(row0 + c, k) matrix(k, j0 + j), in fp32, tile by tile: one long sum loses too much from r = 255 on.
+// Begins after a barrier, ends with one.
 template <class Tall, class Matrix>
 __device__ inline void spread(
     const Build& b, const Tiling& tiling, const Patch& patch, int row0, int j0, const Tall& A, Matrix matrix,
@@ -304,6 +305,7 @@ __device__ inline void spread(
     }
     __syncthreads();
     const int count = min(tiling.size, b.r - k0);
+    float part[4][4] = {};
     for (int k = 0; k < count; ++k) {
       float m[4];
       load<float, 4>(square + k * tiling.size + patch.j, m);
@@ -311,9 +313,13 @@ __device__ inline void spread(
       for (int q = 0; q < 4; ++q) {
         const float a = tall[(patch.c + q * patch.step) * stride + k];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) acc[j][q] = fmaf(a, m[j], acc[j][q]);
+        for (int j = 0; j < 4; ++j) part[j][q] = fmaf(a, m[j], part[j][q]);
       }
     }
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+#pragma unroll
+      for (int q = 0; q < 4; ++q) acc[j][q] += part[j][q];
     __syncthreads();
   }
 }
