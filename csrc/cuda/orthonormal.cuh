@@ -138,6 +138,7 @@ struct LowerPart {
   // to[rr * stride + c] <- entry (row0 + rr, col0 + c), zeros outside; neighbouring threads take neighbouring columns.
   __device__ void stage(float* to, int stride, const Build& b, const Tiling& tiling, int row0, int col0) const {
     float value[8];
+#pragma unroll 1  // all 16 loads in flight would spill
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int s = 0; s < 8; ++s) {
@@ -170,6 +171,7 @@ struct TotalGradient {
   // As LowerPart's; neighbouring threads take neighbouring rows.
   __device__ void stage(float* to, int stride, const Build& b, const Tiling& tiling, int row0, int col0) const {
     float value[8];
+#pragma unroll 1  // all 16 loads in flight would spill
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int s = 0; s < 8; ++s) {
@@ -187,8 +189,9 @@ struct TotalGradient {
 };
 static_assert(kStageElements == 1 << 12 && kStageElements == 16 * kBuildThreads, "stage() takes 16 elements a thread");
 
-// out <- A^T B [r, r] over the block's rows, in fp64 from fp32 sums of at most 64 rows. Threads hold 4 x 4 entries; where the
-// tile has fewer than 16 x 16 of those, groups of threads share the rows and are added in order. Ends with a barrier.
+// out <- A^T B [r, r] over the block's rows, in fp64: the first r rows, which are not small beside the unit diagonal, from the
+// start, the others from fp32 sums of at most 64 rows. Threads hold 4 x 4 entries; where the tile has fewer than 16 x 16 of
+// those, groups of threads share the rows and are added in order. Ends with a barrier.
 template <class Left, class Right>
 __device__ inline void gram(const Build& b, const Left& A, const Right& B, double* out) {
   const Tiling tiling(b.r);
@@ -207,8 +210,19 @@ __device__ inline void gram(const Build& b, const Left& A, const Right& B, doubl
         A.stage(left, stride, b, tiling, row0, i0);
         if (!same) B.stage(right, stride, b, tiling, row0, j0);
         __syncthreads();
+        const int top = min(b.r - row0, tiling.rows);
+        int row = group;
+        for (; row < top; row += groups) {
+          float x[4], y[4];
+          load<float, 4>(left + row * stride + pi, x);
+          load<float, 4>(right + row * stride + pj, y);
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+#pragma unroll
+            for (int j = 0; j < 4; ++j) total[i][j] = fma(double(x[i]), double(y[j]), total[i][j]);
+        }
         float acc[4][4] = {};
-        for (int row = group; row < tiling.rows; row += groups) {
+        for (; row < tiling.rows; row += groups) {
           float x[4], y[4];
           load<float, 4>(left + row * stride + pi, x);
           load<float, 4>(right + row * stride + pj, y);
