@@ -303,7 +303,7 @@ struct Patch {
   }
 };
 
-// acc[j][c] += sum over k of A(row0 + c, k) matrix(k, j0 + j), in fp32, tile by tile: one long sum loses too much from r = 255 on.
+// acc[j][c] += sum over k of A(row0 + c, k) matrix(k, j0 + j), in fp32, tile by tile: one sum over 255 ranks loses too much.
 // Begins after a barrier, ends with one.
 template <class Tall, class Matrix>
 __device__ inline void spread(
