@@ -23,13 +23,20 @@ namespace {
 constexpr size_t kStack = 256 * 1024;
 constexpr size_t kColours = 128, kColourBytes = 320;  // stacks that begin at one offset share a few sets of the caches
 
-std::vector<char*> stacks;
+struct Stack {
+  char* memory;
+  void* sanitizer;  // ThreadSanitizer's fiber
+};
+std::vector<Stack> stacks;
 
-char* stack(size_t number) {
+Stack& stack(size_t number) {
   while (stacks.size() <= number) {
-    char* memory = static_cast<char*>(map_memory(kStack));
-    if (!kRaces) mprotect(memory, size_t(sysconf(_SC_PAGESIZE)), PROT_NONE);  // its stacks are too many to split mappings
-    stacks.push_back(memory);
+    Stack made = {static_cast<char*>(map_memory(kStack)), nullptr};
+    mprotect(made.memory, size_t(sysconf(_SC_PAGESIZE)), PROT_NONE);
+#ifdef REFT_EMULATION_TSAN
+    made.sanitizer = __tsan_create_fiber(0);
+#endif
+    stacks.push_back(made);
   }
   return stacks[number];
 }
@@ -64,7 +71,8 @@ reft_emulation_switch:
 #endif
 
 void start(Fiber& fiber, size_t number, void (*entry)()) {
-  char* memory = stack(number);
+  char* memory = stack(number).memory;
+  fiber.sanitizer = stack(number).sanitizer;
   fiber.bottom = memory;
   fiber.size = kStack - number % kColours * kColourBytes / 64 * 64;
   fiber.fake_stack = nullptr;
@@ -81,16 +89,6 @@ void start(Fiber& fiber, size_t number, void (*entry)()) {
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, entry, 0);
 #endif
-#ifdef REFT_EMULATION_TSAN
-  fiber.sanitizer = __tsan_create_fiber(0);
-#endif
-}
-
-void finish(Fiber& fiber) {
-#ifdef REFT_EMULATION_TSAN
-  if (fiber.sanitizer != nullptr) __tsan_destroy_fiber(fiber.sanitizer);
-#endif
-  fiber.sanitizer = nullptr;
 }
 
 void adopt(Fiber& fiber) {

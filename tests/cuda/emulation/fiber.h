@@ -21,9 +21,9 @@ struct Fiber {
   void* sanitizer = nullptr;   // ThreadSanitizer's own fiber
 };
 
-// Prepares `fiber` to run `entry` on stack `number` of the pool when it is first switched to; `entry` never returns.
+// Prepares `fiber` to run `entry` on stack `number` of the pool when it is first switched to; `entry` never returns. To
+// ThreadSanitizer all fibers of a number are one thread.
 void start(Fiber& fiber, size_t number, void (*entry)());
-void finish(Fiber& fiber);         // it is not switched to again
 void adopt(Fiber& fiber);          // the caller's own stack
 void switch_to(Fiber& from, Fiber& to, bool from_ends = false);
 void arrived(Fiber& fiber);        // the first thing that a new fiber calls

@@ -8,7 +8,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <deque>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -30,7 +29,7 @@ namespace {
 constexpr unsigned kWarpLanes = 32;
 constexpr size_t kAlignment = 16;      // of dynamic shared memory
 constexpr unsigned char kGuard = 0xa5;  // before and behind it
-constexpr size_t kRetiredFibers = 3500;
+constexpr size_t kIdentities = 2048;    // of threads that end in one launch, for ThreadSanitizer, whose time grows with them
 
 // Threads that wait for one another: consecutive ones of those that are resident.
 struct Scope {
@@ -68,8 +67,7 @@ struct Machine {
   Fiber host;
   bool failed = false;
   unsigned ended = 0;
-  size_t end_object = 0, first_stack = 0;
-  std::deque<Fiber> retired;
+  size_t start_object = 0, end_object = 0, first_stack = 0;
   std::vector<Block> spent;  // blocks whose memory is not used again in this launch
 };
 
@@ -80,6 +78,8 @@ std::minstd_rand generator;
 unsigned char fill_byte = 0xff;
 
 size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
+// On either side of a block's shared memory, where nobody may go; ThreadSanitizer's time grows with it.
+size_t fence() { return kRaces ? page() : 64 * page(); }
 size_t round_up(size_t a, size_t b) { return (a + b - 1) / b * b; }
 unsigned threads_of_block() { return machine.grid.threads.x * machine.grid.threads.y * machine.grid.threads.z; }
 
@@ -133,6 +133,7 @@ void next(bool ends) {
 
 [[noreturn]] void fail() {
   machine.failed = true;
+  release(machine.end_object);
   for (;;) next(true);
 }
 
@@ -171,8 +172,8 @@ void wait_at(Scope& scope, Wait kind, Site site, bool together, bool orders, Las
 }
 
 void check_guards(const Block& block) {
-  const unsigned char *end = block.shared + machine.grid.shared, *last = block.mapping + block.mapped - page();
-  const unsigned char* first = block.mapping + page();
+  const unsigned char *end = block.shared + machine.grid.shared, *last = block.mapping + block.mapped - fence();
+  const unsigned char* first = block.mapping + fence();
   const auto spoiled = [](unsigned char byte) { return byte != kGuard; };
   if (std::any_of(first, const_cast<const unsigned char*>(block.shared), spoiled) || std::any_of(end, last, spoiled)) {
     report("block (%u, %u, %u) wrote outside its %zu bytes of dynamic shared memory", block.index.x, block.index.y,
@@ -183,7 +184,7 @@ void check_guards(const Block& block) {
 
 // Nothing may read the block's shared memory any more.
 void end_block(Block& block) {
-  unpoison(block.mapping + page(), block.mapped - 2 * page());
+  unpoison(block.mapping + fence(), block.mapped - 2 * fence());
   check_guards(block);
   if (machine.grid.together == 1) return;
   acquire(block.scope.object);
@@ -194,6 +195,7 @@ void end_block(Block& block) {
 void entry() {
   Thread& thread = *machine.current;
   arrived(thread.fiber);
+  acquire(machine.start_object);
   machine.grid.body(machine.grid.arguments);
   thread.waits = Wait::kEnded;
   release(machine.end_object);
@@ -205,19 +207,19 @@ void entry() {
   for (;;) next(true);
 }
 
-// The block's memory ends at a page that nobody may touch.
+// The block's memory ends where its pages end.
 void allot(Block& block) {
   const size_t bytes = machine.grid.shared;
-  const size_t needed = round_up(std::max<size_t>(bytes, 1), page()) + 2 * page();
+  const size_t needed = round_up(std::max<size_t>(bytes, 1), page()) + 2 * fence();
   if (kRaces || block.mapped != needed) {
     if (block.mapped != 0 && !kRaces) unmap_memory(block.mapping, block.mapped);
     block.mapping = static_cast<unsigned char*>(map_memory(needed));
     block.mapped = needed;
   }
-  unsigned char *first = block.mapping + page(), *last = block.mapping + needed - page();
+  unsigned char *first = block.mapping + fence(), *last = block.mapping + needed - fence();
   mprotect(first, size_t(last - first), PROT_READ | PROT_WRITE);
-  mprotect(block.mapping, page(), PROT_NONE);
-  mprotect(last, page(), PROT_NONE);
+  mprotect(block.mapping, fence(), PROT_NONE);
+  mprotect(last, fence(), PROT_NONE);
   block.shared = last - round_up(bytes, kAlignment);
   memset(first, kGuard, size_t(last - first));
   memset(block.shared, fill_byte, bytes);
@@ -268,17 +270,18 @@ void report_deadlock() {
   report("divergent threads, none can go on: %s", text.c_str());
 }
 
-// Threads that are gone keep their identity as long as there is room, so that later blocks' races with them are seen.
+// Threads that are gone keep their identity for a while, so that later blocks' races with them are seen.
 void retire() {
   if (!kRaces) return;
   machine.first_stack += machine.threads.size();
-  for (Thread& thread : machine.threads) machine.retired.push_back(thread.fiber);
+  if (machine.first_stack + machine.threads.size() > kIdentities) machine.first_stack = 0;
   for (Block& block : machine.blocks) machine.spent.push_back(std::exchange(block, Block()));
-  for (; machine.retired.size() > kRetiredFibers; machine.retired.pop_front()) finish(machine.retired.front());
 }
 
 bool run_together(unsigned first_block) {
   place(first_block);
+  machine.start_object = new_object();
+  release(machine.start_object);
   Scope everyone = machine.group;
   wake(everyone);
   Thread& first = *take();
@@ -414,8 +417,6 @@ bool run(const Grid& grid) {
   if (order == Order::kRandom) std::shuffle(groups.begin(), groups.end(), generator);
   const bool done = std::all_of(groups.begin(), groups.end(), [&](unsigned g) { return run_together(g * unsigned(grid.together)); });
   acquire(machine.end_object);
-  for (Fiber& fiber : machine.retired) finish(fiber);
-  machine.retired.clear();
   for (Block& block : machine.spent) unmap_memory(block.mapping, block.mapped);
   machine.spent.clear();
   forget_objects();
