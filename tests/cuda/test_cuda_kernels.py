@@ -22,15 +22,14 @@ from tests.inputs import Case
 
 EMULATED = cuda.emulated()
 DEVICE = "cpu" if EMULATED else "cuda"
-_WHY_NOT = (
-    cuda.why_unable("edit", DEVICE, torch.float32) if EMULATED or torch.cuda.is_available() else "needs a CUDA GPU"
-)
+_WHY_NOT = cuda.why_unable("edit", DEVICE, torch.float32) if EMULATED or torch.cuda.is_available() else "needs a CUDA GPU"
 pytestmark = [
     *([] if EMULATED else [pytest.mark.gpu]),
     pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)),
     pytest.mark.usefixtures("poison", "_forced"),
 ]
 _gpu_alone = pytest.mark.skipif(EMULATED, reason="needs a CUDA GPU")
+_emulation_alone = pytest.mark.skipif(not EMULATED, reason="needs the emulation, which chooses the order of the threads")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAPS = maps.MAPS
@@ -53,6 +52,18 @@ def _kernels(function) -> int:
         function()
         torch.cuda.synchronize()
     return sum("reft_cuda" in event.name for event in profile.events())
+
+
+def _in_each_order(function) -> list:
+    """What ``function`` returns when emulated threads run in one order and another."""
+    found = []
+    try:
+        for order, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
+            torch.ops.reft_kernels_cuda.schedule(order, seed)
+            found.append(function())
+    finally:
+        torch.ops.reft_kernels_cuda.schedule("forward", 0)
+    return found
 
 
 # ---- the edit of selected rows
@@ -158,6 +169,16 @@ def test_two_runs_are_bit_identical(name, rows):
     grad = torch.randn(4, 100, 136, device=DEVICE)
     first, second = (budget.outputs(drawn.engine, drawn.inputs, grad) for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@_emulation_alone
+@pytest.mark.parametrize("rows", [30, 301])
+def test_the_order_of_threads_changes_no_bit_of_an_edit(rows):
+    case = Case((4, 100), 136, 12, rows=rows, sets=3, coeff=True, activation="gelu")
+    drawn = inputs.draw("noreft", case, torch.bfloat16, DEVICE)
+    grad = torch.randn(4, 100, 136, device=DEVICE)
+    first, *others = _in_each_order(lambda: budget.outputs(drawn.engine, drawn.inputs, grad))
+    assert all(torch.equal(first[k], other[k]) for other in others for k in first)
 
 
 def test_in_place_and_out_of_place_agree_bit_for_bit():
@@ -324,6 +345,15 @@ def test_strided_inputs_and_two_runs_are_bit_identical_for_the_maps(name, shape)
     strided = [t.mT.contiguous().mT if t.dim() > 2 else t for t in given]
     for again in (_both(cuda, name, given, grads), _both(cuda, name, strided, [t.mT.contiguous().mT for t in grads])):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@_emulation_alone
+@pytest.mark.parametrize("shape", [(2, 40, 4), (1, 4096, 8), (1, 700, 48)], ids=str)
+@pytest.mark.parametrize("name", MAPS)
+def test_the_order_of_threads_changes_no_bit_of_the_maps(name, shape):
+    given, grads = _build_inputs(*shape, base=True), _grads(*shape)
+    first, *others = _in_each_order(lambda: _both(cuda, name, given, grads))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize("shape", [(2, 33, 4), (1, 2048, 8), (1, 600, 40)], ids=str)

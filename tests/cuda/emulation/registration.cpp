@@ -1,4 +1,5 @@
 // What the emulation adds to the operators of csrc/cuda/registration.cpp.
+#include <stdlib.h>
 #include <torch/csrc/stable/library.h>
 
 #include <stdexcept>
@@ -29,6 +30,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(reft_kernels_cuda, m) {
   m.def("emulated() -> int");                           // the compute capability, times 100
   m.def("launches() -> int");                           // kernels since the process started
   m.def("schedule(str order, int seed) -> ()");         // of the emulated threads: forward, reverse or random
+  if (const char* order = getenv("REFT_EMULATION_ORDER")) schedule(order, 0);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cuda, CompositeExplicitAutograd, m) {

@@ -1,9 +1,9 @@
 // Runs every host function of csrc/cuda over small but telling shapes, for the sanitizers: no PyTorch, no reference.
 //
-//     sanitized [substring of a case's name]
+//     sanitized [--once] [part of a case's name]...
 //
 // A case runs in every order of the threads, and with shared memory that holds other bytes when a block starts: its outputs must
-// be finite, written whole, and the same bits each time.
+// be finite, written whole, and the same bits each time. With --once it runs in one order.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,6 +25,7 @@ using namespace reft_cuda;
 
 std::minstd_rand generator(1);
 int failures = 0;
+bool once = false;
 
 float normal() {
   static std::normal_distribution<float> distribution;
@@ -149,6 +150,7 @@ void launched(cudaError_t error, const std::string& name) {
 void repeat(const std::string& name, const std::function<std::vector<Buffer>()>& run) {
   std::vector<Buffer> first;
   for (const Schedule& schedule : kSchedules) {
+    if (once && !first.empty()) break;
     emulation::set_order(schedule.order, schedule.seed);
     emulation::set_fill(schedule.fill);
     std::vector<Buffer> found = run();
@@ -284,9 +286,16 @@ void run_map(const Map& c) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const std::string wanted = count > 1 ? arguments[1] : "";
+  std::vector<std::string> wanted(arguments + 1, arguments + count);
+  once = !wanted.empty() && wanted[0] == "--once";
+  if (once) wanted.erase(wanted.begin());
   int ran = 0;
-  const auto chosen = [&](const char* name) { return std::string(name).find(wanted) != std::string::npos && ++ran; };
+  const auto chosen = [&](const std::string& name) {
+    bool found = wanted.empty();
+    for (const std::string& part : wanted) found = found || name.find(part) != std::string::npos;
+    ran += found;
+    return found;
+  };
   for (const Edit& edit : kEdits)
     if (chosen(edit.name)) run_edit(edit);
   for (const Map& map : kMaps)
