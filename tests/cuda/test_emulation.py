@@ -47,7 +47,7 @@ def _emulated(arch: int, *command: str, **environment: str) -> subprocess.Comple
 
 
 def _tests(arch: int, *selection: str, **environment: str) -> None:
-    options = ("-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist")
+    options = ("-x", "-p", "no:cacheprovider", "-p", "no:xdist")
     done = _emulated(arch, "-m", "pytest", *options, *selection, **environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout
@@ -105,16 +105,16 @@ def test_a_library_that_is_not_there_or_none_is_said(tmp_path):
 
 
 def test_a_failed_launch_is_an_error_of_the_call():
-    script = (
-        "import torch; from reft_kernels import cuda; cuda.emulated(); rows = torch.zeros(1, dtype=torch.int32)\n"
-        "weight = torch.ones(3, 4); small = torch.zeros(0)\n"
-        "torch.ops.reft_kernels_cuda.edit_delta(torch.ones(2, 4), rows, None, weight.expand(70000, 3, 4), None, small, small, 0, "
-        "torch.ones(1, 2, 8), small)\n"
-        "torch.ops.reft_kernels_cuda.edit_gradient(torch.ones(2, 4), None, torch.ones(1, 4), rows, rows, weight, "
-        "weight.expand(70000, 3, 4), torch.ones(1, 2, 8), False, 0, small, torch.ones(1, 3), torch.ones(1, 3, 4), small)"
-    )
+    script = """
+import torch
+from reft_kernels import cuda
+assert cuda.emulated()
+none, rows = torch.zeros(0), torch.zeros(1, dtype=torch.int32)
+call = torch.ones(2, 4), None, torch.ones(1, 4), rows, rows, None, torch.ones(70000, 1, 4), torch.ones(1, 2, 8), False, 0
+torch.ops.reft_kernels_cuda.edit_gradient(*call, none, torch.ones(70000, 1), torch.ones(70000, 1, 4), none)
+"""
     done = _emulated(900, "-c", script)
-    assert "reft_kernels_cuda::edit_delta: thread 0 of block (0, 0, 0) touched address" in done.stderr, done.stderr
+    assert "reft_kernels_cuda::edit_gradient: a launch of 2 x 70000 x 1 blocks" in done.stderr, done.stderr
 
 
 # ---- the sanitizers

@@ -26,7 +26,7 @@ _FLAGS = "-std=c++17 -g -fPIC -fvisibility=hidden -fno-omit-frame-pointer"
 # nvcc knows its own pragmas, and forgives what these kernels leave unused in some instantiations
 _KERNEL_FLAGS = "-w -fno-strict-aliasing -ffp-contract=fast -march=native -x c++"
 _SANITIZERS = {
-    "": "-O2 -fsanitize=alignment -fsanitize-undefined-trap-on-error",
+    "": "-O1 -fsanitize=alignment -fsanitize-undefined-trap-on-error",
     # gcc 12 compiles valid_rows() of project.cuh wrongly under -fsanitize=bounds
     "address": "-O1 -fsanitize=address,undefined -fno-sanitize=bounds -fno-sanitize-recover=undefined",
     "thread": "-O1 -fsanitize=thread",
@@ -87,7 +87,7 @@ def build_library(arch: int, folder: Path = ROOT / "build" / "emulation") -> Pat
 
 
 def build_program(source: Path, arch: int, sanitizer: str, folder: Path, *, kernels: bool) -> Path:
-    """A program of ``source`` and the machine, and with ``kernels`` of csrc/cuda, under no sanitizer, ``address`` or ``thread``.
+    """A program of ``source`` and the machine, with ``kernels`` of csrc/cuda too; ``sanitizer``: none, address or thread.
 
     Raises:
         native.BuildError: ninja or a C++17 compiler is missing, or a compilation failed.
