@@ -43,28 +43,30 @@ _RULES = [
 
 def _rules(target: Path, objects: Path, arch: int, kernels: list[Path], sanitizer: str, torch: Path | None) -> list[str]:
     """``kernels``: sources that see the emulated CUDA language; the machine is linked to them."""
-    includes = f"-I{HERE / 'include'} -I{HERE} -I{KERNELS}"
+    includes = " ".join(f"-I{native._escape(folder)}" for folder in (HERE / "include", HERE, KERNELS))
+    common = f"{_FLAGS} -DREFT_EMULATED_ARCH={arch} {includes}"
     checked = _SANITIZERS[sanitizer]
     told = f" -DREFT_EMULATION_{sanitizer[0].upper()}SAN" if sanitizer else ""
     lines = [f"cxx = {native.compiler()}", *_RULES]
     built = []
 
     def add(source: Path, flags: str) -> None:
-        built.append(str(objects / f"{source.stem}-{source.suffix[1:]}-{source.parent.name}.o"))
-        lines.extend([f"build {built[-1]}: compile {source}", f"  flags = {_FLAGS} {flags} {includes}"])
+        built.append(native._escape(objects / f"{source.stem}-{source.parent.name}.o"))
+        lines.extend([f"build {built[-1]}: compile {native._escape(source)}", f"  flags = {common} {flags}"])
 
     for source in kernels:
         add(source, f"{checked} {_KERNEL_FLAGS} -D__CUDA_ARCH__={arch}")
     for name in MACHINE:
-        add(HERE / f"{name}.cpp", f"-O2 -Wall -Wextra -DREFT_EMULATED_ARCH={arch}{told}")
+        add(HERE / f"{name}.cpp", f"-O2 -Wall -Wextra{told}")
     libraries = ""
     if torch is not None:
-        flags = f"-O1 -DTORCH_TARGET_VERSION={native.TARGET_TORCH} -DREFT_CUDA_EMULATED -DREFT_EMULATED_ARCH={arch}"
+        flags = f"-O1 -DTORCH_TARGET_VERSION={native.TARGET_TORCH} -DREFT_CUDA_EMULATED"
         for source in (KERNELS / "registration.cpp", HERE / "registration.cpp"):
-            add(source, f"{flags} -isystem {torch / 'include'}")
-        libraries = f"-shared -L{torch / 'lib'} -ltorch_cpu"
+            add(source, f"{flags} -isystem {native._escape(torch / 'include')}")
+        libraries = f"-shared -L{native._escape(torch / 'lib')} -ltorch_cpu"
     linked = checked if sanitizer else ""
-    return [*lines, f"build {target}: link {' '.join(built)}", f"  flags = {linked}", f"  libraries = {libraries}"]
+    lines.append(f"build {native._escape(target)}: link {' '.join(built)}")
+    return [*lines, f"  flags = {linked}", f"  libraries = {libraries}"]
 
 
 def _locked(target: Path, rules: list[str], objects: Path) -> Path:

@@ -415,7 +415,8 @@ bool run(const Grid& grid) {
   std::iota(groups.begin(), groups.end(), 0u);
   if (order == Order::kReverse) std::reverse(groups.begin(), groups.end());
   if (order == Order::kRandom) std::shuffle(groups.begin(), groups.end(), generator);
-  const bool done = std::all_of(groups.begin(), groups.end(), [&](unsigned g) { return run_together(g * unsigned(grid.together)); });
+  const auto run_group = [&](unsigned group) { return run_together(group * unsigned(grid.together)); };
+  const bool done = std::all_of(groups.begin(), groups.end(), run_group);
   acquire(machine.end_object);
   for (Block& block : machine.spent) unmap_memory(block.mapping, block.mapped);
   machine.spent.clear();

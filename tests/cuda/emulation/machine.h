@@ -17,11 +17,8 @@ struct Site {
 
 enum class Wait { kNothing, kBlock, kCluster, kGrid, kWarp, kEnded };
 
-// The emulated device; built for compute capability 8.0 or 9.0.
-#ifndef REFT_EMULATED_ARCH
-#define REFT_EMULATED_ARCH 800
-#endif
-constexpr int kArch = REFT_EMULATED_ARCH;
+// The emulated device.
+constexpr int kArch = REFT_EMULATED_ARCH;  // 800 or 900: compute capability 8.0 or 9.0
 constexpr int kProcessors = 16;  // few, so that a cooperative grid's threads stay below ThreadSanitizer's limit of fibers
 constexpr int kMaxThreads = 1024, kMaxCluster = 8;
 constexpr size_t kDefaultShared = 48 * 1024;

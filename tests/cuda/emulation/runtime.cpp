@@ -26,7 +26,8 @@ size_t shared_limit(const void* kernel) {
 
 bool fits(const dim3& blocks, const dim3& threads) {
   const auto some = [](const dim3& size) { return size.x > 0 && size.y > 0 && size.z > 0; };
-  return some(blocks) && some(threads) && blocks.x <= 0x7fffffffu && blocks.y <= 65535 && blocks.z <= 65535 && threads.z <= 64 &&
+  const bool near = blocks.x <= 0x7fffffffu && blocks.y <= 65535 && blocks.z <= 65535 && threads.z <= 64;
+  return some(blocks) && some(threads) && near &&
          uint64_t(threads.x) * threads.y * threads.z <= uint64_t(emulation::kMaxThreads);
 }
 

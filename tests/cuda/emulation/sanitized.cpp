@@ -2,8 +2,8 @@
 //
 //     sanitized [--once] [part of a case's name]...
 //
-// A case runs in every order of the threads, and with shared memory that holds other bytes when a block starts: its outputs must
-// be finite, written whole, and the same bits each time. With --once it runs in one order.
+// A case runs in every order of the threads, and with shared memory that holds other bytes when a block starts: its outputs
+// must be finite, written whole, and the same bits each time. With --once it runs in one order.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,7 +37,9 @@ size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 // Elements in one allocation of exactly their size, so that AddressSanitizer sees its ends.
 class Buffer {
  public:
-  Buffer(Dtype dtype, size_t count) : dtype_(dtype), bytes_(count * size_of(dtype)), data_(count ? malloc(bytes_) : nullptr) { poison(); }
+  Buffer(Dtype dtype, size_t count) : dtype_(dtype), bytes_(count * size_of(dtype)), data_(count ? malloc(bytes_) : nullptr) {
+    poison();
+  }
   Buffer(const Buffer& other) : dtype_(other.dtype_), bytes_(other.bytes_), data_(bytes_ ? malloc(bytes_) : nullptr) {
     if (bytes_ != 0) memcpy(data_, other.data_, bytes_);
   }
@@ -102,7 +104,7 @@ const Edit kEdits[] = {
     {"no read", 14, 9, 40, 4, 1, kF, kF, 0, false, true, true, true, false, true, true, kLin},
     {"constant", 14, 9, 40, 4, 1, kF, kF, 0, false, false, true, true, false, true, true, kLin},
     {"no gradient of the hidden state", 14, 9, 40, 4, 1, kF, kF, 0, true, true, true, true, false, false, true, kLin},
-    {"no gradient of the weights", 14, 9, 40, 20, 2, kF, kF, 0, true, true, true, true, true, true, false, Activation::kGeluTanh},
+    {"no gradient of weights", 14, 9, 40, 20, 2, kF, kF, 0, true, true, true, true, true, true, false, Activation::kGeluTanh},
     {"four rows a block", 300, 269, 24, 3, 1, kF, kF, 0, true, true, true, false, true, true, true, kLin},
     {"four rows a block, sets", 300, 269, 40, 18, 3, kB, kB, 0, true, true, true, true, false, true, true, Activation::kGelu},
     {"two columns a thread", 9, 6, 8192, 3, 1, kB, kF, 0, true, true, true, true, true, true, true, kLin},
