@@ -48,10 +48,10 @@ def _largest(cases: Sequence[Case], same: Callable[[Row], object], size: Callabl
 
 
 def _edits(cases: Sequence[Case]) -> list[Case]:
-    """Forward, and forward + backward inside a graph, at d = 4096, r = 8 and 32, as many rows as the base shape has."""
+    """Forward, forward + backward, and both inside a graph, at d = 4096, r = 8 and 32, as many rows as the base shape has."""
     centre = plots.base([case[0] for case in cases])
     at = [c for c in cases if c[0].dimensions.get("rows") == centre["rows"] and c[0].dimensions.get("d") == "4096"]
-    return [case for case in at if case[0].mode in ("forward", "inside") and case[0].dimensions.get("r") in ("8", "32")]
+    return [case for case in at if case[0].mode in ("forward", "both", "inside") and case[0].dimensions.get("r") in ("8", "32")]
 
 
 def _selected(cases: Sequence[Case]) -> list[Case]:

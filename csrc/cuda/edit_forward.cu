@@ -100,8 +100,7 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
         store<T, V>(static_cast<T*>(p.out) + block.row[q] * p.out_stride + c, acc[q]);
       }
     }
-    __syncthreads();  // the next set writes `part` and `used` again
-  }
+  }  // the next set's barrier stands between what was read here and what it writes again
 }
 
 template <class T, class W, int V, int ROWS>
