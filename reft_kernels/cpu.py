@@ -2,8 +2,9 @@
 
 Each function has the contract of the function of its name in :mod:`reft_kernels.reference`. This side allocates outputs and
 makes weights contiguous; the library computes. ``avx512bf16`` multiplies bf16 hidden states with weights rounded to bf16 from
-rank 8 on, except under relu. ``REFT_KERNELS_CPU_ISA=avx512bf16|avx512|avx2|portable`` forces an instruction set,
-``REFT_KERNELS_CPU_LIBRARY`` names another build of the library (one with sanitizers).
+rank 8 on, except under relu, and rounds its outputs with subnormal numbers as zero.
+``REFT_KERNELS_CPU_ISA=avx512bf16|avx512|avx2|portable`` forces an instruction set, ``REFT_KERNELS_CPU_LIBRARY`` names another
+build of the library (one with sanitizers).
 """
 
 from __future__ import annotations

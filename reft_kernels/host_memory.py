@@ -6,7 +6,7 @@ the system grants them. Only what an operator of this package returns out of pla
 nothing.
 
 At most ``REFT_KERNELS_HOST_POOL_MB`` MiB (512 unless it is set) of blocks that no tensor holds are kept; with 0 there is no
-pool. PyTorch's profiler does not see what comes from it; :func:`held` does.
+pool. PyTorch's profiler does not see what comes from it (:func:`held` does), and such a tensor cannot grow by ``resize_``.
 """
 
 from __future__ import annotations

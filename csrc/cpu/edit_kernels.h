@@ -87,8 +87,7 @@ class EditBackwardKernel {
       : e_(e), w_(e.weights), d_(w_.d), r_(w_.r), tile_(tile_rows<T>(d_, r_)), products_(w_, e.selection.sets, tile_, true),
         order_(e.selection), runs_(order_, e.selection.sets, run_length()), weights_(e.grad_write != nullptr),
         streams_(streams_out<T>(e.selection, e.grad, e.out, d_)), stride_(padded<A>(d_) + kSkew<A>),
-        terms_(products_.terms()),
-        partials_(weights_ ? runs_.count * partial_size() : 0) {}
+        terms_(products_.terms()), partials_(weights_ ? runs_.count * partial_size() : 0) {}
 
   void operator()() const {
     if (e_.grad_coeff) memset(e_.grad_coeff, 0, size_t(e_.selection.entries * r_) * sizeof(A));  // skipped entries

@@ -232,7 +232,7 @@ void add_gram(const T* a, const T* b, int64_t size, int64_t ld, int64_t columns,
 // ---- factors applied to tiles
 
 constexpr int kFactorRows = 6;    // of a factor in registers at a time
-constexpr int kFactorChain = 16;  // terms added up in a row: longer sums are made of such, or a sum of 32 leaves the error budget
+constexpr int kFactorChain = 16;  // terms added up in a row, of which longer sums are made: one of 32 leaves the budget
 #if defined(__AVX512F__)
 constexpr int kFactorVectors = 4;  // of each row of the result
 #else

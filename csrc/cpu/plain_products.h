@@ -113,7 +113,8 @@ class PlainProducts : public Parts<acc_t<T>> {
     for (int64_t i = 0; i < count * r; ++i) out[i] = lane_sum<A>(b.sums[i]);
   }
 
-  // One chunk of out = base + S times weights: in place where it is whole vectors, else through a buffer.
+  // One chunk of out = base + S times weights: in place where it is whole vectors, else through a buffer. `streams`: past the
+  // caches, which takes whole vectors.
   void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, bool streams,
            Work& b) const {
     const A* const* weights = s.weights;

@@ -164,14 +164,15 @@ REFT_INLINE void update_rows(At<To> out, At<const From> base, int64_t vectors, C
 }
 
 // out[m, i] = base[m, i] + sum_k S[m, k] * b[k, i] for `rows` rows, `terms` terms, i < vectors * lanes. out may be base.
-// Where a term has two numbers for a channel, so has S, and their products are summed.
+// Where a term has two numbers for a channel, so has S, and their products are summed. Stream: past the caches.
 template <class Op, class To, class From, bool Stream = false>
 inline void update(At<To> out, At<const From> base, int64_t rows, int64_t vectors, Coefficients<typename Op::Number> s,
                    int64_t terms, At<const typename Op::Number> b) {
   int64_t m = 0;
   auto from = [&](int64_t m) { return Coefficients<typename Op::Number>{s.data + m * s.row, s.row, s.column}; };
   for (; m + kUpdateRows <= rows; m += kUpdateRows)
-    update_rows<Op, Stream, To, From, kUpdateRows>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
+    update_rows<Op, Stream, To, From, kUpdateRows>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m),
+                                                   terms, b);
   for (; m < rows; ++m)
     update_rows<Op, Stream, To, From, 1>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
 }

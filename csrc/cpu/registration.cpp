@@ -186,7 +186,12 @@ Tensor pooled_like(Tensor like) {
   }
   void* data = pool_take(size_t(count) * size_t(like.element_size()));
   STD_TORCH_CHECK(data != nullptr, "reft_kernels_cpu: out of memory for an output of ", count, " elements");
-  return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), pool_give);
+  try {
+    return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), pool_give);
+  } catch (...) {
+    pool_give(data);
+    throw;
+  }
 }
 
 void set_pool_limit(int64_t bytes) { pool_limit(size_t(bytes)); }
