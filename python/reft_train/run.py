@@ -40,7 +40,11 @@ def run(parsed: argparse.Namespace) -> int:
     from reft_train.training.session import train
     from reft_train.training.summary import summary
 
-    outcome = train(config)
+    try:
+        outcome = train(config)
+    except UserError:  # all processes refuse together; one that ends with its group's threads aborts
+        leave()
+        raise
     leave()
     if int(os.environ.get("RANK", "0")):
         return 130 if outcome.interrupted else 0

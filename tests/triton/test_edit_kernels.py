@@ -42,6 +42,7 @@ CASES = list(
     )
 )
 SAMPLE = random.Random(0).sample(CASES, 48)
+DRAWS = 8  # where outputs have few elements: one draw may be rounded luckily
 
 
 def _id(case) -> str:
@@ -66,15 +67,19 @@ def _run(module_edit, module_backward, inputs, convert):
     return dict(zip(names, (hidden, u, z, grad, *grads), strict=True))
 
 
-def _hold(ours, theirs, exact):
-    for name, want in exact.items():
-        got = ours[name]
-        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        if not want.numel():
+def _hold(draws):
+    """The budget of tests/budget.py: each of its three numbers is the largest over several draws (ours, theirs, exact)."""
+    for name in draws[0][0]:
+        found = []
+        for ours, theirs, exact in draws:
+            got, want = ours[name], exact[name]
+            assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            if want.numel():
+                numbers = (got.double() - want).abs().max(), (theirs[name].double() - want).abs().max(), want.abs().max()
+                found.append([float(n) for n in numbers])
+        if not found:
             continue
-        size = float(want.abs().max())
-        straightforward = float((theirs[name].double() - want).abs().max())
-        error = float((got.double() - want).abs().max())
+        error, straightforward, size = (max(column) for column in zip(*found, strict=True))
         allowed = 2 * straightforward + torch.finfo(got.dtype).eps * size
         assert error <= allowed, f"{name}: {error:.2e} over the budget {allowed:.2e} (straightforward {straightforward:.2e})"
 
@@ -109,12 +114,15 @@ def _force(monkeypatch, regime):
 def test_edit_and_its_backward(case, monkeypatch, poison):
     dtype, rows, sets, activation, (reads, subtracts), coeff, n, r, regime = case
     _force(monkeypatch, regime)
-    inputs = _inputs(dtype, rows, sets, activation, reads, subtracts, coeff, n, r)
-    ours = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
-    exact = _run(reference.edit, reference.edit_backward, inputs, _double)
-    # the straightforward computation keeps everything in hidden's dtype at every step
-    naive = _run(_naive(dtype)[0], _naive(dtype)[1], inputs, lambda t: t)
-    _hold(ours, naive, exact)
+    draws = []
+    for _ in range(DRAWS if n * r < 100 else 1):
+        inputs = _inputs(dtype, rows, sets, activation, reads, subtracts, coeff, n, r)
+        ours = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
+        exact = _run(reference.edit, reference.edit_backward, inputs, _double)
+        # the straightforward computation keeps everything in hidden's dtype at every step
+        naive = _run(_naive(dtype)[0], _naive(dtype)[1], inputs, lambda t: t)
+        draws.append((ours, naive, exact))
+    _hold(draws)
 
 
 def _naive(dtype):
@@ -142,7 +150,7 @@ def test_chunks_change_nothing_but_rounding_and_repeat_bit_for_bit(chunks, monke
     assert all(torch.equal(first[name], again[name]) for name in first)
     exact = _run(reference.edit, reference.edit_backward, inputs, _double)
     naive = _run(reference.edit, reference.edit_backward, inputs, lambda t: t)
-    _hold(first, naive, exact)
+    _hold([(first, naive, exact)])
 
 
 @pytest.mark.parametrize("phases", [1, 2, 3])
@@ -180,4 +188,4 @@ def test_red_and_its_backward(selected, sets, dtype, chunks, monkeypatch, poison
         sums = module.red_backward(g, g, kept, rows, set_ids, s, True)
         return dict(zip(("y", "dh", "dscale", "dbias"), (h, g, *sums), strict=True))
 
-    _hold(run(red, lambda t: t), run(reference, lambda t: t), run(reference, _double))
+    _hold([(run(red, lambda t: t), run(reference, lambda t: t), run(reference, _double))])

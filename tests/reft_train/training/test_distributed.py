@@ -160,5 +160,5 @@ def test_bad_input_is_said_once_and_ends_every_process(tmp_path, tiny_llama):
     done = launch(["-m", "reft_train", "run", "--config", config])
     assert done.returncode == 1  # torchrun's own
     assert done.stderr.count("error: ") == 1 and "reft_train run: error: " in done.stderr
-    assert "exitcode  : 2" in done.stderr
+    assert "exitcode  : 2" in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
