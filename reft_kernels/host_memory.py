@@ -1,9 +1,9 @@
 """Memory of large outputs on the CPU: kept when a tensor lets go of it, and given to the next output.
 
 malloc maps every block of 32 MiB and more anew; the page faults of its first writes take several times as long as an edit
-(64 MiB: 16,384 faults). The ``cpu`` backend therefore takes outputs over all rows from a pool of its own, in huge pages where
-the system grants them. Only what an operator of this package returns out of place comes from it: an edit in place allocates
-nothing.
+(64 MiB: 16,384 faults). The ``cpu`` backend therefore takes outputs of 16 MiB and more from a pool of its own, in huge pages
+where the system grants them. Only what an operator of this package returns out of place comes from it: an edit in place
+allocates nothing.
 
 At most ``REFT_KERNELS_HOST_POOL_MB`` MiB (512 unless it is set) of blocks that no tensor holds are kept; with 0 there is no
 pool. PyTorch's profiler does not see what comes from it (:func:`held` does), and such a tensor cannot grow by ``resize_``.

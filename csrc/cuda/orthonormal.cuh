@@ -189,6 +189,18 @@ struct TotalGradient {
 };
 static_assert(kStageElements == 1 << 12 && kStageElements == 16 * kBuildThreads, "stage() takes 16 elements a thread");
 
+// sums[i][j] += x[i] y[j] of four staged numbers each, in the precision of the sums.
+template <class Sum>
+__device__ inline void add_products(const float* from_x, const float* from_y, Sum (&sums)[4][4]) {
+  float x[4], y[4];
+  load<float, 4>(from_x, x);
+  load<float, 4>(from_y, y);
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) sums[i][j] = fma(Sum(x[i]), Sum(y[j]), sums[i][j]);
+}
+
 // out <- A^T B [r, r] over the block's rows, in fp64: the first r rows, which are not small beside the unit diagonal, from the
 // start, the others from fp32 sums of at most 64 rows. Threads hold 4 x 4 entries; where the tile has fewer than 16 x 16 of
 // those, groups of threads share the rows and are added in order. Ends with a barrier.
@@ -212,25 +224,9 @@ __device__ inline void gram(const Build& b, const Left& A, const Right& B, doubl
         __syncthreads();
         const int top = min(b.r - row0, tiling.rows);
         int row = group;
-        for (; row < top; row += groups) {
-          float x[4], y[4];
-          load<float, 4>(left + row * stride + pi, x);
-          load<float, 4>(right + row * stride + pj, y);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) total[i][j] = fma(double(x[i]), double(y[j]), total[i][j]);
-        }
+        for (; row < top; row += groups) add_products(left + row * stride + pi, right + row * stride + pj, total);
         float acc[4][4] = {};
-        for (; row < tiling.rows; row += groups) {
-          float x[4], y[4];
-          load<float, 4>(left + row * stride + pi, x);
-          load<float, 4>(right + row * stride + pj, y);
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-#pragma unroll
-            for (int j = 0; j < 4; ++j) acc[i][j] = fmaf(x[i], y[j], acc[i][j]);
-        }
+        for (; row < tiling.rows; row += groups) add_products(left + row * stride + pi, right + row * stride + pj, acc);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
