@@ -198,10 +198,11 @@ class Intervention(nn.Module):
             self._built = None  # a training step follows; some engines then change parameters behind the version counter
             return self._per_layer(self._stacked_weights())
         state = self._state()
-        if self._built is None or state is None or self._built[0] != state:
+        known = self._built  # read once: another thread may build, or forget
+        if known is None or state is None or known[0] != state:
             with torch.inference_mode(False), torch.no_grad():  # normal tensors: a later backward may save them
-                self._built = (state, self._per_layer(self._stacked_weights()))
-        return self._built[1]
+                known = self._built = (state, self._per_layer(self._stacked_weights()))
+        return known[1]
 
     def _per_layer(self, stacked: tuple) -> list:
         kind = RedWeights if isinstance(self, RED) else EditWeights

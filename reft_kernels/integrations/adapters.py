@@ -18,7 +18,7 @@ Sources: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -33,10 +33,12 @@ from reft_kernels.checks import mark_rows
 from reft_kernels.dtypes import accumulation_dtype
 from reft_kernels.integrations.torch_orthogonal import householder_chain, rotations
 from reft_kernels.interventions import EditWeights, Intervention
+from reft_kernels.model.call_state import ModelCall
 from reft_kernels.model.components import MODEL_INPUTS, Component, Target
-from reft_kernels.model.editor import Editor, Scope, _Begin, _End
-from reft_kernels.model.prompts import Explicit, Selection, Window, select
-from reft_kernels.model.steps import Edit, Pending, Step
+from reft_kernels.model.editor import Editor, Scope
+from reft_kernels.model.prompts import Window, window_of_shape
+from reft_kernels.model.selection import DeferredSelection, PositionRule, Selection, TokenShape, select
+from reft_kernels.model.steps import Edit, Step
 from reft_kernels.parametrization import MAX_RANK
 from reft_kernels.positions import Spec, prompt_rows
 
@@ -156,8 +158,8 @@ class _Units(Intervention):
 
 def _rows(window: Window, spec: Spec, untied: bool) -> Selection | None:
     """First and last tokens of each prompt ``[B * (first + last)]``; where the two meet a token counts as last."""
-    if window.explicit.edit_positions is not None or window.packed is not None:
-        return select(window, spec, untied)
+    if window.call.edit_positions is not None or window.packed is not None:
+        return select(window, PositionRule(spec, untied))
     if window.lengths is None:
         return None
     last = window.lengths.clamp(max=spec.last)
@@ -171,19 +173,12 @@ def _rows(window: Window, spec: Spec, untied: bool) -> Selection | None:
     return Selection(mark_rows(rows, window.batch * window.width), ids)
 
 
-class _ByShape(Pending):
+class _ByShape(DeferredSelection):
     """Rows of hidden states whose call names no tokens (images): all of a sequence is its prompt."""
 
-    def select(self, hidden: Tensor) -> Selection | None:
-        if self.explicit.prompt_lengths is not None or self.explicit.edit_positions is not None:
-            return super().select(hidden)
-        key = (hidden.shape[:-1], hidden.device)
-        if key not in self._known:
-            batch, width = hidden.shape[:2]
-            starts = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
-            window = Window(batch, width, hidden.device, total=width, starts=starts, lengths=starts + width)
-            self._known[key] = _rows(window, self.spec, self.untied)
-        return self._known[key]
+    def _select(self, hidden: Tensor) -> Selection | None:
+        window = window_of_shape(hidden.shape, hidden.device, self.call, self.frame_mask)
+        return _rows(window, self.rule.spec, self.rule.untied)
 
 
 # ---- the model
@@ -233,16 +228,19 @@ class _Scope(Scope):
             known = self._known[name] = (places, groups)
         return known[1]
 
-    def _step(self, groups: list[_Group], window: Window | None, explicit: Explicit) -> Step | None:
+    def _step(
+        self, groups: list[_Group], window: Window | None, call: ModelCall, arguments: Mapping[str, Any]
+    ) -> Step | None:
         edits: dict[int, list[Edit]] = {}
+        tokens = None if window is None else TokenShape(window.batch, window.width)
         for group in groups:
-            what = group.spec, group.untied
-            selection = _ByShape(*what, explicit) if window is None else _rows(window, *what)
+            rule = PositionRule(group.spec, group.untied)
+            selection = _ByShape(rule, call) if window is None else _rows(window, *rule[:2])
             if selection is None:
                 continue
             weights, device = group.stack(), group.stack.units[0].learned_source.weight.device
             for index, site in enumerate(group.sites):
-                edits.setdefault(site, []).append(Edit(group.stack, index, weights[index], selection, device))
+                edits.setdefault(site, []).append(Edit(group.stack, index, weights[index], selection, tokens, device))
         return Step(edits, torch.is_grad_enabled()) if edits else None
 
 
@@ -302,8 +300,7 @@ class _Editor(Editor):
         if path not in self._scopes:
             backbone = self.model.get_submodule(path)
             scope = _Scope(self, backbone, Component((target,), path, encoder, decoder), names)
-            scope.ends.append(backbone.register_forward_pre_hook(_Begin(scope), with_kwargs=True))
-            scope.ends.append(backbone.register_forward_hook(_End(scope), always_call=True))
+            self._watch(scope, path)
             self._scopes[path] = scope
         return self._scopes[path]
 

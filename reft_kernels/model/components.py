@@ -51,6 +51,8 @@ class Target(NamedTuple):
     embed_dim: int
     inplace: bool
     present: bool = True
+    stream: str = "tokens"
+    layout: str = "btd"
 
 
 class Component(NamedTuple):

@@ -1,16 +1,20 @@
 """The editor of one model: its adapters, its hooks, and what one forward's hooks share.
 
-Three kinds of hook, registered once and removed with the last adapter:
+Three kinds of interception, made once and removed with the last adapter:
 
-    the model          takes explicit arguments and labels out of the call, which the backbone does not see
+    the model          takes explicit arguments, labels and masks out of the call, which the backbone may not see
     the backbone       (what embeds tokens and runs the blocks) before: rows from the call, weights of all layers in one build;
                        after: closes the step
     each edited place  applies its edits; see :mod:`reft_kernels.model.steps`
+
+What belongs to a running call is kept for each thread, and as a stack for nested calls: see
+:mod:`reft_kernels.model.call_state`. Which adapters are active is the model's, as PEFT has it.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,69 +25,38 @@ from reft_kernels import ownership
 from reft_kernels.checks import mark_rows
 from reft_kernels.interventions import Intervention
 from reft_kernels.model.accumulation import SharedBuild
+from reft_kernels.model.caches import CachedEdit, cache_of, edited_columns, record_edits
+from reft_kernels.model.call_state import EditorState, Frame, ModelCall, ScopeState, take_call
 from reft_kernels.model.components import Component, Target
-from reft_kernels.model.generation import Generate
-from reft_kernels.model.prompts import (
-    EXPLICIT,
-    Explicit,
-    Generation,
-    Selection,
-    Window,
-    argument_names,
-    look,
-    select,
-    take_explicit,
-)
-from reft_kernels.model.steps import Edit, InputHook, OutputHook, Pending, Step
-from reft_kernels.positions import Spec
+from reft_kernels.model.generation import Generate, Prepare
+from reft_kernels.model.interception import InterceptedForward
+from reft_kernels.model.prompt_checks import Mode, PromptChecks
+from reft_kernels.model.prompts import Window, argument_names, compute_prompt_window
+from reft_kernels.model.selection import DeferredSelection, PositionRule, Selection, TokenShape, select
+from reft_kernels.model.steps import Edit, InputHook, OutputHook, Step
 
 BASE = "__base__"
 Handle = torch.utils.hooks.RemovableHandle
+
+_STALE_CACHE = (
+    "ReFT: past_key_values holds {past} columns whose edits by adapter {name!r} are not those of this prompt "
+    "(columns {columns} of example {example} differ), so the output differs from generating without the cache. Fill the "
+    "cache with prompt_lengths=[...] of the whole prompt, or generate without it"
+)
 
 
 class Adapter:
     """One adapter's places: for each width, its stack and the (index in the stack, site) of every layer in this process."""
 
-    def __init__(self, name: str, spec: Spec, untied: bool, stacks: Mapping[int, Intervention]) -> None:
+    def __init__(self, name: str, rule: PositionRule, stacks: Mapping[int, Intervention]) -> None:
         self.name = name
-        self.spec = spec
-        self.untied = untied
+        self.rule = rule
         self.stacks = dict(stacks)
         self.places: dict[int, list[tuple[int, int]]] = {width: [] for width in stacks}
-        self.pending = Pending(spec, untied, Explicit())  # kept, since a shape always gives the same rows
 
-
-class _Begin:
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        return self.scope.begin(args, kwargs)
-
-
-class _End:
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.scope.end(output)
-
-
-class _Enter:
-    def __init__(self, editor: Editor) -> None:
-        self.editor = editor
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        self.editor.explicit = take_explicit(kwargs)
-        return args, kwargs
-
-
-class _Leave:
-    def __init__(self, editor: Editor) -> None:
-        self.editor = editor
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.editor.explicit = Explicit()
+    def trains(self) -> bool:
+        """Whether a parameter of it requires gradients."""
+        return any(p.requires_grad for stack in self.stacks.values() for p in stack.parameters())
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -95,6 +68,13 @@ def _tensors(output: Any) -> Iterator[Tensor]:
             yield from (v for v in value if isinstance(v, Tensor))
 
 
+class _NoStep:
+    """Stands for a forward that edited nothing, among those whose backward may recompute layers."""
+
+
+_NO_STEP = _NoStep()
+
+
 class Scope:
     """One backbone: the adapters that edit inside it and the step that its running forward consumes."""
 
@@ -103,65 +83,198 @@ class Scope:
         self.names = argument_names(backbone)
         self.decoder = component.decoder
         self.generates = not component.encoder  # an encoder's tokens are all prompt, and have no labels of their own
+        self.targets: dict[int, Target] = {}
         self.sites: dict[tuple[str, str], int] = {}
         self.handles: dict[int, Handle] = {}  # of the sites' hooks
-        self.ends: list[Handle] = []  # of the backbone's
+        self.forward: InterceptedForward | None = None  # of the backbone
         self.adapters: dict[str, Adapter] = {}
-        self.step: Step | None = None
-        self._last: Step | None = None
+        self.frame_mask: Any = None  # (frames, audio mask) -> bool [B, frames]
+        self.drops_layers = False  # layers are left out at random in training
+        self.state = ScopeState()
+        self.live: weakref.WeakSet[Step] = weakref.WeakSet()  # whose graphs wait for a backward
+        self.last: Step | None = None  # kept until the next forward, whatever becomes of the model's output
+        self._recomputed: dict[int, Any] = {}
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "step": None, "_last": None}  # a step holds a graph, which neither copies nor pickles
+        # a step holds a graph, which neither copies nor pickles
+        return {**self.__dict__, "state": None, "live": None, "last": None, "_recomputed": {}}
 
-    def begin(self, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-        """Before the backbone: what this forward edits; None for its hooks to find where there is nothing to do."""
-        self.step = self._last = None
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, state=ScopeState(), live=weakref.WeakSet())
+
+    # ---- around the backbone
+
+    def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the backbone: what this forward edits."""
+        frame = self.state.frame = Frame(self.state.frame)  # first, since leave() follows whatever happens here
+        self.last = None
         editor = self.editor
-        changed = None
-        explicit = editor.explicit if editor.generation is None else editor.generation.explicit
-        if any(name in kwargs for name in EXPLICIT):  # the backbone was called directly
-            explicit, changed = take_explicit(kwargs), (args, kwargs)
+        generation, call = editor.state.generation, editor.state.call
+        if call is None:  # the backbone was called past the model
+            call = take_call(self.names, args, kwargs)
+        if generation is not None:
+            said = generation.call
+            call = call._replace(prompt_lengths=said.prompt_lengths, edit_positions=said.edit_positions)
+            if not self.generates:
+                generation = None
         adapters = editor.active_in(self)
         if adapters:
-            window = look(
-                {**dict(zip(self.names, args, strict=False)), **kwargs},
-                explicit,
-                editor.generation if self.generates else None,
-                token_labels=editor.token_labels and self.generates,
-                decoder=self.decoder,
+            arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            window = compute_prompt_window(
+                arguments, call, generation, token_labels=editor.token_labels and self.generates, decoder=self.decoder
             )
-            self.step = self._step(adapters, window, explicit)
-            if self.step is not None and self.step.has_graph and window is not None and self.generates:
-                editor.mind_the_prompt(explicit, adapters)
-        return changed
+            frame.step = self._step(adapters, window, call, arguments)
+        return args, kwargs
 
-    def _step(self, adapters: Sequence[Adapter], window: Window | None, explicit: Explicit) -> Step | None:
+    def leave(self, output: Any) -> None:
+        """After the backbone: hand the step to the graph, for layers that its backward recomputes."""
+        frame = self.state.frame
+        if frame is None:
+            return
+        self.state.frame, step = frame.outer, frame.step
+        if output is None or torch.compiler.is_compiling():
+            return
+        if step is not None and step.records:
+            cache = step.cache if step.cache is not None else _returned_cache(output)
+            record_edits(cache, step.records)
+        if step is not None:
+            self._refuse_idle_sites(step)
+        if not torch.is_grad_enabled() or not self.adapters:
+            return
+        if step is not None:
+            self.live.add(step)
+            self.last = step
+        for tensor in _tensors(output):
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(lambda grads: self._recall(step))
+
+    def _refuse_idle_sites(self, step: Step) -> None:
+        """In training, a place that its model did not run is one that would not be trained."""
+        if not (step.training and step.has_graph) or self.drops_layers:
+            return
+        idle = [self.targets[site].path for site in step.edits if site not in step.ran]
+        if idle:
+            raise ValueError(
+                f"component: {', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''} did not run in this forward, so nothing "
+                "would be trained there; name a component that the model calls, or leave these layers out of layers=[...]"
+            )
+
+    # ---- recomputation
+
+    def _recall(self, step: Step | None) -> None:
+        task = torch._C._current_graph_task_id()
+        self._recomputed[task] = _NO_STEP if step is None else weakref.ref(step)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._recomputed.pop(task, None))
+        if step is not None:
+            step.enter_backward()
+
+    def current_step(self) -> Step | None:
+        """The step that a layer's hook consumes: the running forward's, or that of the forward that a backward recomputes."""
+        frame = self.state.frame
+        if frame is not None:
+            return frame.step
+        if torch.compiler.is_compiling() or not (self.live or self._recomputed):
+            return None
+        task = torch._C._current_graph_task_id()
+        if task < 0:
+            return None
+        known = self._recomputed.get(task)
+        if known is not None:
+            return None if known is _NO_STEP else known()
+        live = list(self.live)
+        if len(live) > 1:
+            raise RuntimeError(
+                "gradient checkpointing: several forwards wait for their backward, and this one did not come through the "
+                "model's output, so it cannot be told which forward's layers it recomputes; compute the loss from the output"
+            )
+        return live[0] if live else None
+
+    # ---- the step
+
+    def _step(
+        self, adapters: Sequence[Adapter], window: Window | None, call: ModelCall, arguments: Mapping[str, Any]
+    ) -> Step | None:
         edits: dict[int, list[Edit]] = {}
-        known: dict[tuple[Spec, bool], Selection | None] = {}
-        shared = self.editor.shared
+        known: dict[PositionRule, Selection | None] = {}
+        editor = self.editor
+        shared = editor.shared
         if shared is not None and not shared.serves():
             shared = None
+        step = Step(edits, torch.is_grad_enabled(), shared is not None)
+        cache = step.cache = None if window is None else cache_of(arguments)
+        continued = self._starts_from_cache(window, cache)
         for adapter in adapters:
-            if window is None:
-                said = explicit.prompt_lengths is not None or explicit.edit_positions is not None
-                selection = Pending(adapter.spec, adapter.untied, explicit) if said else adapter.pending
-            else:
-                key = (adapter.spec, adapter.untied)
-                if key not in known:
-                    known[key] = select(window, *key)
-                selection = known[key]
-            selection = self.editor.only_members(adapter.name, selection, window)
-            if selection is None:
-                continue
+            own = DeferredSelection(adapter.rule, call, self.frame_mask)
+            selection: Selection | DeferredSelection | None = own
+            tokens = None
+            if window is not None:
+                tokens = TokenShape(window.batch, window.width)
+                if adapter.rule not in known:
+                    known[adapter.rule] = select(window, adapter.rule)
+                selection = known[adapter.rule]
+            training = editor.model.training and torch.is_grad_enabled() and adapter.trains()
+            step.training |= training
+            if window is not None and self._on_tokens(adapter):
+                editor.checks.check(window, adapter.rule, selection, Mode(training, editor.token_labels and self.generates))
+                if continued:
+                    self._compare_cache(adapter, window, cache)
+                self._record(step, adapter, window, selection)
+            selection = editor.restrict_to_members(adapter.name, selection, window)
             for width, stack in adapter.stacks.items():
-                places = adapter.places[width]
-                if places:
-                    # a module call, so that engines which gather parameters around one do
-                    weights = stack() if shared is None else shared.weights(stack)
-                    device = next(stack.parameters()).device
-                    for index, site in places:
-                        edits.setdefault(site, []).append(Edit(stack, index, weights[index], selection, device))
-        return Step(edits, torch.is_grad_enabled(), shared is not None) if edits else None
+                places = [(index, site, self.targets[site].stream) for index, site in adapter.places[width]]
+                if selection is None:
+                    places = [place for place in places if place[2] == "own"]
+                if not places:
+                    continue
+                # a module call, so that engines which gather parameters around one do
+                weights = stack() if shared is None else shared.weights(stack)
+                device = next(stack.parameters()).device
+                for index, site, stream in places:
+                    what = (own, None) if stream == "own" else (selection, tokens)
+                    edits.setdefault(site, []).append(Edit(stack, index, weights[index], *what, device))
+        return step if edits else None
+
+    def _on_tokens(self, adapter: Adapter) -> bool:
+        return any(self.targets[site].stream == "tokens" for places in adapter.places.values() for _, site in places)
+
+    # ---- what a cache holds
+
+    @staticmethod
+    def _starts_from_cache(window: Window | None, cache: Any) -> bool:
+        """Whether this is the first call of a generation that goes on from a filled cache."""
+        if window is None or window.generation is None or not window.generation.is_first or torch.compiler.is_compiling():
+            return False
+        window.generation.is_first = False
+        return cache is not None and isinstance(window.offset, int) and window.offset > 0
+
+    @staticmethod
+    def _record(step: Step, adapter: Adapter, window: Window, selection: Selection | None) -> None:
+        """What this forward edits of what it puts into a cache."""
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and step.cache is None):
+            return
+        if selection is not None and window.packed is None and isinstance(window.offset, int):
+            edit = CachedEdit(adapter.name, window.offset, window.batch, window.width, selection.rows)
+            step.records.append(edit)
+
+    def _compare_cache(self, adapter: Adapter, window: Window, cache: Any) -> None:
+        past = window.offset
+        held = edited_columns(cache, adapter.name, window.batch, past, window.device)
+        if window.lengths is None or held is None:
+            return
+        whole = Window(
+            window.batch, past, window.device, 0, window.total, False, window.starts, window.lengths, window.source,
+            tokens=None if window.whole is None else window.whole[:, :past], whole=window.whole, text=window.text,
+            call=window.call, generation=window.generation,
+        )  # fmt: skip
+        wanted = select(whole, adapter.rule)
+        rows = None if wanted is None else wanted.rows
+        asked = CachedEdit(adapter.name, 0, window.batch, past, rows).columns(past).to(window.device)
+        differ = (asked & (window.whole[:, :past] if window.whole is not None else True)) != held
+        if bool(differ.any()):
+            example = int(differ.any(dim=1).to(torch.int8).argmax())
+            columns = differ[example].nonzero().flatten().tolist()
+            text = ", ".join(map(str, columns[:8])) + (", ..." if len(columns) > 8 else "")
+            warnings.warn(_STALE_CACHE.format(past=past, name=adapter.name, columns=text, example=example), stacklevel=2)
 
     def prune(self) -> None:
         """Remove the hooks of places that no adapter edits, and the backbone's with the last adapter."""
@@ -169,31 +282,15 @@ class Scope:
         for key, site in list(self.sites.items()):
             if site not in used:
                 self.handles.pop(site).remove()
-                del self.sites[key]
-        if not self.adapters:
-            for handle in self.ends:
-                handle.remove()
-            self.ends.clear()
+                del self.sites[key], self.targets[site]
+        if not self.adapters and self.forward is not None:
+            self.forward.remove()
+            self.forward = None
 
-    def end(self, output: Any) -> None:
-        """After the backbone: hand the step to the graph, for layers that its backward recomputes."""
-        step, self.step = self.step, None
-        if step is None or not step.has_graph or torch.compiler.is_compiling():
-            return
-        self._last = step
-        for tensor in _tensors(output):
-            if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(lambda grads: self._recall(step))
 
-    def _recall(self, step: Step) -> None:
-        self._last = step
-        step.enter_backward()
-
-    def recalled(self) -> Step | None:
-        """The step whose layers a running backward recomputes; None outside of one."""
-        if self._last is None or torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:
-            return None
-        return self._last
+def _returned_cache(output: Any) -> Any:
+    values = output if isinstance(output, Mapping) else {}
+    return cache_of(values)
 
 
 class Editor:
@@ -208,53 +305,67 @@ class Editor:
         self.token_labels = token_labels
         self.active: tuple[str, ...] = ()
         self.enabled = True
-        self.explicit = Explicit()
-        self.generation: Generation | None = None
-        self.members: tuple[str, ...] | None = None  # the adapter of each example, in a batch of several tasks
+        self.state = EditorState()
+        self.checks = PromptChecks()
         self.shared: SharedBuild | None = None  # one build for the forwards of an optimizer step
-        self._warned = False
         self._scopes: dict[str, Scope] = {}
+        self._forward: InterceptedForward | None = None
         self._handles: list[Handle] = []
+        self._stand_ins: list[Generate] = []
+        self.names = argument_names(model)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "explicit": Explicit(), "generation": None, "members": None, "shared": None}
+        return {**self.__dict__, "state": None, "shared": None}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state, state=EditorState())
 
     @property
     def adapters(self) -> dict[str, Adapter]:
         """Every adapter by name."""
         return {name: adapter for scope in self._scopes.values() for name, adapter in scope.adapters.items()}
 
-    def mind_the_prompt(self, explicit: Explicit, adapters: Sequence[Adapter]) -> None:
-        """Say once when a model trains to continue prompts and nothing tells where they end."""
-        unknown = explicit.labels is None and explicit.prompt_lengths is None and explicit.edit_positions is None
-        if not unknown or self._warned or torch.compiler.is_compiling():
-            return
-        if self.token_labels and self.model.training and any(a.spec.kind != "all" for a in adapters):
-            self._warned = True
-            warnings.warn(
-                "neither labels nor prompt_lengths reached the model in training, so each whole sequence counts as its prompt; "
-                "pass prompt_lengths=[...] to the model (label smoothing and custom losses of a Trainer take the labels away)",
-                stacklevel=2,
-            )
+    # ---- around the model
+
+    def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Before the model: note what the user passed."""
+        state = self.state
+        state.outer.append((state.call, state.generation))
+        generation = state.generation
+        if generation is not None and not torch.compiler.is_compiling():
+            if generation.total is not None and not generation.announced:
+                state.generation = None  # a call of the model while it generates, by a hook or a logits processor
+            generation.announced = False
+        state.call = take_call(self.names, args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.checks.deferred.poll()
+        return args, kwargs
+
+    def leave(self, output: Any) -> None:
+        """After the model."""
+        state = self.state
+        if state.outer:
+            state.call, state.generation = state.outer.pop()
 
     def active_in(self, scope: Scope) -> list[Adapter]:
         """The adapters that edit in a scope now, in order."""
         if not self.enabled:
             return []
-        names = self.active if self.members is None else dict.fromkeys(self.members)
+        members = self.state.members
+        names = self.active if members is None else dict.fromkeys(members)
         return [scope.adapters[name] for name in names if name in scope.adapters]
 
-    def add(self, name: str, component: Component, spec: Spec, untied: bool, stacks: Mapping[int, Intervention]) -> None:
+    def add(self, name: str, component: Component, rule: PositionRule, stacks: Mapping[int, Intervention]) -> None:
         """Add an adapter and register the hooks that are not there yet.
 
         Args:
             component: the targets, in the order in which ``stacks`` (by width) hold their layers.
         """
         ownership.calibrate()  # here, since a traced forward could not
-        if not self._handles:
+        if self._forward is None:
             self._open()
         scope = self._scopes.get(component.backbone) or self._scope(component)
-        adapter = Adapter(name, spec, untied, stacks)
+        adapter = Adapter(name, rule, stacks)
         counts = dict.fromkeys(stacks, 0)
         for target in component.targets:
             index = counts[target.embed_dim]
@@ -275,35 +386,60 @@ class Editor:
             self._close()
 
     def _open(self) -> None:
-        model = self.model
-        self._handles.append(model.register_forward_pre_hook(_Enter(self), with_kwargs=True))
-        self._handles.append(model.register_forward_hook(_Leave(self), always_call=True))
-        if callable(getattr(type(model), "generate", None)):
-            model.__dict__["generate"] = Generate(model, self, model.__dict__.get("generate"))
+        self._forward = InterceptedForward(self.model, self)
+
+    def _watch_generate(self, module: nn.Module) -> None:
+        """Let the hooks know of a module's ``generate``."""
+        if any(stand_in.model is module for stand_in in self._stand_ins):
+            return
+        for kind in (Generate, Prepare):
+            if callable(getattr(type(module), kind.name, None)):
+                stand_in = kind(module, self, module.__dict__.get(kind.name))
+                module.__dict__[kind.name] = stand_in
+                self._stand_ins.append(stand_in)
 
     def _close(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        wrapper = self.model.__dict__.get("generate")
-        if isinstance(wrapper, Generate) and wrapper.editor is self:
-            if wrapper.replaced is None:
-                del self.model.__dict__["generate"]
-            else:
-                self.model.__dict__["generate"] = wrapper.replaced
+        if self._forward is not None:
+            self._forward.remove()
+            self._forward = None
+        for stand_in in self._stand_ins:
+            attributes = stand_in.model.__dict__
+            if attributes.get(stand_in.name) is stand_in:
+                if stand_in.replaced is None:
+                    del attributes[stand_in.name]
+                else:
+                    attributes[stand_in.name] = stand_in.replaced
+        self._stand_ins.clear()
 
     def _scope(self, component: Component) -> Scope:
         backbone = self.model.get_submodule(component.backbone)
-        scope = Scope(self, backbone, component)
-        scope.ends.append(backbone.register_forward_pre_hook(_Begin(scope), with_kwargs=True))
-        scope.ends.append(backbone.register_forward_hook(_End(scope), always_call=True))
-        self._scopes[component.backbone] = scope
+        scope = self._scopes[component.backbone] = Scope(self, backbone, component)
+        self._watch(scope, component.backbone)
         return scope
+
+    def _watch(self, scope: Scope, path: str) -> None:
+        """Intercept a scope's backbone, and ``generate`` of what surrounds it."""
+        parts = path.split(".") if path else []
+        around = [self.model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+        for module in around:
+            self._watch_generate(module)
+        # the innermost that maps samples to frames
+        maps = [m for m in around if callable(getattr(m, "_get_feature_vector_attention_mask", None))]
+        if maps:
+            scope.frame_mask = _FrameMask(maps[-1])
+        config = getattr(self.model, "config", None)
+        names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+        scope.drops_layers = any((getattr(config, name, 0.0) or 0.0) > 0 for name in names)
+        scope.forward = InterceptedForward(around[-1], scope)
 
     def _site(self, scope: Scope, target: Target) -> int:
         key = (target.path, target.side)
         if key not in scope.sites:
             site = scope.sites[key] = max(scope.handles, default=-1) + 1
+            scope.targets[site] = target
             module = self.model.get_submodule(target.path)
             if target.side == "input":
                 handle = module.register_forward_pre_hook(InputHook(scope, site, target), with_kwargs=True)
@@ -312,15 +448,16 @@ class Editor:
             scope.handles[site] = handle
         return scope.sites[key]
 
-    def only_members(
-        self, name: str, selection: Selection | Pending | None, window: Window | None
-    ) -> Selection | Pending | None:
+    def restrict_to_members(
+        self, name: str, selection: Selection | DeferredSelection | None, window: Window | None
+    ) -> Selection | DeferredSelection | None:
         """A selection restricted to the examples that asked for adapter ``name``."""
-        if self.members is None or selection is None:
+        members = self.state.members
+        if members is None or selection is None:
             return selection
-        if window is None or isinstance(selection, Pending) or window.packed is not None:
+        if window is None or isinstance(selection, DeferredSelection) or window.packed is not None:
             raise ValueError("adapter_names: expected a padded batch of tokens, one name for each example")
-        members, batch = self.members, window.batch
+        batch = window.batch
         if not members or batch % len(members):
             raise ValueError(f"adapter_names: got {len(members)} names for a batch of {batch}")
         mine = torch.tensor([m == name for m in members for _ in range(batch // len(members))], device=window.device)
@@ -330,3 +467,13 @@ class Editor:
             rows = selection.rows
         rows = torch.where(mine.unsqueeze(1), rows.view(batch, -1), -1).flatten()
         return Selection(mark_rows(rows, batch * window.width), selection.set_ids)
+
+
+class _FrameMask:
+    """A model's own map from an audio input's mask to its frames. An object, so that a copied model's is the copy's."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, frames: int, mask: Tensor) -> Tensor:
+        return self.module._get_feature_vector_attention_mask(frames, mask)

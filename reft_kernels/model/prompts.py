@@ -1,9 +1,15 @@
-"""From one call's arguments to rows: where each example's prompt starts and ends, and which rows of this forward it selects.
+"""From one call's arguments to a window: where each example's prompt starts and ends, and the part that a forward sees.
 
-Where a prompt ends, by the first of these that is there: an explicit ``prompt_lengths`` (or ``edit_positions``), what
-``generate`` was called with, token labels (it ends at the first that is not -100), the attention mask (all real tokens are
-prompt), the sequence itself. A prompt starts at its first real token, so either padding side is understood. Everything here is
-tensor arithmetic on the tokens' device: no synchronisation but for explicit arguments, which are checked.
+Where a prompt ends, by the first of these that says so:
+
+    edit_positions, prompt_lengths     given to the model or to ``generate``
+    the adapter's response template    after its last occurrence in the text, the same in every path
+    generate                           its whole input
+    labels                             before the first that is not -100, where labels ``[B, T]`` continue a prompt
+    the attention mask, the sequence   every real token
+
+A prompt starts at its first real token, so either padding side is understood. Everything here is tensor arithmetic on the
+tokens' device: no synchronisation but for explicit arguments, which are checked.
 """
 
 from __future__ import annotations
@@ -17,49 +23,28 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels import positions
-from reft_kernels.checks import describe, mark_rows
-from reft_kernels.positions import Spec
-
-EXPLICIT = ("prompt_lengths", "edit_positions")
-"""Keyword arguments of the edited model's ``forward`` and ``generate`` that are taken out before the model sees them:
-
-prompt_lengths   integers ``[B]``: prompt tokens of each example (of each sequence of a packed batch)
-edit_positions   the columns themselves: integers ``[B, P]``, -1 pads, or a bool mask ``[B, T]``; replaces the spec
-"""
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+from reft_kernels.model.caches import cache_of, cached_columns
+from reft_kernels.model.call_state import ModelCall
+from reft_kernels.model.generation import Generation
+from reft_kernels.model.response_rule import Occurrences, Template, find_template, supervised
+from reft_kernels.model.selection import explicit_lengths, repeat_examples
 
 
-class Explicit(NamedTuple):
-    """What the caller said about positions, and the labels, which a backbone does not see."""
+class Packed(NamedTuple):
+    """A packed batch, flattened to ``[B * T]``: each token's sequence, its place there, whether it starts one."""
 
-    labels: Tensor | None = None
-    prompt_lengths: Any = None
-    edit_positions: Tensor | None = None
-
-
-class Selection(NamedTuple):
-    """Rows of ``hidden.view(-1, d)`` (None: all), and the weight set of each row where prefix and suffix are untied."""
-
-    rows: Tensor | None
-    set_ids: Tensor | None
-
-
-class Generation:
-    """What a running ``generate`` was called with: the whole prompt, of which a forward may see a part."""
-
-    def __init__(self, mask: Tensor | None, width: int | None, explicit: Explicit) -> None:
-        self.mask = mask
-        self.width = width
-        self.explicit = explicit
-        self.seen = 0  # columns that went through the cache so far, where the cache itself would have to be asked on its device
+    sequence: Tensor
+    place: Tensor
+    begins: Tensor
 
 
 @dataclasses.dataclass
 class Window:
     """The part of a batch that one forward of a backbone sees: columns ``offset`` to ``offset + width``.
 
-    ``starts`` and ``lengths`` ``[B]`` are the prompts, in columns of the whole; None while decoding. ``tokens`` is the mask
-    ``[B, width]`` of real tokens here, None where all are. ``packed`` holds the position ids of a packed batch.
+    ``starts`` and ``lengths`` int64 ``[B]`` are the prompts, in columns of the whole; None while decoding. ``source`` says what
+    ended them: "prompt_lengths", "generate", "labels" or "sequence". ``tokens`` is the mask ``[B, width]`` of real tokens here,
+    None where all are; ``text`` the token ids ``[B, total]`` of the whole, where they are known.
     """
 
     batch: int
@@ -67,11 +52,75 @@ class Window:
     device: torch.device
     offset: int | Tensor = 0
     total: int | Tensor = 0  # columns of the whole, where the prompts are
+    continues: bool = False  # a cache is filled: more of the prompt may be to come
     starts: Tensor | None = None
     lengths: Tensor | None = None
+    source: str = "sequence"
     tokens: Tensor | None = None
-    packed: Tensor | None = None
-    explicit: Explicit = Explicit()
+    whole: Tensor | None = None
+    text: Tensor | None = None
+    packed: Packed | None = None
+    labels: Tensor | None = None
+    call: ModelCall = ModelCall()
+    generation: Generation | None = None
+    found: dict[Template, Occurrences] = dataclasses.field(default_factory=dict)
+
+    def occurrences(self, template: Template) -> Occurrences | None:
+        """Where ``template`` ends in the whole text; None where the text is not known."""
+        if self.generation is not None and self.text is None:
+            return self.generation.occurrences(template, self.batch, self.device)
+        if self.text is None:
+            return None
+        if template not in self.found:
+            text = self.text if self.whole is None else torch.where(self.whole, self.text, -1)
+            segments = None if self.packed is None else self.packed.sequence.view(self.batch, self.width)
+            self.found[template] = find_template(text, template, segments)
+        return self.found[template]
+
+    def prompt_lengths(self, template: Template | None) -> Tensor | None:
+        """Prompt lengths int64 ``[B]`` under an adapter's rule; None while decoding."""
+        if template is None or self.lengths is None or self.source == "prompt_lengths":
+            return self.lengths
+        found = self.occurrences(template)
+        if found is None:
+            return self.lengths
+        return torch.where(found.last > 0, (found.last - self.starts).clamp(min=0), self.lengths)
+
+    def packed_prompt(self, template: Template | None) -> Tensor:
+        """Bool ``[B * T]``: the prompts' tokens of a packed batch under an adapter's rule."""
+        sequence, place, _ = self.packed
+        if self.call.prompt_lengths is not None:
+            return place < self._packed_lengths()[sequence]
+        prompt = torch.ones_like(place, dtype=torch.bool)
+        if self.labels is not None:
+            chosen = supervised(self.labels).reshape(-1).to(torch.int64)
+            running = chosen.cumsum(0)
+            first = torch.arange(place.shape[0], device=self.device) - place
+            prompt = running == (running - chosen)[first]
+        if template is None:
+            return prompt
+        length = self.packed_ends(template)[sequence]
+        return torch.where(length > 0, place < length, prompt)
+
+    def packed_ends(self, template: Template) -> Tensor:
+        """Int64 ``[B * T]``: for each sequence of a packed batch the tokens up to its last template's end, 0 without one."""
+        found, (sequence, place, _) = self.occurrences(template), self.packed
+        ends = torch.where(found.after[:, 1:].reshape(-1), place + 1, 0)
+        return torch.zeros_like(place).scatter_reduce(0, sequence, ends, "amax")
+
+    def _packed_lengths(self) -> Tensor:
+        given = self.call.prompt_lengths
+        given = (given if isinstance(given, Tensor) else torch.as_tensor(given)).to(device=self.device)
+        if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool or not given.numel():
+            raise ValueError(f"prompt_lengths: got {given.dtype} {tuple(given.shape)}, expected one integer for each sequence")
+        sequence, place, _ = self.packed
+        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            count = int(sequence[-1]) + 1 if sequence.numel() else 0
+            sizes = torch.zeros(count, dtype=torch.int64).scatter_reduce(0, sequence, place + 1, "amax")
+            if given.shape[0] != count:
+                raise ValueError(f"prompt_lengths: got {given.shape[0]} for a packed batch, expected {count}, its sequences")
+            explicit_lengths(given, count, sizes, self.device)
+        return given.to(torch.int64)[: place.shape[0]]
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
@@ -80,57 +129,30 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
 
 
-def _repeat(tensor: Tensor, batch: int, name: str) -> Tensor:
-    """One entry for each example as one for each row of the batch: beams and returned sequences repeat theirs."""
-    count = tensor.shape[0]
-    if count == batch:
-        return tensor
-    if count == 0 or batch % count:
-        raise ValueError(f"{name}: got {count} examples, expected {batch}")
-    return tensor.repeat_interleave(batch // count, dim=0)
+def _usable_mask(mask: Any, batch: int, width: int) -> Tensor | None:
+    fits = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= width
+    return mask if fits else None
 
 
-def _past(arguments: Mapping[str, Any], width: int, generation: Generation | None) -> int | Tensor:
-    """Columns that the cache holds already."""
-    cache = next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
-    if cache is None:
-        return 0
-    past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else cache[0][0].shape[-2]
-    if not isinstance(past, Tensor) or torch.compiler.is_compiling():
-        return past
-    if generation is None:
-        return int(past)
-    # a cache that counts on its device is asked once in a generation; after that the host counts
-    if generation.seen == 0:
-        generation.seen = int(past)
-    past = generation.seen
-    generation.seen = past + width
-    return past
+def _text_of(arguments: Mapping[str, Any], call: ModelCall, batch: int, width: int) -> Tensor | None:
+    for ids in (arguments.get("input_ids"), call.input_ids):
+        if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.shape == (batch, width):
+            return ids
+    return None
 
 
-def _two_dimensional(mask: Any, batch: int) -> Tensor | None:
-    return mask if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch else None
+def _offset(arguments: Mapping[str, Any], cache: Any, width: int, generation: Generation | None) -> int | Tensor | None:
+    """Column of the whole at which a forward starts; None where a cache holds some columns and cannot say how many."""
+    if generation is not None and not torch.compiler.is_compiling():
+        offset = generation.offset(width)
+        if offset is not None:
+            return offset
+    return 0 if cache is None else cached_columns(cache, arguments)
 
 
-def _explicit_lengths(value: Any, batch: int, limits: Tensor | int, device: torch.device) -> Tensor:
-    lengths = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(f"prompt_lengths: got {describe(lengths)}, expected one integer for each example, [B]")
-    lengths = _repeat(lengths.to(device=device, dtype=torch.int64), batch, "prompt_lengths")
-    if not torch.compiler.is_compiling():
-        wrong = (lengths < 0) | (lengths > limits)
-        if bool(wrong.any()):
-            example = int(wrong.to(torch.int8).argmax())
-            limit = limits if isinstance(limits, int) else int(limits[example])
-            raise ValueError(
-                f"prompt_lengths: got {int(lengths[example])} for example {example}, expected 0 to {limit}, the tokens it has"
-            )
-    return lengths
-
-
-def look(
+def compute_prompt_window(
     arguments: Mapping[str, Any],
-    explicit: Explicit,
+    call: ModelCall,
     generation: Generation | None,
     *,
     token_labels: bool,
@@ -139,9 +161,12 @@ def look(
     """The window of one backbone call; None where the arguments do not tell how many tokens there are (images, say).
 
     Args:
-        arguments: the call's arguments by name.
+        arguments: the backbone call's arguments by name. call: what the user passed to the model.
         token_labels: labels ``[B, T]`` mark what follows the prompt (a generating model, not a token classifier).
         decoder: the backbone is the decoder of an encoder-decoder model, whose inputs are its labels shifted by one.
+
+    Raises:
+        ValueError: explicit arguments that do not fit the batch, or a mask that hides tokens and fits no tokens.
     """
     tokens = arguments.get("input_ids")
     if tokens is None:
@@ -151,37 +176,47 @@ def look(
     batch, width, device = tokens.shape[0], tokens.shape[1], tokens.device
     if generation is not None and generation.width is None:
         generation.width = width
-    past = _past(arguments, width, generation)
-    window = Window(batch, width, device, past, explicit=explicit)
-    mask = _two_dimensional(arguments.get("attention_mask"), batch)
+    cache = cache_of(arguments)
+    past = _offset(arguments, cache, width, generation)
+    window = Window(batch, width, device, 0 if past is None else past, call=call, generation=generation)
+    mask = _usable_mask(arguments.get("attention_mask"), batch, width)
+    if mask is None:  # a wrapper hands on another form of it
+        mask = _usable_mask(call.decoder_attention_mask if decoder else call.attention_mask, batch, width)
     if mask is not None:
         window.tokens = mask[:, mask.shape[1] - width :] != 0
+    if past is None:
+        return window  # a recurrent state and no word about the prompt: decoding
     at_start = isinstance(past, int) and past == 0
     if generation is not None:
         if isinstance(past, int) and past >= generation.width:
             return window
-        whole, total = _generated_prompt(generation, mask, past, batch, device)
-    elif at_start or isinstance(past, Tensor) or not (explicit.prompt_lengths is None and explicit.edit_positions is None):
+        whole, total = _generated_prompt(generation, mask, batch, device)
+    elif at_start or isinstance(past, Tensor) or call.is_explicit:
         whole = None if mask is None else mask != 0
         total = width if at_start else past + width
+        window.continues = not at_start or (cache is not None and not torch.is_grad_enabled())
+        if not at_start and whole is not None and isinstance(past, int) and whole.shape[1] != total:
+            whole = None  # a mask of these tokens alone does not tell where the whole starts
+        if at_start:
+            window.text = _text_of(arguments, call, batch, width)
     else:
         return window  # a cache and no word about the prompt: decoding
-    window.total = total
+    window.total, window.whole = total, whole
     zeros = torch.zeros(batch, dtype=torch.int64, device=device)
     window.starts = zeros if whole is None else positions.first_tokens(whole)
-    if whole is not None and generation is not None:
+    if whole is not None and (generation is not None or window.continues):
         # a chunk that is all padding so far: the prompt starts after it
         window.starts = torch.where(whole.any(dim=1), window.starts, whole.shape[1])
-    _find_lengths(window, arguments, whole, total, generation, token_labels, decoder)
+    _find_lengths(window, token_labels, decoder)
     return window
 
 
 def _generated_prompt(
-    generation: Generation, mask: Tensor | None, past: int | Tensor, batch: int, device: torch.device
+    generation: Generation, mask: Tensor | None, batch: int, device: torch.device
 ) -> tuple[Tensor | None, int]:
     """The mask of the whole prompt of a generation (or of what is known of it), and its width."""
     if generation.mask is not None:
-        return _repeat(generation.mask.to(device) != 0, batch, "attention_mask"), generation.width
+        return repeat_examples(generation.mask.to(device) != 0, batch, "attention_mask"), generation.width
     if mask is None:
         return None, generation.width
     whole = mask[:, : generation.width] != 0
@@ -191,148 +226,82 @@ def _generated_prompt(
     return whole, generation.width
 
 
-def _find_lengths(window, arguments, whole, total, generation, token_labels, decoder) -> None:
-    batch, device, explicit = window.batch, window.device, window.explicit
-    labels = explicit.labels
-    position_ids = arguments.get("position_ids")
-    is_packed = (
-        token_labels and whole is None and generation is None and not decoder
-        and isinstance(position_ids, Tensor) and position_ids.shape == (batch, window.width)
-    )  # fmt: skip
-    if is_packed and isinstance(window.offset, int) and window.offset == 0:
-        window.packed = position_ids
-    elif explicit.prompt_lengths is not None:
-        limits = total if whole is None else whole.sum(dim=1)
-        window.lengths = _explicit_lengths(explicit.prompt_lengths, batch, limits, device)
-    elif token_labels and isinstance(labels, Tensor) and labels.shape == (batch, window.width):
-        labels = labels.to(device)
+def _pack(position_ids: Tensor) -> Packed:
+    """Sequences of a packed batch: a new one starts in each row's first column and where positions do not go up by one."""
+    batch, width = position_ids.shape
+    steps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    begins = torch.nn.functional.pad(steps, (1, 0), value=True).reshape(-1)
+    index = torch.arange(batch * width, device=position_ids.device)
+    first = torch.where(begins, index, 0).cummax(0).values if batch * width else index
+    return Packed((begins.cumsum(0) - 1).clamp(min=0), index - first, begins)
+
+
+def _find_lengths(window: Window, token_labels: bool, decoder: bool) -> None:
+    batch, device, call = window.batch, window.device, window.call
+    labels, ids = call.labels, call.position_ids
+    shape = (batch, window.width)
+    if token_labels and isinstance(labels, Tensor) and labels.shape == shape:
+        window.labels = labels.to(device)
+    # only what the user passed says packed: models make position ids of their own, in many forms
+    packs = token_labels and window.whole is None and window.generation is None and not decoder
+    if packs and isinstance(ids, Tensor) and ids.shape == shape and isinstance(window.offset, int) and window.offset == 0:
+        window.packed = _pack(ids.to(device))
+    elif call.prompt_lengths is not None:
+        limits = None if window.continues else window.total if window.whole is None else window.whole.sum(dim=1)
+        window.lengths = explicit_lengths(call.prompt_lengths, batch, limits, device)
+        window.source = "prompt_lengths"
+    elif window.labels is not None and window.generation is None:
+        window.source = "labels"
         if decoder:
-            supervised = (labels != positions.IGNORED_LABEL).to(torch.int8)
-            window.lengths = ((supervised.cumsum(dim=1) == 0).sum(dim=1) + 1).clamp(max=window.width)
+            before = supervised(window.labels).to(torch.int8).cumsum(dim=1) == 0
+            window.lengths = (before.sum(dim=1) + 1).clamp(max=window.width)
         else:
-            window.lengths = positions.prompt_lengths_from_labels(labels, whole)
-    elif whole is not None:
-        window.lengths = whole.sum(dim=1)
+            window.lengths = positions.prompt_lengths_from_labels(window.labels, window.whole)
     else:
-        window.lengths = torch.zeros(batch, dtype=torch.int64, device=device) + total
+        window.source = "sequence" if window.generation is None else "generate"
+        if window.whole is not None:
+            window.lengths = window.whole.sum(dim=1)
+        else:
+            window.lengths = torch.zeros(batch, dtype=torch.int64, device=device) + window.total
 
 
-# ---- selection
+def window_of_shape(shape: torch.Size, device: torch.device, call: ModelCall, frame_mask: Any = None) -> Window:
+    """The window of a hidden state ``[B, T, d]`` or ``[T, d]`` whose rows are no tokens: all of it is prompt unless said.
 
-
-def select(window: Window, spec: Spec, untied: bool) -> Selection | None:
-    """The rows that ``spec`` selects in a window; None when there are none, as in every decoding step of a prompt's edit.
+    Args:
+        frame_mask: (frames, audio mask ``[B, S]``) -> bool ``[B, frames]``, a model's own map from samples to frames.
 
     Raises:
-        ValueError: explicit arguments that do not fit the batch.
+        ValueError: an audio mask that hides samples, of a model that does not tell which frames they are.
     """
-    if window.explicit.edit_positions is not None:
-        return _from_positions(window, untied)
-    if spec.kind == "all" and not untied:
-        return Selection(_real_rows(window), None)
-    if window.packed is not None:
-        return _from_packed(window, spec, untied)
-    if window.lengths is None:
-        return None
-    rows = positions.prompt_rows(
-        spec, window.starts, window.lengths, window.width, token_mask=window.tokens, offset=window.offset
-    )
-    return Selection(rows, positions.set_ids(spec, window.batch, device=window.device) if untied else None)
-
-
-def select_from_shape(
-    shape: torch.Size, device: torch.device, spec: Spec, untied: bool, explicit: Explicit
-) -> Selection | None:
-    """Rows where the call tells nothing of tokens: by the hidden state's shape ``[B, T, d]``, all of it prompt unless said."""
     batch, width = (1, shape[0]) if len(shape) == 2 else shape[:2]
-    window = Window(batch, width, device, total=width, explicit=explicit)
+    positioned = call if not call.has_tokens else call._replace(prompt_lengths=None, edit_positions=None)
+    window = Window(batch, width, device, total=width, call=positioned)
     window.starts = torch.zeros(batch, dtype=torch.int64, device=device)
-    if explicit.prompt_lengths is None:
-        if spec.kind == "prompt" and explicit.edit_positions is None:
-            return Selection(None, None)
-        window.lengths = window.starts + width
+    window.tokens = _frames(call.audio_mask, batch, width, device, frame_mask)
+    if window.tokens is not None:
+        window.whole = window.tokens
+        window.starts = positions.first_tokens(window.tokens)
+    limits = width if window.whole is None else window.whole.sum(dim=1)
+    if positioned.prompt_lengths is not None:
+        window.lengths = explicit_lengths(positioned.prompt_lengths, batch, limits, device)
+        window.source = "prompt_lengths"
     else:
-        window.lengths = _explicit_lengths(explicit.prompt_lengths, batch, width, device)
-    return select(window, spec, untied)
+        window.lengths = torch.zeros_like(window.starts) + limits
+    return window
 
 
-def _real_rows(window: Window) -> Tensor | None:
-    """Rows of real tokens, None for all; where asking costs a synchronisation a mask is taken to hide something."""
-    tokens = window.tokens
-    if tokens is None or window.lengths is None:
+def _frames(mask: Tensor | None, batch: int, width: int, device: torch.device, frame_mask: Any) -> Tensor | None:
+    """Real frames ``[B, width]`` by the mask of an audio input; None where all are."""
+    if mask is None or mask.dim() != 2 or mask.shape[0] != batch:
         return None
-    if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and bool(tokens.all()):
+    if frame_mask is not None:
+        return frame_mask(width, mask).to(device) != 0
+    if mask.shape[1] == width:
+        return mask.to(device) != 0
+    if mask.device.type == "cpu" and bool(mask.all()):
         return None
-    return positions.from_mask(tokens)
-
-
-def _from_positions(window: Window, untied: bool) -> Selection | None:
-    chosen = window.explicit.edit_positions
-    if not isinstance(chosen, Tensor):
-        chosen = torch.as_tensor(chosen)
-    if window.lengths is None and window.packed is None:
-        return None
-    chosen = _repeat(chosen.to(window.device), window.batch, "edit_positions")
-    compiling, offset = torch.compiler.is_compiling(), window.offset
-    if chosen.dtype == torch.bool and not untied:
-        if chosen.dim() != 2 or chosen.shape[1] > window.total:
-            raise ValueError(f"edit_positions: got {describe(chosen)}, expected a mask ({window.batch}, {window.total})")
-        here = chosen[:, offset : offset + window.width]
-        return Selection(positions.from_mask(torch.nn.functional.pad(here, (0, window.width - here.shape[1]))), None)
-    if chosen.dim() != 2 or chosen.dtype not in (torch.int32, torch.int64):
-        expected = "integer columns [B, P]" + ("" if untied else " or a bool mask [B, T]")
-        raise ValueError(f"edit_positions: got {describe(chosen)}, expected {expected}")
-    if not compiling:
-        positions.from_indices(chosen, int(window.total))  # columns out of range or repeated are refused here
-    columns = chosen - offset
-    base = torch.arange(window.batch, device=window.device).unsqueeze(1) * window.width
-    skipped = (chosen < 0) | (columns < 0) | (columns >= window.width)
-    rows = torch.where(skipped, -1, columns + base).to(torch.int32).flatten()
-    rows = mark_rows(rows, window.batch * window.width)
-    if not untied:
-        return Selection(rows, None)
-    count = columns.shape[1]
-    if count % 2:
-        raise ValueError(f"edit_positions: got {count} columns, expected an even number: share_weights=False halves them")
-    ids = (torch.arange(count, device=window.device) >= count // 2).to(torch.int32).repeat(window.batch)
-    return Selection(rows, mark_rows(ids, 2))
-
-
-def _from_packed(window: Window, spec: Spec, untied: bool) -> Selection:
-    """Rows of a packed batch, whose position ids start again at 0 with each sequence: one entry a token."""
-    position = window.packed.reshape(-1)
-    count, device = position.shape[0], position.device
-    index = torch.arange(count, device=device)
-    sequence = ((position == 0).cumsum(0) - 1).clamp(min=0)
-    start = (index - position).clamp(min=0)
-    explicit = window.explicit
-    if explicit.prompt_lengths is not None:
-        given = explicit.prompt_lengths
-        given = (given if isinstance(given, Tensor) else torch.as_tensor(given)).to(device=device, dtype=torch.int64)
-        length = given[sequence]
-        prompt = position < length
-    else:
-        prompt = torch.ones_like(position, dtype=torch.bool)
-        if isinstance(explicit.labels, Tensor) and explicit.labels.shape == window.packed.shape:
-            supervised = (explicit.labels.to(device).reshape(-1) != positions.IGNORED_LABEL).to(torch.int64)
-            running = supervised.cumsum(0)
-            prompt = running == (running - supervised)[start]
-        length = torch.zeros(count, dtype=torch.int64, device=device).index_add_(0, sequence, prompt.to(torch.int64))[sequence]
-    last = torch.zeros_like(prompt)
-    if spec.kind == "ends":
-        length = (length - 1).clamp(min=0) if spec.pyreft else length
-        prompt = prompt & (position < length)
-        available = length // 2 if spec.halves else length
-        last = prompt & (position >= length - available.clamp(max=spec.last))
-        prompt = (prompt & (position < available.clamp(max=spec.first))) | last
-    rows = torch.where(prompt, index, -1).to(torch.int32)
-    ids = last.to(torch.int32) if untied else None
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        rows, ids = rows[prompt], None if ids is None else ids[prompt]
-    return Selection(mark_rows(rows, count), None if ids is None else mark_rows(ids, 2))
-
-
-def take_explicit(kwargs: dict[str, Any]) -> Explicit:
-    """Take the explicit arguments out of a call's keyword arguments, and note the labels."""
-    taken = {name: kwargs.pop(name) for name in EXPLICIT if name in kwargs}
-    return Explicit(labels=kwargs.get("labels"), **taken)
+    raise ValueError(
+        f"attention_mask: got {tuple(mask.shape)} for hidden states of {width} frames, and the model does not tell which of "
+        "them are padding; pass edit_positions=, or a batch without padding"
+    )

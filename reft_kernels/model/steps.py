@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels.interventions import EditWeights, Intervention, RedWeights
+from reft_kernels.model.caches import CachedEdit
 from reft_kernels.model.components import Target
-from reft_kernels.model.prompts import Explicit, Selection, select_from_shape
-from reft_kernels.positions import Spec
+from reft_kernels.model.selection import DeferredSelection, Selection, TokenShape, place_rows
 
 if TYPE_CHECKING:
     from reft_kernels.model.editor import Scope
@@ -27,34 +27,28 @@ if TYPE_CHECKING:
 Weights = EditWeights | RedWeights
 
 
-class Pending:
-    """A selection that waits for the first hidden state, where a call's arguments do not tell the sequence's length."""
-
-    def __init__(self, spec: Spec, untied: bool, explicit: Explicit) -> None:
-        self.spec = spec
-        self.untied = untied
-        self.explicit = explicit
-        self._known: dict[tuple, Selection | None] = {}
-
-    def select(self, hidden: Tensor) -> Selection | None:
-        key = (hidden.shape[:-1], hidden.device)
-        if key not in self._known:
-            self._known[key] = select_from_shape(hidden.shape, hidden.device, self.spec, self.untied, self.explicit)
-        return self._known[key]
-
-
 class Edit:
-    """One adapter's edit of one layer in one step."""
+    """One adapter's edit of one layer in one step.
 
-    __slots__ = ("stack", "index", "weights", "selection", "device", "detached")
+    ``tokens`` is the shape that the selection's rows were counted for; None for a selection that waits for the hidden state.
+    """
+
+    __slots__ = ("stack", "index", "weights", "selection", "tokens", "device", "detached")
 
     def __init__(
-        self, stack: Intervention, index: int, weights: Weights, selection: Selection | Pending, device: torch.device
+        self,
+        stack: Intervention,
+        index: int,
+        weights: Weights,
+        selection: Selection | DeferredSelection,
+        tokens: TokenShape | None,
+        device: torch.device,
     ) -> None:
         self.stack = stack
         self.index = index
         self.weights = weights
         self.selection = selection
+        self.tokens = tokens
         self.device = device  # of the weights
         self.detached: Weights | None = None  # leaves in their place, while layers run their backward by themselves
 
@@ -74,13 +68,24 @@ class Step:
         self.has_graph = has_graph  # gradients are on around the forward
         self.shared = shared  # the weights come from a build for several forwards, so what they collect goes there
         self.reentrant = False  # a layer ran without them all the same: a reentrant checkpoint, which will run it again
+        self.ran: set[int] = set()
+        self.training = False  # an adapter that it edits for is being trained
+        self.cache: Any = None  # the cache that the forward fills, and
+        self.records: list[CachedEdit] = []  # what it puts there
         self._collecting = False
-        self._moved: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
+        self._moved: dict[tuple, tuple[Selection, Selection]] = {}
 
-    def apply(self, site: int, hidden: Tensor, inplace: bool) -> Tensor:
+    def apply(self, site: int, hidden: Tensor, inplace: bool, target: Target) -> Tensor:
+        """Edit the hidden state of one place.
+
+        Raises:
+            ValueError: the hidden state is not the tensor that the selection's rows were counted for.
+        """
         graph = torch.is_grad_enabled()
-        if self.has_graph and not graph:
-            self.reentrant = True
+        if not torch.compiler.is_compiling():
+            self.ran.add(site)
+            if self.has_graph and not graph:
+                self.reentrant = True
         for edit in self.edits.get(site, ()):
             selection, weights = edit.selection, edit.weights
             if self.reentrant and graph:
@@ -90,14 +95,16 @@ class Step:
                         "compute the loss from it, or use use_reentrant=False"
                     )
                 weights = edit.leaves()
-            if isinstance(selection, Pending):
+            if isinstance(selection, DeferredSelection):
                 selection = selection.select(hidden)
                 if selection is None:
                     continue
+            elif not _is_plain(hidden, edit.tokens, target):
+                selection = self._placed(selection, edit.tokens, hidden, target)
             rows, set_ids = selection
             if edit.device != hidden.device or (rows is not None and rows.device != hidden.device):
                 weights = type(weights)(*(self._to(t, hidden.device) for t in weights))
-                rows, set_ids = self._once(rows, hidden.device), self._once(set_ids, hidden.device)
+                rows, set_ids = self._on(selection, hidden.device)
             hidden = edit.stack.edit(hidden, weights, rows=rows, set_ids=set_ids, inplace=inplace)
         return hidden
 
@@ -129,14 +136,35 @@ class Step:
     def _to(value: Any, device: torch.device) -> Any:
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-    def _once(self, tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    def _placed(self, selection: Selection, tokens: TokenShape, hidden: Tensor, target: Target) -> Selection:
+        """The batch's rows on a hidden state of another layout, counted once for all layers that have it."""
+        if torch.compiler.is_compiling():
+            placed = place_rows(selection, tokens, hidden, target.layout)
+        else:
+            key = (id(selection), tuple(hidden.shape[:-1]), target.layout)
+            if key not in self._moved:  # the selection is kept beside, so that its id stays its own
+                self._moved[key] = (place_rows(selection, tokens, hidden, target.layout), selection)
+            placed = self._moved[key][0]
+        if placed is None:
+            raise ValueError(
+                f"component: the {target.side} of {target.path!r} has shape {tuple(hidden.shape)}, expected hidden states of "
+                f"the {tuple(tokens)} tokens [B, T] that the positions were counted for; name a component on the token stream"
+            )
+        return placed
+
+    def _on(self, selection: Selection, device: torch.device) -> Selection:
         """The batch's rows on another device: copied once, by the first layer there."""
-        if tensor is None:
-            return None
-        key = (id(tensor), device)
+        key = (id(selection), device)
         if key not in self._moved:
-            self._moved[key] = (tensor.to(device, non_blocking=True), tensor)
+            rows, set_ids = (self._to(t, device) for t in selection)
+            self._moved[key] = (Selection(rows, set_ids), selection)
         return self._moved[key][0]
+
+
+def _is_plain(hidden: Tensor, tokens: TokenShape, target: Target) -> bool:
+    """Whether rows counted for ``[B, T]`` are rows of ``hidden`` as they are: the sizes alone are compared."""
+    shape = hidden.shape
+    return target.layout in ("btd", "btd_padded") and len(shape) == 3 and shape[0] == tokens.batch and shape[1] == tokens.width
 
 
 def _first_tensor_with(values: Any) -> tuple[int, Tensor] | None:
@@ -167,18 +195,16 @@ class LayerHook:
         elif inplace:
             # a view may share memory that others read, and autograd forbids editing a leaf in place
             inplace = not hidden._is_view() and not (hidden.requires_grad and hidden.is_leaf)
-        return step.apply(self.site, hidden, inplace)
+        return step.apply(self.site, hidden, inplace, target)
 
 
 class OutputHook(LayerHook):
     """Forward hook: edits the module's output, the first element of a tuple."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        step = self.scope.step
+        step = self.scope.current_step()
         if step is None:
-            step = self.scope.recalled()
-            if step is None:
-                return None
+            return None
         if isinstance(output, Tensor):
             # a layer that hands its input through has not made the tensor
             fresh = self.target.inplace and not (args and output is args[0])
@@ -195,11 +221,9 @@ class InputHook(LayerHook):
     """Forward pre-hook: edits the module's first tensor argument, positional or not."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        step = self.scope.step
+        step = self.scope.current_step()
         if step is None:
-            step = self.scope.recalled()
-            if step is None:
-                return None
+            return None
         found = _first_tensor_with(args)
         if found is not None:
             index, hidden = found

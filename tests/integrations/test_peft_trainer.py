@@ -83,11 +83,14 @@ def test_gradient_checkpointing_through_the_trainer(tmp_path, reentrant):
     torch.testing.assert_close(losses(checkpointed), losses(plain))
 
 
-def test_labels_that_do_not_arrive_are_noticed_once(tmp_path):
+def test_labels_that_do_not_arrive_are_refused_in_training_and_noticed_once_in_evaluation(tmp_path):
     model = get_peft_model(make("llama"), ReftConfig(rank=4, task_type="CAUSAL_LM")).train()
     inputs = batch("llama")
     labels = inputs.pop("labels")
-    with pytest.warns(UserWarning, match="neither labels nor prompt_lengths"):
+    with pytest.raises(ValueError, match="neither labels nor prompt_lengths"):
+        model(**inputs)
+    model.eval()
+    with pytest.warns(UserWarning, match="does not tell where prompts end"):
         model(**inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -6,16 +6,19 @@ import pytest
 import torch
 
 from reft_kernels import positions
-from reft_kernels.model.prompts import Explicit, Generation, look, select
+from reft_kernels.model.call_state import ModelCall
+from reft_kernels.model.generation import Generation
+from reft_kernels.model.prompts import compute_prompt_window
+from reft_kernels.model.selection import PositionRule, select
 from tests.model.families import mask_of
 
 WIDTH = 12
 
 
 def rows(spec, arguments, *, explicit=None, generation=None, untied=False, token_labels=True, decoder=False):
-    explicit = explicit or Explicit()
-    window = look(arguments, explicit, generation, token_labels=token_labels, decoder=decoder)
-    selection = select(window, positions.parse(spec), untied)
+    explicit = explicit or ModelCall()
+    window = compute_prompt_window(arguments, explicit, generation, token_labels=token_labels, decoder=decoder)
+    selection = select(window, PositionRule(positions.parse(spec), untied))
     if selection is None:
         return None
     chosen = None if selection.rows is None else [r for r in selection.rows.tolist() if r >= 0]
@@ -51,37 +54,37 @@ def test_the_mask_ends_a_prompt_on_either_side(side):
 
 
 def test_labels_end_a_prompt_where_they_are_token_labels():
-    explicit = Explicit(labels=labels_from([4, 7]))
+    explicit = ModelCall(labels=labels_from([4, 7]))
     assert rows("l2", tokens(), explicit=explicit) == [2, 3, 17, 18]
     assert rows("l2", tokens(), explicit=explicit, token_labels=False) == [10, 11, 22, 23]
-    assert rows("l2", tokens(), explicit=Explicit(labels=torch.tensor([1, 0]))) == [10, 11, 22, 23]
+    assert rows("l2", tokens(), explicit=ModelCall(labels=torch.tensor([1, 0]))) == [10, 11, 22, 23]
 
 
 def test_a_decoders_inputs_are_its_labels_shifted_by_one():
-    explicit = Explicit(labels=labels_from([0, 2]))
+    explicit = ModelCall(labels=labels_from([0, 2]))
     assert rows("prompt", tokens(), explicit=explicit, decoder=True) == [0, 12, 13, 14]
 
 
 def test_explicit_lengths_beat_labels_and_mask():
-    explicit = Explicit(labels=labels_from([4, 7]), prompt_lengths=[3, 2])
+    explicit = ModelCall(labels=labels_from([4, 7]), prompt_lengths=[3, 2])
     arguments = {**tokens(), "attention_mask": mask_of([12, 5], "left", WIDTH)}
     assert rows("l1", arguments, explicit=explicit) == [2, 12 + 7 + 1]
     for lengths, message in ([[3, 6], "got 6 for example 1, expected 0 to 5"], [[-1, 2], "got -1 for example 0"]):
         with pytest.raises(ValueError, match=f"prompt_lengths: {message}"):
-            rows("l1", arguments, explicit=Explicit(prompt_lengths=lengths))
+            rows("l1", arguments, explicit=ModelCall(prompt_lengths=lengths))
     with pytest.raises(ValueError, match="prompt_lengths: got 3 examples, expected 2"):
-        rows("l1", arguments, explicit=Explicit(prompt_lengths=[1, 1, 1]))
+        rows("l1", arguments, explicit=ModelCall(prompt_lengths=[1, 1, 1]))
     with pytest.raises(ValueError, match="prompt_lengths: got shape"):
-        rows("l1", arguments, explicit=Explicit(prompt_lengths=torch.ones(2)))
+        rows("l1", arguments, explicit=ModelCall(prompt_lengths=torch.ones(2)))
 
 
 def test_explicit_positions_replace_the_spec():
-    explicit = Explicit(edit_positions=torch.tensor([[0, 5], [3, -1]]))
+    explicit = ModelCall(edit_positions=torch.tensor([[0, 5], [3, -1]]))
     assert rows("f7+l7", tokens(), explicit=explicit) == [0, 5, 15]
     assert rows("f7+l7", tokens(), explicit=explicit, untied=True) == [(0, 0), (5, 1), (15, 0)]
     mask = torch.zeros(2, WIDTH, dtype=torch.bool)
     mask[0, 2] = mask[1, 11] = True
-    assert rows("l1", tokens(), explicit=Explicit(edit_positions=mask)) == [2, 23]
+    assert rows("l1", tokens(), explicit=ModelCall(edit_positions=mask)) == [2, 23]
     wrong = {
         "columns from 0 to 12": torch.tensor([[0], [12]]),
         "more than once": torch.tensor([[3, 3], [1, 2]]),
@@ -91,9 +94,9 @@ def test_explicit_positions_replace_the_spec():
     }
     for message, value in wrong.items():
         with pytest.raises(ValueError, match=message):
-            rows("l1", tokens(), explicit=Explicit(edit_positions=value))
+            rows("l1", tokens(), explicit=ModelCall(edit_positions=value))
     with pytest.raises(ValueError, match="share_weights=False halves them"):
-        rows("f1+l1", tokens(), explicit=Explicit(edit_positions=torch.tensor([[1], [2]])), untied=True)
+        rows("f1+l1", tokens(), explicit=ModelCall(edit_positions=torch.tensor([[1], [2]])), untied=True)
 
 
 class Cache:
@@ -108,9 +111,9 @@ def test_a_cache_without_a_word_about_the_prompt_is_decoding():
     arguments = {**tokens(width=1), "past_key_values": Cache(11), "attention_mask": torch.ones(2, 12)}
     assert rows("f7+l7", arguments) is None
     assert rows("all", arguments) is None  # which for "all" means every row
-    window = look(arguments, Explicit(), None, token_labels=True, decoder=False)
-    assert select(window, positions.parse("all"), False).rows is None
-    assert rows("l1", {**tokens(width=4), "past_key_values": Cache(8)}, explicit=Explicit(prompt_lengths=[12, 10])) == [3, 5]
+    window = compute_prompt_window(arguments, ModelCall(), None, token_labels=True, decoder=False)
+    assert select(window, PositionRule(positions.parse("all"))).rows is None
+    assert rows("l1", {**tokens(width=4), "past_key_values": Cache(8)}, explicit=ModelCall(prompt_lengths=[12, 10])) == [3, 5]
 
 
 # the end of a prompt that is padded right stands in the whole mask alone
@@ -118,7 +121,7 @@ def test_a_cache_without_a_word_about_the_prompt_is_decoding():
 def test_chunks_of_a_generation_add_up_to_the_prompt(side, known):
     mask = mask_of([12, 5], side, WIDTH)
     whole = rows("f2+l3", {**tokens(), "attention_mask": mask})
-    generation, found = Generation(mask if known else None, WIDTH, Explicit()), []
+    generation, found = Generation(mask if known else None, WIDTH, ModelCall()), []
     for start in range(0, WIDTH, 5):
         width = min(5, WIDTH - start)
         arguments = {**tokens(width=width), "attention_mask": mask[:, : start + width], "past_key_values": Cache(start)}
@@ -131,7 +134,7 @@ def test_chunks_of_a_generation_add_up_to_the_prompt(side, known):
 
 def test_beams_repeat_their_examples():
     mask = mask_of([12, 5], "left", WIDTH)
-    generation = Generation(mask, WIDTH, Explicit(prompt_lengths=[12, 4]))
+    generation = Generation(mask, WIDTH, ModelCall(prompt_lengths=[12, 4]))
     arguments = {**tokens(batch=6), "attention_mask": mask.repeat_interleave(3, dim=0)}
     arguments_only = rows("f1", arguments, generation=generation)
     assert arguments_only == [0, 12, 24, 36 + 7, 48 + 7, 60 + 7]
@@ -150,14 +153,15 @@ def test_packed_sequences_each_have_their_prompt(untied):
         expected += [(start + c, 0) for c in range(min(1, n))]
         expected += [(start + prompt - min(2, n) + c, 1) for c in range(min(2, n))]
         start += size
-    arguments = {**tokens(batch=1), "position_ids": position_ids}
-    got = rows("f1+l2", arguments, explicit=Explicit(labels=labels), untied=untied)
+    arguments = tokens(batch=1)
+    call = ModelCall(position_ids=position_ids)  # as the user passed them; models make ids of their own
+    got = rows("f1+l2", arguments, explicit=call._replace(labels=labels), untied=untied)
     assert sorted(got) == (sorted(expected) if untied else sorted(r for r, _ in expected))
     if not untied:
-        stated = rows("f1+l2", arguments, explicit=Explicit(prompt_lengths=prompts))
+        stated = rows("f1+l2", arguments, explicit=call._replace(prompt_lengths=prompts))
         assert stated == got
-        assert rows("prompt", arguments, explicit=Explicit(labels=labels)) == [0, 1, 2, 3, 6, 8, 9, 10, 11]
+        assert rows("prompt", arguments, explicit=call._replace(labels=labels)) == [0, 1, 2, 3, 6, 8, 9, 10, 11]
 
 
 def test_images_say_nothing_about_tokens():
-    assert look({"pixel_values": torch.ones(1, 3, 4, 4)}, Explicit(), None, token_labels=False, decoder=False) is None
+    assert compute_prompt_window({"pixel_values": torch.ones(1, 3, 4, 4)}, ModelCall(), None, token_labels=False, decoder=False) is None

@@ -8,7 +8,8 @@ from reft_kernels.integrations.peft.layer import ReftLayer
 from reft_kernels.integrations.peft.register import register
 from reft_kernels.integrations.peft.sharing import share_build
 from reft_kernels.integrations.peft.tuner import ReftTuner
+from reft_kernels.integrations.response_template import from_chat_template
 
 register(ReftConfig, ReftTuner)
 
-__all__ = ["ReftConfig", "ReftLayer", "ReftTuner", "share_build"]
+__all__ = ["ReftConfig", "ReftLayer", "ReftTuner", "from_chat_template", "share_build"]

@@ -11,7 +11,9 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from reft_kernels import positions as positions_module
 from reft_kernels.activations import canonical_activation
 from reft_kernels.integrations.peft.register import REFT
+from reft_kernels.integrations.response_template import checked_template
 from reft_kernels.interventions import INITS, STACKED
+from reft_kernels.model.selection import PositionRule
 from reft_kernels.parametrization import MAX_RANK, PARAMETRIZATIONS
 from reft_kernels.positions import Spec
 
@@ -36,6 +38,9 @@ class ReftConfig(PeftConfig):
         share_weights: False gives first and last positions their own weights ("fN+lM" only).
         pyreft_positions: count first and last tokens as pyreft's ReftDataset classes do: without the prompt's last token, and
             never more than half of the rest. The paper's script counts the last token, as False does.
+        response_template: what stands right before a response, such as a chat template's assistant header: token ids, a
+            list of alternatives (each of them token ids), or ``(text, tokenizer)``. A prompt ends after its last occurrence,
+            in training, scoring and generation alike. Saved as token ids. See :func:`from_chat_template`.
         intervention: loreft, direft, nodireft, noreft, consreft, lobireft or red.
         component: what to edit: a role such as "block_output", or a module path such as
             "model.layers.{layer}.mlp"; see :mod:`reft_kernels.model.components`.
@@ -55,6 +60,9 @@ class ReftConfig(PeftConfig):
     positions: str = dataclasses.field(default="f7+l7", metadata={"help": 'Tokens to edit, such as "f7+l7"'})
     share_weights: bool = dataclasses.field(default=True, metadata={"help": "Same weights for first and last positions"})
     pyreft_positions: bool = dataclasses.field(default=False, metadata={"help": "Count positions as pyreft's ReftDataset does"})
+    response_template: list | None = dataclasses.field(
+        default=None, metadata={"help": "Token ids after whose last occurrence the response starts"}
+    )
     intervention: str = dataclasses.field(default="loreft", metadata={"help": "Member of the family"})
     component: str = dataclasses.field(default="block_output", metadata={"help": "Role or module path to edit"})
     activation: str = dataclasses.field(default="linear", metadata={"help": "Activation of the learned projection"})
@@ -83,6 +91,8 @@ class ReftConfig(PeftConfig):
             raise ValueError(f"pyreft_positions: got {self.pyreft_positions!r}, expected True or False")
         if self.pyreft_positions:
             spec.as_pyreft()
+        if self.response_template is not None:
+            self.response_template = checked_template(self.response_template)
         _one_of("intervention", self.intervention, tuple(STACKED))
         if not isinstance(self.component, str) or not self.component:
             raise ValueError(f"component: got {self.component!r}, expected a role or a module path")
@@ -110,6 +120,13 @@ class ReftConfig(PeftConfig):
         """The parsed ``positions``."""
         parsed = positions_module.parse(self.positions)
         return parsed.as_pyreft() if self.pyreft_positions else parsed
+
+    @property
+    def rule(self) -> PositionRule:
+        """Which tokens are edited, as the engine has it."""
+        template = self.response_template
+        alternatives = None if template is None else tuple(tuple(ids) for ids in template)
+        return PositionRule(self.spec, not self.share_weights, alternatives)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> ReftConfig:

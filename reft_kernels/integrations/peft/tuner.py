@@ -63,7 +63,7 @@ def _attach(model: nn.Module, name: str, config: ReftConfig, component: Componen
         model.add_module(HOLDER, holder)
     for width, stack in stacks.items():
         holder.layer(width).reft_stack[name] = stack.train(model.training)
-    holder.editor.add(name, component, config.spec, not config.share_weights, stacks)
+    holder.editor.add(name, component, config.rule, stacks)
 
 
 def _detach(model: nn.Module, name: str) -> None:
@@ -178,11 +178,12 @@ class ReftTuner(BaseTuner):
             raise ValueError("adapter_names: several adapters in a batch serve inference; call model.eval() first")
         if any(config.modules_to_save for config in self.peft_config.values()):
             raise ValueError("adapter_names: adapters with modules_to_save cannot share a batch")
-        holder.editor.members = tuple(names)
+        state = holder.editor.state
+        before, state.members = state.members, tuple(names)
         try:
             yield
         finally:
-            holder.editor.members = None
+            state.members = before
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

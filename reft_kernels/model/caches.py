@@ -1,0 +1,129 @@
+"""What a cache holds: how many columns, and which of them an adapter has edited."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+_CACHES = (
+    "past_key_values",
+    "past_key_value",
+    "layer_past",
+    "cache_params",
+    "state",
+    "mems",
+)
+_EDITS = "_reft_edits"
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, None where there is none."""
+    return next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
+
+
+def cached_columns(cache: Any, arguments: Mapping[str, Any]) -> int | Tensor | None:
+    """Columns of the sequence that a cache holds: a Python int, or a tensor where the cache counts on its device.
+
+    None: it holds some and cannot say how many (state-space models, recurrent states).
+    """
+    if isinstance(cache, tuple | list):  # of (key, value) pairs, or of a recurrent model's states
+        first = cache[0] if cache else None
+        return first[0].shape[-2] if isinstance(first, tuple | list) and isinstance(first[0], Tensor) else None
+    if torch.compiler.is_compiling():
+        return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(cache, "layers", None)
+    for holder in layers if layers else (cache,):  # a hybrid's first layers may hold no sequence
+        count = _sequence_length(holder)
+        if isinstance(count, Tensor) or count:
+            return count
+    if _holds_states(cache) or any(_holds_states(layer) for layer in layers or ()):
+        return None
+    position = arguments.get("cache_position")
+    if not layers and not hasattr(cache, "get_seq_length") and isinstance(position, Tensor) and position.numel():
+        return int(position[0])
+    return 0
+
+
+def _sequence_length(holder: Any) -> int | Tensor:
+    count = getattr(holder, "get_seq_length", None)
+    if count is None:
+        return 0
+    try:
+        return count()
+    except ValueError:  # transformers: a cache of state-space layers alone has no length
+        return 0
+
+
+def _holds_states(holder: Any) -> bool:
+    """Whether a state-space model's part of a cache has been written."""
+    state = getattr(holder, "has_previous_state", False)
+    if isinstance(state, dict):
+        state = any(state.values())
+    elif callable(state):
+        state = False  # a cache asks its layers, which are asked themselves
+    return bool(state) or bool(getattr(holder, "linear_cache", None))
+
+
+# ---- what has been edited
+
+
+class CachedEdit(NamedTuple):
+    """Rows that one forward edited for an adapter, of columns ``offset`` to ``offset + width`` (rows None: all)."""
+
+    adapter: str
+    offset: int
+    batch: int
+    width: int
+    rows: Tensor | None
+
+    def is_followed_by(self, other: CachedEdit) -> bool:
+        """Whether ``other`` edits all of the columns that follow, as this edit does: decoding steps of "all"."""
+        return (
+            self.rows is None and other.rows is None
+            and self.batch == other.batch and self.offset + self.width == other.offset
+        )  # fmt: skip
+
+    def columns(self, total: int) -> Tensor:
+        """Bool ``[B, total]``: the columns that were edited."""
+        device = None if self.rows is None else self.rows.device
+        edited = torch.zeros(self.batch, total, dtype=torch.bool, device=device)
+        here = edited[:, self.offset : self.offset + self.width]
+        if self.rows is None:
+            here[:] = True
+        else:
+            chosen = self.rows[self.rows >= 0].long()
+            example, column = chosen // self.width, chosen % self.width
+            keep = column < here.shape[1]
+            here[example[keep], column[keep]] = True
+        return edited
+
+
+def record_edits(cache: Any, edits: Sequence[CachedEdit]) -> None:
+    """Note on a cache what a forward that filled it has edited; copies of the cache carry the note."""
+    if cache is None or isinstance(cache, tuple | list | dict):
+        return
+    # a cache that is filled anew from its start, after a reset or a crop, forgets what it held there
+    known = [e for e in getattr(cache, _EDITS, ()) if all(e.offset < new.offset for new in edits)]
+    for new in edits:
+        last = next((i for i in range(len(known) - 1, -1, -1) if known[i].adapter == new.adapter), None)
+        if last is not None and known[last].is_followed_by(new):
+            known[last] = known[last]._replace(width=known[last].width + new.width)
+        else:
+            known.append(new)
+    setattr(cache, _EDITS, tuple(known))
+
+
+def edited_columns(cache: Any, adapter: str, batch: int, past: int, device: torch.device) -> Tensor | None:
+    """Bool ``[B, past]``: the cached columns that ``adapter`` has edited; None where the batch has changed since."""
+    edited = torch.zeros(batch, past, dtype=torch.bool, device=device)
+    for edit in getattr(cache, _EDITS, ()):
+        if edit.adapter != adapter or edit.offset >= past:
+            continue
+        if batch % edit.batch:
+            return None
+        edited |= edit.columns(past).to(device).repeat_interleave(batch // edit.batch, dim=0)
+    return edited
