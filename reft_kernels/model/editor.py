@@ -139,7 +139,7 @@ class Scope:
             record_edits(cache, step.records)
         if step is not None:
             self._refuse_idle_sites(step)
-        if not torch.is_grad_enabled() or not self.adapters:
+        if not torch.is_grad_enabled():
             return
         if step is not None:
             self.live.add(step)

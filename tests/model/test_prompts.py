@@ -164,4 +164,7 @@ def test_packed_sequences_each_have_their_prompt(untied):
 
 
 def test_images_say_nothing_about_tokens():
-    assert compute_prompt_window({"pixel_values": torch.ones(1, 3, 4, 4)}, ModelCall(), None, token_labels=False, decoder=False) is None
+    assert (
+        compute_prompt_window({"pixel_values": torch.ones(1, 3, 4, 4)}, ModelCall(), None, token_labels=False, decoder=False)
+        is None
+    )
