@@ -76,12 +76,12 @@ class InterceptedForward:
         return type(module).forward.__get__(module) if self.replaced is None else self.replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args and args[0] is self.module:  # accelerate binds what it unwraps as a method
+            args = args[1:]
         called = self.called.module
         if called is not None:
             self.called.module = None
             return self._forward_of(called)(*args, **kwargs)
-        if args and args[0] is self.module:  # accelerate binds what it unwraps as a method
-            args = args[1:]
         output = None
         try:
             args, kwargs = self.observer.enter(args, kwargs)

@@ -28,6 +28,25 @@ def _labels_follow_the_prompt(model: nn.Module, config: ReftConfig) -> bool:
     return bool(can_generate()) if callable(can_generate) else True
 
 
+def _check_template(model: nn.Module, config: ReftConfig, component: Component) -> None:
+    """Refuse a response template that a model can never contain.
+
+    Raises:
+        ValueError: an encoder-decoder model, whose prompts are its encoder's input; a token id beyond the vocabulary.
+    """
+    if config.response_template is None:
+        return
+    if component.encoder or component.decoder:
+        raise ValueError(
+            "response_template: got one for an encoder-decoder model, expected None: its prompt is the encoder's input"
+        )
+    embedding = model.get_input_embeddings() if callable(getattr(model, "get_input_embeddings", None)) else None
+    size = getattr(embedding, "num_embeddings", None)
+    largest = max(max(ids) for ids in config.response_template)
+    if size is not None and largest >= size:
+        raise ValueError(f"response_template: got token id {largest}, expected ids below {size}, the model's vocabulary")
+
+
 def _find_holder(model: nn.Module) -> tuple[str, Holder] | None:
     return next(((name, m) for name, m in model.named_modules() if isinstance(m, Holder)), None)
 
@@ -105,6 +124,7 @@ class ReftTuner(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         component = resolve(model, config.component, config.layers, embed_dim=config.embed_dim)
+        _check_template(model, config, component)
         device = torch.device("meta") if low_cpu_mem_usage else _device_of(model)
         first = HOLDER not in model._modules
         stacks = _make_stacks(config, component, device)
