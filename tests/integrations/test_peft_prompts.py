@@ -214,7 +214,8 @@ def test_a_cache_filled_with_a_part_of_the_prompt():
     mask = torch.ones_like(whole)
     expected = run(model, whole, attention_mask=mask)
     with torch.no_grad():
-        cache = model(input_ids=system, past_key_values=DynamicCache(config=model.config), prompt_lengths=[13, 13]).past_key_values
+        cache = DynamicCache(config=model.config)
+        model(input_ids=system, past_key_values=cache, prompt_lengths=[13, 13])
     for inputs in (whole, question):  # generate takes the whole text, or what is new with the whole's mask
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
@@ -262,7 +263,8 @@ def test_tokens_that_continue_a_cache_outside_of_generate():
     model = build("l2", template=None).eval()
     system, question = texts()
     with torch.no_grad():
-        cache = model(input_ids=system, past_key_values=DynamicCache(config=model.config), prompt_lengths=[13, 13]).past_key_values
+        cache = DynamicCache(config=model.config)
+        model(input_ids=system, past_key_values=cache, prompt_lengths=[13, 13])
         kept = copy.deepcopy(cache)
         with pytest.warns(UserWarning, match="counts as decoding"):
             model(input_ids=question, past_key_values=cache)

@@ -1,4 +1,4 @@
-"""Rows counted for tokens, on the tensors that modules really have: every layout against plain indexing, every other refused."""
+"""Rows counted for tokens, on the tensors that modules have: every layout against plain indexing, every other refused."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_layouts(layout, shape, place):
     [
         ("btd", (BATCH, WIDTH + 1)), ("btd", (BATCH, WIDTH - 1)), ("btd", (WIDTH, BATCH)), ("btd", (BATCH + 1, WIDTH)),
         ("btd", (BATCH * WIDTH - 1,)), ("btd", (BATCH, WIDTH, 1)), ("btd", ()), ("btd_padded", (BATCH, WIDTH - 1)),
-        ("btd_padded", (BATCH + 1, WIDTH)), ("tbd", (BATCH, WIDTH)), ("btsd", (BATCH, WIDTH)), ("btsd", (STREAMS, BATCH, WIDTH)),
-        ("sbtd", (BATCH, WIDTH, STREAMS)), ("sbtd", (BATCH, WIDTH)),
+        ("btd_padded", (BATCH + 1, WIDTH)), ("tbd", (BATCH, WIDTH)), ("btsd", (BATCH, WIDTH)),
+        ("btsd", (STREAMS, BATCH, WIDTH)), ("sbtd", (BATCH, WIDTH, STREAMS)), ("sbtd", (BATCH, WIDTH)),
     ],
     ids=str,
 )  # fmt: skip
