@@ -35,7 +35,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _KEY = re.compile(r"^(?:base_model\.model\.)?representation_edits\.d(\d+)\.reft_stack\.(\w+)$")
-_KEPT = ("task_type", "init", "revision")  # settings of PEFT's own that a way back restores
+_KEPT = ("task_type", "init", "revision", "response_template")  # settings of PEFT's own that a way back restores
 
 
 def matches(folder: Path) -> bool:

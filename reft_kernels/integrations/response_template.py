@@ -47,7 +47,8 @@ def template_of_text(text: str, tokenizer: Any) -> list[list[int]]:
     """The token ids of ``text`` in the middle of other text: every form that its surroundings give it.
 
     Raises:
-        ValueError: an empty text, or a tokenizer without character offsets, or one that always joins the text's end with what follows; a space at its end.
+        ValueError: an empty text, or one with a space at its end; a tokenizer without character offsets; a text whose end is
+            always joined with what follows.
     """
     if not text:
         raise ValueError("response_template: got an empty text, expected what stands right before a response")

@@ -65,12 +65,14 @@ def test_peft_there_and_back(tmp_path, member, middle, parametrization, untied):
         share_weights=not untied,
         layers=[2, 0],
         dropout=0.1,
+        response_template=[[5, 6], [7]],
     )
     convert(tmp_path / "a", tmp_path / "b", middle, options=BLOCKS if middle == "adapterhub" else None)
     convert(tmp_path / "b", tmp_path / "c", "peft")
     assert equal(peft_tensors(tmp_path / "a"), peft_tensors(tmp_path / "c"))
     old, new = config_of(tmp_path / "a"), config_of(tmp_path / "c")
     kept = {"layers", "rank", "positions", "share_weights", "intervention", "activation", "dropout", "parametrization", "init"}
+    kept |= {"response_template"}
     assert {k: old[k] for k in kept} == {k: new[k] for k in kept}
 
 
