@@ -33,9 +33,7 @@ class MethodTable(dict):
             try:
                 import reft_kernels.integrations.peft  # noqa: F401  importing it registers the method
             except Exception as error:
-                raise ImportError(
-                    f"an adapter of type {METHOD} needs reft_kernels, whose import failed: {error}"
-                ) from error
+                raise ImportError(f"an adapter of type {METHOD} needs reft_kernels, whose import failed: {error}") from error
             if key in self:
                 return self[key]
         raise KeyError(key)

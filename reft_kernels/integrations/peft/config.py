@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import ClassVar
 
 from peft.config import PeftConfig
@@ -10,6 +12,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from reft_kernels import positions as positions_module
 from reft_kernels.activations import canonical_activation
+from reft_kernels.integrations.peft import saving
 from reft_kernels.integrations.peft.register import REFT
 from reft_kernels.integrations.response_template import checked_template
 from reft_kernels.interventions import INITS, STACKED
@@ -76,6 +79,7 @@ class ReftConfig(PeftConfig):
     target_modules: ClassVar[str] = DUMMY_TARGET_MODULES
     # set by from_pretrained: a file's weights are still to come
     awaits_weights: ClassVar[bool] = False
+    folder: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,4 +137,10 @@ class ReftConfig(PeftConfig):
         """As :meth:`peft.PeftConfig.from_pretrained`."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.awaits_weights = True
+        config.folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As :meth:`peft.PeftConfig.save_pretrained`; the folder's model card says how to load the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        saving.write_card(Path(save_directory), self)

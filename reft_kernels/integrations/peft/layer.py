@@ -108,6 +108,11 @@ class Holder(nn.Module):
         }
 
 
+def find_holder(model: nn.Module) -> tuple[str, Holder] | None:
+    """The holder of a model's adapters, and its path."""
+    return next(((name, m) for name, m in model.named_modules() if isinstance(m, Holder)), None)
+
+
 def _device_of(model: nn.Module) -> torch.device:
     """Where a model's own first parameter is, adapters apart."""
     tensors: Any = (p for name, p in model.named_parameters() if not name.startswith(f"{HOLDER}."))

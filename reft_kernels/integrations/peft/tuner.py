@@ -10,9 +10,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from reft_kernels.integrations.peft import combining, saving
 from reft_kernels.integrations.peft.config import ReftConfig
-from reft_kernels.integrations.peft.layer import HOLDER, Holder, ReftLayer, _device_of
-from reft_kernels.integrations.peft.register import PREFIX
+from reft_kernels.integrations.peft.layer import HOLDER, Holder, ReftLayer, _device_of, find_holder
+from reft_kernels.integrations.peft.register import PREFIX, REFT
 from reft_kernels.interventions import STACKED, Intervention
 from reft_kernels.model import BASE, Component, Editor, resolve
 from reft_kernels.model.merging import check_mergeable, merge_adapter
@@ -47,10 +48,6 @@ def _check_template(model: nn.Module, config: ReftConfig, component: Component) 
         raise ValueError(f"response_template: got token id {largest}, expected ids below {size}, the model's vocabulary")
 
 
-def _find_holder(model: nn.Module) -> tuple[str, Holder] | None:
-    return next(((name, m) for name, m in model.named_modules() if isinstance(m, Holder)), None)
-
-
 def _make_stacks(config: ReftConfig, component: Component, device: torch.device) -> dict[int, Intervention]:
     """One stacked intervention for each width among the targets; targets of a width are stacked in order."""
     counts: dict[int, int] = {}
@@ -77,7 +74,7 @@ def _attach(model: nn.Module, name: str, config: ReftConfig, component: Componen
     holder = model._modules.get(HOLDER)
     if holder is None:
         holder = Holder(Editor(model, token_labels=_labels_follow_the_prompt(model, config)))
-        holder.frozen = [p for p in model.parameters() if p.requires_grad]
+        holder.frozen = combining.trainable_of_the_base(model)
         holder.train(model.training)
         model.add_module(HOLDER, holder)
     for width, stack in stacks.items():
@@ -103,11 +100,34 @@ def _set_trainable(holder: Holder, trainable: bool) -> None:
 
 
 class ReftTuner(BaseTuner):
-    """ReFT on a model: a child module holds the stacked parameters, hooks apply the edits, the model itself is untouched."""
+    """ReFT on a model: a child module holds the stacked parameters, hooks apply the edits, the model itself is untouched.
+
+    On a model with adapters of another method, such as LoRA, both stay active and trainable: see
+    :mod:`reft_kernels.integrations.peft.combining`.
+
+    Raises:
+        ValueError: an adapter of that name is there already, or one that cannot be combined with ReFT.
+    """
 
     prefix = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(
+        self, model: nn.Module, peft_config: ReftConfig | dict[str, ReftConfig], adapter_name: str, **kwargs: Any
+    ) -> None:
+        inner = combining.innermost(model)
+        config = peft_config if isinstance(peft_config, ReftConfig) else peft_config[adapter_name]
+        known = dict(getattr(inner, "peft_config", None) or {})
+        combining.check_new(known, adapter_name, config)
+        try:
+            super().__init__(inner, peft_config, adapter_name, **kwargs)
+        except Exception:
+            if known:  # PEFT has put the configuration into the model's table
+                del inner.peft_config[adapter_name]
+                inner.peft_config |= {n: c for n, c in known.items() if n == adapter_name}
+            raise
+        combining.share_configs(inner, self, model)
 
     def inject_adapter(
         self,
@@ -123,6 +143,9 @@ class ReftTuner(BaseTuner):
             ValueError, TypeError: a component, layers or an initialisation that this model or intervention does not have.
         """
         config = self.peft_config[adapter_name]
+        if config.awaits_weights:
+            saving.check_weights(config)
+        combining.check_new({n: c for n, c in self.peft_config.items() if n != adapter_name}, adapter_name, config)
         component = resolve(model, config.component, config.layers, embed_dim=config.embed_dim)
         _check_template(model, config, component)
         device = torch.device("meta") if low_cpu_mem_usage else _device_of(model)
@@ -145,10 +168,24 @@ class ReftTuner(BaseTuner):
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("ReFT replaces no module; its configuration matches none")
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make adapters active in place of those of the same method; adapters of other methods stay as they are."""
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if not combining.other_layers(self.model):
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+        else:
+            self.active_adapter = combining.set_active(self.model, self.peft_config, names, inference_mode)
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; with the last one the model has neither hooks nor modules of ours."""
-        super().delete_adapter(adapter_name)
-        _detach(self.model, adapter_name)
+        """Delete an adapter, of this method or another; with the last of this one no hook or module of ours is left."""
+        config = self.peft_config.get(adapter_name)
+        if config is not None and config.peft_type != REFT:
+            combining.delete_other(self.model, self.peft_config, adapter_name)
+        else:
+            super().delete_adapter(adapter_name)
+            _detach(self.model, adapter_name)
+        if combining.other_layers(self.model):
+            self.active_adapter = combining.all_active(self.model, self.peft_config)
 
     def _unload_and_optionally_merge(
         self,
@@ -160,7 +197,8 @@ class ReftTuner(BaseTuner):
         holder = self.model._modules.get(HOLDER)
         if holder is not None:
             if merge:
-                self._merge(holder, self.active_adapters if adapter_names is None else adapter_names, safe_merge)
+                names = self.active_adapters if adapter_names is None else adapter_names
+                self._merge(holder, [n for n in names if self.peft_config[n].peft_type == REFT], safe_merge)
             for name in list(holder.editor.adapters):
                 _detach(self.model, name)
         return super()._unload_and_optionally_merge(
@@ -190,6 +228,8 @@ class ReftTuner(BaseTuner):
         if names is None:
             yield
             return
+        if combining.other_layers(self.model):
+            raise ValueError("adapter_names: a model with adapters of another method beside ReFT serves one choice at a time")
         holder = self.model._modules[HOLDER]
         unknown = sorted(set(names) - set(self.peft_config) - {BASE})
         if unknown:
@@ -204,6 +244,16 @@ class ReftTuner(BaseTuner):
             yield
         finally:
             state.members = before
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, config: ReftConfig, adapter_name: str, **kwargs: Any) -> dict:
+        """As PEFT's, refusing to save a model of which another adapter's weights would be lost.
+
+        Raises:
+            ValueError: an adapter of another method has no layers any more, or a tuner stands around ReFT's model.
+        """
+        saving.check_complete(model, adapter_name)
+        return super()._get_adapter_state_dict(model=model, config=config, adapter_name=adapter_name, **kwargs)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -228,7 +278,7 @@ class ReftTuner(BaseTuner):
 
 
 def _why_unfit(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> str | None:
-    path, _ = _find_holder(model)
+    path, _ = find_holder(model)
     known = model.state_dict()
     given = {(k if k in known else k.removeprefix("base_model.model.")): v for k, v in state_dict.items()}
     expected = {k for k in known if k.startswith(f"{path}.") and f".reft_stack.{adapter_name}." in k}
@@ -250,7 +300,7 @@ def _why_unfit(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.
 
 def _take_back(model: nn.Module, adapter_name: str) -> None:
     """Undo the injection of an adapter whose weights turned out not to fit."""
-    _, holder = _find_holder(model)
+    _, holder = find_holder(model)
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, ReftTuner):
         return
