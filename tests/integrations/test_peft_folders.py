@@ -99,8 +99,10 @@ def test_a_damaged_second_adapter_leaves_the_first(damage, tmp_path):
 def test_transformers_refuses_too(damage, tmp_path):
     build().save_pretrained(tmp_path)
     DAMAGES[damage][0](tmp_path)
-    with pytest.raises(Exception, match="deserializing header|No such file"):
-        make("llama").load_adapter(tmp_path)
+    with pytest.raises(
+        Exception, match="deserializing header|No such file|Repo id|Weights only load failed|Can't find weights"
+    ):
+        make("llama").load_adapter(str(tmp_path))
     assert not (tmp_path / "executed").exists()
 
 
