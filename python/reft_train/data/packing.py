@@ -147,6 +147,8 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
     except (TypeError, ValueError) as error:  # arguments that the model does not take
         raise _refused(model) from error
     seen = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "use_cache")}
+    # with a mask a row is one sequence, which has one prompt: that of its first example
+    seen["labels"] = seen["labels"].masked_fill((seen["position_ids"] == 0).cumsum(1) > 1, IGNORED)
     leaking = _logits(model, seen | {"attention_mask": torch.ones_like(batch["input_ids"])})
     if packed is None or leaking is None:
         return False
