@@ -228,9 +228,7 @@ class _Scope(Scope):
             known = self._known[name] = (places, groups)
         return known[1]
 
-    def _step(
-        self, groups: list[_Group], window: Window | None, call: ModelCall, arguments: Mapping[str, Any]
-    ) -> Step | None:
+    def _step(self, groups: list[_Group], window: Window | None, call: ModelCall, arguments: Mapping[str, Any]) -> Step | None:
         edits: dict[int, list[Edit]] = {}
         tokens = None if window is None else TokenShape(window.batch, window.width)
         for group in groups:

@@ -24,7 +24,7 @@ def test_blocks_are_found_by_structure(family):
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize("role", [role for role in ROLES if not role.startswith("mixer")])
 def test_every_role_of_every_family_names_a_module_of_each_block(family, role):
     model = make(family)
     targets = resolve(model, role).targets
@@ -124,7 +124,7 @@ def test_a_model_of_no_family():
     assert [t.path for t in component.targets] == [f"trunk.{n}" for n in range(4)]
     assert [t.present for t in component.targets] == [True, False, True, True]
     assert {t.embed_dim for t in component.targets} == {6} and component.backbone == ""
-    with pytest.raises(ValueError, match=r"Mixer \('trunk.0'\) has no such part; it has block_output, block_input"):
+    with pytest.raises(ValueError, match=r"Mixer \(trunk.0\) has no such part: .*; it has block_output, block_input"):
         resolve(Custom(), "attention_output")
 
 
