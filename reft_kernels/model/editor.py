@@ -89,7 +89,7 @@ class Scope:
         self.forward: InterceptedForward | None = None  # of the backbone
         self.adapters: dict[str, Adapter] = {}
         self.frame_mask: Any = None  # (frames, audio mask) -> bool [B, frames]
-        self.drops_layers = False  # layers are left out at random in training
+        self.drops_layers = False  # some forwards leave layers out
         self.state = ScopeState()
         self.live: weakref.WeakSet[Step] = weakref.WeakSet()  # whose graphs wait for a backward
         self.last: Step | None = None  # kept until the next forward, whatever becomes of the model's output
@@ -430,9 +430,7 @@ class Editor:
         maps = [m for m in around if callable(getattr(m, "_get_feature_vector_attention_mask", None))]
         if maps:
             scope.frame_mask = _FrameMask(maps[-1])
-        config = getattr(self.model, "config", None)
-        names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
-        scope.drops_layers = any((getattr(config, name, 0.0) or 0.0) > 0 for name in names)
+        scope.drops_layers = _may_leave_layers_out(getattr(self.model, "config", None))
         scope.forward = InterceptedForward(around[-1], scope)
 
     def _site(self, scope: Scope, target: Target) -> int:
@@ -467,6 +465,14 @@ class Editor:
             rows = selection.rows
         rows = torch.where(mine.unsqueeze(1), rows.view(batch, -1), -1).flatten()
         return Selection(mark_rows(rows, batch * window.width), selection.set_ids)
+
+
+def _may_leave_layers_out(config: Any) -> bool:
+    """Whether a model runs some of its layers in some batches only: at random, or where there is an image."""
+    text = getattr(config, "text_config", None)
+    names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+    at_random = any((getattr(config, name, 0.0) or 0.0) > 0 for name in names)
+    return at_random or any(bool(getattr(part, "cross_attention_layers", None)) for part in (config, text))
 
 
 class _FrameMask:
