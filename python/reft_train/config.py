@@ -83,6 +83,8 @@ class RunConfig:
     seed: int = _field(42, "of weights, data order and splits", None, 0, 2**31 - 1)
 
     max_length: int = _field(512, "tokens of an example, target included", None, 4)
+    turns: str = _field("all", "answers of a conversation that are trained: all, a row for each, or the last",
+                        ("all", "last"))  # fmt: skip
     packing: bool = _field(False, "pack the examples of a batch into full rows, without padding")
     packed_length: int | None = _field(None, "tokens of a packed row; none: max_length", None, 4)
     group_by_length: bool = _field(True, "batches of similar length")

@@ -24,7 +24,7 @@ def _task_type(kind: str) -> str:
     return {CAUSAL: "CAUSAL_LM", CLASSIFICATION: "SEQ_CLS"}.get(kind, "SEQ_2_SEQ_LM")
 
 
-def _reft(config: RunConfig, common: dict[str, Any]) -> Any:
+def _reft(config: RunConfig, common: dict[str, Any], response_template: list[int] | None) -> Any:
     from reft_kernels.integrations.peft import ReftConfig
 
     return ReftConfig(
@@ -38,12 +38,16 @@ def _reft(config: RunConfig, common: dict[str, Any]) -> Any:
         dropout=config.dropout,
         parametrization=config.parametrization,
         init=None if config.init == "auto" else config.init,
+        response_template=response_template,
         **common,
     )
 
 
-def peft_config(config: RunConfig, loaded: Loaded) -> Any:
+def peft_config(config: RunConfig, loaded: Loaded, response_template: list[int] | None = None) -> Any:
     """The PEFT configuration of the method.
+
+    Args:
+        response_template: ids that end a prompt, for the ReFT family; None: labels tell it.
 
     Raises:
         UserError: a method that the model's use does not have.
@@ -55,7 +59,7 @@ def peft_config(config: RunConfig, loaded: Loaded) -> Any:
     if loaded.kind == CLASSIFICATION:
         common["modules_to_save"] = list(loaded.heads)
     if config.method in REFT_METHODS:
-        return _reft(config, common)
+        return _reft(config, common, response_template)
     if config.method == "head":
         if loaded.kind != CLASSIFICATION:
             raise UserError("method: got 'head', expected a task with classes on an encoder: a language model has no new head")
@@ -85,8 +89,11 @@ def _feedforward(targets: list[str] | None) -> list[str] | None:
     return [name for name in targets if name.rpartition(".")[2] in ("down_proj", "wo", "fc2", "c_proj", "dense_4h_to_h")]
 
 
-def adapt(config: RunConfig, loaded: Loaded) -> Any:
+def adapt(config: RunConfig, loaded: Loaded, response_template: list[int] | None = None) -> Any:
     """The frozen model with the method's fresh, trainable parameters, drawn from the seed.
+
+    Args:
+        response_template: as of :func:`peft_config`.
 
     Raises:
         UserError: layers, components or modules that the model does not have.
@@ -96,7 +103,7 @@ def adapt(config: RunConfig, loaded: Loaded) -> Any:
 
     torch.manual_seed(config.seed)
     try:
-        model = get_peft_model(loaded.model, peft_config(config, loaded))
+        model = get_peft_model(loaded.model, peft_config(config, loaded, response_template))
     except (ValueError, TypeError) as error:
         raise UserError(f"method {config.method}: {' '.join(str(error).split())}") from None
     return model

@@ -17,7 +17,7 @@ from reft_train.data.tokenizing import KINDS, iter_items
 from reft_train.errors import UserError
 
 if TYPE_CHECKING:
-    from reft_train.tasks.base import Task
+    from reft_train.tasks.base import Row, Task
 
 T = TypeVar("T")
 
@@ -48,6 +48,7 @@ class StreamingRows(IterableDataset):
         buffer: rows to shuffle among; 1 keeps the file's order.
         name: the argument that errors about the file name.
         endless: begin again at the end, each pass in another order.
+        all_turns: of a conversation, an item for each answer instead of the last.
 
     Raises:
         UserError: an argument out of range, no such file; while reading, no rows or one that the task refuses.
@@ -65,6 +66,7 @@ class StreamingRows(IterableDataset):
         buffer: int = 10_000,
         name: str = "--train",
         endless: bool = False,
+        all_turns: bool = False,
     ) -> None:
         if kind not in KINDS:
             raise UserError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
@@ -73,7 +75,7 @@ class StreamingRows(IterableDataset):
         self.path, self.name = existing_file(path, name), name
         self.task, self.tokenizer, self.kind, self.max_length = task, tokenizer, kind, max_length
         self.seed, self.buffer = seed, buffer
-        self.endless = endless
+        self.endless, self.all_turns = endless, all_turns
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
 
     def set_epoch(self, epoch: int) -> None:
@@ -87,10 +89,14 @@ class StreamingRows(IterableDataset):
 
     def _pass(self, epoch: int) -> Iterator[dict[str, Any]]:
         generator = random.Random(epoch_seed(self.seed, epoch))
-        rows = self._share(shuffled(iter_rows(self.path, self.name), self.buffer, generator))
+        rows = self._share(shuffled(self._rows(), self.buffer, generator))
         for item in iter_items(rows, self.task, self.tokenizer, self.kind, self.max_length):
             types = {} if item.token_type_ids is None else {"token_type_ids": item.token_type_ids}
             yield {"input_ids": item.input_ids, "labels": item.labels, **types}
+
+    def _rows(self) -> Iterator[Row]:
+        for row in iter_rows(self.path, self.name):
+            yield from self.task.training_rows(row) if self.all_turns else [row]
 
     def _share(self, rows: Iterable[T]) -> Iterator[T]:
         worker = get_worker_info()

@@ -87,6 +87,14 @@ class Task:
         """
         raise NotImplementedError(f"{self.name} has no prompts to continue")
 
+    def training_rows(self, row: Row) -> list[Row]:
+        """The rows that are trained of a file's row: itself, or one for each of its answers.
+
+        Raises:
+            UserError: as :meth:`example`, of a row that has no answer to learn.
+        """
+        return [row]
+
     def classified(self, row: Row) -> Classified:
         """The texts and the class number of a row.
 

@@ -16,8 +16,9 @@ LAYOUTS = (("messages",), ("prompt", "completion"), ("instruction", "input", "ou
 class Jsonl(Task):
     """Rows in any of three layouts, which the fields tell apart.
 
-    ``messages``: the prompt is the tokenizer's chat template of all but the last message, the target that message,
-    which is the assistant's. ``prompt`` and ``completion``: as they are. ``instruction``, perhaps ``input``, and
+    ``messages``: the prompt is the tokenizer's chat template of all but the last message, the target
+    that message, which is the assistant's; in training every message of the assistant becomes such a
+    row. ``prompt`` and ``completion``: as they are. ``instruction``, perhaps ``input``, and
     ``output``: Alpaca's prompt.
     """
 
@@ -43,6 +44,22 @@ class Jsonl(Task):
             target = fields.string(row, "output", layout)
             prompt = alpaca(fields.filled(row, "instruction", layout), fields.optional(row, "input", layout))
         return Example(prompt, target, target.strip(), row.fields)
+
+    def training_rows(self, row: Row) -> list[Row]:
+        """See :meth:`Task.training_rows`; an assistant's message that comes first has no prompt and is left out."""
+        if "messages" not in row.fields:
+            return [row]
+        from reft_kernels.integrations.turns import expand_turns
+
+        messages = _conversation(row)
+        turns = [turn for turn in expand_turns({"messages": [messages]})["messages"] if len(turn) > 1]
+        if not turns:
+            raise UserError(f"{row.where}: messages: got none of role 'assistant' after another, expected one")
+        if len(turns) == 1:
+            return [Row({**row.fields, "messages": turns[0]}, row.where)]
+        return [
+            Row({**row.fields, "messages": turn}, f"{row.where}, turn {number}") for number, turn in enumerate(turns, start=1)
+        ]
 
     def score(self, generated: str, example: Example) -> Scored:
         """The whole text, stripped, must be the target exactly."""
@@ -71,6 +88,13 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
 
 
 def _messages(row: Row) -> list[dict[str, str]]:
+    messages = _conversation(row)
+    if messages[-1]["role"] != "assistant":
+        raise UserError(f"{row.where}: message {len(messages)}: got role {messages[-1]['role']!r} last, expected 'assistant'")
+    return messages
+
+
+def _conversation(row: Row) -> list[dict[str, str]]:
     messages = row.fields["messages"]
     if not isinstance(messages, list) or len(messages) < 2:
         raise UserError(f"{row.where}: messages: got {fields.described(messages)}, expected a list of at least two")
@@ -83,8 +107,6 @@ def _messages(row: Row) -> list[dict[str, str]]:
         if role not in ROLES:
             raise UserError(f"{where}: role: got {role!r}, expected one of {', '.join(ROLES)}")
         fields.filled(part, "content", ("role", "content"))
-    if messages[-1]["role"] != "assistant":
-        raise UserError(f"{row.where}: message {len(messages)}: got role {messages[-1]['role']!r} last, expected 'assistant'")
     return messages
 
 

@@ -6,14 +6,14 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from reft_train import tasks
-from reft_train.config import RunConfig
+from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.data import caching, collating, packing, sampling, sources, streaming, tokenizing
 from reft_train.data.reading import iter_rows, read_rows
 from reft_train.errors import UserError
@@ -33,6 +33,12 @@ class Rows:
     held_out: list[Row] = field(default_factory=list)
     tests: dict[str, list[Row]] = field(default_factory=dict)
     stream: Path | None = None
+
+
+def _expanded(rows: Iterable[Row], config: RunConfig, task: Task) -> Iterator[Row]:
+    """The rows that are trained: of a conversation one for each answer, unless the last alone is wanted."""
+    for row in rows:
+        yield from task.training_rows(row) if config.turns == "all" else [row]
 
 
 def _limited(rows: Sequence[Row], limit: int | None) -> list[Row]:
@@ -87,6 +93,8 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
     found = _limited(found, config.train_rows)
     if train and config.validation:
         found, held_out = _split(found, config.validation, config.seed)
+    if train:  # a conversation is whole on one side of the split
+        found, held_out = (list(_expanded(part, config, task)) for part in (found, held_out))
     return Rows(found, held_out, _shortened(tests, config) if tests_wanted else {})
 
 
@@ -155,11 +163,47 @@ def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
     Raises:
         UserError: a row among them that the task refuses.
     """
-    check_rows(islice(iter_rows(path, "--train"), _TRIED), loaded, task)
+    check_rows(_expanded(islice(iter_rows(path, "--train"), _TRIED), config, task), loaded, task)
     return streaming.StreamingRows(
         path, task, loaded.tokenizer, loaded.kind, config.max_length, seed=config.seed, buffer=config.shuffle_buffer,
-        endless=True,
+        endless=True, all_turns=config.turns == "all",
     )  # fmt: skip
+
+
+def response_template(config: RunConfig, loaded: Loaded, task: Task, rows: Rows) -> list[int] | None:
+    """What ends a prompt in a chat, for the adapter to keep; None where the rows are no chats of a causal model.
+
+    It must end every prompt that is looked at, and stand in no answer; else, and where the tokenizer's chat template has
+    none, a line says why and the labels tell where prompts end.
+    """
+    from reft_kernels.integrations.peft import from_chat_template
+
+    if loaded.kind != CAUSAL or config.method not in REFT_METHODS:
+        return None
+    file_rows = iter_rows(rows.stream, "--train") if rows.train is None else rows.train
+    tried = list(islice(_expanded(file_rows, config, task), _TRIED // 10))
+    if not tried or not all("messages" in row.fields for row in tried) or not loaded.tokenizer.chat_template:
+        return None
+    try:
+        template = from_chat_template(loaded.tokenizer)
+    except ValueError as error:
+        return _without_template(" ".join(str(error).split()))
+    for row, item in zip(tried, tokenizing.iter_items(tried, task, loaded.tokenizer, CAUSAL, sys.maxsize), strict=True):
+        prompt, ids, length = item.labels.count(tokenizing.IGNORED), item.input_ids, len(template)
+        ends = [end for end in range(length, len(ids) + 1) if ids[end - length : end] == template]
+        if not ends or ends[-1] > prompt:
+            where = "ends inside the answer" if ends else "is not in the prompt"
+            return _without_template(f"{loaded.tokenizer.decode(template)!r} {where} of {row.where}")
+    return template
+
+
+def _without_template(reason: str) -> None:
+    if is_first():
+        print(
+            f"response_template: none ({reason}); the labels tell where prompts end in training, and scoring without labels "
+            "needs prompt_lengths",
+            file=sys.stderr,
+        )
 
 
 def sampler(config: RunConfig, dataset: Any, processes: int) -> Any:

@@ -115,8 +115,8 @@ def _tokenized(config: RunConfig, task: Task, rows: prepare.Rows, loaded: Loaded
     return examples, prepare.tokenized(config, loaded, task, rows.held_out, "held-out rows") if rows.held_out else None
 
 
-def _adapted(config: RunConfig, loaded: Loaded, count: int | None, metric: str | None) -> tuple[Any, Any]:
-    model = adapt(config, loaded)
+def _adapted(config: RunConfig, task: Task, rows: prepare.Rows, loaded: Loaded, count: int | None, metric: str | None) -> Any:
+    model = adapt(config, loaded, prepare.response_template(config, loaded, task, rows))
     check_room(model, config)
     return model, training_arguments(config, Path(config.output), model, count, metric)
 
@@ -129,7 +129,7 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
     examples, held_out = together(lambda: _tokenized(config, task, rows, loaded), in_turn=True)
     count = None if rows.train is None else len(examples)
     metric = task.metrics[0] if config.select == "metric" else "loss" if config.select == "loss" else None
-    model, arguments = together(lambda: _adapted(config, loaded, count, metric))
+    model, arguments = together(lambda: _adapted(config, task, rows, loaded, count, metric))
     if arguments.should_save:
         sweep(output)
         if config.overwrite:

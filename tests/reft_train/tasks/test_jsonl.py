@@ -62,6 +62,24 @@ def test_a_start_token_that_only_the_template_writes_is_kept():
     assert tokenizer(found.prompt)["input_ids"].count(tokenizer.bos_token_id) == 1
 
 
+def test_every_turn_is_a_row_to_train(tokenizer):
+    task = tasks.get("jsonl")
+    row = Row({"messages": [ASSISTANT, USER, ASSISTANT, USER, ASSISTANT, USER], "id": 7}, WHERE)
+    rows = task.training_rows(row)
+    assert [len(part.fields["messages"]) for part in rows] == [3, 5]
+    assert [part.where for part in rows] == [f"{WHERE}, turn 1", f"{WHERE}, turn 2"]
+    assert [part.fields["id"] for part in rows] == [7, 7]
+    assert task.example(rows[1], tokenizer).prompt.startswith(task.example(rows[0], tokenizer).prompt)
+    for fields in ({"messages": [USER, ASSISTANT]}, {"prompt": "a", "completion": "b"}):
+        assert task.training_rows(Row(fields, WHERE)) == [Row(fields, WHERE)]
+
+
+@pytest.mark.parametrize("messages", [[USER, USER], [ASSISTANT, USER]])
+def test_a_conversation_without_an_answer_is_named(messages):
+    with pytest.raises(UserError, match="line 4 of own.jsonl: messages: got none of role 'assistant'"):
+        tasks.get("jsonl").training_rows(Row({"messages": messages}, WHERE))
+
+
 @pytest.mark.parametrize("given", [None, tokenizer_of("llama")], ids=["no tokenizer", "no template"])
 def test_messages_need_a_chat_template(given):
     with pytest.raises(UserError, match="line 4 of own.jsonl: messages: got a tokenizer without a chat template"):
