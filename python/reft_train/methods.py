@@ -112,7 +112,7 @@ def adapt(config: RunConfig, loaded: Loaded, response_template: list[int] | None
 def save_adapter(model: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
     """Write the adapter in PEFT's layout, with what tells its base model."""
     model.save_pretrained(str(folder), state_dict=state_dict, safe_serialization=True)
-    write_text(folder / BASE_MODEL, json.dumps(identity(model.get_base_model().config)))
+    record_base(model.get_base_model().config, folder)
 
 
 def load_adapter(loaded: Loaded, folder: str | Path, *, trainable: bool = False) -> Any:
@@ -135,17 +135,41 @@ def load_adapter(loaded: Loaded, folder: str | Path, *, trainable: bool = False)
         raise UserError(f"adapter: got {folder}, which does not fit the model ({' '.join(str(error).split())[:300]})") from None
 
 
+def record_base(hf_config: Any, folder: Path) -> None:
+    """Write what tells the base model of a run or an adapter."""
+    write_text(folder / BASE_MODEL, json.dumps(identity(hf_config)))
+
+
+def _differing(hf_config: Any, folder: Path) -> tuple[str, Any, Any] | None:
+    """The name, recorded value and own value of what differs; None where nothing does, or nothing is recorded."""
+    try:
+        saved = json.loads((folder / BASE_MODEL).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # by another program or an earlier release: PEFT compares the shapes
+    own = identity(hf_config)
+    return next(((name, value, own.get(name)) for name, value in saved.items() if own.get(name) != value), None)
+
+
 def check_base(hf_config: Any, folder: Path) -> None:
     """Refuse an adapter whose base model was another one.
 
     Raises:
         UserError: naming what differs.
     """
-    try:
-        saved = json.loads((folder / BASE_MODEL).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return  # saved by another program: PEFT compares the shapes
-    own = identity(hf_config)
-    for name, value in saved.items():
-        if own.get(name) != value:
-            raise UserError(f"adapter: got {folder}, trained on a model with {name} {value}, but the model has {own.get(name)}")
+    if found := _differing(hf_config, folder):
+        name, value, own = found
+        raise UserError(f"adapter: got {folder}, trained on a model with {name} {value}, but the model has {own}")
+
+
+def check_run_base(config: RunConfig, folder: Path, hf_config: Any) -> None:
+    """Refuse a model that is not the one that a run was trained on; a run without the record takes any.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if found := _differing(hf_config, folder):
+        name, value, own = found
+        raise UserError(
+            f"model: got {config.model!r} with {name} {own}, but {folder} was trained on a model with {name} {value}, "
+            "expected the same model"
+        )

@@ -44,6 +44,8 @@ def model_config(config: RunConfig) -> Any:
     from transformers import AutoConfig
 
     path = Path(config.model)
+    if not path.exists() and _is_local(config.model):
+        raise UserError(f"model: got {config.model!r}, which cannot be loaded (no such folder), expected a model's folder")
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"model: got {path}, expected a folder with config.json, weights and a tokenizer")
     try:
@@ -52,9 +54,41 @@ def model_config(config: RunConfig) -> Any:
         raise UserError(f"model: got {config.model!r}, which cannot be loaded ({_offline_reason(error)})") from None
 
 
+def _is_local(name: str) -> bool:
+    """Whether a name can only be a folder's: a hub name has at most one slash, and none in front."""
+    return name.startswith((".", "~")) or Path(name).is_absolute() or name.count("/") > 1
+
+
+def check_reachable(config: RunConfig, run: Path) -> None:
+    """Refuse to go on with a run whose base model is not where it was.
+
+    Raises:
+        UserError: naming the recorded model, and the flag that gives its new place.
+    """
+    try:
+        model_config(config)
+    except UserError as error:
+        if Path(config.model).exists():
+            reason = f"cannot be loaded ({error})"
+        elif _is_local(config.model):
+            reason = "does not exist any more"
+        else:
+            reason = f"does not exist as a folder here and cannot be loaded by that name ({error})"
+        where = f"{config.model!r}, which {reason}"
+        raise UserError(f"model: {run} was trained on {where}; --model DIR gives its new place") from None
+
+
 def identity(hf_config: Any) -> dict[str, Any]:
     """What tells one base model from another, for adapters that were trained on it."""
-    return {name: getattr(hf_config, name) for name in _IDENTITY if isinstance(getattr(hf_config, name, None), int | str)}
+    configs = [hf_config]
+    if callable(getattr(hf_config, "get_text_config", None)):
+        configs.append(hf_config.get_text_config())  # which holds a multimodal model's sizes
+    found: dict[str, Any] = {}
+    for part in configs:
+        for name in _IDENTITY:
+            if isinstance(getattr(part, name, None), int | str):
+                found.setdefault(name, getattr(part, name))
+    return found
 
 
 def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:

@@ -53,6 +53,7 @@ def run(parsed: argparse.Namespace) -> int:
     from reft_train import tasks
     from reft_train.training.prepare import find_rows
 
+    _check_run_model(parsed, config)
     task = tasks.get(config.task)
     sets = find_rows(config.replace(train=None, skip_test=False), task, train=False).tests
     if adapter is not None:
@@ -61,6 +62,20 @@ def run(parsed: argparse.Namespace) -> int:
 
         check_base(model_config(config), adapter)  # before the weights, which take their time
     return _score(config, task, sets, adapter, out)
+
+
+def _check_run_model(parsed: argparse.Namespace, config: RunConfig) -> None:
+    """Refuse a run's model that is gone, or another one in its place; the frozen model alone may be any."""
+    if parsed.run_folder is None:
+        return
+    from reft_train.methods import check_run_base
+    from reft_train.models import check_reachable, model_config
+
+    run_folder = Path(parsed.run_folder)
+    if config.model == read_yaml(run_folder / CONFIG).get("model"):
+        check_reachable(config, run_folder)
+    if parsed.adapter is None:
+        check_run_base(config, run_folder, model_config(config))
 
 
 def resolve_settings(parsed: argparse.Namespace) -> RunConfig:

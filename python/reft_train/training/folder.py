@@ -14,7 +14,8 @@ from reft_train.config import RunConfig, read_yaml
 from reft_train.errors import UserError
 from reft_train.evaluation.writing import ALPACA_EVAL, PREDICTIONS
 from reft_train.files import check_folder, replace_folder
-from reft_train.methods import save_adapter
+from reft_train.methods import check_run_base, save_adapter
+from reft_train.models import check_reachable, model_config
 from reft_train.reporting.log import LOG
 from reft_train.reporting.run_report import PAGE, PICTURE
 from reft_train.training import prepare
@@ -59,9 +60,19 @@ def _check_same(config: RunConfig, output: Path) -> None:
         raise UserError(f"resume: got {output} without {CONFIG}, expected a run of reft-train")
     for name, value in read_yaml(path).items():
         own = getattr(config, name)
+        if name == "model":
+            _check_model(config, value, output)
+            continue
         free = name in _FREE and not (name == "workers" and config.streaming)  # which deal out a stream's rows
         if not free and own != value:
             raise UserError(f"resume: got {name} {own!r}, but the run was begun with {value!r}, expected the same")
+
+
+def _check_model(config: RunConfig, begun: str, output: Path) -> None:
+    """The model may have another place, but must be the same one."""
+    if config.model == begun:
+        check_reachable(config, output)
+    check_run_base(config, output, model_config(config))
 
 
 def check_same_data(rows: prepare.Rows, output: Path) -> None:

@@ -17,7 +17,7 @@ from reft_train.evaluation.scoring import score_set
 from reft_train.evaluation.writing import write_alpaca_eval, write_predictions
 from reft_train.files import write_text
 from reft_train.memory import PeakMeter
-from reft_train.methods import TITLES, adapt, check_base
+from reft_train.methods import TITLES, adapt, check_base, record_base
 from reft_train.models import CLASSIFICATION, Loaded, load
 from reft_train.reporting.log import LOG
 from reft_train.reporting.run_report import write_run_report
@@ -156,6 +156,7 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
     numbers = _counts(model, loaded)
     if arguments.should_save:
         write_text(output / DATA, prepare.digest(rows))
+        record_base(loaded.model.config, output)
         write_text(output / CONFIG, dump_yaml(config.replace(resume=False, overwrite=False)))
     meter = PeakMeter(arguments.device)
     meter.start()

@@ -176,5 +176,5 @@ def test_a_checkpoint_of_another_model_is_refused_on_resuming(tiny_llama, tmp_pa
     (model / "config.json").write_text(json.dumps(values), encoding="utf-8")
     assert run(model, tmp_path / "run", train=path, skip_test=True, resume=True) == 2
     line = capfd.readouterr().err.splitlines()[-1]
-    assert "trained on a model with num_hidden_layers 2, but the model has 1" in line
+    assert "with num_hidden_layers 1, but" in line and "was trained on a model with num_hidden_layers 2" in line
     assert adapter_bytes(tmp_path / "run" / "adapter") == before
