@@ -17,7 +17,7 @@ from reft_train.files import replace_folder, write_text
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT = 1  # of what is stored; part of every name
+_FORMAT = 2  # of what is stored; part of every name
 _MANIFEST = "reft_train.json"  # written last: the digest of every other file
 
 

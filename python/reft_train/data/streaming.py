@@ -37,7 +37,9 @@ def shuffled(values: Iterable[T], buffer: int, generator: random.Random) -> Iter
 
 
 class StreamingRows(IterableDataset):
-    """Items of a file, without their columns of lengths and cuts. An epoch is a function of the seed and its number alone.
+    """Items of a file, without lost ones and without columns of lengths and cuts.
+
+    An epoch is a function of the seed and its number alone.
 
     Each worker of a data loader takes its share of rows. Processes are accelerate's business: it deals the items out.
 
@@ -91,6 +93,8 @@ class StreamingRows(IterableDataset):
         generator = random.Random(epoch_seed(self.seed, epoch))
         rows = self._share(shuffled(self._rows(), self.buffer, generator))
         for item in iter_items(rows, self.task, self.tokenizer, self.kind, self.max_length):
+            if item.lost:
+                continue
             types = {} if item.token_type_ids is None else {"token_type_ids": item.token_type_ids}
             yield {"input_ids": item.input_ids, "labels": item.labels, **types}
 

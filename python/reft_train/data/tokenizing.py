@@ -26,13 +26,17 @@ _CHUNK = 1000  # rows tokenized together, which fast tokenizers do on several th
 
 
 class Item(NamedTuple):
-    """One example as token ids; ``cut_prompt`` and ``cut_target`` are numbers of tokens that did not fit."""
+    """One example as token ids; ``cut_prompt`` and ``cut_target`` are numbers of tokens that did not fit.
+
+    ``lost``: of a prompt or a target that was cut, nothing is left but its special tokens (or a prompt's last token).
+    """
 
     input_ids: list[int]
     labels: list[int] | int | float
     token_type_ids: list[int] | None = None
     cut_prompt: int = 0
     cut_target: int = 0
+    lost: bool = False
 
 
 class Cuts(NamedTuple):
@@ -125,12 +129,13 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Any, max_length: int, kind: st
 
 
 def tokenize_rows(rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int) -> datasets.Dataset:
-    """Every row as a data set: ``input_ids``, ``labels``, ``length`` (of ``input_ids``), ``cut_prompt`` and ``cut_target``.
+    """Every row that is not lost (:class:`Item`) as a data set.
 
+    Its columns: ``input_ids``, ``labels``, ``length`` (of ``input_ids``), ``cut_prompt`` and ``cut_target``;
     ``token_type_ids`` are there where the tokenizer gives them; :func:`count_cuts` counts what was cut.
 
     Raises:
-        UserError: no rows, a row that the task refuses, or one that :func:`causal` does.
+        UserError: no rows, all of them lost, a row that the task refuses, or one that :func:`causal` does.
     """
     import datasets
 
@@ -141,21 +146,27 @@ def tokenize_rows(rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, ma
         "input_ids": tokens, "labels": number if kind == "classification" else tokens, "length": count,
         "cut_prompt": count, "cut_target": count,
     }  # fmt: skip
-    parts = []
+    parts, read = [], 0
     for items in _chunks(rows, task, tokenizer, kind, max_length):
+        read += len(items)
+        items = [item for item in items if not item.lost]
+        if not items:
+            continue
         columns = {name: [getattr(item, name) for item in items] for name in features if name != "length"}
         columns["length"] = [len(item.input_ids) for item in items]
         present = dict(features)
         if items[0].token_type_ids is not None:
             columns["token_type_ids"], present["token_type_ids"] = [item.token_type_ids for item in items], tokens
         parts.append(datasets.Dataset.from_dict(columns, features=datasets.Features(present)))
-    if not parts:
+    if not read:
         raise UserError("data: got no rows, expected at least one")
+    if not parts:
+        raise all_lost(max_length)
     return datasets.concatenate_datasets(parts)
 
 
 def iter_items(rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int) -> Iterator[Item]:
-    """As :func:`tokenize_rows`, one at a time and as they are asked for."""
+    """An item of each row, the lost ones too, one at a time and as they are asked for."""
     for items in _chunks(rows, task, tokenizer, kind, max_length, chunk=1):
         yield from items
 
@@ -163,6 +174,11 @@ def iter_items(rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_l
 def count_cuts(dataset: datasets.Dataset) -> Cuts:
     """How many examples of :func:`tokenize_rows`'s data set were cut."""
     return Cuts(*(sum(cut > 0 for cut in dataset[name]) for name in ("cut_prompt", "cut_target")))
+
+
+def all_lost(max_length: int) -> UserError:
+    """The error where no row is left to train on."""
+    return UserError(f"max_length: got {max_length}, which leaves no row both a prompt and an answer, expected more")
 
 
 # ---- many at once
@@ -189,7 +205,8 @@ def _causal(examples, wheres, tokenizer, specials: Specials, max_length: int) ->
         target = _cut_end(whole, max_length - 1)
         prompt = _cut_left(before, body, max_length - len(target))
         cuts = len(before) + len(body) - len(prompt), len(whole) - len(target)
-        items.append(Item(prompt + target, [IGNORED] * len(prompt) + target, None, *cuts))
+        lost = _lost(len(prompt), len(before), cuts[0]) or (cuts[1] > 0 and len(target) == 1)
+        items.append(Item(prompt + target, [IGNORED] * len(prompt) + target, None, *cuts, lost))
     return items
 
 
@@ -200,7 +217,8 @@ def _seq2seq(examples, wheres, tokenizer, specials: Specials, max_length: int) -
         target = _cut_end(whole, max_length)
         prompt = _cut_left(before, body, max_length - len(specials.after))
         cuts = len(before) + len(body) - len(prompt), len(whole) - len(target)
-        items.append(Item(prompt + specials.after, target, None, *cuts))
+        lost = _lost(len(prompt), len(before), cuts[0]) or (cuts[1] > 0 and len(target) == 1)
+        items.append(Item(prompt + specials.after, target, None, *cuts, lost))
     return items
 
 
@@ -257,6 +275,11 @@ def _cut_left(before: list[int], body: list[int], room: int) -> list[int]:
     before = before[:room]
     kept = room - len(before)
     return before + (body if len(body) <= kept else body[len(body) - kept :])
+
+
+def _lost(kept: int, before: int, cut: int) -> bool:
+    """Whether a prompt that was cut has lost its text: no more than its special tokens, or one token, is left."""
+    return cut > 0 and kept <= max(before, 1)
 
 
 def _cut_end(target: list[int], room: int) -> list[int]:

@@ -134,6 +134,7 @@ def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], na
         "max_length": config.max_length,
     }
     dataset = caching.cached(build, parts, None if config.cache is None else Path(config.cache) / "tokenized")
+    _say_lost(name, len(rows) - len(dataset), len(rows), config)
     cuts = tokenizing.count_cuts(dataset)
     if (cuts.prompts or cuts.targets) and is_first():
         print(
@@ -142,6 +143,14 @@ def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], na
             file=sys.stderr,
         )
     return dataset
+
+
+def _say_lost(name: str, lost: int, count: int, config: RunConfig) -> None:
+    if lost and is_first():
+        print(
+            f"{name}: {lost} of {count} dropped: max_length {config.max_length} leaves them no prompt or no answer",
+            file=sys.stderr,
+        )
 
 
 def check_rows(rows: Iterable[Row], loaded: Loaded, task: Task) -> None:
@@ -161,9 +170,14 @@ def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
     """A training file, read and tokenized while training; its first rows are tried before.
 
     Raises:
-        UserError: a row among them that the task refuses.
+        UserError: a row among them that the task refuses, or none that keeps a prompt and an answer.
     """
-    check_rows(_expanded(islice(iter_rows(path, "--train"), _TRIED), config, task), loaded, task)
+    tried = _expanded(islice(iter_rows(path, "--train"), _TRIED), config, task)
+    items = tokenizing.iter_items(tried, task, loaded.tokenizer, loaded.kind, config.max_length)
+    lost = [item.lost for item in items]
+    if all(lost):
+        raise tokenizing.all_lost(config.max_length)
+    _say_lost("first training rows", sum(lost), len(lost), config)
     return streaming.StreamingRows(
         path, task, loaded.tokenizer, loaded.kind, config.max_length, seed=config.seed, buffer=config.shuffle_buffer,
         endless=True, all_turns=config.turns == "all",

@@ -197,6 +197,40 @@ def test_rows_become_the_items_that_single_examples_do(monkeypatch, kind, encode
     assert 0 < cuts.prompts < len(items)
 
 
+LIMITS = [("causal", "llama", True), ("causal", "llama", False), ("seq2seq", "t5", False)]
+
+
+@pytest.mark.parametrize("kind, family, bos", LIMITS)
+def test_rows_without_a_prompt_or_an_answer_are_dropped(kind, family, bos):
+    tokenizer = _llama(bos) if family == "llama" else tokenizer_of(family)
+    fields = [{"prompt": f"what is {n}?", "target": "yes " * n} for n in (1, 60, 2, 40)]
+    items = list(tokenizing.iter_items(_rows(fields), _Continue(), tokenizer, kind, 24))
+    dropped = [kind == "causal" and n > 2 for n in (1, 60, 2, 40)]
+    assert [item.lost for item in items] == dropped
+    dataset = tokenize_rows(_rows(fields), _Continue(), tokenizer, kind, 24)
+    kept = [item.input_ids for item in items if not item.lost]
+    assert dataset["input_ids"][:] == kept
+
+
+@pytest.mark.parametrize("encode, family", [(causal, "llama"), (seq2seq, "t5")])
+@pytest.mark.parametrize("limit", range(2, 40))
+def test_what_is_kept_has_text_of_both(encode, family, limit):
+    tokenizer = tokenizer_of(family)
+    item = encode(EXAMPLE, tokenizer, limit)
+    if encode is causal:
+        prompt = len([label for label in item.labels if label == IGNORED]) - 1
+        target = len(item.labels) - 1 - prompt
+    else:
+        prompt, target = len(item.input_ids) - 1, len(item.labels)
+    assert item.lost == (prompt < 1 or target < 2 or (encode is seq2seq and prompt == 1))
+
+
+def test_rows_that_are_all_lost_are_refused():
+    fields = [{"prompt": "what", "target": "yes " * 60}]
+    with pytest.raises(UserError, match="max_length: got 8, which leaves no row both a prompt and an answer"):
+        tokenize_rows(_rows(fields), _Continue(), _llama(), "causal", 8)
+
+
 @pytest.mark.parametrize("labels, values", [(("no", "yes"), [1, 0]), (None, [2.5, 4.0])])
 def test_labels_are_class_numbers_or_numbers_to_predict(labels, values):
     task = _Classify()

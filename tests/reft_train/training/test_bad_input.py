@@ -153,6 +153,19 @@ def test_a_long_prompt_is_cut_and_counted(tiny_llama, tmp_path, capfd):
     assert text in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("more", [{}, {"streaming": True, "max_steps": 2}], ids=["whole", "streamed"])
+def test_rows_that_lose_their_prompt_are_dropped_and_counted(more, tiny_llama, tmp_path, capfd):
+    rows = [*instructions(5), {"instruction": "how many", "output": "He has 3 " * 200}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    settings = {"train": path, "skip_test": True, "max_length": 96, **more}
+    assert run(tiny_llama, tmp_path / "run", **settings) == 0
+    text = "training rows: 1 of 6 dropped: max_length 96 leaves them no prompt or no answer"
+    assert text in capfd.readouterr().err
+    write_rows(path, rows[5:])
+    assert run(tiny_llama, tmp_path / "other", **settings) == 2
+    assert "which leaves no row both a prompt and an answer" in capfd.readouterr().err
+
+
 def test_a_folder_that_cannot_be_written_to(tiny_llama, tmp_path, capfd):
     if os.geteuid() == 0:
         (tmp_path / "file").write_text("")  # root may write anywhere, but not below a file
