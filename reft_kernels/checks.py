@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels.activations import canonical_activation
-from reft_kernels.parametrization import MAX_RANK
+from reft_kernels.orthonormal import MAX_RANK
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -42,6 +42,13 @@ def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], hidden: Ten
         raise ValueError(f"{name}: got device {weight.device}, expected {hidden.device}, where hidden is")
 
 
+def has_shared_elements(tensor: Tensor) -> bool:
+    """Whether the tensor is expanded: elements of it lie at one address."""
+    return 0 in tensor.stride() and any(
+        stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
 def check_writable(hidden: Tensor, graph: bool) -> None:
     """Refuse, before anything is written, an in-place edit that autograd would refuse afterwards.
 
@@ -52,7 +59,7 @@ def check_writable(hidden: Tensor, graph: bool) -> None:
     if torch.compiler.is_compiling():
         return
     reason = None
-    if any(stride == 0 and size > 1 for size, stride in zip(hidden.shape, hidden.stride(), strict=True)):
+    if has_shared_elements(hidden):
         reason = "an expanded tensor, several of whose elements share memory"
     elif graph and hidden.is_inference():
         reason = "an inference tensor"
@@ -123,7 +130,12 @@ def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
     return rows if rows.is_inference() else mark_rows(rows, num_rows)
 
 
-def _check_set_values(set_ids: Tensor, sets: int) -> None:
+def check_set_values(set_ids: Tensor, sets: int, name: str = "set_ids") -> None:
+    """Refuse set numbers out of range; a tensor once seen is remembered, as by :func:`check_row_values`.
+
+    Raises:
+        ValueError: an entry below 0 or at least ``sets``.
+    """
     if torch.compiler.is_compiling() or (set_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     known = getattr(set_ids, "_reft_checked", None)
@@ -132,7 +144,7 @@ def _check_set_values(set_ids: Tensor, sets: int) -> None:
     if set_ids.numel():
         low, high = (int(v) for v in torch.stack(torch.aminmax(set_ids)).tolist())
         if low < 0 or high >= sets:
-            raise ValueError(f"set_ids: got values from {low} to {high}, expected set numbers in [0, {sets})")
+            raise ValueError(f"{name}: got values from {low} to {high}, expected set numbers in [0, {sets})")
     if not set_ids.is_inference():
         mark_rows(set_ids, sets)
 
@@ -146,7 +158,7 @@ def _check_selection(hidden: Tensor, rows: Tensor | None, set_ids: Tensor | None
         count = rows.shape[0]
     if set_ids is not None:
         _check_index("set_ids", set_ids, hidden, count)
-        _check_set_values(set_ids, sets)
+        check_set_values(set_ids, sets)
     return count
 
 

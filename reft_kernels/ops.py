@@ -1,4 +1,4 @@
-"""The operators of the engine: schemas, fakes and the door to the backends. This file imports torch alone.
+"""The operators of the engine: schemas, fakes and the door to the backends.
 
 Every tensor that holds rows is two-dimensional here: ``hidden`` is ``[M, d]``; ``rows`` is int32 ``[N]`` (``-1`` skips) or
 ``None`` for all M rows; ``set_ids`` is int32 ``[N]`` or ``None``. Weights are ``[r, d]`` and ``[r]``, or ``[S, r, d]`` and
@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reft_kernels import dispatch, host_memory, outputs
+from reft_kernels import dispatch, door, host_memory, outputs
 
 _EDIT_ARGS = (
     "Tensor? rows, Tensor? set_ids, Tensor? read, Tensor? read_bias, Tensor write, Tensor? subtract_bias, "
@@ -195,5 +195,6 @@ _IMPLEMENTATIONS = {
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _IMPLEMENTATIONS[_name][0], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"reft_kernels::{_name}", _IMPLEMENTATIONS[_name][1], lib=_library)
+    _implementation, _fake = _IMPLEMENTATIONS[_name]
+    _library.impl(_name, door.guarded(_name, _implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"reft_kernels::{_name}", door.guarded(_name, _fake, traced=True), lib=_library)

@@ -28,6 +28,8 @@ from torch import Tensor
 from reft_kernels.dtypes import accumulation_dtype
 
 PARAMETRIZATIONS = ("householder", "cayley")
+MAX_RANK = 256
+"""The largest r that the kernels serve."""
 
 
 class BasePoint(NamedTuple):

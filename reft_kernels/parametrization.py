@@ -11,9 +11,8 @@ from reft_kernels import (
     orthonormal,
 )
 from reft_kernels.dtypes import accumulation_dtype
-from reft_kernels.orthonormal import PARAMETRIZATIONS, BasePoint
+from reft_kernels.orthonormal import MAX_RANK, PARAMETRIZATIONS, BasePoint
 
-MAX_RANK = 256
 _ORTHONORMAL_TOLERANCE = 1e-4  # what counts as orthonormal in a given R: fp32 rounding passes, bf16 rounding does not
 
 
