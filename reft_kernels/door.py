@@ -36,8 +36,11 @@ def _refuse(kind: type[Exception], name: str, value: object, expected: str) -> N
     raise kind(f"{name}: got {describe(value)}, expected {expected}")
 
 
-def _wrong_device(name: str, tensor: Tensor, like: Tensor) -> None:
-    _refuse(ValueError, name, tensor, f"{like.device}, the device of the first tensor")
+def _check_place(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        _refuse(ValueError, name, tensor, f"{like.device}, as the others")
+    if tensor.layout is not torch.strided:
+        _refuse(ValueError, name, tensor, f"layout torch.strided, not {tensor.layout}")
 
 
 def _check_hidden(name: str, hidden: Tensor, in_place: bool) -> None:
@@ -45,8 +48,7 @@ def _check_hidden(name: str, hidden: Tensor, in_place: bool) -> None:
         _refuse(TypeError, name, hidden, f"one of {_DTYPE_NAMES}")
     if hidden.dim() != 2 or hidden.shape[1] < 1:
         _refuse(ValueError, name, hidden, "[M, d] with d >= 1")
-    if hidden.layout is not torch.strided:
-        _refuse(ValueError, name, hidden, f"layout torch.strided, not {hidden.layout}")
+    _check_place(name, hidden, hidden)
     if in_place and has_shared_elements(hidden):
         _refuse(ValueError, name, hidden, f"no elements at one address (strides {hidden.stride()})")
 
@@ -56,8 +58,7 @@ def _check_float(name: str, tensor: Tensor, shape: _Shape, like: Tensor) -> None
         _refuse(ValueError, name, tensor, f"shape {shape}")
     if tensor.dtype not in _DTYPES:
         _refuse(TypeError, name, tensor, f"one of {_DTYPE_NAMES}")
-    if tensor.device != like.device:
-        _wrong_device(name, tensor, like)
+    _check_place(name, tensor, like)
 
 
 def _check_exact(name: str, tensor: Tensor, shape: _Shape, dtype, like: Tensor) -> None:
@@ -66,8 +67,7 @@ def _check_exact(name: str, tensor: Tensor, shape: _Shape, dtype, like: Tensor) 
         _refuse(TypeError, name, tensor, f"{dtype}, as the forward returned it")
     if tensor.shape != shape:
         _refuse(ValueError, name, tensor, f"shape {shape}, as the forward returned it")
-    if tensor.device != like.device:
-        _wrong_device(name, tensor, like)
+    _check_place(name, tensor, like)
 
 
 def _check_index(name: str, index: Tensor, length: int | None, like: Tensor) -> None:
@@ -75,8 +75,7 @@ def _check_index(name: str, index: Tensor, length: int | None, like: Tensor) -> 
         _refuse(TypeError, name, index, "torch.int32")
     if index.dim() != 1 or (length is not None and index.shape[0] != length):
         _refuse(ValueError, name, index, f"shape [{'N' if length is None else length}]")
-    if index.device != like.device:
-        _wrong_device(name, index, like)
+    _check_place(name, index, like)
 
 
 def _check_selection(op, hidden: Tensor, rows: _Index, set_ids: _Index, sets: int, traced) -> int:
@@ -188,6 +187,7 @@ def _check_red_backward(op: str, in_place: bool) -> Callable[..., None]:
 def _check_map(op: str, X: Tensor, signs: Tensor | None, base: Tensor | None) -> None:
     if X.dtype not in _DTYPES:
         _refuse(TypeError, f"{op}: X", X, f"one of {_DTYPE_NAMES}")
+    _check_place(f"{op}: X", X, X)
     if X.dim() != 3 or not 1 <= X.shape[2] <= MAX_RANK or X.shape[2] > X.shape[1]:
         _refuse(ValueError, f"{op}: X", X, f"[L, d, r] with 1 <= r <= min(d, {MAX_RANK})")
     if signs is not None:
@@ -240,19 +240,22 @@ CHECKS: dict[str, Callable[..., None]] = {
 """Operator name -> the check of its arguments; ``traced``: of shapes, dtypes and devices alone."""
 
 
-def guarded(name: str, function: Callable, *, traced: bool = False) -> Callable:
-    """``function`` behind the check of the operator ``name``."""
-    check = CHECKS[name]
-    if traced:
+def _required(schema: str) -> list[tuple[int, str]]:
+    """Numbers and names of the tensors that a schema does not let be None."""
+    arguments = [text.split(" ") for text in schema[1 : schema.index(") ->")].split(", ")]
+    return [(i, name) for i, (kind, name) in enumerate(arguments) if kind in ("Tensor", "Tensor(a!)")]
 
-        def fake(*args):
-            check(*args, traced=True)
-            return function(*args)
 
-        return fake
+def guarded(name: str, schema: str, function: Callable, *, traced: bool = False) -> Callable:
+    """``function`` behind the check of the operator ``name``; the dispatcher lets any tensor be None."""
+    check, required = CHECKS[name], _required(schema)
+    options = {"traced": True} if traced else {}
 
     def implementation(*args):
-        check(*args)
+        for i, argument in required:
+            if args[i] is None:
+                _refuse(TypeError, f"{name}: {argument}", None, "a tensor")
+        check(*args, **options)
         return function(*args)
 
     return implementation

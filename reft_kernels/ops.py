@@ -196,5 +196,5 @@ _IMPLEMENTATIONS = {
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _implementation, _fake = _IMPLEMENTATIONS[_name]
-    _library.impl(_name, door.guarded(_name, _implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"reft_kernels::{_name}", door.guarded(_name, _fake, traced=True), lib=_library)
+    _library.impl(_name, door.guarded(_name, _schema, _implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"reft_kernels::{_name}", door.guarded(_name, _schema, _fake, traced=True), lib=_library)

@@ -171,8 +171,9 @@ def _build_backward(
     dtype, r = X.dtype, X.shape[-1]
     if grad_R is None and grad_D is None:
         return torch.zeros_like(X)
+    grad_R, grad_D = (None if grad is None else grad.to(acc) for grad in (grad_R, grad_D))
+    # [L, r, d], dL/dF^T before the column scale
     total = grad_R if grad_D is None else (-grad_D if grad_R is None else grad_R - grad_D)
-    total = total.to(acc)  # [L, r, d], dL/dF^T before the column scale
     F = _MAPS[name](X.to(acc), aux[:, 0])
     scale = _column_scale(name, signs, base)
     if base is not None:

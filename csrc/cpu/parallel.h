@@ -5,7 +5,8 @@
 
 namespace reft {
 
-// Calls body(context, begin, end) over disjoint parts of [0, count), each of at least `grain`; returns when all are done.
+// Calls body(context, begin, end) over disjoint parts of [0, count), each of at least `grain`; returns when all are done. What
+// a body throws first is thrown again then, on the calling thread.
 void parallel_for(int64_t count, int64_t grain, void (*body)(void* context, int64_t begin, int64_t end), void* context);
 
 // The same for a callable f(begin, end). What a thread computes must not depend on how the range is cut: results are
@@ -17,5 +18,8 @@ inline void parallel_chunks(int64_t count, int64_t grain, const F& f) {
   };
   parallel_for(count, grain, &Call::run, const_cast<F*>(&f));
 }
+
+// Throws std::bad_alloc; here, for no code of the standard library may be compiled for one instruction set.
+[[noreturn]] void out_of_memory();
 
 }  // namespace reft

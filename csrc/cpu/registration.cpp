@@ -1,16 +1,22 @@
 // The CPU kernels as private PyTorch operators (reft_kernels_cpu::*), through the stable ABI: one build serves many releases.
-// Shapes, dtypes and devices are checked by reft_kernels before anything comes here; outputs are allocated by the caller.
+// Outputs are allocated by the caller. Every operator checks (argument_checks.h) what its kernel presumes of shapes, dtypes,
+// strides, row numbers and set numbers, so that a wrong call throws and touches no memory that is not its own; the values that
+// callers give names to are checked by reft_kernels before, with errors in its words.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <exception>
+#include <mutex>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "argument_checks.h"
 #include "host_pool.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -18,14 +24,22 @@
 namespace reft {
 
 void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  std::exception_ptr first;  // nothing is thrown across the thread pool
+  std::mutex lock;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      body(context, begin, end);
+    } catch (...) {
+      const std::lock_guard<std::mutex> guard(lock);
+      if (!first) first = std::current_exception();
+    }
+  });
+  if (first) std::rethrow_exception(first);
 }
 
-namespace {
+void out_of_memory() { throw std::bad_alloc(); }
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
+namespace {
 
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -82,6 +96,7 @@ EditWeights edit_weights(const Optional& read, const Optional& read_bias, const 
 
 void edit(Tensor source, Tensor out, Optional rows, Optional set_ids, Optional read, Optional read_bias, Tensor write,
           Optional subtract_bias, Optional coeff, bool subtract, int64_t activation, Optional kept, Optional u, Optional z) {
+  check_edit(source, out, rows, set_ids, read, read_bias, write, subtract_bias, coeff, activation, kept, u, z);
   EditForward e;
   e.selection = selection_of(source.sizes()[0], rows, set_ids, write.sizes()[0]);
   e.weights = edit_weights(read, read_bias, write, subtract_bias, coeff, subtract, activation);
@@ -96,6 +111,8 @@ void edit(Tensor source, Tensor out, Optional rows, Optional set_ids, Optional r
 void edit_backward(Tensor grad, Optional out, Tensor kept, Tensor u, Optional z, Optional rows, Optional set_ids, Optional read,
                    Tensor write, Optional coeff, bool subtract, int64_t activation, Optional grad_read, Optional grad_read_bias,
                    Optional grad_write, Optional grad_subtract_bias, Optional grad_coeff) {
+  check_edit_backward(grad, out, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, grad_read,
+                      grad_read_bias, grad_write, grad_subtract_bias, grad_coeff);
   EditBackward e;
   e.selection = selection_of(grad.sizes()[0], rows, set_ids, write.sizes()[0]);
   e.weights = edit_weights(read, std::nullopt, write, std::nullopt, coeff, subtract, activation);
@@ -113,6 +130,7 @@ void edit_backward(Tensor grad, Optional out, Tensor kept, Tensor u, Optional z,
 }
 
 void red(Tensor source, Tensor out, Optional rows, Optional set_ids, Tensor scale, Tensor bias, Optional kept) {
+  check_red(source, out, rows, set_ids, scale, bias, kept);
   RedForward e;
   e.selection = selection_of(source.sizes()[0], rows, set_ids, scale.sizes()[0]);
   e.d = source.sizes()[1];
@@ -126,6 +144,7 @@ void red(Tensor source, Tensor out, Optional rows, Optional set_ids, Tensor scal
 
 void red_backward(Tensor grad, Optional out, Tensor kept, Optional rows, Optional set_ids, Tensor scale, Optional grad_scale,
                   Optional grad_bias) {
+  check_red_backward(grad, out, kept, rows, set_ids, scale, grad_scale, grad_bias);
   RedBackward e;
   e.selection = selection_of(grad.sizes()[0], rows, set_ids, scale.sizes()[0]);
   e.d = grad.sizes()[1];
@@ -157,6 +176,7 @@ BuildBackward<T> build_backward(const Optional& grad_R, const Optional& grad_D, 
 // One operator of the R build in both dtypes; the name is the kernels' member of the table.
 #define REFT_BUILD_OPERATOR(name)                                                                                            \
   void name(Tensor X, Optional signs, Optional base, Optional base_point, Optional W, Tensor R, Optional D, Tensor aux) {     \
+    check_build(X, signs, base, base_point, W, R, D, aux);                                                                   \
     if (dtype_of(X) == Dtype::float64)                                                                                       \
       kernels().build_double.name(build_forward<double>(X, signs, base, base_point, W, R, D, aux));                          \
     else                                                                                                                     \
@@ -164,6 +184,7 @@ BuildBackward<T> build_backward(const Optional& grad_R, const Optional& grad_D, 
   }                                                                                                                          \
   void name##_backward(Optional grad_R, Optional grad_D, Tensor X, Optional signs, Optional base, Tensor aux,                \
                        Tensor grad_X) {                                                                                      \
+    check_build_backward(grad_R, grad_D, X, signs, base, aux, grad_X);                                                       \
     if (dtype_of(X) == Dtype::float64)                                                                                       \
       kernels().build_double.name##_backward(build_backward<double>(grad_R, grad_D, X, signs, base, aux, grad_X));           \
     else                                                                                                                     \

@@ -25,7 +25,10 @@ class Scratch {
   void reset(int64_t count) {
     free(data_);
     data_ = nullptr;
-    if (count > 0 && posix_memalign(&data_, 64, size_t(count) * sizeof(T)) != 0) abort();
+    if (count > 0 && posix_memalign(&data_, 64, size_t(count) * sizeof(T)) != 0) {
+      data_ = nullptr;
+      out_of_memory();
+    }
   }
   operator T*() const { return static_cast<T*>(data_); }
   T* get() const { return static_cast<T*>(data_); }
