@@ -111,8 +111,8 @@ def edit_backward(
     grads = outputs.edit_gradients(grad, rows, read, write, coeff, subtract, need_weights)
     dense, target = _targets(grad, out)
     torch.ops.reft_kernels_cpu.edit_backward.default(
-        dense, target, _rows(kept) if need_weights else kept, u, None if activation == "linear" else z, contiguous(rows),
-        contiguous(set_ids), contiguous(read), contiguous(write), contiguous(coeff), subtract,
+        dense, target, _rows(kept) if need_weights else kept, contiguous(u), None if activation == "linear" else contiguous(z),
+        contiguous(rows), contiguous(set_ids), contiguous(read), contiguous(write), contiguous(coeff), subtract,
         _ACTIVATION_NUMBER[activation], *_wanted(*grads),
     )  # fmt: skip
     _written(out, target)
@@ -162,7 +162,7 @@ def _build_backward(operator, grad_R, grad_D, X: Tensor, signs: Tensor | None, b
     if grad_R is None and grad_D is None:
         return outputs.no_build_gradient(X)
     grad_X = X.new_empty(X.shape, dtype=acc)
-    operator(_as(grad_R, acc), _as(grad_D, acc), _as(X, acc), _as(signs, acc), _as(base, acc), aux, grad_X)
+    operator(_as(grad_R, acc), _as(grad_D, acc), _as(X, acc), _as(signs, acc), _as(base, acc), _as(aux, acc), grad_X)
     return grad_X.to(X.dtype)
 
 

@@ -145,7 +145,7 @@ def _build(name: str, X: Tensor, signs: Tensor | None, base: Tensor | None, poin
     acc = accumulation_dtype(X.dtype)
     r = X.shape[-1]
     F = _MAPS[name](X.to(acc))
-    scale = _column_scale(name, signs, base)
+    scale = _column_scale(name, None if signs is None else signs.to(acc), base)
     M, N = F.M, F.N if base is None else F.N - _AT_ZERO[name] * _eye(F.N)
     if scale is not None:  # into the r x r factors: no further pass over [d, r]
         M, N = M * scale, N * scale
@@ -175,7 +175,7 @@ def _build_backward(
     # [L, r, d], dL/dF^T before the column scale
     total = grad_R if grad_D is None else (-grad_D if grad_R is None else grad_R - grad_D)
     F = _MAPS[name](X.to(acc), aux[:, 0])
-    scale = _column_scale(name, signs, base)
+    scale = _column_scale(name, None if signs is None else signs.to(acc), base)
     if base is not None:
         base = base.to(acc)
         V0, T0 = _unit_lower(base), base[..., :r, :].triu()

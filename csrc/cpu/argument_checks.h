@@ -65,12 +65,14 @@ inline void check_weight(const char* name, const Optional& tensor, Sizes sizes) 
   if (tensor) check_weight(name, *tensor, sizes);
 }
 
+// Whether each row's channels are consecutive.
+inline bool has_rows(const Tensor& tensor) { return tensor.stride(1) == 1 || tensor.sizes()[1] <= 1 || tensor.sizes()[0] == 0; }
+
 // Rows [count, d] of one dtype with consecutive channels; those that are written to lie apart.
 inline void check_rows(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype, bool written) {
   check_sizes(name, tensor, sizes);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "reft_kernels_cpu: ", name, ": wrong dtype");
-  STD_TORCH_CHECK(tensor.stride(1) == 1 || tensor.sizes()[1] <= 1, "reft_kernels_cpu: ", name,
-                  ": expected consecutive channels");
+  STD_TORCH_CHECK(has_rows(tensor), "reft_kernels_cpu: ", name, ": expected consecutive channels");
   STD_TORCH_CHECK(!written || tensor.sizes()[0] <= 1 || tensor.stride(0) >= tensor.sizes()[1], "reft_kernels_cpu: ", name,
                   ": expected rows that share no memory");
 }

@@ -58,7 +58,7 @@ Typed typed(const Tensor& tensor) {
 Typed typed(const Optional& tensor) { return tensor ? typed(*tensor) : Typed{}; }
 
 Rows rows_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.sizes()[1] <= 1),
+  STD_TORCH_CHECK(tensor.dim() == 2 && has_rows(tensor),
                   "reft_kernels_cpu: hidden states must be [M, d] with consecutive channels");
   return {tensor.data_ptr(), tensor.stride(0)};
 }
