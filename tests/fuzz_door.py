@@ -1,6 +1,6 @@
 """Seeded fuzz of the operators: mutated arguments end in an exception or in the right answer.
 
-    python -m tests.fuzz_door --backend cpu --first 0 --cases 5000 [--unguarded] [--only SEED]
+    python -m tests.fuzz_door --backend cpu --first 0 --cases 5000 [--unguarded]
 
 A case is a valid call of one operator with up to two mutations, all drawn from the case's seed. A call may raise TypeError,
 ValueError or RuntimeError, and then leaves every argument as it was; or it returns, and then agrees with the same call in

@@ -400,6 +400,10 @@ def test_a_batch_of_several_tasks_is_refused(inputs):
         nested().eval()(**inputs, adapter_names=["default", "reft", "__base__"])
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5,
+    reason="the Trainer of transformers 4 resumes the adapters in a checkpoint's subfolders alone, and not LoRA's own folder",
+)
 def test_trainer_resumes_both(tmp_path):
     whole = trainer(tmp_path / "whole", model=nested(), dataset=Texts())
     whole.train()
