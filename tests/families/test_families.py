@@ -101,7 +101,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "electra": encoder("ElectraForSequenceClassification", "ElectraConfig", "electra.encoder.layer", embedding_size=16),
     "longformer": encoder(
-        "LongformerForMaskedLM", "LongformerConfig", "longformer.encoder.layer", attention_window=8, attention_probs_dropout_prob=0.0
+        "LongformerForMaskedLM", "LongformerConfig", "longformer.encoder.layer", attention_window=8,
+        attention_probs_dropout_prob=0.0,
     )._replace(layout="padded"),
     "bart": Family("BartForConditionalGeneration", "BartConfig", BART, "model.encoder.layers", 2),
     "t5": Family(
