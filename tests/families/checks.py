@@ -73,6 +73,9 @@ def _base(name: str) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() == 1 and parameter.is_floating_point():
                 parameter.add_(0.05 * torch.randn_like(parameter))
+        for module in model.modules():  # nor a root of a zero at padding, whose slope is infinite
+            if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+                module.weight[module.padding_idx].normal_(std=0.05)
     model = model.float().eval().requires_grad_(False)
     try:
         with torch.no_grad():
