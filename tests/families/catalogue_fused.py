@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import torch
 
-from tests.families.catalogue_vlm import EIGHT, IMAGE, QWEN2, SMALL, mixed, pixels, seeing, words
+from tests.families.catalogue_vlm import (
+    AMONG,
+    EIGHT,
+    GEMMA3,
+    IMAGE,
+    MARKS,
+    QWEN2,
+    SIGLIP,
+    SMALL,
+    mixed,
+    pixels,
+    seeing,
+    words,
+)
 from tests.families.family import (
     DECODER,
+    SPECIAL,
     VOCAB,
     WIDTH,
     Batch,
@@ -141,3 +155,91 @@ SOUND = {
 AUDIO = {"audio_config": (None, SOUND), "text_config": QWEN2, "audio_token_index": IMAGE}
 HEARS = ("model.language_model.layers", "language_model.model.layers")
 seeing("qwen2_audio", "Qwen2Audio", 10, heard, at=HEARS, **AUDIO)
+
+
+def positioned(padding: str, batch: int) -> Batch:
+    """Kosmos-2's image stands at four marked positions after the first token."""
+    found = text(padding, batch, (12, 9, 8))
+    mask = found.get("attention_mask", torch.ones_like(found["input_ids"]))
+    marks = torch.zeros_like(mask)
+    for row in range(batch):
+        start = int(mask[row].argmax())
+        marks[row, start + 1 : start + 5] = 1
+    return {**found, "image_embeds_position_mask": marks, **EIGHT(batch)}
+
+
+KOSMOS = {
+    "vocab_size": VOCAB,
+    "embed_dim": WIDTH,
+    "layers": 3,
+    "ffn_dim": 64,
+    "attention_heads": 4,
+    "max_position_embeddings": 128,
+    "init_std": 0.15,
+    **SPECIAL,
+}
+seeing(
+    "kosmos2",
+    "Kosmos2",
+    0,
+    EIGHT,
+    inputs=positioned,
+    at="text_model.model.layers",
+    text_config=(None, KOSMOS),
+    vision_config=(None, SMALL),
+    latent_query_num=4,
+)
+
+# ---- Gemma's later models, with images and with text alone
+GEMMA4 = {
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "sliding_window": 8,
+    "vocab_size_per_layer_input": VOCAB,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
+GEMMA4_VISION = {
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 8,
+    "patch_size": 4,
+    "pooling_kernel_size": 2,
+    "position_embedding_size": 16,
+    "model_type": "gemma4_vision",
+}
+GEMMA4_MODEL = {
+    "text_config": words("gemma4_text", **GEMMA4),
+    "vision_config": (None, GEMMA4_VISION),
+    "audio_config": None,
+    "image_token_id": IMAGE,
+    "video_token_id": 91,
+    "boi_token_id": 92,
+    "eoi_token_id": 93,
+    "audio_token_id": 94,
+    "boa_token_id": 95,
+    "eoa_token_index": 96,
+    "pad_token_id": 0,
+}
+CORNERS = [[x, y] for y in range(4) for x in range(4)]
+PATCHES = pixels(16, 48, image_position_ids=CORNERS)
+seeing("gemma4", "Gemma4", 4, PATCHES, **AMONG, **GEMMA4_MODEL)
+ALONE = {"note": "text alone"}
+seeing("gemma4_alone", "Gemma4", 0, lambda batch: {}, **ALONE, **GEMMA4_MODEL)
+seeing(
+    "gemma3_alone",
+    "Gemma3",
+    0,
+    lambda batch: {},
+    types="token_type_ids",
+    text_config=("Gemma3TextConfig", GEMMA3),
+    vision_config=SIGLIP,
+    mm_tokens_per_image=4,
+    pad_token_id=0,
+    **ALONE,
+    **MARKS,
+)
