@@ -52,7 +52,7 @@ seeing(
     4,
     EIGHT,
     at="language_model.model.decoder.layers",
-    text_config=("OPTConfig", OPT),
+    text_config=(None, {**OPT, "model_type": "opt"}),
     note="generate is the language model's own",
     **BLIP2,
 )
@@ -77,7 +77,7 @@ seeing(
     kind="encoder-decoder",
     at="language_model.encoder.block",
     inputs=lambda padding, batch: with_decoder_ids(mixed(4, EIGHT)(padding, batch), 0),
-    text_config=("T5Config", T5),
+    text_config=(None, {**T5, "model_type": "t5"}),
     labels="",
     scores_tokens=False,
     **BLIP2,

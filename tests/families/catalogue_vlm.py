@@ -158,7 +158,7 @@ def sections(spread: list[int], **more: Any) -> dict[str, Any]:
     return {"rope_parameters": both, "rope_scaling": dict(both), "rope_theta": 10000.0}
 
 
-AMONG = {"types": "mm_token_type_ids", "before": (1, 92), "after": (93,)}
+AMONG = {"types": "mm_token_type_ids" if VERSION_5 else "", "before": (1, 92), "after": (93,)}
 TOKENS = {
     "image_token_id": IMAGE,
     "video_token_id": 91,
@@ -430,7 +430,7 @@ seeing(
     0,
     lambda batch: {},
     config="FuyuForCausalLM",
-    text_config=("PersimmonConfig", DECODER),
+    text_config=words("persimmon"),
     image_size=16,
     patch_size=4,
     image_token_id=IMAGE,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from reft_kernels.integrations.peft import ReftConfig
@@ -96,11 +96,27 @@ def base_of(family: Family) -> nn.Module:
 
 
 def attach(model: nn.Module, component: str, layers: Any = "all", **more: Any) -> PeftModel:
-    """An adapter of rank 4 at a component of all layers."""
-    return get_peft_model(
-        model,
-        ReftConfig(layers=layers, rank=4, positions=POSITIONS, component=component, **more),
-    )
+    """An adapter of rank 4 at a component of all layers.
+
+    Raises:
+        BaseFails: PEFT cannot attach an adapter of its own to this model either.
+    """
+    config = ReftConfig(layers=layers, rank=4, positions=POSITIONS, component=component, **more)
+    try:
+        return get_peft_model(model, config)
+    except AttributeError as error:
+        if lora_fails(model, str(error)):
+            raise BaseFails(f"PEFT cannot attach LoRA either: {error}") from error
+        raise
+
+
+def lora_fails(model: nn.Module, message: str) -> bool:
+    """Whether LoRA on the model's linear layers raises the same error."""
+    try:
+        get_peft_model(copy.deepcopy(model), LoraConfig(target_modules="all-linear", r=2))
+    except AttributeError as error:
+        return str(error) == message
+    return False
 
 
 def stacks(model: nn.Module) -> list[nn.Module]:
