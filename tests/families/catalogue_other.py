@@ -137,10 +137,17 @@ def dual(name: str, prefix: str, words: dict[str, Any], **more: Any) -> None:
         return {**text(padding, batch), **shaped("pixel_values", 3, 16, 16)("none", batch)}
 
     common = {"kind": "vision-language", "make": make, "inputs": inputs, "count": 3}
+    note = "the images' tower by its path"
     at = ("text_model.encoder.layers", "vision_model.encoder.layers")
     add(Family(name=name, blocks=paths(at[0]), tokens=text_tokens, **common))
     add(
-        Family(name=f"{name}_images", blocks=paths(at[1]), component=f"{at[1]}.{{layer}}", **common)
+        Family(
+            name=f"{name}_images",
+            blocks=paths(at[1]),
+            component=f"{at[1]}.{{layer}}",
+            note=note,
+            **common,
+        )
     )
 
 

@@ -43,13 +43,14 @@ through PEFT, compared with the same model under plain PyTorch hooks that edit t
 - save: a saved and loaded adapter has the same parameters and logits, and a disabled one gives the
   base model's logits.
 
-All runs are on the CPU in float32 with the PyTorch backend's arithmetic of the installed build. In
-mixtures of experts a router at a tie can choose another expert by rounding alone; such a family has
-three draws of its adapter's weights and passes if one agrees throughout.
+All runs are on the CPU in float32 with one thread. In mixtures of experts a router at a tie can
+choose another expert by rounding alone; each check of such a family has up to three draws of the
+adapter's weights, and passes when one of them agrees throughout.
 
 "works": every check passed. "refused": the library raises an error with this reason when the
 adapter is attached. "fails": the check named. "not in this version": this transformers lacks the
-class. "base model fails": the model without an adapter raises in this version.
+class. "base model fails": in this version the model raises without an adapter, or PEFT cannot
+attach LoRA to it either; "works but for generate": only the bare model's `generate` raises.
 
 Make the table anew with
 
@@ -128,7 +129,8 @@ def page(folder: Path) -> str:
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for name, family in sorted(FAMILIES.items(), key=lambda item: KINDS.index(item[1].kind)):
         cells = [cell(one["families"].get(name)) for one in found]
-        named = () if family.component == "block_output" else (f"`{family.component}`",)
+        plain = family.component == "block_output" or "{layer}" in family.component
+        named = () if plain else (f"`{family.component}`",)  # paths differ between versions
         remark = "; ".join((*named, *filter(None, (family.note,))))
         lines.append(f"| {' | '.join([name, family.kind, *cells, remark])} |")
     counts = []
