@@ -1,0 +1,1 @@
+"""Every model family of transformers that the library claims, against plain PyTorch hooks."""

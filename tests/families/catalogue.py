@@ -1,0 +1,14 @@
+"""All families in one dictionary."""
+
+from __future__ import annotations
+
+from tests.families import (  # noqa: F401
+    catalogue_encoders,
+    catalogue_fused,
+    catalogue_other,
+    catalogue_text,
+    catalogue_vlm,
+)
+from tests.families.family import FAMILIES
+
+__all__ = ["FAMILIES"]

@@ -1,0 +1,173 @@
+"""Runs every check of every family and writes the table of docs/families.md.
+
+    python -m tests.families.table --out docs/families.md [--only llama,bert] [--seconds 120]
+
+Results of the installed transformers go to docs/families/transformers-VERSION.json; the page has a
+column for each such file. ``--page`` writes the page from the files and runs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+
+from tests.families import checks
+from tests.families.catalogue import FAMILIES
+from tests.families.family import Family
+
+Result = dict[str, str]
+KINDS = ("decoder", "encoder", "encoder-decoder", "vision", "audio", "vision-language")
+
+TEXT = """# Model families
+
+Each family below is a tiny random model of Hugging Face transformers with a ReFT adapter attached
+through PEFT, compared with the same model under plain PyTorch hooks that edit the same rows:
+
+- places: `component="block_output"` (or the one named in the table) means the modules that a list
+  written by hand names.
+- identity: a fresh adapter changes no logit by more than 1e-5 of the largest.
+- rows: logits agree within 1e-4 of the largest for batches padded on the right, padded on the left,
+  unpadded, and of one example; in models whose labels continue a prompt, also with `labels` and
+  with `prompt_lengths`. Families that cannot pad on the left have the other batches.
+- gradients: those of every adapter parameter agree within 2e-3 of the largest with autograd's
+  through the hooks, in training, with labels where the model takes them.
+- generate: greedy tokens and their logits agree with generation under hooks that edit the prompt
+  alone, prompts padded on the left, twice in a row.
+- save: a saved and loaded adapter has the same parameters and logits, and a disabled one gives the
+  base model's logits.
+
+All runs are on the CPU in float32 with one thread. In mixtures of experts a router at a tie can
+choose another expert by rounding alone; each check of such a family has up to three draws of the
+adapter's weights, and passes when one of them agrees throughout.
+
+"works": every check passed. "refused": the library raises an error with this reason when the
+adapter is attached. "fails": the check named. "not in this version": this transformers lacks the
+class. "base model fails": in this version the model raises without an adapter, or PEFT cannot
+attach LoRA to it either; "works but for generate": only the bare model's `generate` raises.
+
+Make the table anew with
+
+```
+python -m tests.families.table --out docs/families.md
+```
+
+in an environment with the transformers in question; the results of each version stay in
+`docs/families/`. Components within blocks have tests of their own, `tests/families/test_roles.py`.
+"""
+
+
+def verdict(family: Family) -> Result:
+    """All checks of one family in this process."""
+    failures = []
+    for name in checks.checks_of(family):
+        try:
+            checks.run(family, name)
+        except checks.MissingClass as error:
+            return {"verdict": "not in this version", "note": str(error)}
+        except checks.BaseFails as error:
+            found = {"verdict": "base model fails", "note": str(error)[:160]}
+            if name != "generate":
+                return found
+            failures.append({**found, "verdict": "works but for generate"})
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            failures.append({"verdict": f"fails: {name}", "note": " ".join(text.split())[:200]})
+    if failures:  # a failure of the library before one of the base model
+        return sorted(failures, key=lambda one: not one["verdict"].startswith("fails"))[0]
+    if family.refused:
+        return {"verdict": "refused", "note": " ".join(checks.refusal(family).split())[:240]}
+    return {"verdict": "works", "note": ""}
+
+
+def in_a_child(family: Family, seconds: int) -> Result:
+    """The verdict from a forked child: neither a crash nor a hang ends the run."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(seconds)
+        try:
+            os.write(write, json.dumps(verdict(family)).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    if said:
+        return json.loads(said)
+    number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    what = f"no end within {seconds} s" if number == signal.SIGALRM else f"ended by signal {number}"
+    return {"verdict": "fails: process", "note": what}
+
+
+def cell(result: Result | None) -> str:
+    """One verdict as the page shows it."""
+    if result is None:
+        return ""
+    shown = result["verdict"]
+    if shown == "refused":
+        reason = result["note"].removeprefix("component: ")
+        shown = f"refused: {reason}"
+    elif shown not in ("works", "not in this version") and result["note"]:
+        shown = f"{shown}: {result['note']}"
+    return shown.replace("|", "/").replace("<", "&lt;")
+
+
+def page(folder: Path) -> str:
+    """The page, with a column for each file of results."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("transformers-*.json"))]
+    heads = ["family", "kind", *(f"transformers {one['transformers']}" for one in found), "remark"]
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
+    for name, family in sorted(FAMILIES.items(), key=lambda item: KINDS.index(item[1].kind)):
+        cells = [cell(one["families"].get(name)) for one in found]
+        plain = family.component == "block_output" or "{layer}" in family.component
+        named = () if plain else (f"`{family.component}`",)  # paths differ between versions
+        remark = "; ".join((*named, *filter(None, (family.note,))))
+        lines.append(f"| {' | '.join([name, family.kind, *cells, remark])} |")
+    counts = []
+    for one in found:
+        verdicts = [r["verdict"].split(":")[0] for r in one["families"].values()]
+        said = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts)))
+        counts.append(f"transformers {one['transformers']}, PyTorch {one['torch']}: {said}.")
+    return "\n".join([TEXT, "\n\n".join(counts), "", *lines, ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("docs/families.md"))
+    parser.add_argument("--only", help="names of families, separated by commas")
+    parser.add_argument("--seconds", type=int, default=120, help="a family's time limit")
+    parser.add_argument("--page", action="store_true", help="write the page and run nothing")
+    given = parser.parse_args()
+    folder = given.out.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"transformers-{transformers.__version__}.json"
+    if not given.page:
+        warnings.filterwarnings("ignore")
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(1)
+        old = json.loads(path.read_text())["families"] if path.exists() else {}
+        results = {name: result for name, result in old.items() if name in FAMILIES}
+        for name in given.only.split(",") if given.only else FAMILIES:
+            results[name] = in_a_child(FAMILIES[name], given.seconds)
+            print(name, cell(results[name]), flush=True)
+        written = {
+            "transformers": transformers.__version__,
+            "torch": torch.__version__.split("+")[0],
+            "families": {name: results[name] for name in FAMILIES if name in results},
+        }
+        path.write_text(json.dumps(written, indent=1) + "\n")
+    given.out.write_text(page(folder))
+
+
+if __name__ == "__main__":
+    main()
