@@ -14,7 +14,7 @@ from typing import NamedTuple
 from reft_kernels.conversion.common import ConversionError
 from reft_kernels.model.components import ROLES
 
-SAME_ROLES = tuple(role for role in ROLES if role != "mlp_activation")
+SAME_ROLES = tuple(role for role in ROLES if role != "mlp_activation" and not role.startswith("mixer"))
 """Roles that name the same tensor in pyvene and here."""
 
 _INDEX = re.compile(r"\[(\d+)\]")

@@ -2,65 +2,92 @@
 
 A component is a role or a module path:
 
-    "block_output", "block_input"                 the residual stream after or before each block
-    "attention_output", "attention_input"         of the block's self-attention
-    "mixer_output", "mixer_input"                 of the token mixer that is no attention: state space, linear attention, ...
-    "mlp_output", "mlp_input", "mlp_activation"   of the block's feed-forward; the activation is what its last projection reads
-    "decoder.block_output", "encoder.mlp_output"  a role within one side of an encoder-decoder model; a bare role means the
-                                                  encoder, which is where the prompt is
-    "model.layers.{layer}.self_attn.o_proj"       a module path (``[{layer}]`` too): its output, or its input with ".input"
+    "block_output", "block_input"            the residual stream after or before each block
+    "attention_output", "attention_input"    of the block's self-attention. Never linear attention, whose place is the
+                                             mixer's, and never cross-attention, which is named by path
+    "mixer_output", "mixer_input"            of the block's token mixer that is no attention: state space, linear attention,
+                                             convolution, recurrence, Fourier transform
+    "mlp_output", "mlp_input"                of the block's whole feed-forward. In a mixture of experts that is router, routed
+                                             experts and shared expert together: what is added to the residual stream
+    "mlp_activation"                         what the last projection of a dense feed-forward reads. A mixture has no single
+                                             one, and refuses it
+    "decoder.block_output", "encoder.mlp_output"   a role within one side of an encoder-decoder model; a bare role means the
+                                             encoder, which is where the prompt is
+    "model.layers.{layer}.self_attn.o_proj"  a module path (``[{layer}]`` too): its output, or its input with ".input"
 
-:mod:`reft_kernels.model.roles` says what a role means for a mixture of experts or a hybrid. In a model of several towers a role
-means the language model's blocks, and a path reaches the others, whose rows are counted by their own shape. A module that runs
-several times in a forward, such as a layer shared by blocks, is edited each time.
+A role is the output of the module that does the part's work, which in some families adds the residual stream itself (T5's
+layers, Bloom's feed-forward, the attention of BERT). A block without the part, as in hybrids, is no error unless its layer is
+chosen. A block with several such parts, or whose part is no single module, refuses the role, and so do architectures that
+:mod:`reft_kernels.model.families` names. Roles of a model with several towers are of its language model; other towers are named
+by path.
+
+A module that runs several times in a forward (ALBERT's groups) is edited each time with the same weights. One module under two
+layer numbers (blocks that share it) cannot have weights for each, and is refused. An expert, and the keys and values of
+cross-attention, have no row for each token, and are refused.
 """
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
 
-from reft_kernels.model import families
-from reft_kernels.model.roles import Absent, find_role, is_mixture
-from reft_kernels.model.widths import own_width, part_width, read_integer, stream_width
+from reft_kernels.model.families import (
+    REFUSED,
+    ROLES_REFUSED,
+    config_of,
+    layout_of,
+    model_type_of,
+    why_refused,
+)
+from reft_kernels.model.roles import ROLES, Place, find_role, holds_maps, why_unfit
+from reft_kernels.model.towers import (
+    MODEL_INPUTS,
+    TOKEN_INPUTS,
+    BlockList,
+    backbone_path,
+    block_lists,
+    find_blocks,
+    side_paths,
+    size,
+    stream_of,
+)
+from reft_kernels.model.widths import place_width, stream_width
 
-ROLES = (
-    "block_output",
-    "block_input",
-    "attention_output",
-    "attention_input",
-    "mixer_output",
-    "mixer_input",
-    "mlp_output",
-    "mlp_input",
-    "mlp_activation",
-)
-MODEL_INPUTS = (
-    "input_ids",
-    "decoder_input_ids",
-    "pixel_values",
-    "pixel_values_videos",
-    "input_values",
-    "input_features",
-    "bbox",
-)
-EMBEDDED_INPUTS = ("inputs_embeds", "decoder_inputs_embeds")
-_LANGUAGE_MODELS = ("language_model", "text_model", "llm", "text_decoder")
+__all__ = [
+    "MODEL_INPUTS",
+    "ROLES",
+    "TOKEN_INPUTS",
+    "BlockList",
+    "Component",
+    "Target",
+    "backbone_path",
+    "block_lists",
+    "find_blocks",
+    "resolve",
+]
+
 _SHOWN = 24
 
 
 class Target(NamedTuple):
     """One place to edit: a module's input or output.
 
-    ``inplace`` says that the tensor is certainly fresh and seen by the next layer alone; ``present`` that the module is in this
-    process (pipeline parallel replaces the others). ``stream`` is "tokens" where the hidden state has a row for each
-    token of the backbone's call, "own" where it has rows of its own (a vision or audio tower, a projector); ``layout`` is that
-    of the hidden state, as :func:`reft_kernels.model.selection.place_rows` names it.
+    Attributes:
+        layer: layer number.
+        path: module path in the model.
+        side: "input" or "output".
+        embed_dim: d, the last dimension of the hidden state there.
+        inplace: the tensor is certainly fresh and seen by the next layer alone.
+        present: the module is in this process (pipeline parallel replaces the others by empty ones).
+        stream: "tokens": the hidden state has one row for each token of the backbone's call. "own": it has rows of its own (a
+            tower of images or sounds, a projector, a resampler, image rows beside the tokens), counted by its own shape.
+        layout: "btd": [B, T, d], or flattened [B * T, d]; "tbd": [T, B, d]; "btsd": [B, T, streams, d]; "sbtd":
+            [streams, B, T, d]; "btd_padded": [B, T + padding, d], where the model pads the sequence on the right by itself, to
+            a multiple of a window or block.
     """
 
     layer: int
@@ -82,193 +109,32 @@ class Component(NamedTuple):
     decoder: bool  # the decoder, of an encoder-decoder model
 
 
-class BlockList(NamedTuple):
-    """A list of blocks: its module path and its modules."""
+class _Places(NamedTuple):
+    """What a component means: a place, or why there is none, for each layer."""
 
-    path: str
-    blocks: nn.ModuleList
-
-
-def _size(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    found: dict[int, tuple[str, str]]  # layer -> (module path, "input" or "output")
+    missing: dict[int, str]  # layer -> which module has none, and why, in words
+    absent: dict[int, str]  # layer -> path of a block that another pipeline stage owns
 
 
-def block_lists(model: nn.Module) -> list[BlockList]:
-    """Every list of blocks, outermost only (a list of experts inside a block is no list of blocks)."""
-    found: list[BlockList] = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer.path}.") for outer in found)
-        if isinstance(module, nn.ModuleList) and not inside and _size(module):
-            found.append(BlockList(path, module))
-    return found
+def _list_of(lists: Sequence[BlockList], path: str) -> tuple[BlockList, str] | None:
+    """The list of blocks that holds a path, and the path of the block."""
+    for found in lists:
+        if path.startswith(f"{found.path}."):
+            number = path[len(found.path) + 1 :].split(".")[0]
+            return found, f"{found.path}.{number}"
+    return None
 
 
-def _text_config(module: nn.Module):
-    config = getattr(module, "config", None)
-    getter = getattr(config, "get_text_config", None)
-    return getter() if callable(getter) else config
-
-
-def language_model_path(model: nn.Module) -> str:
-    """Path of the language model in a model of several towers; "" where the model has no such part."""
-    for depth in (1, 2, 3):
-        for path, module in model.named_modules():
-            parts = path.split(".")
-            if len(parts) == depth and parts[-1] in _LANGUAGE_MODELS and _size(module) and block_lists(module):
-                return path
-    return ""
-
-
-def is_encoder_decoder(module: nn.Module) -> bool:
-    """Whether a module's configuration says that it has an encoder and a decoder."""
-    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))
-
-
-def side_of(path: str) -> str | None:
-    """ "encoder" or "decoder": the first that a path names. A BERT decoder's blocks stand in "decoder.bert.encoder.layer"."""
-    return next((part for part in path.split(".") if part in ("encoder", "decoder")), None)
-
-
-def find_blocks(model: nn.Module, side: str | None = None) -> BlockList | None:
-    """The blocks of a model's language model: the largest list with ``num_hidden_layers`` entries, else the largest list.
-
-    Args:
-        side: "encoder" or "decoder" of an encoder-decoder model; None: the encoder of such a model, or the only stack.
-    """
-    start = language_model_path(model)
-    core = model.get_submodule(start) if start else model
-    split = is_encoder_decoder(core)
-    candidates = [BlockList(f"{start}.{b.path}".strip("."), b.blocks) for b in block_lists(core)]
-    if side is None and split:
-        side = "encoder"
-    if side is not None:
-        # an encoder-decoder's sides are named in full; in other models the word may stand anywhere
-        own = [c for c in candidates if (side_of(c.path) == side if split else side in c.path.split("."))]
-        candidates = own
-    count = read_integer(_text_config(core), ("num_hidden_layers", "n_layer", "n_layers", "num_layers"))
-    return max(candidates, key=lambda c: (len(c.blocks) == count, _size(c.blocks)), default=None)
-
-
-def _takes(module: nn.Module, names: Iterable[str]) -> bool:
-    parameters = inspect.signature(module.forward).parameters
-    return any(name in parameters for name in names)
-
-
-def backbone_path(model: nn.Module, path: str) -> str:
-    """The innermost ancestor of ``path`` whose ``forward`` takes a model's inputs (tokens, pixels, audio), else embeddings.
-
-    Tokens first: a module inside that takes embeddings may get a mask in another form than the user's. Modules inside a block
-    are no backbones, though some take the tokens too.
-    """
-    inside = next((b.path for b in block_lists(model) if path.startswith(f"{b.path}.")), None)
-    parts = (path if inside is None else inside).split(".")
-    ancestors = [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
-    for names in (MODEL_INPUTS, EMBEDDED_INPUTS):
-        for ancestor in ancestors:
-            module = model.get_submodule(ancestor) if ancestor else model
-            if not isinstance(module, nn.ModuleList | nn.ModuleDict) and _takes(module, names):
-                return ancestor
-    return ""
-
-
-def _width(model: nn.Module, module: nn.Module, block: nn.Module, side: str, stated: int | None, path: str) -> int:
-    if stated is not None:
-        return stated
-    width = None if module is block else own_width(module, side)
-    if width is None:
-        width = stream_width(model, path, block, side)
-        if module is not block and not is_mixture(module):
-            width = part_width(module, side, width)
-    if width is None:
-        raise ValueError(
-            f"embed_dim: cannot tell the width of the {side} of {path!r} ({type(module).__name__}); "
-            "state it: ReftConfig(embed_dim=...)"
-        )
-    return width
-
-
-def _model_type(model: nn.Module, path: str) -> str | None:
-    configs = families.own_config(model, path)
-    return getattr(configs[0], "model_type", None) if configs else None
-
-
-def _target(
-    model: nn.Module, layer: int, path: str, side: str, block: nn.Module, is_block: bool, embed_dim: int | None
-) -> Target:
-    module = model.get_submodule(path)
-    width = _width(model, module, block, side, embed_dim, path)
-    layout = families.layout_of(_model_type(model, path), is_block)
-    return Target(layer, path, side, width, is_block and side == "output", True, families.stream_of(path), layout)
-
-
-# ---- roles
-
-
-def _by_role(
-    model: nn.Module, role: str, side: str | None, layers: str | list[int], embed_dim: int | None
-) -> tuple[list[Target], BlockList]:
-    name = type(model).__name__
-    for kind in families.model_types(model):
-        if kind in families.WITHOUT_BLOCKS:
-            raise ValueError(f"component: got {role!r}, but {name} ({kind}) has no such part: {families.WITHOUT_BLOCKS[kind]}")
-    found = find_blocks(model, side)
-    if found is not None:
-        families.check_role(_model_type(model, f"{found.path}.0"), role)
-    if found is None:
-        where = "" if side is None else f" in the {side}"
-        raise ValueError(
-            f"component: got {role!r}, but {name} has no list of blocks{where}; name modules by path, such as "
-            "'model.layers.{layer}.mlp'"
-        )
-    present = {layer: block for layer, block in enumerate(found.blocks) if _size(block)}  # pipeline parallel: not elsewhere
-    places = {layer: find_role(block, role) for layer, block in present.items()}
-    chosen = _check_layers(layers, list(range(len(found.blocks))))
-    absent = {layer: places[layer] for layer in chosen if isinstance(places.get(layer), Absent)}
-    if absent:
-        _refuse_absent(model, role, found, places, absent)
-    targets = []
-    for layer in chosen:
-        path = f"{found.path}.{layer}"
-        if layer not in present:
-            width = embed_dim or stream_width(model, path, found.blocks)
-            targets.append(Target(layer, path, "output", width, False, present=False))
-            continue
-        if families.holds_images(present[layer], _model_type(model, path)):
-            raise ValueError(
-                f"component: got {role!r}, but the blocks of {name} ({path!r}) hold images [B, C, H, W], expected sequences "
-                "[B, T, d]; this architecture is not supported"
-            )
-        inner, where = places[layer]
-        is_block = role in ("block_output", "block_input")
-        place = f"{path}.{inner}".rstrip(".")
-        targets.append(_target(model, layer, place, where, present[layer], is_block, embed_dim))
-    return targets, found
-
-
-def _refuse_absent(model: nn.Module, role: str, found: BlockList, places: dict, absent: dict) -> None:
-    layer, why = next(iter(absent.items()))
-    block = found.blocks[layer]
-    having = [n for n, place in places.items() if not isinstance(place, Absent)]
-    if having:
-        raise ValueError(
-            f"layers: {role!r} is no part of layers {sorted(absent)} (layer {layer}, {type(block).__name__}: {why.reason}), "
-            f"expected layers among {having}: ReftConfig(layers=[...])"
-        )
-    roles = ", ".join(r for r in ROLES if not isinstance(find_role(block, r), Absent))
-    raise ValueError(
-        f"component: got {role!r}, but {type(block).__name__} ({found.path}.{layer}) has no such part: {why.reason}; "
-        f"it has {roles}, or name a module by path: {_candidates(model, found)}"
-    )
-
-
-# ---- paths
+def _side_of(sides: dict[str, str], path: str) -> str | None:
+    return next((s for s, root in sides.items() if path == root or path.startswith(f"{root}.")), None)
 
 
 def _candidates(model: nn.Module, found: BlockList | None, wanted: str = "") -> str:
     if found is None:
         names = [name for name, _ in model.named_modules() if name]
     else:
-        block = next((b for b in found.blocks if _size(b)), None)
+        block = next((b for b in found.blocks if size(b)), None)
         names = [f"{found.path}.{{layer}}"]
         names += [f"{found.path}.{{layer}}.{name}" for name, _ in block.named_modules() if name]
     close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4) if wanted else []
@@ -276,8 +142,66 @@ def _candidates(model: nn.Module, found: BlockList | None, wanted: str = "") -> 
     return ", ".join(ordered[:_SHOWN]) + (", ..." if len(ordered) > _SHOWN else "")
 
 
-def _matches(model: nn.Module, pattern: str) -> dict[str, int]:
-    """Module path -> layer number for every module whose path is the pattern, or ends with it."""
+# ---- roles
+
+
+def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
+    found = find_blocks(model, side)
+    kind = model_type_of(model, "" if found is None else found.path)
+    if kind in REFUSED:
+        raise ValueError(f"component: got {role!r}, which cannot be edited in {type(model).__name__} ({kind}): {REFUSED[kind]}")
+    if kind in ROLES_REFUSED:
+        raise ValueError(
+            f"component: got {role!r}, but {type(model).__name__} ({kind}) has no such module: {ROLES_REFUSED[kind]}"
+        )
+    if found is None:
+        where = "" if side is None else f" in the {side}"
+        raise ValueError(
+            f"component: got {role!r}, but {type(model).__name__} has no list of blocks{where}; name modules by path, such as "
+            "'model.layers.{layer}.mlp'"
+        )
+    places = _Places({}, {}, {})
+    for layer, block in enumerate(found.blocks):
+        path = f"{found.path}.{layer}"
+        if not size(block):
+            places.absent[layer] = path
+            continue
+        place = _role_in(model, path, block, role)
+        if isinstance(place, str):
+            places.missing[layer] = f"{type(block).__name__} ({path}) {place}"
+        else:
+            places.found[layer] = (f"{path}.{place.path}".rstrip("."), place.side)
+    if not places.found and places.missing:
+        block = next(b for b in found.blocks if size(b))
+        path = next(f"{found.path}.{n}" for n, b in enumerate(found.blocks) if b is block)
+        roles = ", ".join(r for r in ROLES if not isinstance(_role_in(model, path, block, r), str))
+        first = next(iter(places.missing.values()))
+        listed = f"it has {roles}, or name" if roles else "name"
+        raise ValueError(f"component: got {role!r}, but {first}; {listed} a module by path: {_candidates(model, found)}")
+    return places
+
+
+def _role_in(model: nn.Module, path: str, block: nn.Module, role: str) -> Place | str:
+    if isinstance(block, nn.ModuleList | nn.ModuleDict):
+        return "is a list in a list, which is never called itself"
+    if holds_maps(block):
+        return "is convolutional: it holds channels first, [B, C, ...], not rows of tokens"
+    if role.startswith("block"):
+        return Place("", role.rsplit("_", 1)[1])
+    if isinstance(getattr(block, "blocks", None), nn.ModuleList):
+        return "is a stage of several blocks: block_output and block_input are the stage's; name a block's part by path"
+    place = find_role(block, role, stream_width(model, path, block, "input"))
+    chunk = getattr(config_of(model, path), "chunk_size_feed_forward", 0)
+    if role.startswith("mlp") and not isinstance(place, str) and isinstance(chunk, int) and chunk > 0:
+        return "runs its feed-forward on chunks of the sequence; set config.chunk_size_feed_forward = 0"
+    return place
+
+
+# ---- paths
+
+
+def _matches(model: nn.Module, pattern: str) -> dict[str, re.Match]:
+    """The match of every module whose path is the pattern, or ends with it."""
     expression = re.escape(pattern).replace(re.escape("{layer}"), r"(\d+)")
     exact, ending = re.compile(expression), re.compile(rf"(?:.*\.)?{expression}")
     # a container is never called itself
@@ -286,11 +210,11 @@ def _matches(model: nn.Module, pattern: str) -> dict[str, int]:
         hits = {name: form.fullmatch(name) for name in names}
         hits = {name: hit for name, hit in hits.items() if hit is not None}
         if hits:
-            return {name: int(hit[1]) if hit.groups() else 0 for name, hit in hits.items()}
+            return hits
     return {}
 
 
-def _by_path(model: nn.Module, component: str, embed_dim: int | None) -> tuple[list[Target], BlockList | None]:
+def _by_path(model: nn.Module, component: str) -> _Places:
     pattern, side = component.replace("[", ".").replace("]", ""), "output"
     if pattern.count("{layer}") > 1:
         raise ValueError(f"component: got {component!r}, expected {{layer}} at most once")
@@ -304,33 +228,105 @@ def _by_path(model: nn.Module, component: str, embed_dim: int | None) -> tuple[l
             f"component: got {component!r}, which names no module of {type(model).__name__}; expected one of "
             f"{', '.join(ROLES)}, or a module path such as {_candidates(model, found, pattern)}"
         )
-    if len(set(hits.values())) < len(hits):
+    numbers = {path: int(hit[1]) if hit.groups() else 0 for path, hit in hits.items()}
+    if len(set(numbers.values())) < len(numbers):
         raise ValueError(f"component: got {component!r}, which is ambiguous: {', '.join(sorted(hits)[:_SHOWN])}")
-    for path in hits:
-        families.check_path(path)
-    lists = block_lists(model)
-    first = next(iter(hits))
-    inside = next((b for b in lists if first.startswith(f"{b.path}.")), None)
-    targets = []
-    for path, layer in sorted(hits.items(), key=lambda item: item[1]):
-        module = model.get_submodule(path)
-        is_block = inside is not None and path == f"{inside.path}.{layer}"
-        block = module if inside is None else inside.blocks[int(path[len(inside.path) + 1 :].split(".")[0])]
-        targets.append(_target(model, layer, path, side, block, is_block, embed_dim))
-    return targets, inside
+    places = _Places({layer: (path, side) for path, layer in numbers.items()}, {}, {})
+    path, hit = next(iter(hits.items()))
+    if hit.groups():
+        parent = path[: hit.start(1)].rstrip(".")
+        for name, block in model.get_submodule(parent).named_children() if parent else ():
+            layer = int(name) if name.isdigit() else -1
+            if layer < 0 or layer in places.found:
+                continue
+            if isinstance(model.get_submodule(parent), nn.ModuleList) and not size(block):
+                places.absent[layer] = f"{parent}.{name}"
+            else:
+                places.missing[layer] = f"{type(block).__name__} ({parent}.{name}) has no such module"
+    return places
 
 
 # ---- the whole
 
 
-def _check_layers(layers: str | list[int], available: list[int]) -> list[int]:
-    if layers == "all":
-        return available
-    missing = [n for n in layers if n not in available]
-    if missing:
-        low, high = min(available), max(available)
-        raise ValueError(f"layers: got {list(layers)}, expected layer numbers from {low} to {high}; {missing} are out of range")
-    return list(layers)
+def _choose(component: str, layers: str | list[int], places: _Places) -> list[int]:
+    """The layer numbers to edit, in order."""
+    available = sorted({*places.found, *places.missing, *places.absent})
+    chosen = available if layers == "all" else list(layers)
+    beyond = [n for n in chosen if n not in available]
+    if beyond:
+        low, high = available[0], available[-1]
+        raise ValueError(f"layers: got {list(layers)}, expected layer numbers from {low} to {high}; {beyond} are out of range")
+    without = [n for n in chosen if n in places.missing]
+    if without:
+        got = repr(layers) if layers == "all" else list(layers)
+        having = sorted(places.found)
+        raise ValueError(
+            f"layers: got {got}, but {component!r} is not in layers {without}: {places.missing[without[0]]}; "
+            f"expected layers among {having}: ReftConfig(layers={having})"
+        )
+    return chosen
+
+
+def _check_shared(model: nn.Module, component: str, targets: Sequence[Target]) -> None:
+    """One module at several layers would get every layer's edit at each of its calls."""
+    seen: dict[tuple[int, str], Target] = {}
+    for target in targets:
+        other = seen.setdefault((id(model.get_submodule(target.path)), target.side), target)
+        if target.present and other is not target:
+            raise ValueError(
+                f"component: got {component!r}, but {other.path!r} and {target.path!r} are one module, which layers "
+                f"{other.layer} and {target.layer} share; choose one of them: layers=[{other.layer}]"
+            )
+
+
+class _Maker:
+    """Makes targets of one model; what it looks up once serves every layer."""
+
+    def __init__(self, model: nn.Module, component: str, embed_dim: int | None) -> None:
+        self.model = model
+        self.component = component
+        self.embed_dim = embed_dim
+        self.lists = block_lists(model)
+        self.sides = side_paths(model)
+
+    def tower(self, backbone: str) -> str:
+        """The module that is called for the blocks at or below a backbone: heads stand outside of it."""
+        below = next((b for b in self.lists if not backbone or b.path.startswith(f"{backbone}.")), None)
+        return backbone if below is None else backbone_path(self.model, f"{below.path}.0")
+
+    def absent(self, layer: int, path: str) -> Target:
+        """The target of a layer that another pipeline stage owns."""
+        found, _ = _list_of(self.lists, path)
+        width = self.embed_dim or stream_width(self.model, found.path, next(b for b in found.blocks if size(b)))
+        if width is None:
+            raise ValueError(f"embed_dim: cannot tell the width of {path!r}, which is in another process; state it")
+        return Target(layer, path, "output", width, False, present=False)
+
+    def present(self, layer: int, path: str, side: str) -> Target:
+        """The target at a path, or an error that says why it cannot be edited."""
+        model = self.model
+        module = model.get_submodule(path)
+        held = _list_of(self.lists, path)
+        block_path = None if held is None else held[1]
+        is_block = path == block_path
+        enc_dec = _side_of(self.sides, path)
+        backbone = backbone_path(model, path)
+        stream = stream_of(model, path, backbone, None if held is None else held[0])
+        reason = why_refused(model, path, side, enc_dec) or why_unfit(model, path, stream)
+        if reason is None and held is not None and holds_maps(model.get_submodule(block_path)):
+            reason = "its block is convolutional: it holds channels first, [B, C, ...], not rows of tokens"
+        if reason is not None:
+            raise ValueError(f"component: got {self.component!r}; the {side} of {path!r} cannot be edited: {reason}")
+        return Target(
+            layer,
+            path,
+            side,
+            place_width(model, path, module, block_path, side, self.embed_dim),
+            is_block and side == "output",
+            stream=stream,
+            layout=layout_of(model, path, self.tower(backbone), is_block, enc_dec),
+        )
 
 
 def resolve(model: nn.Module, component: str, layers: str | list[int] = "all", *, embed_dim: int | None = None) -> Component:
@@ -338,27 +334,23 @@ def resolve(model: nn.Module, component: str, layers: str | list[int] = "all", *
 
     Args:
         component: a role or a module path; see the module's text.
-        layers: "all" or layer numbers, in the order in which the weights are stacked.
+        layers: "all" or layer numbers, in the order in which the weights are stacked. Each must have the component.
         embed_dim: width of the targets, where neither the configuration nor the weights tell it.
 
     Raises:
-        ValueError: a component that matches nothing (with what would match), layers out of range, an unknown width.
+        ValueError: naming ``component`` (it matches nothing, or cannot be edited: why, and what to name instead), ``layers``
+            (out of range, or without the component: which have it) or ``embed_dim`` (an unknown width).
     """
-    for kind in families.model_types(model):
-        if kind in families.REFUSED:
-            raise ValueError(f"component: {type(model).__name__} ({kind}) is not supported: {families.REFUSED[kind]}")
     side, role = None, component
     head, _, rest = component.partition(".")
     if head in ("encoder", "decoder") and rest in ROLES:
         side, role = head, rest
-    if role in ROLES:
-        targets, found = _by_role(model, role, side, layers, embed_dim)
-    else:
-        targets, found = _by_path(model, component, embed_dim)
-    by_layer = {target.layer: target for target in targets}
-    chosen = tuple(by_layer[n] for n in _check_layers(layers, sorted(by_layer)))
-    backbone = backbone_path(model, chosen[0].path)
-    start = language_model_path(model)
-    core = model.get_submodule(start) if start and chosen[0].path.startswith(f"{start}.") else model
-    split = side_of(chosen[0].path) if is_encoder_decoder(core) else None
-    return Component(chosen, backbone, split == "encoder", split == "decoder")
+    places = _by_role(model, role, side) if role in ROLES else _by_path(model, component)
+    chosen = _choose(component, layers, places)
+    maker = _Maker(model, component, embed_dim)
+    targets = tuple(
+        maker.absent(n, places.absent[n]) if n in places.absent else maker.present(n, *places.found[n]) for n in chosen
+    )
+    _check_shared(model, component, targets)
+    enc_dec = _side_of(maker.sides, targets[0].path)
+    return Component(targets, backbone_path(model, targets[0].path), enc_dec == "encoder", enc_dec == "decoder")

@@ -1,109 +1,203 @@
-"""What is special about single architectures: those whose blocks cannot be edited right, and layouts of hidden states.
+"""What the structure of a model does not tell: architectures by ``config.model_type``, with a reason each.
 
-Keyed by ``config.model_type``. Everything else is found by structure.
+Names are those of transformers; a model type that is not listed here is judged by its structure alone.
 """
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from typing import NamedTuple
 
 from torch import nn
 
+_MAPS = "its stages hold feature maps [B, C, H, W], not rows of tokens"
+_GRIDS = "its blocks hold a grid [B, H, W, d], not rows of tokens"
+_MIXED = "its hidden state holds an image's rows beside the tokens, which positions do not count"
+
 REFUSED: dict[str, str] = {
-    "squeezebert": "its layers are called by their forward, past hooks, and hold [B, d, T]",
-    "funnel": "its blocks are lists that are never called, and its sequence is pooled in between",
-    "reformer": "its reversible layers recompute their inputs in the backward, from outputs that an edit has changed",
-    "vilt": "its sequence holds text and image patches together, so the text's positions do not count it",
+    "squeezebert": "its blocks are run past every hook, by block.forward(), and hold [B, d, T]",
+    "funnel": "its blocks are lists in lists, and pool the sequence between them",
+    "reformer": "its blocks are reversible: they hold two streams and run again in the backward",
+    "perceiver": "its blocks hold latents, which are not the tokens of the input",
+    "canine": "its blocks hold characters pooled into molecules, not the tokens of the input",
+    "bridgetower": "its vision blocks hold rows first, and its towers are merged between blocks",
+    "vilt": _MIXED,
+    "git": _MIXED,
+    "visual_bert": _MIXED,
+    "layoutlmv2": _MIXED,
+    "layoutlmv3": _MIXED,
+    "flava_multimodal_model": _MIXED,
+    "udop": _MIXED,
+    "sam_vision_model": _GRIDS,
+    "vitdet": _GRIDS,
+    "dinat": _GRIDS,
+    "hiera": "its stages reorder and pool the rows of the image",
+    "segformer": _MAPS,
+    "glpn": _MAPS,
+    "cvt": _MAPS,
+    "pvt": _MAPS,
+    "pvt_v2": _MAPS,
+    "levit": "its stages run as one flat list and subsample the rows between blocks",
+    "swiftformer": _MAPS,
+    "efficientformer": _MAPS,
+    "mobilevit": _MAPS,
+    "mobilevitv2": _MAPS,
+    "poolformer": _MAPS,
+    "van": _MAPS,
+    "florence_vision": _MAPS,
+    "resnet": _MAPS,
+    "regnet": _MAPS,
+    "bit": _MAPS,
+    "convnext": _MAPS,
+    "convnextv2": _MAPS,
+    "dinov3_convnext": _MAPS,
+    "efficientnet": _MAPS,
+    "mobilenet_v1": _MAPS,
+    "mobilenet_v2": _MAPS,
+    "textnet": _MAPS,
+    "hgnet_v2": _MAPS,
+    "timm_backbone": "its blocks are those of another package, of any layout",
+    "timm_wrapper": "its blocks are those of another package, of any layout",
 }
-"""Architectures that are refused when an adapter is attached, with the reason."""
+"""Nothing in these can be edited: a place would not run, or would not be a row for each token."""
 
-WITHOUT_BLOCKS: dict[str, str] = {
-    "xlm": "its layers are parallel lists (attentions, ffns) and no modules; name one by path: 'transformer.ffns.{layer}'",
-    "flaubert": "its layers are parallel lists (attentions, ffns) and no modules; name one by path: 'transformer.ffns.{layer}'",
-}
-"""Architectures without modules that roles could mean, with what to name instead."""
-
-_LAYOUTS: dict[str, tuple[str, str]] = {
-    "xlnet": ("tbd", "inside"),
-    "deepseek_v4": ("btsd", "block"),
-    "gemma3n": ("sbtd", "block"),
-    "gemma3n_text": ("sbtd", "block"),
-    **dict.fromkeys(("longformer", "led", "big_bird", "bigbird_pegasus", "pegasus_x"), ("btd_padded", "inside")),
-}
-"""Layout of hidden states, of a block's own input and output alone ("block") or of everything inside it too ("inside")."""
-
-_INSIDE_REFUSED: dict[str, str] = {
-    "ibert": "its modules return pairs of a quantized tensor and a scale",
-    "mobilebert": "its blocks have several feed-forwards, and work in a bottleneck of another width",
-}
-_SEQUENCES = {"nystromformer"}  # convolve in two dimensions over heads and tokens
-
-_OWN_ROWS = re.compile(
-    r"vision|visual|image|audio|speech|projector|projection|connector|merger|resampler|q_?former|perceiver|abstractor|aligner",
-    re.IGNORECASE,
+_NO_BLOCKS = (
+    "its attentions and feed-forwards are two lists, and there is no list of blocks; name "
+    "'attentions.{layer}' or 'ffns.{layer}'"
 )
-_EXPERT = re.compile(r"(^|\.)\w*experts\.(\d+|\w+)(\.|$)")
-_CROSS_STATES = re.compile(
-    r"(^|\.)(encoder_attn|crossattention|cross_attn|cross_attention|EncDecAttention|multihead_attn)(\.\w+)*"
-    r"\.(k_proj|v_proj|kv_proj|k|v|key|value)$"
+ROLES_REFUSED: dict[str, str] = {"xlm": _NO_BLOCKS, "flaubert": _NO_BLOCKS}
+"""No role means a module in these; module paths do."""
+
+
+class Refusal(NamedTuple):
+    """Modules of one architecture that cannot be edited: those below, or named, ``names``."""
+
+    model_types: tuple[str, ...]
+    names: tuple[str, ...]  # parts of a module path; none: every module
+    reason: str
+    side: str | None = None  # of an encoder-decoder model; None: both
+    last: bool = False  # only the module itself, and only its output
+
+
+_FIRST = "it reads the sequence first, [T, B, d]"
+PLACES_REFUSED: tuple[Refusal, ...] = (
+    Refusal(
+        ("prophetnet", "xlm-prophetnet"),
+        (),
+        "the decoder's hidden state holds the predicting streams behind the tokens, [B, (1 + ngram) * T, d]",
+        side="decoder",
+    ),
+    Refusal(
+        ("pegasus_x",),
+        ("self_attn",),
+        "every second layer shifts the rows by half a block before its attention",
+        side="encoder",
+    ),
+    Refusal(
+        ("pegasus_x",),
+        ("fc1", "fc2", "final_layer_norm"),
+        "it runs twice in a layer, for the tokens and for the global tokens",
+        side="encoder",
+    ),
+    Refusal(
+        ("longformer", "led"),
+        ("query", "key", "value", "query_global", "key_global", "value_global"),
+        _FIRST,
+    ),
+    Refusal(
+        ("deepseek_v4", "glm5_next", "glm5_next_text", "hy_v4"),
+        ("attn_hc", "ffn_hc", "hc_head"),
+        "it holds the weights that mix the residual streams, not a hidden state",
+    ),
+    Refusal(
+        ("deepseek_v4", "glm5_next", "glm5_next_text", "hy_v4"),
+        ("compressor", "indexer", "o_a_proj"),
+        "its rows are windows or groups, not tokens",
+    ),
+    Refusal(
+        ("swin", "swinv2", "donut-swin", "maskformer-swin", "swin2sr", "clap_audio_model"),
+        ("attention",),
+        "it runs on windows, [B * windows, rows, d], which shift from block to block",
+    ),
+    Refusal(
+        ("ibert",),
+        ("attention",),
+        "it returns a tuple in a tuple; name 'attention.output'",
+        last=True,
+    ),
 )
 
+PADDED: dict[str, str | None] = {
+    "longformer": None,
+    "big_bird": None,
+    "led": "encoder",
+    "pegasus_x": "encoder",
+    "bigbird_pegasus": "encoder",
+}
+"""The sequence is padded on the right inside these (one side of them): to a window's or a block's multiple."""
 
-def model_types(model: nn.Module) -> list[str]:
-    """The model types of a model's configuration and of the parts that it holds."""
-    config = getattr(model, "config", None)
-    parts = [config, *(getattr(config, name, None) for name in ("text_config", "encoder", "decoder"))]
-    return [part.model_type for part in parts if isinstance(getattr(part, "model_type", None), str)]
+TIME_FIRST: dict[str, str | None] = {"xlnet": None, "fsmt": "layers"}
+"""Hidden states are [T, B, d] inside these: inside the backbone, or inside the list of that name."""
 
-
-def layout_of(model_type: str | None, is_block: bool) -> str:
-    """The layout of a place's hidden state, as :func:`reft_kernels.model.selection.place_rows` names it."""
-    layout, extent = _LAYOUTS.get(model_type or "", ("btd", "inside"))
-    return layout if is_block or extent == "inside" else "btd"
-
-
-def stream_of(path: str) -> str:
-    """ "own" for a module of a vision or audio tower or a projector, whose rows are not the text's tokens; else "tokens"."""
-    return "own" if any(_OWN_ROWS.search(part) for part in path.split(".")) else "tokens"
+NARROW: dict[str, str] = {"mobilebert": "true_hidden_size"}
+"""Inside a block the hidden state is narrower than between blocks; the width is this configuration value."""
 
 
-def check_path(path: str) -> None:
-    """Refuse places whose rows are not a sequence's.
+def config_of(model: nn.Module, path: str):
+    """The configuration of the innermost module at or above ``path`` that has its own; None if none has."""
+    parts = path.split(".") if path else []
+    for depth in range(len(parts), -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:depth])), "config", None)
+        if getattr(config, "model_type", None) or hasattr(config, "hidden_size"):
+            return config
+    return None
 
-    Raises:
-        ValueError: a module of one expert, or the keys or values of cross-attention.
+
+def model_type_of(model: nn.Module, path: str) -> str:
+    """``model_type`` of :func:`config_of`; empty if there is none."""
+    return str(getattr(config_of(model, path), "model_type", None) or "")
+
+
+def why_refused(model: nn.Module, path: str, where: str, side: str | None) -> str | None:
+    """Why a place cannot be edited in its architecture, or None.
+
+    Args:
+        where: "input" or "output" of the module at ``path``.
+        side: "encoder" or "decoder" in an encoder-decoder model.
     """
-    if _EXPERT.search(path):
-        raise ValueError(
-            f"component: got {path!r}, a module of a mixture's expert, which sees only the tokens that are routed to it; "
-            "name the mixture itself, as 'mlp_output' does"
-        )
-    if _CROSS_STATES.search(path):
-        raise ValueError(
-            f"component: got {path!r}, which reads the encoder's states and not the decoder's tokens; "
-            "edit 'encoder.block_output', or the cross-attention's output"
-        )
-
-
-def check_role(model_type: str | None, role: str) -> None:
-    """Refuse the roles inside a block that an architecture gives another meaning.
-
-    Raises:
-        ValueError: such a role.
-    """
-    reason = _INSIDE_REFUSED.get(model_type or "")
-    if reason is not None and not role.startswith("block_"):
-        raise ValueError(f"component: got {role!r}, which {model_type} does not have: {reason}; use 'block_output'")
-
-
-def holds_images(block: nn.Module, model_type: str | None) -> bool:
-    """Whether a block's hidden state is an image ``[B, C, H, W]``: it convolves in two dimensions."""
-    return model_type not in _SEQUENCES and any(isinstance(module, nn.Conv2d) for module in block.modules())
-
-
-def own_config(model: nn.Module, path: str) -> list[Any]:
-    """The configurations of the modules around ``path``, the nearest first."""
+    kind = model_type_of(model, path)
+    if kind in REFUSED:
+        return f"{kind}: {REFUSED[kind]}"
     parts = path.split(".")
-    around = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts), -1, -1)]
-    return [m.config for m in around if getattr(m, "config", None) is not None]
+    for refusal in PLACES_REFUSED:
+        if kind not in refusal.model_types or refusal.side not in (None, side):
+            continue
+        if refusal.last:
+            hit = parts[-1] in refusal.names and where == "output"
+        else:
+            hit = not refusal.names or any(name in parts for name in refusal.names)
+        if hit:
+            return f"{kind}: {refusal.reason}"
+    return None
+
+
+def layout_of(model: nn.Module, path: str, tower: str, is_block: bool, side: str | None) -> str:
+    """How the hidden state at a place lies in memory; see :class:`~reft_kernels.model.components.Target`.
+
+    Args:
+        tower: path of the module that is called for the blocks.
+    """
+    kind = model_type_of(model, path)
+    inside = path.startswith(f"{tower}.") or not tower
+    if is_block:
+        classes = [type(child).__name__ for child in model.get_submodule(path).children()]
+        if any(name.endswith("HyperConnection") for name in classes):
+            return "btsd"
+        if any(name.endswith("AltUp") for name in classes):
+            return "sbtd"
+    if inside and kind in TIME_FIRST:
+        name = TIME_FIRST[kind]
+        if name is None or name in path.split("."):
+            return "tbd"
+    if inside and kind in PADDED and PADDED[kind] in (None, side):
+        return "btd_padded"
+    return "btd"

@@ -99,9 +99,9 @@ means("bert", "attention_output", "bert.encoder.layer.{}.attention")
 means("deepseek_v3", "mlp_activation", f"{B}.mlp.down_proj", (0,), "input")
 refuses("deepseek_v3", "mlp_activation", "mixture", (1,))
 refuses("mixtral", "mlp_activation", "mixture")
-refuses("granitemoehybrid", "mlp_output", "parts")
-if VERSION_5:  # all experts together return a row for each token; a part of them does not
-    means("mixtral", "model.layers.{layer}.mlp.experts", f"{B}.mlp.experts")
+refuses("granitemoehybrid", "mlp_output", "more than one feed-forward")
+if VERSION_5:  # the fused experts' rows are in an order of their own
+    refuses("mixtral", "model.layers.{layer}.mlp.experts", "expert")
     EXPERT = "mlp.experts.act_fn"
 else:
     EXPERT = "block_sparse_moe.experts.0.w2"
