@@ -50,7 +50,7 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-# every question that this machine can answer; raw rows under benchmarks/results/, one page that shows them all
+# every suite that this machine can answer; raw rows under benchmarks/results/, one page that shows them all
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run --csv $(ARGS)
 	$(BIN)/python -m benchmarks.page

@@ -1,8 +1,8 @@
-"""Compare two files of raw rows, such as the same questions before and after a change, and providers with one another.
+"""Compare two files of raw rows, such as the same suites before and after a change, and providers with one another.
 
     python -m benchmarks.compare A.csv B.csv [--all]
 
-The newest rows of both files are matched by question, dtype, shape, mode, provider and allocator. Printed is the ratio B / A of
+The newest rows of both files are matched by suite, dtype, shape, mode, provider and allocator. Printed is the ratio B / A of
 the medians with the interval [B.p20 / A.p80, B.p80 / A.p20] and a verdict. "faster" or "slower" needs both that the intervals
 p20..p80 of A and B do not overlap and that the medians differ by more than 3 %; anything else is "within noise" and is printed
 only with ``--all``. Only medians are compared: the column ``ratio`` refers to a baseline that was itself measured in the same
@@ -118,12 +118,12 @@ def behind(found: Iterable[Row]) -> list[Behind]:
 
 
 def _key(row: Row) -> tuple[str, ...]:
-    return (row.question, row.dtype, row.shape, row.mode, row.provider, row.allocator)
+    return (row.suite, row.dtype, row.shape, row.mode, row.provider, row.allocator)
 
 
 def _name(key: tuple[str, ...]) -> str:
-    question, dtype, shape, mode, provider, allocator = key
-    return f"{question}, {mode}: {shape}, {dtype}, {allocator}: {provider}"
+    suite, dtype, shape, mode, provider, allocator = key
+    return f"{suite}, {mode}: {shape}, {dtype}, {allocator}: {provider}"
 
 
 def _newest(path: Path) -> dict[tuple[str, ...], Row]:

@@ -63,7 +63,7 @@ def eager_unfolded(h: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Tensor:
 def backends(device: str) -> dict[str, str | None]:
     """Names of reft_kernels' providers, and the backend that each forces: its own choice first, then every other able one."""
     chosen, _ = dispatch.choose("edit", device, torch.float32)
-    able = [name for name in dispatch.BACKENDS if dispatch.why_unable(name, "edit", device, torch.float32) is None]
+    able = [name for name in dispatch.BACKENDS if dispatch.unsupported_reason(name, "edit", device, torch.float32) is None]
     return {"reft_kernels": None} | {f"reft_kernels, {name} backend": name for name in able if name != chosen}
 
 

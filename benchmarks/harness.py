@@ -1,4 +1,4 @@
-"""One protocol for every question.
+"""One protocol for every suite.
 
 Providers are timed in turn, call by call, so that drift of a shared machine meets all of them alike. Input sets rotate, so
 that data come from memory and not from the last call's cache. Each provider is first held to fp64 on the inputs that are timed:
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks import counting, machine
+from benchmarks import machine, op_metrics
 from benchmarks.rows import Row
 
 CLONE = "torch.clone"
@@ -79,10 +79,10 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a question.
+    """One line of a suite.
 
     Attributes:
-        question, mode, shape, dtype: as in :class:`benchmarks.rows.Row`.
+        suite, mode, shape, dtype: as in :class:`benchmarks.rows.Row`.
         providers: by name.
         baseline: name of the provider that ratios refer to.
         sets: how many input sets rotate (:func:`sets_for`).
@@ -91,7 +91,7 @@ class Case:
         rounds: samples of each provider, where the settings do not say.
     """
 
-    question: str
+    suite: str
     mode: str
     shape: dict[str, object]
     dtype: torch.dtype
@@ -123,7 +123,7 @@ class Settings:
         return all(word in text for word in self.match)
 
     def rounds_or(self, default: int) -> int:
-        """The rounds asked for, else 3 when quick, else the question's own number."""
+        """The rounds asked for, else 3 when quick, else the suite's own number."""
         return self.rounds or (3 if self.quick else default)
 
 
@@ -301,9 +301,9 @@ def _row(
         if device == "cuda":
             found["host_us"] = statistics.median(runner.host) * 1e6
         if all(call.countable for call in runner.calls) or device == "cuda":
-            found["launches"] = counting.launches(runner.next(), device)
+            found["launches"] = op_metrics.launches(runner.next(), device)
         if device == "cuda" or not any(call.elsewhere for call in runner.calls):
-            found["peak_bytes"] = counting.peak_bytes(runner.next(), device)
+            found["peak_bytes"] = op_metrics.peak_bytes(runner.next(), device)
     if verdict:
         found |= {"error": verdict.error, "allowed": verdict.allowed}
     base = runners[case.baseline].times if case.baseline in runners else []
@@ -325,7 +325,7 @@ def _of_times(
         if base:
             values["ratio"] = statistics.median(own / other for own, other in zip(times, base, strict=True))
     return Row(
-        question=case.question, provider=name, mode=case.mode,
+        suite=case.suite, provider=name, mode=case.mode,
         shape=case.label, dtype=str(case.dtype).removeprefix("torch."),
         device=machine.device_name(device), driver=machine.driver(device), allocator=machine.allocator(device),
         threads=torch.get_num_threads(), torch=torch.__version__, triton=machine.version("triton"),
@@ -346,7 +346,7 @@ def show(rows: Iterable[Row]) -> None:
     rows = list(rows)
     width = max(len(row.provider) for row in rows)
     first = rows[0]
-    print(f"{first.question}, {first.mode}: {first.shape}, {first.dtype}; ratio to {first.baseline}")
+    print(f"{first.suite}, {first.mode}: {first.shape}, {first.dtype}; ratio to {first.baseline}")
     for row in rows:
         if row.median_ms is None:
             print(f"  {row.provider:<{width}}  {row.note}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from reft_train.files import write_text
 
-from benchmarks import compare, plots, questions
+from benchmarks import compare, plots, suites
 from benchmarks.rows import RESULTS, Row
 
 OUT = RESULTS / "page.html"
@@ -65,11 +65,11 @@ def _table(head: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]], left
 
 
 def _environment(rows: Sequence[Row]) -> str:
-    """A line for each run: versions, commit, date, threads, allocator, and the questions it answered."""
+    """A line for each run: versions, commit, date, threads, allocator, and the suites it answered."""
     runs: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         key = (row.when, row.commit, row.torch, row.triton, row.transformers, row.driver, str(row.threads), row.allocator)
-        runs.setdefault(key, []).append(row.question)
+        runs.setdefault(key, []).append(row.suite)
     head = ("when", "commit", "torch", "triton", "transformers", "driver", "threads", "allocator", "questions", "rows")
     lines = [("", (*key, ", ".join(sorted(set(runs[key]))), str(len(runs[key])))) for key in sorted(runs)]
     return _table(head, lines, len(head) - 1)
@@ -114,12 +114,12 @@ def _behind(rows: Sequence[Row]) -> str:
     losses = compare.behind(rows)
     if not losses:
         return "<p>reft_kernels is slower than another provider in no case measured here.</p>"
-    head = ("question", "mode", "shape", "dtype", "allocator", "reft_kernels", "ms", "faster provider", "ms", "times faster")
+    head = ("suite", "mode", "shape", "dtype", "allocator", "reft_kernels", "ms", "faster provider", "ms", "times faster")
     lines = []
     for loss in losses:
         own = loss.own
         for k, other in enumerate(loss.others):
-            case = (own.question, own.mode, own.shape, own.dtype, own.allocator, own.provider) if k == 0 else ("",) * 6
+            case = (own.suite, own.mode, own.shape, own.dtype, own.allocator, own.provider) if k == 0 else ("",) * 6
             time = ("" if k else own.note or "no time") if own.median_ms is None else "" if k else f"{own.median_ms:.4g}"
             factor = "" if own.median_ms is None else _number(own.median_ms / other.median_ms)
             lines.append(("first" * (k == 0), (*case, time, other.provider, f"{other.median_ms:.4g}", factor)))
@@ -132,7 +132,7 @@ def _count(rows: Sequence[Row]) -> int:
 
 
 def _question(name: str, rows: Sequence[Row], drawn: Sequence[plots.Plot]) -> str:
-    module = questions.load(name)
+    module = suites.load(name)
     head = f"<h3>{_text(module.TITLE)}</h3><p>{_text(module.ABOUT)}</p>"
     if not rows:
         return f'{head}<p class="missing">not measured on this device</p>'
@@ -142,28 +142,28 @@ def _question(name: str, rows: Sequence[Row], drawn: Sequence[plots.Plot]) -> st
 
 def _device(device: str, rows: Sequence[Row], figures: Path) -> str:
     parts = [f'<h2 id="{_text(device)}">{_text(device)}</h2>', _environment(rows), _behind(rows)]
-    for name in questions.NAMES:
-        own = [row for row in rows if row.question == name]
+    for name in suites.NAMES:
+        own = [row for row in rows if row.suite == name]
         parts.append(_question(name, own, plots.draw(own, figures, [name]) if own else []))
     return "\n".join(parts)
 
 
 def without_gpu(devices: dict[str, list[Row]]) -> list[str]:
-    """The questions that no GPU has answered."""
-    answered = {row.question for rows in devices.values() if compare.on_gpu(rows) for row in rows}
-    return [name for name in questions.NAMES if name not in answered]
+    """The suites that no GPU has answered."""
+    answered = {row.suite for rows in devices.values() if compare.on_gpu(rows) for row in rows}
+    return [name for name in suites.NAMES if name not in answered]
 
 
 def render(devices: dict[str, list[Row]], results: Path) -> str:
     """The page for the newest rows of each device; its figures are kept in ``results/<device>/figures``.
 
     Raises:
-        ValueError: rows of a question that does not exist.
+        ValueError: rows of a suite that does not exist.
     """
-    unknown = {row.question for rows in devices.values() for row in rows} - set(questions.NAMES)
+    unknown = {row.suite for rows in devices.values() for row in rows} - set(suites.NAMES)
     if unknown:
-        raise ValueError(f"question: got {', '.join(sorted(unknown))}, expected one of {', '.join(questions.NAMES)}")
-    missing = "".join(f'<li>{_text(questions.load(name).TITLE)}: <span class="missing">{NO_GPU}</span></li>'
+        raise ValueError(f"suite: got {', '.join(sorted(unknown))}, expected one of {', '.join(suites.NAMES)}")
+    missing = "".join(f'<li>{_text(suites.load(name).TITLE)}: <span class="missing">{NO_GPU}</span></li>'
                       for name in without_gpu(devices))  # fmt: skip
     links = " ".join(f'<a href="#{_text(device)}">{_text(device)}</a>' for device in devices)
     body = "\n".join(_device(device, rows, results / device / "figures") for device, rows in devices.items())

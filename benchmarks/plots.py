@@ -178,8 +178,8 @@ def _grid(title: str, panels: list[list[tuple[str, str, str, Lines]]], log: bool
     return figure
 
 
-def _of(rows: Iterable[Row], question: str, *modes: str) -> list[Row]:
-    return [row for row in rows if row.question == question and row.mode in modes]
+def _of(rows: Iterable[Row], suite: str, *modes: str) -> list[Row]:
+    return [row for row in rows if row.suite == suite and row.mode in modes]
 
 
 def _dtypes(rows: Iterable[Row]) -> list[str]:
@@ -327,8 +327,8 @@ def _draw_bars(
             axes.annotate(_plain(y), (x, max(y, high)), (0, 2), textcoords="offset points", ha="center", fontsize=7)
 
 
-def _over_baseline(title: str, caption: str, y_label: str, rows: Sequence[Row], question: str) -> Drawn:
-    rows = _of(rows, question, "step")
+def _over_baseline(title: str, caption: str, y_label: str, rows: Sequence[Row], suite: str) -> Drawn:
+    rows = _of(rows, suite, "step")
 
     def value(row: Row) -> Point | None:
         if not row.median_ms or not row.ratio or row.provider == row.baseline:
@@ -411,7 +411,7 @@ DRAWERS = {
 }  # fmt: skip
 
 
-def draw(rows: Sequence[Row], folder: Path, questions: Iterable[str] = tuple(DRAWERS), kind: str = "svg") -> list[Plot]:
+def draw(rows: Sequence[Row], folder: Path, suites: Iterable[str] = tuple(DRAWERS), kind: str = "svg") -> list[Plot]:
     """Draw the figures of one device's newest rows into ``folder``; a figure without rows is returned without a path.
 
     Where memory was had in several ways, each has its own figures, since their times do not compare.
@@ -419,10 +419,10 @@ def draw(rows: Sequence[Row], folder: Path, questions: Iterable[str] = tuple(DRA
     folder.mkdir(parents=True, exist_ok=True)
     plots: list[Plot] = []
     with rc_context(STYLE):
-        for question in questions:
-            own = [row for row in rows if row.question == question]
+        for suite in suites:
+            own = [row for row in rows if row.suite == suite]
             allocators = sorted({row.allocator for row in own}) or [""]
-            for drawer in DRAWERS.get(question, ()):
+            for drawer in DRAWERS.get(suite, ()):
                 for allocator in allocators:
                     suffix = f", {allocator}" if len(allocators) > 1 else ""
                     for title, caption, figure in drawer([row for row in own if row.allocator == allocator], suffix):

@@ -5,7 +5,7 @@
 What stands between the markers ``<!-- figures -->`` and ``<!-- /figures -->`` is replaced. ``--check`` writes nothing and tells
 by its exit status whether the README is up to date: 0 yes, 1 no. 2: no markers, or rows that cannot be read.
 
-A question is shown by few cases, chosen by their shape alone: :data:`PICKED` says which.
+A suite is shown by few cases, chosen by their shape alone: :data:`PICKED` says which.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from reft_train.files import write_text
 
-from benchmarks import compare, plots, questions
+from benchmarks import compare, plots, suites
 from benchmarks.compare import Behind
 from benchmarks.page import NO_GPU, without_gpu
 from benchmarks.rows import RESULTS, Row
@@ -110,7 +110,7 @@ def _joined(figures: Sequence[str]) -> str:
 
 
 def _title(row: Row) -> str:
-    return questions.load(row.question).TITLE + MODES.get(row.mode, f", {row.mode}")
+    return suites.load(row.suite).TITLE + MODES.get(row.mode, f", {row.mode}")
 
 
 def _line(group: Sequence[Case]) -> str:
@@ -145,9 +145,9 @@ def _line(group: Sequence[Case]) -> str:
 
 def _lines(devices: dict[str, list[Row]]) -> list[str]:
     lines = []
-    for question, pick in PICKED.items():
+    for suite, pick in PICKED.items():
         for found in devices.values():
-            own = list(compare.cases(row for row in found if row.question == question))
+            own = list(compare.cases(row for row in found if row.suite == suite))
             groups: dict[tuple[str, ...], list[Case]] = {}
             for case in pick(own) if own else []:
                 row = case[0]
@@ -186,16 +186,16 @@ def figures(devices: dict[str, list[Row]]) -> str:
     """What belongs between the markers.
 
     Raises:
-        ValueError: rows of a question that does not exist.
+        ValueError: rows of a suite that does not exist.
     """
     lines = _lines(devices)
     text = ["Time over the baseline's in the same rounds: below 1 is faster. Values with slashes follow the dtypes.", ""]
     if lines:
         text += [
-            "| question | case | device | baseline | reft_kernels | others |", "|---|---|---|---|---|---|", *lines, "",
+            "| suite | case | device | baseline | reft_kernels | others |", "|---|---|---|---|---|---|", *lines, "",
         ]  # fmt: skip
     text += _losses(devices)
-    missing = [f"- {questions.load(name).TITLE}: {NO_GPU}" for name in without_gpu(devices)]
+    missing = [f"- {suites.load(name).TITLE}: {NO_GPU}" for name in without_gpu(devices)]
     return "\n".join([*text, *([""] if missing else []), *missing])
 
 

@@ -12,10 +12,10 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One provider's answer to one case of a question; an empty value means that it does not apply or could not be had.
+    """One provider's answer to one case of a suite; an empty value means that it does not apply or could not be had.
 
     Attributes:
-        question: name of the question's file, e.g. ``edit_all_rows``.
+        suite: name of the suite's file, e.g. ``edit_all_rows``.
         provider: who did the work, e.g. ``reft_kernels``, ``eager, folded``, ``pyreft``.
         mode: ``forward``, ``backward``, ``both``, ``step``, ``prefill``, ``decode``, ``call`` or ``start``.
         shape: ``name=value`` pairs, separated by spaces.
@@ -40,7 +40,7 @@ class Row:
         note: why there is no time.
     """
 
-    question: str
+    suite: str
     provider: str
     mode: str
     shape: str
@@ -78,7 +78,7 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """What makes two rows answers to the same case by the same provider."""
-        return (self.question, self.device, self.allocator, self.dtype, self.shape, self.mode, self.provider)
+        return (self.suite, self.device, self.allocator, self.dtype, self.shape, self.mode, self.provider)
 
 
 _NUMBERS = {"int": int, "float": float, "int | None": int, "float | None": float}

@@ -1,4 +1,4 @@
-"""The models that several questions are asked of: Llama-like, by width and depth, and two of Llama's own."""
+"""The models that several suites are asked of: Llama-like, by width and depth, and two of Llama's own."""
 
 from __future__ import annotations
 

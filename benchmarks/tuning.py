@@ -1,4 +1,4 @@
-"""Do the launch heuristics choose well? Times each kernel's present knobs against their neighbours, and proposes changes.
+"""Do the launch heuristics choose well? Times each kernel's present knobs against their adjacent, and proposes changes.
 
     python -m benchmarks.tuning [--quick] [--csv FILE] [--device cuda]
 
@@ -23,8 +23,8 @@ import torch
 import reft_kernels
 from benchmarks import edits, harness, rows
 from benchmarks.harness import Call, Case, Provider, Settings
-from benchmarks.questions import r_build
 from benchmarks.rows import Row
+from benchmarks.suites import r_build
 from reft_kernels import dispatch
 
 WORTH = 0.03
@@ -35,7 +35,7 @@ KNOBS = {  # knob: smallest and largest value tried
 }  # fmt: skip
 
 
-def neighbours(config: object) -> dict[str, object]:
+def adjacent(config: object) -> dict[str, object]:
     """Configurations that differ from one in a single knob, halved or doubled, by what differs."""
     found = {}
     for name, (low, high) in KNOBS.items():
@@ -91,7 +91,7 @@ def _candidates(
 
         return Provider(configured, checked if check else None)
 
-    return {PRESENT: provider(present)} | {name: provider(config) for name, config in neighbours(present).items()}
+    return {PRESENT: provider(present)} | {name: provider(config) for name, config in adjacent(present).items()}
 
 
 def _edit_cases(settings: Settings) -> Iterator[Case]:
@@ -133,7 +133,7 @@ def _build_cases(settings: Settings) -> Iterator[Case]:
             own = case.providers["reft_kernels householder"]
             providers = _candidates(orthonormal, "build_config", own.prepare, own.check)
             shape = case.shape | {"heuristic": "build_config"}
-            yield dataclasses.replace(case, question="tuning", shape=shape, providers=providers, baseline=PRESENT)
+            yield dataclasses.replace(case, suite="tuning", shape=shape, providers=providers, baseline=PRESENT)
 
 
 def proposals(found: list[Row]) -> list[str]:
@@ -156,7 +156,7 @@ def _knobs(found: list[Row]) -> set[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 2 on bad input."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description="Time launch knobs against neighbours.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tuning", description="Time launch knobs against adjacent.")
     parser.add_argument("--quick", action="store_true", help="one small shape, few rounds")
     parser.add_argument("--csv", type=Path, help="append the raw rows to this file")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")

@@ -56,30 +56,30 @@ def _to(grad: Tensor | None, dtype: torch.dtype | None, wanted: bool) -> Tensor 
 
 class _Edit(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation, inplace):
-        args = (rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation, True)
+    def forward(ctx, hidden, rows, weight_ids, read, read_bias, write, subtract_bias, coeff, subtract_projection, activation, inplace):
+        args = (rows, weight_ids, read, read_bias, write, subtract_bias, coeff, subtract_projection, activation, True)
         if inplace:
-            kept, u, z = _edit_rows_of(hidden, _op.edit_, *args)
+            saved_input, u, z = _edit_rows_of(hidden, _op.edit_, *args)
             ctx.mark_dirty(hidden)
             out = hidden
         else:
-            out, kept, u, z = _op.edit(_as_rows(hidden), *args)
+            out, saved_input, u, z = _op.edit(_as_rows(hidden), *args)
             out = _shaped(out, hidden)
         # over all rows the backward rebuilds the input from the output, which the next layer keeps anyway
-        ctx.save_for_backward(out if rows is None else kept, u, z, rows, set_ids, read, write, coeff)
-        ctx.settings = (subtract, activation)
+        ctx.save_for_backward(out if rows is None else saved_input, u, z, rows, weight_ids, read, write, coeff)
+        ctx.settings = (subtract_projection, activation)
         ctx.bias_dtypes = tuple(None if t is None else t.dtype for t in (read_bias, subtract_bias))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        may_overwrite = not torch.compiler.is_compiling() and ownership.owned(grad)
-        kept, u, z, rows, set_ids, read, write, coeff = ctx.saved_tensors
-        subtract, activation = ctx.settings
+        may_overwrite = not torch.compiler.is_compiling() and ownership.is_sole_owner(grad)
+        saved_input, u, z, rows, weight_ids, read, write, coeff = ctx.saved_tensors
+        subtract_projection, activation = ctx.settings
         needs = ctx.needs_input_grad
         need_weights = needs[3] or needs[4] or needs[5] or needs[6]
-        args = (_as_rows(kept), u, z, rows, set_ids, read, write, coeff, subtract, activation)
+        args = (_as_rows(saved_input), u, z, rows, weight_ids, read, write, coeff, subtract_projection, activation)
         if needs[0] and may_overwrite:
             grads = _edit_rows_of(grad, _op.edit_backward_, *args, need_weights)
             grad_hidden = grad
@@ -104,28 +104,28 @@ class _Edit(torch.autograd.Function):
 
 class _Red(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, rows, set_ids, scale, bias, inplace):
-        args = (rows, set_ids, scale, bias, True)
+    def forward(ctx, hidden, rows, weight_ids, scale, bias, inplace):
+        args = (rows, weight_ids, scale, bias, True)
         if inplace:
-            kept = _edit_rows_of(hidden, _op.red_, *args)
+            saved_input = _edit_rows_of(hidden, _op.red_, *args)
             ctx.mark_dirty(hidden)
             out = hidden
         else:
-            out, kept = _op.red(_as_rows(hidden), *args)
+            out, saved_input = _op.red(_as_rows(hidden), *args)
             out = _shaped(out, hidden)
-            kept = hidden if rows is None else kept
-        ctx.save_for_backward(kept, rows, set_ids, scale)
+            saved_input = hidden if rows is None else saved_input
+        ctx.save_for_backward(saved_input, rows, weight_ids, scale)
         ctx.bias_dtype = bias.dtype
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        may_overwrite = not torch.compiler.is_compiling() and ownership.owned(grad)
-        kept, rows, set_ids, scale = ctx.saved_tensors
+        may_overwrite = not torch.compiler.is_compiling() and ownership.is_sole_owner(grad)
+        saved_input, rows, weight_ids, scale = ctx.saved_tensors
         needs = ctx.needs_input_grad
         need_weights = needs[3] or needs[4]
-        args = (_as_rows(kept), rows, set_ids, scale)
+        args = (_as_rows(saved_input), rows, weight_ids, scale)
         if needs[0] and may_overwrite:
             grad_scale, grad_bias = _edit_rows_of(grad, _op.red_backward_, *args, need_weights)
             grad_hidden = grad
@@ -149,11 +149,11 @@ def _copied_back(hidden: Tensor, out: Tensor) -> Tensor:
 
 
 def apply_edit(
-    hidden: Tensor, rows: Tensor | None, set_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None, write: Tensor,
-    subtract_bias: Tensor | None, coeff: Tensor | None, subtract: bool, activation: str, inplace: bool,
+    hidden: Tensor, rows: Tensor | None, weight_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None, write: Tensor,
+    subtract_bias: Tensor | None, coeff: Tensor | None, subtract_projection: bool, activation: str, inplace: bool,
 ) -> Tensor:  # fmt: skip
     """The general edit with its gradient; arguments as the operator ``reft_kernels::edit``, already checked."""
-    args = (rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation)
+    args = (rows, weight_ids, read, read_bias, write, subtract_bias, coeff, subtract_projection, activation)
     graph = _needs_graph(hidden, read, read_bias, write, subtract_bias, coeff)
     if inplace:
         check_writable(hidden, graph)
@@ -168,7 +168,7 @@ def apply_edit(
 
 
 def apply_red(
-    hidden: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor, bias: Tensor, inplace: bool
+    hidden: Tensor, rows: Tensor | None, weight_ids: Tensor | None, scale: Tensor, bias: Tensor, inplace: bool
 ) -> Tensor:
     """RED with its gradient; arguments already checked."""
     graph = _needs_graph(hidden, scale, bias)
@@ -176,10 +176,10 @@ def apply_red(
         check_writable(hidden, graph)
     if graph:
         if inplace and torch.compiler.is_compiling():
-            kept = hidden.clone() if rows is None else hidden  # over all rows RED keeps its input, which the copy overwrites
-            return _copied_back(hidden, _Red.apply(kept, rows, set_ids, scale, bias, False))
+            saved_input = hidden.clone() if rows is None else hidden  # over all rows RED keeps its input, which the copy overwrites
+            return _copied_back(hidden, _Red.apply(saved_input, rows, weight_ids, scale, bias, False))
         ownership.calibrate()
-        return _Red.apply(hidden, rows, set_ids, scale, bias, inplace)
+        return _Red.apply(hidden, rows, weight_ids, scale, bias, inplace)
     if inplace:
-        return _edit_without_graph(hidden, _op.red_, rows, set_ids, scale, bias, False)
-    return _op.red(_as_rows(hidden), rows, set_ids, scale, bias, False)[0].view(hidden.shape)
+        return _edit_without_graph(hidden, _op.red_, rows, weight_ids, scale, bias, False)
+    return _op.red(_as_rows(hidden), rows, weight_ids, scale, bias, False)[0].view(hidden.shape)

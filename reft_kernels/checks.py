@@ -76,7 +76,7 @@ def check_writable(hidden: Tensor, graph: bool) -> None:
         )
 
 
-def row_count(hidden: Tensor) -> int:
+def num_rows_of(hidden: Tensor) -> int:
     """M of ``hidden.view(-1, d)``."""
     return hidden.numel() // hidden.shape[-1]
 
@@ -130,35 +130,35 @@ def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
     return rows if rows.is_inference() else mark_rows(rows, num_rows)
 
 
-def check_set_values(set_ids: Tensor, sets: int, name: str = "set_ids") -> None:
+def check_weight_id_values(weight_ids: Tensor, sets: int, name: str = "weight_ids") -> None:
     """Refuse set numbers out of range; a tensor once seen is remembered, as by :func:`check_row_values`.
 
     Raises:
         ValueError: an entry below 0 or at least ``sets``.
     """
-    if torch.compiler.is_compiling() or (set_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or (weight_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
-    known = getattr(set_ids, "_reft_checked", None)
-    if known is not None and known[0] <= sets and known[1] == _version(set_ids):
+    known = getattr(weight_ids, "_reft_checked", None)
+    if known is not None and known[0] <= sets and known[1] == _version(weight_ids):
         return
-    if set_ids.numel():
-        low, high = (int(v) for v in torch.stack(torch.aminmax(set_ids)).tolist())
+    if weight_ids.numel():
+        low, high = (int(v) for v in torch.stack(torch.aminmax(weight_ids)).tolist())
         if low < 0 or high >= sets:
             raise ValueError(f"{name}: got values from {low} to {high}, expected set numbers in [0, {sets})")
-    if not set_ids.is_inference():
-        mark_rows(set_ids, sets)
+    if not weight_ids.is_inference():
+        mark_rows(weight_ids, sets)
 
 
-def _check_selection(hidden: Tensor, rows: Tensor | None, set_ids: Tensor | None, sets: int | None) -> int:
-    total = row_count(hidden)
+def _check_selection(hidden: Tensor, rows: Tensor | None, weight_ids: Tensor | None, sets: int | None) -> int:
+    total = num_rows_of(hidden)
     count = total
     if rows is not None:
         _check_index("rows", rows, hidden, None)
         check_row_values(rows, total)
         count = rows.shape[0]
-    if set_ids is not None:
-        _check_index("set_ids", set_ids, hidden, count)
-        check_set_values(set_ids, sets)
+    if weight_ids is not None:
+        _check_index("weight_ids", weight_ids, hidden, count)
+        check_weight_id_values(weight_ids, sets)
     return count
 
 
@@ -169,18 +169,18 @@ def check_edit(
     rows: Tensor | None,
     activation: str | None,
     coeff: Tensor | None,
-    set_ids: Tensor | None,
+    weight_ids: Tensor | None,
 ) -> str:
     """Check one edit's arguments; the first weight fixes r (and S). Returns the activation's canonical name."""
     _check_hidden(hidden)
     activation = canonical_activation(activation)
     first, reference = next(iter(weights.items()))
-    rank_dims = 2 if set_ids is None else 3
+    rank_dims = 2 if weight_ids is None else 3
     d = hidden.shape[-1]
     if not isinstance(reference, Tensor):
         raise TypeError(f"{first}: got {describe(reference)}, expected a tensor [r, {d}]")
     if reference.dim() != rank_dims or reference.shape[-1] != d:
-        layout = f"[r, {d}] (no set_ids)" if set_ids is None else f"[S, r, {d}] (with set_ids)"
+        layout = f"[r, {d}] (no weight_ids)" if weight_ids is None else f"[S, r, {d}] (with weight_ids)"
         raise ValueError(f"{first}: got shape {tuple(reference.shape)}, expected {layout}")
     r = reference.shape[-2]
     if not 1 <= r <= MAX_RANK:
@@ -190,21 +190,21 @@ def check_edit(
         _check_weight(name, weight, shape, hidden)
     for name, bias in biases.items():
         _check_weight(name, bias, shape[:-1], hidden)
-    count = _check_selection(hidden, rows, set_ids, shape[0] if set_ids is not None else None)
+    count = _check_selection(hidden, rows, weight_ids, shape[0] if weight_ids is not None else None)
     if coeff is not None:
         _check_weight("coeff", coeff, (count, r), hidden)
     return activation
 
 
-def check_red(hidden: Tensor, scale: Tensor, bias: Tensor, rows: Tensor | None, set_ids: Tensor | None) -> None:
+def check_red(hidden: Tensor, scale: Tensor, bias: Tensor, rows: Tensor | None, weight_ids: Tensor | None) -> None:
     """Check the arguments of :func:`reft_kernels.red`."""
     _check_hidden(hidden)
     d = hidden.shape[-1]
     if not isinstance(scale, Tensor):
         raise TypeError(f"scale: got {describe(scale)}, expected a tensor [{d}]")
-    if set_ids is not None and scale.dim() != 2:
-        raise ValueError(f"scale: got shape {tuple(scale.shape)}, expected [S, {d}] (with set_ids)")
-    shape = (d,) if set_ids is None else (scale.shape[0], d)
+    if weight_ids is not None and scale.dim() != 2:
+        raise ValueError(f"scale: got shape {tuple(scale.shape)}, expected [S, {d}] (with weight_ids)")
+    shape = (d,) if weight_ids is None else (scale.shape[0], d)
     _check_weight("scale", scale, shape, hidden)
     _check_weight("bias", bias, shape, hidden)
-    _check_selection(hidden, rows, set_ids, shape[0] if set_ids is not None else None)
+    _check_selection(hidden, rows, weight_ids, shape[0] if weight_ids is not None else None)

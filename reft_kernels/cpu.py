@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reft_kernels import outputs
+from reft_kernels import allocation
 from reft_kernels.activations import ACTIVATIONS
+from reft_kernels.allocation import contiguous
 from reft_kernels.dtypes import accumulation_dtype
-from reft_kernels.outputs import contiguous
 
 LIBRARY_VARIABLE = "REFT_KERNELS_CPU_LIBRARY"
 LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_native_cpu.so"))
@@ -55,7 +55,7 @@ def instruction_set() -> str | None:
     return torch.ops.reft_kernels_cpu.isa() if _why_off() is None else None
 
 
-def why_unable(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unsupported_reason(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
     """None when this backend can serve ``operator`` for tensors of that device type and dtype, else the reason."""
     if device_type != "cpu":
         return f"the native cpu backend does not serve {device_type} tensors"
@@ -91,28 +91,28 @@ def _targets(source: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 
 def edit(
-    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
-    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract: bool, activation: str, save: bool,
+    source: Tensor, out: Tensor, rows: Tensor | None, weight_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
+    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract_projection: bool, activation: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kept, u, z = outputs.edit_saved(source, rows, write, activation, save)
+    saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)
     dense, target = _targets(source, out)
     torch.ops.reft_kernels_cpu.edit.default(
-        dense, target, contiguous(rows), contiguous(set_ids), contiguous(read), contiguous(read_bias), contiguous(write),
-        contiguous(subtract_bias), contiguous(coeff), subtract, _ACTIVATION_NUMBER[activation], *_wanted(kept, u, z),
+        dense, target, contiguous(rows), contiguous(weight_ids), contiguous(read), contiguous(read_bias), contiguous(write),
+        contiguous(subtract_bias), contiguous(coeff), subtract_projection, _ACTIVATION_NUMBER[activation], *_wanted(saved_input, u, z),
     )  # fmt: skip
     _written(out, target)
-    return kept, u, z
+    return saved_input, u, z
 
 
 def edit_backward(
-    grad: Tensor, out: Tensor | None, kept: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, set_ids: Tensor | None,
-    read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract: bool, activation: str, need_weights: bool,
+    grad: Tensor, out: Tensor | None, saved_input: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, weight_ids: Tensor | None,
+    read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract_projection: bool, activation: str, need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = outputs.edit_gradients(grad, rows, read, write, coeff, subtract, need_weights)
+    grads = allocation.edit_gradients(grad, rows, read, write, coeff, subtract_projection, need_weights)
     dense, target = _targets(grad, out)
     torch.ops.reft_kernels_cpu.edit_backward.default(
-        dense, target, _rows(kept) if need_weights else kept, contiguous(u), None if activation == "linear" else contiguous(z),
-        contiguous(rows), contiguous(set_ids), contiguous(read), contiguous(write), contiguous(coeff), subtract,
+        dense, target, _rows(saved_input) if need_weights else saved_input, contiguous(u), None if activation == "linear" else contiguous(z),
+        contiguous(rows), contiguous(weight_ids), contiguous(read), contiguous(write), contiguous(coeff), subtract_projection,
         _ACTIVATION_NUMBER[activation], *_wanted(*grads),
     )  # fmt: skip
     _written(out, target)
@@ -120,29 +120,29 @@ def edit_backward(
 
 
 def red(
-    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor, bias: Tensor, save: bool
+    source: Tensor, out: Tensor, rows: Tensor | None, weight_ids: Tensor | None, scale: Tensor, bias: Tensor, save: bool
 ) -> Tensor:
-    kept = outputs.red_kept(source, rows, save)
+    saved_input = allocation.red_saved_input(source, rows, save)
     dense, target = _targets(source, out)
     torch.ops.reft_kernels_cpu.red.default(
-        dense, target, contiguous(rows), contiguous(set_ids), contiguous(scale), contiguous(bias), *_wanted(kept)
+        dense, target, contiguous(rows), contiguous(weight_ids), contiguous(scale), contiguous(bias), *_wanted(saved_input)
     )
     _written(out, target)
-    return kept
+    return saved_input
 
 
 def red_backward(
-    grad: Tensor, out: Tensor | None, kept: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor,
+    grad: Tensor, out: Tensor | None, saved_input: Tensor, rows: Tensor | None, weight_ids: Tensor | None, scale: Tensor,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grads = outputs.red_gradients(grad, scale, need_weights)
+    grads = allocation.red_gradients(grad, scale, need_weights)
     dense, target = _targets(grad, out)
     torch.ops.reft_kernels_cpu.red_backward.default(
         dense,
         target,
-        _rows(kept) if need_weights else kept,
+        _rows(saved_input) if need_weights else saved_input,
         contiguous(rows),
-        contiguous(set_ids),
+        contiguous(weight_ids),
         contiguous(scale),
         *_wanted(*grads),
     )
@@ -152,7 +152,7 @@ def red_backward(
 
 def _build(operator, X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
     acc = accumulation_dtype(X.dtype)
-    R, D, aux = outputs.build(X, base, W)
+    R, D, aux = allocation.build(X, base, W)
     operator(_as(X, acc), _as(signs, acc), _as(base, acc), _as(point, acc), _as(W, acc), R, D if W is not None else None, aux)
     return R, D, aux
 
@@ -160,7 +160,7 @@ def _build(operator, X: Tensor, signs: Tensor | None, base: Tensor | None, point
 def _build_backward(operator, grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
     acc = accumulation_dtype(X.dtype)
     if grad_R is None and grad_D is None:
-        return outputs.no_build_gradient(X)
+        return allocation.no_build_gradient(X)
     grad_X = X.new_empty(X.shape, dtype=acc)
     operator(_as(grad_R, acc), _as(grad_D, acc), _as(X, acc), _as(signs, acc), _as(base, acc), _as(aux, acc), grad_X)
     return grad_X.to(X.dtype)

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reft_kernels import outputs
+from reft_kernels import allocation
 from reft_kernels.activations import ACTIVATIONS
-from reft_kernels.outputs import contiguous
+from reft_kernels.allocation import contiguous
 
 LIBRARY_VARIABLE = "REFT_KERNELS_CUDA_LIBRARY"
 LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_native_cuda.so"))
@@ -51,7 +51,7 @@ def emulated() -> bool:
     return bool(named) and _why_not_loaded() is None and hasattr(torch.ops.reft_kernels_cuda, "emulated")
 
 
-def why_unable(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unsupported_reason(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
     """None when the CUDA kernels can serve ``operator`` for tensors of that device type and dtype, else the reason.
 
     Edits over all rows, hidden states whose channels are strided, and RED go from here to Triton.
@@ -104,59 +104,59 @@ def _check_rank(write: Tensor) -> None:
 
 
 def edit(
-    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
-    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract: bool, activation: str, save: bool,
+    source: Tensor, out: Tensor, rows: Tensor | None, weight_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
+    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract_projection: bool, activation: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The contract of :func:`reft_kernels.reference.edit`, in one launch; over all rows it is Triton's."""
     if rows is None or not _dense_channels(source, out):
         return _elsewhere("edit")(
-            source, out, rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation, save
+            source, out, rows, weight_ids, read, read_bias, write, subtract_bias, coeff, subtract_projection, activation, save
         )
     _check_rank(write)
-    kept, u, z = outputs.edit_saved(source, rows, write, activation, save)
+    saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)
     if rows.shape[0] > 0:
         read, write = _weights(source, read, write)
         torch.ops.reft_kernels_cuda.edit_forward.default(
-            source, out, rows.contiguous(), contiguous(set_ids), read, _small(read_bias), write, _small(subtract_bias),
-            _small(coeff), subtract, ACTIVATIONS.index(activation), kept, u, z,
+            source, out, rows.contiguous(), contiguous(weight_ids), read, _small(read_bias), write, _small(subtract_bias),
+            _small(coeff), subtract_projection, ACTIVATIONS.index(activation), saved_input, u, z,
         )  # fmt: skip
-    return kept, u, z
+    return saved_input, u, z
 
 
 def edit_backward(
-    grad: Tensor, out: Tensor | None, kept: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, set_ids: Tensor | None,
-    read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract: bool, activation: str, need_weights: bool,
+    grad: Tensor, out: Tensor | None, saved_input: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, weight_ids: Tensor | None,
+    read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract_projection: bool, activation: str, need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The contract of :func:`reft_kernels.reference.edit_backward`, in two launches (one where only dcoeff is wanted).
 
     Over all rows it is Triton's.
     """
-    if rows is None or not _dense_channels(grad, out, kept):
+    if rows is None or not _dense_channels(grad, out, saved_input):
         return _elsewhere("edit_backward")(
-            grad, out, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_weights
+            grad, out, saved_input, u, z, rows, weight_ids, read, write, coeff, subtract_projection, activation, need_weights
         )
     _check_rank(write)
     num_rows, rank = rows.shape[0], write.shape[-2]
 
-    grads = outputs.edit_gradients(grad, rows, read, write, coeff, subtract, need_weights)
+    grads = allocation.edit_gradients(grad, rows, read, write, coeff, subtract_projection, need_weights)
     grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff = grads
     if num_rows == 0:
         for empty_sum in grads:
             empty_sum.zero_()
         return grads
-    rows, set_ids = rows.contiguous(), contiguous(set_ids)
+    rows, weight_ids = rows.contiguous(), contiguous(weight_ids)
     read, write = _weights(grad, read, write)
     chosen = ACTIVATIONS.index(activation)
-    count = 3 if subtract and activation != "linear" else 2
+    count = 3 if subtract_projection and activation != "linear" else 2
     padded = -(-rank // _RANK_MULTIPLE) * _RANK_MULTIPLE
     small = grad.new_empty((num_rows, count, padded), dtype=torch.float32)
     native = torch.ops.reft_kernels_cuda
     native.edit_delta.default(
-        grad, rows, set_ids, write, _small(coeff), u.contiguous(), z.contiguous(), chosen, small, grad_coeff
+        grad, rows, weight_ids, write, _small(coeff), u.contiguous(), z.contiguous(), chosen, small, grad_coeff
     )
     if out is not None or need_weights:
         native.edit_gradient.default(
-            grad, out, kept, rows, set_ids, read, write, small, subtract, chosen,
+            grad, out, saved_input, rows, weight_ids, read, write, small, subtract_projection, chosen,
             grad_read, grad_bias, grad_write, grad_subtract_bias,
         )  # fmt: skip
     return grads
@@ -181,7 +181,7 @@ def _build(is_cayley: bool, X: Tensor, signs, base, point, W):
     layers, d, r = X.shape
     if not 1 <= r <= min(d, MAX_RANK):
         raise ValueError(f"X: got d = {d}, r = {r}, the CUDA kernels serve 1 <= r <= min(d, {MAX_RANK})")
-    R, D, aux = outputs.build(X, base, W)
+    R, D, aux = allocation.build(X, base, W)
     if layers > 0:
         torch.ops.reft_kernels_cuda.build_forward.default(*_single(X, signs, base, point, W), is_cayley, R, D, aux)
     return R, D, aux
@@ -189,7 +189,7 @@ def _build(is_cayley: bool, X: Tensor, signs, base, point, W):
 
 def _build_backward(is_cayley: bool, grad_R, grad_D, X: Tensor, signs, base, aux: Tensor) -> Tensor:
     if (grad_R is None and grad_D is None) or X.shape[0] == 0:
-        return outputs.no_build_gradient(X)
+        return allocation.no_build_gradient(X)
     grad_X = X.new_empty(X.shape, dtype=torch.float32)
     torch.ops.reft_kernels_cuda.build_backward.default(*_single(grad_R, grad_D, X, signs, base, aux), is_cayley, grad_X)
     return grad_X.to(X.dtype)

@@ -86,14 +86,14 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-def why_unable(name: str, operator: str, device_type: str, dtype: torch.dtype) -> str | None:
+def unsupported_reason(name: str, operator: str, device_type: str, dtype: torch.dtype) -> str | None:
     """None when backend ``name`` can serve ``operator`` for tensors of that device type and dtype, else the reason."""
     if operator not in OPERATORS:
         raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(OPERATORS)}")
     if name == "torch":
         return None
     if name in ("cpu", "cuda"):
-        return importlib.import_module(_MODULES[name]).why_unable(operator, device_type, dtype)
+        return importlib.import_module(_MODULES[name]).unsupported_reason(operator, device_type, dtype)
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype == torch.float64:
@@ -116,13 +116,13 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, di
         BackendError: the forced backend cannot serve this call.
     """
     if _forced is not None:
-        reason = why_unable(_forced, operator, device_type, dtype)
+        reason = unsupported_reason(_forced, operator, device_type, dtype)
         if reason is not None:
             raise BackendError(f"backend {_forced!r} is forced but cannot serve {operator} on {device_type} {dtype}: {reason}")
         return _forced, {}
     passed_over: dict[str, str] = {}
     for name in _PREFERENCE.get(device_type, ("torch",)):
-        reason = why_unable(name, operator, device_type, dtype)
+        reason = unsupported_reason(name, operator, device_type, dtype)
         if reason is None:
             return name, passed_over
         passed_over[name] = reason

@@ -49,7 +49,7 @@ def serving(device: str) -> dict[str, dict[str, str]]:
 
 def unable(device: str) -> dict[str, str]:
     """The backends that are off on a kind of device, each with the reason."""
-    reasons = {name: dispatch.why_unable(name, "edit", device, torch.float32) for name in dispatch.BACKENDS}
+    reasons = {name: dispatch.unsupported_reason(name, "edit", device, torch.float32) for name in dispatch.BACKENDS}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

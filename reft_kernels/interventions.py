@@ -29,7 +29,7 @@ class EditWeights(NamedTuple):
     read_bias: Tensor | None
     write: Tensor
     subtract_bias: Tensor | None
-    subtract: bool
+    subtract_projection: bool
 
 
 class RedWeights(NamedTuple):
@@ -63,7 +63,7 @@ class Intervention(nn.Module):
         init: ``"identity"`` leaves the model unchanged at the start; ``"orthogonal"`` draws R from the uniform distribution and
             the rest as ``nn.Linear`` does. None: identity where the member has one.
         dtype: of the parameters, fp32 when None. device: of the parameters.
-        num_sets: S weight sets, chosen for each row by ``set_ids``; None for one set and no such dimension.
+        num_sets: S weight sets, chosen for each row by ``weight_ids``; None for one set and no such dimension.
 
     Raises:
         ValueError: an argument out of range, or an init that the member does not have.
@@ -71,7 +71,7 @@ class Intervention(nn.Module):
 
     orthonormal = True  # the write matrix is R(X)
     reads = True  # there is a read matrix
-    subtract = False  # B h is subtracted
+    subtract_projection = False  # B h is subtracted
 
     def __init__(
         self, embed_dim: int, rank: int, *, activation: str = "linear", dropout: float = 0.0,
@@ -174,12 +174,12 @@ class Intervention(nn.Module):
     def _stacked_weights(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, bool]:
         read_bias = self.b if self.reads else self.s
         if not self.orthonormal:
-            return self._read, read_bias, self.W2, None, self.subtract
-        if self.subtract and self.reads and self.activation == "linear":
+            return self._read, read_bias, self.W2, None, self.subtract_projection
+        if self.subtract_projection and self.reads and self.activation == "linear":
             R, D = build(self.parametrization, self.X, self.W, signs=self.signs)
             return D, read_bias, R, None, False
         R, _ = build(self.parametrization, self.X, signs=self.signs)
-        return self._read, read_bias, R, None, self.subtract
+        return self._read, read_bias, R, None, self.subtract_projection
 
     def _state(self) -> tuple | None:
         """What the built weights depend on, or None when it cannot be known."""
@@ -191,7 +191,7 @@ class Intervention(nn.Module):
     def build(self) -> list[EditWeights] | list[RedWeights]:
         """The weights of each layer (a list of one for an unstacked intervention), R and D built in one launch.
 
-        While no graph is needed (no gradients, or frozen parameters) they are kept and built again only after a change.
+        While no graph is needed (no gradients, or frozen parameters) they are saved_input and built again only after a change.
         """
         graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
         if graph or torch.compiler.is_compiling():
@@ -236,34 +236,34 @@ class Intervention(nn.Module):
         return mask if coeff is None else mask * coeff
 
     def edit(
-        self, hidden: Tensor, weights: EditWeights | RedWeights, *, rows: Tensor | None = None, set_ids: Tensor | None = None,
+        self, hidden: Tensor, weights: EditWeights | RedWeights, *, rows: Tensor | None = None, weight_ids: Tensor | None = None,
         coeff: Tensor | None = None, inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         """Edit ``hidden [..., d]`` with one layer's built weights; arguments as in :mod:`functional`, not checked."""
         coeff = self._dropout_coeff(hidden, rows, coeff)
         return apply_edit(
-            hidden, rows, set_ids, weights.read, weights.read_bias, weights.write, weights.subtract_bias, coeff,
+            hidden, rows, weight_ids, weights.read, weights.read_bias, weights.write, weights.subtract_bias, coeff,
             weights.subtract, self.activation, inplace,
         )  # fmt: skip
 
-    def _check(self, hidden: Tensor, weights, rows, set_ids, coeff) -> None:
+    def _check(self, hidden: Tensor, weights, rows, weight_ids, coeff) -> None:
         matrices = {"write": weights.write} if weights.read is None else {"write": weights.write, "read": weights.read}
-        check_edit(hidden, matrices, {"read_bias": weights.read_bias}, rows, self.activation, coeff, set_ids)
+        check_edit(hidden, matrices, {"read_bias": weights.read_bias}, rows, self.activation, coeff, weight_ids)
 
-    def _check_sets(self, set_ids: Tensor | None) -> None:
-        if (set_ids is None) != (self.num_sets is None):
+    def _check_sets(self, weight_ids: Tensor | None) -> None:
+        if (weight_ids is None) != (self.num_sets is None):
             expected = "None" if self.num_sets is None else f"an int32 tensor of set numbers below {self.num_sets}"
-            raise ValueError(f"set_ids: got {'None' if set_ids is None else 'a tensor'}, expected {expected}")
+            raise ValueError(f"weight_ids: got {'None' if weight_ids is None else 'a tensor'}, expected {expected}")
 
     def forward(
-        self, hidden: Tensor, *, rows: Tensor | None = None, set_ids: Tensor | None = None, coeff: Tensor | None = None,
+        self, hidden: Tensor, *, rows: Tensor | None = None, weight_ids: Tensor | None = None, coeff: Tensor | None = None,
         inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         """The edited hidden state, ``[..., d]`` in ``hidden``'s dtype; see :mod:`reft_kernels.functional` for the arguments."""
-        self._check_sets(set_ids)
+        self._check_sets(weight_ids)
         (weights,) = self.build()
-        self._check(hidden, weights, rows, set_ids, coeff)
-        return self.edit(hidden, weights, rows=rows, set_ids=set_ids, coeff=coeff, inplace=inplace)
+        self._check(hidden, weights, rows, weight_ids, coeff)
+        return self.edit(hidden, weights, rows=rows, weight_ids=weight_ids, coeff=coeff, inplace=inplace)
 
     def extra_repr(self) -> str:
         text = f"{self.embed_dim}, {self.rank}, activation={self.activation}, dropout={self.dropout}, init={self.init}"
@@ -286,7 +286,7 @@ class Intervention(nn.Module):
 class LoReFT(Intervention):
     """LoReFT: h + R^T (act(W h + b) - R h), R [r, d] with orthonormal rows (Wu et al. 2024, equation 2)."""
 
-    subtract = True
+    subtract_projection = True
 
     def _why_no_identity(self) -> str | None:
         return None if self.activation == "linear" else f"LoReFT with activation {self.activation!r} is never the identity"
@@ -320,14 +320,14 @@ class NodiReFT(Intervention):
 class NoReFT(NodiReFT):
     """NoReFT: h + W2^T (act(W1 h + b) - W2 h), W1, W2 [r, d] free."""
 
-    subtract = True
+    subtract_projection = True
 
 
 class ConsReFT(Intervention):
     """ConsReFT: h + R^T (act(s) - R h), a constant source s [r]; it has no identity."""
 
     reads = False
-    subtract = True
+    subtract_projection = True
 
     def _why_no_identity(self) -> str | None:
         return "ConsReFT replaces the projection R h by a constant, which no s leaves unchanged"
@@ -371,16 +371,16 @@ class RED(Intervention):
         return self.scale, self.bias
 
     def edit(
-        self, hidden: Tensor, weights: RedWeights, *, rows: Tensor | None = None, set_ids: Tensor | None = None,
+        self, hidden: Tensor, weights: RedWeights, *, rows: Tensor | None = None, weight_ids: Tensor | None = None,
         coeff: Tensor | None = None, inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         """Edit ``hidden [..., d]`` with one layer's weights; RED takes no ``coeff``."""
         if coeff is not None:
             raise ValueError("coeff: got a tensor, expected None: RED has no subspace")
-        return apply_red(hidden, rows, set_ids, weights.scale, weights.bias, inplace)
+        return apply_red(hidden, rows, weight_ids, weights.scale, weights.bias, inplace)
 
-    def _check(self, hidden: Tensor, weights: RedWeights, rows, set_ids, coeff) -> None:
-        check_red(hidden, weights.scale, weights.bias, rows, set_ids)
+    def _check(self, hidden: Tensor, weights: RedWeights, rows, weight_ids, coeff) -> None:
+        check_red(hidden, weights.scale, weights.bias, rows, weight_ids)
 
 
 class _Stacked:

@@ -23,7 +23,7 @@ def _counts(grad: Tensor) -> tuple[int, int, int]:
     return grad._use_count(), sys.getrefcount(grad), torch._C._storage_Use_Count(grad.untyped_storage()._cdata)
 
 
-def owned(grad: Tensor) -> bool:
+def is_sole_owner(grad: Tensor) -> bool:
     """True when nobody but the calling ``backward`` holds ``grad``; call it with the bare argument of ``backward``."""
     if _baseline is None or torch.is_grad_enabled() or grad.requires_grad or grad._is_view() or not grad.is_contiguous():
         return False

@@ -282,7 +282,7 @@ def from_mask(mask: Tensor) -> Tensor:
     return mark_rows(rows, flat.shape[0])
 
 
-def set_ids(spec: str | Spec, batch: int, *, device: torch.device | str | None = None) -> Tensor:
+def weight_ids(spec: str | Spec, batch: int, *, device: torch.device | str | None = None) -> Tensor:
     """Weight sets of untied "fn+lm" positions: 0 for first entries, 1 for last, int32 ``[B * P]`` in :func:`resolve`'s order.
 
     Raises:

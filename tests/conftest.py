@@ -25,15 +25,15 @@ def _targets() -> list:
     """(backend, device) pairs that this machine serves."""
     triton = importlib.util.find_spec("triton") is not None
     targets = [pytest.param(("torch", "cpu"), id="torch-cpu")]
-    if dispatch.why_unable("cpu", "edit", "cpu", torch.float32) is None:
+    if dispatch.unsupported_reason("cpu", "edit", "cpu", torch.float32) is None:
         targets.append(pytest.param(("cpu", "cpu"), id="cpu-cpu"))
     if triton and interpreting():
         targets.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
-    if dispatch.why_unable("cuda", "edit", "cpu", torch.float32) is None:
+    if dispatch.unsupported_reason("cuda", "edit", "cpu", torch.float32) is None:
         targets.append(pytest.param(("cuda", "cpu"), id="cuda-emulated"))
     if torch.cuda.is_available():
         targets += [pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu) for name in ("torch", "triton")]
-        if dispatch.why_unable("cuda", "edit", "cuda", torch.float32) is None:
+        if dispatch.unsupported_reason("cuda", "edit", "cuda", torch.float32) is None:
             targets.append(pytest.param(("cuda", "cuda"), id="cuda-cuda", marks=pytest.mark.gpu))
     return targets
 

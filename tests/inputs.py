@@ -51,7 +51,7 @@ def options(case: Case, device="cpu") -> dict:
     count = total if case.rows is None else case.rows
     return {
         "rows": None if case.rows is None else rows(total, case.rows, device=device),
-        "set_ids": None if case.sets is None else torch.randint(case.sets, (count,), dtype=torch.int32, device=device),
+        "weight_ids": None if case.sets is None else torch.randint(case.sets, (count,), dtype=torch.int32, device=device),
         "activation": case.activation,
     }
 

@@ -76,7 +76,7 @@ def test_in_place_counts_as_a_change(name, grad, backend, device):
 def test_the_result_may_be_edited_in_place(rows, backend, device):
     hidden, own, fixed = _problem(device, CASE._replace(rows=rows, activation="linear"))
     hidden.requires_grad_()
-    if rows is None:  # over all rows the output is kept, as by tanh: a change to it is refused, not ignored
+    if rows is None:  # over all rows the output is saved_input, as by tanh: a change to it is refused, not ignored
         y = rk.loreft(hidden, *own, **fixed)
         y.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

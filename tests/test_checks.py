@@ -47,7 +47,7 @@ BAD = [
     ({"hidden": torch.tensor(1.0)}, ValueError, r"^hidden: got shape \(\), expected \[\.\.\., d\]"),
     ({"hidden": torch.ones(2, 0)}, ValueError, r"^hidden: got shape \(2, 0\), expected"),
     ({"R": None}, TypeError, r"^R: got NoneType None, expected a tensor \[r, 8\]"),
-    ({"R": torch.ones(R, D + 1)}, ValueError, r"^R: got shape \(3, 9\), expected \[r, 8\] \(no set_ids\)"),
+    ({"R": torch.ones(R, D + 1)}, ValueError, r"^R: got shape \(3, 9\), expected \[r, 8\] \(no weight_ids\)"),
     ({"R": torch.ones(2, R, D)}, ValueError, r"^R: got shape \(2, 3, 8\), expected \[r, 8\]"),
     ({"R": torch.ones(0, D)}, ValueError, "^R: got rank r = 0, expected 1 <= r <= 256"),
     ({"R": torch.ones(257, D)}, ValueError, "^R: got rank r = 257, expected"),
@@ -67,15 +67,15 @@ BAD = [
     ({"rows": _i32(4, -1, 2, -1, 4)}, ValueError, "^rows: row 4 stands more than once, expected each row at most once"),
     ({"coeff": torch.ones(5, R)}, ValueError, r"^coeff: got shape \(5, 3\), expected \(6, 3\)"),
     ({"coeff": torch.ones(6, R), "rows": _i32(0, 1)}, ValueError, r"^coeff: got shape \(6, 3\), expected \(2, 3\)"),
-    ({"set_ids": _i32(*[0] * 6)}, ValueError, r"^R: got shape \(3, 8\), expected \[S, r, 8\] \(with set_ids\)"),
-    ({**SETS, "set_ids": _i32(0, 1)}, ValueError, r"^set_ids: got shape \(2,\), expected \[6\]"),
+    ({"weight_ids": _i32(*[0] * 6)}, ValueError, r"^R: got shape \(3, 8\), expected \[S, r, 8\] \(with weight_ids\)"),
+    ({**SETS, "weight_ids": _i32(0, 1)}, ValueError, r"^weight_ids: got shape \(2,\), expected \[6\]"),
     (
-        {**SETS, "set_ids": _i32(0, 1, 2, 0, 0, 0)},
+        {**SETS, "weight_ids": _i32(0, 1, 2, 0, 0, 0)},
         ValueError,
-        r"^set_ids: got values from 0 to 2, expected set numbers in \[0, 2\)",
+        r"^weight_ids: got values from 0 to 2, expected set numbers in \[0, 2\)",
     ),
-    ({**SETS, "set_ids": _i32(0, -1, 1, 0, 0, 0)}, ValueError, "^set_ids: got values from -1 to 1, expected"),
-    ({**SETS, "set_ids": torch.zeros(6)}, TypeError, "^set_ids: got dtype torch.float32, expected torch.int32"),
+    ({**SETS, "weight_ids": _i32(0, -1, 1, 0, 0, 0)}, ValueError, "^weight_ids: got values from -1 to 1, expected"),
+    ({**SETS, "weight_ids": torch.zeros(6)}, TypeError, "^weight_ids: got dtype torch.float32, expected torch.int32"),
 ]
 
 
@@ -111,10 +111,10 @@ def test_the_argument_is_named_as_the_function_names_it():
             function(hidden, *arguments)
     with pytest.raises(ValueError, match=r"^b2: got shape \(1,\), expected \(3,\)"):
         rk.noreft(hidden, weight, weight, bias, b2=bias[:1])
-    with pytest.raises(ValueError, match=r"^scale: got shape \(8,\), expected \[S, 8\] \(with set_ids\)"):
-        rk.red(hidden, weight[0], weight[0], set_ids=_i32(0, 0))
+    with pytest.raises(ValueError, match=r"^scale: got shape \(8,\), expected \[S, 8\] \(with weight_ids\)"):
+        rk.red(hidden, weight[0], weight[0], weight_ids=_i32(0, 0))
     with pytest.raises(TypeError, match="^scale: got NoneType"):
-        rk.red(hidden, None, weight[0], set_ids=_i32(0, 0))
+        rk.red(hidden, None, weight[0], weight_ids=_i32(0, 0))
 
 
 def test_row_values_are_checked_once_and_again_after_a_change():

@@ -49,7 +49,7 @@ def test_unknown_backend(name):
 
 def test_unknown_operator():
     with pytest.raises(ValueError, match="^operator: got 'edot', expected one of edit"):
-        dispatch.why_unable("torch", "edot", "cpu", torch.float32)
+        dispatch.unsupported_reason("torch", "edot", "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cpu"])

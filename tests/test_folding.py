@@ -34,18 +34,18 @@ def _own(module) -> dict[str, torch.Tensor]:
     return {name: getattr(module, name).detach() for name in names}
 
 
-def _apply(folded, hidden, set_ids=None):
+def _apply(folded, hidden, weight_ids=None):
     if folded.read is None:
-        return rk.lobireft(hidden, folded.write, folded.read_bias, set_ids=set_ids)
-    return rk.nodireft(hidden, folded.write, folded.read, folded.read_bias, set_ids=set_ids)
+        return rk.lobireft(hidden, folded.write, folded.read_bias, weight_ids=weight_ids)
+    return rk.nodireft(hidden, folded.write, folded.read, folded.read_bias, weight_ids=weight_ids)
 
 
-def _draw(name, folded, own, set_ids=None):
+def _draw(name, folded, own, weight_ids=None):
     """The folded edit beside the plain formula with the weights that were folded."""
     return budget.Draw(
         {"hidden": torch.randn(3, 4, D, device=folded.write.device)},
-        lambda hidden: _apply(folded, hidden, set_ids),
-        lambda hidden: plain.edit(name, hidden, {k: t.to(hidden) for k, t in own.items()}, set_ids=set_ids),
+        lambda hidden: _apply(folded, hidden, weight_ids),
+        lambda hidden: plain.edit(name, hidden, {k: t.to(hidden) for k, t in own.items()}, weight_ids=weight_ids),
     )
 
 

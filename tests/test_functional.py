@@ -176,12 +176,12 @@ def test_gradcheck_exhaustively(name, case, activation):
 @pytest.mark.parametrize("sets", [None, 2])
 def test_gradcheck_of_red(rows, sets, inplace):
     rows = None if rows is None else torch.tensor(rows, dtype=torch.int32)
-    set_ids = None if sets is None else torch.arange(6 if rows is None else 3, dtype=torch.int32) % sets
+    weight_ids = None if sets is None else torch.arange(6 if rows is None else 3, dtype=torch.int32) % sets
     lead = () if sets is None else (sets,)
     leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (*lead, 5), (*lead, 5))]
 
     def edit(hidden, scale, bias):
-        return rk.red(hidden.clone() if inplace else hidden, scale, bias, rows=rows, set_ids=set_ids, inplace=inplace)
+        return rk.red(hidden.clone() if inplace else hidden, scale, bias, rows=rows, weight_ids=weight_ids, inplace=inplace)
 
     assert torch.autograd.gradcheck(edit, leaves)
 
@@ -236,7 +236,7 @@ def _check_exact(call, device: str) -> None:
         leaves["coeff"] = whole(count, case.r, low=0, high=3)
     fixed = {
         "rows": None if rows is None else torch.tensor(rows, dtype=torch.int32, device=device),
-        "set_ids": None
+        "weight_ids": None
         if case.sets is None
         else torch.randint(case.sets, (count,), dtype=torch.int32, generator=generator).to(device),
         "activation": case.activation,

@@ -167,20 +167,20 @@ def test_num_sets(name, backend, device):
     """Each row by its set's weights: equal to the one-set module of those weights."""
     module = _perturbed(SINGLE[name](D, R, num_sets=2, device=device))
     hidden = torch.randn(6, D, device=device)
-    set_ids = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.int32, device=device)
-    out = module(hidden, set_ids=set_ids)
+    weight_ids = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.int32, device=device)
+    out = module(hidden, weight_ids=weight_ids)
     for s in range(2):
         single = SINGLE[name](D, R, device=device)
         single.load_state_dict({k: t[s] for k, t in module.state_dict().items()})
-        torch.testing.assert_close(out[set_ids == s], single(hidden[set_ids == s]))
-    for wrong in (None, set_ids[:3]):
-        with pytest.raises(ValueError, match="^set_ids: got"):
-            module(hidden, set_ids=wrong)
-    with pytest.raises(ValueError, match="^set_ids: got a tensor, expected None"):
-        SINGLE[name](D, R, device=device)(hidden, set_ids=set_ids)
+        torch.testing.assert_close(out[weight_ids == s], single(hidden[weight_ids == s]))
+    for wrong in (None, weight_ids[:3]):
+        with pytest.raises(ValueError, match="^weight_ids: got"):
+            module(hidden, weight_ids=wrong)
+    with pytest.raises(ValueError, match="^weight_ids: got a tensor, expected None"):
+        SINGLE[name](D, R, device=device)(hidden, weight_ids=weight_ids)
 
 
-# ---- built weights are kept while nothing changes
+# ---- built weights are saved_input while nothing changes
 
 
 def _builds(module) -> int:
@@ -378,4 +378,4 @@ def test_wrong_hidden_is_refused_before_anything_runs():
     with Calls() as calls, pytest.raises(ValueError, match=r"^write: got shape \(3, 12\), expected \[r, 11\]"):
         module(torch.randn(4, D - 1))
     assert not any(n.startswith("edit") for n in calls.engine)
-    assert checks.row_count(torch.zeros(2, 3, D)) == 6
+    assert checks.num_rows_of(torch.zeros(2, 3, D)) == 6

@@ -192,7 +192,7 @@ def test_a_gradient_that_others_hold_is_not_damaged(scenario, kind, inplace, bac
     if scenario is _saved_by_its_maker and inplace and kind.endswith("all"):
         scenario = _retain_grad  # exp of the edited tensor is no other case than this one over all rows
     got = _run(scenario, kind, device, inplace)
-    monkeypatch.setattr(ownership, "owned", lambda grad: False)
+    monkeypatch.setattr(ownership, "is_sole_owner", lambda grad: False)
     want = _run(scenario, kind, device, inplace)
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
@@ -262,7 +262,7 @@ class Watch(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        seen.append(ownership.owned(grad))
+        seen.append(ownership.is_sole_owner(grad))
         return grad
 x = torch.randn(3, device="cpu", requires_grad=True)
 (Watch.apply(x) * 2).sum().backward()

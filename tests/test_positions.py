@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft_kernels import positions
-from reft_kernels.positions import Spec, from_indices, from_mask, parse, prompt_rows, resolve, resolve_packed, set_ids
+from reft_kernels.positions import Spec, from_indices, from_mask, parse, prompt_rows, resolve, resolve_packed, weight_ids
 
 T = 8
 
@@ -182,10 +182,10 @@ def test_from_mask():
 
 
 def test_set_ids():
-    assert set_ids("f2+l1", 2).tolist() == [0, 0, 1, 0, 0, 1]
+    assert weight_ids("f2+l1", 2).tolist() == [0, 0, 1, 0, 0, 1]
     for spec in ("f2", "l2", "all", "prompt"):
         with pytest.raises(ValueError, match="^positions: got .*untied weights need first and last"):
-            set_ids(spec, 2)
+            weight_ids(spec, 2)
 
 
 def test_prompt_lengths_from_labels():

@@ -72,7 +72,7 @@ def test_two_runs_are_bit_identical(name, backend, device):
 
 
 def test_skipped_entries_add_nothing(backend, device):
-    """coeff and set_ids of a skipped entry count for nothing, even NaN, and its coeff has gradient zero."""
+    """coeff and weight_ids of a skipped entry count for nothing, even NaN, and its coeff has gradient zero."""
     case = SELECTED
     own = [w.requires_grad_() for w in _own("noreft", case, device)]
     rows = torch.tensor([-1, 3, -1, 7, 0], dtype=torch.int32, device=device)

@@ -46,7 +46,7 @@ def test_scores(run: Path) -> dict[str, float]:
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def summarize(values: list[float]) -> dict[str, float]:
     """Mean and standard deviation."""
     return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values)}
 
@@ -73,7 +73,7 @@ def main() -> None:
         for run in found["runs"]
     ]
     scores = {
-        method: {name: spread([run["test"][name] for run in runs if run["method"] == method]) for name in runs[0]["test"]}
+        method: {name: summarize([run["test"][name] for run in runs if run["method"] == method]) for name in runs[0]["test"]}
         for method in ("head", "loreft")
     }
     result = {

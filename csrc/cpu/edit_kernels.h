@@ -21,9 +21,9 @@ inline void edit_by(const EditForward& e) {
   A* const all_z = static_cast<A*>(e.z);
   if (all_u) memset(all_u, 0, size_t(e.selection.entries * r) * sizeof(A));  // skipped entries
   if (all_z) memset(all_z, 0, size_t(e.selection.entries * r) * sizeof(A));
-  if (e.kept && e.selection.rows)
+  if (e.saved_input && e.selection.rows)
     for (int64_t n = 0; n < e.selection.entries; ++n)
-      if (e.selection.rows[n] < 0) memset(row_at<T>(e.kept, n), 0, size_t(d) * sizeof(T));
+      if (e.selection.rows[n] < 0) memset(row_at<T>(e.saved_input, n), 0, size_t(d) * sizeof(T));
 
   parallel_chunks(runs.count, grain_of(2 * longest * d * r), [&](int64_t first, int64_t last) {
     typename P::Work work(products);
@@ -37,7 +37,7 @@ inline void edit_by(const EditForward& e) {
         int64_t entry = order.entry(run.begin + m), row = row_of(e.selection, entry);
         source[m] = row_at<T>(e.source, row);
         out[m] = row_at<T>(e.out, row);
-        if (e.kept) memcpy(row_at<T>(e.kept, entry), source[m], size_t(d) * sizeof(T));
+        if (e.saved_input) memcpy(row_at<T>(e.saved_input, entry), source[m], size_t(d) * sizeof(T));
       }
       if (products.reads) {
         products.project(true, source, count, run.set, work, z);
@@ -143,7 +143,7 @@ class EditBackwardKernel {
       int64_t entry = order_.entry(begin + m), row = row_of(e_.selection, entry);
       b.g[m] = row_at<T>(e_.grad, row);
       if (e_.out) b.out[m] = row_at<T>(e_.out, row);
-      if (weights_) b.x[m] = row_at<T>(e_.kept, all_rows ? row : entry);
+      if (weights_) b.x[m] = row_at<T>(e_.saved_input, all_rows ? row : entry);
     }
     products_.project(false, b.g, count, set, b.work, b.delta);
     ranks(begin, count, sums, b);

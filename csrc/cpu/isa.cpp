@@ -42,7 +42,7 @@ const Kernels& choose() {
   const char* wanted = getenv("REFT_KERNELS_CPU_ISA");
   for (int i = 0; i < count; ++i)
     if (all[i].able && (wanted == nullptr || strcmp(wanted, all[i].kernels->name) == 0)) return *all[i].kernels;
-  return portable::kernels;  // an impossible wish is refused where the library is loaded, by why_unable
+  return portable::kernels;  // an impossible wish is refused where the library is loaded, by unsupported_reason
 }
 
 }  // namespace
@@ -52,7 +52,7 @@ const Kernels& kernels() {
   return chosen;
 }
 
-const char* why_unable(const char* isa) {
+const char* unsupported_reason(const char* isa) {
   Choice all[kMost];
   int count = choices(all);
   for (int i = 0; i < count; ++i)

@@ -40,6 +40,6 @@ REFT_DECLARE_KERNELS(portable)
 const Kernels& kernels();
 
 // Why a named set cannot serve here; null when it can.
-const char* why_unable(const char* isa);
+const char* unsupported_reason(const char* isa);
 
 }  // namespace reft

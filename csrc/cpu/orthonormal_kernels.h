@@ -10,8 +10,8 @@
 #include "gram.h"
 #include "orthonormal.h"
 #include "parallel.h"
-#include "small_algebra.h"
-#include "tall.h"
+#include "small_linalg.h"
+#include "tall_skinny.h"
 #include "tiles.h"
 #include "vector.h"
 

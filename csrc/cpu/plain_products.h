@@ -23,9 +23,9 @@ struct Parts {
   Scratch<A> read_bias, subtract_bias;
 
   Parts(const EditWeights& w, int64_t sets, int64_t tile_rows) : d(w.d), r(w.r), tile(tile_rows) {
-    folded = w.subtract && w.activation == Activation::linear;
+    folded = w.subtract_projection && w.activation == Activation::linear;
     reads = bool(w.read);
-    projects = w.subtract && !(folded && reads);
+    projects = w.subtract_projection && !(folded && reads);
     fill(w.read_bias, sets * r, read_bias);
     fill(w.subtract_bias, sets * r, subtract_bias);
   }

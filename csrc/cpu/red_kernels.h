@@ -28,16 +28,16 @@ inline void red(const RedForward& e) {
   const Order order(e.selection);
   const Runs runs(order, e.selection.sets, 64);
   const bool streams = streams_out<T>(e.selection, e.source, e.out, d);
-  if (e.kept && e.selection.rows)
+  if (e.saved_input && e.selection.rows)
     for (int64_t n = 0; n < e.selection.entries; ++n)
-      if (e.selection.rows[n] < 0) memset(row_at<T>(e.kept, n), 0, size_t(d) * sizeof(T));
+      if (e.selection.rows[n] < 0) memset(row_at<T>(e.saved_input, n), 0, size_t(d) * sizeof(T));
   parallel_chunks(runs.count, grain_of(64 * d), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const A *by = scale.row(runs[i].set), *plus = bias.row(runs[i].set);
       for (int64_t n = runs[i].begin; n < runs[i].end; ++n) {
         int64_t entry = order.entry(n), row = row_of(e.selection, entry);
         const T* source = row_at<T>(e.source, row);
-        if (e.kept) memcpy(row_at<T>(e.kept, entry), source, size_t(d) * sizeof(T));
+        if (e.saved_input) memcpy(row_at<T>(e.saved_input, entry), source, size_t(d) * sizeof(T));
         map_row(source, row_at<T>(e.out, row), d, streams,
                 [&](int64_t c, vec<A> x) { return fma(load(by + c), x, load(plus + c)); });
       }
@@ -71,7 +71,7 @@ inline void red_backward(const RedBackward& e) {
         int64_t entry = order.entry(n), row = row_of(e.selection, entry);
         const T* grad = row_at<T>(e.grad, row);
         if (weights) {
-          const T* x = row_at<T>(e.kept, e.selection.rows ? entry : row);
+          const T* x = row_at<T>(e.saved_input, e.selection.rows ? entry : row);
           for (int64_t c = 0; c < d; c += L) {
             bool whole = c + L <= d;
             vec<A> g = whole ? load(grad + c) : load_part(grad + c, int(d - c));

@@ -69,17 +69,17 @@ T* pointer(const Optional& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-Selection selection_of(int64_t all_rows, const Optional& rows, const Optional& set_ids, int64_t sets) {
+Selection selection_of(int64_t all_rows, const Optional& rows, const Optional& weight_ids, int64_t sets) {
   Selection s;
   s.entries = rows ? rows->numel() : all_rows;
   s.rows = pointer<const int32_t>(rows);
-  s.set_ids = pointer<const int32_t>(set_ids);
-  s.sets = set_ids ? sets : 1;
+  s.weight_ids = pointer<const int32_t>(weight_ids);
+  s.sets = weight_ids ? sets : 1;
   return s;
 }
 
 EditWeights edit_weights(const Optional& read, const Optional& read_bias, const Tensor& write, const Optional& subtract_bias,
-                         const Optional& coeff, bool subtract, int64_t activation) {
+                         const Optional& coeff, bool subtract_projection, int64_t activation) {
   EditWeights w;
   int64_t dims = write.dim();
   w.d = write.sizes()[dims - 1];
@@ -89,36 +89,36 @@ EditWeights edit_weights(const Optional& read, const Optional& read_bias, const 
   w.write = typed(write);
   w.subtract_bias = typed(subtract_bias);
   w.coeff = typed(coeff);
-  w.subtract = subtract;
+  w.subtract_projection = subtract;
   w.activation = static_cast<Activation>(activation);
   return w;
 }
 
-void edit(Tensor source, Tensor out, Optional rows, Optional set_ids, Optional read, Optional read_bias, Tensor write,
-          Optional subtract_bias, Optional coeff, bool subtract, int64_t activation, Optional kept, Optional u, Optional z) {
-  check_edit(source, out, rows, set_ids, read, read_bias, write, subtract_bias, coeff, activation, kept, u, z);
+void edit(Tensor source, Tensor out, Optional rows, Optional weight_ids, Optional read, Optional read_bias, Tensor write,
+          Optional subtract_bias, Optional coeff, bool subtract_projection, int64_t activation, Optional saved_input, Optional u, Optional z) {
+  check_edit(source, out, rows, weight_ids, read, read_bias, write, subtract_bias, coeff, activation, saved_input, u, z);
   EditForward e;
-  e.selection = selection_of(source.sizes()[0], rows, set_ids, write.sizes()[0]);
-  e.weights = edit_weights(read, read_bias, write, subtract_bias, coeff, subtract, activation);
+  e.selection = selection_of(source.sizes()[0], rows, weight_ids, write.sizes()[0]);
+  e.weights = edit_weights(read, read_bias, write, subtract_bias, coeff, subtract_projection, activation);
   e.source = rows_of(source);
   e.out = rows_of(out);
-  e.kept = rows_of(kept);
+  e.saved_input = rows_of(saved_input);
   e.u = pointer(u);
   e.z = pointer(z);
   kernels().edit[int(dtype_of(source))](e);
 }
 
-void edit_backward(Tensor grad, Optional out, Tensor kept, Tensor u, Optional z, Optional rows, Optional set_ids, Optional read,
-                   Tensor write, Optional coeff, bool subtract, int64_t activation, Optional grad_read, Optional grad_read_bias,
+void edit_backward(Tensor grad, Optional out, Tensor saved_input, Tensor u, Optional z, Optional rows, Optional weight_ids, Optional read,
+                   Tensor write, Optional coeff, bool subtract_projection, int64_t activation, Optional grad_read, Optional grad_read_bias,
                    Optional grad_write, Optional grad_subtract_bias, Optional grad_coeff) {
-  check_edit_backward(grad, out, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, grad_read,
+  check_edit_backward(grad, out, saved_input, u, z, rows, weight_ids, read, write, coeff, subtract_projection, activation, grad_read,
                       grad_read_bias, grad_write, grad_subtract_bias, grad_coeff);
   EditBackward e;
-  e.selection = selection_of(grad.sizes()[0], rows, set_ids, write.sizes()[0]);
-  e.weights = edit_weights(read, std::nullopt, write, std::nullopt, coeff, subtract, activation);
+  e.selection = selection_of(grad.sizes()[0], rows, weight_ids, write.sizes()[0]);
+  e.weights = edit_weights(read, std::nullopt, write, std::nullopt, coeff, subtract_projection, activation);
   e.grad = rows_of(grad);
   e.out = rows_of(out);
-  if (grad_write) e.kept = rows_of(kept);
+  if (grad_write) e.saved_input = rows_of(saved_input);
   e.u = u.data_ptr();
   e.z = pointer(z);
   e.grad_read = pointer(grad_read);
@@ -129,29 +129,29 @@ void edit_backward(Tensor grad, Optional out, Tensor kept, Tensor u, Optional z,
   kernels().edit_backward[int(dtype_of(grad))](e);
 }
 
-void red(Tensor source, Tensor out, Optional rows, Optional set_ids, Tensor scale, Tensor bias, Optional kept) {
-  check_red(source, out, rows, set_ids, scale, bias, kept);
+void red(Tensor source, Tensor out, Optional rows, Optional weight_ids, Tensor scale, Tensor bias, Optional saved_input) {
+  check_red(source, out, rows, weight_ids, scale, bias, saved_input);
   RedForward e;
-  e.selection = selection_of(source.sizes()[0], rows, set_ids, scale.sizes()[0]);
+  e.selection = selection_of(source.sizes()[0], rows, weight_ids, scale.sizes()[0]);
   e.d = source.sizes()[1];
   e.scale = typed(scale);
   e.bias = typed(bias);
   e.source = rows_of(source);
   e.out = rows_of(out);
-  e.kept = rows_of(kept);
+  e.saved_input = rows_of(saved_input);
   kernels().red[int(dtype_of(source))](e);
 }
 
-void red_backward(Tensor grad, Optional out, Tensor kept, Optional rows, Optional set_ids, Tensor scale, Optional grad_scale,
+void red_backward(Tensor grad, Optional out, Tensor saved_input, Optional rows, Optional weight_ids, Tensor scale, Optional grad_scale,
                   Optional grad_bias) {
-  check_red_backward(grad, out, kept, rows, set_ids, scale, grad_scale, grad_bias);
+  check_red_backward(grad, out, saved_input, rows, weight_ids, scale, grad_scale, grad_bias);
   RedBackward e;
-  e.selection = selection_of(grad.sizes()[0], rows, set_ids, scale.sizes()[0]);
+  e.selection = selection_of(grad.sizes()[0], rows, weight_ids, scale.sizes()[0]);
   e.d = grad.sizes()[1];
   e.scale = typed(scale);
   e.grad = rows_of(grad);
   e.out = rows_of(out);
-  if (grad_scale) e.kept = rows_of(kept);
+  if (grad_scale) e.saved_input = rows_of(saved_input);
   e.grad_scale = pointer(grad_scale);
   e.grad_bias = pointer(grad_bias);
   kernels().red_backward[int(dtype_of(grad))](e);
@@ -219,13 +219,13 @@ void set_pool_limit(int64_t bytes) { pool_limit(size_t(bytes)); }
 
 std::tuple<int64_t, int64_t> held_by_pool() {
   const PoolBytes bytes = pool_bytes();
-  return {int64_t(bytes.used), int64_t(bytes.kept)};
+  return {int64_t(bytes.used), int64_t(bytes.saved_input)};
 }
 
 std::string isa() { return kernels().name; }
 
 std::string isa_refusal(std::string name) {
-  const char* reason = why_unable(name.c_str());
+  const char* reason = unsupported_reason(name.c_str());
   return reason ? reason : "";
 }
 
@@ -234,17 +234,17 @@ std::string isa_refusal(std::string name) {
 
 STABLE_TORCH_LIBRARY(reft_kernels_cpu, m) {
   m.def(
-      "edit(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? set_ids, Tensor? read, Tensor? read_bias, Tensor write, "
-      "Tensor? subtract_bias, Tensor? coeff, bool subtract, int activation, Tensor(b!)? kept, Tensor(c!)? u, Tensor(d!)? z) "
+      "edit(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? weight_ids, Tensor? read, Tensor? read_bias, Tensor write, "
+      "Tensor? subtract_bias, Tensor? coeff, bool subtract_projection, int activation, Tensor(b!)? saved_input, Tensor(c!)? u, Tensor(d!)? z) "
       "-> ()");
   m.def(
-      "edit_backward(Tensor grad, Tensor(a!)? out, Tensor kept, Tensor u, Tensor? z, Tensor? rows, Tensor? set_ids, "
-      "Tensor? read, Tensor write, Tensor? coeff, bool subtract, int activation, Tensor(b!)? grad_read, "
+      "edit_backward(Tensor grad, Tensor(a!)? out, Tensor saved_input, Tensor u, Tensor? z, Tensor? rows, Tensor? weight_ids, "
+      "Tensor? read, Tensor write, Tensor? coeff, bool subtract_projection, int activation, Tensor(b!)? grad_read, "
       "Tensor(c!)? grad_read_bias, Tensor(d!)? grad_write, Tensor(e!)? grad_subtract_bias, Tensor(f!)? grad_coeff) -> ()");
   m.def(
-      "red(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? set_ids, Tensor scale, Tensor bias, Tensor(b!)? kept) -> ()");
+      "red(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? weight_ids, Tensor scale, Tensor bias, Tensor(b!)? saved_input) -> ()");
   m.def(
-      "red_backward(Tensor grad, Tensor(a!)? out, Tensor kept, Tensor? rows, Tensor? set_ids, Tensor scale, "
+      "red_backward(Tensor grad, Tensor(a!)? out, Tensor saved_input, Tensor? rows, Tensor? weight_ids, Tensor scale, "
       "Tensor(b!)? grad_scale, Tensor(c!)? grad_bias) -> ()");
   m.def(
       "householder(Tensor X, Tensor? signs, Tensor? base, Tensor? base_point, Tensor? W, Tensor(a!) R, Tensor(b!)? D, "
@@ -260,7 +260,7 @@ STABLE_TORCH_LIBRARY(reft_kernels_cpu, m) {
       "-> ()");
   m.def("pooled_like(Tensor like) -> Tensor");
   m.def("set_pool_limit(int bytes) -> ()");
-  m.def("held_by_pool() -> (int used, int kept)");
+  m.def("held_by_pool() -> (int used, int saved_input)");
   m.def("isa() -> str");
   m.def("isa_refusal(str name) -> str");
 }

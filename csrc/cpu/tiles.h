@@ -101,7 +101,7 @@ class Panel {
 // The entries to work on, grouped by set, each set's in the order given: runs of one set share its weights in cache.
 class Order {
  public:
-  explicit Order(const Selection& s) : plain_(s.rows == nullptr && s.set_ids == nullptr), begins_(s.sets + 1), entries_() {
+  explicit Order(const Selection& s) : plain_(s.rows == nullptr && s.weight_ids == nullptr), begins_(s.sets + 1), entries_() {
     int64_t* begins = begins_;
     if (plain_) {
       begins[0] = 0;
@@ -123,7 +123,7 @@ class Order {
   int64_t entry(int64_t i) const { return plain_ ? i : entries_[i]; }
 
  private:
-  static int64_t set(const Selection& s, int64_t n) { return s.set_ids ? s.set_ids[n] : 0; }
+  static int64_t set(const Selection& s, int64_t n) { return s.weight_ids ? s.weight_ids[n] : 0; }
   static bool wanted(const Selection& s, int64_t n) {
     int64_t k = set(s, n);
     return (s.rows == nullptr || s.rows[n] >= 0) && k >= 0 && k < s.sets;

@@ -23,11 +23,11 @@ struct AnyDtype {
 // [N, d] rows selected from a [M, d] hidden state: channel stride 1, `stride` elements from row to row.
 struct Selection {
   const int32_t* rows;     // [N] row numbers, -1 skips
-  const int32_t* set_ids;  // [N], or null: one set
+  const int32_t* weight_ids;  // [N], or null: one set
   int64_t num_rows;        // N > 0
   int d;                   // > 0
   int rank;                // 1 to kMaxRank
-  int sets;                // 1 without set_ids
+  int sets;                // 1 without weight_ids
 };
 
 struct EditForward {
@@ -39,10 +39,10 @@ struct EditForward {
   const void* read;   // [sets, rank, d], or null
   const void* write;  // [sets, rank, d]
   AnyDtype read_bias, subtract_bias, coeff;  // [sets, rank] twice, [N, rank]
-  void* kept;    // [N, d] contiguous, or null: not wanted
+  void* saved_input;    // [N, d] contiguous, or null: not wanted
   float* u;      // [N, rank], or null
   float* z;      // [N, rank], or null
-  bool subtract;
+  bool subtract_projection;
   Activation activation;
 };
 
@@ -65,16 +65,16 @@ struct EditGradient {
   Dtype dtype;
   const void* grad;
   void* out;  // dh, may be grad; null: not wanted
-  const void* kept;
+  const void* saved_input;
   int64_t grad_stride, out_stride, kept_stride;
   AnyDtype read, write;  // [sets, rank, d]
   const float* small;    // as EditDelta leaves it
   float *grad_read, *grad_read_bias, *grad_write, *grad_subtract_bias;  // all null where no weight's gradient is wanted
-  bool subtract, linear;
+  bool subtract_projection, linear;
 };
 
 // dz and coeff * u; where the activation is not linear and a projection is subtracted also coeff * delta.
-__host__ __device__ constexpr int small_count(bool subtract, bool linear) { return subtract && !linear ? 3 : 2; }
+__host__ __device__ constexpr int small_count(bool subtract_projection, bool linear) { return subtract_projection && !linear ? 3 : 2; }
 __host__ __device__ constexpr int padded_rank(int rank) { return (rank + 7) / 8 * 8; }
 
 cudaError_t edit_forward(const EditForward& arguments, cudaStream_t stream);

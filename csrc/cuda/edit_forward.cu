@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
       if (p.u != nullptr) p.u[n * r + i] = 0.0f;
       if (p.z != nullptr) p.z[n * r + i] = 0.0f;
     }
-    if (p.kept != nullptr)
-      for (int64_t c = threadIdx.x; c < d; c += kProjectThreads) static_cast<T*>(p.kept)[n * d + c] = from_float<T>(0.0f);
+    if (p.saved_input != nullptr)
+      for (int64_t c = threadIdx.x; c < d; c += kProjectThreads) static_cast<T*>(p.saved_input)[n * d + c] = from_float<T>(0.0f);
   }
 
   while (left != 0) {
@@ -93,8 +93,8 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
 #pragma unroll
       for (int q = 0; q < ROWS; ++q) {
         if (!(active >> q & 1)) continue;
-        if (p.kept != nullptr)
-          *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(p.kept) + (first_entry + q) * d + c) = value[q];
+        if (p.saved_input != nullptr)
+          *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(p.saved_input) + (first_entry + q) * d + c) = value[q];
 #pragma unroll
         for (int v = 0; v < V; ++v) acc[q][v] += to_float(value[q].value[v]);
         store<T, V>(static_cast<T*>(p.out) + block.row[q] * p.out_stride + c, acc[q]);
@@ -118,7 +118,7 @@ template <class T, class W>
 cudaError_t choose(const EditForward& p, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
   const bool vectors = p.selection.d % V == 0 && p.source_stride % V == 0 && p.out_stride % V == 0 && aligned(p.source, 16) &&
-                       aligned(p.out, 16) && aligned(p.kept, 16) && aligned(p.read, 16) && aligned(p.write, 16);
+                       aligned(p.out, 16) && aligned(p.saved_input, 16) && aligned(p.read, 16) && aligned(p.write, 16);
   if (!vectors) return launch<T, W, 1, 1>(p, stream);
   return rows_of_block(p.selection.num_rows) == 1 ? launch<T, W, V, 1>(p, stream) : launch<T, W, V, 4>(p, stream);
 }

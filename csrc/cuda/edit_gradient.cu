@@ -17,7 +17,7 @@ constexpr int kRanks = 8;  // of a pass over the rows
 
 __device__ inline bool belongs(const Selection& selection, int64_t n, int set) {
   if (n >= selection.num_rows || selection.rows[n] < 0) return false;
-  return selection.set_ids == nullptr || selection.set_ids[n] == set;
+  return selection.weight_ids == nullptr || selection.weight_ids[n] == set;
 }
 
 // dc and dp of one set, in fp64: these few sums over all rows cost nothing.
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
         zero(x[q]);
         if (mine[q] && inside) {
           load<T, V>(static_cast<const T*>(p.grad) + int64_t(row[q]) * p.grad_stride + c, g[q]);
-          if (needs_x) load<T, V>(static_cast<const T*>(p.kept) + (n0 + q) * p.kept_stride + c, x[q]);
+          if (needs_x) load<T, V>(static_cast<const T*>(p.saved_input) + (n0 + q) * p.kept_stride + c, x[q]);
         }
       }
       if (needs_weights) {
@@ -248,7 +248,7 @@ cudaError_t choose(const EditGradient& p, cudaStream_t stream) {
   const size_t pair = 2 * sizeof(T);
   // two columns a thread where 64 columns a block still leave a block for each multiprocessor; reasoned, not measured
   const bool pairs = p.selection.d >= 8192 && p.selection.d % 2 == 0 && p.grad_stride % 2 == 0 && p.out_stride % 2 == 0 &&
-                     p.kept_stride % 2 == 0 && aligned(p.grad, pair) && aligned(p.out, pair) && aligned(p.kept, pair) &&
+                     p.kept_stride % 2 == 0 && aligned(p.grad, pair) && aligned(p.out, pair) && aligned(p.saved_input, pair) &&
                      shared_bytes(2, staged_rows(p)) <= kSharedLimit;
   return pairs ? launch<T, 2, SECOND>(p, stream) : launch<T, 1, SECOND>(p, stream);
 }

@@ -302,7 +302,7 @@ struct Patch {
 // acc[j][c] += sum over k of A(row0 + c, k) matrix(k, j0 + j), in fp32, tile by tile: one sum over 255 ranks loses too much.
 // Begins after a barrier, ends with one.
 template <class Tall, class Matrix>
-__device__ inline void spread(
+__device__ inline void multiply_square(
     const Build& b, const Tiling& tiling, const Patch& patch, int row0, int j0, const Tall& A, Matrix matrix,
     float (&acc)[4][4]) {
   const int stride = tiling.size + 1;

@@ -88,12 +88,12 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
   for (int j0 = 0; j0 < r; j0 += tiling.size)
     for (int row0 = b.first; row0 < b.last; row0 += tiling.rows) {
       float acc[4][4] = {};
-      spread(
+      multiply_square(
           b, tiling, patch, row0, j0, F_bar,
           [&](int k, int j) { return M[j * stride + k] * column_sign(signs, k, negate); }, acc);
-      spread(b, tiling, patch, row0, j0, L, symmetric, acc);
+      multiply_square(b, tiling, patch, row0, j0, L, symmetric, acc);
       if (has_base)
-        spread(b, tiling, patch, row0, j0, L0, [&](int k, int j) { return -J[k * stride + j]; }, acc);
+        multiply_square(b, tiling, patch, row0, j0, L0, [&](int k, int j) { return -J[k * stride + j]; }, acc);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int c = row0 + patch.c + q * patch.step;

@@ -83,11 +83,11 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
   for (int j0 = 0; j0 < r; j0 += tiling.size)
     for (int row0 = b.first; row0 < b.last; row0 += tiling.rows) {
       float acc[4][4] = {};
-      spread(
+      multiply_square(
           b, tiling, patch, row0, j0, L,
           [&](int k, int j) { return M[k * stride + j] * column_sign(signs, j, negate); }, acc);
       if (has_base)
-        spread(
+        multiply_square(
             b, tiling, patch, row0, j0, L0,
             [&](int k, int j) { return -Y[k * stride + j] * column_sign(signs, j, negate); }, acc);
 #pragma unroll

@@ -25,7 +25,7 @@ __device__ inline void load_rows(RowBlock<ROWS>& block, const Selection& selecti
     int32_t row = n < selection.num_rows ? selection.rows[n] : -1;
     block.row[q] = row;
     // the set of a skipped entry is not defined
-    block.set[q] = row >= 0 && selection.set_ids != nullptr ? selection.set_ids[n] : 0;
+    block.set[q] = row >= 0 && selection.weight_ids != nullptr ? selection.weight_ids[n] : 0;
   }
   __syncthreads();
 }

@@ -59,11 +59,11 @@ AnyDtype any(const char* name, const Optional& tensor) {
   return {input<void>(*tensor), dtype_of(name, *tensor)};
 }
 
-Selection selection_of(const Tensor& rows, const Optional& set_ids, const Tensor& write) {
-  const bool has_sets = set_ids.has_value();
+Selection selection_of(const Tensor& rows, const Optional& weight_ids, const Tensor& write) {
+  const bool has_sets = weight_ids.has_value();
   Selection selection = {};
   selection.rows = input<int32_t>(rows);
-  selection.set_ids = input<int32_t>(set_ids);
+  selection.weight_ids = input<int32_t>(weight_ids);
   selection.num_rows = rows.size(0);
   selection.d = int(write.size(write.dim() - 1));
   selection.rank = int(write.size(write.dim() - 2));
@@ -72,12 +72,12 @@ Selection selection_of(const Tensor& rows, const Optional& set_ids, const Tensor
 }
 
 void edit_forward_op(
-    Tensor source, Tensor out, Tensor rows, Optional set_ids, Optional read, Optional read_bias, Tensor write,
-    Optional subtract_bias, Optional coeff, bool subtract, int64_t activation, Tensor kept, Tensor u, Tensor z) {
+    Tensor source, Tensor out, Tensor rows, Optional weight_ids, Optional read, Optional read_bias, Tensor write,
+    Optional subtract_bias, Optional coeff, bool subtract_projection, int64_t activation, Tensor saved_input, Tensor u, Tensor z) {
   const char* name = "edit_forward";
   Launch launch(name, source);
   EditForward p = {};
-  p.selection = selection_of(rows, set_ids, write);
+  p.selection = selection_of(rows, weight_ids, write);
   p.dtype = dtype_of(name, source);
   p.weight_dtype = dtype_of(name, write);
   p.source = input<void>(source);
@@ -89,7 +89,7 @@ void edit_forward_op(
   p.read_bias = any(name, read_bias);
   p.subtract_bias = any(name, subtract_bias);
   p.coeff = any(name, coeff);
-  p.kept = output<void>(kept);
+  p.saved_input = output<void>(saved_input);
   p.u = output<float>(u);
   p.z = output<float>(z);
   p.subtract = subtract;
@@ -98,12 +98,12 @@ void edit_forward_op(
 }
 
 void edit_delta_op(
-    Tensor grad, Tensor rows, Optional set_ids, Tensor write, Optional coeff, Tensor u, Tensor z, int64_t activation,
+    Tensor grad, Tensor rows, Optional weight_ids, Tensor write, Optional coeff, Tensor u, Tensor z, int64_t activation,
     Tensor small, Tensor grad_coeff) {
   const char* name = "edit_delta";
   Launch launch(name, grad);
   EditDelta p = {};
-  p.selection = selection_of(rows, set_ids, write);
+  p.selection = selection_of(rows, weight_ids, write);
   p.dtype = dtype_of(name, grad);
   p.weight_dtype = dtype_of(name, write);
   p.grad = input<void>(grad);
@@ -119,12 +119,12 @@ void edit_delta_op(
 }
 
 void edit_gradient_op(
-    Tensor grad, Optional out, Tensor kept, Tensor rows, Optional set_ids, Optional read, Tensor write, Tensor small,
-    bool subtract, int64_t activation, Tensor grad_read, Tensor grad_read_bias, Tensor grad_write, Tensor grad_subtract_bias) {
+    Tensor grad, Optional out, Tensor saved_input, Tensor rows, Optional weight_ids, Optional read, Tensor write, Tensor small,
+    bool subtract_projection, int64_t activation, Tensor grad_read, Tensor grad_read_bias, Tensor grad_write, Tensor grad_subtract_bias) {
   const char* name = "edit_gradient";
   Launch launch(name, grad);
   EditGradient p = {};
-  p.selection = selection_of(rows, set_ids, write);
+  p.selection = selection_of(rows, weight_ids, write);
   p.dtype = dtype_of(name, grad);
   p.grad = input<void>(grad);
   p.grad_stride = grad.stride(0);
@@ -132,8 +132,8 @@ void edit_gradient_op(
     p.out = output<void>(*out);
     p.out_stride = out->stride(0);
   }
-  p.kept = input<void>(kept);
-  p.kept_stride = kept.dim() == 2 ? kept.stride(0) : 0;
+  p.saved_input = input<void>(saved_input);
+  p.kept_stride = saved_input.dim() == 2 ? saved_input.stride(0) : 0;
   p.read = any(name, read);
   p.write = any(name, write);
   p.small = input<float>(small);
@@ -198,15 +198,15 @@ void build_backward_op(
 
 STABLE_TORCH_LIBRARY(reft_kernels_cuda, m) {
   m.def(
-      "edit_forward(Tensor source, Tensor(a!) out, Tensor rows, Tensor? set_ids, Tensor? read, Tensor? read_bias, "
-      "Tensor write, Tensor? subtract_bias, Tensor? coeff, bool subtract, int activation, Tensor(b!) kept, Tensor(c!) u, "
+      "edit_forward(Tensor source, Tensor(a!) out, Tensor rows, Tensor? weight_ids, Tensor? read, Tensor? read_bias, "
+      "Tensor write, Tensor? subtract_bias, Tensor? coeff, bool subtract_projection, int activation, Tensor(b!) saved_input, Tensor(c!) u, "
       "Tensor(d!) z) -> ()");
   m.def(
-      "edit_delta(Tensor grad, Tensor rows, Tensor? set_ids, Tensor write, Tensor? coeff, Tensor u, Tensor z, "
+      "edit_delta(Tensor grad, Tensor rows, Tensor? weight_ids, Tensor write, Tensor? coeff, Tensor u, Tensor z, "
       "int activation, Tensor(a!) small, Tensor(b!) grad_coeff) -> ()");
   m.def(
-      "edit_gradient(Tensor grad, Tensor(a!)? out, Tensor kept, Tensor rows, Tensor? set_ids, Tensor? read, Tensor write, "
-      "Tensor small, bool subtract, int activation, Tensor(b!) grad_read, Tensor(c!) grad_read_bias, Tensor(d!) grad_write, "
+      "edit_gradient(Tensor grad, Tensor(a!)? out, Tensor saved_input, Tensor rows, Tensor? weight_ids, Tensor? read, Tensor write, "
+      "Tensor small, bool subtract_projection, int activation, Tensor(b!) grad_read, Tensor(c!) grad_read_bias, Tensor(d!) grad_write, "
       "Tensor(e!) grad_subtract_bias) -> ()");
   m.def(
       "build_forward(Tensor X, Tensor? signs, Tensor? base, Tensor? point, Tensor? W, bool cayley, Tensor(a!) R, "

@@ -123,7 +123,7 @@ def read(folder: Path, options: Options) -> Adapter:
         raise ConversionError(f"{folder / heads[0]}: a prediction head, which is not converted; --without-head leaves it out")
     path, found = _tensors(folder)
     blocks, units = _units(path, found)
-    orthogonal, subtract = bool(config.get("orthogonality", True)), config.get("subtract_projection")
+    orthogonal, subtract_projection = bool(config.get("orthogonality", True)), config.get("subtract_projection")
     positions = _positions(config)
     count = 1 if config.get("tied_weights", False) else 2
     layers: dict[int, list[Weights]] = {}
@@ -141,7 +141,7 @@ def read(folder: Path, options: Options) -> Adapter:
             spare[layer] = sets.pop(1 if positions[0] == "f" else 0)
         layers[layer] = sets
     adapter = Adapter(
-        intervention=options.intervention or _KINDS[orthogonal, True if subtract is None else bool(subtract)],
+        intervention=options.intervention or _KINDS[orthogonal, True if subtract_projection is None else bool(subtract_projection)],
         component="block_output",
         layers=layers,
         positions=positions,
@@ -152,7 +152,7 @@ def read(folder: Path, options: Options) -> Adapter:
         spare=spare,
         details={NAME: {"path": blocks, "dtype": config.get("dtype"), **{k: content.get(k) for k in _KEPT}}},
     )
-    if subtract is None and options.intervention is None:
+    if subtract_projection is None and options.intervention is None:
         adapter.notes.append(
             f"the folder does not say subtract_projection, so it is read as {adapter.intervention}, as adapters reads it; "
             f"say --intervention {'direft' if orthogonal else 'nodireft'} where it was trained without"
@@ -249,10 +249,10 @@ def write(adapter: Adapter, folder: Path, options: Options) -> None:
         for i, weights in enumerate(sets)
         for key, tensor in _stored(adapter, weights, dtype).items()
     }
-    orthogonal, subtract = _SWITCHES[adapter.intervention]
+    orthogonal, subtract_projection = _SWITCHES[adapter.intervention]
     config = {
         "architecture": "reft", "layers": "all" if adapter.all_layers else list(adapter.layers), "prefix_positions": spec.first,
-        "suffix_positions": spec.last, "r": adapter.rank, "orthogonality": orthogonal, "subtract_projection": subtract,
+        "suffix_positions": spec.last, "r": adapter.rank, "orthogonality": orthogonal, "subtract_projection": subtract_projection,
         "tied_weights": len(next(iter(units.values()))) == 1, "dropout": adapter.dropout, "dtype": dtype,
         "non_linearity": _ACTIVATIONS.get(adapter.activation, adapter.activation), "output_reft": True,
         "init_weights_seed": None,

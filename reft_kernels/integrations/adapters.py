@@ -35,10 +35,10 @@ from reft_kernels.integrations.torch_orthogonal import householder_chain, rotati
 from reft_kernels.interventions import EditWeights, Intervention
 from reft_kernels.model.call_state import ModelCall
 from reft_kernels.model.components import MODEL_INPUTS, Component, Target
-from reft_kernels.model.editor import Editor, Scope
+from reft_kernels.model.editor import BackboneSession, Editor
+from reft_kernels.model.forward_context import Edit, ForwardContext
 from reft_kernels.model.prompts import Window, window_of_shape
 from reft_kernels.model.selection import DeferredSelection, PositionRule, Selection, TokenShape, select
-from reft_kernels.model.steps import Edit, Step
 from reft_kernels.parametrization import MAX_RANK
 from reft_kernels.positions import Spec, prompt_rows
 
@@ -53,7 +53,7 @@ class _Kind(NamedTuple):
     width: int
     rank: int
     orthogonal: bool
-    subtract: bool
+    subtract_projection: bool
     activation: str
 
 
@@ -135,11 +135,11 @@ class _Units(Intervention):
         return read, bias, write, None, self.subtract
 
     def edit(
-        self, hidden: Tensor, weights: EditWeights, *, rows: Tensor | None = None, set_ids: Tensor | None = None,
+        self, hidden: Tensor, weights: EditWeights, *, rows: Tensor | None = None, weight_ids: Tensor | None = None,
         coeff: Tensor | None = None, inplace: bool = False,
     ) -> Tensor:  # fmt: skip
         """The edit and, as the package has it, dropout of the edited rows' entries, drawn in the package's order."""
-        edited = super().edit(hidden, weights, rows=rows, set_ids=set_ids, coeff=coeff, inplace=inplace)
+        edited = super().edit(hidden, weights, rows=rows, weight_ids=weight_ids, coeff=coeff, inplace=inplace)
         dropout = self.units[0].dropout
         if not dropout.training or dropout.p == 0.0:
             return edited
@@ -194,7 +194,7 @@ class _Group:
         self.stack = _Units(kind, [module for _, module in places])
 
 
-class _Scope(Scope):
+class _BackboneSession(BackboneSession):
     """One backbone whose adapters are those that the package says are active."""
 
     def __init__(self, editor: Editor, backbone: nn.Module, component: Component, names: tuple[str, ...]) -> None:
@@ -228,7 +228,7 @@ class _Scope(Scope):
             known = self._known[name] = (places, groups)
         return known[1]
 
-    def _step(self, groups: list[_Group], window: Window | None, call: ModelCall, arguments: Mapping[str, Any]) -> Step | None:
+    def _step(self, groups: list[_Group], window: Window | None, call: ModelCall, arguments: Mapping[str, Any]) -> ForwardContext | None:
         edits: dict[int, list[Edit]] = {}
         tokens = None if window is None else TokenShape(window.batch, window.width)
         for group in groups:
@@ -239,7 +239,7 @@ class _Scope(Scope):
             weights, device = group.stack(), group.stack.units[0].learned_source.weight.device
             for index, site in enumerate(group.sites):
                 edits.setdefault(site, []).append(Edit(group.stack, index, weights[index], selection, tokens, device))
-        return Step(edits, torch.is_grad_enabled()) if edits else None
+        return ForwardContext(edits, torch.is_grad_enabled()) if edits else None
 
 
 class _Through:
@@ -287,29 +287,29 @@ class _Editor(Editor):
             block = path.rsplit(".", 1)[0]
             target = Target(index, block, "output", layer.model_config.hidden_size, True)
             parts = block.split(".") if split else ()
-            scope = self._scope_of(target, "encoder" in parts, "decoder" in parts)
-            scope.layers.append((self._site(scope, target), layer))
+            session = self._scope_of(target, "encoder" in parts, "decoder" in parts)
+            session.layers.append((self._site(session, target), layer))
             module = model.get_submodule(block)
             if _misses_cache(module):
                 self._handles.append(module.register_forward_pre_hook(_PassCache(), with_kwargs=True))
 
-    def _scope_of(self, target: Target, encoder: bool, decoder: bool) -> _Scope:
+    def _scope_of(self, target: Target, encoder: bool, decoder: bool) -> _BackboneSession:
         path, names = _backbone(self.model, target.path)
-        if path not in self._scopes:
+        if path not in self._sessions:
             backbone = self.model.get_submodule(path)
-            scope = _Scope(self, backbone, Component((target,), path, encoder, decoder), names)
-            self._watch(scope, path)
-            self._scopes[path] = scope
-        return self._scopes[path]
+            session = _BackboneSession(self, backbone, Component((target,), path, encoder, decoder), names)
+            self._watch(session, path)
+            self._sessions[path] = session
+        return self._sessions[path]
 
-    def active_in(self, scope: _Scope) -> list[_Group]:
-        return scope.active()
+    def active_in(self, session: _BackboneSession) -> list[_Group]:
+        return session.active()
 
     def close(self) -> None:
         """Remove every hook."""
-        for scope in self._scopes.values():
-            scope.prune()
-        self._scopes.clear()
+        for session in self._sessions.values():
+            session.prune()
+        self._sessions.clear()
         self._close()
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from reft_kernels.model.forward_context import ForwardContext
     from reft_kernels.model.generation import Generation
-    from reft_kernels.model.steps import Step
 
 EXPLICIT = ("prompt_lengths", "edit_positions")
 """Keyword arguments of the edited model's ``forward`` and ``generate``, removed before the model runs:
@@ -73,12 +73,12 @@ def take_call(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Mo
 
 
 class Frame:
-    """One running call of a backbone: the step that its layer hooks consume, and the frame around it."""
+    """One running call of a backbone: the context that its layer hooks consume, and the frame around it."""
 
-    __slots__ = ("step", "outer")
+    __slots__ = ("context", "outer")
 
     def __init__(self, outer: Frame | None) -> None:
-        self.step: Step | None = None
+        self.context: ForwardContext | None = None
         self.outer = outer
 
 
@@ -92,7 +92,7 @@ class EditorState(threading.local):
         self.members: tuple[str, ...] | None = None
 
 
-class ScopeState(threading.local):
+class SessionState(threading.local):
     """The running call of a backbone, in one thread."""
 
     def __init__(self) -> None:

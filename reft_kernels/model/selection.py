@@ -29,7 +29,7 @@ class Selection(NamedTuple):
     """Rows of ``hidden.view(-1, d)`` (None: all), and the weight set of each row where prefix and suffix are untied."""
 
     rows: Tensor | None
-    set_ids: Tensor | None
+    weight_ids: Tensor | None
 
 
 def repeat_examples(tensor: Tensor, batch: int, name: str) -> Tensor:
@@ -81,7 +81,7 @@ def select(window: Window, rule: PositionRule) -> Selection | None:
     if lengths is None:
         return None
     rows = positions.prompt_rows(spec, window.starts, lengths, window.width, token_mask=window.tokens, offset=window.offset)
-    return Selection(rows, positions.set_ids(spec, window.batch, device=window.device) if rule.untied else None)
+    return Selection(rows, positions.weight_ids(spec, window.batch, device=window.device) if rule.untied else None)
 
 
 def _real_rows(window: Window) -> Tensor | None:
@@ -208,12 +208,12 @@ def place_rows(selection: Selection, tokens: TokenShape, hidden: Tensor, layout:
         rows = selection.rows
         if rows is None:
             rows = torch.arange(batch * width, device=hidden.device, dtype=torch.int32)
-        return _moved(rows, selection.set_ids, (rows // width) * lead[1] + rows % width, batch * lead[1])
+        return _moved(rows, selection.weight_ids, (rows // width) * lead[1] + rows % width, batch * lead[1])
     if layout == "tbd" and lead == (width, batch):
         rows = selection.rows
         if rows is None:
             return selection
-        return _moved(rows, selection.set_ids, (rows % width) * batch + rows // width, batch * width)
+        return _moved(rows, selection.weight_ids, (rows % width) * batch + rows // width, batch * width)
     if layout == "btsd" and len(lead) == 3 and lead[:2] == (batch, width):
         return _streams(selection, tokens, lead[2], 1, lead[2])
     if layout == "sbtd" and len(lead) == 3 and lead[1:] == (batch, width):
@@ -221,8 +221,8 @@ def place_rows(selection: Selection, tokens: TokenShape, hidden: Tensor, layout:
     return None
 
 
-def _moved(rows: Tensor, set_ids: Tensor | None, numbers: Tensor, count: int) -> Selection:
-    return Selection(mark_rows(torch.where(rows < 0, -1, numbers).to(torch.int32), count), set_ids)
+def _moved(rows: Tensor, weight_ids: Tensor | None, numbers: Tensor, count: int) -> Selection:
+    return Selection(mark_rows(torch.where(rows < 0, -1, numbers).to(torch.int32), count), weight_ids)
 
 
 def _streams(selection: Selection, tokens: TokenShape, streams: int, step: int, stride: int) -> Selection:
@@ -232,5 +232,5 @@ def _streams(selection: Selection, tokens: TokenShape, streams: int, step: int, 
     rows = selection.rows.unsqueeze(1)
     offsets = torch.arange(streams, device=rows.device, dtype=torch.int32) * step
     numbers = torch.where(rows < 0, -1, rows * stride + offsets).to(torch.int32).flatten()
-    ids = None if selection.set_ids is None else mark_rows(selection.set_ids.repeat_interleave(streams), 2)
+    ids = None if selection.weight_ids is None else mark_rows(selection.weight_ids.repeat_interleave(streams), 2)
     return Selection(mark_rows(numbers, tokens.batch * tokens.width * streams), ids)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reft_kernels.allocation import contiguous  # noqa: F401  (the kernels' launches take it from here)
 from reft_kernels.dispatch import interpreting
-from reft_kernels.outputs import contiguous  # noqa: F401  (the kernels' launches take it from here)
 
 INTERPRETING = interpreting()
 IS_AMD = torch.version.hip is not None

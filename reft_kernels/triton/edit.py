@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels import outputs
+from reft_kernels import allocation
 from reft_kernels.triton import common
 
 
@@ -56,7 +56,7 @@ def edit_config(num_rows: int, d: int, rank: int, dtype: torch.dtype, second: bo
 
 @triton.jit(do_not_specialize=["num_rows"])
 def edit_kernel(
-    source, out, rows, set_ids, read, read_bias, write, subtract_bias, coeff, kept, u_out, z_out,
+    source, out, rows, weight_ids, read, read_bias, write, subtract_bias, coeff, saved_input, u_out, z_out,
     num_rows, d, r, source_stride_n, source_stride_d, out_stride_n, out_stride_d,
     SUBTRACT: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -83,18 +83,18 @@ def edit_kernel(
         if tl.sum(nobody.to(tl.int32), 0) > 0:
             for start in range(0, d, BLOCK_D):
                 col = start + tl.arange(0, BLOCK_D)
-                blank = tl.zeros((BLOCK_N, BLOCK_D), kept.dtype.element_ty)
-                tl.store(kept + n[:, None].to(tl.int64) * d + col[None, :], blank, mask=nobody[:, None] & (col < d)[None, :])
+                blank = tl.zeros((BLOCK_N, BLOCK_D), saved_input.dtype.element_ty)
+                tl.store(saved_input + n[:, None].to(tl.int64) * d + col[None, :], blank, mask=nobody[:, None] & (col < d)[None, :])
     first_set = 0
     last_set = 0
     row_set = tl.zeros((BLOCK_N,), tl.int32)
-    if set_ids is not None:
-        row_set = tl.load(set_ids + n, mask=valid, other=0)
+    if weight_ids is not None:
+        row_set = tl.load(weight_ids + n, mask=valid, other=0)
         first_set = tl.min(tl.where(valid, row_set, 2147483647), 0)
         last_set = tl.max(tl.where(valid, row_set, -1), 0)
     for s in range(first_set, last_set + 1):
         mine = valid
-        if set_ids is not None:
+        if weight_ids is not None:
             mine = valid & (row_set == s)
         weight_offset = tl.cast(s, tl.int64) * r * d
         bias_offset = tl.cast(s, tl.int64) * r
@@ -138,30 +138,30 @@ def edit_kernel(
             w = tl.load(write + w_offsets, mask=i_mask[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
             y = x.to(tl.float32) + common.expand(u, w, USE_DOT, SMALL_PRECISION)
             if SAVE and rows is not None:
-                tl.store(kept + n[:, None].to(tl.int64) * d + column, x, mask=x_mask)
+                tl.store(saved_input + n[:, None].to(tl.int64) * d + column, x, mask=x_mask)
             tl.store(out + row[:, None] * out_stride_n + column * out_stride_d, y.to(x.dtype), mask=x_mask)
 
 
 def edit(
-    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
-    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract: bool, activation: str, save: bool,
+    source: Tensor, out: Tensor, rows: Tensor | None, weight_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
+    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract_projection: bool, activation: str, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The contract of :func:`reft_kernels.reference.edit`, in one launch."""
     d, rank = source.shape[1], write.shape[-2]
-    num_rows = outputs.row_count(source, rows)
-    kept, u, z = outputs.edit_saved(source, rows, write, activation, save)
+    num_rows = allocation.num_selected_rows(source, rows)
+    saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)
     if num_rows == 0:
-        return kept, u, z
-    second = subtract and activation != "linear"
+        return saved_input, u, z
+    second = subtract_projection and activation != "linear"
     config = edit_config(num_rows, d, rank, source.dtype, second, common.IS_AMD)
     with common.device_guard(source):
         edit_kernel[(triton.cdiv(num_rows, config.block_n),)](
-            source, out, common.contiguous(rows), common.contiguous(set_ids), common.contiguous(read),
+            source, out, common.contiguous(rows), common.contiguous(weight_ids), common.contiguous(read),
             common.contiguous(read_bias), common.contiguous(write), common.contiguous(subtract_bias), common.contiguous(coeff),
-            kept, u, z, num_rows, d, rank, *source.stride(), *out.stride(),
-            SUBTRACT=subtract, ACTIVATION=activation, SAVE=save,
+            saved_input, u, z, num_rows, d, rank, *source.stride(), *out.stride(),
+            SUBTRACT=subtract_projection, ACTIVATION=activation, SAVE=save,
             BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_R=config.block_r, USE_DOT=config.use_dot,
             PRECISION=common.dot_precision(source.dtype), SMALL_PRECISION=common.small_precision(source.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages, **common.compile_options(source),
         )  # fmt: skip
-    return kept, u, z
+    return saved_input, u, z

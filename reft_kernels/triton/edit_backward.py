@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels import outputs
+from reft_kernels import allocation
 from reft_kernels.triton import common, reduction
 from reft_kernels.triton.edit import EditConfig, edit_config
 
@@ -68,7 +68,7 @@ def delta_config(num_rows: int, d: int, rank: int, dtype: torch.dtype, amd: bool
 
 @triton.jit(do_not_specialize=["num_rows"])
 def delta_kernel(
-    grad, rows, set_ids, write, coeff, u, z, dz_out, ddelta_out, dcoeff_out,
+    grad, rows, weight_ids, write, coeff, u, z, dz_out, ddelta_out, dcoeff_out,
     num_rows, d, r, grad_stride_n, grad_stride_d,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, USE_DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -84,14 +84,14 @@ def delta_kernel(
     row_set = tl.zeros((BLOCK_N,), tl.int32)
     first_set = 0
     last_set = 0
-    if set_ids is not None:
-        row_set = tl.load(set_ids + n, mask=valid, other=0)
+    if weight_ids is not None:
+        row_set = tl.load(weight_ids + n, mask=valid, other=0)
         first_set = tl.min(tl.where(valid, row_set, 2147483647), 0)
         last_set = tl.max(tl.where(valid, row_set, -1), 0)
     delta = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for s in range(first_set, last_set + 1):
         mine = valid
-        if set_ids is not None:
+        if weight_ids is not None:
             mine = valid & (row_set == s)
         acc = common.product_start(BLOCK_N, BLOCK_R, BLOCK_D, USE_DOT)
         for start in range(0, d, BLOCK_D):
@@ -124,7 +124,7 @@ def delta_kernel(
 @triton.jit
 def _pass_over_rows(
     acc_a, acc_b, acc_c, acc_q,
-    grad, out, kept, rows, set_ids, read, write, coeff, u, dz, ddelta,
+    grad, out, saved_input, rows, weight_ids, read, write, coeff, u, dz, ddelta,
     num_rows, chunks, d, r, grad_stride_n, grad_stride_d, out_stride_n, out_stride_d, kept_stride_n, kept_stride_d,
     SUBTRACT: tl.constexpr, SECOND: tl.constexpr, SUMS_A: tl.constexpr, SUMS_B: tl.constexpr, WRITES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -157,8 +157,8 @@ def _pass_over_rows(
         if rows is not None:
             row = tl.load(rows + n, mask=inside, other=-1).to(tl.int64)
             mine = row >= 0
-        if set_ids is not None:
-            mine = mine & (tl.load(set_ids + n, mask=mine, other=-1) == s)
+        if weight_ids is not None:
+            mine = mine & (tl.load(weight_ids + n, mask=mine, other=-1) == s)
         tile_mask = mine[:, None] & c_mask[None, :]
         n64 = n.to(tl.int64)
         small = n64[:, None] * r + i[None, :]
@@ -169,9 +169,9 @@ def _pass_over_rows(
         g = tl.load(grad + row[:, None] * grad_stride_n + column[None, :] * grad_stride_d, mask=tile_mask, other=0.0)
         if NEEDS_X:
             kept_row = row if rows is None else n64
-            x = tl.load(kept + kept_row[:, None] * kept_stride_n + column[None, :] * kept_stride_d, mask=tile_mask, other=0.0)
+            x = tl.load(saved_input + kept_row[:, None] * kept_stride_n + column[None, :] * kept_stride_d, mask=tile_mask, other=0.0)
             if REBUILDS:
-                # over all rows the output was kept: x = y - B^T (coeff * u)
+                # over all rows the output was saved_input: x = y - B^T (coeff * u)
                 used = tl.load(u + small, mask=small_mask, other=0.0)
                 if coeff is not None:
                     used *= tl.load(coeff + small, mask=small_mask, other=0.0).to(tl.float32)
@@ -202,7 +202,7 @@ def _pass_over_rows(
 
 @triton.jit(do_not_specialize=["num_rows", "num_sets", "chunks"])
 def gradient_kernel(
-    grad, out, kept, rows, set_ids, read, write, coeff, u, dz, ddelta,
+    grad, out, saved_input, rows, weight_ids, read, write, coeff, u, dz, ddelta,
     grad_read, grad_read_bias, grad_write, grad_subtract_bias, partials, counters,
     num_rows, num_sets, chunks, d, r, grad_stride_n, grad_stride_d, out_stride_n, out_stride_d, kept_stride_n, kept_stride_d,
     SUBTRACT: tl.constexpr, LINEAR: tl.constexpr, NEED_WEIGHTS: tl.constexpr, ONE_CHUNK: tl.constexpr, PHASES: tl.constexpr,
@@ -228,7 +228,7 @@ def gradient_kernel(
     if PHASES == 1:
         acc_a, acc_b, acc_c, acc_q = _pass_over_rows(
             acc_a, acc_b, acc_c, acc_q,
-            grad, out, kept, rows, set_ids, read, write, coeff, u, dz, ddelta,
+            grad, out, saved_input, rows, weight_ids, read, write, coeff, u, dz, ddelta,
             num_rows, chunks, d, r, grad_stride_n, grad_stride_d, out_stride_n, out_stride_d, kept_stride_n, kept_stride_d,
             SUBTRACT, SECOND, NEED_WEIGHTS, NEED_WEIGHTS, out is not None,
             BLOCK_N, BLOCK_D, BLOCK_R, PRECISION, SMALL_PRECISION,
@@ -238,21 +238,21 @@ def gradient_kernel(
             # dA and dB in passes of their own, or together
             acc_a, acc_b, acc_c, acc_q = _pass_over_rows(
                 acc_a, acc_b, acc_c, acc_q,
-                grad, out, kept, rows, set_ids, read, write, coeff, u, dz, ddelta,
+                grad, out, saved_input, rows, weight_ids, read, write, coeff, u, dz, ddelta,
                 num_rows, chunks, d, r, grad_stride_n, grad_stride_d, out_stride_n, out_stride_d, kept_stride_n, kept_stride_d,
                 SUBTRACT, SECOND, True, PHASES == 2, False, BLOCK_N, BLOCK_D, BLOCK_R, PRECISION, SMALL_PRECISION,
             )  # fmt: skip
         if NEED_WEIGHTS and PHASES == 3:
             acc_a, acc_b, acc_c, acc_q = _pass_over_rows(
                 acc_a, acc_b, acc_c, acc_q,
-                grad, out, kept, rows, set_ids, read, write, coeff, u, dz, ddelta,
+                grad, out, saved_input, rows, weight_ids, read, write, coeff, u, dz, ddelta,
                 num_rows, chunks, d, r, grad_stride_n, grad_stride_d, out_stride_n, out_stride_d, kept_stride_n, kept_stride_d,
                 SUBTRACT, SECOND, False, True, False, BLOCK_N, BLOCK_D, BLOCK_R, PRECISION, SMALL_PRECISION,
             )  # fmt: skip
         if out is not None:
             acc_a, acc_b, acc_c, acc_q = _pass_over_rows(
                 acc_a, acc_b, acc_c, acc_q,
-                grad, out, kept, rows, set_ids, read, write, coeff, u, dz, ddelta,
+                grad, out, saved_input, rows, weight_ids, read, write, coeff, u, dz, ddelta,
                 num_rows, chunks, d, r, grad_stride_n, grad_stride_d, out_stride_n, out_stride_d, kept_stride_n, kept_stride_d,
                 SUBTRACT, SECOND, False, False, True, BLOCK_N, BLOCK_D, BLOCK_R, PRECISION, SMALL_PRECISION,
             )  # fmt: skip
@@ -297,23 +297,23 @@ def gradient_kernel(
 
 
 def edit_backward(
-    grad: Tensor, out: Tensor | None, kept: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, set_ids: Tensor | None,
-    read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract: bool, activation: str, need_weights: bool,
+    grad: Tensor, out: Tensor | None, saved_input: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, weight_ids: Tensor | None,
+    read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract_projection: bool, activation: str, need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The contract of :func:`reft_kernels.reference.edit_backward`, in two launches (one where only dcoeff is wanted)."""
     d, rank = grad.shape[1], write.shape[-2]
-    num_rows = outputs.row_count(grad, rows)
-    sets = write.shape[0] if set_ids is not None else 1
+    num_rows = allocation.num_selected_rows(grad, rows)
+    sets = write.shape[0] if weight_ids is not None else 1
     linear = activation == "linear"
-    second = subtract and not linear
+    second = subtract_projection and not linear
 
-    grads = outputs.edit_gradients(grad, rows, read, write, coeff, subtract, need_weights)
+    grads = allocation.edit_gradients(grad, rows, read, write, coeff, subtract_projection, need_weights)
     grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff = grads
     if num_rows == 0:
         for empty_sum in grads:
             empty_sum.zero_()
         return grads
-    rows, set_ids, read, write, coeff = (common.contiguous(t) for t in (rows, set_ids, read, write, coeff))
+    rows, weight_ids, read, write, coeff = (common.contiguous(t) for t in (rows, weight_ids, read, write, coeff))
     u, z = common.contiguous(u), common.contiguous(z)
     dz = grad.new_empty((num_rows, rank), dtype=torch.float32)
     ddelta = grad.new_empty((num_rows, rank), dtype=torch.float32) if second else None
@@ -321,7 +321,7 @@ def edit_backward(
     config = gradient_config(num_rows, d, rank, sets, grad.dtype, second, common.IS_AMD)
     with common.device_guard(grad):
         delta_kernel[(triton.cdiv(num_rows, row_config.block_n),)](
-            grad, rows, set_ids, write, coeff, u, z, dz, ddelta, grad_coeff, num_rows, d, rank, *grad.stride(),
+            grad, rows, weight_ids, write, coeff, u, z, dz, ddelta, grad_coeff, num_rows, d, rank, *grad.stride(),
             ACTIVATION=activation, BLOCK_N=row_config.block_n, BLOCK_D=row_config.block_d, BLOCK_R=row_config.block_r,
             USE_DOT=row_config.use_dot, PRECISION=common.dot_precision(grad.dtype),
             num_warps=row_config.num_warps, num_stages=row_config.num_stages, **common.compile_options(grad),
@@ -333,13 +333,13 @@ def edit_backward(
         if need_weights and config.chunks > 1:
             partials = grad.new_empty(config.chunks * 2 * (write.numel() + write.numel() // d), dtype=torch.float32)
             counters = reduction.counters(grad, blocks * sets)
-        kept_strides = kept.stride() if kept.dim() == 2 else (0, 0)
+        kept_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
         gradient_kernel[(blocks, config.chunks, sets)](
-            grad, out, kept, rows, set_ids, read, write, coeff, u, dz, ddelta,
+            grad, out, saved_input, rows, weight_ids, read, write, coeff, u, dz, ddelta,
             grad_read, grad_bias, grad_write, grad_subtract_bias, partials, counters,
             num_rows, sets, config.chunks, d, rank, *grad.stride(),
             *(out.stride() if out is not None else (0, 0)), *kept_strides,
-            SUBTRACT=subtract, LINEAR=linear, NEED_WEIGHTS=need_weights, ONE_CHUNK=config.chunks == 1 or not need_weights,
+            SUBTRACT=subtract_projection, LINEAR=linear, NEED_WEIGHTS=need_weights, ONE_CHUNK=config.chunks == 1 or not need_weights,
             PHASES=config.phases,
             BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_R=config.block_r,
             PRECISION=common.dot_precision(grad.dtype), SMALL_PRECISION=common.small_precision(grad.dtype),

@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels import outputs
+from reft_kernels import allocation
 from reft_kernels.triton import common
-from reft_kernels.triton.small_algebra import (
+from reft_kernels.triton.small_linalg import (
     FULL,
     LOWER,
     SCRATCH,
@@ -32,10 +32,10 @@ from reft_kernels.triton.small_algebra import (
     entry,
     gram,
     invert,
+    multiply_square,
     product,
     put,
     save,
-    spread,
     total_gradient,
 )
 
@@ -179,9 +179,9 @@ def _build_kernel(
         for start in tl.range(first, last, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-            acc = spread(acc, out_M, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
+            acc = multiply_square(acc, out_M, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
             if base is not None:
-                acc = spread(acc, out_Y, base, None, None, j, c, d, r, LD, False, BLOCK_K)
+                acc = multiply_square(acc, out_Y, base, None, None, j, c, d, r, LD, False, BLOCK_K)
             row = j[:, None]
             col = c[None, :]
             acc += tl.load(out_P + col * LD + row, mask=(col < r) & (row < r), other=0.0)
@@ -324,10 +324,10 @@ def _build_backward_kernel(
         for start in tl.range(first, last, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-            acc = spread(acc, out_F, None, grad_R, grad_D, j, c, d, r, LD, False, BLOCK_K)
-            acc = spread(acc, out_S, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
+            acc = multiply_square(acc, out_F, None, grad_R, grad_D, j, c, d, r, LD, False, BLOCK_K)
+            acc = multiply_square(acc, out_S, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
             if base is not None:
-                acc = spread(acc, out_J, base, None, None, j, c, d, r, LD, False, BLOCK_K)
+                acc = multiply_square(acc, out_J, base, None, None, j, c, d, r, LD, False, BLOCK_K)
             col = j[:, None]
             row = c[None, :]
             at = row * r + col
@@ -421,7 +421,7 @@ def _scratch(config: BuildConfig, X: Tensor, wide: int, narrow: int) -> tuple[Te
 def _build(is_cayley: bool, X: Tensor, signs, base, point, W):
     layers, d, r = X.shape
     X, signs, base, point, W = map(common.contiguous, (X, signs, base, point, W))
-    R, D, aux = outputs.build(X, base, W)
+    R, D, aux = allocation.build(X, base, W)
     if layers > 0:
         config = build_config(layers, d, r, _processors(X.device))
         scratch = _scratch(config, X, *((1, 2) if base is None else (4, 3)))
@@ -433,7 +433,7 @@ def _build(is_cayley: bool, X: Tensor, signs, base, point, W):
 def _build_backward(is_cayley: bool, grad_R, grad_D, X: Tensor, signs, base, aux: Tensor) -> Tensor:
     layers, d, r = X.shape
     if (grad_R is None and grad_D is None) or layers == 0:
-        return outputs.no_build_gradient(X)
+        return allocation.no_build_gradient(X)
     grad_R, grad_D, X, signs, base, aux = map(common.contiguous, (grad_R, grad_D, X, signs, base, aux))
     grad_X = torch.empty_like(X)
     config = build_config(layers, d, r, _processors(X.device))

@@ -16,7 +16,7 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(like: Tensor, count: int) -> Tensor:
-    """At least ``count`` int32 zeros, kept for each device and stream, since launches of one stream do not overlap."""
+    """At least ``count`` int32 zeros, saved_input for each device and stream, since launches of one stream do not overlap."""
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     key = (like.device, stream)
     buffer = _counters.get(key)

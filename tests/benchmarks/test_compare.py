@@ -79,7 +79,7 @@ def test_other_machines_warn_and_go_on(tmp_path, capsys, change):
     assert out.startswith("slower")
 
 
-@pytest.mark.parametrize("name", ["dtype", "shape", "mode", "allocator", "question"])
+@pytest.mark.parametrize("name", ["dtype", "shape", "mode", "allocator", "suite"])
 def test_other_cases_do_not_match(tmp_path, capsys, name):
     compare.main(_files(tmp_path, [row(median=1.0)], [row(median=2.0, **{name: "other=1"})]))
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 matched")
@@ -120,10 +120,10 @@ def test_behind_worst_first_and_without_a_time_before():
 
 def test_a_backend_not_chosen_counts_and_maps_do_not_race():
     found = [row(median=2.0), row("reft_kernels, torch backend", 1.0)]
-    found += [row(f"reft_kernels {name}", time, question="r_build") for name, time in (("householder", 2.0), ("cayley", 1.0))]
+    found += [row(f"reft_kernels {name}", time, suite="r_build") for name, time in (("householder", 2.0), ("cayley", 1.0))]
     assert [loss.others[0].provider for loss in compare.behind(found)] == ["reft_kernels, torch backend"]
-    found.append(row("householder_product", 0.5, question="r_build"))
-    losses = [loss for loss in compare.behind(found) if loss.own.question == "r_build"]
+    found.append(row("householder_product", 0.5, suite="r_build"))
+    losses = [loss for loss in compare.behind(found) if loss.own.suite == "r_build"]
     assert [loss.own.provider for loss in losses] == ["reft_kernels householder", "reft_kernels cayley"]
 
 

@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from benchmarks import counting, edits, harness
+from benchmarks import edits, harness, op_metrics
 from benchmarks.harness import Absent, Call, Case, Provider, Settings, Verdict
 
 ONCE = Settings(rounds=4)
@@ -147,7 +147,7 @@ def test_operators_are_counted_without_views_and_allocations():
         torch.empty(3)
         return y @ x
 
-    assert counting.launches(Call(work), "cpu") == 2
+    assert op_metrics.launches(Call(work), "cpu") == 2
 
 
 def test_peak_memory_counts_what_is_freed_too():
@@ -157,7 +157,7 @@ def test_peak_memory_counts_what_is_freed_too():
         del large
         return small
 
-    assert counting.peak_bytes(Call(work), "cpu") == (4 << 20) + 16
+    assert op_metrics.peak_bytes(Call(work), "cpu") == (4 << 20) + 16
 
 
 def test_the_gate_of_edits_tells_right_from_wrong():

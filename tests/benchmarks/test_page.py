@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import page, plots, questions
+from benchmarks import page, plots, suites
 from benchmarks.rows import Row
 from tests.benchmarks import GPU, edits, row, write
 
@@ -25,8 +25,8 @@ def _render(devices):
 
 @pytest.fixture(autouse=True)
 def _titles(monkeypatch):
-    """Titles without the questions' imports."""
-    monkeypatch.setattr(questions, "load", lambda name: SimpleNamespace(TITLE=f"<{name}>", ABOUT=f"about {name} & more"))
+    """Titles without the suites' imports."""
+    monkeypatch.setattr(suites, "load", lambda name: SimpleNamespace(TITLE=f"<{name}>", ABOUT=f"about {name} & more"))
 
 
 class _Page(HTMLParser):
@@ -59,7 +59,7 @@ class _Page(HTMLParser):
 def _selected(**values: object) -> list[Row]:
     found = []
     for length in (128, 512, 2048):
-        case = {"question": "edit_selected_rows", "shape": f"batch=8 T={length} positions=f7+l7 d=64 r=8"} | values
+        case = {"suite": "edit_selected_rows", "shape": f"batch=8 T={length} positions=f7+l7 d=64 r=8"} | values
         found += [row("the rows alone", 1.0, **case), row(median=1.1, **case), row("eager, in place", length / 50, **case)]
     return found
 
@@ -68,7 +68,7 @@ def _steps(**values: object) -> list[Row]:
     found = []
     for model, time in (("llama-512x4", 1.0), ("llama-2048x4", 9.0)):
         case = {
-            "question": "training_step", "mode": "step", "shape": f"model={model} batch=4 T=64 positions=f7+l7 r=8",
+            "suite": "training_step", "mode": "step", "shape": f"model={model} batch=4 T=64 positions=f7+l7 r=8",
             "baseline": "frozen model",
         } | values  # fmt: skip
         found += [row("frozen model", time, ratio=1.0, peak_bytes=1 << 22, **case)]
@@ -78,11 +78,11 @@ def _steps(**values: object) -> list[Row]:
 
 def _deeper() -> Row:
     shape = "model=llama-512x8 batch=4 T=64 positions=f7+l7 r=8"
-    return row(median=2.0, ratio=0.9, peak_bytes=1 << 22, question="training_step", mode="step", shape=shape)
+    return row(median=2.0, ratio=0.9, peak_bytes=1 << 22, suite="training_step", mode="step", shape=shape)
 
 
 def _builds(**values: object) -> list[Row]:
-    case = {"question": "r_build", "mode": "both"} | values
+    case = {"suite": "r_build", "mode": "both"} | values
     own = [row("reft_kernels householder", 1.0, shape=f"layers={n} d=64 r=8", baseline="x", **case) for n in (1, 32)]
     return [*own, row("parametrizations.orthogonal", 100.0, shape="layers=1 d=64 r=8", **case)]
 
@@ -114,19 +114,19 @@ def test_losing_cases_are_listed():
 
 
 def test_gpu_not_measured():
-    """... is said of each question that no GPU answered, on a page with CPU rows and one without any."""
+    """... is said of each suite that no GPU answered, on a page with CPU rows and one without any."""
     cpu = {"some-cpu-2-threads": edits()}
-    assert _Page(_render(cpu)).words.count(page.NO_GPU) == len(questions.NAMES)
-    assert _Page(_render({})).words.count(page.NO_GPU) == len(questions.NAMES)
+    assert _Page(_render(cpu)).words.count(page.NO_GPU) == len(suites.NAMES)
+    assert _Page(_render({})).words.count(page.NO_GPU) == len(suites.NAMES)
     both = _Page(_render(cpu | {"some-gpu": edits(**GPU)})).words
-    assert both.count(page.NO_GPU) == len(questions.NAMES) - 1 and f"<edit_all_rows>: {page.NO_GPU}" not in both
+    assert both.count(page.NO_GPU) == len(suites.NAMES) - 1 and f"<edit_all_rows>: {page.NO_GPU}" not in both
 
 
 def test_unknown_question_and_missing_module(monkeypatch):
-    with pytest.raises(ValueError, match="question: got mystery"):
-        _render({"d": [row(median=1.0, question="mystery")]})
+    with pytest.raises(ValueError, match="suite: got mystery"):
+        _render({"d": [row(median=1.0, suite="mystery")]})
     monkeypatch.undo()
-    monkeypatch.setattr(questions, "NAMES", ("no_such_module",))
+    monkeypatch.setattr(suites, "NAMES", ("no_such_module",))
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         _render({})
 
@@ -137,7 +137,7 @@ def test_main(tmp_path, capsys):
     assert page.main([str(results), "--out", str(out)]) == 0
     first = out.read_bytes()
     assert page.main([str(results), "--out", str(out)]) == 0 and out.read_bytes() == first
-    (results / "some-cpu-2-threads" / "old.csv").write_text("question,provider\n")
+    (results / "some-cpu-2-threads" / "old.csv").write_text("suite,provider\n")
     capsys.readouterr()
     assert page.main([str(results), "--out", str(out)]) == 2
     err = capsys.readouterr().err
@@ -176,14 +176,14 @@ def test_allocators_have_their_own_figures(tmp_path):
 
 def _programs() -> list[Row]:
     program = {
-        "question": "trainer_step",
+        "suite": "trainer_step",
         "mode": "step",
         "baseline": "frozen model",
         "shape": "model=llama-512x4 batch=4 T=64",
     }
     found = [row("frozen model", 1.0, ratio=1.0, **program), row("reft_kernels, Trainer", 1.2, ratio=1.2, **program)]
     for lengths in ("boolq", "questions"):
-        case = {"question": "packing", "mode": "step", "baseline": "padding", "shape": f"model=m batch=32 lengths={lengths}"}
+        case = {"suite": "packing", "mode": "step", "baseline": "padding", "shape": f"model=m batch=32 lengths={lengths}"}
         found += [row("padding", 4.0, ratio=1.0, **case), row("packing", 2.0, ratio=0.5, **case)]
     return found
 
@@ -230,7 +230,7 @@ def test_selected_is_logarithmic_in_both():
 
 def test_only_the_star_around_the_base_is_drawn():
     """A row that differs in another dimension than the varied one does not join its line."""
-    found = [*_selected(), row(median=7.0, question="edit_selected_rows", shape="batch=64 T=512 positions=f7+l7 d=64 r=8")]
+    found = [*_selected(), row(median=7.0, suite="edit_selected_rows", shape="batch=64 T=512 positions=f7+l7 d=64 r=8")]
     assert 7.0 not in _lines(_drawn(plots._selected, found).axes[0])["reft_kernels"]
 
 
@@ -250,7 +250,7 @@ def test_step_bars():
 
 def _pyreft() -> dict[str, object]:
     shape = "model=llama-1024x4 batch=4 T=64 positions=f7+l7 r=8"
-    return {"question": "training_step", "mode": "step", "shape": shape, "baseline": "frozen model"}
+    return {"suite": "training_step", "mode": "step", "shape": shape, "baseline": "frozen model"}
 
 
 def test_colours():

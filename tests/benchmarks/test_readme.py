@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import questions, readme
+from benchmarks import readme, suites
 from benchmarks.readme import BEGIN, END
 from tests.benchmarks import GPU, edits, row, write
 
 
 @pytest.fixture(autouse=True)
 def _titles(monkeypatch):
-    """Titles without the questions' imports."""
-    monkeypatch.setattr(questions, "load", lambda name: SimpleNamespace(TITLE=f"Title of {name}"))
+    """Titles without the suites' imports."""
+    monkeypatch.setattr(suites, "load", lambda name: SimpleNamespace(TITLE=f"Title of {name}"))
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_markers_missing(place, capsys, text, arguments):
 
 
 def test_unreadable_rows(place, capsys):
-    (place[1] / "some-cpu-2-threads" / "old.csv").write_text("question,provider\n")
+    (place[1] / "some-cpu-2-threads" / "old.csv").write_text("suite,provider\n")
     assert readme.main([], *place) == 2
     err = capsys.readouterr().err
     assert err.startswith("readme: ") and "old.csv" in err and err.count("\n") == 1
@@ -125,7 +125,7 @@ def test_failing_where_others_do_not_is_listed():
 
 
 def test_gpu_not_measured():
-    told = {f"- Title of {name}: GPU: not measured" for name in questions.NAMES}
+    told = {f"- Title of {name}: GPU: not measured" for name in suites.NAMES}
     assert told <= set(_figures(*edits()))
     assert {line for line in _figures(*edits(**GPU)) if "not measured" in line} == told - {
         "- Title of edit_all_rows: GPU: not measured"
@@ -133,8 +133,8 @@ def test_gpu_not_measured():
     assert told <= set(_figures())
 
 
-def _shapes(question: str, mode: str, *shapes: str) -> list[str]:
-    lines = _table(_figures(*(row(median=1.0, ratio=1.0, question=question, mode=mode, shape=shape) for shape in shapes)))
+def _shapes(suite: str, mode: str, *shapes: str) -> list[str]:
+    lines = _table(_figures(*(row(median=1.0, ratio=1.0, suite=suite, mode=mode, shape=shape) for shape in shapes)))
     return [line[1].removesuffix(", float32") for line in lines]
 
 
@@ -173,7 +173,7 @@ def test_generation_shows_both_modes():
 def test_packing_shows_every_distribution_beside_padding():
     lines = []
     for lengths in ("boolq", "questions"):
-        case = {"question": "packing", "mode": "step", "baseline": "padding", "shape": f"batch=32 lengths={lengths}"}
+        case = {"suite": "packing", "mode": "step", "baseline": "padding", "shape": f"batch=32 lengths={lengths}"}
         lines += [row("padding", 4.0, ratio=1.0, **case), row("packing", 2.0, ratio=0.5, **case)]
     shown = _table(_figures(*lines))
     assert [line[1] for line in shown] == ["batch=32 lengths=boolq, float32", "batch=32 lengths=questions, float32"]
@@ -181,7 +181,7 @@ def test_packing_shows_every_distribution_beside_padding():
 
 
 def test_very_small_ratios_are_read_as_fractions():
-    case = {"question": "r_build", "mode": "both", "shape": "layers=1 d=4096 r=8", "baseline": "parametrizations.orthogonal"}
+    case = {"suite": "r_build", "mode": "both", "shape": "layers=1 d=4096 r=8", "baseline": "parametrizations.orthogonal"}
     found = [row("reft_kernels householder", 0.05, ratio=1 / 3700, **case), row(case["baseline"], 185.0, ratio=1.0, **case)]
     (line,) = _table(_figures(*found))
     assert line[3:5] == ["parametrizations.orthogonal: 185 ms", "**householder 1/3,700**"]

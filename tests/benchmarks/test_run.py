@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, questions, rows, run, tuning
+from benchmarks import harness, rows, run, suites, tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_list_names_every_question(capsys):
     assert run.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1].rstrip(":") for line in lines] == list(questions.NAMES)
+    assert [line.split()[1].rstrip(":") for line in lines] == list(suites.NAMES)
 
 
 @pytest.mark.parametrize("name", ["edit_selected_rows", "r_build", "host_cost", "trainer_step", "packing"])
@@ -26,11 +26,11 @@ def test_a_quick_run_answers_the_question(name, tmp_path, capsys):
     file = tmp_path / "rows.csv"
     assert run.main(["--only", name, "--quick", "--csv", str(file), "--device", "cpu", "--rounds", "1"]) == 0
     found = rows.read(file)
-    assert {row.question for row in found} == {name}
+    assert {row.suite for row in found} == {name}
     own = [row for row in found if row.provider.startswith(("reft_kernels", "packing"))]
     assert own and all(row.median_ms for row in own), [row.note for row in own]
     assert not [row for row in found if row.note and not row.note.startswith("absent")]
-    assert questions.load(name).TITLE in capsys.readouterr().out
+    assert suites.load(name).TITLE in capsys.readouterr().out
 
 
 def test_match_picks_cases(tmp_path):
@@ -50,8 +50,8 @@ def test_bad_arguments(arguments, capsys):
 
 
 def test_an_unknown_question():
-    with pytest.raises(ValueError, match="question: got 'nothing', expected one of edit_all_rows"):
-        questions.load("nothing")
+    with pytest.raises(ValueError, match="suite: got 'nothing', expected one of edit_all_rows"):
+        suites.load("nothing")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU does")
@@ -83,7 +83,7 @@ def test_tuning_tries_each_knob_alone():
     from reft_kernels.triton.edit import EditConfig
 
     present = EditConfig(16, 64, 16, True, 4, 1)
-    found = tuning.neighbours(present)
+    found = tuning.adjacent(present)
     assert set(found) == {
         "block_n=8", "block_n=32", "block_d=32", "block_d=128", "num_warps=2", "num_warps=8", "num_stages=2",
     }  # fmt: skip

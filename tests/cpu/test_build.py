@@ -93,7 +93,7 @@ def test_a_switch_that_is_no_switch_is_refused(tmp_path):
 
 
 def test_a_library_that_is_not_there_or_none_is_said(tmp_path):
-    ask = "import torch; from reft_kernels import cpu; print(cpu.why_unable('edit', 'cpu', torch.float32))"
+    ask = "import torch; from reft_kernels import cpu; print(cpu.unsupported_reason('edit', 'cpu', torch.float32))"
     absent = _run(sys.executable, "-c", ask, REFT_KERNELS_CPU_LIBRARY=str(tmp_path / "none.so"))
     assert "REFT_KERNELS_CPU_LIBRARY: got" in absent.stdout and "expected an existing file" in absent.stdout
     (tmp_path / "text.so").write_text("no library")

@@ -21,7 +21,7 @@ from reft_kernels import cpu
 from tests import budget, inputs, plain
 from tests.inputs import Case
 
-assert cpu.instruction_set() == {isa!r}, (cpu.instruction_set(), cpu.why_unable("edit", "cpu", torch.float32))
+assert cpu.instruction_set() == {isa!r}, (cpu.instruction_set(), cpu.unsupported_reason("edit", "cpu", torch.float32))
 rk.set_backend("cpu")
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -63,7 +63,7 @@ def test_within_the_error_budget(isa):
 
 
 def test_an_unknown_one_is_refused():
-    ask = "import torch; from reft_kernels import cpu; print(cpu.why_unable('edit', 'cpu', torch.float32))"
+    ask = "import torch; from reft_kernels import cpu; print(cpu.unsupported_reason('edit', 'cpu', torch.float32))"
     done = subprocess.run(
         [sys.executable, "-c", ask],
         capture_output=True, text=True, cwd=ROOT, env={**os.environ, "REFT_KERNELS_CPU_ISA": "mmx", "PYTHONPATH": str(ROOT)},

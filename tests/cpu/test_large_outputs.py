@@ -16,7 +16,7 @@ from reft_kernels import dispatch, host_memory
 from tests import budget, inputs
 from tests.inputs import Case
 
-_WHY_NOT = dispatch.why_unable("cpu", "edit", "cpu", torch.float32)
+_WHY_NOT = dispatch.unsupported_reason("cpu", "edit", "cpu", torch.float32)
 pytestmark = [
     pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)),
     pytest.mark.usefixtures("_cpu_backend"),

@@ -13,7 +13,7 @@ from reft_kernels import cpu, dispatch
 from reft_kernels.parametrization import orthonormality_error
 from tests import maps
 
-_WHY_NOT = dispatch.why_unable("cpu", "householder", "cpu", torch.float32)
+_WHY_NOT = dispatch.unsupported_reason("cpu", "householder", "cpu", torch.float32)
 pytestmark = [pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)), pytest.mark.usefixtures("poison")]
 
 SHAPES = [  # L, d, r

@@ -22,7 +22,7 @@ from tests.inputs import Case
 
 EMULATED = cuda.emulated()
 DEVICE = "cpu" if EMULATED else "cuda"
-_WHY_NOT = cuda.why_unable("edit", DEVICE, torch.float32) if EMULATED or torch.cuda.is_available() else "needs a CUDA GPU"
+_WHY_NOT = cuda.unsupported_reason("edit", DEVICE, torch.float32) if EMULATED or torch.cuda.is_available() else "needs a CUDA GPU"
 pytestmark = [
     *([] if EMULATED else [pytest.mark.gpu]),
     pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)),
@@ -209,16 +209,16 @@ def test_skipped_entries_add_nothing():
     """coeff of a skipped entry may be NaN and its set out of range, in a block of served rows too."""
     rows = inputs.rows(400, 301, device=DEVICE)
     rows[::3] = -1
-    set_ids = torch.randint(3, (301,), dtype=torch.int32, device=DEVICE)
-    set_ids[::3] = 12345
-    checks.mark_rows(set_ids, 3)  # the public function would refuse it
+    weight_ids = torch.randint(3, (301,), dtype=torch.int32, device=DEVICE)
+    weight_ids[::3] = 12345
+    checks.mark_rows(weight_ids, 3)  # the public function would refuse it
     coeff = torch.rand(301, 6, device=DEVICE)
     coeff[rows < 0] = float("nan")
     coeff.requires_grad_()
     case = Case(d=40, r=6, sets=3)
     own = {k: t.requires_grad_() for k, t in inputs.weights("noreft", case, device=DEVICE).items()}
     hidden = torch.randn(400, 40, device=DEVICE, requires_grad=True)
-    rk.noreft(hidden, **own, rows=rows, set_ids=set_ids, coeff=coeff, activation="tanh").square().sum().backward()
+    rk.noreft(hidden, **own, rows=rows, weight_ids=weight_ids, coeff=coeff, activation="tanh").square().sum().backward()
     assert all(t.grad.isfinite().all() for t in (*own.values(), hidden, coeff))
     assert (coeff.grad[rows < 0] == 0).all() and (coeff.grad[rows >= 0] != 0).any()
 

@@ -85,7 +85,7 @@ def test_everything(arch, order):
 ASK = """
 import torch
 from reft_kernels import cuda
-print(*(cuda.why_unable("edit", device, torch.float32) for device in ("cpu", "cuda")), sep="\\n")
+print(*(cuda.unsupported_reason("edit", device, torch.float32) for device in ("cpu", "cuda")), sep="\\n")
 """
 
 
@@ -93,7 +93,7 @@ def test_the_emulation_serves_cpu_tensors_alone():
     done = _emulated(900, "-c", ASK)
     assert done.stdout.splitlines() == ["None", "the emulated CUDA kernels serve CPU tensors"], done.stderr
     if not cuda.emulated():
-        assert cuda.why_unable("edit", "cpu", torch.float32) == "the CUDA kernels serve tensors on NVIDIA GPUs"
+        assert cuda.unsupported_reason("edit", "cpu", torch.float32) == "the CUDA kernels serve tensors on NVIDIA GPUs"
 
 
 def test_a_library_that_is_not_there_or_none_is_said(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from reft_kernels.integrations.peft import ReftConfig
 from tests.model.families import batch, hook_count, make, shake, stacks
 
-HOLDER = "representation_edits"
+CONTAINER = "representation_edits"
 
 
 def first(**kwargs) -> ReftConfig:
@@ -62,7 +62,7 @@ def test_two_adapters_take_turns(inputs, tmp_path):
     assert torch.equal(logits(model, inputs), expected["other"])
     model.delete_adapter("other")
     assert torch.equal(logits(model.base_model.model, inputs), logits(make("llama"), inputs))
-    assert hook_count(model) == 0 and not any(HOLDER in name for name, _ in model.named_modules())
+    assert hook_count(model) == 0 and not any(CONTAINER in name for name, _ in model.named_modules())
 
 
 def test_only_the_active_adapter_trains(inputs):
@@ -110,7 +110,7 @@ def test_modules_to_save_are_trained_and_saved(tmp_path):
     model = get_peft_model(make("bert"), first(task_type="SEQ_CLS", modules_to_save=["classifier"]))
     shake(model)
     names = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert any("classifier" in n for n in names) and all("classifier" in n or HOLDER in n for n in names)
+    assert any("classifier" in n for n in names) and all("classifier" in n or CONTAINER in n for n in names)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make("bert", seed=0), tmp_path)
     assert torch.equal(logits(again, inputs), logits(model.eval(), inputs))
@@ -247,7 +247,7 @@ def test_an_edit_of_a_linear_layers_output_at_all_positions_merges(family, name)
     model = build(first(component=LINEAR[family], positions="all", intervention=name, init=None), family)
     edited, frozen = logits(model, inputs), logits(make(family), inputs)
     merged = model.merge_and_unload(safe_merge=True)
-    assert hook_count(merged) == 0 and not any(HOLDER in n for n, _ in merged.named_modules())
+    assert hook_count(merged) == 0 and not any(CONTAINER in n for n, _ in merged.named_modules())
     assert not torch.allclose(edited, frozen)
     # the merged weight is rounded once to fp32, which is no more than one layer's own rounding
     torch.testing.assert_close(logits(merged, inputs), edited)

@@ -23,7 +23,7 @@ from reft_kernels.model.interception import InterceptedForward
 from tests.model.families import VOCAB, batch, make, shake
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-BACKENDS = ["torch", "cpu"] if dispatch.why_unable("cpu", "edit", "cpu", torch.float32) is None else ["torch"]
+BACKENDS = ["torch", "cpu"] if dispatch.unsupported_reason("cpu", "edit", "cpu", torch.float32) is None else ["torch"]
 
 
 def build(positions: str = "f2+l2"):

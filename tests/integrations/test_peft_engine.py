@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reft_kernels.reference as reference
 from reft_kernels.integrations.peft import ReftConfig
 from reft_kernels.model import steps
-from reft_kernels.model.steps import LayerHook
+from reft_kernels.model.forward_context import LayerHook
 from tests.model.families import batch, blocks, hook_count, make, shake, stacks
 
 COPIES = {"aten::_local_scalar_dense", "aten::item", "aten::_to_copy", "aten::copy_", "aten::lift_fresh", "aten::nonzero"}
@@ -247,8 +247,8 @@ def test_weights_and_rows_that_are_elsewhere_are_brought_once(monkeypatch):
     model, inputs = build(), batch("llama")
     expected = model(**inputs).logits
     moved = []
-    copied = steps.Step._on
-    monkeypatch.setattr(steps.Step, "_on", lambda self, s, d: moved.append(copied(self, s, d)) or moved[-1])
+    copied = steps.ForwardContext._on
+    monkeypatch.setattr(steps.ForwardContext, "_on", lambda self, s, d: moved.append(copied(self, s, d)) or moved[-1])
     constructor = steps.Edit.__init__
     monkeypatch.setattr(steps.Edit, "__init__", lambda self, *a: constructor(self, *a[:-1], torch.device("meta")))
     assert torch.equal(model(**inputs).logits, expected)

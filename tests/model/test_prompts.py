@@ -24,7 +24,7 @@ def rows(spec, arguments, *, explicit=None, generation=None, untied=False, token
     chosen = None if selection.rows is None else [r for r in selection.rows.tolist() if r >= 0]
     if not untied:
         return chosen
-    return [(r, s) for r, s in zip(selection.rows.tolist(), selection.set_ids.tolist(), strict=True) if r >= 0]
+    return [(r, s) for r, s in zip(selection.rows.tolist(), selection.weight_ids.tolist(), strict=True) if r >= 0]
 
 
 def tokens(batch=2, width=WIDTH):

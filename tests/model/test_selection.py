@@ -44,8 +44,8 @@ def test_layouts(layout, shape, place):
     ids = torch.arange(len(CHOSEN) + 1, dtype=torch.int32) % 2
     placed = place_rows(Selection(rows(), ids), TOKENS, hidden, layout)
     assert edited_places(hidden, placed) == expected
-    assert placed.set_ids.shape == placed.rows.shape
-    for row, set_id in zip(placed.rows.tolist(), placed.set_ids.tolist(), strict=True):
+    assert placed.weight_ids.shape == placed.rows.shape
+    for row, set_id in zip(placed.rows.tolist(), placed.weight_ids.tolist(), strict=True):
         if row >= 0:
             where = tuple(torch.zeros(shape).flatten().scatter(0, torch.tensor(row), 1).view(shape).nonzero()[0].tolist())
             (index,) = [i for i, (b, t) in enumerate(CHOSEN) if where in place(b, t)]

@@ -69,7 +69,7 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
     for regime, rows in (("selected", 448), ("all", 8192)):
         selected = regime == "selected"
         amd = backend == "hip"
-        for flags, activation, subtract, extra in (
+        for flags, activation, subtract_projection, extra in (
             ("folded", "linear", False, False),
             ("loreft", "linear", True, False),
             ("gelu+sets+coeff", "gelu", True, True),
@@ -79,16 +79,16 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
             gradient = backward.gradient_config(rows, d, r, 1, torch_dtype, extra, amd)
             plain = backward.delta_config(rows, d, r, torch_dtype, amd)
             blocks, plain_blocks = ({"BLOCK_N": c.block_n, "BLOCK_D": c.block_d, "BLOCK_R": c.block_r} for c in (config, plain))
-            index = ({"rows": "i32"} if selected else {}) | ({"set_ids": "i32"} if extra else {})
+            index = ({"rows": "i32"} if selected else {}) | ({"weight_ids": "i32"} if extra else {})
             scale = {"coeff": "fp32"} if extra else {}
             weights = {"read": "fp32", "read_bias": "fp32", "write": "fp32"}
-            saved = {"kept": h, "u_out": "fp32", "z_out": "fp32"}
+            saved = {"saved_input": h, "u_out": "fp32", "z_out": "fp32"}
             common = {"USE_DOT": config.use_dot, "PRECISION": precision}
             yield _spec(
                 f"edit[{label}]", forward.edit_kernel,
                 {"source": h, "out": h} | index | weights | scale | saved,
                 ("num_rows", "d", "r", "source_stride_n", "source_stride_d", "out_stride_n", "out_stride_d"),
-                {"SUBTRACT": subtract, "ACTIVATION": activation, "SAVE": True, "SMALL_PRECISION": precision} | blocks | common,
+                {"SUBTRACT": subtract_projection, "ACTIVATION": activation, "SAVE": True, "SMALL_PRECISION": precision} | blocks | common,
                 config, d, r, ("source_stride_d", "out_stride_d"),
             )  # fmt: skip
             extras = {"ddelta_out": "fp32"} if extra else {}
@@ -102,13 +102,13 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
             one = gradient.chunks == 1
             yield _spec(
                 f"gradient[{label}]", backward.gradient_kernel,
-                {"grad": h, "out": h, "kept": h} | index | {"read": "fp32", "write": "fp32"} | scale
+                {"grad": h, "out": h, "saved_input": h} | index | {"read": "fp32", "write": "fp32"} | scale
                 | {"u": "fp32", "dz": "fp32"} | ({"ddelta": "fp32"} if extra else {})
                 | {"grad_read": "fp32", "grad_read_bias": "fp32", "grad_write": "fp32", "grad_subtract_bias": "fp32"}
                 | ({} if one else {"partials": "fp32", "counters": "i32"}),
                 ("num_rows", "num_sets", "chunks", "d", "r", "grad_stride_n", "grad_stride_d", "out_stride_n", "out_stride_d",
                  "kept_stride_n", "kept_stride_d"),
-                {"SUBTRACT": subtract, "LINEAR": not extra, "NEED_WEIGHTS": True, "ONE_CHUNK": one, "PHASES": gradient.phases,
+                {"SUBTRACT": subtract_projection, "LINEAR": not extra, "NEED_WEIGHTS": True, "ONE_CHUNK": one, "PHASES": gradient.phases,
                  "BLOCK_N": gradient.block_n, "BLOCK_D": gradient.block_d, "BLOCK_R": gradient.block_r,
                  "PRECISION": precision, "SMALL_PRECISION": precision},
                 gradient, d, r, ("grad_stride_d", "out_stride_d", "kept_stride_d"),
@@ -126,14 +126,14 @@ def red_specs(d: int, dtype: str) -> Iterator[Spec]:
         blocks = {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
         yield _spec(
             f"red[{rows}]", red.red_kernel,
-            {"source": h, "out": h} | index | {"scale": "fp32", "bias": "fp32", "kept": h},
+            {"source": h, "out": h} | index | {"scale": "fp32", "bias": "fp32", "saved_input": h},
             ("num_rows", "d", "source_stride_n", "source_stride_d", "out_stride_n", "out_stride_d"),
             {"SAVE": selected} | blocks, config, d, 2, ("source_stride_d", "out_stride_d"),
         )  # fmt: skip
         one = config.chunks == 1
         yield _spec(
             f"red_backward[{rows}]", red.red_backward_kernel,
-            {"grad": h, "out": h, "kept": h} | index | {"scale": "fp32", "grad_scale": "fp32", "grad_bias": "fp32"}
+            {"grad": h, "out": h, "saved_input": h} | index | {"scale": "fp32", "grad_scale": "fp32", "grad_bias": "fp32"}
             | ({} if one else {"partials": "fp32", "counters": "i32"}),
             ("num_rows", "num_sets", "chunks", "d", "grad_stride_n", "grad_stride_d", "out_stride_n", "out_stride_d",
              "kept_stride_n", "kept_stride_d"),

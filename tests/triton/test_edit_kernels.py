@@ -57,12 +57,12 @@ def _double(tensor):
 
 def _run(module_edit, module_backward, inputs, convert):
     """Forward in place, then backward in place, from converted copies: every output of both."""
-    hidden, grad, rows, set_ids, read, bias, write, subtract_bias, coeff, subtract, activation = inputs
+    hidden, grad, rows, weight_ids, read, bias, write, subtract_bias, coeff, subtract_projection, activation = inputs
     hidden, grad = convert(hidden).clone(), convert(grad).clone()
     read, bias, write, subtract_bias, coeff = (convert(t) for t in (read, bias, write, subtract_bias, coeff))
-    kept, u, z = module_edit(hidden, hidden, rows, set_ids, read, bias, write, subtract_bias, coeff, subtract, activation, True)
-    kept = hidden if rows is None else kept
-    grads = module_backward(grad, grad, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, True)
+    saved_input, u, z = module_edit(hidden, hidden, rows, weight_ids, read, bias, write, subtract_bias, coeff, subtract_projection, activation, True)
+    saved_input = hidden if rows is None else saved_input
+    grads = module_backward(grad, grad, saved_input, u, z, rows, weight_ids, read, write, coeff, subtract_projection, activation, True)
     names = ("y", "u", "z", "dh", "dA", "dc", "dB", "dp", "dcoeff")
     return dict(zip(names, (hidden, u, z, grad, *grads), strict=True))
 
@@ -96,9 +96,9 @@ def _inputs(dtype, rows_kind, sets, activation, reads, subtracts, with_coeff, n,
         rows = torch.randperm(total)[:n].to(torch.int32)
         rows[[0, 2]] = -1
         rows = rows.to(DEVICE)
-    set_ids = None if sets is None else torch.randint(0, sets, (n,), dtype=torch.int32).to(DEVICE)
+    weight_ids = None if sets is None else torch.randint(0, sets, (n,), dtype=torch.int32).to(DEVICE)
     return (
-        normal(total, d).to(dtype), normal(total, d).to(dtype), rows, set_ids, normal(*lead, r, d) / 6 if reads else None,
+        normal(total, d).to(dtype), normal(total, d).to(dtype), rows, weight_ids, normal(*lead, r, d) / 6 if reads else None,
         normal(*lead, r), normal(*lead, r, d) / 6, normal(*lead, r) if subtracts else None,
         torch.rand(n, r, device=DEVICE) if with_coeff else None, subtracts, activation,
     )  # fmt: skip
@@ -177,15 +177,15 @@ def test_red_and_its_backward(selected, sets, dtype, chunks, monkeypatch, poison
         rows = torch.randperm(total)[:n].to(torch.int32)
         rows[3] = -1
         rows = rows.to(DEVICE)
-    set_ids = None if sets is None else torch.randint(0, sets, (n,), dtype=torch.int32).to(DEVICE)
+    weight_ids = None if sets is None else torch.randint(0, sets, (n,), dtype=torch.int32).to(DEVICE)
     hidden, grad = (torch.randn(total, d, device=DEVICE).to(dtype) for _ in range(2))
     scale, bias = (torch.randn(*lead, d, device=DEVICE) for _ in range(2))
 
     def run(module, convert):
         h, g = convert(hidden).clone(), convert(grad).clone()
         s, b = convert(scale), convert(bias)
-        kept = module.red(h, h, rows, set_ids, s, b, True)
-        sums = module.red_backward(g, g, kept, rows, set_ids, s, True)
+        saved_input = module.red(h, h, rows, weight_ids, s, b, True)
+        sums = module.red_backward(g, g, saved_input, rows, weight_ids, s, True)
         return dict(zip(("y", "dh", "dscale", "dbias"), (h, g, *sums), strict=True))
 
     _hold([(run(red, lambda t: t), run(reference, lambda t: t), run(reference, _double))])

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from reft_kernels.integrations.peft.layer import HOLDER, ReftLayer
+from reft_kernels.integrations.peft.layer import CONTAINER, ReftLayer
 from reft_kernels.integrations.peft.register import REFT
 
 ORDER = (
@@ -201,5 +201,5 @@ def trainable_of_the_base(model: nn.Module) -> list[nn.Parameter]:
         if not n.startswith(("base_layer.", "original_module."))
     }
     return [
-        p for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters and not n.startswith(f"{HOLDER}.")
+        p for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters and not n.startswith(f"{CONTAINER}.")
     ]

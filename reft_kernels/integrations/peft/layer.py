@@ -12,7 +12,7 @@ from torch import nn
 from reft_kernels.interventions import Intervention
 from reft_kernels.model import Editor
 
-HOLDER = "representation_edits"
+CONTAINER = "representation_edits"
 """Name of the child that an edited model gets. PEFT skips modules whose path contains the method's prefix, so this must not."""
 
 
@@ -72,7 +72,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return ", ".join(self.reft_stack)
 
 
-class Holder(nn.Module):
+class AdapterContainer(nn.Module):
     """The child of an edited model under which its adapters live: one :class:`ReftLayer` for each width."""
 
     def __init__(self, editor: Editor) -> None:
@@ -108,13 +108,13 @@ class Holder(nn.Module):
         }
 
 
-def find_holder(model: nn.Module) -> tuple[str, Holder] | None:
-    """The holder of a model's adapters, and its path."""
-    return next(((name, m) for name, m in model.named_modules() if isinstance(m, Holder)), None)
+def find_container(model: nn.Module) -> tuple[str, AdapterContainer] | None:
+    """The container of a model's adapters, and its path."""
+    return next(((name, m) for name, m in model.named_modules() if isinstance(m, AdapterContainer)), None)
 
 
 def _device_of(model: nn.Module) -> torch.device:
     """Where a model's own first parameter is, adapters apart."""
-    tensors: Any = (p for name, p in model.named_parameters() if not name.startswith(f"{HOLDER}."))
+    tensors: Any = (p for name, p in model.named_parameters() if not name.startswith(f"{CONTAINER}."))
     first = next(tensors, None)
     return torch.device("cpu") if first is None or first.is_meta else first.device

@@ -10,7 +10,7 @@ from torch import nn
 
 from reft_kernels.conversion.files import read_bin, read_safetensors
 from reft_kernels.integrations.peft import combining
-from reft_kernels.integrations.peft.layer import find_holder
+from reft_kernels.integrations.peft.layer import find_container
 
 CARD = "README.md"
 HEADING = "## Load this ReFT adapter"
@@ -67,7 +67,7 @@ def check_complete(model: nn.Module, adapter_name: str) -> None:
     Raises:
         ValueError: an adapter without layers, or a ``PeftModel`` around the one that ReFT attached to.
     """
-    found = find_holder(model)
+    found = find_container(model)
     path = "" if found is None else found[0]
     if path.split(".").count("base_model") > 1:
         raise ValueError(

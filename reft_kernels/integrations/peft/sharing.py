@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from reft_kernels.integrations.peft.layer import Holder
+from reft_kernels.integrations.peft.layer import AdapterContainer
 from reft_kernels.model.accumulation import SharedBuild
 
 
@@ -27,7 +27,7 @@ def share_build(model: nn.Module) -> SharedBuild:
     Raises:
         ValueError: no ReFT adapter, or several edited models, or one that shares its builds already.
     """
-    editors = [m.editor for m in model.modules() if isinstance(m, Holder)]
+    editors = [m.editor for m in model.modules() if isinstance(m, AdapterContainer)]
     if len(editors) != 1:
         raise ValueError(f"model: got {len(editors)} models with ReFT adapters, expected one")
     (editor,) = editors

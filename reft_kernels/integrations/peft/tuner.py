@@ -12,7 +12,7 @@ from torch import nn
 
 from reft_kernels.integrations.peft import combining, saving
 from reft_kernels.integrations.peft.config import ReftConfig
-from reft_kernels.integrations.peft.layer import HOLDER, Holder, ReftLayer, _device_of, find_holder
+from reft_kernels.integrations.peft.layer import CONTAINER, AdapterContainer, ReftLayer, _device_of, find_container
 from reft_kernels.integrations.peft.register import PREFIX, REFT
 from reft_kernels.interventions import STACKED, Intervention
 from reft_kernels.model import BASE, Component, Editor, resolve
@@ -71,31 +71,31 @@ def _make_stacks(config: ReftConfig, component: Component, device: torch.device)
 
 
 def _attach(model: nn.Module, name: str, config: ReftConfig, component: Component, stacks: dict[int, Intervention]) -> None:
-    holder = model._modules.get(HOLDER)
-    if holder is None:
-        holder = Holder(Editor(model, token_labels=_labels_follow_the_prompt(model, config)))
-        holder.frozen = combining.trainable_of_the_base(model)
-        holder.train(model.training)
-        model.add_module(HOLDER, holder)
+    container = model._modules.get(CONTAINER)
+    if container is None:
+        container = AdapterContainer(Editor(model, token_labels=_labels_follow_the_prompt(model, config)))
+        container.frozen = combining.trainable_of_the_base(model)
+        container.train(model.training)
+        model.add_module(CONTAINER, container)
     for width, stack in stacks.items():
-        holder.layer(width).reft_stack[name] = stack.train(model.training)
-    holder.editor.add(name, component, config.rule, stacks)
+        container.layer(width).reft_stack[name] = stack.train(model.training)
+    container.editor.add(name, component, config.rule, stacks)
 
 
 def _detach(model: nn.Module, name: str) -> None:
     """Take one adapter out; with the last one everything goes that was added."""
-    holder = model._modules.get(HOLDER)
-    if holder is None:
+    container = model._modules.get(CONTAINER)
+    if container is None:
         return
-    holder.editor.remove(name)
-    holder.drop(name)
-    if not holder.editor.adapters:
-        del model._modules[HOLDER]
+    container.editor.remove(name)
+    container.drop(name)
+    if not container.editor.adapters:
+        del model._modules[CONTAINER]
 
 
-def _set_trainable(holder: Holder, trainable: bool) -> None:
+def _set_trainable(container: AdapterContainer, trainable: bool) -> None:
     """Freeze what was trainable before the first adapter came, or make it so again."""
-    for parameter in holder.frozen:
+    for parameter in container.frozen:
         parameter.requires_grad_(trainable)
 
 
@@ -149,7 +149,7 @@ class ReftTuner(BaseTuner):
         component = resolve(model, config.component, config.layers, embed_dim=config.embed_dim)
         _check_template(model, config, component)
         device = torch.device("meta") if low_cpu_mem_usage else _device_of(model)
-        first = HOLDER not in model._modules
+        first = CONTAINER not in model._modules
         stacks = _make_stacks(config, component, device)
         _attach(model, adapter_name, config, component, stacks)
         try:
@@ -157,13 +157,13 @@ class ReftTuner(BaseTuner):
                 model, adapter_name, autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage
             )
         except Exception:
-            holder = model._modules[HOLDER]
+            container = model._modules[CONTAINER]
             _detach(model, adapter_name)
             if first:
-                _set_trainable(holder, True)
+                _set_trainable(container, True)
             raise
         if first:  # PEFT leaves trainable what was so when it finds tuner layers there already, as ours are by now
-            _set_trainable(model._modules[HOLDER], False)
+            _set_trainable(model._modules[CONTAINER], False)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("ReFT replaces no module; its configuration matches none")
@@ -194,23 +194,23 @@ class ReftTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        holder = self.model._modules.get(HOLDER)
-        if holder is not None:
+        container = self.model._modules.get(CONTAINER)
+        if container is not None:
             if merge:
                 names = self.active_adapters if adapter_names is None else adapter_names
-                self._merge(holder, [n for n in names if self.peft_config[n].peft_type == REFT], safe_merge)
-            for name in list(holder.editor.adapters):
+                self._merge(container, [n for n in names if self.peft_config[n].peft_type == REFT], safe_merge)
+            for name in list(container.editor.adapters):
                 _detach(self.model, name)
         return super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
 
-    def _merge(self, holder: Holder, names: list[str], safe: bool) -> None:
+    def _merge(self, container: AdapterContainer, names: list[str], safe: bool) -> None:
         places = {}
         for name in names:
             config = self.peft_config[name]
             component = resolve(self.model, config.component, config.layers, embed_dim=config.embed_dim)
-            stacks, counts = holder.stacks(name), dict.fromkeys(holder.stacks(name), 0)
+            stacks, counts = container.stacks(name), dict.fromkeys(container.stacks(name), 0)
             places[name] = []
             for target in component.targets:
                 index = counts[target.embed_dim]
@@ -230,7 +230,7 @@ class ReftTuner(BaseTuner):
             return
         if combining.other_layers(self.model):
             raise ValueError("adapter_names: a model with adapters of another method beside ReFT serves one choice at a time")
-        holder = self.model._modules[HOLDER]
+        container = self.model._modules[CONTAINER]
         unknown = sorted(set(names) - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(f"adapter_names: got {unknown}, expected names among {[*self.peft_config, BASE]}")
@@ -238,7 +238,7 @@ class ReftTuner(BaseTuner):
             raise ValueError("adapter_names: several adapters in a batch serve inference; call model.eval() first")
         if any(config.modules_to_save for config in self.peft_config.values()):
             raise ValueError("adapter_names: adapters with modules_to_save cannot share a batch")
-        state = holder.editor.state
+        state = container.editor.state
         before, state.members = state.members, tuple(names)
         try:
             yield
@@ -278,7 +278,7 @@ class ReftTuner(BaseTuner):
 
 
 def _why_unfit(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> str | None:
-    path, _ = find_holder(model)
+    path, _ = find_container(model)
     known = model.state_dict()
     given = {(k if k in known else k.removeprefix("base_model.model.")): v for k, v in state_dict.items()}
     expected = {k for k in known if k.startswith(f"{path}.") and f".reft_stack.{adapter_name}." in k}
@@ -300,12 +300,12 @@ def _why_unfit(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.
 
 def _take_back(model: nn.Module, adapter_name: str) -> None:
     """Undo the injection of an adapter whose weights turned out not to fit."""
-    _, holder = find_holder(model)
+    _, container = find_container(model)
     tuner = getattr(model, "base_model", None)
     if not isinstance(tuner, ReftTuner):
         return
-    if set(holder.editor.adapters) == {adapter_name}:
+    if set(container.editor.adapters) == {adapter_name}:
         tuner.unload()
-        _set_trainable(holder, True)
+        _set_trainable(container, True)
     else:
         tuner.delete_adapter(adapter_name)

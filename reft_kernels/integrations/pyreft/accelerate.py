@@ -17,7 +17,7 @@ from pyvene.models.intervenable_base import IntervenableModelOutput
 from pyvene.models.intervenable_modelcard import type_to_module_mapping
 from torch import Tensor
 
-from reft_kernels.checks import describe, mark_rows, row_count
+from reft_kernels.checks import describe, mark_rows, num_rows_of
 from reft_kernels.integrations.pyreft.locations import Locations, Selected, count_slots, read_locations
 from reft_kernels.integrations.pyreft.shipped import Edit, check_intervention, dropout_of, edits_of
 
@@ -105,7 +105,7 @@ class _Call:
         """Rows of an edit of every position: given for a graph, so that it keeps its input and others may edit its output."""
         if not torch.is_grad_enabled():
             return None
-        key = (row_count(hidden), hidden.device)
+        key = (num_rows_of(hidden), hidden.device)
         if key not in self._every:
             self._every[key] = mark_rows(torch.arange(key[0], dtype=torch.int32, device=key[1]), key[0])
         return self._every[key]

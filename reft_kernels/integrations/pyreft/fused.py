@@ -10,7 +10,7 @@ from pyvene import IntervenableModel
 from torch import Tensor, nn
 
 from reft_kernels.autograd import apply_edit
-from reft_kernels.checks import HIDDEN_DTYPES, describe, mark_rows, row_count
+from reft_kernels.checks import HIDDEN_DTYPES, describe, mark_rows, num_rows_of
 from reft_kernels.conversion.orthogonal_state import BASE, ORIGINAL
 from reft_kernels.integrations.pyreft.rotate import RotateLayer, weight_of_parametrization
 from reft_kernels.integrations.pyreft.subspaces import coefficients
@@ -84,12 +84,12 @@ class FusedIntervention:
             return None
         batch = base.shape[0]
         table = coefficients(subspaces, self._scale(base.device), self.subspace_partition, batch, self._rank, base.device)
-        return table.repeat_interleave(row_count(base) // batch, dim=0) if batch else table
+        return table.repeat_interleave(num_rows_of(base) // batch, dim=0) if batch else table
 
     def _edit(self, base: Tensor, weights: EditWeights, activation: str, coeff: Tensor | None) -> Tensor:
         rows = None
         if torch.is_grad_enabled():  # keeps the rows for backward, so that the output may be changed and edits may be large
-            count = row_count(base)
+            count = num_rows_of(base)
             rows = mark_rows(torch.arange(count, dtype=torch.int32, device=base.device), count)
         return apply_edit(
             base, rows, None, weights.read, weights.read_bias, weights.write, weights.subtract_bias, coeff, weights.subtract,

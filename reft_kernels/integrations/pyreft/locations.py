@@ -134,7 +134,7 @@ class _CountSlots(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        may_overwrite = ownership.owned(grad)
+        may_overwrite = ownership.is_sole_owner(grad)
         examples, columns, slots = ctx.saved_tensors
         out = grad if may_overwrite else grad.clone()
         out[examples, columns] *= slots.unsqueeze(1)

@@ -26,7 +26,7 @@ from transformers.activations import ACT2FN
 from reft_kernels import functional
 from reft_kernels.activations import canonical_activation
 from reft_kernels.autograd import apply_edit
-from reft_kernels.checks import check_edit, row_count
+from reft_kernels.checks import check_edit, num_rows_of
 from reft_kernels.integrations.pyreft.interventions import ReftIntervention
 from reft_kernels.integrations.torch_orthogonal import householder_chain, rotations
 
@@ -83,14 +83,14 @@ def _drop_in(own: ReftIntervention, R: None) -> Edit:
 
 
 def _edit_by_weights(
-    hidden: Tensor, *, read: Tensor | None, read_bias: Tensor, write: Tensor, subtract_bias: Tensor | None, subtract: bool,
+    hidden: Tensor, *, read: Tensor | None, read_bias: Tensor, write: Tensor, subtract_bias: Tensor | None, subtract_projection: bool,
     scale: Tensor | None, activation: str, rows: Tensor | None = None, inplace: bool = False,
 ) -> Tensor:  # fmt: skip
     matrices = {"write": write} if read is None else {"write": write, "read": read}
     check_edit(hidden, matrices, {"read_bias": read_bias}, rows, activation, None, None)
-    count = row_count(hidden) if rows is None else rows.shape[0]
+    count = num_rows_of(hidden) if rows is None else rows.shape[0]
     coeff = None if scale is None else scale.expand(count, -1)
-    return apply_edit(hidden, rows, None, read, read_bias, write, subtract_bias, coeff, subtract, activation, inplace)
+    return apply_edit(hidden, rows, None, read, read_bias, write, subtract_bias, coeff, subtract_projection, activation, inplace)
 
 
 SHIPPED: dict[type[nn.Module], Callable[..., Edit]] = {

@@ -86,7 +86,7 @@ struct Edit {
   int total, rows, d, rank, sets;
   Dtype dtype, weights;
   int gap;  // of the hidden state's rows, in elements
-  bool read, subtract, bias, coeff, in_place, gradient_of_hidden, gradient_of_weights;
+  bool read, subtract_projection, bias, coeff, in_place, gradient_of_hidden, gradient_of_weights;
   Activation activation;
 };
 
@@ -190,7 +190,7 @@ void run_edit(const Edit& c) {
 
   repeat(c.name, [&] {
     const Buffer source(hidden), upstream(grad);
-    Buffer out(c.in_place ? source : hidden), kept(c.dtype, n * c.d), u(kF, n * r), z(kF, n * r), small(kF, n * count * padded);
+    Buffer out(c.in_place ? source : hidden), saved_input(c.dtype, n * c.d), u(kF, n * r), z(kF, n * r), small(kF, n * count * padded);
     Buffer grad_coeff(kF, c.coeff ? n * r : 0), grad_hidden(grad);
     const bool weights = c.gradient_of_weights;
     Buffer grad_read(kF, weights && c.read ? vectors * c.d : 0), grad_write(kF, weights ? vectors * c.d : 0);
@@ -208,7 +208,7 @@ void run_edit(const Edit& c) {
     forward.read_bias = read_bias.any();
     forward.subtract_bias = subtract_bias.any();
     forward.coeff = coeff.any();
-    forward.kept = kept.data();
+    forward.saved_input = saved_input.data();
     forward.u = u.floats();
     forward.z = c.activation == kLin ? nullptr : z.floats();
     forward.subtract = c.subtract;
@@ -235,7 +235,7 @@ void run_edit(const Edit& c) {
     gradient.dtype = c.dtype;
     gradient.grad = delta.grad;
     gradient.out = c.gradient_of_hidden ? grad_hidden.data() : nullptr;
-    gradient.kept = kept.data();
+    gradient.saved_input = saved_input.data();
     gradient.grad_stride = gradient.out_stride = stride;
     gradient.kept_stride = c.d;
     gradient.read = read.any();
@@ -248,7 +248,7 @@ void run_edit(const Edit& c) {
     gradient.subtract = c.subtract;
     gradient.linear = c.activation == kLin;
     launched(edit_gradient(gradient, nullptr), c.name);
-    std::vector<Buffer> found{out, kept, u, small, grad_coeff, grad_hidden, grad_read, grad_read_bias, grad_write,
+    std::vector<Buffer> found{out, saved_input, u, small, grad_coeff, grad_hidden, grad_read, grad_read_bias, grad_write,
                               grad_subtract_bias};
     if (c.activation != kLin) found.push_back(z);
     return found;
