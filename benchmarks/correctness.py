@@ -1,4 +1,6 @@
-"""What a training step is held to before it is timed: loss and gradients of W of plain PyTorch in fp64."""
+"""What a training step is held to before it is timed: loss and gradients of W of plain PyTorch
+in fp64.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,11 @@ Build = Callable[..., Stepper]
 
 
 class StepGate:
-    """Loss and gradients of W against plain PyTorch in fp64, on the model cut to two layers, nothing switched on.
+    """Loss and gradients of W against plain PyTorch in fp64, on the model cut to two layers,
+    nothing switched on.
 
-    Allowed are 16 units of the dtype's precision over the largest exact value, or twice the error of forward hooks in plain
-    PyTorch in the same dtype, whichever is more.
+    Allowed are 16 units of the dtype's precision over the largest exact value, or twice the error
+    of forward hooks in plain PyTorch in the same dtype, whichever is more.
 
     Args:
         batch: what the exact step and the hooks are given.
@@ -31,7 +34,10 @@ class StepGate:
 
     def __init__(self, shape: Shape, device: str, batch: Batch) -> None:
         self.shape = dataclasses.replace(shape.cut(2), checkpointing=False, compiled=False)
-        self.model, self.weights = models.llama(self.shape, device), models.weights(self.shape, device)
+        self.model, self.weights = (
+            models.llama(self.shape, device),
+            models.weights(self.shape, device),
+        )
         self.batch = batch
         exact = copy.deepcopy(self.model).double()
         self._exact = self._results(models.by_hooks(exact, self.shape, self.weights), batch)
@@ -48,7 +54,9 @@ class StepGate:
 
     def _distances(self, found: Sequence[Tensor]) -> list[float]:
         pairs = zip(found, self._exact, strict=True)
-        return [float((own.double() - exact).abs().max() / exact.abs().max()) for own, exact in pairs]
+        return [
+            float((own.double() - exact).abs().max() / exact.abs().max()) for own, exact in pairs
+        ]
 
     def judge(self, found: Sequence[Tensor]) -> Verdict:
         """What is to be said of a loss and the gradients of each layer's W."""
@@ -56,6 +64,8 @@ class StepGate:
         return Verdict(*max(pairs, key=lambda pair: pair[0] / pair[1]))
 
     def __call__(self, build: Build, batch: Batch | Packed | None = None) -> Verdict:
-        """Judge a model built on the gate's, on the gate's batch or on another form of the same examples."""
+        """Judge a model built on the gate's, on the gate's batch or on another form of the same
+        examples.
+        """
         stepper = build(self.model, self.shape, self.weights)
         return self.judge(self._results(stepper, self.batch if batch is None else batch))

@@ -31,7 +31,9 @@ class _Operators(TorchDispatchMode):
 
 
 def launches(call: Call, device: str) -> int:
-    """Kernels, copies and fills on a GPU; on a CPU operators, views and bare allocations left out."""
+    """Kernels, copies and fills on a GPU; on a CPU operators, views and bare allocations left
+    out.
+    """
     with call.context():
         prepared = call.before()
         if device == "cpu":
@@ -46,7 +48,9 @@ def launches(call: Call, device: str) -> int:
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """The most memory allocated at once above what stood before the call, by PyTorch's own allocators."""
+    """The most memory allocated at once above what stood before the call, by PyTorch's own
+    allocators.
+    """
     with call.context():
         prepared = call.before()
         if device == "cuda":

@@ -1,9 +1,10 @@
 """Run the suites, print each case as it is measured, and append the raw rows.
 
-    python -m benchmarks.run [--list] [--only SUITE ...] [--match WORD ...] [--quick] [--csv [FILE]] [--device cpu|cuda]
-        [--rounds N]
+    python -m benchmarks.run [--list] [--only SUITE ...] [--match WORD ...] [--quick] [--csv [FILE]]
+        [--device cpu|cuda] [--rounds N]
 
-With ``--csv`` rows go to ``benchmarks/results/<device>/<suite>.csv``, or to the one file that is named.
+With ``--csv`` rows go to ``benchmarks/results/<device>/<suite>.csv``, or to the one file that is
+named.
 """
 
 from __future__ import annotations
@@ -19,15 +20,35 @@ from benchmarks import harness, machine, rows, suites
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure reft_kernels beside its rivals.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description="Measure reft_kernels beside its rivals."
+    )
     parser.add_argument("--list", action="store_true", help="name the suites and end")
-    parser.add_argument("--only", nargs="+", metavar="SUITE", choices=suites.NAMES, default=list(suites.NAMES))
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds, to see that everything works")
-    parser.add_argument("--csv", nargs="?", type=Path, const=rows.RESULTS, help="append raw rows (to one FILE, if named)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--only", nargs="+", metavar="SUITE", choices=suites.NAMES, default=list(suites.NAMES)
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small shapes and few rounds, to see that everything works",
+    )
+    parser.add_argument(
+        "--csv",
+        nargs="?",
+        type=Path,
+        const=rows.RESULTS,
+        help="append raw rows (to one FILE, if named)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--rounds", type=int, help="samples of each provider")
     parser.add_argument(
-        "--match", nargs="+", default=[], metavar="WORD", help="only cases whose mode, shape, dtype have each word"
+        "--match",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="only cases whose mode, shape, dtype have each word",
     )
     return parser
 

@@ -1,4 +1,5 @@
-"""For developers: every suite's quick cases under pytest-benchmark, a group a case and a benchmark a provider.
+"""For developers: every suite's quick cases under pytest-benchmark, a group a case and a benchmark
+a provider.
 
 pytest benchmarks --benchmark-only
 """
@@ -21,7 +22,9 @@ def _providers() -> Iterator[object]:
         for case in getattr(suites.load(name), "cases", lambda _: ())(settings):
             group = f"{name} {case.mode} {case.label}"
             for provider in case.providers:
-                yield pytest.param(group, case.providers[provider], id=f"{group} {provider}".replace(" ", "-"))
+                yield pytest.param(
+                    group, case.providers[provider], id=f"{group} {provider}".replace(" ", "-")
+                )
 
 
 @pytest.mark.parametrize(("group", "provider"), _providers())

@@ -1,7 +1,9 @@
-"""LoReFT by other packages, unmodified from PyPI: pyreft 0.1.0 with pyvene 0.1.8, and AdapterHub's adapters 1.3.0.
+"""LoReFT by other packages, unmodified from PyPI: pyreft 0.1.0 with pyvene 0.1.8, and AdapterHub's
+adapters 1.3.0.
 
-Both build R by ``torch.nn.utils.parametrizations.orthogonal``, which keeps signs in the parameter and cuts them to integers, so
-that any weight decay turns R into zeros after one update; every provider here trains without weight decay. How to install them:
+Both build R by ``torch.nn.utils.parametrizations.orthogonal``, which keeps signs in the parameter
+and cuts them to integers, so that any weight decay turns R into zeros after one update; every
+provider here trains without weight decay. How to install them:
 ``requirements-pyreft.txt`` and ``requirements-adapters.txt`` beside this file.
 """
 
@@ -24,7 +26,11 @@ from benchmarks import edits, models
 from benchmarks.harness import Absent, Call, Provider
 from benchmarks.models import Batch, Shape, Stepper, Weights
 
-VERSIONS = {"pyreft": "0.1.0", "pyvene": "0.1.8", "adapters": "1.3.0"}  # any other release counts as absent
+VERSIONS = {
+    "pyreft": "0.1.0",
+    "pyvene": "0.1.8",
+    "adapters": "1.3.0",
+}  # any other release counts as absent
 _ADAPTER = "loreft"
 
 
@@ -46,8 +52,12 @@ def _package(name: str) -> ModuleType:
 
 
 @torch.no_grad()
-def _load(rotation: nn.Module, source: nn.Linear, weights: Sequence[Tensor], *, columns: bool) -> None:
-    """Set ``rotation.weight``, which is R^T where ``columns`` says so, through its parametrization; W and b of ``source``."""
+def _load(
+    rotation: nn.Module, source: nn.Linear, weights: Sequence[Tensor], *, columns: bool
+) -> None:
+    """Set ``rotation.weight``, which is R^T where ``columns`` says so, through its
+    parametrization; W and b of ``source``.
+    """
     R, W, b = weights
     rotation.weight = (R.mT if columns else R).to(rotation.weight)
     loaded = rotation.weight.mT if columns else rotation.weight
@@ -59,7 +69,8 @@ def _load(rotation: nn.Module, source: nn.Linear, weights: Sequence[Tensor], *, 
 
 
 def pyreft_intervention(weights: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """pyreft's LoreftIntervention with given R, W ``[r, d]`` and b ``[r]``: ``module(h)`` edits every row of h ``[rows, d]``.
+    """pyreft's LoreftIntervention with given R, W ``[r, d]`` and b ``[r]``: ``module(h)`` edits
+    every row of h ``[rows, d]``.
 
     W and b are kept in ``dtype``, R in fp32.
 
@@ -69,13 +80,19 @@ def pyreft_intervention(weights: Sequence[Tensor], dtype: torch.dtype = torch.fl
     _package("pyvene")
     make, R = _package("pyreft").LoreftIntervention, weights[0]
     with R.device:  # its constructor factors a d x d matrix
-        intervention = make(embed_dim=R.shape[1], low_rank_dimension=R.shape[0], dropout=0.0, dtype=dtype)
+        intervention = make(
+            embed_dim=R.shape[1], low_rank_dimension=R.shape[0], dropout=0.0, dtype=dtype
+        )
     _load(intervention.rotate_layer, intervention.learned_source, weights, columns=True)
     return intervention
 
 
-def pyreft_edit(problems: Sequence[edits.Problem], mode: str, build: Callable[[], nn.Module]) -> Provider:
-    """The bare intervention that ``build`` gives on all rows; gradients of h and of the parameters that training has."""
+def pyreft_edit(
+    problems: Sequence[edits.Problem], mode: str, build: Callable[[], nn.Module]
+) -> Provider:
+    """The bare intervention that ``build`` gives on all rows; gradients of h and of the
+    parameters that training has.
+    """
 
     def prepare(k: int) -> Call:
         intervention, problem = build(), problems[k]
@@ -100,14 +117,19 @@ def pyreft_edit(problems: Sequence[edits.Problem], mode: str, build: Callable[[]
 
 
 def pyreft_model(model: nn.Module, weights: Weights) -> Any:
-    """A ReftModel around ``model``: LoReFT on the output of every layer, W and b in the model's dtype, R in fp32.
+    """A ReftModel around ``model``: LoReFT on the output of every layer, W and b in the model's
+    dtype, R in fp32.
 
     Raises:
         Absent, ValueError: as :func:`pyreft_intervention`.
     """
     pyreft, training = _package("pyreft"), model.training
     representations = [
-        {"layer": number, "component": "block_output", "intervention": pyreft_intervention(layer, model.dtype)}
+        {
+            "layer": number,
+            "component": "block_output",
+            "intervention": pyreft_intervention(layer, model.dtype),
+        }
         for number, layer in enumerate(weights)
     ]
     reft_model = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations))
@@ -115,7 +137,9 @@ def pyreft_model(model: nn.Module, weights: Weights) -> Any:
     return reft_model
 
 
-def pyreft_stepper(model: nn.Module, shape: Shape, weights: Weights, accelerated: bool = False) -> Stepper:
+def pyreft_stepper(
+    model: nn.Module, shape: Shape, weights: Weights, accelerated: bool = False
+) -> Stepper:
     """pyreft's training step, as it is or under ``accelerate_pyreft``.
 
     As in its ReftTrainer, positions come as a tensor and become nested lists in every step.
@@ -136,16 +160,20 @@ def pyreft_stepper(model: nn.Module, shape: Shape, weights: Weights, accelerated
     return Stepper(loss, trained, lambda: [own.learned_source.weight.grad for own in interventions])
 
 
-def adapters_stepper(model: nn.Module, shape: Shape, weights: Weights, accelerated: bool = False) -> Stepper:
+def adapters_stepper(
+    model: nn.Module, shape: Shape, weights: Weights, accelerated: bool = False
+) -> Stepper:
     """adapters' training step, as it is or under ``accelerate_adapters``.
 
-    It knows no prompts: "l7" are the last 7 tokens of the attention mask, answer included. As many rows are edited as in the
-    prompt's reading, so its time compares; its loss compares with an edit of those tokens. Its orthogonal R fails in half
-    precision; there its parameters stay fp32 and the forward runs under autocast. It has no generation here: with a cache it
-    fails at the second token (an index out of bounds), without one it edits other tokens at every step.
+    It knows no prompts: "l7" are the last 7 tokens of the attention mask, answer included. As many
+    rows are edited as in the prompt's reading, so its time compares; its loss compares with an edit
+    of those tokens. Its orthogonal R fails in half precision; there its parameters stay fp32 and
+    the forward runs under autocast. It has no generation here: with a cache it fails at the second
+    token (an index out of bounds), without one it edits other tokens at every step.
 
     Raises:
-        Absent: no adapters 1.3.0, or positions that it cannot express. ValueError: an R that does not come back to 1e-6.
+        Absent: no adapters 1.3.0, or positions that it cannot express. ValueError: an R that does
+            not come back to 1e-6.
     """
     adapters = _package("adapters")
     spec = re.fullmatch(r"f(\d+)\+l(\d+)", shape.spec)
@@ -155,12 +183,19 @@ def adapters_stepper(model: nn.Module, shape: Shape, weights: Weights, accelerat
     device, dtype = model.device, model.dtype
     adapters.init(model)
     config = adapters.LoReftConfig(
-        layers="all", prefix_positions=int(spec[1]), suffix_positions=int(spec[2]), r=shape.rank, tied_weights=True, dropout=0.0
+        layers="all",
+        prefix_positions=int(spec[1]),
+        suffix_positions=int(spec[2]),
+        r=shape.rank,
+        tied_weights=True,
+        dropout=0.0,
     )
     model.add_adapter(_ADAPTER, config=config)
     model.train_adapter(_ADAPTER)
     model.to(device).train()
-    units = [layer.reft_layer.refts[_ADAPTER].units[0] for _, layer in model.base_model.iter_layers()]
+    units = [
+        layer.reft_layer.refts[_ADAPTER].units[0] for _, layer in model.base_model.iter_layers()
+    ]
     for unit, layer in zip(units, weights, strict=True):
         _load(unit.projection, unit.learned_source, layer, columns=False)
     if accelerated:

@@ -1,8 +1,10 @@
-"""A thread in which transformers' Trainer takes one optimizer step a call, and other work is done between its steps.
+"""A thread in which transformers' Trainer takes one optimizer step a call, and other work is done
+between its steps.
 
-OpenMP keeps a pool for every thread that computes. Two of them want more threads than there are cores, and so both wait for
-their threads slowly: a small matrix product takes twice as long. So all that is compared is done on the trainer_thread, and the calling
-thread gives its own pool up first.
+OpenMP keeps a pool for every thread that computes. Two of them want more threads than there are
+cores, and so both wait for
+their threads slowly: a small matrix product takes twice as long. So all that is compared is done on
+the trainer_thread, and the calling thread gives its own pool up first.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ def release_threads() -> None:
 
 
 class TrainerThread(TrainerCallback):
-    """Does what it is told in a thread of its own, which begins with the first task and again after :meth:`close`.
+    """Does what it is told in a thread of its own, which begins with the first task and again after
+    :meth:`close`.
 
     Args:
-        make: a context that gives a Trainer which has this as its last callback; entered on the trainer_thread, for the first step.
+        make: a context that gives a Trainer which has this as its last callback; entered on the
+            trainer_thread, for the first step.
     """
 
     def __init__(self, make: Callable[[TrainerThread], AbstractContextManager[Any]]) -> None:
@@ -52,7 +56,8 @@ class TrainerThread(TrainerCallback):
         return self._ask(task)
 
     def step(self) -> None:
-        """From the end of one optimizer step, or the beginning of the training, to the end of the next.
+        """From the end of one optimizer step, or the beginning of the training, to the end of the
+        next.
 
         Raises:
             RuntimeError: the training is over. Otherwise what the Trainer raises.
@@ -90,7 +95,9 @@ class TrainerThread(TrainerCallback):
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
         # a daemon: a Trainer that hangs must not keep the process
-        self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), daemon=True, name="trainer_thread")
+        self._thread = threading.Thread(
+            target=self._run, args=(torch.get_num_threads(),), daemon=True, name="trainer_thread"
+        )
         self._thread.start()
 
     # ---- on the trainer_thread
@@ -104,7 +111,9 @@ class TrainerThread(TrainerCallback):
                     trainer.train()
                 if self._stopping:
                     return
-                raise RuntimeError(f"the training was over after {trainer.state.global_step} steps, expected more")
+                raise RuntimeError(
+                    f"the training was over after {trainer.state.global_step} steps, expected more"
+                )
             except BaseException as error:
                 self._answers.put((None, error))
                 self._serve()

@@ -1,6 +1,8 @@
-"""What the operators return, allocated: shapes and dtypes in one place for every backend and for the fakes.
+"""What the operators return, allocated: shapes and dtypes in one place for every backend and for
+the fakes.
 
-An output that a call does not need is an empty tensor of its own (operators have a fixed arity and no aliases).
+An output that a call does not need is an empty tensor of its own (operators have a fixed arity and
+no aliases).
 """
 
 from __future__ import annotations
@@ -35,9 +37,14 @@ def edit_saved(
 
 
 def edit_gradients(
-    grad: Tensor, rows: Tensor | None, read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract_projection: bool,
+    grad: Tensor,
+    rows: Tensor | None,
+    read: Tensor | None,
+    write: Tensor,
+    coeff: Tensor | None,
+    subtract_projection: bool,
     need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of read, read_bias, write, subtract_bias (as the weights) and coeff ``[N, r]``."""
     acc = accumulation_dtype(grad.dtype)
 

@@ -78,7 +78,9 @@ def _check_index(name: str, index: Tensor, length: int | None, like: Tensor) -> 
     _check_place(name, index, like)
 
 
-def _check_selection(op, hidden: Tensor, rows: _Index, weight_ids: _Index, sets: int, traced) -> int:
+def _check_selection(
+    op, hidden: Tensor, rows: _Index, weight_ids: _Index, sets: int, traced
+) -> int:
     """Returns N, the number of entries."""
     count = hidden.shape[0]
     values = not traced and hidden.device.type == "cpu"
@@ -114,9 +116,20 @@ def _check_write(op: str, hidden: Tensor, write: Tensor, weight_ids: Tensor | No
 
 def _check_edit(op: str, in_place: bool) -> Callable[..., None]:
     def check(
-        hidden, rows, weight_ids, read, read_bias, write, subtract_bias, coeff, subtract_projection, activation,
-        save, *, traced=False,
-    ):  # fmt: skip
+        hidden,
+        rows,
+        weight_ids,
+        read,
+        read_bias,
+        write,
+        subtract_bias,
+        coeff,
+        subtract_projection,
+        activation,
+        save,
+        *,
+        traced=False,
+    ):
         _check_hidden(f"{op}: hidden", hidden, in_place and not traced)
         _check_activation(op, activation)
         _check_write(op, hidden, write, weight_ids)
@@ -127,7 +140,12 @@ def _check_edit(op: str, in_place: bool) -> Callable[..., None]:
             _check_float(f"{op}: read_bias", read_bias, shape[:-1], hidden)
         if subtract_bias is not None:
             if not subtract_projection:
-                _refuse(ValueError, f"{op}: subtract_bias", subtract_bias, "None without subtract")
+                _refuse(
+                    ValueError,
+                    f"{op}: subtract_bias",
+                    subtract_bias,
+                    "None without subtract_projection",
+                )
             _check_float(f"{op}: subtract_bias", subtract_bias, shape[:-1], hidden)
         count = _check_selection(op, hidden, rows, weight_ids, shape[0], traced)
         if coeff is not None:
@@ -138,9 +156,20 @@ def _check_edit(op: str, in_place: bool) -> Callable[..., None]:
 
 def _check_edit_backward(op: str, in_place: bool) -> Callable[..., None]:
     def check(
-        grad, saved_input, u, z, rows, weight_ids, read, write, coeff, subtract_projection, activation, *needs,
+        grad,
+        saved_input,
+        u,
+        z,
+        rows,
+        weight_ids,
+        read,
+        write,
+        coeff,
+        subtract_projection,
+        activation,
+        *needs,
         traced=False,
-    ):  # fmt: skip
+    ):
         _check_hidden(f"{op}: grad", grad, in_place and not traced)
         _check_activation(op, activation)
         _check_write(op, grad, write, weight_ids)
@@ -243,11 +272,15 @@ CHECKS: dict[str, Callable[..., None]] = {
 def _required(schema: str) -> list[tuple[int, str]]:
     """Numbers and names of the tensors that a schema does not let be None."""
     arguments = [text.split(" ") for text in schema[1 : schema.index(") ->")].split(", ")]
-    return [(i, name) for i, (kind, name) in enumerate(arguments) if kind in ("Tensor", "Tensor(a!)")]
+    return [
+        (i, name) for i, (kind, name) in enumerate(arguments) if kind in ("Tensor", "Tensor(a!)")
+    ]
 
 
 def guarded(name: str, schema: str, function: Callable, *, traced: bool = False) -> Callable:
-    """``function`` behind the check of the operator ``name``; the dispatcher lets any tensor be None."""
+    """``function`` behind the check of the operator ``name``; the dispatcher lets any tensor be
+    None.
+    """
     check, required = CHECKS[name], _required(schema)
     options = {"traced": True} if traced else {}
 

@@ -1,7 +1,8 @@
 """Every operator in plain PyTorch: the definition of correct (in fp64) and the ``torch`` backend.
 
-Each function has the contract of the operator of its name in :mod:`reft_kernels.ops`; ``source`` and ``out`` may be the same
-tensor. Sums are carried in fp32 for fp32, bf16 and fp16 hidden states and in fp64 for fp64.
+Each function has the contract of the operator of its name in :mod:`reft_kernels.ops`; ``source``
+and ``out`` may be the same tensor. Sums are carried in fp32 for fp32, bf16 and fp16 hidden states
+and in fp64 for fp64.
 """
 
 from __future__ import annotations
@@ -17,30 +18,50 @@ from reft_kernels.dtypes import accumulation_dtype
 from reft_kernels.orthonormal import cayley, cayley_backward, householder, householder_backward
 
 __all__ = [
-    "edit", "edit_backward", "red", "red_backward",
-    "householder", "householder_backward", "cayley", "cayley_backward",
-]  # fmt: skip
+    "edit",
+    "edit_backward",
+    "red",
+    "red_backward",
+    "householder",
+    "householder_backward",
+    "cayley",
+    "cayley_backward",
+]
 
 
 def _no_autocast(tensor: Tensor):
-    """The engine fixes its own dtypes: inside an operator autocast is off, as it is inside any built-in kernel."""
+    """The engine fixes its own dtypes: inside an operator autocast is off, as it is inside any
+    built-in kernel.
+    """
     if torch.is_autocast_enabled(tensor.device.type):
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 class _Selection(NamedTuple):
-    """Row numbers without skips: a skipped entry repeats the first valid one, so that all writes of a row agree."""
+    """Row numbers without skips: a skipped entry repeats the first valid one, so that all writes
+    of a row agree.
+    """
 
     rows: Tensor | None  # int64 [N], every entry in range
-    order: Tensor | None  # int64 [N]: entry n stands for entry order[n]; None when nothing is skipped
+    order: (
+        Tensor | None
+    )  # int64 [N]: entry n stands for entry order[n]; None when nothing is skipped
     valid: Tensor | None  # bool [N, 1]; None when nothing is skipped
 
     def take(self, per_row: Tensor | None) -> Tensor | None:
-        return per_row if per_row is None or self.order is None else per_row.index_select(0, self.order)
+        return (
+            per_row
+            if per_row is None or self.order is None
+            else per_row.index_select(0, self.order)
+        )
 
     def mask(self, per_row: Tensor) -> Tensor:
-        return per_row if self.valid is None else torch.where(self.valid, per_row, torch.zeros_like(per_row))
+        return (
+            per_row
+            if self.valid is None
+            else torch.where(self.valid, per_row, torch.zeros_like(per_row))
+        )
 
 
 def _select(rows: Tensor | None) -> _Selection:
@@ -61,8 +82,12 @@ def _take(source: Tensor, rows: Tensor | None) -> Tensor:
     return source if rows is None else source.index_select(0, rows)
 
 
-def _scatter(out: Tensor, rows: Tensor | None, values: Tensor, untouched: Tensor | None, original: Tensor) -> None:
-    """Write ``values`` to the rows of ``out``; when every entry is skipped (``untouched``), write the original back."""
+def _scatter(
+    out: Tensor, rows: Tensor | None, values: Tensor, untouched: Tensor | None, original: Tensor
+) -> None:
+    """Write ``values`` to the rows of ``out``; when every entry is skipped (``untouched``),
+    write the original back.
+    """
     if untouched is not None:
         values = torch.where(untouched, original, values)
     if rows is None:
@@ -107,11 +132,18 @@ def _row_sum(v: Tensor, weight_ids: Tensor | None, sets: int) -> Tensor:
     """sum_n v_n, [N, r] -> [r]; with sets [S, r]."""
     if weight_ids is None:
         return v.sum(0)
-    return torch.stack([torch.where((weight_ids == s).unsqueeze(1), v, torch.zeros_like(v)).sum(0) for s in range(sets)])
+    return torch.stack(
+        [
+            torch.where((weight_ids == s).unsqueeze(1), v, torch.zeros_like(v)).sum(0)
+            for s in range(sets)
+        ]
+    )
 
 
 def _per_row(bias: Tensor, weight_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return bias.to(dtype) if weight_ids is None else bias.to(dtype).index_select(0, weight_ids.long())
+    return (
+        bias.to(dtype) if weight_ids is None else bias.to(dtype).index_select(0, weight_ids.long())
+    )
 
 
 def _scaled(u: Tensor, coeff: Tensor | None) -> Tensor:
@@ -119,14 +151,25 @@ def _scaled(u: Tensor, coeff: Tensor | None) -> Tensor:
 
 
 def edit(
-    source: Tensor, out: Tensor, rows: Tensor | None, weight_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
-    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract_projection: bool, activation: str, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y = x + B^T (coeff * u), u = act(A x + c) - (B x + p) on the rows, the last term only if ``subtract``.
+    source: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    read: Tensor | None,
+    read_bias: Tensor | None,
+    write: Tensor,
+    subtract_bias: Tensor | None,
+    coeff: Tensor | None,
+    subtract_projection: bool,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = x + B^T (coeff * u), u = act(A x + c) - (B x + p) on the rows, the last term only if
+    ``subtract_projection``.
 
     Returns:
-        ``saved_input`` (the rows' input, ``[N, d]`` in the dtype of ``source``), ``u`` and ``z`` (``[N, r]``, fp32 or fp64), each
-        empty where the backward does not need it.
+        ``saved_input`` (the rows' input, ``[N, d]`` in the dtype of ``source``), ``u`` and ``z``
+        (``[N, r]``, fp32 or fp64), each empty where the backward does not need it.
     """
     acc = accumulation_dtype(source.dtype)
     selection = _select(rows)
@@ -162,32 +205,59 @@ def edit(
 
 
 def edit_backward(
-    grad: Tensor, out: Tensor | None, saved_input: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, weight_ids: Tensor | None,
-    read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract_projection: bool, activation: str, need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    out: Tensor | None,
+    saved_input: Tensor,
+    u: Tensor,
+    z: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    read: Tensor | None,
+    write: Tensor,
+    coeff: Tensor | None,
+    subtract_projection: bool,
+    activation: str,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The closed form. With delta = B g, ddelta = coeff * delta, dz = act'(z) ddelta on the rows:
 
         dh = g + A^T dz - B^T ddelta     dA = dz^T x       dc = sum dz      dcoeff = u * delta
-        dB = (coeff * u)^T g - ddelta^T x                  dp = -sum ddelta        (``subtract`` terms where it is set)
+        dB = (coeff * u)^T g - ddelta^T x                  dp = -sum ddelta
 
-    ``out`` receives dh on the rows (None: not wanted). Returns dA, dc, dB, dp, dcoeff in fp32 or fp64.
+    where ``- ddelta^T x``, ``- B^T ddelta`` and dp exist with ``subtract_projection`` alone.
+    ``out`` receives dh on the rows (None: not wanted). Returns dA, dc, dB, dp, dcoeff in fp32 or
+    fp64.
     """
     acc = accumulation_dtype(grad.dtype)
     sets = write.shape[0] if weight_ids is not None else 1
     selection = _select(rows)
     weight_ids, coeff = selection.take(weight_ids), selection.take(coeff)
     empty = lambda: grad.new_empty(0, dtype=acc)  # noqa: E731
-    grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff = empty(), empty(), empty(), empty(), empty()
+    grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff = (
+        empty(),
+        empty(),
+        empty(),
+        empty(),
+        empty(),
+    )
     with _no_autocast(grad):
         g = _take(grad, selection.rows).to(acc)
         delta = _project(g, write, weight_ids)
         ddelta = _scaled(delta, coeff)
-        dz = ddelta if activation == "linear" else ddelta * activation_derivative(selection.take(z), activation)
+        dz = (
+            ddelta
+            if activation == "linear"
+            else ddelta * activation_derivative(selection.take(z), activation)
+        )
         if coeff is not None:
             grad_coeff = selection.mask(u * delta)
         if need_weights:
             used = _scaled(u, coeff)
-            x = saved_input.to(acc) if rows is not None else saved_input.to(acc) - _expand(used, write, weight_ids)
+            x = (
+                saved_input.to(acc)
+                if rows is not None
+                else saved_input.to(acc) - _expand(used, write, weight_ids)
+            )
             masked_dz, masked_ddelta = selection.mask(dz), selection.mask(ddelta)
             grad_bias = _row_sum(masked_dz, weight_ids, sets)
             grad_write = _outer(used, g, weight_ids, sets)
@@ -195,7 +265,9 @@ def edit_backward(
                 grad_read = _outer(masked_dz, x, weight_ids, sets)
             if subtract_projection:
                 same = activation == "linear" and read is not None
-                grad_write = grad_write - (grad_read if same else _outer(masked_ddelta, x, weight_ids, sets))
+                grad_write = grad_write - (
+                    grad_read if same else _outer(masked_ddelta, x, weight_ids, sets)
+                )
                 grad_subtract_bias = -_row_sum(masked_ddelta, weight_ids, sets)
         if out is not None:
             if subtract_projection and activation == "linear" and read is not None:
@@ -208,9 +280,17 @@ def edit_backward(
 
 
 def red(
-    source: Tensor, out: Tensor, rows: Tensor | None, weight_ids: Tensor | None, scale: Tensor, bias: Tensor, save: bool
+    source: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    save: bool,
 ) -> Tensor:
-    """y = scale * x + bias on the rows; ``scale``, ``bias``: ``[d]``, or ``[S, d]`` with ``weight_ids``. Returns ``saved_input``."""
+    """y = scale * x + bias on the rows; ``scale``, ``bias``: ``[d]``, or ``[S, d]`` with
+    ``weight_ids``. Returns ``saved_input``.
+    """
     acc = accumulation_dtype(source.dtype)
     selection = _select(rows)
     weight_ids = selection.take(weight_ids)
@@ -232,7 +312,9 @@ def red_backward(
     scale: Tensor,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dh = scale * g, dscale = sum_n g * x, dbias = sum_n g on the rows; ``out`` receives dh (None: not wanted)."""
+    """dh = scale * g, dscale = sum_n g * x, dbias = sum_n g on the rows; ``out`` receives dh
+    (None: not wanted).
+    """
     acc = accumulation_dtype(grad.dtype)
     sets = scale.shape[0] if weight_ids is not None else 1
     selection = _select(rows)
@@ -244,5 +326,7 @@ def red_backward(
         grad_scale = _row_sum(masked * saved_input.to(acc), weight_ids, sets)
         grad_bias = _row_sum(masked, weight_ids, sets)
     if out is not None:
-        _scatter(out, selection.rows, _per_row(scale, weight_ids, acc) * g, _all_skipped(selection), g)
+        _scatter(
+            out, selection.rows, _per_row(scale, weight_ids, acc) * g, _all_skipped(selection), g
+        )
     return grad_scale, grad_bias

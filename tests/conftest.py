@@ -1,4 +1,6 @@
-"""What every test shares: the Triton interpreter where there is no GPU, the backends as a parameter, poisoned memory."""
+"""What every test shares: the Triton interpreter where there is no GPU, the backends as a
+parameter, poisoned memory.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,10 @@ def _targets() -> list:
     if dispatch.unsupported_reason("cuda", "edit", "cpu", torch.float32) is None:
         targets.append(pytest.param(("cuda", "cpu"), id="cuda-emulated"))
     if torch.cuda.is_available():
-        targets += [pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu) for name in ("torch", "triton")]
+        targets += [
+            pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu)
+            for name in ("torch", "triton")
+        ]
         if dispatch.unsupported_reason("cuda", "edit", "cuda", torch.float32) is None:
             targets.append(pytest.param(("cuda", "cuda"), id="cuda-cuda", marks=pytest.mark.gpu))
     return targets
@@ -77,11 +82,16 @@ def _poisoned(function):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fill fresh memory with NaN (integers with a sentinel), so that an output that nobody wrote cannot pass."""
+    """Fill fresh memory with NaN (integers with a sentinel), so that an output that nobody wrote
+    cannot pass.
+    """
     for holder, name in [
-        (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"),
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
         (torch.Tensor, "new_empty_strided"),
-    ]:  # fmt: skip
+    ]:
         monkeypatch.setattr(holder, name, _poisoned(getattr(holder, name)))
 
 
@@ -89,7 +99,10 @@ hypothesis.settings.register_profile(
     "reft_kernels",
     deadline=None,
     derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
 )
 hypothesis.settings.load_profile("reft_kernels")
 

@@ -2,12 +2,14 @@
 
     python -m tests.fuzz_operators --backend cpu --first 0 --cases 5000 [--unguarded]
 
-A case is a valid call of one operator with up to two mutations, all drawn from the case's seed. A call may raise TypeError,
-ValueError or RuntimeError, and then leaves every argument as it was; or it returns, and then agrees with the same call in
-fp64 on the ``torch`` backend and leaves alone what it does not own: every argument but the first of an in-place operator,
-and of that the rows that are not selected. With ``--unguarded`` the ``cpu`` backend is called past the checks of
-reft_kernels/operator_checks.py, with what the native library alone refuses: nothing is asked but that the process lives on. Each seed is
-printed before its case, so the last line that a dead process leaves names the case.
+A case is a valid call of one operator with up to two mutations, all drawn from the case's seed. A
+call may raise TypeError, ValueError or RuntimeError, and then leaves every argument as it was; or
+it returns, and then agrees with the same call in
+fp64 on the ``torch`` backend and leaves alone what it does not own: every argument but the first of
+an in-place operator, and of that the rows that are not selected. With ``--unguarded`` the ``cpu``
+backend is called past the checks of reft_kernels/operator_checks.py, with what the native library
+alone refuses: nothing is asked but that the process lives on. Each seed is printed before its case,
+so the last line that a dead process leaves names the case.
 """
 
 from __future__ import annotations
@@ -30,9 +32,17 @@ ALLOWED = (TypeError, ValueError, RuntimeError)
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WRONG_DTYPES = (
-    torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.float64, torch.bfloat16,
-    torch.float32, torch.float8_e4m3fn,
-)  # fmt: skip
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+    torch.float64,
+    torch.bfloat16,
+    torch.float32,
+    torch.float8_e4m3fn,
+)
 
 
 def argument_names(name: str) -> list[str]:
@@ -65,37 +75,60 @@ class Draw:
                 chosen[self.random.randrange(count)] = -1
         if self.chance(0.4):
             sets = self.random.randint(1, 3)
-        ids = None if sets is None else torch.randint(sets, (count,), generator=self.generator, dtype=torch.int32)
+        ids = (
+            None
+            if sets is None
+            else torch.randint(sets, (count,), generator=self.generator, dtype=torch.int32)
+        )
         return chosen, ids, count, sets
 
     def forward_of_edit(self) -> dict:
-        m, d, r = self.random.randint(0, 7), self.random.randint(1, 20), self.random.choice((1, 2, 3, 5, 9))
+        m, d, r = (
+            self.random.randint(0, 7),
+            self.random.randint(1, 20),
+            self.random.choice((1, 2, 3, 5, 9)),
+        )
         rows, weight_ids, count, sets = self.selection(m)
         lead = () if sets is None else (sets,)
         subtract_projection = self.chance(0.5)
         return {
-            "hidden": self.normal(m, d, dtype=self.dtype), "rows": rows, "weight_ids": weight_ids,
+            "hidden": self.normal(m, d, dtype=self.dtype),
+            "rows": rows,
+            "weight_ids": weight_ids,
             "read": self.normal(*lead, r, d) if self.chance(0.8) else None,
             "read_bias": self.normal(*lead, r) if self.chance(0.8) else None,
             "write": self.normal(*lead, r, d),
-            "subtract_bias": self.normal(*lead, r) if subtract_projection and self.chance(0.5) else None,
+            "subtract_bias": self.normal(*lead, r)
+            if subtract_projection and self.chance(0.5)
+            else None,
             "coeff": self.normal(count, r) if self.chance(0.5) else None,
-            "subtract": subtract_projection, "activation": self.random.choice(ACTIVATIONS), "save": self.chance(0.6),
-        }  # fmt: skip
+            "subtract_projection": subtract_projection,
+            "activation": self.random.choice(ACTIVATIONS),
+            "save": self.chance(0.6),
+        }
 
     def forward_of_red(self) -> dict:
         m, d = self.random.randint(0, 7), self.random.randint(1, 40)
         rows, weight_ids, _, sets = self.selection(m)
         shape = (d,) if sets is None else (sets, d)
         return {
-            "hidden": self.normal(m, d, dtype=self.dtype), "rows": rows, "weight_ids": weight_ids,
-            "scale": self.normal(*shape), "bias": self.normal(*shape), "save": self.chance(0.6),
-        }  # fmt: skip
+            "hidden": self.normal(m, d, dtype=self.dtype),
+            "rows": rows,
+            "weight_ids": weight_ids,
+            "scale": self.normal(*shape),
+            "bias": self.normal(*shape),
+            "save": self.chance(0.6),
+        }
 
     def forward_of_map(self) -> dict:
         layers, r = self.random.randint(0, 2), self.random.choice((1, 2, 3, 5))
         d = r + self.random.randint(0, 12)
-        found = {"X": self.normal(layers, d, r, dtype=self.dtype), "signs": None, "base": None, "base_point": None}
+        found = {
+            "X": self.normal(layers, d, r, dtype=self.dtype),
+            "signs": None,
+            "base": None,
+            "base_point": None,
+        }
         if layers and self.chance(0.4):
             frame = torch.linalg.qr(self.normal(layers, d, r, dtype=torch.float64)).Q.mT
             point = base_point(frame.float())
@@ -106,7 +139,9 @@ class Draw:
 
     def arguments(self, name: str) -> dict:
         kind = name.split("_")[0]
-        draw = {"edit": self.forward_of_edit, "red": self.forward_of_red}.get(kind, self.forward_of_map)
+        draw = {"edit": self.forward_of_edit, "red": self.forward_of_red}.get(
+            kind, self.forward_of_map
+        )
         found = draw()
         if "backward" not in name:
             return found
@@ -139,7 +174,9 @@ def _resized(draw: Draw, t: Tensor, name: str) -> Tensor:
     shape = list(t.shape)
     if shape:
         at = draw.random.randrange(len(shape))
-        shape[at] = max(0, draw.random.choice((0, 1, shape[at] - 1, shape[at] + 1, 2 * shape[at], 257)))
+        shape[at] = max(
+            0, draw.random.choice((0, 1, shape[at] - 1, shape[at] + 1, 2 * shape[at], 257))
+        )
     return torch.zeros(shape, dtype=t.dtype)
 
 
@@ -187,14 +224,30 @@ def _sparse(draw: Draw, t: Tensor, name: str) -> Tensor:
 
 
 MUTATIONS = (
-    _dtype, _dtype, _resized, _resized, _resized, _fewer_dims, _more_dims, _transposed, _strided, _strided, _expanded,
-    _no_memory, _values, _values, _values, _sparse,
-)  # fmt: skip
+    _dtype,
+    _dtype,
+    _resized,
+    _resized,
+    _resized,
+    _fewer_dims,
+    _more_dims,
+    _transposed,
+    _strided,
+    _strided,
+    _expanded,
+    _no_memory,
+    _values,
+    _values,
+    _values,
+    _sparse,
+)
 ACTIVATION_NAMES = ("", "LINEAR", "swish", "no such activation", *ACTIVATIONS)
 
 
 def _with_rank(draw: Draw, args: dict, rank: int) -> None:
-    """Every weight and per-row tensor at another rank: consistent, and refused for the rank alone."""
+    """Every weight and per-row tensor at another rank: consistent, and refused for the rank
+    alone.
+    """
     r = args["write"].shape[-2]
     for key in ("read", "write"):
         if args.get(key) is not None:
@@ -246,7 +299,11 @@ def _readable(t: object) -> bool:
 
 def _bits(t: Tensor) -> Tensor:
     """A dense copy whose bits compare equal, NaN or not."""
-    return t.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8) if t.dim() else t.clone()
+    return (
+        t.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8)
+        if t.dim()
+        else t.clone()
+    )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -261,23 +318,32 @@ def _listed(result: object) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else list(result)
 
 
-def _compare(name: str, args: dict, before: dict, got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
+def _compare(
+    name: str, args: dict, before: dict, got: list[Tensor], want: list[Tensor], dtype: torch.dtype
+) -> None:
     rows = args.get("rows")
     returned = [r.name for r in getattr(torch.ops.reft_kernels, name).default._schema.returns]
     labels = (["first"] if name.endswith("_") else []) + returned
     for label, a, b in zip(labels, got, want, strict=True):
         assert a.shape == b.shape, f"{label}: shape {tuple(a.shape)}, expected {tuple(b.shape)}"
         if rows is not None and a.numel() and label == "saved_input":
-            a, b = a[rows >= 0], b[rows >= 0]  # what is saved_input for a skipped entry is not defined
+            a, b = (
+                a[rows >= 0],
+                b[rows >= 0],
+            )  # what is saved_input for a skipped entry is not defined
         if a.numel() == 0:
             continue
         error, size = float((a.double() - b.double()).abs().max()), float(b.double().abs().max())
-        assert error <= TOLERANCE[dtype] * (1 + size), f"{label}: error {error:.2e} at size {size:.2e}"
+        assert error <= TOLERANCE[dtype] * (1 + size), (
+            f"{label}: error {error:.2e} at size {size:.2e}"
+        )
     if rows is not None and labels[0] in ("first", "out", "grad_hidden") and got[0].numel():
         untouched = torch.ones(got[0].shape[0], dtype=torch.bool)
         untouched[rows[rows >= 0].long()] = False
         first = before[next(iter(before))]
-        assert _same(_bits(got[0][untouched]), _bits(first[untouched])), "a row that is not selected changed"
+        assert _same(_bits(got[0][untouched]), _bits(first[untouched])), (
+            "a row that is not selected changed"
+        )
 
 
 def _made_by_a_forward(args: dict, drawn: dict) -> bool:
@@ -294,7 +360,8 @@ def run_case(seed: int, backend: str, unguarded: bool) -> str:
     """One case; returns how it ended.
 
     Raises:
-        AssertionError: the call neither raised nor gave the right answer, or it changed what is not its own.
+        AssertionError: the call neither raised nor gave the right answer, or it changed what is not
+            its own.
     """
     # Triton's kernels serve no fp64
     draw = Draw(seed, tuple(t for t in DTYPES if backend != "triton" or t != torch.float64))
@@ -316,7 +383,9 @@ def run_case(seed: int, backend: str, unguarded: bool) -> str:
         if not unguarded:
             assert said, f"{where}: a valid call raised {error!r}"
             for key, was in before.items():
-                assert _same(_bits(args[key]), _bits(was)), f"{where}: {key} changed though the call raised {error!r}"
+                assert _same(_bits(args[key]), _bits(was)), (
+                    f"{where}: {key} changed though the call raised {error!r}"
+                )
         return type(error).__name__
     if unguarded:
         return "returned"
@@ -345,7 +414,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
     parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--unguarded", action="store_true", help="call the cpu backend past the door's checks")
+    parser.add_argument(
+        "--unguarded", action="store_true", help="call the cpu backend past the door's checks"
+    )
     asked = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")

@@ -1,6 +1,7 @@
 """The suites, in the order of their numbers.
 
-A module has ``TITLE``, ``ABOUT`` and ``cases(settings)``, or ``measure(settings)`` where samples need processes of their own.
+A module has ``TITLE``, ``ABOUT`` and ``cases(settings)``, or ``measure(settings)`` where samples
+need processes of their own.
 """
 
 from __future__ import annotations

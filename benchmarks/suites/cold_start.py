@@ -1,9 +1,11 @@
-"""Suite 7: what does a process pay before its first result: imports, compilation, and compilation again with filled caches?
+"""Suite 7: what does a process pay before its first result: imports, compilation, and compilation
+again with filled caches?
 
-Every sample is a process of its own that times itself, so that the interpreter's start is left out. A first call is an edit's
-forward and backward on a [64, 256] hidden state, from a process that has imported everything it names (what PyTorch's compiler
-imports when first used is the call's) to the end of both; the device is awake before. ``first_call`` finds empty compiler
-caches, ``first_call_cached`` those that a process before it filled.
+Every sample is a process of its own that times itself, so that the interpreter's start is left out.
+A first call is an edit's forward and backward on a [64, 256] hidden state, from a process that has
+imported everything it names (what PyTorch's compiler imports when first used is the call's) to the
+end of both; the device is awake before. ``first_call`` finds empty compiler caches,
+``first_call_cached`` those that a process before it filled.
 """
 
 from __future__ import annotations
@@ -46,14 +48,18 @@ def measure(settings: Settings) -> Iterator[list[Row]]:
     """Yield the rows of each case."""
     rounds = settings.rounds or (1 if settings.quick else ROUNDS)
     yield _rows("import", "torch", _imports(rounds, warm_up=not settings.quick), settings)
-    cold, cached = _first_calls(rounds, settings.device, [name for name in EDITS if name != COMPILED or not settings.quick])
+    cold, cached = _first_calls(
+        rounds, settings.device, [name for name in EDITS if name != COMPILED or not settings.quick]
+    )
     yield _rows("first_call", "eager, unfolded", cold, settings)
     yield _rows("first_call_cached", "eager, unfolded", cached, settings)
 
 
 def first_call(name: str, device: str) -> None:
     """Print the seconds of this process's first edit."""
-    hidden, grad = (torch.randn(ROWS, WIDTH, device=device, requires_grad=grad) for grad in (True, False))
+    hidden, grad = (
+        torch.randn(ROWS, WIDTH, device=device, requires_grad=grad) for grad in (True, False)
+    )
     R = torch.linalg.qr(torch.randn(WIDTH, RANK, device=device)).Q.mT.contiguous()
     leaves = [hidden, R, R + torch.randn_like(R) / WIDTH**0.5, torch.randn(RANK, device=device)]
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
@@ -70,7 +76,10 @@ def _imports(rounds: int, warm_up: bool) -> _Samples:
     samples = _Samples(IMPORTS)
     for number in range(-warm_up, rounds):
         for name, statement in IMPORTS.items():
-            code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
+            code = (
+                f"import time; start = time.perf_counter(); {statement}; "
+                "print(time.perf_counter() - start)"
+            )
             samples.take(name, code, {}, keep=number >= 0)
     return samples
 
@@ -79,9 +88,15 @@ def _first_calls(rounds: int, device: str, names: list[str]) -> tuple[_Samples, 
     cold, cached = _Samples(names), _Samples(names)
     for _ in range(rounds):
         for name in names:
-            code = f"from benchmarks.suites import cold_start; cold_start.first_call({name!r}, {device!r})"
+            code = (
+                f"from benchmarks.suites import cold_start; cold_start.first_call({name!r}, "
+                f"{device!r})"
+            )
             with tempfile.TemporaryDirectory() as folder:
-                caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+                caches = {
+                    "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+                    "TRITON_CACHE_DIR": f"{folder}/triton",
+                }
                 for samples in (cold, cached):
                     samples.take(name, code, caches)
     return cold, cached
@@ -101,13 +116,20 @@ class _Samples:
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         try:
             done = subprocess.run(
-                [sys.executable, "-c", code], env=os.environ | threads | environment, cwd=ROOT, capture_output=True, text=True,
-                check=True, timeout=LIMIT_SECONDS,
-            )  # fmt: skip
+                [sys.executable, "-c", code],
+                env=os.environ | threads | environment,
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                check=True,
+                timeout=LIMIT_SECONDS,
+            )
         except subprocess.TimeoutExpired:
             self._give_up(name, f"took more than {LIMIT_SECONDS} s")
         except subprocess.CalledProcessError as error:
-            self._give_up(name, f"failed: {(error.stderr.strip() or 'no message').splitlines()[-1]}")
+            self._give_up(
+                name, f"failed: {(error.stderr.strip() or 'no message').splitlines()[-1]}"
+            )
         else:
             if keep:
                 self.seconds[name].append(float(done.stdout.split()[-1]))
@@ -118,6 +140,8 @@ class _Samples:
 
 
 def _rows(what: str, baseline: str, samples: _Samples, settings: Settings) -> list[Row]:
-    shape = {"what": what} if what == "import" else {"what": what, "rows": ROWS, "d": WIDTH, "r": RANK}
+    shape = (
+        {"what": what} if what == "import" else {"what": what, "rows": ROWS, "d": WIDTH, "r": RANK}
+    )
     case = Case("cold_start", "start", shape, torch.float32, {}, baseline)
     return rows_of_samples(case, settings, samples.seconds, samples.notes)

@@ -1,7 +1,9 @@
-"""Suite 2: what does a LoReFT edit of f1+l1 to f16+l16 of each prompt cost, and does the sequence length matter?
+"""Suite 2: what does a LoReFT edit of f1+l1 to f16+l16 of each prompt cost, and does the sequence
+length matter?
 
-The hidden state is [batch * T, d]; a provider edits the selected rows and hands on a hidden state with all other rows as they
-were. "the rows alone" is the same edit by reft_kernels of a hidden state that holds nothing else: what the work itself costs.
+The hidden state is [batch * T, d]; a provider edits the selected rows and hands on a hidden state
+with all other rows as they were. "the rows alone" is the same edit by reft_kernels of a hidden
+state that holds nothing else: what the work itself costs.
 """
 
 from __future__ import annotations
@@ -29,11 +31,17 @@ WIDTH, RANK = 4096, 8
 
 
 def shapes(settings: Settings) -> list[tuple[int, int, int]]:
-    """(batch, T, k of fk+lk): a star around the base shape, and the longest sequence with the largest batch that fits."""
+    """(batch, T, k of fk+lk): a star around the base shape, and the longest sequence with the
+    largest batch that fits.
+    """
     if settings.quick:
         return [(2, 64, 2)]
     batch, length, count = BASE[settings.device]
-    found = [(batch, length, count), *((batch, t, count) for t in LENGTHS), *((n, length, count) for n in BATCHES)]
+    found = [
+        (batch, length, count),
+        *((batch, t, count) for t in LENGTHS),
+        *((n, length, count) for n in BATCHES),
+    ]
     return list(dict.fromkeys([*found, *((batch, length, k) for k in COUNTS)]))
 
 
@@ -65,21 +73,29 @@ def cases(settings: Settings) -> Iterator[Case]:
             yield _case(problems, rows, shape, device)
 
 
-def _case(problems: list[edits.Problem], rows: Tensor, shape: dict[str, object], device: str) -> Case:
+def _case(
+    problems: list[edits.Problem], rows: Tensor, shape: dict[str, object], device: str
+) -> Case:
     weights, wide = problems[0].weights, rows.long()
     d, dtype = problems[0].hidden.shape[1], problems[0].hidden.dtype
     alone = [problem.hidden[wide] for problem in problems]
     gate = edits.Gate(edits.Problem(alone[0].clone(), torch.empty(0), weights), backward=False)
 
     def check(edit: edits.Edit) -> Verdict:
-        hidden = problems[0].hidden.index_copy(0, wide, gate.problem.hidden)  # what was timed before has edited it in place
+        hidden = problems[0].hidden.index_copy(
+            0, wide, gate.problem.hidden
+        )  # what was timed before has edited it in place
         out = edit(hidden.clone(), *weights)
-        rest = torch.ones(hidden.shape[0], dtype=torch.bool, device=device).index_fill(0, wide, False)
+        rest = torch.ones(hidden.shape[0], dtype=torch.bool, device=device).index_fill(
+            0, wide, False
+        )
         if not torch.equal(out[rest], hidden[rest]):
             raise RuntimeError("a row that is not selected was changed")
         return gate(lambda *_: out[wide])
 
-    def provider(edit: edits.Edit, hidden: list[Tensor], backend: str | None = None, **call: bool) -> Provider:
+    def provider(
+        edit: edits.Edit, hidden: list[Tensor], backend: str | None = None, **call: bool
+    ) -> Provider:
         def prepare(k: int) -> Call:
             def run(_: object) -> Tensor:
                 with torch.no_grad():
@@ -96,8 +112,16 @@ def _case(problems: list[edits.Problem], rows: Tensor, shape: dict[str, object],
     for name, backend in edits.backends(device).items():
         providers[name] = provider(functools.partial(inplace, rows=rows), all_hidden, backend)
     compiled = torch.compile(_gathered_in_place, dynamic=False)
-    providers["eager, clone and scatter"] = provider(functools.partial(_gathered, rows=wide), all_hidden)
-    providers["eager, in place"] = provider(functools.partial(_gathered_in_place, rows=wide), all_hidden)
-    providers["torch.compile, in place"] = provider(functools.partial(compiled, rows=wide), all_hidden, countable=False)
+    providers["eager, clone and scatter"] = provider(
+        functools.partial(_gathered, rows=wide), all_hidden
+    )
+    providers["eager, in place"] = provider(
+        functools.partial(_gathered_in_place, rows=wide), all_hidden
+    )
+    providers["torch.compile, in place"] = provider(
+        functools.partial(compiled, rows=wide), all_hidden, countable=False
+    )
     moved = edits.least_bytes(rows.numel(), d, weights[0].shape[0], dtype, "forward")
-    return Case("edit_selected_rows", "forward", shape, dtype, providers, ALONE, len(problems), moved, alone)
+    return Case(
+        "edit_selected_rows", "forward", shape, dtype, providers, ALONE, len(problems), moved, alone
+    )

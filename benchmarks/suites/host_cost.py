@@ -1,7 +1,9 @@
-"""Suite 6: how many microseconds does a call of each public function cost on the host, and how many launches?
+"""Suite 6: how many microseconds does a call of each public function cost on the host, and how many
+launches?
 
-Tensors are small, so that little but the host is left: 14 rows of 64, rank 4. On a GPU the column ``host_us`` is the answer, on
-a CPU the time is. ``forward`` is without gradients; ``both`` is forward and backward.
+Tensors are small, so that little but the host is left: 14 rows of 64, rank 4. On a GPU the column
+``host_us`` is the answer, on a CPU the time is. ``forward`` is without gradients; ``both`` is
+forward and backward.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ def cases(settings: Settings) -> Iterator[Case]:
 def _functions(device: str) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
     h, X = torch.randn(ROWS, WIDTH, device=device), torch.randn(WIDTH, RANK, device=device) / 8
     R, W, b = edits.weights(WIDTH, RANK, device)
-    W2, scale, bias = torch.randn_like(W), torch.randn(WIDTH, device=device), torch.randn(WIDTH, device=device)
+    W2, scale, bias = (
+        torch.randn_like(W),
+        torch.randn(WIDTH, device=device),
+        torch.randn(WIDTH, device=device),
+    )
     return {
         "loreft": (rk.loreft, [h, R, W, b]),
         "direft": (rk.direft, [h, R, W, b]),
@@ -58,7 +64,11 @@ def _case(name: str, function: Callable[..., Tensor], tensors: list[Tensor], mod
             with torch.no_grad():
                 return function(*tensors)
 
-        run = forward if mode == "forward" else lambda _: torch.autograd.grad(function(*leaves), leaves, grad)
+        run = (
+            forward
+            if mode == "forward"
+            else lambda _: torch.autograd.grad(function(*leaves), leaves, grad)
+        )
         return Provider(lambda _: edits.forced(backend, Call(run), tensors[0]))
 
     providers = {OWN: provider(function), REFERENCE: provider(function, "torch")}
@@ -70,4 +80,6 @@ def _case(name: str, function: Callable[..., Tensor], tensors: list[Tensor], mod
 def _resolve(device: str) -> Case:
     resolve = functools.partial(rk.positions.resolve, "f7+l7", [32] * 8, 64, device=device)
     providers = {OWN: Provider(lambda _: Call(lambda _: resolve(), capturable=False))}
-    return Case("host_cost", "forward", {"function": "positions.resolve"}, torch.int32, providers, OWN)
+    return Case(
+        "host_cost", "forward", {"function": "positions.resolve"}, torch.int32, providers, OWN
+    )

@@ -1,7 +1,9 @@
-"""Suite 3: what does it cost to build R with orthonormal rows, and its gradient, for one layer and for 32 in one call?
+"""Suite 3: what does it cost to build R with orthonormal rows, and its gradient, for one layer and
+for 32 in one call?
 
-``torch.nn.utils.parametrizations.orthogonal`` is what pyreft uses; it works on the d x d completion. "householder_product" is
-PyTorch's bare kernel on the d x r reflectors, without the completion: the strongest that PyTorch offers.
+``torch.nn.utils.parametrizations.orthogonal`` is what pyreft uses; it works on the d x d
+completion. "householder_product" is PyTorch's bare kernel on the d x r reflectors, without the
+completion: the strongest that PyTorch offers.
 """
 
 from __future__ import annotations
@@ -16,8 +18,19 @@ from benchmarks.harness import Call, Case, Provider, Settings, Verdict
 from reft_kernels import dispatch
 
 TITLE = "Build of R"
-ABOUT = "orthonormal rows by Householder or Cayley, one layer and 32 stacked, forward and with the gradient"
-SHAPES = ((1, 768, 8), (1, 2048, 8), (1, 4096, 8), (1, 4096, 32), (1, 8192, 8), (32, 4096, 8), (32, 4096, 1))
+ABOUT = (
+    "orthonormal rows by Householder or Cayley, one layer and 32 stacked, forward and with the "
+    "gradient"
+)
+SHAPES = (
+    (1, 768, 8),
+    (1, 2048, 8),
+    (1, 4096, 8),
+    (1, 4096, 32),
+    (1, 8192, 8),
+    (32, 4096, 8),
+    (32, 4096, 1),
+)
 BASELINE = "parametrizations.orthogonal"
 ONE_LAYER = "reft_kernels householder, one layer"
 ORTHONORMAL = 1e-6
@@ -32,7 +45,9 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def _product(X: Tensor) -> Tensor:
-    """PyTorch's kernel on the reflectors that reft_kernels takes from X: the columns below the diagonal, ones on it."""
+    """PyTorch's kernel on the reflectors that reft_kernels takes from X: the columns below the
+    diagonal, ones on it.
+    """
     lower = X.tril(-1)
     return torch.linalg.householder_product(lower, 2 / (1 + lower.square().sum(-2))).mT
 
@@ -42,7 +57,9 @@ def case(layers: int, d: int, rank: int, mode: str, device: str) -> Case:
     X = torch.randn(layers, d, rank, device=device) / d**0.5
     G = torch.randn(layers, rank, d, device=device)
 
-    def provider(function: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor]) -> Provider:
+    def provider(
+        function: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor]
+    ) -> Provider:
         def prepare(_: int) -> Call:
             leaf = X.clone().requires_grad_()
 
@@ -50,7 +67,11 @@ def case(layers: int, d: int, rank: int, mode: str, device: str) -> Case:
                 with torch.no_grad():
                     return function(leaf)
 
-            return Call(forward if mode == "forward" else lambda _: torch.autograd.grad(function(leaf), leaf, G))
+            return Call(
+                forward
+                if mode == "forward"
+                else lambda _: torch.autograd.grad(function(leaf), leaf, G)
+            )
 
         return Provider(prepare, check=lambda: _check(function, exact, X, G))
 
@@ -58,7 +79,10 @@ def case(layers: int, d: int, rank: int, mode: str, device: str) -> Case:
         "reft_kernels householder": provider(reft_kernels.householder, _product),
         "reft_kernels cayley": provider(reft_kernels.cayley, _cayley),
         "householder_product": provider(_product, _product),
-        BASELINE: Provider(lambda _: _orthogonal(layers, d, rank, mode, device), check=lambda: _check_orthogonal(d, rank)),
+        BASELINE: Provider(
+            lambda _: _orthogonal(layers, d, rank, mode, device),
+            check=lambda: _check_orthogonal(d, rank),
+        ),
     }
     baseline = BASELINE
     if layers > 1:  # PyTorch takes one matrix after the other: one layer's time, as often
@@ -80,7 +104,9 @@ def _orthogonal(layers: int, d: int, rank: int, mode: str, device: str) -> Call:
         with torch.no_grad():
             return linear.weight
 
-    return Call(forward if mode == "forward" else lambda _: torch.autograd.grad(linear.weight, leaf, grad))
+    return Call(
+        forward if mode == "forward" else lambda _: torch.autograd.grad(linear.weight, leaf, grad)
+    )
 
 
 def _check_orthogonal(d: int, rank: int) -> Verdict:
@@ -97,7 +123,7 @@ def _cayley(X: Tensor) -> Tensor:
 
 def _check(
     function: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor], X: Tensor, G: Tensor
-) -> Verdict:  # fmt: skip
+) -> Verdict:
     """Rows orthonormal, values and gradient those of fp64."""
 
     def both(f: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

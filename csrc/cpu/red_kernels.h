@@ -52,11 +52,13 @@ inline void red_backward(const RedBackward& e) {
   constexpr int L = kLanes<A>;
   constexpr int64_t kRun = 256;
   const int64_t d = e.d, stride = padded<A>(d), sets = e.selection.sets;
-  const bool weights = e.grad_scale != nullptr, streams = streams_out<T>(e.selection, e.grad, e.out, d);
+  const bool weights = e.grad_scale != nullptr,
+             streams = streams_out<T>(e.selection, e.grad, e.out, d);
   Panel<A> scale;
   scale.fill(e.scale, sets, d);
   const Order order(e.selection);
-  const Runs runs(order, sets, (e.selection.entries + 63) / 64 > kRun ? (e.selection.entries + 63) / 64 : kRun);
+  const Runs runs(order, sets,
+                  (e.selection.entries + 63) / 64 > kRun ? (e.selection.entries + 63) / 64 : kRun);
   const Scratch<A> partials(weights ? runs.count * 2 * stride : 0);
   parallel_chunks(runs.count, grain_of(kRun * d), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
@@ -80,7 +82,9 @@ inline void red_backward(const RedBackward& e) {
             store(sum_bias + c, load(sum_bias + c) + g);
           }
         }
-        if (e.out) map_row(grad, row_at<T>(e.out, row), d, streams, [&](int64_t c, vec<A> g) { return load(by + c) * g; });
+        if (e.out)
+          map_row(grad, row_at<T>(e.out, row), d, streams,
+                  [&](int64_t c, vec<A> g) { return load(by + c) * g; });
       }
     }
     if (streams) end_streams();

@@ -39,7 +39,8 @@ class Squares {
   int64_t size_;
 };
 
-// The left operand of a product: element (i, k) is data[i * row + k * column]; zeros left of it (`upper`) are skipped.
+// The left operand of a product: element (i, k) is data[i * row + k * column]; zeros left of it
+// (`upper`) are skipped.
 enum class Form { full, upper };
 struct Operand {
   const double* data;
@@ -75,7 +76,8 @@ inline void multiply(double alpha, Operand a, Square b, Square out, bool accumul
   }
 }
 
-// The inverse of an upper triangular matrix, row by row from the last; nothing below the diagonal is read.
+// The inverse of an upper triangular matrix, row by row from the last; nothing below the diagonal
+// is read.
 inline void invert_upper(Square upper, Square inverse) {
   const int64_t n = upper.size, ld = inverse.ld;
   constexpr int L = kLanes<double>;
@@ -86,7 +88,8 @@ inline void invert_upper(Square upper, Square inverse) {
     row[i] = 1.0;
     for (int64_t k = i + 1; k < n; ++k) {
       const vec<double> factor = broadcast<double>(upper[i][k]);
-      for (int64_t j = k / L * L; j < ld; j += L) store(row + j, load(row + j) - factor * load(inverse[k] + j));
+      for (int64_t j = k / L * L; j < ld; j += L)
+        store(row + j, load(row + j) - factor * load(inverse[k] + j));
     }
     for (int64_t j = i; j < n; ++j) row[j] *= reciprocal;
   }
@@ -116,7 +119,8 @@ inline void invert(Square a, int64_t* order) {
       if (i == k) continue;
       const vec<double> factor = broadcast<double>(a[i][k]);
       a[i][k] = 0.0;
-      for (int64_t j = 0; j < a.ld; j += L) store(a[i] + j, load(a[i] + j) - factor * load(row + j));
+      for (int64_t j = 0; j < a.ld; j += L)
+        store(a[i] + j, load(a[i] + j) - factor * load(row + j));
     }
   }
   for (int64_t k = n - 1; k >= 0; --k) {  // the rows that were exchanged are columns of the inverse

@@ -1,5 +1,5 @@
-// Tall [d, r] matrices of the orthonormal maps: how their rows are cut, their tiles and first r rows, and the memory that
-// passes over them share.
+// Tall [d, r] matrices of the orthonormal maps: how their rows are cut, their tiles and first r
+// rows, and the memory that passes over them share.
 #pragma once
 
 #include "gram.h"
@@ -10,7 +10,8 @@
 namespace reft {
 namespace REFT_ISA {
 
-// How a [d, r] matrix is cut by rows: into chunks, each with its sums, and those into tiles, which stay in cache.
+// How a [d, r] matrix is cut by rows: into chunks, each with its sums, and those into tiles, which
+// stay in cache.
 template <class T>
 struct RowCut {
   RowCut(int64_t rows, int64_t rank) : d(rows), r(rank) {
@@ -18,7 +19,8 @@ struct RowCut {
     tile = r <= 32 ? 512 : 256;
     chunk = r <= 128 ? 512 : 1024;  // the sums of all chunks take at most half the memory of X
     chunks = (d + chunk - 1) / chunk;
-    ld = smaller(tile, round_up(d, kLanes<T>)) + 64 / int64_t(sizeof(T));  // a power of two would collide in L1
+    ld = smaller(tile, round_up(d, kLanes<T>)) +
+         64 / int64_t(sizeof(T));  // a power of two would collide in L1
   }
   int64_t tall_tile() const { return padded_r * ld; }
   int64_t sums() const { return padded_r * padded_r; }
@@ -36,7 +38,8 @@ void load_tall(const T* X, const RowCut<T>& cut, int64_t first_row, int64_t coun
   load_transposed(X + first_row * cut.r, count, cut.r, tile, cut.ld);
 }
 template <class T>
-void load_tall(const T* X, const RowCut<T>& cut, int64_t first_row, int64_t count, Top top, T* tile) {
+void load_tall(const T* X, const RowCut<T>& cut, int64_t first_row, int64_t count, Top top,
+               T* tile) {
   load_tall(X, cut, first_row, count, tile);
   const int64_t top_count = smaller(first_row + count, cut.r) - first_row;
   if (top_count <= 0) return;
@@ -82,7 +85,8 @@ void read_upper(const T* base, Square to) {
   }
 }
 
-// A factor [r, sections * padded_r] as multiply_tile wants it: packed by blocks of rows, zero where a tile is padding.
+// A factor [r, sections * padded_r] as multiply_tile wants it: packed by blocks of rows, zero where
+// a tile is padding.
 template <class T>
 class PackedFactor {
  public:
@@ -96,7 +100,8 @@ class PackedFactor {
       int64_t row = factor_block_begin(r_, block), rows = factor_block_begin(r_, block + 1) - row;
       T* out = data_ + row * depth_ + section * padded_r_ * rows;
       for (int64_t k = 0; k < r_; ++k)
-        for (int64_t i = 0; i < rows; ++i) out[k * rows + i] = T(alpha * a.data[(row + i) * a.row + k * a.column]);
+        for (int64_t i = 0; i < rows; ++i)
+          out[k * rows + i] = T(alpha * a.data[(row + i) * a.row + k * a.column]);
     }
   }
 
@@ -142,7 +147,8 @@ struct LayerStore {
 template <class T>
 class TileMemory {
  public:
-  TileMemory(const RowCut<T>& cut, int64_t tiles) : data_(tiles * cut.tall_tile()), step_(cut.tall_tile()) {
+  TileMemory(const RowCut<T>& cut, int64_t tiles)
+      : data_(tiles * cut.tall_tile()), step_(cut.tall_tile()) {
     for (int64_t i = 0; i < tiles; ++i)
       memset((*this)[i] + cut.r * cut.ld, 0, size_t((cut.padded_r - cut.r) * cut.ld) * sizeof(T));
   }

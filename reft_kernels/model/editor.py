@@ -2,8 +2,10 @@
 
 Three kinds of interception, made once and removed with the last adapter:
 
-    the model          takes explicit arguments, labels and masks out of the call, which the backbone may not see
-    the backbone       (what embeds tokens and runs the blocks) before: rows from the call, weights of all layers in one build;
+    the model          takes explicit arguments, labels and masks out of the call, which the
+                       backbone may not see
+    the backbone       (what embeds tokens and runs the blocks) before: rows from the call, weights
+                       of all layers in one build;
                        after: closes the context
     each edited place  applies its edits; see :mod:`reft_kernels.model.forward_context`
 
@@ -33,20 +35,30 @@ from reft_kernels.model.generation import Generate, Prepare
 from reft_kernels.model.interception import InterceptedForward
 from reft_kernels.model.prompt_checks import Mode, PromptChecks
 from reft_kernels.model.prompts import Window, argument_names, compute_prompt_window
-from reft_kernels.model.selection import DeferredSelection, PositionRule, Selection, TokenShape, select
+from reft_kernels.model.selection import (
+    DeferredSelection,
+    PositionRule,
+    Selection,
+    TokenShape,
+    select,
+)
 
 BASE = "__base__"
 Handle = torch.utils.hooks.RemovableHandle
 
 _STALE_CACHE = (
-    "ReFT: past_key_values holds {past} columns whose edits by adapter {name!r} are not those of this prompt "
-    "(columns {columns} of example {example} differ), so the output differs from generating without the cache. Fill the "
+    "ReFT: past_key_values holds {past} columns whose edits by adapter {name!r} are not those of "
+    "this prompt "
+    "(columns {columns} of example {example} differ), so the output differs from generating "
+    "without the cache. Fill the "
     "cache with prompt_lengths=[...] of the whole prompt, or generate without it"
 )
 
 
 class Adapter:
-    """One adapter's places: for each width, its stack and the (index in the stack, site) of every layer in this process."""
+    """One adapter's places: for each width, its stack and the (index in the stack, site) of
+    every layer in this process.
+    """
 
     def __init__(self, name: str, rule: PositionRule, stacks: Mapping[int, Intervention]) -> None:
         self.name = name
@@ -60,7 +72,13 @@ class Adapter:
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else (output,)
+    values = (
+        output.values()
+        if isinstance(output, Mapping)
+        else output
+        if isinstance(output, tuple | list)
+        else (output,)
+    )
     for value in values:
         if isinstance(value, Tensor):
             yield value
@@ -76,13 +94,17 @@ _NO_CONTEXT = _NoStep()
 
 
 class BackboneSession:
-    """One backbone: the adapters that edit inside it and the context that its running forward consumes."""
+    """One backbone: the adapters that edit inside it and the context that its running forward
+    consumes.
+    """
 
     def __init__(self, editor: Editor, backbone: nn.Module, component: Component) -> None:
         self.editor = editor
         self.names = argument_names(backbone)
         self.decoder = component.decoder
-        self.generates = not component.encoder  # an encoder's tokens are all prompt, and have no labels of their own
+        self.generates = (
+            not component.encoder
+        )  # an encoder's tokens are all prompt, and have no labels of their own
         self.targets: dict[int, Target] = {}
         self.sites: dict[tuple[str, str], int] = {}
         self.handles: dict[int, Handle] = {}  # of the sites' hooks
@@ -91,8 +113,12 @@ class BackboneSession:
         self.frame_mask: Any = None  # (frames, audio mask) -> bool [B, frames]
         self.drops_layers = False  # some forwards leave layers out
         self.state = SessionState()
-        self.live: weakref.WeakSet[ForwardContext] = weakref.WeakSet()  # whose graphs wait for a backward
-        self.last: ForwardContext | None = None  # kept until the next forward, whatever becomes of the model's output
+        self.live: weakref.WeakSet[ForwardContext] = (
+            weakref.WeakSet()
+        )  # whose graphs wait for a backward
+        self.last: ForwardContext | None = (
+            None  # kept until the next forward, whatever becomes of the model's output
+        )
         self._recomputed: dict[int, Any] = {}
 
     def __getstate__(self) -> dict:
@@ -106,7 +132,9 @@ class BackboneSession:
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Before the backbone: what this forward edits."""
-        frame = self.state.frame = Frame(self.state.frame)  # first, since leave() follows whatever happens here
+        frame = self.state.frame = Frame(
+            self.state.frame
+        )  # first, since leave() follows whatever happens here
         self.last = None
         editor = self.editor
         generation, call = editor.state.generation, editor.state.call
@@ -114,20 +142,28 @@ class BackboneSession:
             call = take_call(self.names, args, kwargs)
         if generation is not None:
             said = generation.call
-            call = call._replace(prompt_lengths=said.prompt_lengths, edit_positions=said.edit_positions)
+            call = call._replace(
+                prompt_lengths=said.prompt_lengths, edit_positions=said.edit_positions
+            )
             if not self.generates:
                 generation = None
         adapters = editor.active_in(self)
         if adapters:
             arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
             window = compute_prompt_window(
-                arguments, call, generation, token_labels=editor.token_labels and self.generates, decoder=self.decoder
+                arguments,
+                call,
+                generation,
+                token_labels=editor.token_labels and self.generates,
+                decoder=self.decoder,
             )
             frame.context = self._step(adapters, window, call, arguments)
         return args, kwargs
 
     def leave(self, output: Any) -> None:
-        """After the backbone: hand the context to the graph, for layers that its backward recomputes."""
+        """After the backbone: hand the context to the graph, for layers that its backward
+        recomputes.
+        """
         frame = self.state.frame
         if frame is None:
             return
@@ -155,8 +191,10 @@ class BackboneSession:
         idle = [self.targets[site].path for site in context.edits if site not in context.ran]
         if idle:
             raise ValueError(
-                f"component: {', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''} did not run in this forward, so nothing "
-                "would be trained there; name a component that the model calls, or leave these layers out of layers=[...]"
+                f"component: {', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''} did not run "
+                "in this forward, so nothing "
+                "would be trained there; name a component that the model calls, or leave these "
+                "layers out of layers=[...]"
             )
 
     # ---- recomputation
@@ -164,12 +202,16 @@ class BackboneSession:
     def _recall(self, context: ForwardContext | None) -> None:
         task = torch._C._current_graph_task_id()
         self._recomputed[task] = _NO_CONTEXT if context is None else weakref.ref(context)
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._recomputed.pop(task, None))
+        torch.autograd.Variable._execution_engine.queue_callback(
+            lambda: self._recomputed.pop(task, None)
+        )
         if context is not None:
             context.enter_backward()
 
     def current_context(self) -> ForwardContext | None:
-        """The context that a layer's hook consumes: the running forward's, or that of the forward that a backward recomputes."""
+        """The context that a layer's hook consumes: the running forward's, or that of the
+        forward that a backward recomputes.
+        """
         frame = self.state.frame
         if frame is not None:
             return frame.context
@@ -184,15 +226,21 @@ class BackboneSession:
         live = list(self.live)
         if len(live) > 1:
             raise RuntimeError(
-                "gradient checkpointing: several forwards wait for their backward, and this one did not come through the "
-                "model's output, so it cannot be told which forward's layers it recomputes; compute the loss from the output"
+                "gradient checkpointing: several forwards wait for their backward, and this one "
+                "did not come through the "
+                "model's output, so it cannot be told which forward's layers it recomputes; "
+                "compute the loss from the output"
             )
         return live[0] if live else None
 
     # ---- the context
 
     def _step(
-        self, adapters: Sequence[Adapter], window: Window | None, call: ModelCall, arguments: Mapping[str, Any]
+        self,
+        adapters: Sequence[Adapter],
+        window: Window | None,
+        call: ModelCall,
+        arguments: Mapping[str, Any],
     ) -> ForwardContext | None:
         edits: dict[int, list[Edit]] = {}
         known: dict[PositionRule, Selection | None] = {}
@@ -215,13 +263,21 @@ class BackboneSession:
             training = editor.model.training and torch.is_grad_enabled() and adapter.trains()
             context.training |= training
             if window is not None and self._on_tokens(adapter):
-                editor.checks.check(window, adapter.rule, selection, Mode(training, editor.token_labels and self.generates))
+                editor.checks.check(
+                    window,
+                    adapter.rule,
+                    selection,
+                    Mode(training, editor.token_labels and self.generates),
+                )
                 if continued:
                     self._compare_cache(adapter, window, cache)
                 self._record(context, adapter, window, selection)
             selection = editor.restrict_to_members(adapter.name, selection, window)
             for width, stack in adapter.stacks.items():
-                places = [(index, site, self.targets[site].stream) for index, site in adapter.places[width]]
+                places = [
+                    (index, site, self.targets[site].stream)
+                    for index, site in adapter.places[width]
+                ]
                 if selection is None:
                     places = [place for place in places if place[2] == "own"]
                 if not places:
@@ -231,29 +287,44 @@ class BackboneSession:
                 device = next(stack.parameters()).device
                 for index, site, stream in places:
                     what = (own, None) if stream == "own" else (selection, tokens)
-                    edits.setdefault(site, []).append(Edit(stack, index, weights[index], *what, device))
+                    edits.setdefault(site, []).append(
+                        Edit(stack, index, weights[index], *what, device)
+                    )
         return context if edits else None
 
     def _on_tokens(self, adapter: Adapter) -> bool:
-        return any(self.targets[site].stream == "tokens" for places in adapter.places.values() for _, site in places)
+        return any(
+            self.targets[site].stream == "tokens"
+            for places in adapter.places.values()
+            for _, site in places
+        )
 
     # ---- what a cache holds
 
     @staticmethod
     def _starts_from_cache(window: Window | None, cache: Any) -> bool:
         """Whether this is the first call of a generation that goes on from a filled cache."""
-        if window is None or window.generation is None or not window.generation.is_first or torch.compiler.is_compiling():
+        if (
+            window is None
+            or window.generation is None
+            or not window.generation.is_first
+            or torch.compiler.is_compiling()
+        ):
             return False
         window.generation.is_first = False
         return cache is not None and isinstance(window.offset, int) and window.offset > 0
 
     @staticmethod
-    def _record(context: ForwardContext, adapter: Adapter, window: Window, selection: Selection | None) -> None:
+    def _record(
+        context: ForwardContext, adapter: Adapter, window: Window, selection: Selection | None
+    ) -> None:
         """What this forward edits of what it puts into a cache."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and context.cache is None):
             return
         if selection is not None and window.packed is None and isinstance(window.offset, int):
-            edit = CachedEdit(adapter.name, window.offset, window.batch, window.width, selection.rows)
+            edit = CachedEdit(
+                adapter.name, window.offset, window.batch, window.width, selection.rows
+            )
             context.records.append(edit)
 
     def _compare_cache(self, adapter: Adapter, window: Window, cache: Any) -> None:
@@ -262,23 +333,46 @@ class BackboneSession:
         if window.lengths is None or held is None:
             return
         whole = Window(
-            window.batch, past, window.device, 0, window.total, False, window.starts, window.lengths, window.source,
-            tokens=None if window.whole is None else window.whole[:, :past], whole=window.whole, text=window.text,
-            call=window.call, generation=window.generation,
-        )  # fmt: skip
+            window.batch,
+            past,
+            window.device,
+            0,
+            window.total,
+            False,
+            window.starts,
+            window.lengths,
+            window.source,
+            tokens=None if window.whole is None else window.whole[:, :past],
+            whole=window.whole,
+            text=window.text,
+            call=window.call,
+            generation=window.generation,
+        )
         wanted = select(whole, adapter.rule)
         rows = None if wanted is None else wanted.rows
-        asked = CachedEdit(adapter.name, 0, window.batch, past, rows).columns(past).to(window.device)
+        asked = (
+            CachedEdit(adapter.name, 0, window.batch, past, rows).columns(past).to(window.device)
+        )
         differ = (asked & (window.whole[:, :past] if window.whole is not None else True)) != held
         if bool(differ.any()):
             example = int(differ.any(dim=1).to(torch.int8).argmax())
             columns = differ[example].nonzero().flatten().tolist()
             text = ", ".join(map(str, columns[:8])) + (", ..." if len(columns) > 8 else "")
-            warnings.warn(_STALE_CACHE.format(past=past, name=adapter.name, columns=text, example=example), stacklevel=2)
+            warnings.warn(
+                _STALE_CACHE.format(past=past, name=adapter.name, columns=text, example=example),
+                stacklevel=2,
+            )
 
     def prune(self) -> None:
-        """Remove the hooks of places that no adapter edits, and the backbone's with the last adapter."""
-        used = {site for adapter in self.adapters.values() for places in adapter.places.values() for _, site in places}
+        """Remove the hooks of places that no adapter edits, and the backbone's with the last
+        adapter.
+        """
+        used = {
+            site
+            for adapter in self.adapters.values()
+            for places in adapter.places.values()
+            for _, site in places
+        }
         for key, site in list(self.sites.items()):
             if site not in used:
                 self.handles.pop(site).remove()
@@ -297,7 +391,8 @@ class Editor:
     """Adapters of one model and the hooks that serve them.
 
     Args:
-        model: the model as its users call it. token_labels: its labels ``[B, T]`` mark what follows the prompt.
+        model: the model as its users call it. token_labels: its labels ``[B, T]`` mark what follows
+            the prompt.
     """
 
     def __init__(self, model: nn.Module, *, token_labels: bool) -> None:
@@ -323,7 +418,11 @@ class Editor:
     @property
     def adapters(self) -> dict[str, Adapter]:
         """Every adapter by name."""
-        return {name: adapter for session in self._sessions.values() for name, adapter in session.adapters.items()}
+        return {
+            name: adapter
+            for session in self._sessions.values()
+            for name, adapter in session.adapters.items()
+        }
 
     # ---- around the model
 
@@ -334,7 +433,9 @@ class Editor:
         generation = state.generation
         if generation is not None and not torch.compiler.is_compiling():
             if generation.total is not None and not generation.announced:
-                state.generation = None  # a call of the model while it generates, by a hook or a logits processor
+                state.generation = (
+                    None  # a call of the model while it generates, by a hook or a logits processor
+                )
             generation.announced = False
         state.call = take_call(self.names, args, kwargs)
         if not torch.compiler.is_compiling():
@@ -355,7 +456,13 @@ class Editor:
         names = self.active if members is None else dict.fromkeys(members)
         return [session.adapters[name] for name in names if name in session.adapters]
 
-    def add(self, name: str, component: Component, rule: PositionRule, stacks: Mapping[int, Intervention]) -> None:
+    def add(
+        self,
+        name: str,
+        component: Component,
+        rule: PositionRule,
+        stacks: Mapping[int, Intervention],
+    ) -> None:
         """Add an adapter and register the hooks that are not there yet.
 
         Args:
@@ -423,11 +530,15 @@ class Editor:
     def _watch(self, session: BackboneSession, path: str) -> None:
         """Intercept a session's backbone, and ``generate`` of what surrounds it."""
         parts = path.split(".") if path else []
-        around = [self.model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)]
+        around = [
+            self.model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)
+        ]
         for module in around:
             self._watch_generate(module)
         # the innermost that maps samples to frames
-        maps = [m for m in around if callable(getattr(m, "_get_feature_vector_attention_mask", None))]
+        maps = [
+            m for m in around if callable(getattr(m, "_get_feature_vector_attention_mask", None))
+        ]
         if maps:
             session.frame_mask = _FrameMask(maps[-1])
         session.drops_layers = _may_leave_layers_out(getattr(self.model, "config", None))
@@ -440,9 +551,13 @@ class Editor:
             session.targets[site] = target
             module = self.model.get_submodule(target.path)
             if target.side == "input":
-                handle = module.register_forward_pre_hook(InputHook(session, site, target), with_kwargs=True)
+                handle = module.register_forward_pre_hook(
+                    InputHook(session, site, target), with_kwargs=True
+                )
             else:  # first, so that hooks which capture hidden states see the edited one
-                handle = module.register_forward_hook(OutputHook(session, site, target), prepend=True)
+                handle = module.register_forward_hook(
+                    OutputHook(session, site, target), prepend=True
+                )
             session.handles[site] = handle
         return session.sites[key]
 
@@ -454,11 +569,15 @@ class Editor:
         if members is None or selection is None:
             return selection
         if window is None or isinstance(selection, DeferredSelection) or window.packed is not None:
-            raise ValueError("adapter_names: expected a padded batch of tokens, one name for each example")
+            raise ValueError(
+                "adapter_names: expected a padded batch of tokens, one name for each example"
+            )
         batch = window.batch
         if not members or batch % len(members):
             raise ValueError(f"adapter_names: got {len(members)} names for a batch of {batch}")
-        mine = torch.tensor([m == name for m in members for _ in range(batch // len(members))], device=window.device)
+        mine = torch.tensor(
+            [m == name for m in members for _ in range(batch // len(members))], device=window.device
+        )
         if selection.rows is None:
             rows = torch.arange(batch * window.width, device=window.device, dtype=torch.int32)
         else:
@@ -468,15 +587,21 @@ class Editor:
 
 
 def _may_leave_layers_out(config: Any) -> bool:
-    """Whether a model runs some of its layers in some batches only: at random, or where there is an image."""
+    """Whether a model runs some of its layers in some batches only: at random, or where there is
+    an image.
+    """
     text = getattr(config, "text_config", None)
     names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
     at_random = any((getattr(config, name, 0.0) or 0.0) > 0 for name in names)
-    return at_random or any(bool(getattr(part, "cross_attention_layers", None)) for part in (config, text))
+    return at_random or any(
+        bool(getattr(part, "cross_attention_layers", None)) for part in (config, text)
+    )
 
 
 class _FrameMask:
-    """A model's own map from an audio input's mask to its frames. An object, so that a copied model's is the copy's."""
+    """A model's own map from an audio input's mask to its frames. An object, so that a copied
+    model's is the copy's.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

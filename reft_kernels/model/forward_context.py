@@ -1,12 +1,16 @@
-"""One forward's edits and the hooks that apply them: a layer's hook only consumes what its context holds.
+"""One forward's edits and the hooks that apply them: a layer's hook only consumes what its context
+holds.
 
-A context outlives its forward, because recomputation (gradient checkpointing) runs layer hooks again during the backward. It is
-kept by the graph itself: a hook on the node that produced the backbone's output holds it, and, called when the backward enters
-that backbone, makes it the context that recomputed layers consume. So two forwards before two backwards each get their own.
+A context outlives its forward, because recomputation (gradient checkpointing) runs layer hooks
+again during the backward. It is
+kept by the graph itself: a hook on the node that produced the backbone's output holds it, and,
+called when the backward enters that backbone, makes it the context that recomputed layers consume.
+So two forwards before two backwards each get their own.
 
-A reentrant checkpoint runs a layer's backward by itself, cut off from the graph in which the weights of all layers were built.
-Such layers consume detached weights, whose gradients are carried back through one build when the whole backward ends: the
-parameters get their gradient once, as data parallelism expects.
+A reentrant checkpoint runs a layer's backward by itself, cut off from the graph in which the
+weights of all layers were built.
+Such layers consume detached weights, whose gradients are carried back through one build when the
+whole backward ends: the parameters get their gradient once, as data parallelism expects.
 """
 
 from __future__ import annotations
@@ -30,7 +34,8 @@ Weights = EditWeights | RedWeights
 class Edit:
     """One adapter's edit of one layer in one context.
 
-    ``tokens`` is the shape that the selection's rows were counted for; None for a selection that waits for the hidden state.
+    ``tokens`` is the shape that the selection's rows were counted for; None for a selection that
+    waits for the hidden state.
     """
 
     __slots__ = ("stack", "index", "weights", "selection", "tokens", "device", "detached")
@@ -50,12 +55,17 @@ class Edit:
         self.selection = selection
         self.tokens = tokens
         self.device = device  # of the weights
-        self.detached: Weights | None = None  # leaves in their place, while layers run their backward by themselves
+        self.detached: Weights | None = (
+            None  # leaves in their place, while layers run their backward by themselves
+        )
 
     def leaves(self) -> Weights:
         """The weights as leaves that collect gradients."""
         if self.detached is None:
-            made = (t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t for t in self.weights)
+            made = (
+                t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+                for t in self.weights
+            )
             self.detached = type(self.weights)(*made)
         return self.detached
 
@@ -66,8 +76,10 @@ class ForwardContext:
     def __init__(self, edits: dict[int, list[Edit]], has_graph: bool, shared: bool = False) -> None:
         self.edits = edits
         self.has_graph = has_graph  # gradients are on around the forward
-        self.shared = shared  # the weights come from a build for several forwards, so what they collect goes there
-        self.reentrant = False  # a layer ran without them all the same: a reentrant checkpoint, which will run it again
+        # the weights come from a build for several forwards, so what they collect goes there
+        self.shared = shared
+        # a layer ran without them all the same: a reentrant checkpoint, which will run it again
+        self.reentrant = False
         self.ran: set[int] = set()
         self.training = False  # an adapter that it edits for is being trained
         self.cache: Any = None  # the cache that the forward fills, and
@@ -79,7 +91,8 @@ class ForwardContext:
         """Edit the hidden state of one place.
 
         Raises:
-            ValueError: the hidden state is not the tensor that the selection's rows were counted for.
+            ValueError: the hidden state is not the tensor that the selection's rows were counted
+                for.
         """
         graph = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
@@ -91,7 +104,8 @@ class ForwardContext:
             if self.reentrant and graph:
                 if not self._collecting and torch._C._current_graph_task_id() >= 0:
                     raise RuntimeError(
-                        "reentrant gradient checkpointing: the backward did not come through the model's output; "
+                        "reentrant gradient checkpointing: the backward did not come through the "
+                        "model's output; "
                         "compute the loss from it, or use use_reentrant=False"
                     )
                 weights = edit.leaves()
@@ -105,11 +119,15 @@ class ForwardContext:
             if edit.device != hidden.device or (rows is not None and rows.device != hidden.device):
                 weights = type(weights)(*(self._to(t, hidden.device) for t in weights))
                 rows, weight_ids = self._on(selection, hidden.device)
-            hidden = edit.stack.edit(hidden, weights, rows=rows, weight_ids=weight_ids, inplace=inplace)
+            hidden = edit.stack.edit(
+                hidden, weights, rows=rows, weight_ids=weight_ids, inplace=inplace
+            )
         return hidden
 
     def enter_backward(self) -> None:
-        """A backward has reached this context's backbone: when it ends, gradients of detached weights go to the parameters."""
+        """A backward has reached this context's backbone: when it ends, gradients of detached
+        weights go to the parameters.
+        """
         if self.reentrant and not self._collecting:
             self._collecting = True
             torch.autograd.Variable._execution_engine.queue_callback(self._carry_back)
@@ -136,8 +154,12 @@ class ForwardContext:
     def _to(value: Any, device: torch.device) -> Any:
         return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-    def _placed(self, selection: Selection, tokens: TokenShape, hidden: Tensor, target: Target) -> Selection:
-        """The batch's rows on a hidden state of another layout, counted once for all layers that have it."""
+    def _placed(
+        self, selection: Selection, tokens: TokenShape, hidden: Tensor, target: Target
+    ) -> Selection:
+        """The batch's rows on a hidden state of another layout, counted once for all layers that
+        have it.
+        """
         if torch.compiler.is_compiling():
             placed = place_rows(selection, tokens, hidden, target.layout)
         else:
@@ -147,8 +169,10 @@ class ForwardContext:
             placed = self._moved[key][0]
         if placed is None:
             raise ValueError(
-                f"component: the {target.side} of {target.path!r} has shape {tuple(hidden.shape)}, expected hidden states of "
-                f"the {tuple(tokens)} tokens [B, T] that the positions were counted for; name a component on the token stream"
+                f"component: the {target.side} of {target.path!r} has shape "
+                f"{tuple(hidden.shape)}, expected hidden states of "
+                f"the {tuple(tokens)} tokens [B, T] that the positions were counted for; name a "
+                "component on the token stream"
             )
         return placed
 
@@ -162,9 +186,16 @@ class ForwardContext:
 
 
 def _is_plain(hidden: Tensor, tokens: TokenShape, target: Target) -> bool:
-    """Whether rows counted for ``[B, T]`` are rows of ``hidden`` as they are: the sizes alone are compared."""
+    """Whether rows counted for ``[B, T]`` are rows of ``hidden`` as they are: the sizes alone
+    are compared.
+    """
     shape = hidden.shape
-    return target.layout in ("btd", "btd_padded") and len(shape) == 3 and shape[0] == tokens.batch and shape[1] == tokens.width
+    return (
+        target.layout in ("btd", "btd_padded")
+        and len(shape) == 3
+        and shape[0] == tokens.batch
+        and shape[1] == tokens.width
+    )
 
 
 def _first_tensor_with(values: Any) -> tuple[int, Tensor] | None:
@@ -184,10 +215,19 @@ class LayerHook:
 
     def _edited(self, hidden: Any, context: ForwardContext, inplace: bool) -> Tensor:
         target = self.target
-        if not isinstance(hidden, Tensor) or hidden.dim() < 2 or hidden.shape[-1] != target.embed_dim:
-            got = f"shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+        if (
+            not isinstance(hidden, Tensor)
+            or hidden.dim() < 2
+            or hidden.shape[-1] != target.embed_dim
+        ):
+            got = (
+                f"shape {tuple(hidden.shape)}"
+                if isinstance(hidden, Tensor)
+                else type(hidden).__name__
+            )
             raise ValueError(
-                f"component: the {target.side} of {target.path!r} is {got}, expected a hidden state [..., {target.embed_dim}]; "
+                f"component: the {target.side} of {target.path!r} is {got}, expected a hidden "
+                f"state [..., {target.embed_dim}]; "
                 "name another component, or state its width: ReftConfig(embed_dim=...)"
             )
         if torch.compiler.is_compiling():

@@ -1,9 +1,11 @@
-"""Neighbours of ReFT that need a little more than LoReFT: each a small module over the engine's operators.
+"""Neighbours of ReFT that need a little more than LoReFT: each a small module over the engine's
+operators.
 
     ReftR1          h + mean(top-k ReLU(h w)) w           AxBench, Wu et al. 2025, arXiv:2501.17148
     RePS            h + (f + b) w, or h without its w     Wu et al. 2025, arXiv:2505.20809
     BREP            scale * h + bias on a prefix          Liang et al. 2025, arXiv:2511.10707
-    LoFiT, JoLA     (1 + a) z + v for each head           Yin et al. 2024, arXiv:2406.01563; Lai et al. 2025, arXiv:2502.01179
+    LoFiT, JoLA     (1 + a) z + v for each head           Yin et al. 2024, arXiv:2406.01563; Lai et
+                    al. 2025, arXiv:2502.01179
 
 RED itself is :class:`reft_kernels.RED`.
 """

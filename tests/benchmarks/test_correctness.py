@@ -32,7 +32,10 @@ def test_a_packed_batch_gives_the_padded_ones_loss_and_gradients(gate, examples)
 def test_packed_examples_that_see_each_other_are_caught(gate, examples):
     inputs = packing.packed(examples, "cpu").inputs
     first = (inputs["labels"] != -100).int().argmax(dim=1)  # where each row's first response starts
-    leaking = Packed({name: t for name, t in inputs.items() if name != "position_ids"} | {"prompt_lengths": first})
+    leaking = Packed(
+        {name: t for name, t in inputs.items() if name != "position_ids"}
+        | {"prompt_lengths": first}
+    )
     verdict = gate(models.by_peft, leaking)
     assert verdict.error > verdict.allowed
 

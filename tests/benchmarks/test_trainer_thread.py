@@ -1,4 +1,6 @@
-"""The trainer_thread: one step a call, everything in one thread, errors told, an end that leaves nothing behind."""
+"""The trainer_thread: one step a call, everything in one thread, errors told, an end that leaves
+nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from benchmarks.trainer_thread import TrainerThread
 
 
 class _Training:
-    """What of a Trainer the trainer_thread meets; ``last`` steps, of which the one of that number fails."""
+    """What of a Trainer the trainer_thread meets; ``last`` steps, of which the one of that
+    number fails.
+    """
 
     def __init__(self, last: int = 100, fails: int = 0) -> None:
         self.last, self.fails = last, fails
@@ -67,7 +71,11 @@ def test_closing_ends_training_and_thread_and_a_step_begins_anew(training):
     training.trainer_thread.step()
     thread = training.seen[0][0]
     training.trainer_thread.close()
-    assert not thread.is_alive() and (training.begun, training.ended, training.state.global_step) == (1, 1, 1)
+    assert not thread.is_alive() and (
+        training.begun,
+        training.ended,
+        training.state.global_step,
+    ) == (1, 1, 1)
     training.trainer_thread.step()
     assert training.begun == 2
 

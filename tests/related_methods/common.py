@@ -24,7 +24,8 @@ def check(
     inplace: bool = False,
     draws: int,
 ) -> None:
-    """``make`` gives a module, differentiable inputs (the first is edited), fixed arguments and the plain formula.
+    """``make`` gives a module, differentiable inputs (the first is edited), fixed arguments and the
+    plain formula.
 
     The formula takes the inputs and the module's parameters by name.
     """
@@ -37,7 +38,9 @@ def check(
         def engine(**leaves):
             given = [leaves.pop(name) for name in names]
             given[0] = given[0].clone() if inplace else given[0]
-            out = torch.func.functional_call(module, leaves, tuple(given), {**fixed, "inplace": inplace})
+            out = torch.func.functional_call(
+                module, leaves, tuple(given), {**fixed, "inplace": inplace}
+            )
             assert not inplace or out is given[0]
             return out
 

@@ -1,4 +1,6 @@
-"""BREP: which tokens it edits, over training, prefill and decode steps; the edit itself is RED's."""
+"""BREP: which tokens it edits, over training, prefill and decode steps; the edit itself is
+RED's.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def _columns(rows: torch.Tensor, batch: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(
     ("edit_prompt", "want"), [(True, [[0, 1, 2, 3, 4], [0, 1, 2, 3]]), (False, [[3, 4], [2, 3]])]
-)  # fmt: skip
+)
 def test_whole_sequences(edit_prompt, want):
     rows = prefix_rows(torch.tensor([3, 2]), 7, 2, edit_prompt=edit_prompt)
     assert rows.dtype == torch.int32 and rows.shape == (14,) and _columns(rows, 2) == want
@@ -32,9 +34,15 @@ def test_whole_sequences(edit_prompt, want):
 
 def test_padding_on_either_side():
     right = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])
-    assert _columns(prefix_rows(torch.tensor([3, 2]), 6, 3, attention_mask=right), 2) == [[0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert _columns(prefix_rows(torch.tensor([3, 2]), 6, 3, attention_mask=right), 2) == [
+        [0, 1, 2, 3],
+        [0, 1, 2, 3, 4],
+    ]
     left = right.flip(1)
-    assert _columns(prefix_rows(torch.tensor([3, 2]), 6, 3, attention_mask=left), 2) == [[2, 3, 4, 5], [0, 1, 2, 3, 4]]
+    assert _columns(prefix_rows(torch.tensor([3, 2]), 6, 3, attention_mask=left), 2) == [
+        [2, 3, 4, 5],
+        [0, 1, 2, 3, 4],
+    ]
     generated = prefix_rows(torch.tensor([3, 2]), 6, 3, edit_prompt=False, attention_mask=left)
     assert _columns(generated, 2) == [[5], [2, 3, 4]]
 
@@ -42,7 +50,9 @@ def test_padding_on_either_side():
 @pytest.mark.parametrize("edit_prompt", [True, False])
 @pytest.mark.parametrize("chunks", [(6, 1, 1, 1, 1), (2, 4, 1, 1, 2), (1,) * 10])
 def test_steps_of_generation_cover_what_one_forward_covers(chunks, edit_prompt):
-    """A prompt in chunks, then decode steps, left-padded: the same tokens as in one forward over all of them."""
+    """A prompt in chunks, then decode steps, left-padded: the same tokens as in one forward over
+    all of them.
+    """
     lengths, tokens, total = torch.tensor([6, 4]), 3, sum(chunks)
     mask = torch.ones(2, total, dtype=torch.int64)
     mask[1, :2] = 0
@@ -90,7 +100,9 @@ def test_bias_norm():
     module = common.randomized(BREP(D, 1))
     norm = module.bias_norm()
     norm.backward()
-    assert float(norm.detach()) == pytest.approx(float(module.bias.detach().double().norm()), rel=1e-6)
+    assert float(norm.detach()) == pytest.approx(
+        float(module.bias.detach().double().norm()), rel=1e-6
+    )
     torch.testing.assert_close(module.bias.grad, (module.bias / norm).detach())
 
 
@@ -102,7 +114,10 @@ def test_refusals():
         prefix_rows([2, 3], 6, 2)
     with pytest.raises(ValueError, match=r"^prompt_lengths: got shape \(1, 2\)"):
         prefix_rows(lengths.view(1, 2), 6, 2)
-    with pytest.raises(ValueError, match=r"^attention_mask: got shape \(2, 5\).*expected a tensor of shape \(2, 6\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"^attention_mask: got shape \(2, 5\).*expected a tensor of shape \(2, 6\)",
+    ):
         prefix_rows(lengths, 6, 2, attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="^offset: got -1"):
         prefix_rows(lengths, 6, 2, offset=-1)

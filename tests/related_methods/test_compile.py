@@ -11,7 +11,10 @@ from tests.related_methods import common
 D = 12
 CALLS = {
     "reft_r1": lambda: (ReftR1(D, topk=2, bias=True), {}),
-    "reps": lambda: (RePS(D, num_concepts=3), {"strength": torch.tensor([0.0, 2.0]), "concepts": torch.tensor([2, 0])}),
+    "reps": lambda: (
+        RePS(D, num_concepts=3),
+        {"strength": torch.tensor([0.0, 2.0]), "concepts": torch.tensor([2, 0])},
+    ),
     "brep": lambda: (BREP(D, 1), {}),
     "lofit": lambda: (LoFiT(4, 3, (0, 2)), {}),
     "jola": lambda: (JoLA(4, 3).eval(), {}),
@@ -44,5 +47,7 @@ def test_equal_to_eager(name, selected):
         return [out.detach(), leaf.grad, *(p.grad.clone() for p in module.parameters())]
 
     want = run(step)
-    for got, expected in zip(run(torch.compile(step, fullgraph=True, backend="aot_eager")), want, strict=True):
+    for got, expected in zip(
+        run(torch.compile(step, fullgraph=True, backend="aot_eager")), want, strict=True
+    ):
         assert torch.equal(got, expected)

@@ -1,4 +1,6 @@
-"""Edits of attention heads against their formulas, forward and gradients, and before a real output projection."""
+"""Edits of attention heads against their formulas, forward and gradients, and before a real
+output projection.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,12 @@ def _check(make_module, formula, dtype, case, backend, device):
         module = common.randomized(make_module(heads))
         z = torch.randn(B, T, H * D, device=device).to(dtype)
         fixed = {"rows": None if rows is None else common.rows(device, *rows)}
-        return module, {"z": z}, fixed, lambda z, **own: _by_head(z, heads, rows, lambda k, x: formula(k, x, **own))
+        return (
+            module,
+            {"z": z},
+            fixed,
+            lambda z, **own: _by_head(z, heads, rows, lambda k, x: formula(k, x, **own)),
+        )
 
     common.check(make, dtype, inplace=inplace, draws=common.draws(backend, device))
 
@@ -43,7 +50,14 @@ def _check(make_module, formula, dtype, case, backend, device):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", common.DTYPES, ids=str)
 def test_lofit_offsets(dtype, case, backend, device):
-    _check(lambda heads: LoFiT(H, D, heads, device=device), lambda k, x, v: x + v[k], dtype, case, backend, device)
+    _check(
+        lambda heads: LoFiT(H, D, heads, device=device),
+        lambda k, x, v: x + v[k],
+        dtype,
+        case,
+        backend,
+        device,
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -63,7 +77,9 @@ def test_jola_in_evaluation(dtype, case, backend, device):
     def formula(k, x, a, v, alpha_a, alpha_v):
         return (1 + gate(alpha_a[k]) * a[k]) * x + gate(alpha_v[k]) * v[k]
 
-    _check(lambda heads: JoLA(H, D, heads, device=device).eval(), formula, dtype, case, backend, device)
+    _check(
+        lambda heads: JoLA(H, D, heads, device=device).eval(), formula, dtype, case, backend, device
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -98,7 +114,9 @@ def test_expected_open_is_the_share_of_open_gates():
         expected = float(module.expected_open()) / 100_000
     p = 1 / (1 + math.exp(1.0 + 0.33 * math.log(0.1 / 1.1)))
     assert expected == pytest.approx(p, rel=1e-5)
-    assert abs(opened - p) <= 5 * math.sqrt(p * (1 - p) / 50_000)  # five standard errors of the share
+    assert abs(opened - p) <= 5 * math.sqrt(
+        p * (1 - p) / 50_000
+    )  # five standard errors of the share
 
 
 def test_gates_close_and_open():
@@ -106,7 +124,9 @@ def test_gates_close_and_open():
     assert module.gate(torch.tensor([-20.0, 20.0])).tolist() == [0.0, 1.0]
 
 
-@pytest.mark.parametrize("make", [LoFiT, lambda *a: LoFiT(*a, stage="select"), JoLA], ids=["v", "a", "jola"])
+@pytest.mark.parametrize(
+    "make", [LoFiT, lambda *a: LoFiT(*a, stage="select"), JoLA], ids=["v", "a", "jola"]
+)
 def test_starts_as_the_identity_and_can_be_left(make):
     module, z = make(H, D), torch.randn(B, T, H * D)
     out = module(z)
@@ -169,7 +189,9 @@ def test_scores_rank_the_heads():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"^heads: got \[0, 4\], expected different head numbers in \[0, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"^heads: got \[0, 4\], expected different head numbers in \[0, 4\)"
+    ):
         LoFiT(H, D, [0, 4])
     with pytest.raises(ValueError, match=r"^heads: got \[1, 1\]"):
         JoLA(H, D, [1, 1])
@@ -182,7 +204,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="^temperature: got 0"):
         JoLA(H, D, temperature=0)
     module, z = LoFiT(H, D), torch.randn(B, T, H * D)
-    with pytest.raises(ValueError, match=r"^z: got shape \(2, 3, 27\).*expected a tensor \[\.\.\., 4 \* 7\]"):
+    with pytest.raises(
+        ValueError, match=r"^z: got shape \(2, 3, 27\).*expected a tensor \[\.\.\., 4 \* 7\]"
+    ):
         module(z[..., 1:])
     with pytest.raises(ValueError, match="^rows: row 1 stands more than once"):
         module(z, rows=common.rows("cpu", 1, 1))

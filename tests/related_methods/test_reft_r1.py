@@ -1,4 +1,6 @@
-"""ReFT-r1 against its formula: mean of the top k ReLU latents times a unit direction, forward and gradients."""
+"""ReFT-r1 against its formula: mean of the top k ReLU latents times a unit direction, forward
+and gradients.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,11 @@ def _plain(rows, topk):
         w = weight / weight.norm()
         out = []
         for b, h in enumerate(hidden):
-            mine = range(T) if rows is None else sorted(r - b * T for r in rows if r >= 0 and r // T == b)
+            mine = (
+                range(T)
+                if rows is None
+                else sorted(r - b * T for r in rows if r >= 0 and r // T == b)
+            )
             a = torch.relu(h @ w if bias is None else h @ w + bias)[list(mine)]
             if len(a) == 0:
                 out.append(h)
@@ -36,7 +42,8 @@ def _plain(rows, topk):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "topk", "bias"), [(None, 2, False), (None, 9, True), (SELECTED, 2, True), (SELECTED, 9, False)]
+    ("rows", "topk", "bias"),
+    [(None, 2, False), (None, 9, True), (SELECTED, 2, True), (SELECTED, 9, False)],
 )
 @pytest.mark.parametrize("dtype", common.DTYPES, ids=str)
 def test_error_budget(dtype, rows, topk, bias, inplace, backend, device):
@@ -55,7 +62,9 @@ def test_gradcheck():
     rows = common.rows("cpu", 0, 4, 2, -1, 5)
 
     def edit(hidden, weight, bias):
-        return torch.func.functional_call(module, {"weight": weight, "bias": bias}, (hidden,), {"rows": rows})
+        return torch.func.functional_call(
+            module, {"weight": weight, "bias": bias}, (hidden,), {"rows": rows}
+        )
 
     assert torch.autograd.gradcheck(edit, (hidden, module.weight, module.bias))
 
@@ -81,7 +90,9 @@ def test_direction_is_unit_and_has_no_gradient_along_itself():
     module(torch.randn(B, T, D)).pow(2).sum().backward()
     assert abs(float(module.direction.detach().norm()) - 1) <= 1e-6
     assert module.weight.grad.norm() > 0
-    assert abs(float(module.weight.grad @ module.direction.detach())) <= 1e-6 * float(module.weight.grad.norm())
+    assert abs(float(module.weight.grad @ module.direction.detach())) <= 1e-6 * float(
+        module.weight.grad.norm()
+    )
 
 
 def test_penalty_is_the_sum_outside_the_top_k():
@@ -95,13 +106,19 @@ def test_penalty_is_the_sum_outside_the_top_k():
 
 def test_latents_detect():
     module = ReftR1(D)
-    hidden = torch.stack([module.direction.detach(), -module.direction.detach(), 2 * module.direction.detach()]).unsqueeze(0)
+    hidden = torch.stack(
+        [module.direction.detach(), -module.direction.detach(), 2 * module.direction.detach()]
+    ).unsqueeze(0)
     with torch.no_grad():
         found = module.latents(hidden, rows=common.rows("cpu", 2, 1))
     torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 2.0]]))
 
 
-@pytest.mark.parametrize("factor", [2.5, torch.tensor([0.5, -1.0, 0.0]), torch.randn(2, 1)], ids=["number", "example", "row"])
+@pytest.mark.parametrize(
+    "factor",
+    [2.5, torch.tensor([0.5, -1.0, 0.0]), torch.randn(2, 1)],
+    ids=["number", "example", "row"],
+)
 def test_steering_with_a_given_strength(factor):
     module, hidden = ReftR1(D), torch.randn(B, T, D)
     rows = common.rows("cpu", 7, 1)
@@ -109,7 +126,13 @@ def test_steering_with_a_given_strength(factor):
         out = module.steer(hidden, factor, rows=rows).view(-1, D)
     want = hidden.clone().view(-1, D)
     for n, row in enumerate(rows.tolist()):
-        f = factor if isinstance(factor, float) else factor[n, 0] if factor.dim() == 2 else factor[row // T]
+        f = (
+            factor
+            if isinstance(factor, float)
+            else factor[n, 0]
+            if factor.dim() == 2
+            else factor[row // T]
+        )
         want[row] += f * module.direction.detach()
     torch.testing.assert_close(out, want)
 
@@ -124,10 +147,14 @@ def test_refusals():
         module(torch.randn(2, 3, D + 1))
     with pytest.raises(ValueError, match="^rows: row 1 stands more than once"):
         module(torch.randn(2, 3, D), rows=common.rows("cpu", 1, 1))
-    with pytest.raises(ValueError, match=r"^factor: got shape \(5,\), expected \(2,\) for each example"):
+    with pytest.raises(
+        ValueError, match=r"^factor: got shape \(5,\), expected \(2,\) for each example"
+    ):
         module.steer(torch.randn(2, 3, D), torch.ones(5))
     with pytest.raises(TypeError, match="^factor: got str"):
         module.steer(torch.randn(2, 3, D), "strong")
     leaf = torch.randn(2, 3, D, requires_grad=True)
-    with pytest.raises(ValueError, match="^hidden: got a leaf that requires grad, expected inplace=False"):
+    with pytest.raises(
+        ValueError, match="^hidden: got a leaf that requires grad, expected inplace=False"
+    ):
         module(leaf, inplace=True)

@@ -1,4 +1,6 @@
-"""RePS against its formula: steering and removal, for each row and each concept, forward and gradients."""
+"""RePS against its formula: steering and removal, for each row and each concept, forward and
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,14 @@ def _plain(rows, null, concepts):
             if rows is not None and n not in rows:
                 out.append(h)
                 continue
-            f = strength[rows.index(n) if rows is not None else n, 0] if strength.dim() == 2 else strength[n // T]
-            direction, bias = (w, b) if concepts is None else (w[concepts[n // T]], b[concepts[n // T]])
+            f = (
+                strength[rows.index(n) if rows is not None else n, 0]
+                if strength.dim() == 2
+                else strength[n // T]
+            )
+            direction, bias = (
+                (w, b) if concepts is None else (w[concepts[n // T]], b[concepts[n // T]])
+            )
             if f != 0:
                 out.append(h + (f + bias) * direction)
                 continue
@@ -37,10 +45,13 @@ def _plain(rows, null, concepts):
 @pytest.mark.parametrize(
     ("rows", "per_row", "null", "concepts", "inplace"),
     [
-        (None, False, "linear", None, False), (None, True, "relu", None, True), (SELECTED, True, "linear", CONCEPTS, True),
-        (SELECTED, False, "relu", CONCEPTS, False), (SELECTED, False, "linear", None, True),
+        (None, False, "linear", None, False),
+        (None, True, "relu", None, True),
+        (SELECTED, True, "linear", CONCEPTS, True),
+        (SELECTED, False, "relu", CONCEPTS, False),
+        (SELECTED, False, "linear", None, True),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("dtype", common.DTYPES, ids=str)
 def test_error_budget(dtype, rows, per_row, null, concepts, inplace, backend, device):
     def make():
@@ -55,7 +66,8 @@ def test_error_budget(dtype, rows, per_row, null, concepts, inplace, backend, de
         inputs = {"hidden": torch.randn(B, T, D, device=device).to(dtype), "strength": strength}
         return module, inputs, fixed, _plain(rows, null, concepts)
 
-    # where the strength is 0 it does not enter the formula, and its gradient there is 0 on both sides
+    # where the strength is 0 it does not enter the formula, and its gradient there is 0 on both
+    # sides
     common.check(make, dtype, inplace=inplace, draws=common.draws(backend, device))
 
 
@@ -109,14 +121,34 @@ def test_refusals():
     module, many, hidden = RePS(D), RePS(D, num_concepts=C), torch.randn(B, T, D)
     before = hidden.clone()
     for error, message, call in [
-        (ValueError, "^null: got 'half', expected one of linear, relu", lambda: RePS(D, null="half")),
-        (ValueError, "^num_concepts: got 0, expected an integer >= 1", lambda: RePS(D, num_concepts=0)),
+        (
+            ValueError,
+            "^null: got 'half', expected one of linear, relu",
+            lambda: RePS(D, null="half"),
+        ),
+        (
+            ValueError,
+            "^num_concepts: got 0, expected an integer >= 1",
+            lambda: RePS(D, num_concepts=0),
+        ),
         (TypeError, "^strength: got NoneType", lambda: module(hidden, None, inplace=True)),
-        (TypeError, "^strength: got shape .*int64", lambda: module(hidden, torch.ones(B).long(), inplace=True)),
-        (ValueError, r"^strength: got shape \(2,\), expected \(3,\)", lambda: module(hidden, torch.ones(2), inplace=True)),
+        (
+            TypeError,
+            "^strength: got shape .*int64",
+            lambda: module(hidden, torch.ones(B).long(), inplace=True),
+        ),
+        (
+            ValueError,
+            r"^strength: got shape \(2,\), expected \(3,\)",
+            lambda: module(hidden, torch.ones(2), inplace=True),
+        ),
         (ValueError, "^w: got shape", lambda: module(torch.randn(2, D + 1), 1.0)),
         (ValueError, "^concepts: got NoneType", lambda: many(hidden, 1.0, inplace=True)),
-        (ValueError, "^concepts: got a tensor, expected None", lambda: module(hidden, 1.0, concepts=torch.zeros(B).long())),
+        (
+            ValueError,
+            "^concepts: got a tensor, expected None",
+            lambda: module(hidden, 1.0, concepts=torch.zeros(B).long()),
+        ),
         (
             ValueError,
             r"^concepts: got values from 0 to 4, expected \[0, 4\)",

@@ -1,4 +1,6 @@
-"""Gradient accumulation with one build of R for each optimizer step, for a PEFT model however it is wrapped."""
+"""Gradient accumulation with one build of R for each optimizer step, for a PEFT model however it
+is wrapped.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +24,12 @@ def share_build(model: nn.Module) -> SharedBuild:
                 optimizer.zero_grad()
 
     Args:
-        model: a model with ReFT adapters, or whatever wraps one (``PeftModel``, ``DistributedDataParallel``, a compiled model).
+        model: a model with ReFT adapters, or whatever wraps one (``PeftModel``,
+            ``DistributedDataParallel``, a compiled model).
 
     Raises:
-        ValueError: no ReFT adapter, or several edited models, or one that shares its builds already.
+        ValueError: no ReFT adapter, or several edited models, or one that shares its builds
+            already.
     """
     editors = [m.editor for m in model.modules() if isinstance(m, AdapterContainer)]
     if len(editors) != 1:
