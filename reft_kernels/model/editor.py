@@ -208,13 +208,12 @@ class BackboneSession:
         if context is not None:
             context.enter_backward()
 
-    def current_context(self) -> ForwardContext | None:
-        """The context that a layer's hook consumes: the running forward's, or that of the
-        forward that a backward recomputes.
+    def recomputed_context(self) -> ForwardContext | None:
+        """The context of the forward whose layers the running backward recomputes.
+
+        Raises:
+            RuntimeError: several forwards wait for their backward, and which one it is is unknown.
         """
-        frame = self.state.frame
-        if frame is not None:
-            return frame.context
         if torch.compiler.is_compiling() or not (self.live or self._recomputed):
             return None
         task = torch._C._current_graph_task_id()

@@ -1,16 +1,17 @@
-"""One forward's edits and the hooks that apply them: a layer's hook only consumes what its context
-holds.
+"""The edits of one forward, and the layer hooks that apply them.
+
+A :class:`ForwardContext` is made once for each forward of a backbone. Layer hooks read it and
+compute nothing about positions or weights themselves.
 
 A context outlives its forward, because recomputation (gradient checkpointing) runs layer hooks
-again during the backward. It is
-kept by the graph itself: a hook on the node that produced the backbone's output holds it, and,
-called when the backward enters that backbone, makes it the context that recomputed layers consume.
-So two forwards before two backwards each get their own.
+again during the backward. A hook on the autograd node that produced the backbone's output holds the
+context; when the backward reaches that node, recomputed layers get this context. Two forwards
+before two backwards therefore each get their own.
 
-A reentrant checkpoint runs a layer's backward by itself, cut off from the graph in which the
-weights of all layers were built.
-Such layers consume detached weights, whose gradients are carried back through one build when the
-whole backward ends: the parameters get their gradient once, as data parallelism expects.
+A reentrant checkpoint runs a layer's backward by itself, outside the graph in which the weights of
+all layers were built. Such layers use detached weights. When the whole backward ends, the gradients
+of the detached weights go through one build to the parameters, so that each parameter gets its
+gradient once, as data parallelism expects.
 """
 
 from __future__ import annotations
@@ -29,13 +30,20 @@ if TYPE_CHECKING:
     from reft_kernels.model.editor import BackboneSession
 
 Weights = EditWeights | RedWeights
+_TOKENS_FIRST = ("btd", "btd_padded")
 
 
 class Edit:
     """One adapter's edit of one layer in one context.
 
-    ``tokens`` is the shape that the selection's rows were counted for; None for a selection that
-    waits for the hidden state.
+    Attributes:
+        stack: the module that holds the weights of all layers of one width.
+        index: of the layer in the stack.
+        weights: the layer's built weights.
+        selection: rows to edit; deferred where they are counted from the hidden state's own shape.
+        tokens: ``[B, T]`` that the rows were counted for; None for a deferred selection.
+        device: of the weights.
+        detached: leaves in place of ``weights``, for layers under a reentrant checkpoint.
     """
 
     __slots__ = ("stack", "index", "weights", "selection", "tokens", "device", "detached")
@@ -54,10 +62,8 @@ class Edit:
         self.weights = weights
         self.selection = selection
         self.tokens = tokens
-        self.device = device  # of the weights
-        self.detached: Weights | None = (
-            None  # leaves in their place, while layers run their backward by themselves
-        )
+        self.device = device
+        self.detached: Weights | None = None
 
     def leaves(self) -> Weights:
         """The weights as leaves that collect gradients."""
@@ -71,49 +77,67 @@ class Edit:
 
 
 class ForwardContext:
-    """What the hooks of one forward consume: for each site, its edits in order."""
+    """State of one forward for its layer hooks: for each site, the edits in order."""
 
     def __init__(self, edits: dict[int, list[Edit]], has_graph: bool, shared: bool = False) -> None:
         self.edits = edits
-        self.has_graph = has_graph  # gradients are on around the forward
-        # the weights come from a build for several forwards, so what they collect goes there
-        self.shared = shared
-        # a layer ran without them all the same: a reentrant checkpoint, which will run it again
-        self.reentrant = False
-        self.ran: set[int] = set()
-        self.training = False  # an adapter that it edits for is being trained
-        self.cache: Any = None  # the cache that the forward fills, and
-        self.records: list[CachedEdit] = []  # what it puts there
+        self.has_graph = has_graph  # gradients were enabled around the forward
+        self.shared = shared  # weights come from one build for several forwards
+        self.reentrant = False  # a layer ran without gradients: a reentrant checkpoint
+        self.ran: set[int] = set()  # sites that ran
+        self.training = False  # one of the adapters is being trained
+        self.cache: Any = None  # the key-value cache that the forward fills
+        self.records: list[CachedEdit] = []  # edited columns that the forward adds to the cache
         self._collecting = False
         self._moved: dict[tuple, tuple[Selection, Selection]] = {}
 
-    def apply(self, site: int, hidden: Tensor, inplace: bool, target: Target) -> Tensor:
-        """Edit the hidden state of one place.
+    def apply(self, site: int, hidden: Any, inplace: bool, target: Target) -> Tensor:
+        """Apply the edits of one site in order.
+
+        Args:
+            site: number of the site, a key of ``edits``.
+            hidden: what the module took or returned there; expected: a tensor
+                ``[..., target.embed_dim]``.
+            inplace: nothing else reads ``hidden``, so it may be edited in place.
 
         Raises:
-            ValueError: the hidden state is not the tensor that the selection's rows were counted
-                for.
+            ValueError: ``hidden`` is no hidden state of this width, or not the tensor that the
+                selection's rows were counted for.
+            RuntimeError: a reentrant checkpoint's backward did not come through the output.
         """
+        if (
+            not isinstance(hidden, Tensor)
+            or hidden.dim() < 2
+            or hidden.shape[-1] != target.embed_dim
+        ):
+            raise _unexpected_output(hidden, target)
         graph = torch.is_grad_enabled()
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            inplace = False  # the compiler decides which memory to reuse
+        else:
+            # a view may share memory that others read; autograd forbids editing a leaf in place
+            inplace = (
+                inplace and not hidden._is_view() and not (hidden.requires_grad and hidden.is_leaf)
+            )
             self.ran.add(site)
             if self.has_graph and not graph:
                 self.reentrant = True
+        # rows counted for [B, T] are rows of a [B, T, d] tensor as they are
+        counted_for = hidden.shape[:-1] if target.layout in _TOKENS_FIRST else None
         for edit in self.edits.get(site, ()):
             selection, weights = edit.selection, edit.weights
             if self.reentrant and graph:
                 if not self._collecting and torch._C._current_graph_task_id() >= 0:
                     raise RuntimeError(
                         "reentrant gradient checkpointing: the backward did not come through the "
-                        "model's output; "
-                        "compute the loss from it, or use use_reentrant=False"
+                        "model's output; compute the loss from it, or use use_reentrant=False"
                     )
                 weights = edit.leaves()
             if isinstance(selection, DeferredSelection):
                 selection = selection.select(hidden)
                 if selection is None:
                     continue
-            elif not _is_plain(hidden, edit.tokens, target):
+            elif counted_for != edit.tokens:
                 selection = self._placed(selection, edit.tokens, hidden, target)
             rows, weight_ids = selection
             if edit.device != hidden.device or (rows is not None and rows.device != hidden.device):
@@ -125,8 +149,9 @@ class ForwardContext:
         return hidden
 
     def enter_backward(self) -> None:
-        """A backward has reached this context's backbone: when it ends, gradients of detached
-        weights go to the parameters.
+        """Called when a backward reaches the backbone.
+
+        Queues the gradients of detached weights for the end of that backward.
         """
         if self.reentrant and not self._collecting:
             self._collecting = True
@@ -157,14 +182,12 @@ class ForwardContext:
     def _placed(
         self, selection: Selection, tokens: TokenShape, hidden: Tensor, target: Target
     ) -> Selection:
-        """The batch's rows on a hidden state of another layout, counted once for all layers that
-        have it.
-        """
+        """The selection for a hidden state of another layout, computed once for each layout."""
         if torch.compiler.is_compiling():
             placed = place_rows(selection, tokens, hidden, target.layout)
         else:
             key = (id(selection), tuple(hidden.shape[:-1]), target.layout)
-            if key not in self._moved:  # the selection is kept beside, so that its id stays its own
+            if key not in self._moved:  # holds the selection too, so that its id is not reused
                 self._moved[key] = (place_rows(selection, tokens, hidden, target.layout), selection)
             placed = self._moved[key][0]
         if placed is None:
@@ -177,7 +200,7 @@ class ForwardContext:
         return placed
 
     def _on(self, selection: Selection, device: torch.device) -> Selection:
-        """The batch's rows on another device: copied once, by the first layer there."""
+        """The selection on another device, copied once by the first layer there."""
         key = (id(selection), device)
         if key not in self._moved:
             rows, weight_ids = (self._to(t, device) for t in selection)
@@ -185,91 +208,60 @@ class ForwardContext:
         return self._moved[key][0]
 
 
-def _is_plain(hidden: Tensor, tokens: TokenShape, target: Target) -> bool:
-    """Whether rows counted for ``[B, T]`` are rows of ``hidden`` as they are: the sizes alone
-    are compared.
-    """
-    shape = hidden.shape
-    return (
-        target.layout in ("btd", "btd_padded")
-        and len(shape) == 3
-        and shape[0] == tokens.batch
-        and shape[1] == tokens.width
+def _unexpected_output(hidden: Any, target: Target) -> ValueError:
+    got = f"shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
+    return ValueError(
+        f"component: the {target.side} of {target.path!r} is {got}, expected a hidden state "
+        f"[..., {target.embed_dim}]; name another component, or state its width: "
+        "ReftConfig(embed_dim=...)"
     )
 
 
-def _first_tensor_with(values: Any) -> tuple[int, Tensor] | None:
-    for index, value in enumerate(values):
-        if isinstance(value, Tensor):
-            return index, value
-    return None
-
-
 class LayerHook:
-    """The persistent hook of one site; subclasses say where the hidden state is."""
+    """The hook of one site; subclasses find the hidden state in the module's input or output."""
 
     def __init__(self, session: BackboneSession, site: int, target: Target) -> None:
         self.session = session
         self.site = site
         self.target = target
 
-    def _edited(self, hidden: Any, context: ForwardContext, inplace: bool) -> Tensor:
-        target = self.target
-        if (
-            not isinstance(hidden, Tensor)
-            or hidden.dim() < 2
-            or hidden.shape[-1] != target.embed_dim
-        ):
-            got = (
-                f"shape {tuple(hidden.shape)}"
-                if isinstance(hidden, Tensor)
-                else type(hidden).__name__
-            )
-            raise ValueError(
-                f"component: the {target.side} of {target.path!r} is {got}, expected a hidden "
-                f"state [..., {target.embed_dim}]; "
-                "name another component, or state its width: ReftConfig(embed_dim=...)"
-            )
-        if torch.compiler.is_compiling():
-            inplace = False  # the compiler decides itself what to reuse
-        elif inplace:
-            # a view may share memory that others read, and autograd forbids editing a leaf in place
-            inplace = not hidden._is_view() and not (hidden.requires_grad and hidden.is_leaf)
-        return context.apply(self.site, hidden, inplace, target)
-
 
 class OutputHook(LayerHook):
-    """Forward hook: edits the module's output, the first element of a tuple."""
+    """Forward hook: edits the module's output, or the first element of a tuple or list."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        context = self.session.current_context()
+        session = self.session
+        frame = session.state.frame
+        context = frame.context if frame is not None else session.recomputed_context()
         if context is None:
             return None
-        if isinstance(output, Tensor):
-            # a layer that hands its input through has not made the tensor
-            fresh = self.target.inplace and not (args and output is args[0])
-            return self._edited(output, context, fresh)
-        if isinstance(output, tuple | list) and output:
-            fresh = self.target.inplace and not (args and output[0] is args[0])
-            edited = self._edited(output[0], context, fresh)
-            return (edited, *output[1:]) if isinstance(output, tuple) else [edited, *output[1:]]
-        self._edited(output, context, False)
-        return None
+        target = self.target
+        several = isinstance(output, tuple | list) and len(output) > 0
+        hidden = output[0] if several else output
+        # a layer that returns its input has not made the tensor
+        fresh = target.inplace and not (args and hidden is args[0])
+        edited = context.apply(self.site, hidden, fresh, target)
+        if not several:
+            return edited
+        return (edited, *output[1:]) if isinstance(output, tuple) else [edited, *output[1:]]
 
 
 class InputHook(LayerHook):
     """Forward pre-hook: edits the module's first tensor argument, positional or not."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        context = self.session.current_context()
+        session = self.session
+        frame = session.state.frame
+        context = frame.context if frame is not None else session.recomputed_context()
         if context is None:
             return None
-        found = _first_tensor_with(args)
-        if found is not None:
-            index, hidden = found
-            return (*args[:index], self._edited(hidden, context, False), *args[index + 1 :]), kwargs
+        for index, value in enumerate(args):
+            if isinstance(value, Tensor):
+                edited = context.apply(self.site, value, False, self.target)
+                return (*args[:index], edited, *args[index + 1 :]), kwargs
         names = ("hidden_states", *kwargs)
         name = next((n for n in names if isinstance(kwargs.get(n), Tensor)), None)
         if name is None:
-            self._edited(None, context, False)
-        return args, {**kwargs, name: self._edited(kwargs[name], context, False)}
+            raise _unexpected_output(None, self.target)
+        edited = context.apply(self.site, kwargs[name], False, self.target)
+        return args, {**kwargs, name: edited}

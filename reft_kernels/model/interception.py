@@ -30,25 +30,6 @@ class _Called(threading.local):
         self.module: nn.Module | None = None
 
 
-class _Before:
-    def __init__(self, forward: InterceptedForward) -> None:
-        self.forward = forward
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        # the module, since a replica of data parallelism shares its original's hooks and attributes
-        self.forward.called.module = module
-        return self.forward.observer.enter(args, kwargs)
-
-
-class _After:
-    def __init__(self, forward: InterceptedForward) -> None:
-        self.forward = forward
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.forward.called.module = None
-        self.forward.observer.leave(output)
-
-
 class InterceptedForward:
     """Stands in for one module's ``forward``. An object and not a closure, so that a copied or
     pickled module has its own.
@@ -60,10 +41,19 @@ class InterceptedForward:
         self.replaced = module.__dict__.get("forward")
         self.called = _Called()
         self.handles: list[Handle] = [
-            module.register_forward_pre_hook(_Before(self), with_kwargs=True),
-            module.register_forward_hook(_After(self), always_call=True),
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after, always_call=True),
         ]
         module.__dict__["forward"] = self
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+        # the module, since a replica of data parallelism shares its original's hooks and attributes
+        self.called.module = module
+        return self.observer.enter(args, kwargs)
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.called.module = None
+        self.observer.leave(output)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "called": None}

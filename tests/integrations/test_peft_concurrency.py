@@ -239,7 +239,7 @@ def test_an_exception_leaves_nothing_behind():
     assert (
         editor.state.call is None and editor.state.generation is None and editor.state.outer == []
     )
-    assert all(scope.state.frame is None for scope in editor._scopes.values())
+    assert all(scope.state.frame is None for scope in editor._sessions.values())
     assert torch.equal(model(input_ids=other).logits, expected)
 
 

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import reft_kernels.reference as reference
 from reft_kernels.integrations.peft import ReftConfig
-from reft_kernels.model import steps
-from reft_kernels.model.forward_context import LayerHook
+from reft_kernels.model import forward_context
+from reft_kernels.model.forward_context import ForwardContext, LayerHook
 from tests.model.families import batch, blocks, hook_count, make, shake, stacks
 
 COPIES = {
@@ -76,18 +76,18 @@ def test_a_layers_hook_runs_one_operator_and_nothing_else(monkeypatch, training,
     """No synchronisation, no copy, no index building: one edit for each layer."""
     model = build(**kwargs).train(training)
     inputs, traces = batch("llama"), []
-    edited = LayerHook._edited
+    apply = ForwardContext.apply
 
     def traced(self, *args):
         with Trace() as trace:
-            result = edited(self, *args)
+            result = apply(self, *args)
         traces.append(trace.ops)
         return result
 
     # seen from outside an edit is one operator; what a backend does inside is its own business
     from reft_kernels import autograd
 
-    monkeypatch.setattr(LayerHook, "_edited", traced)
+    monkeypatch.setattr(ForwardContext, "apply", traced)
     monkeypatch.setattr(autograd._op, "edit_", _opaque("edit_"))
     monkeypatch.setattr(autograd._op, "edit", _opaque("edit"))
     with torch.set_grad_enabled(training):
@@ -295,15 +295,15 @@ def test_weights_and_rows_that_are_elsewhere_are_brought_once(monkeypatch):
     model, inputs = build(), batch("llama")
     expected = model(**inputs).logits
     moved = []
-    copied = steps.ForwardContext._on
+    copied = forward_context.ForwardContext._on
     monkeypatch.setattr(
-        steps.ForwardContext,
+        forward_context.ForwardContext,
         "_on",
         lambda self, s, d: moved.append(copied(self, s, d)) or moved[-1],
     )
-    constructor = steps.Edit.__init__
+    constructor = forward_context.Edit.__init__
     monkeypatch.setattr(
-        steps.Edit, "__init__", lambda self, *a: constructor(self, *a[:-1], torch.device("meta"))
+        forward_context.Edit, "__init__", lambda self, *a: constructor(self, *a[:-1], torch.device("meta"))
     )
     assert torch.equal(model(**inputs).logits, expected)
     assert len(moved) > 1 and len({id(selection) for selection in moved}) == 1
