@@ -66,7 +66,7 @@ from reft_kernels.model.towers import (
     size,
     stream_of,
 )
-from reft_kernels.model.widths import place_width, stream_width
+from reft_kernels.model.widths import between_blocks, place_width, stream_width
 
 __all__ = [
     "MODEL_INPUTS",
@@ -353,7 +353,7 @@ class _Maker:
     def absent(self, layer: int, path: str) -> Target:
         """The target of a layer that another pipeline stage owns."""
         found, _ = _list_of(self.lists, path)
-        width = self.embed_dim or stream_width(
+        width = self.embed_dim or between_blocks(
             self.model, found.path, next(b for b in found.blocks if size(b))
         )
         if width is None:

@@ -21,6 +21,7 @@ REFUSED: dict[str, str] = {
     "reformer": "its blocks are reversible: they hold two streams and run again in the backward",
     "perceiver": "its blocks hold latents, which are not the tokens of the input",
     "canine": "its blocks hold characters pooled into molecules, not the tokens of the input",
+    "cpmant": "its hidden state holds rows of a prompt of its own before the tokens",
     "bridgetower": "its vision blocks hold rows first, and its towers are merged between blocks",
     "vilt": _MIXED,
     "git": _MIXED,
@@ -143,6 +144,9 @@ TIME_FIRST: dict[str, str | None] = {"xlnet": None, "fsmt": "layers"}
 
 NARROW: dict[str, str] = {"mobilebert": "true_hidden_size"}
 """Configuration value with the width inside a block, where it is narrower than between blocks."""
+
+SIDE_BY_SIDE: dict[str, str] = {"qwen4_exp_text": "hc_count"}
+"""Between blocks stand that many streams (a configuration value) side by side in one hidden state [B, T, streams * d]."""
 
 
 def config_of(model: nn.Module, path: str):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from reft_kernels.model.families import NARROW, config_of, model_type_of
+from reft_kernels.model.families import NARROW, SIDE_BY_SIDE, config_of, model_type_of
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
 _READERS = (
@@ -106,6 +106,20 @@ def stream_width(model: nn.Module, path: str, block: nn.Module, side: str = "out
     )
 
 
+def between_blocks(
+    model: nn.Module, path: str, block: nn.Module, side: str = "output"
+) -> int | None:
+    """Width of what stands between blocks: the residual stream's, or that of several streams
+    side by side.
+    """
+    count = SIDE_BY_SIDE.get(model_type_of(model, path))
+    if count is None:
+        return stream_width(model, path, block, side)
+    config = config_of(model, path)
+    width, streams = read(config, _WIDTH_NAMES), read(config, (count,))
+    return None if width is None or streams is None else width * streams
+
+
 def _single_projection(module: nn.Module) -> nn.Module | None:
     """The one projection of a module that has nothing else but norms."""
     two = [
@@ -154,7 +168,7 @@ def place_width(
     """
     width = stated
     if width is None and path == block_path:
-        width = stream_width(model, path, module, side)
+        width = between_blocks(model, path, module, side)
     elif width is None:
         width = own_width(module, side)
         if width is None and block_path is None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from tests.families import (  # noqa: F401
     catalogue_encoders,
     catalogue_fused,
+    catalogue_more,
     catalogue_other,
+    catalogue_recent,
     catalogue_text,
     catalogue_vlm,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from tests.families.family import (
@@ -17,6 +18,7 @@ from tests.families.family import (
     Family,
     add,
     decoder_tokens,
+    generator,
     known,
     maker,
     paths,
@@ -29,7 +31,7 @@ from tests.families.family import (
 HEADS = ("ForSequenceClassification", "ForMaskedLM", "Model")
 
 
-def encoder(name: str, model: str, at: str, **keywords: Any) -> None:
+def encoder(name: str, model: str, at: str | tuple[str, ...], **keywords: Any) -> None:
     """Enter an encoder: a configuration's name is the model's without its head."""
     family, settings = split(keywords)
     config = family.pop("config", None)
@@ -372,3 +374,74 @@ def _bert2bert() -> nn.Module:
 
 pair("t5gemma", _t5gemma, *SIDES)
 pair("bert2bert", _bert2bert, "encoder.encoder.layer", "decoder.bert.encoder.layer")
+
+# ---- encoders that few use, or that transformers 5 brought
+for _name, _bare, _at in (
+    ("data2vec_text_mlm", "Data2VecText", "data2vec_text.encoder.layer"),
+    ("roberta_prelayernorm_mlm", "RobertaPreLayerNorm", "roberta_prelayernorm.encoder.layer"),
+    ("roc_bert_mlm", "RoCBert", "roc_bert.encoder.layer"),
+    ("mra", "Mra", "mra.encoder.layer"),
+    ("yoso", "Yoso", "yoso.encoder.layer"),
+    ("tapas", "Tapas", "tapas.encoder.layer"),
+    ("gte", "Gte", "gte.layers"),
+    ("ultrabert", "Ultrabert", "model.layers"),
+    ("esmc", "Esmc", "esmc.layers"),
+):
+    encoder(_name, f"{_bare}ForMaskedLM", _at)
+encoder("luke", "LukeForMaskedLM", "luke.encoder.layer", entity_vocab_size=9, entity_emb_size=8)
+encoder("splinter", "SplinterModel", "encoder.layer")
+encoder(
+    "openai_privacy_filter",
+    "OpenAIPrivacyFilterModel",
+    "layers",
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    head_dim=8,
+)
+encoder("embedding_gemma2_text", "EmbeddingGemma2TextModel", "layers", head_dim=8)
+
+
+def _boxed(padding: str, batch: int) -> Batch | None:
+    """Words with their boxes on a page."""
+    found = text(padding, batch)
+    if found is not None:
+        found["bbox"] = torch.randint(0, 40, (*found["input_ids"].shape, 4), generator=generator())
+        found["bbox"] = found["bbox"].sort(-1).values
+    return found
+
+
+def _corners(padding: str, batch: int) -> Batch | None:
+    """Boxes by their four corners, between 0 and 1."""
+    found = _boxed(padding, batch)
+    if found is not None:
+        found["bbox"] = torch.cat([found["bbox"]] * 2, -1).float() / 40
+    return found
+
+
+BOXED = {"inputs": _boxed, "max_2d_position_embeddings": 64}
+encoder("lilt", "LiltForSequenceClassification", "lilt.encoder.layer", hidden_size=48, **BOXED)
+encoder("bros", "BrosModel", "encoder.layer", hidden_size=64, **{**BOXED, "inputs": _corners})
+encoder("neomme", "NeoMMEForMaskedLM", "model.layers", head_dim=16, embedding_rank=8)
+encoder("clip_text", "CLIPTextModel", ("encoder.layers", "text_model.encoder.layers"))
+encoder(
+    "dpr", "DPRQuestionEncoder", "question_encoder.bert_model.encoder.layer", config="DPRConfig"
+)
+encoder(
+    "flaubert",
+    "FlaubertWithLMHeadModel",
+    "transformer.ffns",
+    refused="flaubert",
+    base={"vocab_size": VOCAB, "emb_dim": WIDTH, "n_layers": 3, "n_heads": 4, "n_words": VOCAB},
+    config="FlaubertConfig",
+    pad_index=0,
+    bos_index=1,
+    eos_index=2,
+)
+encoder("canine", "CanineForSequenceClassification", "canine.encoder.layer", refused="canine")
+encoder(
+    "markuplm",
+    "MarkupLMForSequenceClassification",
+    "markuplm.encoder.layer",
+    max_depth=4,
+    xpath_unit_hidden_size=8,
+)

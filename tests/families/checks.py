@@ -426,6 +426,8 @@ def check_refused(family: Family, seed: int = 7) -> None:
     assert family.refused in message, f"refused, but says {message}"
 
 
+from tests.families import modes  # noqa: E402  (its checks use what stands above)
+
 CHECKS: dict[str, Callable[..., None]] = {
     "places": check_places,
     "identity": check_identity,
@@ -433,6 +435,8 @@ CHECKS: dict[str, Callable[..., None]] = {
     "gradients": check_gradients,
     "generate": check_generate,
     "save": check_save,
+    "checkpointing": modes.check_checkpointing,
+    "compile": modes.check_compile,
 }
 
 
@@ -440,7 +444,9 @@ def checks_of(family: Family) -> list[str]:
     """The names of the family's checks."""
     if family.refused:
         return ["refused"]
-    return [name for name in CHECKS if name != "generate" or family.generates]
+    left_out = set() if family.generates else {"generate"}
+    left_out |= set() if family.name in modes.COMPILED else {"compile"}
+    return [name for name in CHECKS if name not in left_out]
 
 
 def routed(model: nn.Module) -> bool:

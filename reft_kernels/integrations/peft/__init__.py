@@ -4,6 +4,7 @@ a model after that.
 Importing this module registers the method, so import it before loading a saved adapter too.
 """
 
+from reft_kernels.integrations.peft.atomic import install
 from reft_kernels.integrations.peft.config import ReftConfig
 from reft_kernels.integrations.peft.layer import ReftLayer
 from reft_kernels.integrations.peft.register import register
@@ -12,5 +13,6 @@ from reft_kernels.integrations.peft.tuner import ReftTuner
 from reft_kernels.integrations.response_template import from_chat_template
 
 register(ReftConfig, ReftTuner)
+install()
 
 __all__ = ["ReftConfig", "ReftLayer", "ReftTuner", "from_chat_template", "share_build"]

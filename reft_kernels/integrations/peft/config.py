@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
+import tempfile
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
 from peft.config import PeftConfig
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES
 
 from reft_kernels import positions as positions_module
 from reft_kernels.activations import canonical_activation
-from reft_kernels.integrations.peft import saving
+from reft_kernels.integrations.peft import atomic, saving
 from reft_kernels.integrations.peft.register import REFT
 from reft_kernels.integrations.response_template import checked_template
 from reft_kernels.interventions import INITS, STACKED
@@ -59,6 +62,8 @@ class ReftConfig(PeftConfig):
         embed_dim: width of the component, where neither the model's configuration nor its weights
             tell it.
         modules_to_save: modules trained and saved in full besides, such as a classification head.
+        save_id: set by saving: the weights in the same folder carry it too; see
+            :mod:`reft_kernels.integrations.peft.atomic`.
 
     Raises:
         ValueError, TypeError: a value out of range, naming the argument.
@@ -103,6 +108,12 @@ class ReftConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = dataclasses.field(
         default=None, metadata={"help": "Modules trained in full"}
+    )
+    save_id: str | None = dataclasses.field(
+        default=None,
+        repr=False,
+        compare=False,
+        metadata={"help": "Mark of the weights it was saved with"},
     )
 
     # PEFT matches modules by name; this method finds its components itself
@@ -179,12 +190,28 @@ class ReftConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
     ) -> ReftConfig:
-        """As :meth:`peft.PeftConfig.from_pretrained`."""
+        """As :meth:`peft.PeftConfig.from_pretrained`.
+
+        Where a save into a local folder was cut short between weights and configuration, the
+        configuration that the weights carry is read, with a warning.
+        """
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         config = super().from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
+        own = atomic.cut_short(Path(folder))
+        if own is not None:
+            warnings.warn(
+                f"{folder}: a save was cut short before it replaced {CONFIG_NAME}; the "
+                "configuration that the weights carry "
+                "is used in its place",
+                stacklevel=2,
+            )
+            with tempfile.TemporaryDirectory() as found:
+                (Path(found) / CONFIG_NAME).write_text(json.dumps(own), encoding="utf-8")
+                config = super().from_pretrained(found, **kwargs)
         config.awaits_weights = True
-        config.folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        config.folder = folder
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
