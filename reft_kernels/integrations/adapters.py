@@ -41,11 +41,12 @@ from reft_kernels.checks import mark_rows
 from reft_kernels.dtypes import accumulation_dtype
 from reft_kernels.integrations.torch_orthogonal import householder_chain, rotations
 from reft_kernels.interventions import EditWeights, Intervention
-from reft_kernels.model.call_state import ModelCall
+from reft_kernels.model.backbone_session import BackboneSession
 from reft_kernels.model.components import MODEL_INPUTS, Component, Target
-from reft_kernels.model.editor import BackboneSession, Editor
+from reft_kernels.model.editor import Editor
 from reft_kernels.model.forward_context import Edit, ForwardContext
-from reft_kernels.model.prompts import Window, window_of_shape
+from reft_kernels.model.model_call import ModelCall
+from reft_kernels.model.prompts import window_of_shape
 from reft_kernels.model.selection import (
     DeferredSelection,
     PositionRule,
@@ -53,6 +54,7 @@ from reft_kernels.model.selection import (
     TokenShape,
     select,
 )
+from reft_kernels.model.window import Window
 from reft_kernels.parametrization import MAX_RANK
 from reft_kernels.positions import Spec, prompt_rows
 

@@ -3,9 +3,9 @@ alone, whatever the framework.
 """
 
 from reft_kernels.model.accumulation import SharedBuild
-from reft_kernels.model.call_state import EXPLICIT
 from reft_kernels.model.components import ROLES, Component, Target, find_blocks, resolve
 from reft_kernels.model.editor import BASE, Editor
+from reft_kernels.model.model_call import EXPLICIT
 
 __all__ = [
     "BASE",

@@ -146,7 +146,8 @@ NARROW: dict[str, str] = {"mobilebert": "true_hidden_size"}
 """Configuration value with the width inside a block, where it is narrower than between blocks."""
 
 SIDE_BY_SIDE: dict[str, str] = {"qwen4_exp_text": "hc_count"}
-"""Between blocks stand that many streams (a configuration value) side by side in one hidden state [B, T, streams * d]."""
+"""Configuration value with the number of streams that lie side by side between blocks, as
+[B, T, streams * d]."""
 
 
 def config_of(model: nn.Module, path: str):

@@ -1,4 +1,4 @@
-"""The edits of one forward, and the layer hooks that apply them.
+"""The edits of one forward.
 
 A :class:`ForwardContext` is made once for each forward of a backbone. Layer hooks read it and
 compute nothing about positions or weights themselves.
@@ -16,18 +16,15 @@ gradient once, as data parallelism expects.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from reft_kernels.interventions import EditWeights, Intervention, RedWeights
 from reft_kernels.model.caches import CachedEdit
 from reft_kernels.model.components import Target
 from reft_kernels.model.selection import DeferredSelection, Selection, TokenShape, place_rows
-
-if TYPE_CHECKING:
-    from reft_kernels.model.editor import BackboneSession
 
 Weights = EditWeights | RedWeights
 _TOKENS_FIRST = ("btd", "btd_padded")
@@ -110,7 +107,7 @@ class ForwardContext:
             or hidden.dim() < 2
             or hidden.shape[-1] != target.embed_dim
         ):
-            raise _unexpected_output(hidden, target)
+            raise unexpected_output(hidden, target)
         graph = torch.is_grad_enabled()
         if torch.compiler.is_compiling():
             inplace = False  # the compiler decides which memory to reuse
@@ -208,60 +205,11 @@ class ForwardContext:
         return self._moved[key][0]
 
 
-def _unexpected_output(hidden: Any, target: Target) -> ValueError:
+def unexpected_output(hidden: Any, target: Target) -> ValueError:
+    """The error for a module whose input or output is no hidden state of the expected width."""
     got = f"shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
     return ValueError(
         f"component: the {target.side} of {target.path!r} is {got}, expected a hidden state "
         f"[..., {target.embed_dim}]; name another component, or state its width: "
         "ReftConfig(embed_dim=...)"
     )
-
-
-class LayerHook:
-    """The hook of one site; subclasses find the hidden state in the module's input or output."""
-
-    def __init__(self, session: BackboneSession, site: int, target: Target) -> None:
-        self.session = session
-        self.site = site
-        self.target = target
-
-
-class OutputHook(LayerHook):
-    """Forward hook: edits the module's output, or the first element of a tuple or list."""
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        session = self.session
-        frame = session.state.frame
-        context = frame.context if frame is not None else session.recomputed_context()
-        if context is None:
-            return None
-        target = self.target
-        several = isinstance(output, tuple | list) and len(output) > 0
-        hidden = output[0] if several else output
-        # a layer that returns its input has not made the tensor
-        fresh = target.inplace and not (args and hidden is args[0])
-        edited = context.apply(self.site, hidden, fresh, target)
-        if not several:
-            return edited
-        return (edited, *output[1:]) if isinstance(output, tuple) else [edited, *output[1:]]
-
-
-class InputHook(LayerHook):
-    """Forward pre-hook: edits the module's first tensor argument, positional or not."""
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        session = self.session
-        frame = session.state.frame
-        context = frame.context if frame is not None else session.recomputed_context()
-        if context is None:
-            return None
-        for index, value in enumerate(args):
-            if isinstance(value, Tensor):
-                edited = context.apply(self.site, value, False, self.target)
-                return (*args[:index], edited, *args[index + 1 :]), kwargs
-        names = ("hidden_states", *kwargs)
-        name = next((n for n in names if isinstance(kwargs.get(n), Tensor)), None)
-        if name is None:
-            raise _unexpected_output(None, self.target)
-        edited = context.apply(self.site, kwargs[name], False, self.target)
-        return args, {**kwargs, name: edited}

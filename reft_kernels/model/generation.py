@@ -1,19 +1,14 @@
-"""``generate``: keeps what a prompt is while a model sees it chunk by chunk, beam by beam and
-token by token.
-"""
+"""Tracks the prompts during ``generate``, across prefill chunks, beams and decoding steps."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reft_kernels.model.call_state import EXPLICIT, ModelCall
+from reft_kernels.model.model_call import EXPLICIT, ModelCall
 from reft_kernels.model.response_rule import Occurrences, Template, find_template
-
-if TYPE_CHECKING:
-    from reft_kernels.model.editor import Editor
 
 _INPUTS = ("input_ids", "inputs", "inputs_embeds")
 
@@ -170,53 +165,3 @@ def _continues(text: Tensor, prompt: Tensor) -> bool:
         and text.shape[1] > width
         and bool((text[:, :width] == prompt.to(text.device)).all())
     )
-
-
-class Generate:
-    """Stands in for an edited model's ``generate``: the same call, with the prompt known to the
-    hooks.
-
-    An object and not a closure, so that a copied or pickled model gets one that refers to the copy.
-    """
-
-    name = "generate"
-
-    def __init__(self, model: nn.Module, editor: Editor, replaced: Any) -> None:
-        self.model = model
-        self.editor = editor
-        self.replaced = replaced
-
-    @property
-    def __wrapped__(self) -> Any:
-        return (
-            self.replaced
-            if self.replaced is not None
-            else getattr(type(self.model), self.name).__get__(self.model)
-        )
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        state = self.editor.state
-        before = state.generation
-        state.generation = describe_generation(self.model, args, kwargs, before)
-        try:
-            return self.__wrapped__(*args, **kwargs)
-        finally:
-            state.generation = before
-
-
-class Prepare(Generate):
-    """Stands in for ``prepare_inputs_for_generation``, whose arguments tell how many columns
-    there are by now.
-    """
-
-    name = "prepare_inputs_for_generation"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        generation = self.editor.state.generation
-        if generation is not None:
-            input_ids = args[0] if args else kwargs.get("input_ids")
-            encoder_decoder = bool(
-                getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-            )
-            generation.prepare(input_ids, kwargs, encoder_decoder)
-        return self.__wrapped__(*args, **kwargs)

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from reft_kernels.model.deferred_checks import DeferredChecks
-from reft_kernels.model.prompts import Window
 from reft_kernels.model.response_rule import (
     earlier_turn_is_supervised,
     run_starts,
     supervised_spans,
 )
 from reft_kernels.model.selection import PositionRule, Selection
+from reft_kernels.model.window import Window
 
 _WAYS = (
     "give the adapter a rule, ReftConfig(response_template=...), which holds in training, scoring "

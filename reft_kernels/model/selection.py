@@ -4,19 +4,19 @@ tensor that a module really has.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from reft_kernels import positions
 from reft_kernels.checks import describe, mark_rows
-from reft_kernels.model.call_state import ModelCall
+from reft_kernels.model.explicit_arguments import repeat_examples
+from reft_kernels.model.model_call import ModelCall
+from reft_kernels.model.prompts import window_of_shape
 from reft_kernels.model.response_rule import Template
+from reft_kernels.model.window import Window
 from reft_kernels.positions import Spec
-
-if TYPE_CHECKING:
-    from reft_kernels.model.prompts import Window
 
 
 class PositionRule(NamedTuple):
@@ -36,48 +36,6 @@ class Selection(NamedTuple):
 
     rows: Tensor | None
     weight_ids: Tensor | None
-
-
-def repeat_examples(tensor: Tensor, batch: int, name: str) -> Tensor:
-    """One entry for each example as one for each row of the batch: beams and returned sequences
-    repeat theirs.
-    """
-    count = tensor.shape[0]
-    if count == batch:
-        return tensor
-    if count == 0 or batch % count:
-        raise ValueError(f"{name}: got {count} examples, expected {batch}")
-    return tensor.repeat_interleave(batch // count, dim=0)
-
-
-def explicit_lengths(
-    value: Any, batch: int, limits: Tensor | int | None, device: torch.device
-) -> Tensor:
-    """``prompt_lengths`` as int64 ``[B]``, checked.
-
-    Args:
-        limits: the most tokens that each example's prompt can have; None: no limit, a part of the
-            prompt is still to come.
-    """
-    lengths = value if isinstance(value, Tensor) else torch.as_tensor(value)
-    if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(
-            f"prompt_lengths: got {describe(lengths)}, expected one integer for each example, [B]"
-        )
-    lengths = repeat_examples(lengths.to(device=device, dtype=torch.int64), batch, "prompt_lengths")
-    if not torch.compiler.is_compiling():
-        wrong = lengths < 0 if limits is None else (lengths < 0) | (lengths > limits)
-        if bool(wrong.any()):
-            example = int(wrong.to(torch.int8).argmax())
-            expected = "at least 0"
-            if limits is not None:
-                limit = limits if isinstance(limits, int) else int(limits[example])
-                expected = f"0 to {limit}, the tokens it has"
-            raise ValueError(
-                f"prompt_lengths: got {int(lengths[example])} for example {example}, expected "
-                f"{expected}"
-            )
-    return lengths
 
 
 def select(window: Window, rule: PositionRule) -> Selection | None:
@@ -213,8 +171,6 @@ class DeferredSelection:
         return self._known[key]
 
     def _select(self, hidden: Tensor) -> Selection | None:
-        from reft_kernels.model.prompts import window_of_shape
-
         return select(
             window_of_shape(hidden.shape, hidden.device, self.call, self.frame_mask), self.rule
         )

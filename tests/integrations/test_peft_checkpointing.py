@@ -179,7 +179,9 @@ def test_the_step_does_not_outlive_its_graph():
 
     model = build("llama")
     loss = model(**batch("llama")).loss
-    (scope,) = stacks(model) and model.base_model.model.representation_edits.editor._sessions.values()
+    (scope,) = (
+        stacks(model) and model.base_model.model.representation_edits.editor._sessions.values()
+    )
     (step,) = (weakref.ref(step) for step in scope.live)
     loss.backward()
     with torch.no_grad():

@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reft_kernels.reference as reference
 from reft_kernels.integrations.peft import ReftConfig
 from reft_kernels.model import forward_context
-from reft_kernels.model.forward_context import ForwardContext, LayerHook
+from reft_kernels.model.forward_context import ForwardContext
+from reft_kernels.model.layer_hooks import LayerHook
 from tests.model.families import batch, blocks, hook_count, make, shake, stacks
 
 COPIES = {
@@ -303,7 +304,9 @@ def test_weights_and_rows_that_are_elsewhere_are_brought_once(monkeypatch):
     )
     constructor = forward_context.Edit.__init__
     monkeypatch.setattr(
-        forward_context.Edit, "__init__", lambda self, *a: constructor(self, *a[:-1], torch.device("meta"))
+        forward_context.Edit,
+        "__init__",
+        lambda self, *a: constructor(self, *a[:-1], torch.device("meta")),
     )
     assert torch.equal(model(**inputs).logits, expected)
     assert len(moved) > 1 and len({id(selection) for selection in moved}) == 1

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from reft_kernels import positions
-from reft_kernels.model.call_state import ModelCall
 from reft_kernels.model.generation import Generation
+from reft_kernels.model.model_call import ModelCall
 from reft_kernels.model.prompts import compute_prompt_window
 from reft_kernels.model.selection import PositionRule, select
 from tests.model.families import mask_of

@@ -1,18 +1,12 @@
-"""State that belongs to one call of a model: kept for each thread, and as a stack for nested
-calls.
-"""
+"""The arguments of one call of a model that tell what to edit."""
 
 from __future__ import annotations
 
-import threading
+import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from reft_kernels.model.forward_context import ForwardContext
-    from reft_kernels.model.generation import Generation
+from torch import Tensor, nn
 
 EXPLICIT = ("prompt_lengths", "edit_positions")
 """Keyword arguments of the edited model's ``forward`` and ``generate``, not passed on to it.
@@ -67,6 +61,14 @@ class ModelCall(NamedTuple):
         return self.attention_mask if audio and isinstance(self.attention_mask, Tensor) else None
 
 
+def argument_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of a module's positional ``forward`` parameters."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return tuple(
+        name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds
+    )
+
+
 def take_call(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> ModelCall:
     """Read a call's arguments, and remove the explicit ones from ``kwargs``.
 
@@ -78,34 +80,3 @@ def take_call(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Mo
     return ModelCall(
         **{name: given[name] for name in _SEEN if given.get(name) is not None}, **taken
     )
-
-
-class Frame:
-    """One running call of a backbone: the context that its layer hooks consume, and the frame
-    around it.
-    """
-
-    __slots__ = ("context", "outer")
-
-    def __init__(self, outer: Frame | None) -> None:
-        self.context: ForwardContext | None = None
-        self.outer = outer
-
-
-class EditorState(threading.local):
-    """The running call of an editor's model, in one thread."""
-
-    def __init__(
-        self,
-    ) -> None:  # runs once in each thread; torch.compile guards on the instance's own attributes
-        self.call: ModelCall | None = None
-        self.outer: list[ModelCall | None] = []
-        self.generation: Generation | None = None
-        self.members: tuple[str, ...] | None = None
-
-
-class SessionState(threading.local):
-    """The running call of a backbone, in one thread."""
-
-    def __init__(self) -> None:
-        self.frame: Frame | None = None
