@@ -26,7 +26,7 @@ def _copy(tmp_path: Path) -> Path:
     """The sources alone, as a user would have them."""
     target = tmp_path / "project"
     target.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, target)
     for name in ("csrc", "reft_kernels", "python"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "build"))
@@ -51,7 +51,10 @@ def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "reft_kernels").rglob("*.py")}
     modules |= {p.relative_to(ROOT / "python").as_posix() for p in (ROOT / "python" / "reft_train").rglob("*.py")}
     kept = {name for name in names if ".dist-info/" not in name}
-    assert kept == modules | {"reft_kernels/_native_cpu.so"}
+    typed = {f"{package}/py.typed" for package in ("reft_kernels", "reft_train")}
+    assert kept == modules | typed | {"reft_kernels/_native_cpu.so"}
+    (license,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
+    assert zipfile.ZipFile(wheel).read(license) == (ROOT / "LICENSE").read_bytes()
     # and it works from where it is unpacked, in a process that has never seen this checkout
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     use = "import torch, reft_kernels as rk; from reft_kernels import cpu; rk.set_backend('cpu')\n"
