@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-full test-transformers4 test-gpu lint bench bench-transformers4 clean
+.PHONY: demo test test-full test-transformers4 test-gpu lint typecheck coverage wheel docs bench bench-transformers4 clean
 
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
@@ -50,6 +50,17 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
+# the checks of mypy; its configuration is in pyproject.toml
+typecheck: $(VENV)/.installed
+	$(BIN)/python -m mypy
+
+coverage: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+# one wheel for every Python 3, with the native libraries in it: dist/*.whl needs no compiler where it is installed
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
 # every question that this machine can answer; raw rows under benchmarks/results/, one page that shows them all
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run --csv $(ARGS)
@@ -61,4 +72,4 @@ bench-transformers4: $(VENV)-transformers4/.installed
 	$(VENV)-transformers4/bin/python -m benchmarks.run --csv --only training_step --match llama-1024x4 $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV)-transformers4 build dist site *.egg-info .coverage .mypy_cache .pytest_cache .hypothesis .ruff_cache
