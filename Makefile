@@ -25,7 +25,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-full: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m "full or not full" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --full $(ARGS)
 
 # every test that needs a GPU, in one command
 test-gpu: $(VENV)/.installed
@@ -43,8 +43,7 @@ $(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py benchm
 	touch $@
 
 test-transformers4: $(VENV)-transformers4/.installed
-	$(VENV)-transformers4/bin/python -m pytest -n 2 tests/model tests/integrations tests/conversion/test_adapterhub.py \
-		--ignore-glob='*test_pyreft_[!a]*' --ignore=tests/integrations/test_pyreft_accelerate.py $(ARGS)
+	$(VENV)-transformers4/bin/python -m pytest -n 2 -m transformers4 $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
