@@ -60,6 +60,15 @@ coverage: $(VENV)/.installed
 wheel: $(VENV)/.installed
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
+# the documentation as a site, in site/; an environment of its own, since it reads the sources and imports none of them
+$(VENV)-docs/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt mkdocs mkdocs-material "mkdocstrings[python]"
+	touch $@
+
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict $(ARGS)
+
 # every question that this machine can answer; raw rows under benchmarks/results/, one page that shows them all
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run --csv $(ARGS)
@@ -71,4 +80,4 @@ bench-transformers4: $(VENV)-transformers4/.installed
 	$(VENV)-transformers4/bin/python -m benchmarks.run --csv --only training_step --match llama-1024x4 $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 build dist site *.egg-info .coverage .mypy_cache .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-transformers4 build dist site *.egg-info .coverage .mypy_cache .pytest_cache .hypothesis .ruff_cache
