@@ -63,7 +63,7 @@ wheel: $(VENV)/.installed
 # the documentation as a site, in site/; an environment of its own, since it reads the sources and imports none of them
 $(VENV)-docs/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt mkdocs mkdocs-material "mkdocstrings[python]"
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt mkdocs mkdocs-material "mkdocstrings[python]" ruff
 	touch $@
 
 docs: $(VENV)-docs/.installed
