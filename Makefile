@@ -69,7 +69,7 @@ $(VENV)-docs/.installed: constraints.txt pyproject.toml
 docs: $(VENV)-docs/.installed
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict $(ARGS)
 
-# every question that this machine can answer; raw rows under benchmarks/results/, one page that shows them all
+# every suite that this machine can answer; raw rows under benchmarks/results/, one page that shows them all
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.run --csv $(ARGS)
 	$(BIN)/python -m benchmarks.page

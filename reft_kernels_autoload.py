@@ -1,11 +1,12 @@
 """Makes PEFT know ReFT adapters in programs that never import reft_kernels.
 
-PyTorch calls :func:`watch_peft` at the end of ``import torch``: it is an entry point of the group ``torch.backends``, which
-``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns off. PEFT's table of methods is then given a default: the first configuration of type
-REFT that is looked up imports ``reft_kernels.integrations.peft``. Until then nothing else is imported.
+PyTorch calls :func:`watch_peft` at the end of ``import torch``: it is an entry point of the group
+``torch.backends``, which ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns off. PEFT's table of methods is
+then given a default: the first configuration of type REFT that is looked up imports
+``reft_kernels.integrations.peft``. Until then nothing else is imported.
 
-This is a module of its own, beside the package, because it is imported while torch still is: it may import neither torch nor
-``reft_kernels``.
+This is a module of its own, beside the package, because it is imported while torch still is: it may
+import neither torch nor ``reft_kernels``.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class MethodTable(dict):
             try:
                 import reft_kernels.integrations.peft  # noqa: F401  importing it registers the method
             except Exception as error:
-                raise ImportError(f"an adapter of type {METHOD} needs reft_kernels, whose import failed: {error}") from error
+                raise ImportError(
+                    f"an adapter of type {METHOD} needs reft_kernels, whose import failed: {error}"
+                ) from error
             if key in self:
                 return self[key]
         raise KeyError(key)
@@ -52,7 +55,9 @@ class _Loader:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader  # reloads and inspection see PEFT's own
+        module.__spec__.loader = module.__loader__ = (
+            self._loader
+        )  # reloads and inspection see PEFT's own
         self._loader.exec_module(module)
         table = getattr(module, TABLE, None)
         if isinstance(table, dict):
@@ -61,13 +66,16 @@ class _Loader:
             import warnings
 
             warnings.warn(
-                f"{MODULE} has no {TABLE}: import reft_kernels.integrations.peft before loading ReFT adapters",
+                f"{MODULE} has no {TABLE}: import reft_kernels.integrations.peft before loading "
+                "ReFT adapters",
                 stacklevel=2,
             )
 
 
 class _Finder:
-    """Finds PEFT's module as the other finders do, and gives it our loader; every other module is theirs."""
+    """Finds PEFT's module as the other finders do, and gives it our loader; every other module
+    is theirs.
+    """
 
     def __init__(self) -> None:
         self._searching = threading.local()  # another finder may ask us in turn
@@ -92,9 +100,11 @@ class _Finder:
 
 
 def watch_peft() -> None:
-    """Have PEFT's table of methods replaced when PEFT is imported; calling it again changes nothing.
+    """Have PEFT's table of methods replaced when PEFT is imported; calling it again changes
+    nothing.
 
-    The finder stays: taking it out while another thread walks ``sys.meta_path`` would make that thread skip a finder.
+    The finder stays: taking it out while another thread walks ``sys.meta_path`` would make that
+    thread skip a finder.
     """
     if not any(type(finder) is _Finder for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

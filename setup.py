@@ -1,7 +1,8 @@
-"""Packaging: two packages in two places, a module that PyTorch loads and the native libraries; metadata is in pyproject.toml.
+"""Packaging: two packages in two places, a module that PyTorch loads and the native libraries;
+metadata is in pyproject.toml.
 
-REFT_KERNELS_BUILD_NATIVE=0 installs without a compiler. REFT_KERNELS_BUILD_CUDA=1 adds the CUDA library, =0 leaves it out;
-unset, it is built where nvcc is found.
+REFT_KERNELS_BUILD_NATIVE=0 installs without a compiler. REFT_KERNELS_BUILD_CUDA=1 adds the CUDA
+library, =0 leaves it out; unset, it is built where nvcc is found.
 """
 
 import os
@@ -55,7 +56,8 @@ names = ["reft_kernels._native_cpu"] * NATIVE + ["reft_kernels._native_cuda"] * 
 setup(
     packages=find_packages(include=["reft_kernels", "reft_kernels.*"]) + find_packages("python"),
     package_dir={"reft_train": "python/reft_train"},
-    # beside the metadata that a build leaves here: torch must find it wherever it finds its entry point
+    # beside the metadata that a build leaves here: torch must find it wherever it finds its entry
+    # point
     py_modules=["reft_kernels_autoload"],
     ext_modules=[Extension(name, sources=[]) for name in names],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},

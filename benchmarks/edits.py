@@ -1,4 +1,6 @@
-"""One LoReFT edit by everyone: h + R^T(Wh + b - Rh) by reft_kernels' backends, PyTorch eager and compiled, and pyreft."""
+"""One LoReFT edit by everyone: h + R^T(Wh + b - Rh) by reft_kernels' backends, PyTorch eager and
+compiled, and pyreft.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from benchmarks.harness import Call, Provider, Verdict
 from reft_kernels import dispatch
 
 Edit = Callable[..., Tensor]
-EPS, TIMES = 16, 2  # what a provider may be off: so many units of the dtype, or so many errors of the unfolded formula
+# tolerance of a provider: EPS units of the dtype, or TIMES the error of the unfolded formula
+EPS, TIMES = 16, 2
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Problem:
 
 
 def weights(d: int, rank: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """R with orthonormal rows, and W and b, all random; the edit replaces Rh by values of its size, however often repeated."""
+    """R with orthonormal rows, and W and b, all random; the edit replaces Rh by values of its size,
+    however often repeated.
+    """
     R = reft_kernels.householder(torch.randn(d, rank, device=device) / d**0.5)
     return R, torch.randn(rank, d, device=device) / d**0.5, torch.randn(rank, device=device)
 
@@ -61,14 +66,24 @@ def eager_unfolded(h: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Tensor:
 
 
 def backends(device: str) -> dict[str, str | None]:
-    """Names of reft_kernels' providers, and the backend that each forces: its own choice first, then every other able one."""
+    """Names of reft_kernels' providers, and the backend that each forces: its own choice first,
+    then every other able one.
+    """
     chosen, _ = dispatch.choose("edit", device, torch.float32)
-    able = [name for name in dispatch.BACKENDS if dispatch.why_unable(name, "edit", device, torch.float32) is None]
-    return {"reft_kernels": None} | {f"reft_kernels, {name} backend": name for name in able if name != chosen}
+    able = [
+        name
+        for name in dispatch.BACKENDS
+        if dispatch.unsupported_reason(name, "edit", device, torch.float32) is None
+    ]
+    return {"reft_kernels": None} | {
+        f"reft_kernels, {name} backend": name for name in able if name != chosen
+    }
 
 
 def forced(backend: str | None, call: Call, like: Tensor) -> Call:
-    """The call with every operator served by one backend, the backward's too; the choice itself is not timed."""
+    """The call with every operator served by one backend, the backward's too; the choice itself is
+    not timed.
+    """
     if backend is None:
         return call
 
@@ -95,16 +110,20 @@ def _errors(edit: Edit, problem: Problem, dtype: torch.dtype, backward: bool) ->
     out = edit(*leaves)
     found = [out.detach()]
     if backward:
-        found += torch.autograd.grad(out, leaves, problem.grad.to(out.dtype), allow_unused=True, materialize_grads=True)
+        found += torch.autograd.grad(
+            out, leaves, problem.grad.to(out.dtype), allow_unused=True, materialize_grads=True
+        )
     return found
 
 
 class Gate:
     """Holds edits of one input set to fp64: output and, for a backward, the four gradients.
 
-    An error may be 16 units of the dtype's precision over the largest exact value, or twice that of the unfolded formula in
-    PyTorch in the same dtype, whichever is more: this tells wrong from right, the engine's own contract is the tests' matter.
-    Reported is the output or gradient that comes closest to, or leaves, what it is allowed.
+    An error may be 16 units of the dtype's precision over the largest exact value, or twice that of
+    the unfolded formula in
+    PyTorch in the same dtype, whichever is more: this tells wrong from right, the engine's own
+    contract is the tests' matter. Reported is the output or gradient that comes closest to, or
+    leaves, what it is allowed.
     """
 
     def __init__(self, problem: Problem, backward: bool) -> None:
@@ -116,7 +135,9 @@ class Gate:
     def _distances(self, edit: Edit) -> list[float]:
         found = _errors(edit, self.problem, self.problem.hidden.dtype, self.backward)
         pairs = zip(found, self._exact, strict=True)
-        return [float((own.double() - exact).abs().max() / exact.abs().max()) for own, exact in pairs]
+        return [
+            float((own.double() - exact).abs().max() / exact.abs().max()) for own, exact in pairs
+        ]
 
     def __call__(self, edit: Edit) -> Verdict:
         pairs = zip(self._distances(edit), self._allowed, strict=True)
@@ -124,8 +145,13 @@ class Gate:
 
 
 def provider(
-    edit: Edit, problems: Sequence[Problem], mode: str, gate: Gate | None, backend: str | None = None, **call: bool
-) -> Provider:  # fmt: skip
+    edit: Edit,
+    problems: Sequence[Problem],
+    mode: str,
+    gate: Gate | None,
+    backend: str | None = None,
+    **call: bool,
+) -> Provider:
     """Time ``edit`` forward, backward or both, on each input set."""
 
     def forward(problem: Problem) -> Call:
@@ -141,7 +167,10 @@ def provider(
 
     def backward(problem: Problem) -> Call:
         leaves = problem.leaves()
-        calls = {"run": lambda out: torch.autograd.grad(out, leaves, problem.grad), "before": lambda: edit(*leaves)}
+        calls = {
+            "run": lambda out: torch.autograd.grad(out, leaves, problem.grad),
+            "before": lambda: edit(*leaves),
+        }
         return Call(**calls, **call | {"capturable": False})
 
     make = {"forward": forward, "backward": backward, "both": both}[mode]
@@ -152,7 +181,9 @@ def provider(
 
 
 def least_bytes(rows: int, d: int, rank: int, dtype: torch.dtype, mode: str) -> int:
-    """Bytes that an edit must move: h read and written; backward: h and g read, dh written; weights and their gradients."""
+    """Bytes that an edit must move: h read and written; backward: h and g read, dh written; weights
+    and their gradients.
+    """
     state, weight = rows * d * dtype.itemsize, 2 * rank * d * 4
     forward, backward = 2 * state + weight, 3 * state + 2 * weight
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]

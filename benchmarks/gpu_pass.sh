@@ -51,7 +51,7 @@ run() { # log's name, command...: within what is left of the part's time
   else echo "$part: $log ended with status $status" | tee -a "$OUT/left_out.txt"; failed=1; fi
 }
 
-questions() { run "$1" "$PYTHON" -m benchmarks.run --only "$1" --device cuda --csv "$OUT/$1.csv"; }
+suites() { run "$1" "$PYTHON" -m benchmarks.run --only "$1" --device cuda --csv "$OUT/$1.csv"; }
 
 part_env() {
   run env "$PYTHON" -m reft_kernels.env
@@ -75,13 +75,13 @@ part_tests() {
 
 part_kernels() {
   if [ $gpu = 0 ]; then absent "no GPU"
-  else for question in edit_selected_rows r_build host_cost edit_all_rows cold_start; do questions $question; done; fi
+  else for suite in edit_selected_rows r_build host_cost edit_all_rows cold_start; do suites $suite; done; fi
 }
 
 part_model() {
   if [ $gpu = 0 ]; then absent "no GPU"
   elif ! has transformers || ! has peft; then absent "transformers or peft is not installed"
-  else for question in training_step generation trainer_step; do questions $question; done; fi
+  else for suite in training_step generation trainer_step; do suites $suite; done; fi
 }
 
 part_profile() {

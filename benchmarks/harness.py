@@ -1,10 +1,12 @@
-"""One protocol for every question.
+"""One protocol for every suite.
 
-Providers are timed in turn, call by call, so that drift of a shared machine meets all of them alike. Input sets rotate, so
-that data come from memory and not from the last call's cache. Each provider is first held to fp64 on the inputs that are timed:
-one that is wrong gets its error in the table instead of a time. On a GPU a call is timed by events (host included) and, where
-it can be captured, inside a CUDA graph (host excluded), after the clocks have settled under load. What is reported is the
-median with the 20th and 80th percentile, and the median of the round-by-round ratios to a baseline.
+Providers are timed in turn, call by call, so that drift of a shared machine meets all of them
+alike. Input sets rotate, so that data come from memory and not from the last call's cache. Each
+provider is first held to fp64 on the inputs that are timed:
+one that is wrong gets its error in the table instead of a time. On a GPU a call is timed by events
+(host included) and, where it can be captured, inside a CUDA graph (host excluded), after the clocks
+have settled under load. What is reported is the median with the 20th and 80th percentile, and the
+median of the round-by-round ratios to a baseline.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from benchmarks import counting, machine
+from benchmarks import machine, op_metrics
 from benchmarks.rows import Row
 
 CLONE = "torch.clone"
@@ -43,9 +45,10 @@ class Call:
         run: the work; takes what ``before`` returned.
         before: untimed preparation of one call, such as the forward of a backward.
         capturable: whether a CUDA graph may hold it.
-        countable: whether its operators can be counted by an eager dispatch mode (compiled code cannot).
-        context: entered around both, untimed, such as a forced backend.
-        elsewhere: whether it works in a thread of its own, where the CPU's profiler does not see its memory.
+        countable: whether its operators can be counted by an eager dispatch mode (compiled code
+            cannot).
+        context: entered around both, untimed, such as a forced backend. elsewhere: whether it works
+        in a thread of its own, where the CPU's profiler does not see its memory.
     """
 
     run: Callable[[object], object]
@@ -63,7 +66,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A provider's largest error against fp64 and what is allowed, both over the largest exact value."""
+    """A provider's largest error against fp64 and what is allowed, both over the largest exact
+    value.
+    """
 
     error: float
     allowed: float
@@ -71,7 +76,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Provider:
-    """``prepare(k)`` gives the call on the k-th input set and raises :class:`Absent` where it cannot run here."""
+    """``prepare(k)`` gives the call on the k-th input set and raises :class:`Absent` where it
+    cannot run here.
+    """
 
     prepare: Callable[[int], Call]
     check: Callable[[], Verdict] | None = None
@@ -79,19 +86,20 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a question.
+    """One line of a suite.
 
     Attributes:
-        question, mode, shape, dtype: as in :class:`benchmarks.rows.Row`.
+        suite, mode, shape, dtype: as in :class:`benchmarks.rows.Row`.
         providers: by name.
         baseline: name of the provider that ratios refer to.
         sets: how many input sets rotate (:func:`sets_for`).
         bytes: least traffic of one call.
-        clone: tensors, one an input set, whose ``torch.clone`` is timed beside the providers as the floor.
+        clone: tensors, one an input set, whose ``torch.clone`` is timed beside the providers as the
+            floor.
         rounds: samples of each provider, where the settings do not say.
     """
 
-    question: str
+    suite: str
     mode: str
     shape: dict[str, object]
     dtype: torch.dtype
@@ -110,7 +118,9 @@ class Case:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to measure: ``quick`` asks for small shapes and few rounds, ``match`` for cases that contain each of its words."""
+    """How to measure: ``quick`` asks for small shapes and few rounds, ``match`` for cases that
+    contain each of its words.
+    """
 
     device: str = "cpu"
     quick: bool = False
@@ -123,7 +133,7 @@ class Settings:
         return all(word in text for word in self.match)
 
     def rounds_or(self, default: int) -> int:
-        """The rounds asked for, else 3 when quick, else the question's own number."""
+        """The rounds asked for, else 3 when quick, else the suite's own number."""
         return self.rounds or (3 if self.quick else default)
 
 
@@ -185,11 +195,17 @@ def _sample(runner: _Runner, device: str) -> None:
     runner.host.append(statistics.fmean(seconds for _, seconds in measured))
 
 
-def _prepare(name: str, provider: Provider, case: Case, device: str) -> tuple[_Runner | None, Verdict | None, str]:
+def _prepare(
+    name: str, provider: Provider, case: Case, device: str
+) -> tuple[_Runner | None, Verdict | None, str]:
     try:
         verdict = provider.check() if provider.check else None
         if verdict and not verdict.error <= verdict.allowed:
-            return None, verdict, f"wrong: error {verdict.error:.1e} against fp64, allowed {verdict.allowed:.1e}"
+            return (
+                None,
+                verdict,
+                f"wrong: error {verdict.error:.1e} against fp64, allowed {verdict.allowed:.1e}",
+            )
         runner = _Runner([provider.prepare(k) for k in range(case.sets)], verdict)
         for call in runner.calls[:2]:
             call.once()
@@ -209,7 +225,9 @@ def _prepare(name: str, provider: Provider, case: Case, device: str) -> tuple[_R
 
 
 def _graphs(runners: dict[str, _Runner], rounds: int) -> None:
-    """Time one call of each inside a CUDA graph that holds a call on every input set, interleaved."""
+    """Time one call of each inside a CUDA graph that holds a call on every input set,
+    interleaved.
+    """
     captured: dict[str, torch.cuda.CUDAGraph] = {}
     for name, runner in runners.items():
         if not all(call.capturable for call in runner.calls):
@@ -268,7 +286,10 @@ def measure(case: Case, settings: Settings) -> list[Row]:
             _sample(runners[name], device)
     if device == "cuda":
         _graphs(runners, rounds)
-    return [_row(case, settings, rounds, name, runners, without.get(name, (None, ""))) for name in providers]
+    return [
+        _row(case, settings, rounds, name, runners, without.get(name, (None, "")))
+        for name in providers
+    ]
 
 
 def _quantile(values: list[float], share: float) -> float:
@@ -284,8 +305,13 @@ _STARTED = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M
 
 
 def _row(
-    case: Case, settings: Settings, rounds: int, name: str, runners: dict[str, _Runner], without: tuple[Verdict | None, str]
-) -> Row:  # fmt: skip
+    case: Case,
+    settings: Settings,
+    rounds: int,
+    name: str,
+    runners: dict[str, _Runner],
+    without: tuple[Verdict | None, str],
+) -> Row:
     device, runner = settings.device, runners.get(name)
     verdict, note = (runner.verdict, "") if runner else without
     copied = 2 * case.clone[0].nbytes if case.clone is not None else None
@@ -295,50 +321,101 @@ def _row(
         clone = runners.get(CLONE)
         if clone and moved and copied:
             pairs = zip(runner.graph or runner.times, clone.graph or clone.times, strict=True)
-            found["clone_fraction"] = statistics.median((moved / own) / (copied / copy) for own, copy in pairs)
+            found["clone_fraction"] = statistics.median(
+                (moved / own) / (copied / copy) for own, copy in pairs
+            )
         if runner.graph:
             found["graph_ms"] = statistics.median(runner.graph) * 1e3
         if device == "cuda":
             found["host_us"] = statistics.median(runner.host) * 1e6
         if all(call.countable for call in runner.calls) or device == "cuda":
-            found["launches"] = counting.launches(runner.next(), device)
+            found["launches"] = op_metrics.launches(runner.next(), device)
         if device == "cuda" or not any(call.elsewhere for call in runner.calls):
-            found["peak_bytes"] = counting.peak_bytes(runner.next(), device)
+            found["peak_bytes"] = op_metrics.peak_bytes(runner.next(), device)
     if verdict:
         found |= {"error": verdict.error, "allowed": verdict.allowed}
     base = runners[case.baseline].times if case.baseline in runners else []
-    return _of_times(case, settings, name, runner.times if runner else [], base, rounds, bytes=moved, note=note, **found)
+    return _of_times(
+        case,
+        settings,
+        name,
+        runner.times if runner else [],
+        base,
+        rounds,
+        bytes=moved,
+        note=note,
+        **found,
+    )
 
 
-_EMPTY = ("median_ms", "p20_ms", "p80_ms", "ratio", "bytes", "clone_fraction", "graph_ms", "launches", "host_us",
-          "peak_bytes", "error", "allowed")  # fmt: skip
+_EMPTY = (
+    "median_ms",
+    "p20_ms",
+    "p80_ms",
+    "ratio",
+    "bytes",
+    "clone_fraction",
+    "graph_ms",
+    "launches",
+    "host_us",
+    "peak_bytes",
+    "error",
+    "allowed",
+)
 
 
 def _of_times(
-    case: Case, settings: Settings, name: str, times: list[float], base: list[float], rounds: int, **found: object
-) -> Row:  # fmt: skip
+    case: Case,
+    settings: Settings,
+    name: str,
+    times: list[float],
+    base: list[float],
+    rounds: int,
+    **found: object,
+) -> Row:
     device = settings.device
     values: dict[str, object] = dict.fromkeys(_EMPTY) | {"note": ""} | found
     if times:
         values["median_ms"] = statistics.median(times) * 1e3
         values["p20_ms"], values["p80_ms"] = (_quantile(times, share) * 1e3 for share in (0.2, 0.8))
         if base:
-            values["ratio"] = statistics.median(own / other for own, other in zip(times, base, strict=True))
+            values["ratio"] = statistics.median(
+                own / other for own, other in zip(times, base, strict=True)
+            )
     return Row(
-        question=case.question, provider=name, mode=case.mode,
-        shape=case.label, dtype=str(case.dtype).removeprefix("torch."),
-        device=machine.device_name(device), driver=machine.driver(device), allocator=machine.allocator(device),
-        threads=torch.get_num_threads(), torch=torch.__version__, triton=machine.version("triton"),
-        transformers=machine.version("transformers"), commit=machine.commit(), when=_STARTED, rounds=rounds,
-        baseline=case.baseline, **values,
-    )  # fmt: skip
+        suite=case.suite,
+        provider=name,
+        mode=case.mode,
+        shape=case.label,
+        dtype=str(case.dtype).removeprefix("torch."),
+        device=machine.device_name(device),
+        driver=machine.driver(device),
+        allocator=machine.allocator(device),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        triton=machine.version("triton"),
+        transformers=machine.version("transformers"),
+        commit=machine.commit(),
+        when=_STARTED,
+        rounds=rounds,
+        baseline=case.baseline,
+        **values,
+    )
 
 
-def rows_of_samples(case: Case, settings: Settings, samples: dict[str, list[float]], notes: dict[str, str]) -> list[Row]:
-    """Rows of what was timed elsewhere, such as in processes of their own: seconds, one sample a round; notes where none."""
+def rows_of_samples(
+    case: Case, settings: Settings, samples: dict[str, list[float]], notes: dict[str, str]
+) -> list[Row]:
+    """Rows of what was timed elsewhere, such as in processes of their own: seconds, one sample a
+    round; notes where none.
+    """
     base = samples.get(case.baseline, [])
-    timed = [_of_times(case, settings, name, times, base, len(times)) for name, times in samples.items()]
-    return timed + [_of_times(case, settings, name, [], [], 0, note=note) for name, note in notes.items()]
+    timed = [
+        _of_times(case, settings, name, times, base, len(times)) for name, times in samples.items()
+    ]
+    return timed + [
+        _of_times(case, settings, name, [], [], 0, note=note) for name, note in notes.items()
+    ]
 
 
 def show(rows: Iterable[Row]) -> None:
@@ -346,13 +423,16 @@ def show(rows: Iterable[Row]) -> None:
     rows = list(rows)
     width = max(len(row.provider) for row in rows)
     first = rows[0]
-    print(f"{first.question}, {first.mode}: {first.shape}, {first.dtype}; ratio to {first.baseline}")
+    print(f"{first.suite}, {first.mode}: {first.shape}, {first.dtype}; ratio to {first.baseline}")
     for row in rows:
         if row.median_ms is None:
             print(f"  {row.provider:<{width}}  {row.note}")
             continue
         spread = f"(p20 {row.p20_ms:.4g}, p80 {row.p80_ms:.4g})"
-        parts = [f"{row.median_ms:10.4g} ms {spread:<28}", f"x {row.ratio:<8.4g}" if row.ratio else ""]
+        parts = [
+            f"{row.median_ms:10.4g} ms {spread:<28}",
+            f"x {row.ratio:<8.4g}" if row.ratio else "",
+        ]
         if row.clone_fraction is not None:
             parts.append(f"{row.clone_fraction:.0%} of clone")
         if row.graph_ms is not None:

@@ -1,7 +1,8 @@
-"""Whole models with LoReFT by everyone: frozen, reft_kernels as a PEFT method, and forward hooks in plain PyTorch.
+"""Whole models with LoReFT by everyone: frozen, reft_kernels as a PEFT method, and forward hooks in
+plain PyTorch.
 
-All providers of a run share one set of frozen parameters and start from the same R, W and b, so that losses and gradients can
-be compared before anything is timed.
+All providers of a run share one set of frozen parameters and start from the same R, W and b, so
+that losses and gradients can be compared before anything is timed.
 """
 
 from __future__ import annotations
@@ -53,12 +54,20 @@ class Shape:
     def dimensions(self) -> dict[str, object]:
         """The ``name=value`` pairs of a result row."""
         switches = {name: 1 for name in ("checkpointing", "compiled") if getattr(self, name)}
-        return {"model": self.name, "batch": self.batch, "T": self.length, "positions": self.spec, "r": self.rank} | switches
+        return {
+            "model": self.name,
+            "batch": self.batch,
+            "T": self.length,
+            "positions": self.spec,
+            "r": self.rank,
+        } | switches
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``input_ids``, ``labels``, ``attention_mask [B, T]``, and what is edited: rows of the hidden state, int64 ``[B * P]``."""
+    """``input_ids``, ``labels``, ``attention_mask [B, T]``, and what is edited: rows of the
+    hidden state, int64 ``[B * P]``.
+    """
 
     input_ids: Tensor
     labels: Tensor
@@ -73,12 +82,18 @@ class Batch:
     @property
     def inputs(self) -> dict[str, Tensor]:
         """What a causal LM takes."""
-        return {"input_ids": self.input_ids, "labels": self.labels, "attention_mask": self.attention_mask}
+        return {
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+            "attention_mask": self.attention_mask,
+        }
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A batch whose examples share rows: what a causal LM takes. Position ids and labels tell what is edited."""
+    """A batch whose examples share rows: what a causal LM takes. Position ids and labels tell
+    what is edited.
+    """
 
     inputs: dict[str, Tensor]
 
@@ -91,10 +106,15 @@ def llama(shape: Shape, device: str) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, vocab_size=shape.vocabulary,
-        max_position_embeddings=max(512, shape.length), use_cache=False,
-    )  # fmt: skip
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=max(512, shape.length),
+        use_cache=False,
+    )
     torch.manual_seed(0)
     with torch.device(device):
         default = torch.get_default_dtype()
@@ -106,18 +126,28 @@ def llama(shape: Shape, device: str) -> nn.Module:
 
 
 def batch(shape: Shape, device: str, number: int = 0, whole: bool = False) -> Batch:
-    """The ``number``-th batch of random tokens; ``whole`` takes the entire sequence for the prompt when it selects rows."""
+    """The ``number``-th batch of random tokens; ``whole`` takes the entire sequence for the
+    prompt when it selects rows.
+    """
     generator = torch.Generator().manual_seed(number)
-    ids = torch.randint(0, shape.vocabulary, (shape.batch, shape.length), generator=generator).to(device)
+    ids = torch.randint(0, shape.vocabulary, (shape.batch, shape.length), generator=generator).to(
+        device
+    )
     labels, half = ids.clone(), shape.length // 2
     labels[:, :half] = -100
-    rows = positions.resolve(shape.spec, [shape.length if whole else half] * shape.batch, shape.length, device=device)
+    rows = positions.resolve(
+        shape.spec, [shape.length if whole else half] * shape.batch, shape.length, device=device
+    )
     return Batch(ids, labels, torch.ones_like(ids), rows[rows >= 0].long())
 
 
 def collated(inputs: Mapping[str, Tensor], spec: str, device: str) -> Batch:
-    """A batch of ``input_ids``, ``labels`` and ``attention_mask [B, T]`` padded on the right; labels begin after the prompt."""
-    ids, labels, mask = (inputs[name].to(device) for name in ("input_ids", "labels", "attention_mask"))
+    """A batch of ``input_ids``, ``labels`` and ``attention_mask [B, T]`` padded on the right;
+    labels begin after the prompt.
+    """
+    ids, labels, mask = (
+        inputs[name].to(device) for name in ("input_ids", "labels", "attention_mask")
+    )
     rows = positions.resolve(spec, positions.prompt_lengths_from_labels(labels, mask), ids.shape[1])
     return Batch(ids, labels, mask, rows[rows >= 0].long())
 
@@ -173,13 +203,17 @@ def _switched(model: nn.Module, shape: Shape) -> nn.Module:
 
 
 def frozen(model: nn.Module, shape: Shape) -> Stepper:
-    """The frozen model's forward, and its backward to the embeddings: what any edit inside the model has to pay."""
+    """The frozen model's forward, and its backward to the embeddings: what any edit inside the
+    model has to pay.
+    """
     model = sharing(model)
     embed, run = model.get_input_embeddings(), _switched(model, shape)
 
     def loss(batch: Batch) -> Tensor:
         embedded = embed(batch.input_ids).requires_grad_()
-        return run(inputs_embeds=embedded, attention_mask=batch.attention_mask, labels=batch.labels).loss
+        return run(
+            inputs_embeds=embedded, attention_mask=batch.attention_mask, labels=batch.labels
+        ).loss
 
     return Stepper(loss, [], list)
 
@@ -191,7 +225,9 @@ def tuned(model: nn.Module, shape: Shape, weights: Weights) -> tuple[nn.Module, 
 
     from reft_kernels.integrations.peft import ReftConfig
 
-    model = get_peft_model(sharing(model), ReftConfig(layers="all", rank=shape.rank, positions=shape.spec))
+    model = get_peft_model(
+        sharing(model), ReftConfig(layers="all", rank=shape.rank, positions=shape.spec)
+    )
     (stack,) = (module for module in model.modules() if isinstance(module, StackedLoReFT))
     R, W, b = (torch.stack(kind) for kind in zip(*weights, strict=True))
     stack.set_R(R)
@@ -225,7 +261,9 @@ class _Eager(TorchLoReFT):
 
 
 def by_hooks(model: nn.Module, shape: Shape, weights: Weights, cached: bool = False) -> Stepper:
-    """Forward hooks that gather, edit and scatter; with ``cached`` R is built once a step, by ``parametrize.cached()``."""
+    """Forward hooks that gather, edit and scatter; with ``cached`` R is built once a step, by
+    ``parametrize.cached()``.
+    """
     model = sharing(model)
     own = nn.ModuleList(_Eager(*triple, next(model.parameters()).dtype) for triple in weights)
     rows: list[Tensor] = []
@@ -234,7 +272,9 @@ def by_hooks(model: nn.Module, shape: Shape, weights: Weights, cached: bool = Fa
         def edit_output(module: nn.Module, args: tuple, output: object) -> object:
             hidden = output[0] if isinstance(output, tuple) else output
             flat = hidden.reshape(-1, hidden.shape[-1])
-            edited = flat.index_copy(0, rows[0], edit(flat.index_select(0, rows[0]))).view_as(hidden)
+            edited = flat.index_copy(0, rows[0], edit(flat.index_select(0, rows[0]))).view_as(
+                hidden
+            )
             return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
         return edit_output
@@ -248,12 +288,16 @@ def by_hooks(model: nn.Module, shape: Shape, weights: Weights, cached: bool = Fa
         return run(**batch.inputs).loss
 
     around = parametrize.cached if cached else contextlib.nullcontext
-    return Stepper(loss, list(own.parameters()), lambda: [edit.source.weight.grad for edit in own], around)
+    return Stepper(
+        loss, list(own.parameters()), lambda: [edit.source.weight.grad for edit in own], around
+    )
 
 
 def provider(
-    make: Callable[[], Stepper], batches: Sequence[Batch | Packed], check: Callable[[], Verdict] | None = None
-) -> Provider:  # fmt: skip
+    make: Callable[[], Stepper],
+    batches: Sequence[Batch | Packed],
+    check: Callable[[], Verdict] | None = None,
+) -> Provider:
     """Time training steps on each batch, of one model that is made when first needed."""
     built = functools.cache(make)
 

@@ -1,4 +1,5 @@
-"""One self-contained HTML page of all raw rows: environments, figures, complete tables, and where reft_kernels is slower.
+"""One self-contained HTML page of all raw rows: environments, figures, complete tables, and where
+reft_kernels is slower.
 
 The figures are kept as files too, in ``RESULTS_DIR/<device>/figures``.
 
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from reft_train.files import write_text
 
-from benchmarks import compare, plots, questions
+from benchmarks import compare, plots, suites
 from benchmarks.rows import RESULTS, Row
 
 OUT = RESULTS / "page.html"
@@ -55,42 +56,103 @@ def _number(value: float | int | None) -> str:
 
 
 def _table(head: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]], left: int) -> str:
-    """A table in a box of its own; each line is its CSS class and its cells, the first ``left`` of them flush left."""
+    """A table in a box of its own; each line is its CSS class and its cells, the first ``left``
+    of them flush left.
+    """
 
     def cells(values: Sequence[str], tag: str) -> str:
-        return "".join(f"<{tag}{' class=left' if k < left else ''}>{_text(value)}</{tag}>" for k, value in enumerate(values))
+        return "".join(
+            f"<{tag}{' class=left' if k < left else ''}>{_text(value)}</{tag}>"
+            for k, value in enumerate(values)
+        )
 
     body = "\n".join(f'<tr class="{kind}">{cells(values, "td")}</tr>' for kind, values in lines)
     return f'<div class="wide"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
 
 
 def _environment(rows: Sequence[Row]) -> str:
-    """A line for each run: versions, commit, date, threads, allocator, and the questions it answered."""
+    """A line for each run: versions, commit, date, threads, allocator, and the suites it
+    answered.
+    """
     runs: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        key = (row.when, row.commit, row.torch, row.triton, row.transformers, row.driver, str(row.threads), row.allocator)
-        runs.setdefault(key, []).append(row.question)
-    head = ("when", "commit", "torch", "triton", "transformers", "driver", "threads", "allocator", "questions", "rows")
-    lines = [("", (*key, ", ".join(sorted(set(runs[key]))), str(len(runs[key])))) for key in sorted(runs)]
+        key = (
+            row.when,
+            row.commit,
+            row.torch,
+            row.triton,
+            row.transformers,
+            row.driver,
+            str(row.threads),
+            row.allocator,
+        )
+        runs.setdefault(key, []).append(row.suite)
+    head = (
+        "when",
+        "commit",
+        "torch",
+        "triton",
+        "transformers",
+        "driver",
+        "threads",
+        "allocator",
+        "questions",
+        "rows",
+    )
+    lines = [
+        ("", (*key, ", ".join(sorted(set(runs[key]))), str(len(runs[key])))) for key in sorted(runs)
+    ]
     return _table(head, lines, len(head) - 1)
 
 
 _HEAD = (
-    "mode", "shape", "dtype", "allocator", "provider", "median ms", "p20-p80 ms", "ratio", "to", "of clone", "graph ms",
-    "launches", "host us", "peak MiB", "error", "allowed", "rounds", "note",
-)  # fmt: skip
+    "mode",
+    "shape",
+    "dtype",
+    "allocator",
+    "provider",
+    "median ms",
+    "p20-p80 ms",
+    "ratio",
+    "to",
+    "of clone",
+    "graph ms",
+    "launches",
+    "host us",
+    "peak MiB",
+    "error",
+    "allowed",
+    "rounds",
+    "note",
+)
 
 
 def _cells(row: Row, first: bool) -> tuple[str, ...]:
-    spread = "" if row.median_ms is None else f"{row.p20_ms:.4g}-{row.p80_ms:.4g}" if row.p20_ms and row.p80_ms else ""
+    spread = (
+        ""
+        if row.median_ms is None
+        else f"{row.p20_ms:.4g}-{row.p80_ms:.4g}"
+        if row.p20_ms and row.p80_ms
+        else ""
+    )
     case = (row.mode, row.shape, row.dtype, row.allocator) if first else ("", "", "", "")
     errors = ("" if value is None else f"{value:.1e}" for value in (row.error, row.allowed))
     return (
-        *case, row.provider, "" if row.median_ms is None else f"{row.median_ms:.4g}", spread, _number(row.ratio),
-        row.baseline if row.ratio is not None else "", "" if row.clone_fraction is None else f"{row.clone_fraction:.0%}",
-        "" if row.graph_ms is None else f"{row.graph_ms:.4g}", _number(row.launches), _number(row.host_us),
-        "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.1f}", *errors, str(row.rounds), row.note,
-    )  # fmt: skip
+        *case,
+        row.provider,
+        "" if row.median_ms is None else f"{row.median_ms:.4g}",
+        spread,
+        _number(row.ratio),
+        row.baseline if row.ratio is not None else "",
+        "" if row.clone_fraction is None else f"{row.clone_fraction:.0%}",
+        "" if row.graph_ms is None else f"{row.graph_ms:.4g}",
+        _number(row.launches),
+        _number(row.host_us),
+        "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.1f}",
+        *errors,
+        str(row.rounds),
+        row.note,
+    )
 
 
 def _results(rows: Sequence[Row]) -> str:
@@ -114,16 +176,45 @@ def _behind(rows: Sequence[Row]) -> str:
     losses = compare.behind(rows)
     if not losses:
         return "<p>reft_kernels is slower than another provider in no case measured here.</p>"
-    head = ("question", "mode", "shape", "dtype", "allocator", "reft_kernels", "ms", "faster provider", "ms", "times faster")
+    head = (
+        "suite",
+        "mode",
+        "shape",
+        "dtype",
+        "allocator",
+        "reft_kernels",
+        "ms",
+        "faster provider",
+        "ms",
+        "times faster",
+    )
     lines = []
     for loss in losses:
         own = loss.own
         for k, other in enumerate(loss.others):
-            case = (own.question, own.mode, own.shape, own.dtype, own.allocator, own.provider) if k == 0 else ("",) * 6
-            time = ("" if k else own.note or "no time") if own.median_ms is None else "" if k else f"{own.median_ms:.4g}"
+            case = (
+                (own.suite, own.mode, own.shape, own.dtype, own.allocator, own.provider)
+                if k == 0
+                else ("",) * 6
+            )
+            time = (
+                ("" if k else own.note or "no time")
+                if own.median_ms is None
+                else ""
+                if k
+                else f"{own.median_ms:.4g}"
+            )
             factor = "" if own.median_ms is None else _number(own.median_ms / other.median_ms)
-            lines.append(("first" * (k == 0), (*case, time, other.provider, f"{other.median_ms:.4g}", factor)))
-    told = f"Where reft_kernels is slower than another provider by more than noise: {len(losses)} of {_count(rows)} cases"
+            lines.append(
+                (
+                    "first" * (k == 0),
+                    (*case, time, other.provider, f"{other.median_ms:.4g}", factor),
+                )
+            )
+    told = (
+        f"Where reft_kernels is slower than another provider by more than noise: {len(losses)} of "
+        f"{_count(rows)} cases"
+    )
     return f"<h3>{told}</h3>{_table(head, lines, 6)}"
 
 
@@ -132,41 +223,51 @@ def _count(rows: Sequence[Row]) -> int:
 
 
 def _question(name: str, rows: Sequence[Row], drawn: Sequence[plots.Plot]) -> str:
-    module = questions.load(name)
+    module = suites.load(name)
     head = f"<h3>{_text(module.TITLE)}</h3><p>{_text(module.ABOUT)}</p>"
     if not rows:
         return f'{head}<p class="missing">not measured on this device</p>'
     figures = "\n".join(_figure(plot) for plot in drawn)
-    return f"{head}\n{figures}\n<details open><summary>all rows ({len(rows)})</summary>{_results(rows)}</details>"
+    return (
+        f"{head}\n{figures}\n<details open><summary>all rows "
+        f"({len(rows)})</summary>{_results(rows)}</details>"
+    )
 
 
 def _device(device: str, rows: Sequence[Row], figures: Path) -> str:
     parts = [f'<h2 id="{_text(device)}">{_text(device)}</h2>', _environment(rows), _behind(rows)]
-    for name in questions.NAMES:
-        own = [row for row in rows if row.question == name]
+    for name in suites.NAMES:
+        own = [row for row in rows if row.suite == name]
         parts.append(_question(name, own, plots.draw(own, figures, [name]) if own else []))
     return "\n".join(parts)
 
 
 def without_gpu(devices: dict[str, list[Row]]) -> list[str]:
-    """The questions that no GPU has answered."""
-    answered = {row.question for rows in devices.values() if compare.on_gpu(rows) for row in rows}
-    return [name for name in questions.NAMES if name not in answered]
+    """The suites that no GPU has answered."""
+    answered = {row.suite for rows in devices.values() if compare.on_gpu(rows) for row in rows}
+    return [name for name in suites.NAMES if name not in answered]
 
 
 def render(devices: dict[str, list[Row]], results: Path) -> str:
-    """The page for the newest rows of each device; its figures are kept in ``results/<device>/figures``.
+    """The page for the newest rows of each device; its figures are kept in
+    ``results/<device>/figures``.
 
     Raises:
-        ValueError: rows of a question that does not exist.
+        ValueError: rows of a suite that does not exist.
     """
-    unknown = {row.question for rows in devices.values() for row in rows} - set(questions.NAMES)
+    unknown = {row.suite for rows in devices.values() for row in rows} - set(suites.NAMES)
     if unknown:
-        raise ValueError(f"question: got {', '.join(sorted(unknown))}, expected one of {', '.join(questions.NAMES)}")
-    missing = "".join(f'<li>{_text(questions.load(name).TITLE)}: <span class="missing">{NO_GPU}</span></li>'
-                      for name in without_gpu(devices))  # fmt: skip
+        raise ValueError(
+            f"suite: got {', '.join(sorted(unknown))}, expected one of {', '.join(suites.NAMES)}"
+        )
+    missing = "".join(
+        f'<li>{_text(suites.load(name).TITLE)}: <span class="missing">{NO_GPU}</span></li>'
+        for name in without_gpu(devices)
+    )
     links = " ".join(f'<a href="#{_text(device)}">{_text(device)}</a>' for device in devices)
-    body = "\n".join(_device(device, rows, results / device / "figures") for device, rows in devices.items())
+    body = "\n".join(
+        _device(device, rows, results / device / "figures") for device, rows in devices.items()
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>reft_kernels: benchmarks</title><style>{_CSS}</style></head><body>
@@ -181,7 +282,9 @@ same rounds: below 1 is faster. A provider that is wrong, absent or out of memor
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description="Write one HTML page of all raw rows.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.page", description="Write one HTML page of all raw rows."
+    )
     parser.add_argument("results", type=Path, nargs="?", default=RESULTS, metavar="RESULTS_DIR")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FILE.html")
     args = parser.parse_args(argv)

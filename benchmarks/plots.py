@@ -31,21 +31,49 @@ COLOURS = {
 }
 FLOORS = dict.fromkeys(compare.FLOORS, "#555555") | {"frozen model": "#9a9a9a"}
 LISTED = {
-    "reft_kernels": 0, "reft_kernels householder": 0, "reft_kernels cayley": 1, "reft_kernels, torch backend": 1,
-    "reft_kernels, triton backend": 2, "reft_kernels, cuda backend": 3, "eager, unfolded": 0, "eager, folded": 1,
-    "eager, clone and scatter": 0, "eager, in place": 1, "eager hooks": 0, "eager hooks, cached R": 1,
-    "reft_kernels, in adapters": 1, "reft_kernels, in pyreft": 3,
-    "torch.compile, folded": 0, "torch.compile, in place": 0,
-}  # fmt: skip
+    "reft_kernels": 0,
+    "reft_kernels householder": 0,
+    "reft_kernels cayley": 1,
+    "reft_kernels, torch backend": 1,
+    "reft_kernels, triton backend": 2,
+    "reft_kernels, cuda backend": 3,
+    "eager, unfolded": 0,
+    "eager, folded": 1,
+    "eager, clone and scatter": 0,
+    "eager, in place": 1,
+    "eager hooks": 0,
+    "eager hooks, cached R": 1,
+    "reft_kernels, in adapters": 1,
+    "reft_kernels, in pyreft": 3,
+    "torch.compile, folded": 0,
+    "torch.compile, in place": 0,
+}
 OTHERS = ("#c2358f", "#8c6d31", "#5b5bd6", "#6b8e23")
-MARKERS = {"reft_kernels": "o", "eager": "s", "torch.compile": "^", "pyreft": "D", "adapters": "P", "householder_product": "X"}
+MARKERS = {
+    "reft_kernels": "o",
+    "eager": "s",
+    "torch.compile": "^",
+    "pyreft": "D",
+    "adapters": "P",
+    "householder_product": "X",
+}
 MOST_GROUPS = 5  # of bars side by side
 LOG_FROM = 30  # largest over smallest value from which an axis is logarithmic
 STYLE = {
-    "font.size": 10, "axes.titlesize": 10.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.alpha": 0.25, "grid.linewidth": 0.6, "lines.linewidth": 1.6, "lines.markersize": 5, "legend.frameon": False,
-    "svg.hashsalt": "reft_kernels", "figure.facecolor": "white", "savefig.dpi": 110,
-}  # fmt: skip
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "svg.hashsalt": "reft_kernels",
+    "figure.facecolor": "white",
+    "savefig.dpi": 110,
+}
 
 
 @dataclass(frozen=True)
@@ -62,7 +90,9 @@ Lines = dict[str, list[Point]]
 
 
 def family(provider: str) -> str:
-    """The part of a provider's name that its colours go by; the whole name when it is of no family."""
+    """The part of a provider's name that its colours go by; the whole name when it is of no
+    family.
+    """
     return next((name for name in COLOURS if provider.startswith(name)), provider)
 
 
@@ -81,13 +111,20 @@ def order(providers: Iterable[str]) -> list[str]:
 
     def place(name: str) -> tuple[bool, int, int, str]:
         own = family(name)
-        return name not in FLOORS, families.index(own) if own in families else len(families), LISTED.get(name, 99), name
+        return (
+            name not in FLOORS,
+            families.index(own) if own in families else len(families),
+            LISTED.get(name, 99),
+            name,
+        )
 
     return sorted(set(providers), key=place)
 
 
 def base(rows: Iterable[Row]) -> dict[str, str]:
-    """For each name in the shapes its most frequent value, which is the centre when one is varied at a time."""
+    """For each name in the shapes its most frequent value, which is the centre when one is
+    varied at a time.
+    """
     counts: dict[str, Counter[str]] = {}
     for shape in {row.shape: row.dimensions for row in rows}.values():
         for name, value in shape.items():
@@ -96,7 +133,9 @@ def base(rows: Iterable[Row]) -> dict[str, str]:
 
 
 def along(rows: Sequence[Row], name: str, y: Callable[[Row, float], float | None]) -> Lines:
-    """A line for each provider: ``y(row, milliseconds)`` of median, p20 and p80 against ``name``, the rest at its base."""
+    """A line for each provider: ``y(row, milliseconds)`` of median, p20 and p80 against
+    ``name``, the rest at its base.
+    """
     centre = base(rows)
     centre.pop(name, None)
     found: Lines = {}
@@ -104,7 +143,10 @@ def along(rows: Sequence[Row], name: str, y: Callable[[Row, float], float | None
         shape = row.dimensions
         if not row.median_ms or name not in shape or {**shape, **centre} != shape:
             continue
-        values = [y(row, row.median_ms if t is None else t) for t in (row.median_ms, row.p20_ms, row.p80_ms)]
+        values = [
+            y(row, row.median_ms if t is None else t)
+            for t in (row.median_ms, row.p20_ms, row.p80_ms)
+        ]
         if None not in values:
             found.setdefault(row.provider, []).append((float(shape[name]), *values))
     return {name: sorted(found[name]) for name in order(found)}
@@ -123,7 +165,10 @@ def _draw_lines(axes: Axes, lines: Lines) -> None:
     for provider, points in lines.items():
         x, y, low, high = zip(*points, strict=True)
         floor = provider in FLOORS
-        look = {"marker": MARKERS.get(family(provider), "v"), "zorder": 3 if family(provider) == "reft_kernels" else 2}
+        look = {
+            "marker": MARKERS.get(family(provider), "v"),
+            "zorder": 3 if family(provider) == "reft_kernels" else 2,
+        }
         if floor:
             look = {"marker": "." if len(x) == 1 else "", "zorder": 4, "linestyle": "--"}
         axes.plot(x, y, color=colour(provider), label=provider, **look)
@@ -143,20 +188,41 @@ def _scale(axes: Axes, values: Sequence[float], log: bool) -> None:
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-    axes.yaxis.set_minor_formatter(NullFormatter() if max(values) > 10 * min(values) else FuncFormatter(_plain))
+    axes.yaxis.set_minor_formatter(
+        NullFormatter() if max(values) > 10 * min(values) else FuncFormatter(_plain)
+    )
 
 
 def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
-    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    handles = {
+        label: handle
+        for axes in panels
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     names = order(handles)
     lines = -(-len(names) // min(4, int(figure.get_figwidth() // 2.3)))
     columns = -(-len(names) // lines)
-    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=columns)
+    figure.legend(
+        [handles[name] for name in names], names, loc="outside lower center", ncols=columns
+    )
 
 
-def _grid(title: str, panels: list[list[tuple[str, str, str, Lines]]], log: bool = False, one: bool = False) -> Figure | None:
-    """Panels (title, x label, y label, lines) on one y axis, by row and column; ``one`` marks 1. None when all are empty."""
-    every = [point for line in panels for *_, lines in line for points in lines.values() for point in points]
+def _grid(
+    title: str,
+    panels: list[list[tuple[str, str, str, Lines]]],
+    log: bool = False,
+    one: bool = False,
+) -> Figure | None:
+    """Panels (title, x label, y label, lines) on one y axis, by row and column; ``one`` marks 1.
+    None when all are empty.
+    """
+    every = [
+        point
+        for line in panels
+        for *_, lines in line
+        for points in lines.values()
+        for point in points
+    ]
     if not every:
         return None
     figure = Figure(figsize=(4.6 * len(panels[0]), 3.1 * len(panels) + 1), layout="constrained")
@@ -169,7 +235,15 @@ def _grid(title: str, panels: list[list[tuple[str, str, str, Lines]]], log: bool
             if lines:
                 _draw_lines(axes, lines)
             else:
-                axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="#777777")
+                axes.text(
+                    0.5,
+                    0.5,
+                    "not measured",
+                    ha="center",
+                    va="center",
+                    transform=axes.transAxes,
+                    color="#777777",
+                )
                 axes.set(xticks=[])
             if one:
                 axes.axhline(1, color="#555555", linewidth=0.8, linestyle=":", zorder=1)
@@ -178,8 +252,8 @@ def _grid(title: str, panels: list[list[tuple[str, str, str, Lines]]], log: bool
     return figure
 
 
-def _of(rows: Iterable[Row], question: str, *modes: str) -> list[Row]:
-    return [row for row in rows if row.question == question and row.mode in modes]
+def _of(rows: Iterable[Row], suite: str, *modes: str) -> list[Row]:
+    return [row for row in rows if row.suite == suite and row.mode in modes]
 
 
 def _dtypes(rows: Iterable[Row]) -> list[str]:
@@ -194,12 +268,18 @@ def _bandwidth(rows: Sequence[Row], suffix: str) -> Drawn:
     for dtype in _dtypes(rows) or [""]:
         own = [row for row in rows if row.dtype == dtype]
         panels = [
-            (mode, "rows", "bandwidth (GB/s)", along([r for r in own if r.mode == mode], "rows", _gigabytes))
+            (
+                mode,
+                "rows",
+                "bandwidth (GB/s)",
+                along([r for r in own if r.mode == mode], "rows", _gigabytes),
+            )
             for mode in ("forward", "backward")
         ]
         title = f"Bandwidth against rows{dtype and f', {dtype}'}{suffix}"
         caption = (
-            f"Least traffic over the median time; bands p20 to p80; {_fixed(own, 'rows')}. torch.clone copies the hidden state."
+            f"Least traffic over the median time; bands p20 to p80; {_fixed(own, 'rows')}. "
+            "torch.clone copies the hidden state."
         )
         yield title, caption, _grid(title, [panels])
 
@@ -209,8 +289,12 @@ def _gigabytes(row: Row, milliseconds: float) -> float | None:
 
 
 def _over(rows: Sequence[Row], baseline: str) -> Callable[[Row, float], float | None]:
-    """How many times faster than the baseline in the same case; from the paired ratio where the row has that baseline."""
-    times = {row.key[:-1]: row.median_ms for row in rows if row.provider == baseline and row.median_ms}
+    """How many times faster than the baseline in the same case; from the paired ratio where the
+    row has that baseline.
+    """
+    times = {
+        row.key[:-1]: row.median_ms for row in rows if row.provider == baseline and row.median_ms
+    }
 
     def faster(row: Row, milliseconds: float) -> float | None:
         if row.baseline == baseline and row.ratio:
@@ -232,22 +316,40 @@ def _speed_up(rows: Sequence[Row], suffix: str) -> Drawn:
         own = [row for row in rows if row.dtype == dtype and row.provider not in FLOORS]
         faster = _over(own, UNFOLDED)
         panels = [
-            [(mode, name, "times faster", along([r for r in own if r.mode == mode], name, faster)) for name in ("d", "r")]
+            [
+                (
+                    mode,
+                    name,
+                    "times faster",
+                    along([r for r in own if r.mode == mode], name, faster),
+                )
+                for name in ("d", "r")
+            ]
             for mode in ("forward", "backward")
         ]
         title = f"Speed-up over {UNFOLDED}, against d and r{dtype and f', {dtype}'}{suffix}"
-        caption = f"Above 1 is faster; bands: p20 to p80 of the provider's own time; otherwise {_fixed(own)}."
+        caption = (
+            "Above 1 is faster; bands: p20 to p80 of the provider's own time; otherwise "
+            f"{_fixed(own)}."
+        )
         yield title, caption, _grid(title, panels, one=True)
 
 
 def _selected(rows: Sequence[Row], suffix: str) -> Drawn:
     rows = _of(rows, "edit_selected_rows", "forward")
     panels = [
-        (dtype, "sequence length T", "time (ms)", along([r for r in rows if r.dtype == dtype], "T", lambda _, time: time))
+        (
+            dtype,
+            "sequence length T",
+            "time (ms)",
+            along([r for r in rows if r.dtype == dtype], "T", lambda _, time: time),
+        )
         for dtype in _dtypes(rows)
     ]
     title = f"Selected rows: time against sequence length{suffix}"
-    caption = f"Flat is good: only the selected rows are read. Bands p20 to p80; {_fixed(rows, 'T')}."
+    caption = (
+        f"Flat is good: only the selected rows are read. Bands p20 to p80; {_fixed(rows, 'T')}."
+    )
     yield title, caption, _grid(title, [panels], log=True)
 
 
@@ -262,7 +364,9 @@ def _size(row: Row) -> tuple[float, ...]:
 def _labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
     """By shape and dtype: the model, and what is not the same in all cases."""
     shapes = [row.dimensions for row in rows]
-    varied = {name for shape in shapes for name in shape if len({other.get(name) for other in shapes}) > 1}
+    varied = {
+        name for shape in shapes for name in shape if len({other.get(name) for other in shapes}) > 1
+    }
     dtypes = len(_dtypes(rows)) > 1
     labels = {}
     for row in sorted(rows, key=_size):
@@ -270,14 +374,22 @@ def _labels(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
         parts = [shape.get("model", "")]
         if varied & {"batch", "T"}:
             parts.append(f"{shape.get('batch')} x {shape.get('T')}")
-        parts += [f"{k} = {v}" for k, v in shape.items() if k in varied and k in ("positions", "r", "layers", "d", "lengths")]
+        parts += [
+            f"{k} = {v}"
+            for k, v in shape.items()
+            if k in varied and k in ("positions", "r", "layers", "d", "lengths")
+        ]
         parts += [name for name in SWITCHES if shape.get(name) not in (None, "0")]
         labels[row.shape, row.dtype] = "\n".join(parts + [row.dtype] * dtypes)
     return labels
 
 
-def _bars(title: str, y_label: str, rows: Sequence[Row], value: Callable[[Row], Point | None], one: bool) -> Figure | None:
-    """A group of bars for each shape, a bar for each provider; what could not be measured is said in its place."""
+def _bars(
+    title: str, y_label: str, rows: Sequence[Row], value: Callable[[Row], Point | None], one: bool
+) -> Figure | None:
+    """A group of bars for each shape, a bar for each provider; what could not be measured is
+    said in its place.
+    """
     providers, labels = order(row.provider for row in rows), _labels(rows)
     drawn = {(row.shape, row.dtype, row.provider): value(row) for row in rows}
     if not any(drawn.values()):
@@ -286,7 +398,10 @@ def _bars(title: str, y_label: str, rows: Sequence[Row], value: Callable[[Row], 
     places = list(labels)
     lines = [places[k : k + MOST_GROUPS] for k in range(0, len(places), MOST_GROUPS)]
     groups = len(lines[0])
-    figure = Figure(figsize=(max(6.5, 1.6 + 0.36 * groups * (len(providers) + 1)), 3.6 * len(lines) + 1), layout="constrained")
+    figure = Figure(
+        figsize=(max(6.5, 1.6 + 0.36 * groups * (len(providers) + 1)), 3.6 * len(lines) + 1),
+        layout="constrained",
+    )
     figure.suptitle(title, fontsize=12)
     panels = figure.subplots(len(lines), 1, squeeze=False, sharey=True)[:, 0]
     notes = {(row.shape, row.dtype, row.provider): row.note.split(":")[0] for row in rows}
@@ -309,31 +424,65 @@ Place = tuple[str, str]  # shape and dtype
 
 
 def _draw_bars(
-    axes: Axes, places: Sequence[Place], providers: Sequence[str], drawn: dict[tuple[str, str, str], Point | None],
+    axes: Axes,
+    places: Sequence[Place],
+    providers: Sequence[str],
+    drawn: dict[tuple[str, str, str], Point | None],
     notes: dict[tuple[str, str, str], str],
-) -> None:  # fmt: skip
+) -> None:
     width = 0.84 / len(providers)
     for k, provider in enumerate(providers):
         for n, place in enumerate(places):
             x, point = n - 0.42 + (k + 0.5) * width, drawn.get((*place, provider))
             if point is None:
-                said = notes.get((*place, provider), "").replace("absent", "")  # a package that is elsewhere: the table says so
-                axes.text(x, 0.015, said, rotation=90, ha="center", va="bottom", fontsize=8, color=colour(provider),
-                          transform=axes.get_xaxis_transform())  # fmt: skip
+                said = notes.get((*place, provider), "").replace(
+                    "absent", ""
+                )  # a package that is elsewhere: the table says so
+                axes.text(
+                    x,
+                    0.015,
+                    said,
+                    rotation=90,
+                    ha="center",
+                    va="bottom",
+                    fontsize=8,
+                    color=colour(provider),
+                    transform=axes.get_xaxis_transform(),
+                )
                 continue
             _, y, low, high = point
             errors = [[max(y - low, 0)], [max(high - y, 0)]] if high > low else None
-            axes.bar(x, y, 0.92 * width, color=colour(provider), label=provider, yerr=errors, ecolor="#333333")
-            axes.annotate(_plain(y), (x, max(y, high)), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+            axes.bar(
+                x,
+                y,
+                0.92 * width,
+                color=colour(provider),
+                label=provider,
+                yerr=errors,
+                ecolor="#333333",
+            )
+            axes.annotate(
+                _plain(y),
+                (x, max(y, high)),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+            )
 
 
-def _over_baseline(title: str, caption: str, y_label: str, rows: Sequence[Row], question: str) -> Drawn:
-    rows = _of(rows, question, "step")
+def _over_baseline(
+    title: str, caption: str, y_label: str, rows: Sequence[Row], suite: str
+) -> Drawn:
+    rows = _of(rows, suite, "step")
 
     def value(row: Row) -> Point | None:
         if not row.median_ms or not row.ratio or row.provider == row.baseline:
             return None
-        low, high = ((row.median_ms if t is None else t) / row.median_ms * row.ratio for t in (row.p20_ms, row.p80_ms))
+        low, high = (
+            (row.median_ms if t is None else t) / row.median_ms * row.ratio
+            for t in (row.p20_ms, row.p80_ms)
+        )
         return 0, row.ratio, low, high
 
     caption += "; lower is better; bars at p20 and p80 of the step's own time."
@@ -341,18 +490,31 @@ def _over_baseline(title: str, caption: str, y_label: str, rows: Sequence[Row], 
 
 
 def _steps(rows: Sequence[Row], suffix: str) -> Drawn:
-    title, caption = "Training step over the frozen model", "Step time over the frozen model's forward and backward"
-    yield from _over_baseline(title + suffix, caption, "times the frozen model's step", rows, "training_step")
+    title, caption = (
+        "Training step over the frozen model",
+        "Step time over the frozen model's forward and backward",
+    )
+    yield from _over_baseline(
+        title + suffix, caption, "times the frozen model's step", rows, "training_step"
+    )
 
 
 def _program(rows: Sequence[Row], suffix: str) -> Drawn:
     title = "Step of the training program over the frozen model"
-    caption = "Step time, all that the Trainer does included, over the frozen model's forward and backward"
-    yield from _over_baseline(title + suffix, caption, "times the frozen model's step", rows, "trainer_step")
+    caption = (
+        "Step time, all that the Trainer does included, over the frozen model's forward and "
+        "backward"
+    )
+    yield from _over_baseline(
+        title + suffix, caption, "times the frozen model's step", rows, "trainer_step"
+    )
 
 
 def _packing(rows: Sequence[Row], suffix: str) -> Drawn:
-    title, caption = "Packed batches over padded ones", "Time of a step on as many examples, over the randomly padded batch's"
+    title, caption = (
+        "Packed batches over padded ones",
+        "Time of a step on as many examples, over the randomly padded batch's",
+    )
     yield from _over_baseline(title + suffix, caption, "times the padded step", rows, "packing")
 
 
@@ -364,24 +526,38 @@ def _memory(rows: Sequence[Row], suffix: str) -> Drawn:
         return (0, mebibytes, mebibytes, mebibytes) if mebibytes else None
 
     title = f"Peak memory of a training step{suffix}"
-    caption = "Most memory allocated above what stood before the step, weights and optimizer state left out; lower is better."
-    yield title, caption, _bars(title, "peak memory (MiB)", rows, value, one=False) if rows else None
+    caption = (
+        "Most memory allocated above what stood before the step, weights and optimizer state left "
+        "out; lower is better."
+    )
+    yield (
+        title,
+        caption,
+        _bars(title, "peak memory (MiB)", rows, value, one=False) if rows else None,
+    )
 
 
 def _memory_of_layers(rows: Sequence[Row], suffix: str) -> Drawn:
-    """Of models whose names differ in their last number alone, such as llama-512x4 and llama-512x16, those with most sizes."""
+    """Of models whose names differ in their last number alone, such as llama-512x4 and
+    llama-512x16, those with most sizes.
+    """
     found: dict[str, dict[str, dict[float, float]]] = {}
     for row in _of(rows, "training_step", "step"):
         same, layers = re.fullmatch(r"(.*?)(\d*)", row.dimensions.get("model", "")).groups()
         if row.peak_bytes and layers and not row.dimensions.keys() & set(SWITCHES):
             key = row.shape.replace(row.dimensions["model"], same)
-            found.setdefault(key, {}).setdefault(row.provider, {})[float(layers)] = row.peak_bytes / 2**20
+            found.setdefault(key, {}).setdefault(row.provider, {})[float(layers)] = (
+                row.peak_bytes / 2**20
+            )
     sizes = {key: len(set().union(*providers.values())) for key, providers in found.items()}
     widest = max(sizes, key=sizes.get, default="")
     lines = {}
     if sizes.get(widest, 0) > 1:
         providers = found[widest]
-        lines = {name: [(x, y, y, y) for x, y in sorted(providers[name].items())] for name in order(providers)}
+        lines = {
+            name: [(x, y, y, y) for x, y in sorted(providers[name].items())]
+            for name in order(providers)
+        }
     title = f"Peak memory against layers{suffix}"
     yield (
         title,
@@ -395,37 +571,57 @@ def _r_build(rows: Sequence[Row], suffix: str) -> Drawn:
     faster, names = _over(rows, ORTHOGONAL), {"forward": "forward", "both": "forward + backward"}
     panels = [
         [
-            (said, name, "times faster", along([r for r in rows if r.mode == mode and r.provider != ORTHOGONAL], name, faster))
+            (
+                said,
+                name,
+                "times faster",
+                along(
+                    [r for r in rows if r.mode == mode and r.provider != ORTHOGONAL], name, faster
+                ),
+            )
             for name in ("layers", "d", "r")
         ]
         for mode, said in names.items()
     ]
     title = f"Build of R: speed-up over {ORTHOGONAL}{suffix}"
-    caption = f"Above 1 is faster; several layers cost {ORTHOGONAL} one layer's time as often; otherwise {_fixed(rows)}."
+    caption = (
+        f"Above 1 is faster; several layers cost {ORTHOGONAL} one layer's time as often; "
+        f"otherwise {_fixed(rows)}."
+    )
     yield title, caption, _grid(title, panels, log=True, one=True)
 
 
 DRAWERS = {
-    "edit_all_rows": (_bandwidth, _speed_up), "edit_selected_rows": (_selected,), "r_build": (_r_build,),
-    "training_step": (_steps, _memory, _memory_of_layers), "trainer_step": (_program,), "packing": (_packing,),
-}  # fmt: skip
+    "edit_all_rows": (_bandwidth, _speed_up),
+    "edit_selected_rows": (_selected,),
+    "r_build": (_r_build,),
+    "training_step": (_steps, _memory, _memory_of_layers),
+    "trainer_step": (_program,),
+    "packing": (_packing,),
+}
 
 
-def draw(rows: Sequence[Row], folder: Path, questions: Iterable[str] = tuple(DRAWERS), kind: str = "svg") -> list[Plot]:
-    """Draw the figures of one device's newest rows into ``folder``; a figure without rows is returned without a path.
+def draw(
+    rows: Sequence[Row], folder: Path, suites: Iterable[str] = tuple(DRAWERS), kind: str = "svg"
+) -> list[Plot]:
+    """Draw the figures of one device's newest rows into ``folder``; a figure without rows is
+    returned without a path.
 
-    Where memory was had in several ways, each has its own figures, since their times do not compare.
+    Where memory was had in several ways, each has its own figures, since their times do not
+    compare.
     """
     folder.mkdir(parents=True, exist_ok=True)
     plots: list[Plot] = []
     with rc_context(STYLE):
-        for question in questions:
-            own = [row for row in rows if row.question == question]
+        for suite in suites:
+            own = [row for row in rows if row.suite == suite]
             allocators = sorted({row.allocator for row in own}) or [""]
-            for drawer in DRAWERS.get(question, ()):
+            for drawer in DRAWERS.get(suite, ()):
                 for allocator in allocators:
                     suffix = f", {allocator}" if len(allocators) > 1 else ""
-                    for title, caption, figure in drawer([row for row in own if row.allocator == allocator], suffix):
+                    for title, caption, figure in drawer(
+                        [row for row in own if row.allocator == allocator], suffix
+                    ):
                         plots.append(Plot(_saved(figure, folder, title, kind), title, caption))
     return plots
 

@@ -44,7 +44,9 @@ def main() -> int:
         print("benchmarks.profiled: needs a GPU", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    evict = torch.empty(4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda")
+    evict = torch.empty(
+        4 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.uint8, device="cuda"
+    )
     for name, call in _calls("cuda").items():
         call.once()
         prepared = call.before()

@@ -2,10 +2,11 @@
 
     python -m benchmarks.readme [--check]
 
-What stands between the markers ``<!-- figures -->`` and ``<!-- /figures -->`` is replaced. ``--check`` writes nothing and tells
-by its exit status whether the page is up to date: 0 yes, 1 no. 2: no markers, or rows that cannot be read.
+What stands between the markers ``<!-- figures -->`` and ``<!-- /figures -->`` is replaced.
+``--check`` writes nothing and tells by its exit status whether the page is up to date: 0 yes, 1 no.
+2: no markers, or rows that cannot be read.
 
-A question is shown by few cases, chosen by their shape alone: :data:`PICKED` says which.
+A suite is shown by few cases, chosen by their shape alone: :data:`PICKED` says which.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from reft_train.files import write_text
 
-from benchmarks import compare, plots, questions
+from benchmarks import compare, plots, suites
 from benchmarks.compare import Behind
 from benchmarks.page import NO_GPU, without_gpu
 from benchmarks.rows import RESULTS, Row
@@ -39,7 +40,9 @@ def _number(row: Row, name: str) -> int:
     return int(row.dimensions.get(name, 1))
 
 
-def _largest(cases: Sequence[Case], same: Callable[[Row], object], size: Callable[[Row], int]) -> list[Case]:
+def _largest(
+    cases: Sequence[Case], same: Callable[[Row], object], size: Callable[[Row], int]
+) -> list[Case]:
     """Of the cases that agree in ``same`` those of the largest ``size``."""
     largest: dict[object, int] = {}
     for case in cases:
@@ -49,10 +52,21 @@ def _largest(cases: Sequence[Case], same: Callable[[Row], object], size: Callabl
 
 
 def _edits(cases: Sequence[Case]) -> list[Case]:
-    """Forward, forward + backward, and both inside a graph, at d = 4096, r = 8 and 32, as many rows as the base shape has."""
+    """Forward, forward + backward, and both inside a graph, at d = 4096, r = 8 and 32, as many rows
+    as the base shape has.
+    """
     centre = plots.base([case[0] for case in cases])
-    at = [c for c in cases if c[0].dimensions.get("rows") == centre["rows"] and c[0].dimensions.get("d") == "4096"]
-    return [case for case in at if case[0].mode in ("forward", "both", "inside") and case[0].dimensions.get("r") in ("8", "32")]
+    at = [
+        c
+        for c in cases
+        if c[0].dimensions.get("rows") == centre["rows"] and c[0].dimensions.get("d") == "4096"
+    ]
+    return [
+        case
+        for case in at
+        if case[0].mode in ("forward", "both", "inside")
+        and case[0].dimensions.get("r") in ("8", "32")
+    ]
 
 
 def _selected(cases: Sequence[Case]) -> list[Case]:
@@ -69,27 +83,43 @@ def _builds(cases: Sequence[Case]) -> list[Case]:
     """Forward and gradient of one layer and of 32, d = 4096, r = 8."""
     at = [case for case in cases if case[0].mode == "both"]
     wanted = {"d": "4096", "r": "8"}
-    return [c for c in at if {**c[0].dimensions, **wanted} == c[0].dimensions and _number(c[0], "layers") in (1, 32)]
+    return [
+        c
+        for c in at
+        if {**c[0].dimensions, **wanted} == c[0].dimensions and _number(c[0], "layers") in (1, 32)
+    ]
 
 
 def _models(cases: Sequence[Case]) -> list[Case]:
     """Each model with the most tokens measured, without checkpointing or torch.compile."""
     at = [case for case in cases if not case[0].dimensions.keys() & set(plots.SWITCHES)]
-    return _largest(at, lambda row: (row.mode, row.dimensions.get("model"), row.dtype, row.allocator),
-                    lambda row: _number(row, "batch") * _number(row, "T"))  # fmt: skip
+    return _largest(
+        at,
+        lambda row: (row.mode, row.dimensions.get("model"), row.dtype, row.allocator),
+        lambda row: _number(row, "batch") * _number(row, "T"),
+    )
 
 
 PICKED: dict[str, Callable[[Sequence[Case]], list[Case]]] = {
-    "edit_all_rows": _edits, "edit_selected_rows": _selected, "r_build": _builds, "training_step": _models,
-    "generation": _models, "trainer_step": _models, "packing": list,
-}  # fmt: skip
+    "edit_all_rows": _edits,
+    "edit_selected_rows": _selected,
+    "r_build": _builds,
+    "training_step": _models,
+    "generation": _models,
+    "trainer_step": _models,
+    "packing": list,
+}
 
 
 def _times(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f}"
     # three digits that count, never in the notation with an exponent
-    return f"{value:.3g}" if value >= 1e-4 or value <= 0 else f"{value:.{2 - math.floor(math.log10(value))}f}"
+    return (
+        f"{value:.3g}"
+        if value >= 1e-4 or value <= 0
+        else f"{value:.{2 - math.floor(math.log10(value))}f}"
+    )
 
 
 def _time(row: Row) -> str:
@@ -102,15 +132,19 @@ def _time(row: Row) -> str:
 
 
 def _figure(row: Row) -> str:
-    """The ratio, with the share of torch.clone's bandwidth for reft_kernels; the time where it has none; or the note."""
+    """The ratio, with the share of torch.clone's bandwidth for reft_kernels; the time where it has
+    none; or the note.
+    """
     if row.median_ms is None or row.ratio is None:
         return _time(row)
-    clone = row.clone_fraction if compare.is_ours(row) and row.baseline not in compare.FLOORS else None
+    clone = (
+        row.clone_fraction if compare.is_ours(row) and row.baseline not in compare.FLOORS else None
+    )
     return _times(row.ratio) + (f" ({clone:.0%} of clone)" if clone is not None else "")
 
 
 def _title(row: Row) -> str:
-    return questions.load(row.question).TITLE + MODES.get(row.mode, f", {row.mode}")
+    return suites.load(row.suite).TITLE + MODES.get(row.mode, f", {row.mode}")
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -118,7 +152,9 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _table(group: Sequence[Case]) -> list[str]:
-    """A heading and a table for cases of one question, device, mode and baseline: a row for each case and dtype."""
+    """A heading and a table for cases of one suite, device, mode and baseline: a row for each case
+    and dtype.
+    """
     first = group[0][0]
     names = list(dict.fromkeys(row.provider for case in group for row in case))
     standing = {row.provider for case in group for row in compare.chosen(case)}
@@ -126,14 +162,20 @@ def _table(group: Sequence[Case]) -> list[str]:
     others = [
         name
         for name in names
-        if name not in standing and name != first.baseline and name != "torch.clone"
+        if name not in standing
+        and name != first.baseline
+        and name != "torch.clone"
         and not (compare.OURS in standing and name.startswith(compare.OURS))
-    ]  # fmt: skip
+    ]
     shown = [first.baseline, *(name for name in own if name != first.baseline), *others]
     lines = [
-        f"### {_title(first)}", "", f"Device {first.device}; time over that of: {first.baseline}.", "",
-        _row(["case", "dtype", *shown]), f"|{'---|' * (2 + len(shown))}",
-    ]  # fmt: skip
+        f"### {_title(first)}",
+        "",
+        f"Device {first.device}; time over that of: {first.baseline}.",
+        "",
+        _row(["case", "dtype", *shown]),
+        f"|{'---|' * (2 + len(shown))}",
+    ]
     for case in group:
         found = {row.provider: row for row in case}
         row = case[0]
@@ -145,16 +187,18 @@ def _table(group: Sequence[Case]) -> list[str]:
             elif name == first.baseline:
                 cells.append(_time(found[name]))
             else:
-                cells.append(f"**{_figure(found[name])}**" if name in standing else _figure(found[name]))
+                cells.append(
+                    f"**{_figure(found[name])}**" if name in standing else _figure(found[name])
+                )
         lines.append(_row(cells))
     return [*lines, ""]
 
 
 def _lines(devices: dict[str, list[Row]]) -> list[str]:
     lines = []
-    for question, pick in PICKED.items():
+    for suite, pick in PICKED.items():
         for found in devices.values():
-            own = list(compare.cases(row for row in found if row.question == question))
+            own = list(compare.cases(row for row in found if row.suite == suite))
             groups: dict[tuple[str, ...], list[Case]] = {}
             for case in pick(own) if own else []:
                 groups.setdefault((case[0].mode, case[0].baseline), []).append(case)
@@ -168,20 +212,30 @@ def _loss(loss: Behind) -> str:
     memory = f", {own.allocator}" if own.allocator not in ("cuda", "malloc") else ""
     case = f"{_title(own)}, {own.shape}, {own.dtype}, {own.device}{memory}"
     if own.median_ms is None:
-        return f"- {case}: {own.provider} has no time ({own.note}), {loss.others[0].provider} has one"
-    faster = "; ".join(f"{row.provider} {_times(own.median_ms / row.median_ms)} times faster" for row in loss.others)
+        return (
+            f"- {case}: {own.provider} has no time ({own.note}), {loss.others[0].provider} has one"
+        )
+    faster = "; ".join(
+        f"{row.provider} {_times(own.median_ms / row.median_ms)} times faster"
+        for row in loss.others
+    )
     said = "" if own.provider == compare.OURS else f" than {own.provider}"
     return f"- {case}: {faster}{said}"
 
 
 def _losses(devices: dict[str, list[Row]]) -> list[str]:
-    losses = sorted((loss for rows in devices.values() for loss in compare.behind(rows)), key=lambda loss: -loss.factor)
-    total = sum(len(compare.chosen(case)) for rows in devices.values() for case in compare.cases(rows))
+    losses = sorted(
+        (loss for rows in devices.values() for loss in compare.behind(rows)),
+        key=lambda loss: -loss.factor,
+    )
+    total = sum(
+        len(compare.chosen(case)) for rows in devices.values() for case in compare.cases(rows)
+    )
     if not losses:
         return [f"Where reft_kernels is slower than another provider: in none of {total} cases."]
     told = f"{len(losses)} of {total} cases"
     if len(losses) > MOST_LOSSES:
-        told += f", the {MOST_LOSSES} worst here, all on the page that `python -m benchmarks.page` writes"
+        told += f", the {MOST_LOSSES} worst here, all on the page of `python -m benchmarks.page`"
     return [
         f"Where reft_kernels is slower than another provider by more than noise ({told}):",
         "",
@@ -193,10 +247,10 @@ def figures(devices: dict[str, list[Row]]) -> str:
     """What belongs between the markers.
 
     Raises:
-        ValueError: rows of a question that does not exist.
+        ValueError: rows of a suite that does not exist.
     """
     text = [*_lines(devices), "### Where others are faster", "", *_losses(devices)]
-    missing = [f"- {questions.load(name).TITLE}: {NO_GPU}" for name in without_gpu(devices)]
+    missing = [f"- {suites.load(name).TITLE}: {NO_GPU}" for name in without_gpu(devices)]
     return "\n".join([*text, *(["", "### Not measured", ""] if missing else []), *missing])
 
 
@@ -215,9 +269,14 @@ def filled(page: str, content: str) -> str:
 
 def main(argv: list[str] | None = None, page: Path = PAGE, results: Path = RESULTS) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.readme", description="Write the tables of figures in docs/measured.md."
+        prog="python -m benchmarks.readme",
+        description="Write the tables of figures in docs/measured.md.",
     )
-    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 when the page is out of date")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="write nothing, exit with 1 when the page is out of date",
+    )
     args = parser.parse_args(argv)
     try:
         old = page.read_bytes().decode()
@@ -228,7 +287,10 @@ def main(argv: list[str] | None = None, page: Path = PAGE, results: Path = RESUL
         print(f"readme: {reason}", file=sys.stderr)
         return 2
     if args.check and new != old:
-        print(f"readme: {page.name} does not show the newest rows; run python -m benchmarks.readme", file=sys.stderr)
+        print(
+            f"readme: {page.name} does not show the newest rows; run python -m benchmarks.readme",
+            file=sys.stderr,
+        )
         return 1
     return 0
 

@@ -1,4 +1,6 @@
-"""The result of one measurement, and the files that keep them: raw CSVs, appended and never edited by hand."""
+"""The result of one measurement, and the files that keep them: raw CSVs, appended and never
+edited by hand.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,13 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Row:
-    """One provider's answer to one case of a question; an empty value means that it does not apply or could not be had.
+    """One provider's answer to one case of a suite; an empty value means that it does not apply or
+    could not be had.
 
     Attributes:
-        question: name of the question's file, e.g. ``edit_all_rows``.
-        provider: who did the work, e.g. ``reft_kernels``, ``eager, folded``, ``pyreft``.
-        mode: ``forward``, ``backward``, ``both``, ``step``, ``prefill``, ``decode``, ``call`` or ``start``.
+        suite: name of the suite's file, e.g. ``edit_all_rows``. provider: who did the work, e.g.
+        ``reft_kernels``, ``eager, folded``, ``pyreft``. mode: ``forward``, ``backward``, ``both``,
+        ``step``, ``prefill``, ``decode``, ``call`` or ``start``.
         shape: ``name=value`` pairs, separated by spaces.
         dtype: of the hidden state.
         device: name of the GPU or CPU, CPUs with their thread count.
@@ -29,18 +32,18 @@ class Row:
         rounds: samples behind the median.
         median_ms, p20_ms, p80_ms: one call, host included.
         baseline: the provider that ``ratio`` refers to.
-        ratio: median over the rounds of time over the baseline's time in the same round.
-        bytes: least traffic of one call: inputs read once, outputs written once.
-        clone_fraction: ``bytes / median`` over the same of ``torch.clone`` of the hidden state in the same rounds.
-        graph_ms: one call inside a CUDA graph, that is without the host.
-        launches: kernels on a GPU, operators that reach the CPU backend on a CPU, in one call.
-        host_us: microseconds until the call returns to Python, nothing waited for.
-        peak_bytes: the most memory allocated above what stood before the call.
-        error, allowed: largest error against fp64 and what the gate allows, both over the largest exact value.
+        ratio: median over the rounds of time over the baseline's time in the same round. bytes:
+        least traffic of one call: inputs read once, outputs written once. clone_fraction: ``bytes /
+        median`` over the same of ``torch.clone`` of the hidden state in the same rounds.
+        graph_ms: one call inside a CUDA graph, that is without the host. launches: kernels on a
+        GPU, operators that reach the CPU backend on a CPU, in one call. host_us: microseconds until
+        the call returns to Python, nothing waited for. peak_bytes: the most memory allocated above
+        what stood before the call. error, allowed: largest error against fp64 and what the gate
+        allows, both over the largest exact value.
         note: why there is no time.
     """
 
-    question: str
+    suite: str
     provider: str
     mode: str
     shape: str
@@ -78,7 +81,15 @@ class Row:
     @property
     def key(self) -> tuple[str, ...]:
         """What makes two rows answers to the same case by the same provider."""
-        return (self.question, self.device, self.allocator, self.dtype, self.shape, self.mode, self.provider)
+        return (
+            self.suite,
+            self.device,
+            self.allocator,
+            self.dtype,
+            self.shape,
+            self.mode,
+            self.provider,
+        )
 
 
 _NUMBERS = {"int": int, "float": float, "int | None": int, "float | None": float}
@@ -129,20 +140,26 @@ def read(path: Path) -> list[Row]:
 def _row(line: list[str], number: int, path: Path) -> Row:
     values: dict[str, object] = {}
     if len(line) != len(fields(Row)):
-        raise ValueError(f"{path}, line {number}: got {len(line)} values, expected {len(fields(Row))}")
+        raise ValueError(
+            f"{path}, line {number}: got {len(line)} values, expected {len(fields(Row))}"
+        )
     for field, text in zip(fields(Row), line, strict=True):
         kind = _NUMBERS.get(str(field.type))
         try:
             values[field.name] = text if kind is None else None if text == "" else kind(text)
         except ValueError:
-            raise ValueError(f"{path}, line {number}, {field.name}: got {text!r}, expected a number") from None
+            raise ValueError(
+                f"{path}, line {number}, {field.name}: got {text!r}, expected a number"
+            ) from None
     return Row(**values)
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that answer the same case by the same provider, the one of the newest run; order of first appearance.
+    """Of rows that answer the same case by the same provider, the one of the newest run; order of
+    first appearance.
 
-    A provider that is absent leaves what it was measured at: some packages live in environments of their own.
+    A provider that is absent leaves what it was measured at: some packages live in environments of
+    their own.
     """
 
     def rank(row: Row) -> tuple[bool, str]:

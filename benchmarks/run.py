@@ -1,9 +1,10 @@
-"""Run the questions, print each case as it is measured, and append the raw rows.
+"""Run the suites, print each case as it is measured, and append the raw rows.
 
-    python -m benchmarks.run [--list] [--only QUESTION ...] [--match WORD ...] [--quick] [--csv [FILE]] [--device cpu|cuda]
-        [--rounds N]
+    python -m benchmarks.run [--list] [--only SUITE ...] [--match WORD ...] [--quick] [--csv [FILE]]
+        [--device cpu|cuda] [--rounds N]
 
-With ``--csv`` rows go to ``benchmarks/results/<device>/<question>.csv``, or to the one file that is named.
+With ``--csv`` rows go to ``benchmarks/results/<device>/<suite>.csv``, or to the one file that is
+named.
 """
 
 from __future__ import annotations
@@ -15,19 +16,39 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, machine, questions, rows
+from benchmarks import harness, machine, rows, suites
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description="Measure reft_kernels beside its rivals.")
-    parser.add_argument("--list", action="store_true", help="name the questions and end")
-    parser.add_argument("--only", nargs="+", metavar="QUESTION", choices=questions.NAMES, default=list(questions.NAMES))
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds, to see that everything works")
-    parser.add_argument("--csv", nargs="?", type=Path, const=rows.RESULTS, help="append raw rows (to one FILE, if named)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description="Measure reft_kernels beside its rivals."
+    )
+    parser.add_argument("--list", action="store_true", help="name the suites and end")
+    parser.add_argument(
+        "--only", nargs="+", metavar="SUITE", choices=suites.NAMES, default=list(suites.NAMES)
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small shapes and few rounds, to see that everything works",
+    )
+    parser.add_argument(
+        "--csv",
+        nargs="?",
+        type=Path,
+        const=rows.RESULTS,
+        help="append raw rows (to one FILE, if named)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--rounds", type=int, help="samples of each provider")
     parser.add_argument(
-        "--match", nargs="+", default=[], metavar="WORD", help="only cases whose mode, shape, dtype have each word"
+        "--match",
+        nargs="+",
+        default=[],
+        metavar="WORD",
+        help="only cases whose mode, shape, dtype have each word",
     )
     return parser
 
@@ -36,9 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; 2 on bad input."""
     args = _parser().parse_args(argv)
     if args.list:
-        for number, name in enumerate(questions.NAMES, 1):
-            question = questions.load(name)
-            print(f"{number}. {name}: {question.TITLE}; {question.ABOUT}")
+        for number, name in enumerate(suites.NAMES, 1):
+            suite = suites.load(name)
+            print(f"{number}. {name}: {suite.TITLE}; {suite.ABOUT}")
         return 0
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device: got cuda, but PyTorch sees no GPU, expected cpu", file=sys.stderr)
@@ -49,8 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = harness.Settings(args.device, args.quick, args.rounds, tuple(args.match))
     started = time.perf_counter()
     for name in args.only:
-        print(f"== {questions.load(name).TITLE}", flush=True)
-        for found in questions.answers(name, settings):
+        print(f"== {suites.load(name).TITLE}", flush=True)
+        for found in suites.answers(name, settings):
             harness.show(found)
             sys.stdout.flush()
             if args.csv:
@@ -59,8 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _path(csv: Path, question: str, device: str) -> Path:
-    return rows.folder(machine.device_name(device)) / f"{question}.csv" if csv == rows.RESULTS else csv
+def _path(csv: Path, suite: str, device: str) -> Path:
+    return rows.folder(machine.device_name(device)) / f"{suite}.csv" if csv == rows.RESULTS else csv
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python csrc/build.py [--cuda] [--out FOLDER] [--sanitize address,undefined] [--isa avx2]
 
-``_native_cpu.so`` holds ``csrc/cpu`` once for each instruction set of the machine's architecture, ``_native_cuda.so`` holds
-``csrc/cuda`` for sm_80, sm_90 and sm_100. Neither contains Python: they are PyTorch operator libraries on its stable ABI
-(as of torch 2.11), so one build serves every Python and every later torch.
+``_native_cpu.so`` holds ``csrc/cpu`` once for each instruction set of the machine's architecture,
+``_native_cuda.so`` holds ``csrc/cuda`` for sm_80, sm_90 and sm_100. Neither contains Python: they
+are PyTorch operator libraries on its stable ABI (as of torch 2.11), so one build serves every
+Python and every later torch.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ SOURCES = Path(__file__).resolve().parent
 TARGET_TORCH = "0x020b000000000000"  # torch 2.11, the oldest supported
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
-# by platform.machine(): instruction set -> compiler flags; the portable one uses what every such processor has
+# by platform.machine(): instruction set -> compiler flags; the portable one uses what every such
+# processor has
 INSTRUCTION_SETS = {
     "x86_64": {
         "avx512bf16": "-mavx512bf16 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
@@ -33,7 +35,10 @@ INSTRUCTION_SETS = {
 }
 _WITHOUT = "or install without the native backend: REFT_KERNELS_BUILD_NATIVE=0"
 _WITHOUT_CUDA = "or install without the CUDA library: REFT_KERNELS_BUILD_CUDA=0"
-_CXX_FLAGS = "-std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra -Wno-psabi"
+_CXX_FLAGS = (
+    "-std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra "
+    "-Wno-psabi"
+)
 # gcc 12 warns about its own intrinsics' undefined registers
 _KERNEL_FLAGS = "-Wno-uninitialized -Wno-maybe-uninitialized"
 
@@ -49,7 +54,10 @@ def compiler() -> str:
         found = shutil.which(name.split()[0])
         if found:
             return name
-    raise BuildError(f"C++17 compiler: found none of {', '.join(names)}; install g++ or clang++ or set CXX, {_WITHOUT}")
+    raise BuildError(
+        f"C++17 compiler: found none of {', '.join(names)}; install g++ or clang++ or set CXX, "
+        f"{_WITHOUT}"
+    )
 
 
 def ninja() -> str:
@@ -65,26 +73,44 @@ def torch_folder() -> Path:
     """Where PyTorch's headers and libraries lie; PyTorch itself is not imported."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        raise BuildError(f"torch: not installed beside {sys.executable}; pip install 'torch>=2.11' first, {_WITHOUT}")
+        raise BuildError(
+            f"torch: not installed beside {sys.executable}; pip install 'torch>=2.11' first, "
+            f"{_WITHOUT}"
+        )
     folder = Path(next(iter(spec.submodule_search_locations)))
     if not (folder / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
-        raise BuildError(f"torch: {folder} has no headers of the stable ABI; torch >= 2.11 is expected, {_WITHOUT}")
+        raise BuildError(
+            f"torch: {folder} has no headers of the stable ABI; torch >= 2.11 is expected, "
+            f"{_WITHOUT}"
+        )
     return folder
 
 
 def nvcc() -> str | None:
     """nvcc of ``$CUDA_HOME``, on the PATH or in /usr/local/cuda; None when there is none."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [str(Path(home) / "bin" / "nvcc")] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    candidates = (
+        [str(Path(home) / "bin" / "nvcc")] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    )
     return next((found for found in map(shutil.which, candidates) if found), None)
 
 
 def _toolkit(nvcc: str) -> Path:
-    """The CUDA toolkit's folder, from nvcc's own account: the program on the PATH may be a wrapper somewhere else."""
-    plan = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull], capture_output=True, text=True)
-    top = next((line.split("TOP=", 1)[1] for line in plan.stderr.splitlines() if "TOP=" in line), None)
+    """The CUDA toolkit's folder, from nvcc's own account: the program on the PATH may be a
+    wrapper somewhere else.
+    """
+    plan = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull],
+        capture_output=True,
+        text=True,
+    )
+    top = next(
+        (line.split("TOP=", 1)[1] for line in plan.stderr.splitlines() if "TOP=" in line), None
+    )
     if top is None:
-        raise BuildError(f"nvcc: {nvcc} does not say where its toolkit is; set CUDA_HOME, {_WITHOUT_CUDA}")
+        raise BuildError(
+            f"nvcc: {nvcc} does not say where its toolkit is; set CUDA_HOME, {_WITHOUT_CUDA}"
+        )
     return Path(top).resolve()
 
 
@@ -94,7 +120,11 @@ def _escape(path: Path | str) -> str:
 
 def _cpu_rules(library: Path, objects: Path, sanitize: str | None, isa: str | None) -> list[str]:
     torch = torch_folder()
-    checked = f" -g -fno-omit-frame-pointer -fsanitize={sanitize} -fno-sanitize-recover=undefined" if sanitize else ""
+    checked = (
+        f" -g -fno-omit-frame-pointer -fsanitize={sanitize} -fno-sanitize-recover=undefined"
+        if sanitize
+        else ""
+    )
     # sanitizers multiply the time that -O3 takes
     flags = f"{_CXX_FLAGS} {'-O1' if sanitize else '-O3'}{checked} -I{_escape(SOURCES / 'cpu')}"
     lines = [
@@ -113,7 +143,12 @@ def _cpu_rules(library: Path, objects: Path, sanitize: str | None, isa: str | No
     def add(source: str, name: str, more: str) -> None:
         target = _escape(objects / f"{name}.o")
         built.append(target)
-        lines.extend([f"build {target}: compile {_escape(SOURCES / 'cpu' / source)}", f"  flags = {flags} {more}"])
+        lines.extend(
+            [
+                f"build {target}: compile {_escape(SOURCES / 'cpu' / source)}",
+                f"  flags = {flags} {more}",
+            ]
+        )
 
     sets = INSTRUCTION_SETS.get(platform.machine(), {"portable": ""})
     if isa is not None and isa not in sets:
@@ -123,7 +158,11 @@ def _cpu_rules(library: Path, objects: Path, sanitize: str | None, isa: str | No
         add("kernels.cpp", f"kernels_{name}", f"{_KERNEL_FLAGS} {sets[name]} -DREFT_ISA={name}")
     add("isa.cpp", "isa", " ".join(f"-DREFT_HAS_{name}" for name in kept))
     add("host_pool.cpp", "host_pool", "")
-    add("registration.cpp", "registration", f"-DTORCH_TARGET_VERSION={TARGET_TORCH} -isystem {_escape(torch / 'include')}")
+    add(
+        "registration.cpp",
+        "registration",
+        f"-DTORCH_TARGET_VERSION={TARGET_TORCH} -isystem {_escape(torch / 'include')}",
+    )
     lines += [
         f"build {_escape(library)}: link {' '.join(built)}",
         f"  flags ={checked}",
@@ -135,14 +174,20 @@ def _cpu_rules(library: Path, objects: Path, sanitize: str | None, isa: str | No
 def _build(library: Path, rules: list[str], objects: Path, without: str) -> Path:
     for folder in (library.parent, objects):
         folder.mkdir(parents=True, exist_ok=True)
-    (objects / "build.ninja").write_text("ninja_required_version = 1.5\n" + "\n".join(rules) + "\n", encoding="utf-8")
-    done = subprocess.run([ninja(), "-C", str(objects)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    (objects / "build.ninja").write_text(
+        "ninja_required_version = 1.5\n" + "\n".join(rules) + "\n", encoding="utf-8"
+    )
+    done = subprocess.run(
+        [ninja(), "-C", str(objects)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     if done.returncode:
         raise BuildError(f"the native build failed in {objects}; mend it, {without}\n{done.stdout}")
     return library
 
 
-def build_cpu(out: Path, objects: Path, sanitize: str | None = None, isa: str | None = None) -> Path:
+def build_cpu(
+    out: Path, objects: Path, sanitize: str | None = None, isa: str | None = None
+) -> Path:
     """Build ``_native_cpu.so`` into ``out``; object files go to ``objects``.
 
     Args:
@@ -158,7 +203,9 @@ def build_cpu(out: Path, objects: Path, sanitize: str | None = None, isa: str | 
 def _cuda_rules(library: Path, objects: Path) -> list[str]:
     found = nvcc()
     if found is None:
-        raise BuildError(f"nvcc: not found; install the CUDA toolkit or set CUDA_HOME, {_WITHOUT_CUDA}")
+        raise BuildError(
+            f"nvcc: not found; install the CUDA toolkit or set CUDA_HOME, {_WITHOUT_CUDA}"
+        )
     torch, home = torch_folder(), _toolkit(found)
     targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES)
     newest = CUDA_ARCHITECTURES[-1]  # its portable code is compiled by the driver of any later GPU
@@ -168,25 +215,32 @@ def _cuda_rules(library: Path, objects: Path) -> list[str]:
         f"nvcc = {_escape(found)}",
         f"cxx = {compiler()}",
         "rule kernels",
-        f"  command = $nvcc -MMD -MF $out.d -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden {targets} -c $in -o $out",
+        "  command = $nvcc -MMD -MF $out.d -std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden "
+        f"{targets} -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
         "rule registration",
-        f"  command = $cxx -MMD -MF $out.d -std=c++17 -O2 -fPIC -fvisibility=hidden -DTORCH_TARGET_VERSION={TARGET_TORCH} "
-        f"-isystem {_escape(torch / 'include')} -isystem {_escape(home / 'include')} -c $in -o $out",
+        "  command = $cxx -MMD -MF $out.d -std=c++17 -O2 -fPIC -fvisibility=hidden "
+        f"-DTORCH_TARGET_VERSION={TARGET_TORCH} "
+        f"-isystem {_escape(torch / 'include')} -isystem {_escape(home / 'include')} -c $in -o "
+        "$out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
         "rule link",
-        f"  command = $cxx -shared -o $out $in {_escape(static)} -L{_escape(torch / 'lib')} -Wl,--no-as-needed -ltorch_cpu "
+        f"  command = $cxx -shared -o $out $in {_escape(static)} -L{_escape(torch / 'lib')} "
+        "-Wl,--no-as-needed -ltorch_cpu "
         "-Wl,--as-needed -lpthread -ldl -lrt -Wl,--exclude-libs,ALL",
         "  description = link $out",
     ]
     built = []
     for source in sorted([*(SOURCES / "cuda").glob("*.cu"), *(SOURCES / "cuda").glob("*.cpp")]):
         built.append(_escape(objects / f"{source.stem}.o"))
-        lines.append(f"build {built[-1]}: {'kernels' if source.suffix == '.cu' else 'registration'} {_escape(source)}")
+        lines.append(
+            f"build {built[-1]}: {'kernels' if source.suffix == '.cu' else 'registration'} "
+            f"{_escape(source)}"
+        )
     return [*lines, f"build {_escape(library)}: link {' '.join(built)}"]
 
 
@@ -202,17 +256,35 @@ def build_cuda(out: Path, objects: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Build the native libraries of reft_kernels.")
-    parser.add_argument("--out", type=Path, default=SOURCES.parent / "reft_kernels", help="folder of the libraries")
-    parser.add_argument("--objects", type=Path, default=SOURCES.parent / "build" / "native", help="folder of the object files")
-    parser.add_argument("--sanitize", help="gcc sanitizers for the CPU library, for the tests: address,undefined")
-    parser.add_argument("--isa", help="one instruction set, to be compiled beside the portable one; none: all")
+    parser.add_argument(
+        "--out", type=Path, default=SOURCES.parent / "reft_kernels", help="folder of the libraries"
+    )
+    parser.add_argument(
+        "--objects",
+        type=Path,
+        default=SOURCES.parent / "build" / "native",
+        help="folder of the object files",
+    )
+    parser.add_argument(
+        "--sanitize", help="gcc sanitizers for the CPU library, for the tests: address,undefined"
+    )
+    parser.add_argument(
+        "--isa", help="one instruction set, to be compiled beside the portable one; none: all"
+    )
     parser.add_argument("--cuda", action="store_true", help="build the CUDA library instead")
     args = parser.parse_args(argv)
     try:
         if args.cuda:
             print(build_cuda(args.out, args.objects / "cuda"))
         else:
-            print(build_cpu(args.out, args.objects / (args.sanitize or "release").replace(",", "-"), args.sanitize, args.isa))
+            print(
+                build_cpu(
+                    args.out,
+                    args.objects / (args.sanitize or "release").replace(",", "-"),
+                    args.sanitize,
+                    args.isa,
+                )
+            )
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1

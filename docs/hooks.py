@@ -1,4 +1,4 @@
-"""What the site shows of files outside docs/: the changelog, the guide for contributors, the measured figures."""
+"""Files outside docs/ that the site shows: changelog, guide for contributors, figures."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from pathlib import Path
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
+PAGES = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
 FIGURES = "benchmarks/results"
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)")
 _ROLE = re.compile(r":(?:func|class|mod|meth|attr|data|exc):<code>~?([^<]*)</code>")
 
 
 def _on_site(target: str) -> str:
-    """A link of a file at the top of the repository, as the page that the site makes of it must have it."""
+    """A link in a file at the top of the repository, as the page on the site needs it."""
     if target in PAGES:
         return PAGES[target]
     return target.removeprefix("docs/")

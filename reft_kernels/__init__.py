@@ -1,6 +1,7 @@
 """reft_kernels: representation finetuning (ReFT) at the speed of the frozen model.
 
-Importing this package needs torch alone; kernels are loaded when an operator first runs on a device they serve.
+Importing this package needs torch alone; kernels are loaded when an operator first runs on a device
+they serve.
 """
 
 from reft_kernels import positions

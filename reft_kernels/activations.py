@@ -7,7 +7,8 @@ import math
 import torch
 
 ACTIVATIONS = ("linear", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
-"""Every activation that each backend implements; ``gelu`` is the erf form, ``gelu_tanh`` the tanh approximation."""
+"""The activations that every backend implements. ``gelu`` is the erf form, ``gelu_tanh`` the tanh
+approximation."""
 
 _ALIASES = {
     "identity": "linear",
@@ -22,7 +23,8 @@ _GELU_CUBIC = 0.044715
 
 
 def canonical_activation(name: str | None) -> str:
-    """Return the canonical name of an activation; ``None`` and the Hugging Face ``ACT2FN`` aliases are understood.
+    """Return the canonical name of an activation; ``None`` and the Hugging Face ``ACT2FN`` aliases
+    are understood.
 
     Raises:
         ValueError: ``name`` is not an activation of the engine.
@@ -66,7 +68,9 @@ def activation_derivative(z: torch.Tensor, activation: str) -> torch.Tensor:
         return cdf + z * torch.exp(-0.5 * z * z) * (1.0 / math.sqrt(2.0 * math.pi))
     if activation == "gelu_tanh":
         t = torch.tanh(_SQRT_2_OVER_PI * (z + _GELU_CUBIC * z**3))
-        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * _SQRT_2_OVER_PI * (1.0 + 3.0 * _GELU_CUBIC * z * z)
+        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * _SQRT_2_OVER_PI * (
+            1.0 + 3.0 * _GELU_CUBIC * z * z
+        )
     if activation == "silu":
         s = torch.sigmoid(z)
         return s * (1.0 + z * (1.0 - s))

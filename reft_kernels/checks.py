@@ -1,7 +1,7 @@
 """Argument checks of the public functions: metadata only, so they cost no synchronisation.
 
-Row numbers are values, so they are checked once for each tensor and remembered on it; the tensors that
-:mod:`reft_kernels.positions` builds are right by construction and come marked.
+Row numbers are values, so they are checked once for each tensor and remembered on it; the tensors
+that :mod:`reft_kernels.positions` builds are right by construction and come marked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ def _check_hidden(hidden: Tensor) -> None:
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden: got {describe(hidden)}, expected a tensor [..., d]")
     if hidden.dtype not in HIDDEN_DTYPES:
-        raise TypeError(f"hidden: got dtype {hidden.dtype}, expected one of {', '.join(map(str, HIDDEN_DTYPES))}")
+        raise TypeError(
+            f"hidden: got dtype {hidden.dtype}, expected one of "
+            f"{', '.join(map(str, HIDDEN_DTYPES))}"
+        )
     if hidden.dim() < 1 or hidden.shape[-1] < 1:
         raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected [..., d] with d >= 1")
 
@@ -39,7 +42,9 @@ def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], hidden: Ten
     if not weight.dtype.is_floating_point:
         raise TypeError(f"{name}: got dtype {weight.dtype}, expected a floating-point dtype")
     if weight.device != hidden.device:
-        raise ValueError(f"{name}: got device {weight.device}, expected {hidden.device}, where hidden is")
+        raise ValueError(
+            f"{name}: got device {weight.device}, expected {hidden.device}, where hidden is"
+        )
 
 
 def has_shared_elements(tensor: Tensor) -> bool:
@@ -53,8 +58,9 @@ def check_writable(hidden: Tensor, graph: bool) -> None:
     """Refuse, before anything is written, an in-place edit that autograd would refuse afterwards.
 
     Raises:
-        ValueError: ``hidden`` is expanded; or ``graph`` (a gradient will be needed) and it is a leaf that requires grad, a view
-            of one, a view that autograd cannot rebase, or an inference tensor.
+        ValueError: ``hidden`` is expanded; or ``graph`` (a gradient will be needed) and it is a
+            leaf that requires grad, a view of one, a view that autograd cannot rebase, or an
+            inference tensor.
     """
     if torch.compiler.is_compiling():
         return
@@ -68,15 +74,20 @@ def check_writable(hidden: Tensor, graph: bool) -> None:
     elif graph and hidden._is_view():
         if hidden._base.is_leaf and hidden._base.requires_grad:
             reason = "a view of a leaf that requires grad"
-        elif torch._C._autograd._get_creation_meta(hidden) != torch._C._autograd.CreationMeta.DEFAULT:
-            reason = "a view that autograd cannot follow (of several outputs, or made without gradients)"
+        elif (
+            torch._C._autograd._get_creation_meta(hidden) != torch._C._autograd.CreationMeta.DEFAULT
+        ):
+            reason = (
+                "a view that autograd cannot follow (of several outputs, or made without gradients)"
+            )
     if reason is not None:
         raise ValueError(
-            f"hidden: got {reason}, expected inplace=False or a tensor that may be edited in place, as by hidden.mul_"
+            f"hidden: got {reason}, expected inplace=False or a tensor that may be edited in "
+            "place, as by hidden.mul_"
         )
 
 
-def row_count(hidden: Tensor) -> int:
+def num_rows_of(hidden: Tensor) -> int:
     """M of ``hidden.view(-1, d)``."""
     return hidden.numel() // hidden.shape[-1]
 
@@ -87,13 +98,20 @@ def _check_index(name: str, index: Tensor, hidden: Tensor, length: int | None) -
     if index.dtype != torch.int32:
         raise TypeError(f"{name}: got dtype {index.dtype}, expected torch.int32")
     if index.dim() != 1 or (length is not None and index.shape[0] != length):
-        raise ValueError(f"{name}: got shape {tuple(index.shape)}, expected [{'N' if length is None else length}]")
+        raise ValueError(
+            f"{name}: got shape {tuple(index.shape)}, expected "
+            f"[{'N' if length is None else length}]"
+        )
     if index.device != hidden.device:
-        raise ValueError(f"{name}: got device {index.device}, expected {hidden.device}, where hidden is")
+        raise ValueError(
+            f"{name}: got device {index.device}, expected {hidden.device}, where hidden is"
+        )
 
 
 def _version(index: Tensor) -> int:
-    """Counts in-place changes; inference tensors do not, so only marks that builders made are trusted there."""
+    """Counts in-place changes; inference tensors do not, so only marks that builders made are
+    trusted there.
+    """
     return -1 if index.is_inference() else index._version
 
 
@@ -105,7 +123,8 @@ def mark_rows(rows: Tensor, num_rows: int) -> Tensor:
 
 
 def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
-    """Refuse row numbers out of range or repeated; one synchronisation the first time a GPU tensor is seen, none after.
+    """Refuse row numbers out of range or repeated; one synchronisation the first time a GPU tensor
+    is seen, none after.
 
     Raises:
         ValueError: an entry below -1 or at least ``num_rows``, or one that stands twice.
@@ -119,46 +138,55 @@ def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
         low, high = (int(v) for v in torch.stack(torch.aminmax(rows)).tolist())
         if low < -1 or high >= num_rows:
             raise ValueError(
-                f"{name}: got values from {low} to {high}, expected row numbers in [0, {num_rows}), or -1 to skip an entry"
+                f"{name}: got values from {low} to {high}, expected row numbers in [0, "
+                f"{num_rows}), or -1 to skip an entry"
             )
         ordered = rows.sort().values
         repeated = (ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)
         if bool(repeated.any()):
             raise ValueError(
-                f"{name}: row {int(ordered[1:][repeated][0])} stands more than once, expected each row at most once"
+                f"{name}: row {int(ordered[1:][repeated][0])} stands more than once, expected "
+                "each row at most once"
             )
     return rows if rows.is_inference() else mark_rows(rows, num_rows)
 
 
-def check_set_values(set_ids: Tensor, sets: int, name: str = "set_ids") -> None:
-    """Refuse set numbers out of range; a tensor once seen is remembered, as by :func:`check_row_values`.
+def check_weight_id_values(weight_ids: Tensor, sets: int, name: str = "weight_ids") -> None:
+    """Refuse set numbers out of range; a tensor once seen is remembered, as by
+    :func:`check_row_values`.
 
     Raises:
         ValueError: an entry below 0 or at least ``sets``.
     """
-    if torch.compiler.is_compiling() or (set_ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or (
+        weight_ids.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):
         return
-    known = getattr(set_ids, "_reft_checked", None)
-    if known is not None and known[0] <= sets and known[1] == _version(set_ids):
+    known = getattr(weight_ids, "_reft_checked", None)
+    if known is not None and known[0] <= sets and known[1] == _version(weight_ids):
         return
-    if set_ids.numel():
-        low, high = (int(v) for v in torch.stack(torch.aminmax(set_ids)).tolist())
+    if weight_ids.numel():
+        low, high = (int(v) for v in torch.stack(torch.aminmax(weight_ids)).tolist())
         if low < 0 or high >= sets:
-            raise ValueError(f"{name}: got values from {low} to {high}, expected set numbers in [0, {sets})")
-    if not set_ids.is_inference():
-        mark_rows(set_ids, sets)
+            raise ValueError(
+                f"{name}: got values from {low} to {high}, expected set numbers in [0, {sets})"
+            )
+    if not weight_ids.is_inference():
+        mark_rows(weight_ids, sets)
 
 
-def _check_selection(hidden: Tensor, rows: Tensor | None, set_ids: Tensor | None, sets: int | None) -> int:
-    total = row_count(hidden)
+def _check_selection(
+    hidden: Tensor, rows: Tensor | None, weight_ids: Tensor | None, sets: int | None
+) -> int:
+    total = num_rows_of(hidden)
     count = total
     if rows is not None:
         _check_index("rows", rows, hidden, None)
         check_row_values(rows, total)
         count = rows.shape[0]
-    if set_ids is not None:
-        _check_index("set_ids", set_ids, hidden, count)
-        check_set_values(set_ids, sets)
+    if weight_ids is not None:
+        _check_index("weight_ids", weight_ids, hidden, count)
+        check_weight_id_values(weight_ids, sets)
     return count
 
 
@@ -169,18 +197,22 @@ def check_edit(
     rows: Tensor | None,
     activation: str | None,
     coeff: Tensor | None,
-    set_ids: Tensor | None,
+    weight_ids: Tensor | None,
 ) -> str:
-    """Check one edit's arguments; the first weight fixes r (and S). Returns the activation's canonical name."""
+    """Check one edit's arguments; the first weight fixes r (and S). Returns the activation's
+    canonical name.
+    """
     _check_hidden(hidden)
     activation = canonical_activation(activation)
     first, reference = next(iter(weights.items()))
-    rank_dims = 2 if set_ids is None else 3
+    rank_dims = 2 if weight_ids is None else 3
     d = hidden.shape[-1]
     if not isinstance(reference, Tensor):
         raise TypeError(f"{first}: got {describe(reference)}, expected a tensor [r, {d}]")
     if reference.dim() != rank_dims or reference.shape[-1] != d:
-        layout = f"[r, {d}] (no set_ids)" if set_ids is None else f"[S, r, {d}] (with set_ids)"
+        layout = (
+            f"[r, {d}] (no weight_ids)" if weight_ids is None else f"[S, r, {d}] (with weight_ids)"
+        )
         raise ValueError(f"{first}: got shape {tuple(reference.shape)}, expected {layout}")
     r = reference.shape[-2]
     if not 1 <= r <= MAX_RANK:
@@ -190,21 +222,25 @@ def check_edit(
         _check_weight(name, weight, shape, hidden)
     for name, bias in biases.items():
         _check_weight(name, bias, shape[:-1], hidden)
-    count = _check_selection(hidden, rows, set_ids, shape[0] if set_ids is not None else None)
+    count = _check_selection(hidden, rows, weight_ids, shape[0] if weight_ids is not None else None)
     if coeff is not None:
         _check_weight("coeff", coeff, (count, r), hidden)
     return activation
 
 
-def check_red(hidden: Tensor, scale: Tensor, bias: Tensor, rows: Tensor | None, set_ids: Tensor | None) -> None:
+def check_red(
+    hidden: Tensor, scale: Tensor, bias: Tensor, rows: Tensor | None, weight_ids: Tensor | None
+) -> None:
     """Check the arguments of :func:`reft_kernels.red`."""
     _check_hidden(hidden)
     d = hidden.shape[-1]
     if not isinstance(scale, Tensor):
         raise TypeError(f"scale: got {describe(scale)}, expected a tensor [{d}]")
-    if set_ids is not None and scale.dim() != 2:
-        raise ValueError(f"scale: got shape {tuple(scale.shape)}, expected [S, {d}] (with set_ids)")
-    shape = (d,) if set_ids is None else (scale.shape[0], d)
+    if weight_ids is not None and scale.dim() != 2:
+        raise ValueError(
+            f"scale: got shape {tuple(scale.shape)}, expected [S, {d}] (with weight_ids)"
+        )
+    shape = (d,) if weight_ids is None else (scale.shape[0], d)
     _check_weight("scale", scale, shape, hidden)
     _check_weight("bias", bias, shape, hidden)
-    _check_selection(hidden, rows, set_ids, shape[0] if set_ids is not None else None)
+    _check_selection(hidden, rows, weight_ids, shape[0] if weight_ids is not None else None)

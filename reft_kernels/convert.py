@@ -1,17 +1,21 @@
-"""``python -m reft_kernels.convert SRC DST --to pyreft|adapterhub|peft``: a saved ReFT adapter, from one framework to another.
+"""``python -m reft_kernels.convert SRC DST --to pyreft|adapterhub|peft``: a saved ReFT adapter,
+from one framework to another.
 
-SRC is a folder of pyreft, of AdapterHub's ``adapters`` or of our PEFT tuner, told by its files. DST comes whole or not at all.
+SRC is a folder of pyreft, of AdapterHub's ``adapters`` or of our PEFT tuner, told by its files. DST
+comes whole or not at all.
 
-What is exact. W, b and R arrive bit for bit in pyreft and AdapterHub folders, up to the rounding of W and b to the target's
-dtype (bf16 by pyreft's rule, unless the source held another; ``--dtype`` says). The R of a PEFT folder of ours is what its
-model has on this machine's CPU. Into our PEFT folder W and b arrive bit for bit too, but R as free parameters X, found in fp64
-and rounded: R(X) differs from the source's R by fp32 rounding (max |dR| 1e-8 to 3e-8 for d from 64 to 8192, about half of its
-entries equal). What DST cannot hold to the bit goes beside it into ``reft_exact.safetensors`` (see
-:mod:`reft_kernels.conversion.exact`), so that A to B to A gives back A's R, W, b and X bit for bit as long as B's weights have
-not changed. Without that file, pyreft to AdapterHub and back is still exact.
+What is exact. W, b and R arrive bit for bit in pyreft and AdapterHub folders, up to the rounding of
+W and b to the target's dtype (bf16 by pyreft's rule, unless the source held another; ``--dtype``
+says). The R of a PEFT folder of ours is what its model has on this machine's CPU. Into our PEFT
+folder W and b arrive bit for bit too, but R as free parameters X, found in fp64
+and rounded: R(X) differs from the source's R by fp32 rounding (max |dR| 1e-8 to 3e-8 for d from 64
+to 8192, about half of its entries equal). What DST cannot hold to the bit goes beside it into
+``reft_exact.safetensors`` (see :mod:`reft_kernels.conversion.exact`), so that A to B to A gives
+back A's R, W, b and X bit for bit as long as B's weights have not changed. Without that file,
+pyreft to AdapterHub and back is still exact.
 
-What the target cannot express is refused by name: exit code 2, one line, DST untouched. Files are loaded without executing
-anything in them.
+What the target cannot express is refused by name: exit code 2, one line, DST untouched. Files are
+loaded without executing anything in them.
 """
 
 from __future__ import annotations
@@ -25,11 +29,20 @@ from types import ModuleType
 
 from reft_kernels.activations import canonical_activation
 from reft_kernels.conversion import adapterhub_folder, exact, peft_folder, pyreft_folder
-from reft_kernels.conversion.common import DTYPES, Adapter, ConversionError, Options, check, select_layers
+from reft_kernels.conversion.common import (
+    DTYPES,
+    Adapter,
+    ConversionError,
+    Options,
+    check,
+    select_layers,
+)
 from reft_kernels.conversion.files import check_target, new_folder
 from reft_kernels.interventions import STACKED
 
-FORMATS: dict[str, ModuleType] = {m.NAME: m for m in (pyreft_folder, adapterhub_folder, peft_folder)}
+FORMATS: dict[str, ModuleType] = {
+    m.NAME: m for m in (pyreft_folder, adapterhub_folder, peft_folder)
+}
 
 
 def detect(folder: Path) -> str:
@@ -42,8 +55,14 @@ def detect(folder: Path) -> str:
         raise ConversionError(f"{folder}: is not a folder")
     found = [name for name, form in FORMATS.items() if form.matches(folder)]
     if len(found) != 1:
-        files = "intkey_*.bin (pyreft), or adapter_config.json with 'peft_type' (peft) or 'config' (adapterhub)"
-        raise ConversionError(f"{folder}: is {' and '.join(found) or 'no known format'}; expected {files}; --from tells")
+        files = (
+            "intkey_*.bin (pyreft), or adapter_config.json with 'peft_type' (peft) or 'config' "
+            "(adapterhub)"
+        )
+        raise ConversionError(
+            f"{folder}: is {' and '.join(found) or 'no known format'}; expected {files}; --from "
+            "tells"
+        )
     return found[0]
 
 
@@ -52,14 +71,24 @@ def _read(folder: Path, form: str, options: Options) -> Adapter:
         adapter = FORMATS[form].read(folder, options)
     except ConversionError:
         raise
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:  # a setting of a foreign type
-        raise ConversionError(f"{folder}: malformed {form} folder: {type(error).__name__} {error}") from None
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # a setting of a foreign type
+        raise ConversionError(
+            f"{folder}: malformed {form} folder: {type(error).__name__} {error}"
+        ) from None
     check(adapter)
     return adapter
 
 
 def load(folder: Path, form: str, options: Options) -> Adapter:
-    """The adapter in a folder of a known format, with what ``reft_exact.safetensors`` adds and what the user says instead.
+    """The adapter in a folder of a known format, with what ``reft_exact.safetensors`` adds and what
+    the user says instead.
 
     Raises:
         ConversionError: the folder cannot be read or converted.
@@ -90,7 +119,8 @@ def convert(
     options: Options | None = None,
     force: bool = False,
 ) -> Adapter:
-    """Convert the adapter in the folder ``source`` into a new folder ``target``; see the module's text.
+    """Convert the adapter in the folder ``source`` into a new folder ``target``; see the module's
+    text.
 
     Args:
         source: the adapter's folder.
@@ -114,7 +144,11 @@ def convert(
     adapter = load(source, form or detect(source), options)
     with new_folder(target, force) as folder:
         FORMATS[to].write(adapter, folder, options)
-        back = _read(folder, to, dataclasses.replace(options, intervention=adapter.intervention, without_head=False))
+        back = _read(
+            folder,
+            to,
+            dataclasses.replace(options, intervention=adapter.intervention, without_head=False),
+        )
         exact.keep(folder, adapter, back)
     return adapter
 
@@ -127,7 +161,9 @@ def _layers(text: str) -> str | list[int]:
     except ValueError:
         numbers = []
     if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected 'all' or different layer numbers such as 3,9,18")
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected 'all' or different layer numbers such as 3,9,18"
+        )
     return numbers
 
 
@@ -139,21 +175,48 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("source", metavar="SRC", help="the folder to read")
     parser.add_argument("target", metavar="DST", help="the folder to make")
     parser.add_argument("--to", required=True, choices=[*FORMATS], help="the format of DST")
-    parser.add_argument("--from", dest="form", choices=[*FORMATS], help="the format of SRC (default: told by its files)")
-    parser.add_argument("--layers", type=_layers, help="'all' or the layers to convert, such as 3,9,18")
-    parser.add_argument("--positions", help="tokens that are edited, such as f7+l7: a pyreft folder does not hold them")
+    parser.add_argument(
+        "--from",
+        dest="form",
+        choices=[*FORMATS],
+        help="the format of SRC (default: told by its files)",
+    )
+    parser.add_argument(
+        "--layers", type=_layers, help="'all' or the layers to convert, such as 3,9,18"
+    )
+    parser.add_argument(
+        "--positions",
+        help="tokens that are edited, such as f7+l7: a pyreft folder does not hold them",
+    )
     parser.add_argument(
         "--pyreft-positions",
         action="store_const",
         const=True,
         help="positions count as pyreft's ReftDataset classes count them",
     )
-    parser.add_argument("--component", help="what is edited: a role, or a path such as 'model.layers.{layer}.mlp'")
-    parser.add_argument("--intervention", choices=[n for n in STACKED if n != "red"], help="where SRC does not say which it is")
-    parser.add_argument("--activation", help="activation of the learned source: a pyreft folder does not hold it")
-    parser.add_argument("--base-model", help="name or folder of the base model; AdapterHub's keys need its structure")
-    parser.add_argument("--dtype", choices=[*DTYPES], help="of W and b in DST (default: bfloat16 for pyreft, else float32)")
-    parser.add_argument("--without-head", action="store_true", help="leave out trained heads and modules_to_save")
+    parser.add_argument(
+        "--component", help="what is edited: a role, or a path such as 'model.layers.{layer}.mlp'"
+    )
+    parser.add_argument(
+        "--intervention",
+        choices=[n for n in STACKED if n != "red"],
+        help="where SRC does not say which it is",
+    )
+    parser.add_argument(
+        "--activation", help="activation of the learned source: a pyreft folder does not hold it"
+    )
+    parser.add_argument(
+        "--base-model",
+        help="name or folder of the base model; AdapterHub's keys need its structure",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=[*DTYPES],
+        help="of W and b in DST (default: bfloat16 for pyreft, else float32)",
+    )
+    parser.add_argument(
+        "--without-head", action="store_true", help="leave out trained heads and modules_to_save"
+    )
     parser.add_argument("--force", action="store_true", help="replace DST where it is not empty")
     return parser
 
@@ -161,9 +224,18 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 with one line on stderr."""
     parsed = _parser().parse_args(arguments)
-    options = Options(**{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Options)})
+    options = Options(
+        **{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Options)}
+    )
     try:
-        adapter = convert(parsed.source, parsed.target, parsed.to, form=parsed.form, options=options, force=parsed.force)
+        adapter = convert(
+            parsed.source,
+            parsed.target,
+            parsed.to,
+            form=parsed.form,
+            options=options,
+            force=parsed.force,
+        )
     except (ConversionError, OSError) as error:
         print(f"reft_kernels.convert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

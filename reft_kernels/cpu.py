@@ -1,10 +1,11 @@
 """The ``cpu`` backend: the operators on CPU tensors by the native library built from ``csrc/cpu``.
 
-Each function has the contract of the function of its name in :mod:`reft_kernels.reference`. This side allocates outputs and
-makes weights contiguous; the library computes. ``avx512bf16`` multiplies bf16 hidden states with weights rounded to bf16 from
-rank 8 on, except under relu, and rounds its outputs with subnormal numbers as zero.
-``REFT_KERNELS_CPU_ISA=avx512bf16|avx512|avx2|portable`` forces an instruction set, ``REFT_KERNELS_CPU_LIBRARY`` names another
-build of the library (one with sanitizers).
+Each function has the contract of the function of its name in :mod:`reft_kernels.reference`. This
+side allocates outputs and makes weights contiguous; the library computes. ``avx512bf16`` multiplies
+bf16 hidden states with weights rounded to bf16 from rank 8 on, except under relu, and rounds its
+outputs with subnormal numbers as zero. ``REFT_KERNELS_CPU_ISA=avx512bf16|avx512|avx2|portable``
+forces an instruction set, ``REFT_KERNELS_CPU_LIBRARY`` names another build of the library (one with
+sanitizers).
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reft_kernels import outputs
+from reft_kernels import allocation
 from reft_kernels.activations import ACTIVATIONS
+from reft_kernels.allocation import contiguous
 from reft_kernels.dtypes import accumulation_dtype
-from reft_kernels.outputs import contiguous
 
 LIBRARY_VARIABLE = "REFT_KERNELS_CPU_LIBRARY"
 LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_native_cpu.so"))
@@ -41,7 +42,10 @@ def _why_off() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
-        return f"the native library {LIBRARY.name} does not load into torch {torch.__version__}: {error}"
+        return (
+            f"the native library {LIBRARY.name} does not load into torch {torch.__version__}: "
+            f"{error}"
+        )
     wanted = os.environ.get(ISA_VARIABLE)
     if wanted:
         refusal = torch.ops.reft_kernels_cpu.isa_refusal(wanted)
@@ -51,12 +55,16 @@ def _why_off() -> str | None:
 
 
 def instruction_set() -> str | None:
-    """``avx512bf16``, ``avx512``, ``avx2`` or ``portable``, whichever the library uses here; None when it is off."""
+    """``avx512bf16``, ``avx512``, ``avx2`` or ``portable``, whichever the library uses here;
+    None when it is off.
+    """
     return torch.ops.reft_kernels_cpu.isa() if _why_off() is None else None
 
 
-def why_unable(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """None when this backend can serve ``operator`` for tensors of that device type and dtype, else the reason."""
+def unsupported_reason(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """None when this backend can serve ``operator`` for tensors of that device type and dtype,
+    else the reason.
+    """
     if device_type != "cpu":
         return f"the native cpu backend does not serve {device_type} tensors"
     if dtype not in _DTYPES:
@@ -91,58 +99,118 @@ def _targets(source: Tensor, out: Tensor | None) -> tuple[Tensor, Tensor | None]
 
 
 def edit(
-    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
-    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract: bool, activation: str, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    kept, u, z = outputs.edit_saved(source, rows, write, activation, save)
+    source: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    read: Tensor | None,
+    read_bias: Tensor | None,
+    write: Tensor,
+    subtract_bias: Tensor | None,
+    coeff: Tensor | None,
+    subtract_projection: bool,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)
     dense, target = _targets(source, out)
     torch.ops.reft_kernels_cpu.edit.default(
-        dense, target, contiguous(rows), contiguous(set_ids), contiguous(read), contiguous(read_bias), contiguous(write),
-        contiguous(subtract_bias), contiguous(coeff), subtract, _ACTIVATION_NUMBER[activation], *_wanted(kept, u, z),
-    )  # fmt: skip
+        dense,
+        target,
+        contiguous(rows),
+        contiguous(weight_ids),
+        contiguous(read),
+        contiguous(read_bias),
+        contiguous(write),
+        contiguous(subtract_bias),
+        contiguous(coeff),
+        subtract_projection,
+        _ACTIVATION_NUMBER[activation],
+        *_wanted(saved_input, u, z),
+    )
     _written(out, target)
-    return kept, u, z
+    return saved_input, u, z
 
 
 def edit_backward(
-    grad: Tensor, out: Tensor | None, kept: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, set_ids: Tensor | None,
-    read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract: bool, activation: str, need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = outputs.edit_gradients(grad, rows, read, write, coeff, subtract, need_weights)
+    grad: Tensor,
+    out: Tensor | None,
+    saved_input: Tensor,
+    u: Tensor,
+    z: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    read: Tensor | None,
+    write: Tensor,
+    coeff: Tensor | None,
+    subtract_projection: bool,
+    activation: str,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = allocation.edit_gradients(
+        grad, rows, read, write, coeff, subtract_projection, need_weights
+    )
     dense, target = _targets(grad, out)
     torch.ops.reft_kernels_cpu.edit_backward.default(
-        dense, target, _rows(kept) if need_weights else kept, contiguous(u), None if activation == "linear" else contiguous(z),
-        contiguous(rows), contiguous(set_ids), contiguous(read), contiguous(write), contiguous(coeff), subtract,
-        _ACTIVATION_NUMBER[activation], *_wanted(*grads),
-    )  # fmt: skip
+        dense,
+        target,
+        _rows(saved_input) if need_weights else saved_input,
+        contiguous(u),
+        None if activation == "linear" else contiguous(z),
+        contiguous(rows),
+        contiguous(weight_ids),
+        contiguous(read),
+        contiguous(write),
+        contiguous(coeff),
+        subtract_projection,
+        _ACTIVATION_NUMBER[activation],
+        *_wanted(*grads),
+    )
     _written(out, target)
     return grads
 
 
 def red(
-    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor, bias: Tensor, save: bool
+    source: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    save: bool,
 ) -> Tensor:
-    kept = outputs.red_kept(source, rows, save)
+    saved_input = allocation.red_saved_input(source, rows, save)
     dense, target = _targets(source, out)
     torch.ops.reft_kernels_cpu.red.default(
-        dense, target, contiguous(rows), contiguous(set_ids), contiguous(scale), contiguous(bias), *_wanted(kept)
+        dense,
+        target,
+        contiguous(rows),
+        contiguous(weight_ids),
+        contiguous(scale),
+        contiguous(bias),
+        *_wanted(saved_input),
     )
     _written(out, target)
-    return kept
+    return saved_input
 
 
 def red_backward(
-    grad: Tensor, out: Tensor | None, kept: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor,
+    grad: Tensor,
+    out: Tensor | None,
+    saved_input: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    scale: Tensor,
     need_weights: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grads = outputs.red_gradients(grad, scale, need_weights)
+) -> tuple[Tensor, Tensor]:
+    grads = allocation.red_gradients(grad, scale, need_weights)
     dense, target = _targets(grad, out)
     torch.ops.reft_kernels_cpu.red_backward.default(
         dense,
         target,
-        _rows(kept) if need_weights else kept,
+        _rows(saved_input) if need_weights else saved_input,
         contiguous(rows),
-        contiguous(set_ids),
+        contiguous(weight_ids),
         contiguous(scale),
         *_wanted(*grads),
     )
@@ -150,33 +218,71 @@ def red_backward(
     return grads
 
 
-def _build(operator, X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
+def _build(
+    operator,
+    X: Tensor,
+    signs: Tensor | None,
+    base: Tensor | None,
+    point: Tensor | None,
+    W: Tensor | None,
+):
     acc = accumulation_dtype(X.dtype)
-    R, D, aux = outputs.build(X, base, W)
-    operator(_as(X, acc), _as(signs, acc), _as(base, acc), _as(point, acc), _as(W, acc), R, D if W is not None else None, aux)
+    R, D, aux = allocation.build(X, base, W)
+    operator(
+        _as(X, acc),
+        _as(signs, acc),
+        _as(base, acc),
+        _as(point, acc),
+        _as(W, acc),
+        R,
+        D if W is not None else None,
+        aux,
+    )
     return R, D, aux
 
 
-def _build_backward(operator, grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
+def _build_backward(
+    operator, grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
+) -> Tensor:
     acc = accumulation_dtype(X.dtype)
     if grad_R is None and grad_D is None:
-        return outputs.no_build_gradient(X)
+        return allocation.no_build_gradient(X)
     grad_X = X.new_empty(X.shape, dtype=acc)
-    operator(_as(grad_R, acc), _as(grad_D, acc), _as(X, acc), _as(signs, acc), _as(base, acc), _as(aux, acc), grad_X)
+    operator(
+        _as(grad_R, acc),
+        _as(grad_D, acc),
+        _as(X, acc),
+        _as(signs, acc),
+        _as(base, acc),
+        _as(aux, acc),
+        grad_X,
+    )
     return grad_X.to(X.dtype)
 
 
-def householder(X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
+def householder(
+    X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None
+):
     return _build(torch.ops.reft_kernels_cpu.householder.default, X, signs, base, point, W)
 
 
-def householder_backward(grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
-    return _build_backward(torch.ops.reft_kernels_cpu.householder_backward.default, grad_R, grad_D, X, signs, base, aux)
+def householder_backward(
+    grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
+) -> Tensor:
+    return _build_backward(
+        torch.ops.reft_kernels_cpu.householder_backward.default, grad_R, grad_D, X, signs, base, aux
+    )
 
 
-def cayley(X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
+def cayley(
+    X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None
+):
     return _build(torch.ops.reft_kernels_cpu.cayley.default, X, signs, base, point, W)
 
 
-def cayley_backward(grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
-    return _build_backward(torch.ops.reft_kernels_cpu.cayley_backward.default, grad_R, grad_D, X, signs, base, aux)
+def cayley_backward(
+    grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
+) -> Tensor:
+    return _build_backward(
+        torch.ops.reft_kernels_cpu.cayley_backward.default, grad_R, grad_D, X, signs, base, aux
+    )

@@ -1,7 +1,8 @@
 """Which backend serves which operator on which tensor: one table, one place.
 
-``REFT_KERNELS_BACKEND=triton|cuda|cpu|torch`` forces a backend: forced and unable raises. Unset, the first able backend of
-the device's preference list serves, and a choice that costs speed is said once, as a warning.
+``REFT_KERNELS_BACKEND=triton|cuda|cpu|torch`` forces a backend: forced and unable raises. Unset,
+the first able backend of the device's preference list serves, and a choice that costs speed is said
+once, as a warning.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def _checked(name: str | None, source: str) -> str | None:
 
 
 def forced_backend() -> str | None:
-    """The backend that is forced now, by ``set_backend`` or the environment; None when the choice is automatic."""
+    """The backend that is forced now, by ``set_backend`` or the environment; None when the
+    choice is automatic.
+    """
     return _forced
 
 
@@ -86,14 +89,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
-def why_unable(name: str, operator: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """None when backend ``name`` can serve ``operator`` for tensors of that device type and dtype, else the reason."""
+def unsupported_reason(
+    name: str, operator: str, device_type: str, dtype: torch.dtype
+) -> str | None:
+    """None when backend ``name`` can serve ``operator`` for tensors of that device type and
+    dtype, else the reason.
+    """
     if operator not in OPERATORS:
         raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(OPERATORS)}")
     if name == "torch":
         return None
     if name in ("cpu", "cuda"):
-        return importlib.import_module(_MODULES[name]).why_unable(operator, device_type, dtype)
+        return importlib.import_module(_MODULES[name]).unsupported_reason(
+            operator, device_type, dtype
+        )
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if dtype == torch.float64:
@@ -105,7 +114,10 @@ def why_unable(name: str, operator: str, device_type: str, dtype: torch.dtype) -
     if device_type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         if capability < (8, 0):
-            return f"Triton kernels need compute capability 8.0 or later, this GPU has {capability[0]}.{capability[1]}"
+            return (
+                "Triton kernels need compute capability 8.0 or later, this GPU has "
+                f"{capability[0]}.{capability[1]}"
+            )
     return None
 
 
@@ -116,13 +128,16 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, di
         BackendError: the forced backend cannot serve this call.
     """
     if _forced is not None:
-        reason = why_unable(_forced, operator, device_type, dtype)
+        reason = unsupported_reason(_forced, operator, device_type, dtype)
         if reason is not None:
-            raise BackendError(f"backend {_forced!r} is forced but cannot serve {operator} on {device_type} {dtype}: {reason}")
+            raise BackendError(
+                f"backend {_forced!r} is forced but cannot serve {operator} on {device_type} "
+                f"{dtype}: {reason}"
+            )
         return _forced, {}
     passed_over: dict[str, str] = {}
     for name in _PREFERENCE.get(device_type, ("torch",)):
-        reason = why_unable(name, operator, device_type, dtype)
+        reason = unsupported_reason(name, operator, device_type, dtype)
         if reason is None:
             return name, passed_over
         passed_over[name] = reason
@@ -130,7 +145,9 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, di
 
 
 def select(operator: str, tensor: torch.Tensor) -> Callable:
-    """The function that computes ``operator`` for ``tensor``'s device and dtype; decided once, then a dictionary lookup."""
+    """The function that computes ``operator`` for ``tensor``'s device and dtype; decided once,
+    then a dictionary lookup.
+    """
     key = (operator, tensor.device.type, tensor.dtype)
     function = _table.get(key)
     if function is None:
@@ -142,9 +159,14 @@ def _resolve(key: tuple[str, str, torch.dtype]) -> Callable:
     operator, device_type, dtype = key
     name, passed_over = choose(operator, device_type, dtype)
     for other, reason in passed_over.items():
-        if other not in _warned and not (other == "triton" and dtype == torch.float64):  # no kernel of it serves fp64
+        if other not in _warned and not (
+            other == "triton" and dtype == torch.float64
+        ):  # no kernel of it serves fp64
             _warned.add(other)
-            warnings.warn(f"reft_kernels: backend {other!r} is off ({reason}); {name!r} serves instead", stacklevel=3)
+            warnings.warn(
+                f"reft_kernels: backend {other!r} is off ({reason}); {name!r} serves instead",
+                stacklevel=3,
+            )
     function = getattr(importlib.import_module(_MODULES[name]), operator)
     with _lock:
         _table[key] = function

@@ -6,5 +6,7 @@ import torch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over ``dtype`` values are carried: fp64 stays, everything else is fp32."""
+    """The dtype in which sums over ``dtype`` values are carried: fp64 stays, everything else is
+    fp32.
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32

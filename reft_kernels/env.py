@@ -1,4 +1,6 @@
-"""``python -m reft_kernels.env``: what is installed, and which backend serves which operator, and why not another."""
+"""``python -m reft_kernels.env``: what is installed, and which backend serves which operator,
+and why not another.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def installed(package: str) -> str:
 
 def devices() -> list[tuple[str, str]]:
     """The kinds of device that there are, each with a description."""
-    found = [("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
+    found = [
+        ("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    ]
     if torch.cuda.is_available():
         names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
         found.append(("cuda", f"{torch.cuda.device_count()} x {', '.join(names)}"))
@@ -33,7 +37,9 @@ def devices() -> list[tuple[str, str]]:
 
 
 def serving(device: str) -> dict[str, dict[str, str]]:
-    """For each operator the backend that serves it on a kind of device, by dtype; ``none`` where there is none."""
+    """For each operator the backend that serves it on a kind of device, by dtype; ``none`` where
+    there is none.
+    """
 
     def name(operator: str, dtype: torch.dtype) -> str:
         try:
@@ -49,13 +55,21 @@ def serving(device: str) -> dict[str, dict[str, str]]:
 
 def unable(device: str) -> dict[str, str]:
     """The backends that are off on a kind of device, each with the reason."""
-    reasons = {name: dispatch.why_unable(name, "edit", device, torch.float32) for name in dispatch.BACKENDS}
+    reasons = {
+        name: dispatch.unsupported_reason(name, "edit", device, torch.float32)
+        for name in dispatch.BACKENDS
+    }
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def report() -> str:
-    """The environment as text: versions, devices, and for each device the serving backend of every operator."""
-    lines = [f"reft_kernels {__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    """The environment as text: versions, devices, and for each device the serving backend of
+    every operator.
+    """
+    lines = [
+        f"reft_kernels {__version__}, Python {platform.python_version()} on {platform.system()} "
+        f"{platform.machine()}"
+    ]
     lines += [f"  {name:<14}{installed(name)}" for name in _PACKAGES]
     return "\n".join([*lines, *backend_lines()])
 
@@ -69,7 +83,9 @@ def backend_lines() -> list[str]:
         lines.append(f"\n{device} ({description})")
         served: dict[str, list[str]] = {}
         for operator, backends in serving(device).items():
-            served.setdefault("  ".join(f"{dtype}={name}" for dtype, name in backends.items()), []).append(operator)
+            served.setdefault(
+                "  ".join(f"{dtype}={name}" for dtype, name in backends.items()), []
+            ).append(operator)
         for cells, operators in served.items():
             lines.append(f"  {cells}")
             lines.append(f"      {', '.join(operators)}")
@@ -77,8 +93,13 @@ def backend_lines() -> list[str]:
         for name in dispatch.BACKENDS:
             detail = ""
             if name == "cpu":
-                detail = f", instruction set {cpu.instruction_set()}, up to {host_memory.limit()} MiB of freed outputs kept"
-            lines.append(f"  {name:<8}{f'off: {reasons[name]}' if name in reasons else f'able{detail}'}")
+                detail = (
+                    f", instruction set {cpu.instruction_set()}, up to {host_memory.limit()} MiB "
+                    "of freed outputs kept"
+                )
+            lines.append(
+                f"  {name:<8}{f'off: {reasons[name]}' if name in reasons else f'able{detail}'}"
+            )
         lines += [f"  {reason}" for reason in _failures(device)]
     return lines
 

@@ -1,16 +1,24 @@
 """The ReFT family as differentiable functions of plain tensors.
 
-Each function edits the selected rows of ``hidden [..., d]`` (fp32, bf16, fp16 or fp64) and returns a tensor of the same shape
-and dtype. Weights may have any floating dtype (fp32 is usual); sums are carried in fp32. The keyword arguments they share:
+Each function edits the selected rows of ``hidden [..., d]`` (fp32, bf16, fp16 or fp64) and returns
+a tensor of the same shape and dtype. Weights may have any floating dtype (fp32 is usual); sums are
+carried in fp32. The keyword arguments they share:
 
-    rows        int32 ``[N]``, row numbers into ``hidden.view(-1, d)``, -1 skipped, none twice (see :mod:`positions`); None: all
-    activation  linear, relu, gelu, gelu_tanh, silu, tanh, sigmoid (Hugging Face names are understood)
-    coeff       ``[N, r]``, multiplies u for each row: a choice of subspaces, a scale, a dropout mask
-    set_ids     int32 ``[N]``: row n uses weight set ``set_ids[n]`` of weights with a leading dimension S
+    rows        int32 ``[N]``, row numbers into ``hidden.view(-1, d)``, -1 skipped, none twice (see
+                :mod:`positions`); None: all
+    activation  linear, relu, gelu, gelu_tanh, silu, tanh, sigmoid (Hugging Face names are
+                understood)
+    coeff       ``[N, r]``, multiplies u for each row: a choice of subspaces, a scale, a dropout
+                mask
+    weight_ids  int32 ``[N]``: row n uses weight set ``weight_ids[n]`` of weights with a leading
+                dimension S
     inplace     edit ``hidden`` itself: the cost does not depend on the rows that are not selected
+    set_ids     deprecated name of weight_ids
 
-All raise TypeError or ValueError, naming the argument, what came and what was expected, before anything is launched.
-Source: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024, equations 2 and 3 and appendix.
+All raise TypeError or ValueError, naming the argument, what came and what was expected, before
+anything is launched.
+Source: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024, equations 2 and 3
+and appendix.
 """
 
 from __future__ import annotations
@@ -19,73 +27,166 @@ from torch import Tensor
 
 from reft_kernels.autograd import apply_edit, apply_red
 from reft_kernels.checks import check_edit, check_red
+from reft_kernels.deprecation import renamed_argument
 from reft_kernels.parametrization import cayley, householder
 
-__all__ = ["loreft", "direft", "nodireft", "noreft", "consreft", "lobireft", "red", "householder", "cayley"]
+__all__ = [
+    "loreft",
+    "direft",
+    "nodireft",
+    "noreft",
+    "consreft",
+    "lobireft",
+    "red",
+    "householder",
+    "cayley",
+]
 
 
 def loreft(
-    hidden: Tensor, R: Tensor, W: Tensor, b: Tensor, *, rows: Tensor | None = None, activation: str = "linear",
-    coeff: Tensor | None = None, set_ids: Tensor | None = None, inplace: bool = False,
-) -> Tensor:  # fmt: skip
-    """LoReFT: h + R^T (act(W h + b) - R h); R, W ``[r, d]``, b ``[r]`` (``[S, r, d]``, ``[S, r]`` with ``set_ids``)."""
-    activation = check_edit(hidden, {"R": R, "W": W}, {"b": b}, rows, activation, coeff, set_ids)
-    return apply_edit(hidden, rows, set_ids, W, b, R, None, coeff, True, activation, inplace)
+    hidden: Tensor,
+    R: Tensor,
+    W: Tensor,
+    b: Tensor,
+    *,
+    rows: Tensor | None = None,
+    activation: str = "linear",
+    coeff: Tensor | None = None,
+    weight_ids: Tensor | None = None,
+    inplace: bool = False,
+    set_ids: Tensor | None = None,
+) -> Tensor:
+    """LoReFT: h + R^T (act(W h + b) - R h); R, W ``[r, d]``, b ``[r]`` (``[S, r, d]``, ``[S,
+    r]`` with ``weight_ids``).
+    """
+    if set_ids is not None:
+        weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
+    activation = check_edit(hidden, {"R": R, "W": W}, {"b": b}, rows, activation, coeff, weight_ids)
+    return apply_edit(hidden, rows, weight_ids, W, b, R, None, coeff, True, activation, inplace)
 
 
 def direft(
-    hidden: Tensor, R: Tensor, W: Tensor, b: Tensor, *, rows: Tensor | None = None, activation: str = "linear",
-    coeff: Tensor | None = None, set_ids: Tensor | None = None, inplace: bool = False,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    R: Tensor,
+    W: Tensor,
+    b: Tensor,
+    *,
+    rows: Tensor | None = None,
+    activation: str = "linear",
+    coeff: Tensor | None = None,
+    weight_ids: Tensor | None = None,
+    inplace: bool = False,
+    set_ids: Tensor | None = None,
+) -> Tensor:
     """DiReFT, the ablation of LoReFT: h + R^T act(W h + b); shapes as :func:`loreft`."""
-    activation = check_edit(hidden, {"R": R, "W": W}, {"b": b}, rows, activation, coeff, set_ids)
-    return apply_edit(hidden, rows, set_ids, W, b, R, None, coeff, False, activation, inplace)
+    if set_ids is not None:
+        weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
+    activation = check_edit(hidden, {"R": R, "W": W}, {"b": b}, rows, activation, coeff, weight_ids)
+    return apply_edit(hidden, rows, weight_ids, W, b, R, None, coeff, False, activation, inplace)
 
 
 def nodireft(
-    hidden: Tensor, W2: Tensor, W1: Tensor, b: Tensor, *, rows: Tensor | None = None, activation: str = "linear",
-    coeff: Tensor | None = None, set_ids: Tensor | None = None, inplace: bool = False,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    W2: Tensor,
+    W1: Tensor,
+    b: Tensor,
+    *,
+    rows: Tensor | None = None,
+    activation: str = "linear",
+    coeff: Tensor | None = None,
+    weight_ids: Tensor | None = None,
+    inplace: bool = False,
+    set_ids: Tensor | None = None,
+) -> Tensor:
     """NodiReFT (the paper's "DiReFT"): h + W2^T act(W1 h + b); W1, W2 ``[r, d]``, unconstrained."""
-    activation = check_edit(hidden, {"W2": W2, "W1": W1}, {"b": b}, rows, activation, coeff, set_ids)
-    return apply_edit(hidden, rows, set_ids, W1, b, W2, None, coeff, False, activation, inplace)
+    if set_ids is not None:
+        weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
+    activation = check_edit(
+        hidden, {"W2": W2, "W1": W1}, {"b": b}, rows, activation, coeff, weight_ids
+    )
+    return apply_edit(hidden, rows, weight_ids, W1, b, W2, None, coeff, False, activation, inplace)
 
 
 def noreft(
-    hidden: Tensor, W2: Tensor, W1: Tensor, b: Tensor, *, rows: Tensor | None = None, activation: str = "linear",
-    coeff: Tensor | None = None, set_ids: Tensor | None = None, inplace: bool = False, b2: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """NoReFT: h + W2^T (act(W1 h + b) - (W2 h + b2)); W1, W2 ``[r, d]``, unconstrained, b2 ``[r]`` or None."""
+    hidden: Tensor,
+    W2: Tensor,
+    W1: Tensor,
+    b: Tensor,
+    *,
+    rows: Tensor | None = None,
+    activation: str = "linear",
+    coeff: Tensor | None = None,
+    weight_ids: Tensor | None = None,
+    inplace: bool = False,
+    b2: Tensor | None = None,
+    set_ids: Tensor | None = None,
+) -> Tensor:
+    """NoReFT: h + W2^T (act(W1 h + b) - (W2 h + b2)); W1, W2 ``[r, d]``, unconstrained, b2
+    ``[r]`` or None.
+    """
+    if set_ids is not None:
+        weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
     biases = {"b": b} if b2 is None else {"b": b, "b2": b2}
-    activation = check_edit(hidden, {"W2": W2, "W1": W1}, biases, rows, activation, coeff, set_ids)
-    return apply_edit(hidden, rows, set_ids, W1, b, W2, b2, coeff, True, activation, inplace)
+    activation = check_edit(
+        hidden, {"W2": W2, "W1": W1}, biases, rows, activation, coeff, weight_ids
+    )
+    return apply_edit(hidden, rows, weight_ids, W1, b, W2, b2, coeff, True, activation, inplace)
 
 
 def consreft(
-    hidden: Tensor, R: Tensor, s: Tensor, *, rows: Tensor | None = None, activation: str = "linear",
-    coeff: Tensor | None = None, set_ids: Tensor | None = None, inplace: bool = False,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    R: Tensor,
+    s: Tensor,
+    *,
+    rows: Tensor | None = None,
+    activation: str = "linear",
+    coeff: Tensor | None = None,
+    weight_ids: Tensor | None = None,
+    inplace: bool = False,
+    set_ids: Tensor | None = None,
+) -> Tensor:
     """ConsReFT: h + R^T (act(s) - R h), a constant source; R ``[r, d]``, s ``[r]``."""
-    activation = check_edit(hidden, {"R": R}, {"s": s}, rows, activation, coeff, set_ids)
-    return apply_edit(hidden, rows, set_ids, None, s, R, None, coeff, True, activation, inplace)
+    if set_ids is not None:
+        weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
+    activation = check_edit(hidden, {"R": R}, {"s": s}, rows, activation, coeff, weight_ids)
+    return apply_edit(hidden, rows, weight_ids, None, s, R, None, coeff, True, activation, inplace)
 
 
 def lobireft(
-    hidden: Tensor, R: Tensor, s: Tensor, *, rows: Tensor | None = None, activation: str = "linear",
-    coeff: Tensor | None = None, set_ids: Tensor | None = None, inplace: bool = False,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    R: Tensor,
+    s: Tensor,
+    *,
+    rows: Tensor | None = None,
+    activation: str = "linear",
+    coeff: Tensor | None = None,
+    weight_ids: Tensor | None = None,
+    inplace: bool = False,
+    set_ids: Tensor | None = None,
+) -> Tensor:
     """LobiReFT: h + R^T act(s), a constant write; R ``[r, d]``, s ``[r]``."""
-    activation = check_edit(hidden, {"R": R}, {"s": s}, rows, activation, coeff, set_ids)
-    return apply_edit(hidden, rows, set_ids, None, s, R, None, coeff, False, activation, inplace)
+    if set_ids is not None:
+        weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
+    activation = check_edit(hidden, {"R": R}, {"s": s}, rows, activation, coeff, weight_ids)
+    return apply_edit(hidden, rows, weight_ids, None, s, R, None, coeff, False, activation, inplace)
 
 
 def red(
-    hidden: Tensor, scale: Tensor, bias: Tensor, *, rows: Tensor | None = None, set_ids: Tensor | None = None,
+    hidden: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    rows: Tensor | None = None,
+    weight_ids: Tensor | None = None,
     inplace: bool = False,
-) -> Tensor:  # fmt: skip
-    """RED: scale * h + bias, elementwise; scale, bias ``[d]`` (``[S, d]`` with ``set_ids``).
+    set_ids: Tensor | None = None,
+) -> Tensor:
+    """RED: scale * h + bias, elementwise; scale, bias ``[d]`` (``[S, d]`` with ``weight_ids``).
 
-    Source: Wu et al., "Advancing Parameter Efficiency in Fine-tuning via Representation Editing", 2024.
+    Source: Wu et al., "Advancing Parameter Efficiency in Fine-tuning via Representation Editing",
+    2024.
     """
-    check_red(hidden, scale, bias, rows, set_ids)
-    return apply_red(hidden, rows, set_ids, scale, bias, inplace)
+    if set_ids is not None:
+        weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
+    check_red(hidden, scale, bias, rows, weight_ids)
+    return apply_red(hidden, rows, weight_ids, scale, bias, inplace)

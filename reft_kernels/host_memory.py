@@ -1,12 +1,15 @@
-"""Memory of large outputs on the CPU: kept when a tensor lets go of it, and given to the next output.
+"""Memory of large outputs on the CPU: kept when a tensor lets go of it, and given to the next
+output.
 
-malloc maps every block of 32 MiB and more anew; the page faults of its first writes take several times as long as an edit
-(64 MiB: 16,384 faults). The ``cpu`` backend therefore takes outputs of 16 MiB and more from a pool of its own, in huge pages
-where the system grants them. Only what an operator of this package returns out of place comes from it: an edit in place
-allocates nothing.
+malloc maps every block of 32 MiB and more anew; the page faults of its first writes take several
+times as long as an edit (64 MiB: 16,384 faults). The ``cpu`` backend therefore takes outputs of 16
+MiB and more from a pool of its own, in huge pages
+where the system grants them. Only what an operator of this package returns out of place comes from
+it: an edit in place allocates nothing.
 
-At most ``REFT_KERNELS_HOST_POOL_MB`` MiB (512 unless it is set) of blocks that no tensor holds are kept; with 0 there is no
-pool. PyTorch's profiler does not see what comes from it (:func:`held` does), and such a tensor cannot grow by ``resize_``.
+At most ``REFT_KERNELS_HOST_POOL_MB`` MiB (512 unless it is set) of blocks that no tensor holds are
+kept; with 0 there is no pool. PyTorch's profiler does not see what comes from it (:func:`held`
+does), and such a tensor cannot grow by ``resize_``.
 """
 
 from __future__ import annotations
@@ -44,7 +47,9 @@ def limit() -> int:
     if _limit is None:
         text = os.environ.get(VARIABLE) or str(_DEFAULT_MIB)
         if not text.isdecimal():
-            raise ValueError(f"{VARIABLE}: got {text!r}, expected a whole number of MiB, zero or more")
+            raise ValueError(
+                f"{VARIABLE}: got {text!r}, expected a whole number of MiB, zero or more"
+            )
         _limit = int(text)
     return _limit
 
@@ -77,7 +82,9 @@ def _serves(tensor: Tensor) -> bool:
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """Uninitialised and contiguous, of ``tensor``'s shape, dtype and device; from the pool where it is large and ours."""
+    """Uninitialised and contiguous, of ``tensor``'s shape, dtype and device; from the pool where
+    it is large and ours.
+    """
     if _serves(tensor):
         return _native().pooled_like.default(tensor)
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)

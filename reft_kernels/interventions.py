@@ -1,9 +1,11 @@
-"""The family as modules: parameters, initialisation and the weights that an edit uses, for one layer or L layers stacked.
+"""The family as modules: parameters, initialisation and the weights that an edit uses, for one
+layer or L layers stacked.
 
-An intervention holds fp32 parameters (by default) and edits hidden states of any floating dtype. Where R is orthonormal it is
-a function of a free ``X`` (see :mod:`reft_kernels.parametrization`), so no optimizer, decay or rounding can take it off the
-manifold. A stacked intervention keeps its layers' parameters in one tensor each and builds R (and the folded D = W - R) for all
-of them in one launch; its gradients come back through one stacked backward.
+An intervention holds fp32 parameters (by default) and edits hidden states of any floating dtype.
+Where R is orthonormal it is a function of a free ``X`` (see :mod:`reft_kernels.parametrization`),
+so no optimizer, decay or rounding can take it off the manifold. A stacked intervention keeps its
+layers' parameters in one tensor each and builds R (and the folded D = W - R) for all of them in one
+launch; its gradients come back through one stacked backward.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from reft_kernels.activations import activate, canonical_activation
 from reft_kernels.autograd import apply_edit, apply_red
 from reft_kernels.checks import check_edit, check_red
+from reft_kernels.deprecation import renamed_argument
 from reft_kernels.parametrization import INVERSES, MAX_RANK, PARAMETRIZATIONS, build
 
 INITS = ("identity", "orthogonal")
@@ -29,7 +32,7 @@ class EditWeights(NamedTuple):
     read_bias: Tensor | None
     write: Tensor
     subtract_bias: Tensor | None
-    subtract: bool
+    subtract_projection: bool
 
 
 class RedWeights(NamedTuple):
@@ -46,24 +49,31 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 
 def _check_count(name: str, value: int, low: int, high: int | None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < low
+        or (high is not None and value > high)
+    ):
         bounds = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
         raise ValueError(f"{name}: got {value!r}, expected {bounds}")
     return value
 
 
 class Intervention(nn.Module):
-    """What the members share: settings, the leading dimensions ``[L, S]``, caching of built weights, the edit itself.
+    """What the members share: settings, the leading dimensions ``[L, S]``, caching of built
+    weights, the edit itself.
 
     Args:
         embed_dim: d, the size of the hidden state's last dimension. rank: r, 1 to min(d, 256).
-        activation: see :data:`reft_kernels.activations.ACTIVATIONS`.
-        dropout: probability with which an entry of u is dropped in training (the residual stream never is).
-        parametrization: ``"householder"`` or ``"cayley"``, for members with an orthonormal R.
-        init: ``"identity"`` leaves the model unchanged at the start; ``"orthogonal"`` draws R from the uniform distribution and
+        activation: see :data:`reft_kernels.activations.ACTIVATIONS`. dropout: probability with
+        which an entry of u is dropped in training (the residual stream never is).
+        parametrization: ``"householder"`` or ``"cayley"``, for members with an orthonormal R. init:
+        ``"identity"`` leaves the model unchanged at the start; ``"orthogonal"`` draws R from the
+        uniform distribution and
             the rest as ``nn.Linear`` does. None: identity where the member has one.
-        dtype: of the parameters, fp32 when None. device: of the parameters.
-        num_sets: S weight sets, chosen for each row by ``set_ids``; None for one set and no such dimension.
+        dtype: of the parameters, fp32 when None. device: of the parameters. num_sets: S weight
+        sets, chosen for each row by ``weight_ids``; None for one set and no such dimension.
 
     Raises:
         ValueError: an argument out of range, or an init that the member does not have.
@@ -71,13 +81,22 @@ class Intervention(nn.Module):
 
     orthonormal = True  # the write matrix is R(X)
     reads = True  # there is a read matrix
-    subtract = False  # B h is subtracted
+    subtract_projection = False  # B h is subtracted
 
     def __init__(
-        self, embed_dim: int, rank: int, *, activation: str = "linear", dropout: float = 0.0,
-        parametrization: str = "householder", init: str | None = None, dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None, num_sets: int | None = None, _num_layers: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        embed_dim: int,
+        rank: int,
+        *,
+        activation: str = "linear",
+        dropout: float = 0.0,
+        parametrization: str = "householder",
+        init: str | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        num_sets: int | None = None,
+        _num_layers: int | None = None,
+    ) -> None:
         super().__init__()
         self.embed_dim = _check_count("embed_dim", embed_dim, 1, None)
         self.rank = _check_count("rank", rank, 1, min(embed_dim, MAX_RANK))
@@ -87,7 +106,9 @@ class Intervention(nn.Module):
         self.dropout = float(dropout)
         self.parametrization = _check_choice("parametrization", parametrization, PARAMETRIZATIONS)
         self.num_sets = None if num_sets is None else _check_count("num_sets", num_sets, 1, None)
-        self.num_layers = None if _num_layers is None else _check_count("num_layers", _num_layers, 1, None)
+        self.num_layers = (
+            None if _num_layers is None else _check_count("num_layers", _num_layers, 1, None)
+        )
         reason = self._why_no_identity()
         if init is None:
             init = "identity" if reason is None else "orthogonal"
@@ -129,7 +150,9 @@ class Intervention(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the parameters anew, by ``init`` and torch's CPU generator (so one seed means one start on every device)."""
+        """Draw the parameters anew, by ``init`` and torch's CPU generator (so one seed means one
+        start on every device).
+        """
         if next(self.parameters()).is_meta:
             return
         bound = 1.0 / math.sqrt(self.embed_dim)
@@ -144,14 +167,18 @@ class Intervention(nn.Module):
             self._make_identity()
 
     def _make_identity(self) -> None:
-        """Set the parameters so that the edit changes nothing; members without an identity never get here."""
+        """Set the parameters so that the edit changes nothing; members without an identity never
+        get here.
+        """
 
     @torch.no_grad()
     def set_R(self, R: Tensor) -> None:
-        """Make R ``[..., r, d]`` the current one, exactly to rounding; its rows must be orthonormal.
+        """Make R ``[..., r, d]`` the current one, exactly to rounding; its rows must be
+        orthonormal.
 
         Raises:
-            TypeError: this member has no orthonormal R. ValueError: another shape, or rows that are not orthonormal.
+            TypeError: this member has no orthonormal R. ValueError: another shape, or rows that are
+                not orthonormal.
         """
         if not self.orthonormal:
             raise TypeError(f"{type(self).__name__} has no orthonormal R")
@@ -174,12 +201,12 @@ class Intervention(nn.Module):
     def _stacked_weights(self) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, bool]:
         read_bias = self.b if self.reads else self.s
         if not self.orthonormal:
-            return self._read, read_bias, self.W2, None, self.subtract
-        if self.subtract and self.reads and self.activation == "linear":
+            return self._read, read_bias, self.W2, None, self.subtract_projection
+        if self.subtract_projection and self.reads and self.activation == "linear":
             R, D = build(self.parametrization, self.X, self.W, signs=self.signs)
             return D, read_bias, R, None, False
         R, _ = build(self.parametrization, self.X, signs=self.signs)
-        return self._read, read_bias, R, None, self.subtract
+        return self._read, read_bias, R, None, self.subtract_projection
 
     def _state(self) -> tuple | None:
         """What the built weights depend on, or None when it cannot be known."""
@@ -189,18 +216,27 @@ class Intervention(nn.Module):
         return tuple((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
     def build(self) -> list[EditWeights] | list[RedWeights]:
-        """The weights of each layer (a list of one for an unstacked intervention), R and D built in one launch.
+        """The weights of each layer (a list of one for an unstacked intervention), R and D built in
+        one launch.
 
-        While no graph is needed (no gradients, or frozen parameters) they are kept and built again only after a change.
+        While no graph is needed (no gradients, or frozen parameters) they are saved_input and built
+        again only after a change.
         """
-        graph = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters(recurse=False))
+        graph = torch.is_grad_enabled() and any(
+            p.requires_grad for p in self.parameters(recurse=False)
+        )
         if graph or torch.compiler.is_compiling():
-            self._built = None  # a training step follows; some engines then change parameters behind the version counter
+            # a training step follows; some engines then change parameters behind the version
+            # counter
+            self._built = None
             return self._per_layer(self._stacked_weights())
         state = self._state()
         known = self._built  # read once: another thread may build, or forget
         if known is None or state is None or known[0] != state:
-            with torch.inference_mode(False), torch.no_grad():  # normal tensors: a later backward may save them
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # normal tensors: a later backward may save them
                 known = self._built = (state, self._per_layer(self._stacked_weights()))
         return known[1]
 
@@ -208,8 +244,9 @@ class Intervention(nn.Module):
         kind = RedWeights if isinstance(self, RED) else EditWeights
         if self.num_layers is None:
             return [kind(*stacked)]
-        # unbind, not indexing: its backward is one stack, where every index would fill a zero tensor of all layers; a copy of
-        # what is a parameter itself, because engines that shard parameters free their storage when this module's call returns
+        # unbind, not indexing: its backward is one stack, where every index would fill a zero
+        # tensor of all layers; a copy of what is a parameter itself, because engines that shard
+        # parameters free their storage when this module's call returns
         owned = [t.clone() if isinstance(t, nn.Parameter) else t for t in stacked]
         columns = [t.unbind(0) if isinstance(t, Tensor) else (t,) * self.num_layers for t in owned]
         return [kind(*layer) for layer in zip(*columns, strict=True)]
@@ -227,46 +264,103 @@ class Intervention(nn.Module):
 
     # ---- the edit
 
-    def _dropout_coeff(self, hidden: Tensor, rows: Tensor | None, coeff: Tensor | None) -> Tensor | None:
+    def _dropout_coeff(
+        self, hidden: Tensor, rows: Tensor | None, coeff: Tensor | None
+    ) -> Tensor | None:
         if not self.training or self.dropout == 0.0:
             return coeff
         count = hidden.numel() // hidden.shape[-1] if rows is None else rows.shape[0]
         keep = 1.0 - self.dropout
-        mask = torch.empty((count, self.rank), dtype=torch.float32, device=hidden.device).bernoulli_(keep).div_(keep)
+        mask = (
+            torch.empty((count, self.rank), dtype=torch.float32, device=hidden.device)
+            .bernoulli_(keep)
+            .div_(keep)
+        )
         return mask if coeff is None else mask * coeff
 
     def edit(
-        self, hidden: Tensor, weights: EditWeights | RedWeights, *, rows: Tensor | None = None, set_ids: Tensor | None = None,
-        coeff: Tensor | None = None, inplace: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """Edit ``hidden [..., d]`` with one layer's built weights; arguments as in :mod:`functional`, not checked."""
+        self,
+        hidden: Tensor,
+        weights: EditWeights | RedWeights,
+        *,
+        rows: Tensor | None = None,
+        weight_ids: Tensor | None = None,
+        coeff: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        """Edit ``hidden [..., d]`` with one layer's built weights; arguments as in
+        :mod:`functional`, not checked.
+        """
         coeff = self._dropout_coeff(hidden, rows, coeff)
         return apply_edit(
-            hidden, rows, set_ids, weights.read, weights.read_bias, weights.write, weights.subtract_bias, coeff,
-            weights.subtract, self.activation, inplace,
-        )  # fmt: skip
+            hidden,
+            rows,
+            weight_ids,
+            weights.read,
+            weights.read_bias,
+            weights.write,
+            weights.subtract_bias,
+            coeff,
+            weights.subtract_projection,
+            self.activation,
+            inplace,
+        )
 
-    def _check(self, hidden: Tensor, weights, rows, set_ids, coeff) -> None:
-        matrices = {"write": weights.write} if weights.read is None else {"write": weights.write, "read": weights.read}
-        check_edit(hidden, matrices, {"read_bias": weights.read_bias}, rows, self.activation, coeff, set_ids)
+    def _check(self, hidden: Tensor, weights, rows, weight_ids, coeff) -> None:
+        matrices = (
+            {"write": weights.write}
+            if weights.read is None
+            else {"write": weights.write, "read": weights.read}
+        )
+        check_edit(
+            hidden,
+            matrices,
+            {"read_bias": weights.read_bias},
+            rows,
+            self.activation,
+            coeff,
+            weight_ids,
+        )
 
-    def _check_sets(self, set_ids: Tensor | None) -> None:
-        if (set_ids is None) != (self.num_sets is None):
-            expected = "None" if self.num_sets is None else f"an int32 tensor of set numbers below {self.num_sets}"
-            raise ValueError(f"set_ids: got {'None' if set_ids is None else 'a tensor'}, expected {expected}")
+    def _check_sets(self, weight_ids: Tensor | None) -> None:
+        if (weight_ids is None) != (self.num_sets is None):
+            expected = (
+                "None"
+                if self.num_sets is None
+                else f"an int32 tensor of set numbers below {self.num_sets}"
+            )
+            raise ValueError(
+                f"weight_ids: got {'None' if weight_ids is None else 'a tensor'}, expected "
+                f"{expected}"
+            )
 
     def forward(
-        self, hidden: Tensor, *, rows: Tensor | None = None, set_ids: Tensor | None = None, coeff: Tensor | None = None,
+        self,
+        hidden: Tensor,
+        *,
+        rows: Tensor | None = None,
+        weight_ids: Tensor | None = None,
+        coeff: Tensor | None = None,
         inplace: bool = False,
-    ) -> Tensor:  # fmt: skip
-        """The edited hidden state, ``[..., d]`` in ``hidden``'s dtype; see :mod:`reft_kernels.functional` for the arguments."""
-        self._check_sets(set_ids)
+        set_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The edited hidden state, ``[..., d]`` in ``hidden``'s dtype; see
+        :mod:`reft_kernels.functional` for the arguments.
+        """
+        if set_ids is not None:
+            weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
+        self._check_sets(weight_ids)
         (weights,) = self.build()
-        self._check(hidden, weights, rows, set_ids, coeff)
-        return self.edit(hidden, weights, rows=rows, set_ids=set_ids, coeff=coeff, inplace=inplace)
+        self._check(hidden, weights, rows, weight_ids, coeff)
+        return self.edit(
+            hidden, weights, rows=rows, weight_ids=weight_ids, coeff=coeff, inplace=inplace
+        )
 
     def extra_repr(self) -> str:
-        text = f"{self.embed_dim}, {self.rank}, activation={self.activation}, dropout={self.dropout}, init={self.init}"
+        text = (
+            f"{self.embed_dim}, {self.rank}, activation={self.activation}, "
+            f"dropout={self.dropout}, init={self.init}"
+        )
         if self.orthonormal:
             text += f", parametrization={self.parametrization}"
         for name in ("num_layers", "num_sets"):
@@ -277,19 +371,31 @@ class Intervention(nn.Module):
     def _dead_at_zero(self) -> str | None:
         zero = torch.zeros((), dtype=torch.float64)
         if float(activate(zero, self.activation)) != 0.0:
-            return f"activation {self.activation!r} is not 0 at 0, so {type(self).__name__} has no identity"
+            return (
+                f"activation {self.activation!r} is not 0 at 0, so {type(self).__name__} has no "
+                "identity"
+            )
         if self.activation == "relu":
-            return f"relu has no gradient at 0, so {type(self).__name__} could never leave the identity"
+            return (
+                f"relu has no gradient at 0, so {type(self).__name__} could never leave the "
+                "identity"
+            )
         return None
 
 
 class LoReFT(Intervention):
-    """LoReFT: h + R^T (act(W h + b) - R h), R [r, d] with orthonormal rows (Wu et al. 2024, equation 2)."""
+    """LoReFT: h + R^T (act(W h + b) - R h), R [r, d] with orthonormal rows (Wu et al. 2024,
+    equation 2).
+    """
 
-    subtract = True
+    subtract_projection = True
 
     def _why_no_identity(self) -> str | None:
-        return None if self.activation == "linear" else f"LoReFT with activation {self.activation!r} is never the identity"
+        return (
+            None
+            if self.activation == "linear"
+            else f"LoReFT with activation {self.activation!r} is never the identity"
+        )
 
     def _make_identity(self) -> None:
         self.W.copy_(self.R)
@@ -308,7 +414,9 @@ class DiReFT(Intervention):
 
 
 class NodiReFT(Intervention):
-    """NodiReFT, what the paper calls DiReFT: h + W2^T act(W1 h + b), W1, W2 [r, d] free (Wu et al. 2024, equation 3)."""
+    """NodiReFT, what the paper calls DiReFT: h + W2^T act(W1 h + b), W1, W2 [r, d] free (Wu et
+    al. 2024, equation 3).
+    """
 
     orthonormal = False
 
@@ -320,14 +428,14 @@ class NodiReFT(Intervention):
 class NoReFT(NodiReFT):
     """NoReFT: h + W2^T (act(W1 h + b) - W2 h), W1, W2 [r, d] free."""
 
-    subtract = True
+    subtract_projection = True
 
 
 class ConsReFT(Intervention):
     """ConsReFT: h + R^T (act(s) - R h), a constant source s [r]; it has no identity."""
 
     reads = False
-    subtract = True
+    subtract_projection = True
 
     def _why_no_identity(self) -> str | None:
         return "ConsReFT replaces the projection R h by a constant, which no s leaves unchanged"
@@ -346,7 +454,9 @@ class LobiReFT(Intervention):
 
 
 class RED(Intervention):
-    """RED: scale * h + bias, elementwise over d; it has no rank, activation or dropout of its own."""
+    """RED: scale * h + bias, elementwise over d; it has no rank, activation or dropout of its
+    own.
+    """
 
     orthonormal = False
     reads = False
@@ -355,7 +465,8 @@ class RED(Intervention):
         super().__init__(embed_dim, rank, **kwargs)
         if self.activation != "linear" or self.dropout != 0.0:
             raise ValueError(
-                f"activation, dropout: got {self.activation!r} and {self.dropout}, expected 'linear' and 0.0: RED has neither"
+                f"activation, dropout: got {self.activation!r} and {self.dropout}, expected "
+                "'linear' and 0.0: RED has neither"
             )
 
     def _make_parameters(self, **factory) -> None:
@@ -371,22 +482,30 @@ class RED(Intervention):
         return self.scale, self.bias
 
     def edit(
-        self, hidden: Tensor, weights: RedWeights, *, rows: Tensor | None = None, set_ids: Tensor | None = None,
-        coeff: Tensor | None = None, inplace: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        hidden: Tensor,
+        weights: RedWeights,
+        *,
+        rows: Tensor | None = None,
+        weight_ids: Tensor | None = None,
+        coeff: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
         """Edit ``hidden [..., d]`` with one layer's weights; RED takes no ``coeff``."""
         if coeff is not None:
             raise ValueError("coeff: got a tensor, expected None: RED has no subspace")
-        return apply_red(hidden, rows, set_ids, weights.scale, weights.bias, inplace)
+        return apply_red(hidden, rows, weight_ids, weights.scale, weights.bias, inplace)
 
-    def _check(self, hidden: Tensor, weights: RedWeights, rows, set_ids, coeff) -> None:
-        check_red(hidden, weights.scale, weights.bias, rows, set_ids)
+    def _check(self, hidden: Tensor, weights: RedWeights, rows, weight_ids, coeff) -> None:
+        check_red(hidden, weights.scale, weights.bias, rows, weight_ids)
 
 
 class _Stacked:
-    """L layers in one module: calling it builds every layer's weights, which :meth:`Intervention.edit` consumes.
+    """L layers in one module: calling it builds every layer's weights, which
+    :meth:`Intervention.edit` consumes.
 
-    The build is the module's forward, so that engines which gather parameters around a forward (FSDP2, ZeRO-3) are right.
+    The build is the module's forward, so that engines which gather parameters around a forward
+    (FSDP2, ZeRO-3) are right.
     """
 
     def __init__(self, num_layers: int, embed_dim: int, rank: int, **kwargs) -> None:

@@ -1,19 +1,21 @@
 """The operators of the engine: schemas, fakes and the door to the backends.
 
-Every tensor that holds rows is two-dimensional here: ``hidden`` is ``[M, d]``; ``rows`` is int32 ``[N]`` (``-1`` skips) or
-``None`` for all M rows; ``set_ids`` is int32 ``[N]`` or ``None``. Weights are ``[r, d]`` and ``[r]``, or ``[S, r, d]`` and
-``[S, r]`` when ``set_ids`` is given. With ``x`` the selected rows, ``A`` = read, ``c`` = read_bias, ``B`` = write,
-``p`` = subtract_bias:
+Every tensor that holds rows is two-dimensional here: ``hidden`` is ``[M, d]``; ``rows`` is int32
+``[N]`` (``-1`` skips) or ``None`` for all M rows; ``weight_ids`` is int32 ``[N]`` or ``None``.
+Weights are ``[r, d]`` and ``[r]``, or ``[S, r, d]`` and ``[S, r]`` when ``weight_ids`` is given.
+With ``x`` the selected rows, ``A`` = read, ``c`` = read_bias, ``B`` = write, ``p`` = subtract_bias:
 
     z = A x + c                                     (``A`` absent: z = c;  ``c`` absent: z = A x)
-    u = act(z) - (B x + p)   if subtract else act(z)
+    u = act(z) - (B x + p)   if subtract_projection else act(z)
     y = x + B^T (coeff * u)
 
-Every member of the family that subtracts a projection subtracts the one it writes with, hence a flag and not a third weight.
+Every member of the family that subtracts a projection subtracts the one it writes with, hence a
+flag and not a third weight.
 
-``kept`` is what the backward needs of the rows: their input ``x [N, d]`` when ``rows`` is given; nothing when it is not, for
-then the caller passes the output ``y`` back (``x = y - B^T (coeff * u)``) and no second copy of the hidden state lives on.
-Outputs that a call does not need are empty tensors, so that every operator has a fixed arity.
+``saved_input`` is what the backward needs of the rows: their input ``x [N, d]`` when ``rows`` is
+given; nothing when it is not, for then the caller passes the output ``y`` back (``x = y - B^T
+(coeff * u)``) and no second copy of the hidden state lives on. Outputs that a call does not need
+are empty tensors, so that every operator has a fixed arity.
 """
 
 from __future__ import annotations
@@ -21,40 +23,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reft_kernels import dispatch, door, host_memory, outputs
+from reft_kernels import allocation, dispatch, host_memory, operator_checks
 
 _EDIT_ARGS = (
-    "Tensor? rows, Tensor? set_ids, Tensor? read, Tensor? read_bias, Tensor write, Tensor? subtract_bias, "
-    "Tensor? coeff, bool subtract, str activation, bool save"
+    "Tensor? rows, Tensor? weight_ids, Tensor? read, Tensor? read_bias, Tensor write, Tensor? "
+    "subtract_bias, "
+    "Tensor? coeff, bool subtract_projection, str activation, bool save"
 )
 _EDIT_BACKWARD_ARGS = (
-    "Tensor kept, Tensor u, Tensor z, Tensor? rows, Tensor? set_ids, Tensor? read, Tensor write, Tensor? coeff, "
-    "bool subtract, str activation"
+    "Tensor saved_input, Tensor u, Tensor z, Tensor? rows, Tensor? weight_ids, Tensor? read, "
+    "Tensor write, Tensor? coeff, "
+    "bool subtract_projection, str activation"
 )
 _BUILD_ARGS = "Tensor X, Tensor? signs, Tensor? base, Tensor? base_point, Tensor? W"
-_BUILD_BACKWARD_ARGS = "Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, Tensor aux"
+_BUILD_BACKWARD_ARGS = (
+    "Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, Tensor aux"
+)
+
+_RED_ARGS = "Tensor? rows, Tensor? weight_ids, Tensor scale, Tensor bias, bool save"
+_RED_BACKWARD_ARGS = "Tensor saved_input, Tensor? rows, Tensor? weight_ids, Tensor scale"
+_EDIT_GRADIENTS = (
+    "Tensor grad_read, Tensor grad_read_bias, Tensor grad_write, Tensor grad_subtract_bias, "
+    "Tensor grad_coeff"
+)
 
 SCHEMAS: dict[str, str] = {
-    "edit": f"(Tensor hidden, {_EDIT_ARGS}) -> (Tensor out, Tensor kept, Tensor u, Tensor z)",
-    "edit_": f"(Tensor(a!) hidden, {_EDIT_ARGS}) -> (Tensor kept, Tensor u, Tensor z)",
-    "edit_backward": (
-        f"(Tensor grad, {_EDIT_BACKWARD_ARGS}, bool need_hidden, bool need_weights) -> (Tensor grad_hidden, "
-        "Tensor grad_read, Tensor grad_read_bias, Tensor grad_write, Tensor grad_subtract_bias, Tensor grad_coeff)"
-    ),
-    "edit_backward_": (
-        f"(Tensor(a!) grad, {_EDIT_BACKWARD_ARGS}, bool need_weights) -> (Tensor grad_read, Tensor grad_read_bias, "
-        "Tensor grad_write, Tensor grad_subtract_bias, Tensor grad_coeff)"
-    ),
-    "red": "(Tensor hidden, Tensor? rows, Tensor? set_ids, Tensor scale, Tensor bias, bool save) -> (Tensor out, Tensor kept)",
-    "red_": "(Tensor(a!) hidden, Tensor? rows, Tensor? set_ids, Tensor scale, Tensor bias, bool save) -> Tensor kept",
-    "red_backward": (
-        "(Tensor grad, Tensor kept, Tensor? rows, Tensor? set_ids, Tensor scale, bool need_hidden, bool need_weights) "
-        "-> (Tensor grad_hidden, Tensor grad_scale, Tensor grad_bias)"
-    ),
-    "red_backward_": (
-        "(Tensor(a!) grad, Tensor kept, Tensor? rows, Tensor? set_ids, Tensor scale, bool need_weights) "
-        "-> (Tensor grad_scale, Tensor grad_bias)"
-    ),
+    "edit": f"(Tensor hidden, {_EDIT_ARGS})"
+    " -> (Tensor out, Tensor saved_input, Tensor u, Tensor z)",
+    "edit_": f"(Tensor(a!) hidden, {_EDIT_ARGS}) -> (Tensor saved_input, Tensor u, Tensor z)",
+    "edit_backward": f"(Tensor grad, {_EDIT_BACKWARD_ARGS}, bool need_hidden, bool need_weights)"
+    f" -> (Tensor grad_hidden, {_EDIT_GRADIENTS})",
+    "edit_backward_": f"(Tensor(a!) grad, {_EDIT_BACKWARD_ARGS}, bool need_weights)"
+    f" -> ({_EDIT_GRADIENTS})",
+    "red": f"(Tensor hidden, {_RED_ARGS}) -> (Tensor out, Tensor saved_input)",
+    "red_": f"(Tensor(a!) hidden, {_RED_ARGS}) -> Tensor saved_input",
+    "red_backward": f"(Tensor grad, {_RED_BACKWARD_ARGS}, bool need_hidden, bool need_weights)"
+    " -> (Tensor grad_hidden, Tensor grad_scale, Tensor grad_bias)",
+    "red_backward_": f"(Tensor(a!) grad, {_RED_BACKWARD_ARGS}, bool need_weights)"
+    " -> (Tensor grad_scale, Tensor grad_bias)",
     "householder": f"({_BUILD_ARGS}) -> (Tensor R, Tensor D, Tensor aux)",
     "householder_backward": f"({_BUILD_BACKWARD_ARGS}) -> Tensor grad_X",
     "cayley": f"({_BUILD_ARGS}) -> (Tensor R, Tensor D, Tensor aux)",
@@ -65,11 +71,14 @@ SCHEMAS: dict[str, str] = {
 _library = torch.library.Library("reft_kernels", "DEF")
 
 
-# ---- implementations: allocate what is out of place, then call the backend that serves this device and dtype
+# ---- implementations: allocate what is out of place, then call the backend that serves this device
+# and dtype
 
 
 def _output_like(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """A contiguous output: a copy where only some rows will be written, uninitialised where all will."""
+    """A contiguous output: a copy where only some rows will be written, uninitialised where all
+    will.
+    """
     out = host_memory.empty_like(tensor)
     return out if rows is None else out.copy_(tensor)
 
@@ -84,11 +93,35 @@ def _edit_(hidden: Tensor, *args):
 
 
 def _edit_backward(
-    grad: Tensor, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_hidden, need_weights
+    grad: Tensor,
+    saved_input,
+    u,
+    z,
+    rows,
+    weight_ids,
+    read,
+    write,
+    coeff,
+    subtract_projection,
+    activation,
+    need_hidden,
+    need_weights,
 ):
     out = _output_like(grad, rows) if need_hidden else None
     grads = dispatch.select("edit_backward", grad)(
-        grad, out, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_weights
+        grad,
+        out,
+        saved_input,
+        u,
+        z,
+        rows,
+        weight_ids,
+        read,
+        write,
+        coeff,
+        subtract_projection,
+        activation,
+        need_weights,
     )
     return (grad.new_empty(0) if out is None else out), *grads
 
@@ -97,20 +130,24 @@ def _edit_backward_(grad: Tensor, *args):
     return dispatch.select("edit_backward", grad)(grad, grad, *args)
 
 
-def _red(hidden: Tensor, rows: Tensor | None, set_ids, scale, bias, save):
+def _red(hidden: Tensor, rows: Tensor | None, weight_ids, scale, bias, save):
     out = _output_like(hidden, rows)
     # out of place over all rows the caller still holds the input: keep no copy of it
-    kept = dispatch.select("red", hidden)(hidden, out, rows, set_ids, scale, bias, save and rows is not None)
-    return out, kept
+    saved_input = dispatch.select("red", hidden)(
+        hidden, out, rows, weight_ids, scale, bias, save and rows is not None
+    )
+    return out, saved_input
 
 
 def _red_(hidden: Tensor, *args):
     return dispatch.select("red", hidden)(hidden, hidden, *args)
 
 
-def _red_backward(grad: Tensor, kept, rows, set_ids, scale, need_hidden, need_weights):
+def _red_backward(grad: Tensor, saved_input, rows, weight_ids, scale, need_hidden, need_weights):
     out = _output_like(grad, rows) if need_hidden else None
-    grads = dispatch.select("red_backward", grad)(grad, out, kept, rows, set_ids, scale, need_weights)
+    grads = dispatch.select("red_backward", grad)(
+        grad, out, saved_input, rows, weight_ids, scale, need_weights
+    )
     return (grad.new_empty(0) if out is None else out), *grads
 
 
@@ -129,16 +166,55 @@ def _build_backward(name: str):
 # ---- fakes: shapes and dtypes only
 
 
-def _edit_fake(hidden, rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation, save):
-    return _output_fake(hidden), *outputs.edit_saved(hidden, rows, write, activation, save)
+def _edit_fake(
+    hidden,
+    rows,
+    weight_ids,
+    read,
+    read_bias,
+    write,
+    subtract_bias,
+    coeff,
+    subtract_projection,
+    activation,
+    save,
+):
+    return _output_fake(hidden), *allocation.edit_saved(hidden, rows, write, activation, save)
 
 
-def _edit__fake(hidden, rows, set_ids, read, read_bias, write, subtract_bias, coeff, subtract, activation, save):
-    return outputs.edit_saved(hidden, rows, write, activation, save)
+def _edit__fake(
+    hidden,
+    rows,
+    weight_ids,
+    read,
+    read_bias,
+    write,
+    subtract_bias,
+    coeff,
+    subtract_projection,
+    activation,
+    save,
+):
+    return allocation.edit_saved(hidden, rows, write, activation, save)
 
 
-def _edit_backward__fake(grad, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_weights):
-    return outputs.edit_gradients(grad, rows, read, write, coeff, subtract, need_weights)
+def _edit_backward__fake(
+    grad,
+    saved_input,
+    u,
+    z,
+    rows,
+    weight_ids,
+    read,
+    write,
+    coeff,
+    subtract_projection,
+    activation,
+    need_weights,
+):
+    return allocation.edit_gradients(
+        grad, rows, read, write, coeff, subtract_projection, need_weights
+    )
 
 
 def _output_fake(tensor):
@@ -149,29 +225,58 @@ def _hidden_grad_fake(grad, need_hidden):
     return _output_fake(grad) if need_hidden else grad.new_empty(0)
 
 
-def _edit_backward_fake(grad, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_hidden, need_weights):
-    rest = _edit_backward__fake(grad, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, need_weights)
+def _edit_backward_fake(
+    grad,
+    saved_input,
+    u,
+    z,
+    rows,
+    weight_ids,
+    read,
+    write,
+    coeff,
+    subtract_projection,
+    activation,
+    need_hidden,
+    need_weights,
+):
+    rest = _edit_backward__fake(
+        grad,
+        saved_input,
+        u,
+        z,
+        rows,
+        weight_ids,
+        read,
+        write,
+        coeff,
+        subtract_projection,
+        activation,
+        need_weights,
+    )
     return _hidden_grad_fake(grad, need_hidden), *rest
 
 
-def _red_fake(hidden, rows, set_ids, scale, bias, save):
-    return _output_fake(hidden), outputs.red_kept(hidden, rows, save and rows is not None)
+def _red_fake(hidden, rows, weight_ids, scale, bias, save):
+    return _output_fake(hidden), allocation.red_saved_input(hidden, rows, save and rows is not None)
 
 
-def _red__fake(hidden, rows, set_ids, scale, bias, save):
-    return outputs.red_kept(hidden, rows, save)
+def _red__fake(hidden, rows, weight_ids, scale, bias, save):
+    return allocation.red_saved_input(hidden, rows, save)
 
 
-def _red_backward__fake(grad, kept, rows, set_ids, scale, need_weights):
-    return outputs.red_gradients(grad, scale, need_weights)
+def _red_backward__fake(grad, saved_input, rows, weight_ids, scale, need_weights):
+    return allocation.red_gradients(grad, scale, need_weights)
 
 
-def _red_backward_fake(grad, kept, rows, set_ids, scale, need_hidden, need_weights):
-    return _hidden_grad_fake(grad, need_hidden), *_red_backward__fake(grad, kept, rows, set_ids, scale, need_weights)
+def _red_backward_fake(grad, saved_input, rows, weight_ids, scale, need_hidden, need_weights):
+    return _hidden_grad_fake(grad, need_hidden), *_red_backward__fake(
+        grad, saved_input, rows, weight_ids, scale, need_weights
+    )
 
 
 def _build_fake(X, signs, base, base_point, W):
-    return outputs.build(X, base, W)
+    return allocation.build(X, base, W)
 
 
 def _build_backward_fake(grad_R, grad_D, X, signs, base, aux):
@@ -196,5 +301,11 @@ _IMPLEMENTATIONS = {
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _implementation, _fake = _IMPLEMENTATIONS[_name]
-    _library.impl(_name, door.guarded(_name, _schema, _implementation), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"reft_kernels::{_name}", door.guarded(_name, _schema, _fake, traced=True), lib=_library)
+    _library.impl(
+        _name, operator_checks.guarded(_name, _schema, _implementation), "CompositeExplicitAutograd"
+    )
+    torch.library.register_fake(
+        f"reft_kernels::{_name}",
+        operator_checks.guarded(_name, _schema, _fake, traced=True),
+        lib=_library,
+    )

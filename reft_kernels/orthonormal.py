@@ -1,21 +1,28 @@
-"""Orthonormal rows without d x d matrices: the Householder and Cayley maps, their backward and their inverses.
+"""Orthonormal rows without d x d matrices: the Householder and Cayley maps, their backward and
+their inverses.
 
-Both maps send ``X [L, d, r]`` to ``Q [L, d, r]`` with orthonormal columns, R = Q^T, and both are, with E the first r columns
-of the identity and ``V`` the ``[d, r]`` matrix each reads off X,
+Both maps send ``X [L, d, r]`` to ``Q [L, d, r]`` with orthonormal columns, R = Q^T, and both are,
+with E the first r columns of the identity and ``V`` the ``[d, r]`` matrix each reads off X,
 
-    F(X) = E N + V M                                 M, N: [r, r], functions of the Gram matrix G = V^T V
-    householder:  V = unit lower trapezoidal part,   M = -T V[:r]^T, N = I,  T = (striu(G) + diag(G)/2)^-1   (compact WY)
-    cayley:       V = [0; X[r:]] = [0; K],           M = -2C, N = 2C - I,    C = (I + S + G)^-1, S = tril(X[:r],-1) - its ^T
+    F(X) = E N + V M                                 M, N: [r, r], functions of the Gram matrix G =
+                                                     V^T V
+    householder:  V = unit lower trapezoidal part,   M = -T V[:r]^T, N = I,  T = (striu(G) +
+                  diag(G)/2)^-1   (compact WY)
+    cayley:       V = [0; X[r:]] = [0; K],           M = -2C, N = 2C - I,    C = (I + S + G)^-1, S =
+                  tril(X[:r],-1) - its ^T
 
-so that householder's F is the product of reflectors H_1 ... H_r E with F(0) = -E, and cayley's F(0) = E. Two passes over V:
+so that householder's F is the product of reflectors H_1 ... H_r E with F(0) = -E, and cayley's F(0)
+= E. Two passes over V:
 one reduces G, one writes F. Then
 
     no base:    Q = F diag(signs)
-    with base:  Q = base_point^T + H0 (F - F(0)) F(0)[:r] diag(signs),   H0 = I - V0 T0 V0^T,   H0 E diag(signs) = base_point^T
+    with base:  Q = base_point^T + H0 (F - F(0)) F(0)[:r] diag(signs),   H0 = I - V0 T0 V0^T,   H0 E
+                diag(signs) = base_point^T
 
-which is exactly the base point, bit for bit, at X = 0. ``base [L, d, r]`` packs V0 strictly below the diagonal and T0 on and
-above it. ``signs`` are +-1 and never trained. Sources: Schreiber and Van Loan 1989 (compact WY), Puglisi 1992 (T from the Gram
-matrix), Wen and Yin 2013 (Cayley map of a low-rank skew matrix).
+which is exactly the base point, bit for bit, at X = 0. ``base [L, d, r]`` packs V0 strictly below
+the diagonal and T0 on and above it. ``signs`` are +-1 and never trained. Sources: Schreiber and Van
+Loan 1989 (compact WY), Puglisi 1992 (T from the Gram matrix), Wen and Yin 2013 (Cayley map of a
+low-rank skew matrix).
 """
 
 from __future__ import annotations
@@ -41,7 +48,9 @@ class BasePoint(NamedTuple):
 
 
 class _Tall(NamedTuple):
-    """A ``[L, d, r]`` matrix given as another whose first r rows are replaced: nothing of its size is copied."""
+    """A ``[L, d, r]`` matrix given as another whose first r rows are replaced: nothing of its
+    size is copied.
+    """
 
     top: Tensor  # [L, r, r]
     whole: Tensor  # [L, d, r]; its first r rows are not read
@@ -83,20 +92,24 @@ def _below(X: Tensor) -> _Tall:
     return _Tall(torch.zeros_like(X[..., : X.shape[-1], :]), X)
 
 
-_GRAM_BLOCK = 128  # rows summed in the working dtype before the fp64 sum: one long fp32 sum loses 5e-6 at d = 4096
+# rows summed in the working dtype before the fp64 sum: one long fp32 sum loses 5e-6 at d = 4096
+_GRAM_BLOCK = 128
 
 
 def _gram(A: _Tall, B: _Tall) -> Tensor:
     """A^T B ``[L, r, r]`` in fp64: orthonormality is as exact as this.
 
-    The first r rows hold the unit diagonal, next to which the others are small: they are summed in fp64 from the start.
+    The first r rows hold the unit diagonal, next to which the others are small: they are summed in
+    fp64 from the start.
     """
     r, d = A.whole.shape[-1], A.whole.shape[-2]
     total = A.top.mT.double() @ B.top.double()
     blocks = (d - r) // _GRAM_BLOCK
     body = r + blocks * _GRAM_BLOCK
     if blocks:
-        A_blocks, B_blocks = (t.whole[:, r:body].unflatten(1, (blocks, _GRAM_BLOCK)) for t in (A, B))
+        A_blocks, B_blocks = (
+            t.whole[:, r:body].unflatten(1, (blocks, _GRAM_BLOCK)) for t in (A, B)
+        )
         total = total + (A_blocks.mT @ B_blocks).sum(1, dtype=torch.float64)
     return total if body == d else total + A.whole[:, body:].mT @ B.whole[:, body:]
 
@@ -110,7 +123,8 @@ def _half_diagonal_upper(G: Tensor) -> Tensor:
 
 def _householder_T(V: _Tall) -> Tensor:
     S = _half_diagonal_upper(_gram(V, V))
-    # inv_ex checks nothing, hence no synchronisation; a triangular solve wakes a thread pool for this r x r matrix
+    # inv_ex checks nothing, hence no synchronisation; a triangular solve wakes a thread pool for
+    # this r x r matrix
     return torch.linalg.inv_ex(S).inverse
 
 
@@ -141,7 +155,14 @@ def _column_scale(name: str, signs: Tensor | None, base: Tensor | None) -> Tenso
     return signs.unsqueeze(-2) if base is None else _AT_ZERO[name] * signs.unsqueeze(-2)
 
 
-def _build(name: str, X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
+def _build(
+    name: str,
+    X: Tensor,
+    signs: Tensor | None,
+    base: Tensor | None,
+    point: Tensor | None,
+    W: Tensor | None,
+):
     acc = accumulation_dtype(X.dtype)
     r = X.shape[-1]
     F = _MAPS[name](X.to(acc))
@@ -165,7 +186,13 @@ def _build(name: str, X: Tensor, signs: Tensor | None, base: Tensor | None, poin
 
 
 def _build_backward(
-    name: str, grad_R: Tensor | None, grad_D: Tensor | None, X: Tensor, signs: Tensor | None, base: Tensor | None, aux
+    name: str,
+    grad_R: Tensor | None,
+    grad_D: Tensor | None,
+    X: Tensor,
+    signs: Tensor | None,
+    base: Tensor | None,
+    aux,
 ):
     acc = accumulation_dtype(X.dtype)
     dtype, r = X.dtype, X.shape[-1]
@@ -199,21 +226,37 @@ def _build_backward(
     return grad_X.to(dtype)
 
 
-def householder(X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
-    """R ``[L, r, d]`` from X ``[L, d, r]``, D = W - R (empty without W) and T (with a base also V0^T V) as ``aux``."""
+def householder(
+    X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None
+):
+    """R ``[L, r, d]`` from X ``[L, d, r]``, D = W - R (empty without W) and T (with a base also
+    V0^T V) as ``aux``.
+    """
     return _build("householder", X, signs, base, point, W)
 
 
-def householder_backward(grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
-    """dL/dX ``[L, d, r]``, zero on and above the diagonal; ``grad_D`` counts against R (D = W - R)."""
+def householder_backward(
+    grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
+) -> Tensor:
+    """dL/dX ``[L, d, r]``, zero on and above the diagonal; ``grad_D`` counts against R (D = W -
+    R).
+    """
     return _build_backward("householder", grad_R, grad_D, X, signs, base, aux)
 
 
-def cayley(X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
-    """R ``[L, r, d]`` from X ``[L, d, r]``, D = W - R (empty without W) and C (with a base also V0^T V) as ``aux``."""
+def cayley(
+    X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None
+):
+    """R ``[L, r, d]`` from X ``[L, d, r]``, D = W - R (empty without W) and C (with a base also
+    V0^T V) as ``aux``.
+    """
     return _build("cayley", X, signs, base, point, W)
 
 
-def cayley_backward(grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
-    """dL/dX ``[L, d, r]``, zero on and above the diagonal of the top block; ``grad_D`` counts against R (D = W - R)."""
+def cayley_backward(
+    grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
+) -> Tensor:
+    """dL/dX ``[L, d, r]``, zero on and above the diagonal of the top block; ``grad_D`` counts
+    against R (D = W - R).
+    """
     return _build_backward("cayley", grad_R, grad_D, X, signs, base, aux)

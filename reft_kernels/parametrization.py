@@ -1,4 +1,6 @@
-"""Orthonormal R as a differentiable function of free parameters: ``householder``, ``cayley``, base points and inverses."""
+"""Orthonormal R as a differentiable function of free parameters: ``householder``, ``cayley``,
+base points and inverses.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from reft_kernels import (
 from reft_kernels.dtypes import accumulation_dtype
 from reft_kernels.orthonormal import MAX_RANK, PARAMETRIZATIONS, BasePoint
 
-_ORTHONORMAL_TOLERANCE = 1e-4  # what counts as orthonormal in a given R: fp32 rounding passes, bf16 rounding does not
+_ORTHONORMAL_TOLERANCE = (
+    1e-4  # what counts as orthonormal in a given R: fp32 rounding passes, bf16 rounding does not
+)
 
 
 class _Build(torch.autograd.Function):
@@ -58,14 +62,18 @@ def _check_X(X: Tensor) -> None:
 
 
 def _check_signs(signs: Tensor | None, X: Tensor) -> None:
-    if signs is not None and (signs.shape != (*X.shape[:-2], X.shape[-1]) or signs.device != X.device):
+    if signs is not None and (
+        signs.shape != (*X.shape[:-2], X.shape[-1]) or signs.device != X.device
+    ):
         raise ValueError(
             f"signs: got shape {tuple(signs.shape)} on {signs.device}, "
             f"expected {(*X.shape[:-2], X.shape[-1])} on {X.device}, as X says"
         )
 
 
-def _resolve_base(base: Tensor | BasePoint | None, X: Tensor, signs: Tensor | None) -> BasePoint | None:
+def _resolve_base(
+    base: Tensor | BasePoint | None, X: Tensor, signs: Tensor | None
+) -> BasePoint | None:
     if base is None:
         return None
     if signs is not None:
@@ -74,7 +82,9 @@ def _resolve_base(base: Tensor | BasePoint | None, X: Tensor, signs: Tensor | No
     expected = (*X.shape[:-2], X.shape[-1], X.shape[-2])
     if not isinstance(R, Tensor) or R.shape != expected or R.device != X.device:
         got = f"shape {tuple(R.shape)} on {R.device}" if isinstance(R, Tensor) else type(R).__name__
-        raise ValueError(f"base: got {got}, expected an orthonormal R of shape {expected} on {X.device}")
+        raise ValueError(
+            f"base: got {got}, expected an orthonormal R of shape {expected} on {X.device}"
+        )
     return base if isinstance(base, BasePoint) else base_point(base)
 
 
@@ -95,10 +105,14 @@ def build(
         base: a prepared base point of the same leading shape.
 
     Returns:
-        R ``[..., r, d]`` in fp32 (fp64 for fp64 X) and D of the same shape and dtype (None without W).
+        R ``[..., r, d]`` in fp32 (fp64 for fp64 X) and D of the same shape and dtype (None without
+        W).
     """
     if parametrization not in PARAMETRIZATIONS:
-        raise ValueError(f"parametrization: got {parametrization!r}, expected one of {', '.join(PARAMETRIZATIONS)}")
+        raise ValueError(
+            f"parametrization: got {parametrization!r}, expected one of "
+            f"{', '.join(PARAMETRIZATIONS)}"
+        )
     d, r = X.shape[-2:]
     lead = X.shape[:-2]
     flat = X.reshape(-1, d, r)
@@ -114,40 +128,49 @@ def build(
     return R.view(*lead, r, d), (None if W is None else D.view(*lead, r, d))
 
 
-def householder(X: Tensor, base: Tensor | BasePoint | None = None, *, signs: Tensor | None = None) -> Tensor:
+def householder(
+    X: Tensor, base: Tensor | BasePoint | None = None, *, signs: Tensor | None = None
+) -> Tensor:
     """R with orthonormal rows from the product of r Householder reflectors, in compact WY form.
 
-    R^T = H_1 ... H_r E with H_i = I - 2 v_i v_i^T / |v_i|^2, v_i = column i of the unit lower trapezoidal part of X: equal to
-    ``torch.linalg.householder_product(X, 2 / |v|^2)``. Entries of X on and above the diagonal are not read and get gradient
-    zero. With ``base`` = R0, X = 0 gives exactly R0.
+    R^T = H_1 ... H_r E with H_i = I - 2 v_i v_i^T / |v_i|^2, v_i = column i of the unit lower
+    trapezoidal part of X: equal to ``torch.linalg.householder_product(X, 2 / |v|^2)``. Entries of X
+    on and above the diagonal are not read and get gradient zero. With ``base`` = R0, X = 0 gives
+    exactly R0.
 
     Args:
-        X: ``[..., d, r]`` with 1 <= r <= min(d, 256), any floating dtype.
-        base: an orthonormal R0 ``[..., r, d]``, or the :class:`BasePoint` made of it once by :func:`base_point`.
+        X: ``[..., d, r]`` with 1 <= r <= min(d, 256), any floating dtype. base: an orthonormal R0
+        ``[..., r, d]``, or the :class:`BasePoint` made of it once by :func:`base_point`.
         signs: ``[..., r]`` of +-1 that multiply the rows of R; not differentiated.
 
     Returns:
         R ``[..., r, d]``, fp32 (fp64 for fp64 X), max |R R^T - I| <= 1e-6 in fp32.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, shape, dtype or device; a base that is not orthonormal.
+        TypeError, ValueError: an argument of another kind, shape, dtype or device; a base that is
+            not orthonormal.
 
-    Source: Schreiber and Van Loan, "A storage-efficient WY representation for products of Householder transformations", 1989.
+    Source: Schreiber and Van Loan, "A storage-efficient WY representation for products of
+    Householder transformations", 1989.
     """
     _check_X(X)
     _check_signs(signs, X)
     return build("householder", X, signs=signs, base=_resolve_base(base, X, signs))[0]
 
 
-def cayley(X: Tensor, base: Tensor | BasePoint | None = None, *, signs: Tensor | None = None) -> Tensor:
+def cayley(
+    X: Tensor, base: Tensor | BasePoint | None = None, *, signs: Tensor | None = None
+) -> Tensor:
     """R with orthonormal rows from the Cayley map of a skew matrix: R^T = (I - Z)(I + Z)^-1 E.
 
-    Z = [[S, -K^T], [K, 0]], S = tril(X[:r], -1) - tril(X[:r], -1)^T, K = X[r:]; in closed form R^T = [2C - I; -2KC] with
-    C = (I + S + K^T K)^-1. Entries of X[:r] on and above the diagonal are not read. X = 0 gives E^T, or exactly ``base``.
+    Z = [[S, -K^T], [K, 0]], S = tril(X[:r], -1) - tril(X[:r], -1)^T, K = X[r:]; in closed form R^T
+    = [2C - I; -2KC] with C = (I + S + K^T K)^-1. Entries of X[:r] on and above the diagonal are not
+    read. X = 0 gives E^T, or exactly ``base``.
 
     Args, Returns, Raises: as :func:`householder`.
 
-    Source: Wen and Yin, "A feasible method for optimization with orthogonality constraints", 2013, section 2.
+    Source: Wen and Yin, "A feasible method for optimization with orthogonality constraints", 2013,
+    section 2.
     """
     _check_X(X)
     _check_signs(signs, X)
@@ -157,29 +180,40 @@ def cayley(X: Tensor, base: Tensor | BasePoint | None = None, *, signs: Tensor |
 def orthonormality_error(R: Tensor) -> float:
     """max |R R^T - I| over all leading dimensions, computed in fp64."""
     R = R.detach().double()
-    return float((R @ R.mT - torch.eye(R.shape[-2], dtype=R.dtype, device=R.device)).abs().max()) if R.numel() else 0.0
+    return (
+        float((R @ R.mT - torch.eye(R.shape[-2], dtype=R.dtype, device=R.device)).abs().max())
+        if R.numel()
+        else 0.0
+    )
 
 
 def _checked_orthonormal(R: Tensor, name: str) -> Tensor:
     if R.dim() < 2 or not 1 <= R.shape[-2] <= min(R.shape[-1], MAX_RANK):
-        raise ValueError(f"{name}: got shape {tuple(R.shape)}, expected [..., r, d] with 1 <= r <= min(d, {MAX_RANK})")
+        raise ValueError(
+            f"{name}: got shape {tuple(R.shape)}, expected [..., r, d] with 1 <= r <= min(d, "
+            f"{MAX_RANK})"
+        )
     error = orthonormality_error(R)
     if not error <= _ORTHONORMAL_TOLERANCE:
         raise ValueError(
-            f"{name}: rows are not orthonormal, max |R R^T - I| = {error:.2e}, expected at most {_ORTHONORMAL_TOLERANCE:.0e}; "
+            f"{name}: rows are not orthonormal, max |R R^T - I| = {error:.2e}, expected at most "
+            f"{_ORTHONORMAL_TOLERANCE:.0e}; "
             "reft_kernels.orthonormalize(R) gives the nearest matrix that is"
         )
     return R.detach().double()
 
 
 def orthonormalize(R: Tensor) -> Tensor:
-    """The matrix with orthonormal rows nearest to R ``[..., r, d]`` (polar factor), computed in fp64, in R's dtype."""
+    """The matrix with orthonormal rows nearest to R ``[..., r, d]`` (polar factor), computed in
+    fp64, in R's dtype.
+    """
     U, _, Vh = torch.linalg.svd(R.detach().double(), full_matrices=False)
     return (U @ Vh).to(R.dtype)
 
 
 def base_point(R: Tensor) -> BasePoint:
-    """Prepare an orthonormal R ``[..., r, d]`` as the base of :func:`householder` or :func:`cayley`: O(d r^2), no d x d.
+    """Prepare an orthonormal R ``[..., r, d]`` as the base of :func:`householder` or
+    :func:`cayley`: O(d r^2), no d x d.
 
     Raises:
         ValueError: R's rows are not orthonormal.
@@ -194,10 +228,12 @@ def base_point(R: Tensor) -> BasePoint:
 
 
 def householder_inverse(R: Tensor) -> tuple[Tensor, Tensor]:
-    """X and signs with ``householder(X, signs=signs) == R`` to rounding, for any orthonormal R ``[..., r, d]``.
+    """X and signs with ``householder(X, signs=signs) == R`` to rounding, for any orthonormal R
+    ``[..., r, d]``.
 
     Returns:
-        X ``[..., d, r]``, strictly lower, entries at most 1 in size, and signs ``[..., r]``; fp32 (fp64 for fp64 R).
+        X ``[..., d, r]``, strictly lower, entries at most 1 in size, and signs ``[..., r]``; fp32
+        (fp64 for fp64 R).
 
     Raises:
         ValueError: R's rows are not orthonormal.
@@ -206,16 +242,19 @@ def householder_inverse(R: Tensor) -> tuple[Tensor, Tensor]:
     X = torch.geqrf(Q.contiguous())[0].tril(-1)
     flat = X.reshape(-1, *X.shape[-2:])
     built = orthonormal.householder(flat, None, None, None, None)[0].view(R.shape)
-    # LAPACK leaves a column alone where there is nothing to reflect; comparing with Q settles the sign in every case
+    # LAPACK leaves a column alone where there is nothing to reflect; comparing with Q settles the
+    # sign in every case
     signs = torch.where((built * Q.mT).sum(-1) < 0, -1.0, 1.0)
     dtype = accumulation_dtype(R.dtype)
     return X.to(dtype), signs.to(dtype)
 
 
 def cayley_inverse(R: Tensor) -> tuple[Tensor, Tensor]:
-    """X and signs with ``cayley(X, signs=signs) == R`` to rounding, for any orthonormal R ``[..., r, d]``.
+    """X and signs with ``cayley(X, signs=signs) == R`` to rounding, for any orthonormal R ``[...,
+    r, d]``.
 
-    The signs are chosen during the elimination of I + Q[:r] diag(signs), so that every pivot is at least 1.
+    The signs are chosen during the elimination of I + Q[:r] diag(signs), so that every pivot is at
+    least 1.
 
     Raises:
         ValueError: R's rows are not orthonormal.
@@ -228,8 +267,12 @@ def cayley_inverse(R: Tensor) -> tuple[Tensor, Tensor]:
     lower = torch.zeros_like(top)
     for i in range(r):
         # column i of the Schur complement of I + Q1 diag(signs), before its own sign is fixed
-        column = torch.linalg.solve_triangular(lower + eye, top[..., :, i : i + 1], upper=False, unitriangular=True)
-        unit = torch.linalg.solve_triangular(lower + eye, eye[:, i : i + 1].expand_as(column), upper=False, unitriangular=True)
+        column = torch.linalg.solve_triangular(
+            lower + eye, top[..., :, i : i + 1], upper=False, unitriangular=True
+        )
+        unit = torch.linalg.solve_triangular(
+            lower + eye, eye[:, i : i + 1].expand_as(column), upper=False, unitriangular=True
+        )
         signs[..., i] = torch.where(column[..., i, 0] * unit[..., i, 0] < 0, -1.0, 1.0)
         pivoted = unit[..., 0] + signs[..., i : i + 1] * column[..., 0]
         lower[..., i + 1 :, i] = pivoted[..., i + 1 :] / pivoted[..., i : i + 1]

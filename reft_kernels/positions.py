@@ -1,9 +1,12 @@
-"""Positions -> rows: which rows of ``hidden.view(-1, d)`` an edit touches, built once a batch and shared by all layers.
+"""Positions -> rows: which rows of ``hidden.view(-1, d)`` an edit touches, built once a batch and
+shared by all layers.
 
-A rows tensor is int32 ``[N]`` on the hidden state's device; -1 skips an entry, so that N depends on shapes alone and building
-it needs no synchronisation. Spec strings, for a prompt of ``length`` tokens (pyreft's semantics, which are the paper's):
+A rows tensor is int32 ``[N]`` on the hidden state's device; -1 skips an entry, so that N depends on
+shapes alone and building it needs no synchronisation. Spec strings, for a prompt of ``length``
+tokens (pyreft's semantics, which are the paper's):
 
-    "f7+l7"   first and last n of the prompt; each n is clamped to length // 2, so that no row is chosen twice
+    "f7+l7"   first and last n of the prompt; each n is clamped to length // 2, so that no row is
+              chosen twice
     "f3"      first n of the prompt, clamped to length
     "l1"      last n of the prompt, clamped to length
     "prompt"  every prompt token
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels.checks import check_row_values, describe, mark_rows
+from reft_kernels.deprecation import warn_renamed
 
 _TERM = re.compile(r"^([fl])([1-9][0-9]*)$")
 IGNORED_LABEL = -100
@@ -28,7 +32,8 @@ IGNORED_LABEL = -100
 class Spec(NamedTuple):
     """A parsed position spec: ``kind`` is "ends" (first and last), "prompt" or "all".
 
-    ``pyreft`` counts "ends" as pyreft's ReftDataset classes do: without the prompt's last token, and at most half of the rest.
+    ``pyreft`` counts "ends" as pyreft's ReftDataset classes do: without the prompt's last token,
+    and at most half of the rest.
     """
 
     kind: str
@@ -43,7 +48,10 @@ class Spec(NamedTuple):
             ValueError: the spec has no first or last tokens to count.
         """
         if self.kind != "ends":
-            raise ValueError(f"pyreft_positions: got True with positions {self.kind!r}, expected 'fN', 'lN' or 'fN+lM'")
+            raise ValueError(
+                f"pyreft_positions: got True with positions {self.kind!r}, expected 'fN', 'lN' or "
+                "'fN+lM'"
+            )
         return self._replace(pyreft=True)
 
     @property
@@ -72,17 +80,28 @@ def parse(spec: str) -> Spec:
     for term in text.split("+"):
         match = _TERM.match(term)
         if match is None or match[1] in counts:
-            raise ValueError(f"positions: got {spec!r}, expected 'fN', 'lN', 'fN+lM' with N, M >= 1, 'prompt' or 'all'")
+            raise ValueError(
+                f"positions: got {spec!r}, expected 'fN', 'lN', 'fN+lM' with N, M >= 1, 'prompt' "
+                "or 'all'"
+            )
         counts[match[1]] = int(match[2])
     return Spec("ends", counts.get("f", 0), counts.get("l", 0))
 
 
 def _lengths_tensor(prompt_lengths: Tensor | Sequence[int], name: str = "prompt_lengths") -> Tensor:
-    lengths = prompt_lengths if isinstance(prompt_lengths, Tensor) else torch.as_tensor(prompt_lengths)
+    lengths = (
+        prompt_lengths if isinstance(prompt_lengths, Tensor) else torch.as_tensor(prompt_lengths)
+    )
     if lengths.numel() == 0:
         lengths = lengths.to(torch.int64)
-    if lengths.dim() != 1 or lengths.dtype.is_floating_point or lengths.dtype in (torch.bool, torch.complex64):
-        raise ValueError(f"{name}: got {describe(lengths)}, expected one integer for each example, [B]")
+    if (
+        lengths.dim() != 1
+        or lengths.dtype.is_floating_point
+        or lengths.dtype in (torch.bool, torch.complex64)
+    ):
+        raise ValueError(
+            f"{name}: got {describe(lengths)}, expected one integer for each example, [B]"
+        )
     return lengths
 
 
@@ -93,7 +112,9 @@ def _check_seq_len(seq_len: int) -> None:
 
 def _check_mask(mask: Tensor, batch: int, seq_len: int) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != (batch, seq_len):
-        raise ValueError(f"attention_mask: got {describe(mask)}, expected a tensor of shape ({batch}, {seq_len})")
+        raise ValueError(
+            f"attention_mask: got {describe(mask)}, expected a tensor of shape ({batch}, {seq_len})"
+        )
     return mask.bool()
 
 
@@ -102,19 +123,26 @@ def _check_lengths(lengths: Tensor, limits: Tensor | int, what: str) -> None:
     if lengths.numel() and bool(wrong.any()):
         example = int(wrong.to(torch.int8).argmax())
         limit = limits if isinstance(limits, int) else int(limits[example])
-        raise ValueError(f"prompt_lengths: got {int(lengths[example])} for example {example}, expected 0 to {limit}, {what}")
+        raise ValueError(
+            f"prompt_lengths: got {int(lengths[example])} for example {example}, expected 0 to "
+            f"{limit}, {what}"
+        )
 
 
 def first_tokens(attention_mask: Tensor) -> Tensor:
-    """Column of each example's first real token, int64 ``[B]``, from a mask ``[B, T]`` (0 where there is none)."""
+    """Column of each example's first real token, int64 ``[B]``, from a mask ``[B, T]`` (0 where
+    there is none).
+    """
     return attention_mask.to(torch.int8).argmax(dim=1)
 
 
 def prompt_lengths_from_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Prompt lengths ``[B]`` of a training batch: the prompt ends at the first label that is not -100.
+    """Prompt lengths ``[B]`` of a training batch: the prompt ends at the first label that is not
+    -100.
 
     Args:
-        labels: int64 ``[B, T]``, aligned with the input ids. attention_mask: ``[B, T]`` or None (no padding).
+        labels: int64 ``[B, T]``, aligned with the input ids. attention_mask: ``[B, T]`` or None (no
+            padding).
 
     Returns:
         int64 ``[B]``; an example without any label is prompt as a whole.
@@ -135,13 +163,18 @@ def prompt_rows(
     offset: Tensor | int = 0,
     stride: int | None = None,
 ) -> Tensor:
-    """Rows of a batch whose values are known to be right; tensor operations only, so neither synchronisation nor copy.
+    """Rows of a batch whose values are known to be right; tensor operations only, so neither
+    synchronisation nor copy.
 
     Args:
-        spec: a parsed spec. starts, lengths: int64 ``[B]``, column of the first prompt token and prompt length.
-        width: T, columns of the hidden state at hand. token_mask: bool ``[B, T]`` of real tokens, for ``all``.
-        stride: rows from one example to the next; T when None, 0 where starts are rows of one packed sequence.
-        offset: column at which the hidden state at hand starts (chunked prefill); prompt tokens outside it become -1.
+        spec: a parsed spec. starts, lengths: int64 ``[B]``, column of the first prompt token and
+            prompt length.
+        width: T, columns of the hidden state at hand. token_mask: bool ``[B, T]`` of real tokens,
+            for ``all``.
+        stride: rows from one example to the next; T when None, 0 where starts are rows of one
+            packed sequence.
+        offset: column at which the hidden state at hand starts (chunked prefill); prompt tokens
+            outside it become -1.
 
     Returns:
         int32 ``[B * P]``, example by example: first entries, then last entries.
@@ -162,9 +195,13 @@ def prompt_rows(
         columns = torch.arange(width, device=device).expand(batch, width)
         if spec.kind == "prompt":
             absolute = columns + offset
-            chosen = (absolute >= starts.unsqueeze(1)) & (absolute < (starts + lengths).unsqueeze(1))
+            chosen = (absolute >= starts.unsqueeze(1)) & (
+                absolute < (starts + lengths).unsqueeze(1)
+            )
         else:
-            chosen = torch.ones_like(columns, dtype=torch.bool) if token_mask is None else token_mask
+            chosen = (
+                torch.ones_like(columns, dtype=torch.bool) if token_mask is None else token_mask
+            )
     rows = torch.where(chosen, base + columns, -1).to(torch.int32).flatten()
     return mark_rows(rows, batch * width)
 
@@ -185,17 +222,21 @@ def resolve(
         spec: "f7+l7", "f3", "l1", "prompt" or "all"; see the module's text.
         prompt_lengths: number of prompt tokens of each example, ``[B]``.
         seq_len: T, columns of the batch, padding included.
-        padding_side: "right" or "left". Padded left without a mask, a prompt ends at the last column.
+        padding_side: "right" or "left". Padded left without a mask, a prompt ends at the last
+            column.
         attention_mask: ``[B, T]``, nonzero for real tokens; it tells where each example starts.
-        pyreft_positions: count as pyreft's ReftDataset classes do: without each prompt's last token ("l1" is the one before),
-            and never more than half of the rest. Its helpers and the paper's script count the last token.
+        pyreft_positions: count as pyreft's ReftDataset classes do: without each prompt's last token
+        ("l1" is the one before), and never more than half of the rest. Its helpers and the paper's
+        script count the last token.
         device: of the result; by default that of the mask or the lengths.
 
     Returns:
-        int32 ``[B * P]``, P = n + m for "fn+lm", else seq_len; -1 where a prompt is too short or a token is not chosen.
+        int32 ``[B * P]``, P = n + m for "fn+lm", else seq_len; -1 where a prompt is too short or a
+        token is not chosen.
 
     Raises:
-        TypeError, ValueError: a spec that does not parse, lengths beyond the sequence, a mask of another shape.
+        TypeError, ValueError: a spec that does not parse, lengths beyond the sequence, a mask of
+            another shape.
     """
     parsed = parse(spec).as_pyreft() if pyreft_positions else parse(spec)
     _check_seq_len(seq_len)
@@ -206,7 +247,9 @@ def resolve(
     mask = None
     if attention_mask is not None:
         mask = _check_mask(attention_mask, batch, seq_len)
-        _check_lengths(lengths.to(mask.device), mask.sum(1), "the example's tokens by attention_mask")
+        _check_lengths(
+            lengths.to(mask.device), mask.sum(1), "the example's tokens by attention_mask"
+        )
     else:
         _check_lengths(lengths, seq_len, "seq_len")
     if device is None:
@@ -221,13 +264,19 @@ def resolve(
 
 
 def resolve_packed(
-    spec: str, cu_seqlens: Tensor | Sequence[int], prompt_lengths: Tensor | Sequence[int] | None = None, *, device=None
+    spec: str,
+    cu_seqlens: Tensor | Sequence[int],
+    prompt_lengths: Tensor | Sequence[int] | None = None,
+    *,
+    device=None,
 ) -> Tensor:
-    """Rows of a packed batch ``[M, d]`` whose sequence i is rows ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
+    """Rows of a packed batch ``[M, d]`` whose sequence i is rows ``cu_seqlens[i]`` to
+    ``cu_seqlens[i + 1]``.
 
     Args:
         spec: "f7+l7", "f3" or "l1" ("prompt" and "all" choose by token: use :func:`from_mask`).
-        cu_seqlens: ``[B + 1]``, starting at 0, not decreasing. prompt_lengths: ``[B]``; None: all is prompt.
+        cu_seqlens: ``[B + 1]``, starting at 0, not decreasing. prompt_lengths: ``[B]``; None: all
+        is prompt.
 
     Returns:
         int32 ``[B * P]``.
@@ -238,34 +287,55 @@ def resolve_packed(
     parsed = parse(spec)
     if parsed.kind != "ends":
         raise ValueError(
-            f"positions: got {spec!r} for a packed batch, expected 'fN', 'lN' or 'fN+lM'; see from_mask for the others"
+            f"positions: got {spec!r} for a packed batch, expected 'fN', 'lN' or 'fN+lM'; see "
+            "from_mask for the others"
         )
     cu = _lengths_tensor(cu_seqlens, "cu_seqlens")
     if cu.shape[0] < 1 or int(cu[0]) != 0 or bool((cu[1:] < cu[:-1]).any()):
-        raise ValueError(f"cu_seqlens: got {cu.tolist()[:8]}, expected offsets that start at 0 and do not decrease")
+        raise ValueError(
+            f"cu_seqlens: got {cu.tolist()[:8]}, expected offsets that start at 0 and do not "
+            "decrease"
+        )
     sizes = cu[1:] - cu[:-1]
     lengths = sizes if prompt_lengths is None else _lengths_tensor(prompt_lengths).to(sizes.device)
     if lengths.shape != sizes.shape:
-        raise ValueError(f"prompt_lengths: got {lengths.shape[0]} examples, expected {sizes.shape[0]}, as cu_seqlens says")
+        raise ValueError(
+            f"prompt_lengths: got {lengths.shape[0]} examples, expected {sizes.shape[0]}, as "
+            "cu_seqlens says"
+        )
     _check_lengths(lengths, sizes, "the sequence's tokens by cu_seqlens")
     target = cu.device if device is None else torch.device(device)
-    total, starts, lengths = int(cu[-1]), cu[:-1].to(target, torch.int64), lengths.to(target, torch.int64)
+    total, starts, lengths = (
+        int(cu[-1]),
+        cu[:-1].to(target, torch.int64),
+        lengths.to(target, torch.int64),
+    )
     return mark_rows(prompt_rows(parsed, starts, lengths, total, stride=0), total)
 
 
-def from_indices(index: Tensor, seq_len: int, *, device: torch.device | str | None = None) -> Tensor:
+def from_indices(
+    index: Tensor, seq_len: int, *, device: torch.device | str | None = None
+) -> Tensor:
     """Rows from explicit columns ``[B, P]`` of a batch ``[B, seq_len, d]``; -1 pads.
 
     Raises:
-        ValueError: a column out of range or chosen twice for one example, or another shape or dtype.
+        ValueError: a column out of range or chosen twice for one example, or another shape or
+            dtype.
     """
     _check_seq_len(seq_len)
-    if not isinstance(index, Tensor) or index.dim() != 2 or index.dtype not in (torch.int32, torch.int64):
+    if (
+        not isinstance(index, Tensor)
+        or index.dim() != 2
+        or index.dtype not in (torch.int32, torch.int64)
+    ):
         raise ValueError(f"index: got {describe(index)}, expected an integer tensor [B, P]")
     if index.numel():
         low, high = int(index.min()), int(index.max())
         if low < -1 or high >= seq_len:
-            raise ValueError(f"index: got columns from {low} to {high}, expected [0, {seq_len}), or -1 to skip an entry")
+            raise ValueError(
+                f"index: got columns from {low} to {high}, expected [0, {seq_len}), or -1 to skip "
+                "an entry"
+            )
     base = torch.arange(index.shape[0], device=index.device).unsqueeze(1) * seq_len
     rows = torch.where(index < 0, -1, index + base).to(torch.int32).flatten()
     check_row_values(rows, index.shape[0] * seq_len, "index")
@@ -274,7 +344,9 @@ def from_indices(index: Tensor, seq_len: int, *, device: torch.device | str | No
 
 
 def from_mask(mask: Tensor) -> Tensor:
-    """Rows from a boolean mask ``[B, T]`` (or ``[M]``): int32, one entry a token, -1 where the mask is false."""
+    """Rows from a boolean mask ``[B, T]`` (or ``[M]``): int32, one entry a token, -1 where the
+    mask is false.
+    """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (1, 2):
         raise ValueError(f"mask: got {describe(mask)}, expected a bool tensor [B, T] or [M]")
     flat = mask.flatten()
@@ -282,14 +354,23 @@ def from_mask(mask: Tensor) -> Tensor:
     return mark_rows(rows, flat.shape[0])
 
 
-def set_ids(spec: str | Spec, batch: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Weight sets of untied "fn+lm" positions: 0 for first entries, 1 for last, int32 ``[B * P]`` in :func:`resolve`'s order.
+def weight_ids(spec: str | Spec, batch: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Weight sets of untied "fn+lm" positions: 0 for first entries, 1 for last, int32 ``[B * P]``
+    in :func:`resolve`'s order.
 
     Raises:
         ValueError: the spec does not choose both first and last tokens.
     """
     parsed = parse(spec) if isinstance(spec, str) else spec
     if not (parsed.first and parsed.last):
-        raise ValueError(f"positions: got {spec!r}, expected 'fN+lM': untied weights need first and last tokens")
+        raise ValueError(
+            f"positions: got {spec!r}, expected 'fN+lM': untied weights need first and last tokens"
+        )
     pattern = torch.arange(parsed.first + parsed.last, device=device) >= parsed.first
     return mark_rows(pattern.to(torch.int32).repeat(batch), 2)
+
+
+def set_ids(spec: str | Spec, batch: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Deprecated name of :func:`weight_ids`."""
+    warn_renamed("positions.set_ids", "positions.weight_ids")
+    return weight_ids(spec, batch, device=device)

@@ -1,7 +1,8 @@
 """Every operator in plain PyTorch: the definition of correct (in fp64) and the ``torch`` backend.
 
-Each function has the contract of the operator of its name in :mod:`reft_kernels.ops`; ``source`` and ``out`` may be the same
-tensor. Sums are carried in fp32 for fp32, bf16 and fp16 hidden states and in fp64 for fp64.
+Each function has the contract of the operator of its name in :mod:`reft_kernels.ops`; ``source``
+and ``out`` may be the same tensor. Sums are carried in fp32 for fp32, bf16 and fp16 hidden states
+and in fp64 for fp64.
 """
 
 from __future__ import annotations
@@ -17,30 +18,50 @@ from reft_kernels.dtypes import accumulation_dtype
 from reft_kernels.orthonormal import cayley, cayley_backward, householder, householder_backward
 
 __all__ = [
-    "edit", "edit_backward", "red", "red_backward",
-    "householder", "householder_backward", "cayley", "cayley_backward",
-]  # fmt: skip
+    "edit",
+    "edit_backward",
+    "red",
+    "red_backward",
+    "householder",
+    "householder_backward",
+    "cayley",
+    "cayley_backward",
+]
 
 
 def _no_autocast(tensor: Tensor):
-    """The engine fixes its own dtypes: inside an operator autocast is off, as it is inside any built-in kernel."""
+    """The engine fixes its own dtypes: inside an operator autocast is off, as it is inside any
+    built-in kernel.
+    """
     if torch.is_autocast_enabled(tensor.device.type):
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 class _Selection(NamedTuple):
-    """Row numbers without skips: a skipped entry repeats the first valid one, so that all writes of a row agree."""
+    """Row numbers without skips: a skipped entry repeats the first valid one, so that all writes
+    of a row agree.
+    """
 
     rows: Tensor | None  # int64 [N], every entry in range
-    order: Tensor | None  # int64 [N]: entry n stands for entry order[n]; None when nothing is skipped
+    order: (
+        Tensor | None
+    )  # int64 [N]: entry n stands for entry order[n]; None when nothing is skipped
     valid: Tensor | None  # bool [N, 1]; None when nothing is skipped
 
     def take(self, per_row: Tensor | None) -> Tensor | None:
-        return per_row if per_row is None or self.order is None else per_row.index_select(0, self.order)
+        return (
+            per_row
+            if per_row is None or self.order is None
+            else per_row.index_select(0, self.order)
+        )
 
     def mask(self, per_row: Tensor) -> Tensor:
-        return per_row if self.valid is None else torch.where(self.valid, per_row, torch.zeros_like(per_row))
+        return (
+            per_row
+            if self.valid is None
+            else torch.where(self.valid, per_row, torch.zeros_like(per_row))
+        )
 
 
 def _select(rows: Tensor | None) -> _Selection:
@@ -61,8 +82,12 @@ def _take(source: Tensor, rows: Tensor | None) -> Tensor:
     return source if rows is None else source.index_select(0, rows)
 
 
-def _scatter(out: Tensor, rows: Tensor | None, values: Tensor, untouched: Tensor | None, original: Tensor) -> None:
-    """Write ``values`` to the rows of ``out``; when every entry is skipped (``untouched``), write the original back."""
+def _scatter(
+    out: Tensor, rows: Tensor | None, values: Tensor, untouched: Tensor | None, original: Tensor
+) -> None:
+    """Write ``values`` to the rows of ``out``; when every entry is skipped (``untouched``),
+    write the original back.
+    """
     if untouched is not None:
         values = torch.where(untouched, original, values)
     if rows is None:
@@ -75,43 +100,50 @@ def _all_skipped(selection: _Selection) -> Tensor | None:
     return None if selection.valid is None else ~selection.valid.any()
 
 
-def _project(x: Tensor, weight: Tensor, set_ids: Tensor | None) -> Tensor:
+def _project(x: Tensor, weight: Tensor, weight_ids: Tensor | None) -> Tensor:
     """x weight^T, [N, d] x [r, d] -> [N, r]; with sets, each row by the weight of its set."""
-    if set_ids is None:
+    if weight_ids is None:
         return x @ weight.to(x.dtype).mT
     out = x.new_zeros((x.shape[0], weight.shape[1]))
     for s in range(weight.shape[0]):
-        out = torch.where((set_ids == s).unsqueeze(1), x @ weight[s].to(x.dtype).mT, out)
+        out = torch.where((weight_ids == s).unsqueeze(1), x @ weight[s].to(x.dtype).mT, out)
     return out
 
 
-def _expand(v: Tensor, weight: Tensor, set_ids: Tensor | None) -> Tensor:
+def _expand(v: Tensor, weight: Tensor, weight_ids: Tensor | None) -> Tensor:
     """v weight, [N, r] x [r, d] -> [N, d]; with sets, each row by the weight of its set."""
-    if set_ids is None:
+    if weight_ids is None:
         return v @ weight.to(v.dtype)
     out = v.new_zeros((v.shape[0], weight.shape[2]))
     for s in range(weight.shape[0]):
-        out = torch.where((set_ids == s).unsqueeze(1), v @ weight[s].to(v.dtype), out)
+        out = torch.where((weight_ids == s).unsqueeze(1), v @ weight[s].to(v.dtype), out)
     return out
 
 
-def _outer(v: Tensor, x: Tensor, set_ids: Tensor | None, sets: int) -> Tensor:
+def _outer(v: Tensor, x: Tensor, weight_ids: Tensor | None, sets: int) -> Tensor:
     """sum_n v_n x_n^T, [N, r] and [N, d] -> [r, d]; with sets, one sum for each: [S, r, d]."""
-    if set_ids is None:
+    if weight_ids is None:
         return v.mT @ x
-    members = [(set_ids == s).unsqueeze(1) for s in range(sets)]
+    members = [(weight_ids == s).unsqueeze(1) for s in range(sets)]
     return torch.stack([torch.where(m, v, torch.zeros_like(v)).mT @ x for m in members])
 
 
-def _row_sum(v: Tensor, set_ids: Tensor | None, sets: int) -> Tensor:
+def _row_sum(v: Tensor, weight_ids: Tensor | None, sets: int) -> Tensor:
     """sum_n v_n, [N, r] -> [r]; with sets [S, r]."""
-    if set_ids is None:
+    if weight_ids is None:
         return v.sum(0)
-    return torch.stack([torch.where((set_ids == s).unsqueeze(1), v, torch.zeros_like(v)).sum(0) for s in range(sets)])
+    return torch.stack(
+        [
+            torch.where((weight_ids == s).unsqueeze(1), v, torch.zeros_like(v)).sum(0)
+            for s in range(sets)
+        ]
+    )
 
 
-def _per_row(bias: Tensor, set_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return bias.to(dtype) if set_ids is None else bias.to(dtype).index_select(0, set_ids.long())
+def _per_row(bias: Tensor, weight_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (
+        bias.to(dtype) if weight_ids is None else bias.to(dtype).index_select(0, weight_ids.long())
+    )
 
 
 def _scaled(u: Tensor, coeff: Tensor | None) -> Tensor:
@@ -119,130 +151,182 @@ def _scaled(u: Tensor, coeff: Tensor | None) -> Tensor:
 
 
 def edit(
-    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
-    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract: bool, activation: str, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y = x + B^T (coeff * u), u = act(A x + c) - (B x + p) on the rows, the last term only if ``subtract``.
+    source: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    read: Tensor | None,
+    read_bias: Tensor | None,
+    write: Tensor,
+    subtract_bias: Tensor | None,
+    coeff: Tensor | None,
+    subtract_projection: bool,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = x + B^T (coeff * u), u = act(A x + c) - (B x + p) on the rows, the last term only if
+    ``subtract_projection``.
 
     Returns:
-        ``kept`` (the rows' input, ``[N, d]`` in the dtype of ``source``), ``u`` and ``z`` (``[N, r]``, fp32 or fp64), each
-        empty where the backward does not need it.
+        ``saved_input`` (the rows' input, ``[N, d]`` in the dtype of ``source``), ``u`` and ``z``
+        (``[N, r]``, fp32 or fp64), each empty where the backward does not need it.
     """
     acc = accumulation_dtype(source.dtype)
     selection = _select(rows)
-    set_ids, coeff = selection.take(set_ids), selection.take(coeff)
+    weight_ids, coeff = selection.take(weight_ids), selection.take(coeff)
     with _no_autocast(source):
-        kept = _take(source, selection.rows)
-        x = kept.to(acc)
-        folded = subtract and activation == "linear"
+        saved_input = _take(source, selection.rows)
+        x = saved_input.to(acc)
+        folded = subtract_projection and activation == "linear"
         if read is not None and folded:
-            z = _project(x, read.to(acc) - write.to(acc), set_ids)
+            z = _project(x, read.to(acc) - write.to(acc), weight_ids)
         elif read is not None:
-            z = _project(x, read, set_ids)
+            z = _project(x, read, weight_ids)
         else:
             z = x.new_zeros((x.shape[0], write.shape[-2]))
             if folded:
-                z = -_project(x, write, set_ids)
+                z = -_project(x, write, weight_ids)
         if read_bias is not None:
-            z = z + _per_row(read_bias, set_ids, acc)
+            z = z + _per_row(read_bias, weight_ids, acc)
         u = activate(z, activation)
-        if subtract and not folded:
-            u = u - _project(x, write, set_ids)
+        if subtract_projection and not folded:
+            u = u - _project(x, write, weight_ids)
         if subtract_bias is not None:
-            u = u - _per_row(subtract_bias, set_ids, acc)
-        y = x + _expand(_scaled(u, coeff), write, set_ids)
+            u = u - _per_row(subtract_bias, weight_ids, acc)
+        y = x + _expand(_scaled(u, coeff), write, weight_ids)
         _scatter(out, selection.rows, y, _all_skipped(selection), x)
     if not save:
         return source.new_empty(0), u.new_empty(0), u.new_empty(0)
     return (
-        source.new_empty(0) if rows is None else kept,
+        source.new_empty(0) if rows is None else saved_input,
         selection.mask(u),
         u.new_empty(0) if activation == "linear" else selection.mask(z),
     )
 
 
 def edit_backward(
-    grad: Tensor, out: Tensor | None, kept: Tensor, u: Tensor, z: Tensor, rows: Tensor | None, set_ids: Tensor | None,
-    read: Tensor | None, write: Tensor, coeff: Tensor | None, subtract: bool, activation: str, need_weights: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    out: Tensor | None,
+    saved_input: Tensor,
+    u: Tensor,
+    z: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    read: Tensor | None,
+    write: Tensor,
+    coeff: Tensor | None,
+    subtract_projection: bool,
+    activation: str,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The closed form. With delta = B g, ddelta = coeff * delta, dz = act'(z) ddelta on the rows:
 
         dh = g + A^T dz - B^T ddelta     dA = dz^T x       dc = sum dz      dcoeff = u * delta
-        dB = (coeff * u)^T g - ddelta^T x                  dp = -sum ddelta        (``subtract`` terms where it is set)
+        dB = (coeff * u)^T g - ddelta^T x                  dp = -sum ddelta
 
-    ``out`` receives dh on the rows (None: not wanted). Returns dA, dc, dB, dp, dcoeff in fp32 or fp64.
+    where ``- ddelta^T x``, ``- B^T ddelta`` and dp exist with ``subtract_projection`` alone.
+    ``out`` receives dh on the rows (None: not wanted). Returns dA, dc, dB, dp, dcoeff in fp32 or
+    fp64.
     """
     acc = accumulation_dtype(grad.dtype)
-    sets = write.shape[0] if set_ids is not None else 1
+    sets = write.shape[0] if weight_ids is not None else 1
     selection = _select(rows)
-    set_ids, coeff = selection.take(set_ids), selection.take(coeff)
+    weight_ids, coeff = selection.take(weight_ids), selection.take(coeff)
     empty = lambda: grad.new_empty(0, dtype=acc)  # noqa: E731
-    grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff = empty(), empty(), empty(), empty(), empty()
+    grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff = (
+        empty(),
+        empty(),
+        empty(),
+        empty(),
+        empty(),
+    )
     with _no_autocast(grad):
         g = _take(grad, selection.rows).to(acc)
-        delta = _project(g, write, set_ids)
+        delta = _project(g, write, weight_ids)
         ddelta = _scaled(delta, coeff)
-        dz = ddelta if activation == "linear" else ddelta * activation_derivative(selection.take(z), activation)
+        dz = (
+            ddelta
+            if activation == "linear"
+            else ddelta * activation_derivative(selection.take(z), activation)
+        )
         if coeff is not None:
             grad_coeff = selection.mask(u * delta)
         if need_weights:
             used = _scaled(u, coeff)
-            x = kept.to(acc) if rows is not None else kept.to(acc) - _expand(used, write, set_ids)
+            x = (
+                saved_input.to(acc)
+                if rows is not None
+                else saved_input.to(acc) - _expand(used, write, weight_ids)
+            )
             masked_dz, masked_ddelta = selection.mask(dz), selection.mask(ddelta)
-            grad_bias = _row_sum(masked_dz, set_ids, sets)
-            grad_write = _outer(used, g, set_ids, sets)
+            grad_bias = _row_sum(masked_dz, weight_ids, sets)
+            grad_write = _outer(used, g, weight_ids, sets)
             if read is not None:
-                grad_read = _outer(masked_dz, x, set_ids, sets)
-            if subtract:
+                grad_read = _outer(masked_dz, x, weight_ids, sets)
+            if subtract_projection:
                 same = activation == "linear" and read is not None
-                grad_write = grad_write - (grad_read if same else _outer(masked_ddelta, x, set_ids, sets))
-                grad_subtract_bias = -_row_sum(masked_ddelta, set_ids, sets)
+                grad_write = grad_write - (
+                    grad_read if same else _outer(masked_ddelta, x, weight_ids, sets)
+                )
+                grad_subtract_bias = -_row_sum(masked_ddelta, weight_ids, sets)
         if out is not None:
-            if subtract and activation == "linear" and read is not None:
-                dh = g + _expand(dz, read.to(acc) - write.to(acc), set_ids)
+            if subtract_projection and activation == "linear" and read is not None:
+                dh = g + _expand(dz, read.to(acc) - write.to(acc), weight_ids)
             else:
-                dh = g if read is None else g + _expand(dz, read, set_ids)
-                dh = dh - _expand(ddelta, write, set_ids) if subtract else dh
+                dh = g if read is None else g + _expand(dz, read, weight_ids)
+                dh = dh - _expand(ddelta, write, weight_ids) if subtract_projection else dh
             _scatter(out, selection.rows, dh, _all_skipped(selection), g)
     return grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff
 
 
 def red(
-    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor, bias: Tensor, save: bool
+    source: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    save: bool,
 ) -> Tensor:
-    """y = scale * x + bias on the rows; ``scale``, ``bias``: ``[d]``, or ``[S, d]`` with ``set_ids``. Returns ``kept``."""
+    """y = scale * x + bias on the rows; ``scale``, ``bias``: ``[d]``, or ``[S, d]`` with
+    ``weight_ids``. Returns ``saved_input``.
+    """
     acc = accumulation_dtype(source.dtype)
     selection = _select(rows)
-    set_ids = selection.take(set_ids)
-    kept = _take(source, selection.rows)
+    weight_ids = selection.take(weight_ids)
+    saved_input = _take(source, selection.rows)
     if save and out is source and rows is None:
-        kept = kept.clone()
-    x = kept.to(acc)
-    y = _per_row(scale, set_ids, acc) * x + _per_row(bias, set_ids, acc)
+        saved_input = saved_input.clone()
+    x = saved_input.to(acc)
+    y = _per_row(scale, weight_ids, acc) * x + _per_row(bias, weight_ids, acc)
     _scatter(out, selection.rows, y, _all_skipped(selection), x)
-    return kept if save else source.new_empty(0)
+    return saved_input if save else source.new_empty(0)
 
 
 def red_backward(
     grad: Tensor,
     out: Tensor | None,
-    kept: Tensor,
+    saved_input: Tensor,
     rows: Tensor | None,
-    set_ids: Tensor | None,
+    weight_ids: Tensor | None,
     scale: Tensor,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dh = scale * g, dscale = sum_n g * x, dbias = sum_n g on the rows; ``out`` receives dh (None: not wanted)."""
+    """dh = scale * g, dscale = sum_n g * x, dbias = sum_n g on the rows; ``out`` receives dh
+    (None: not wanted).
+    """
     acc = accumulation_dtype(grad.dtype)
-    sets = scale.shape[0] if set_ids is not None else 1
+    sets = scale.shape[0] if weight_ids is not None else 1
     selection = _select(rows)
-    set_ids = selection.take(set_ids)
+    weight_ids = selection.take(weight_ids)
     g = _take(grad, selection.rows).to(acc)
     grad_scale, grad_bias = grad.new_empty(0, dtype=acc), grad.new_empty(0, dtype=acc)
     if need_weights:
         masked = selection.mask(g)
-        grad_scale = _row_sum(masked * kept.to(acc), set_ids, sets)
-        grad_bias = _row_sum(masked, set_ids, sets)
+        grad_scale = _row_sum(masked * saved_input.to(acc), weight_ids, sets)
+        grad_bias = _row_sum(masked, weight_ids, sets)
     if out is not None:
-        _scatter(out, selection.rows, _per_row(scale, set_ids, acc) * g, _all_skipped(selection), g)
+        _scatter(
+            out, selection.rows, _per_row(scale, weight_ids, acc) * g, _all_skipped(selection), g
+        )
     return grad_scale, grad_bias

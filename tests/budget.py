@@ -1,11 +1,13 @@
 """The error budget: one oracle for every output of every function.
 
-    err <= 2 * (error of the straightforward PyTorch computation in the same dtypes) + eps(dtype of the output) * max|ref|
+    err <= 2 * (error of the straightforward PyTorch computation in the same dtypes) + eps(dtype of
+    the output) * max|ref|
 
-The reference is autograd of the plain formula in fp64 on the same inputs; "the same dtypes" means weights cast to the hidden
-state's dtype, as a user would write it; an error is the largest absolute difference. One draw of the inputs says little of the
-straightforward computation's error where an output has few elements (it may be rounded luckily), so each of the three numbers
-is the largest over several draws of one distribution.
+The reference is autograd of the plain formula in fp64 on the same inputs; "the same dtypes" means
+weights cast to the hidden state's dtype, as a user would write it; an error is the largest absolute
+difference. One draw of the inputs says little of the straightforward computation's error where an
+output has few elements (it may be rounded luckily), so each of the three numbers is the largest
+over several draws of one distribution.
 """
 
 from __future__ import annotations
@@ -20,16 +22,24 @@ Inputs = dict[str, Tensor | None]
 
 
 class Draw(NamedTuple):
-    """One draw: tensors to differentiate, and two functions of them with the same keyword arguments."""
+    """One draw: tensors to differentiate, and two functions of them with the same keyword
+    arguments.
+    """
 
     inputs: Inputs
     engine: Callable[..., Tensor]
     plain: Callable[..., Tensor]
 
 
-def outputs(function: Callable[..., Tensor], inputs: Inputs, grad_output: Tensor | None = None) -> dict[str, Tensor]:
-    """What ``function(**inputs)`` returns and, given ``grad_output``, the gradient of each input, from fresh leaves."""
-    leaves = {k: None if t is None else t.detach().clone().requires_grad_() for k, t in inputs.items()}
+def outputs(
+    function: Callable[..., Tensor], inputs: Inputs, grad_output: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What ``function(**inputs)`` returns and, given ``grad_output``, the gradient of each
+    input, from fresh leaves.
+    """
+    leaves = {
+        k: None if t is None else t.detach().clone().requires_grad_() for k, t in inputs.items()
+    }
     out = function(**leaves)
     found = {"output": out.detach().clone()}
     if grad_output is not None:
@@ -49,8 +59,12 @@ def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
-def check(make: Callable[[], Draw], dtype: torch.dtype, *, draws: int = 8, backward: bool = True) -> None:
-    """Hold an engine's function to the budget; ``dtype`` is the one in which a user would run the plain formula."""
+def check(
+    make: Callable[[], Draw], dtype: torch.dtype, *, draws: int = 8, backward: bool = True
+) -> None:
+    """Hold an engine's function to the budget; ``dtype`` is the one in which a user would run
+    the plain formula.
+    """
     found: dict[str, list[tuple[float, float, float]]] = {}
     eps: dict[str, float] = {}
     for _ in range(draws):
@@ -62,17 +76,30 @@ def check(make: Callable[[], Draw], dtype: torch.dtype, *, draws: int = 8, backw
             grad_output = torch.randn(like.shape, dtype=torch.float64, device=like.device).to(dtype)
         ref = outputs(plain, exact, grad_output)
         ours = outputs(engine, inputs, grad_output)
-        theirs = outputs(lambda plain=plain, **leaves: plain(**cast(leaves, dtype)), inputs, grad_output)
+        theirs = outputs(
+            lambda plain=plain, **leaves: plain(**cast(leaves, dtype)), inputs, grad_output
+        )
         assert ours.keys() == ref.keys()
         for name, want in ref.items():
             got = ours[name]
-            assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            assert got.shape == want.shape, (
+                f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            )
             assert got.isfinite().all(), f"{name} is not finite"
-            errors = _largest(got.double() - want), _largest(theirs[name].double() - want), _largest(want)
+            errors = (
+                _largest(got.double() - want),
+                _largest(theirs[name].double() - want),
+                _largest(want),
+            )
             found.setdefault(name, []).append(errors)
             eps[name] = torch.finfo(got.dtype).eps
     for name, drawn in found.items():
         error, straightforward, size = (max(column) for column in zip(*drawn, strict=True))
         allowed = 2 * straightforward + eps[name] * size
-        assert allowed < float("inf"), f"{name}: the straightforward computation is not finite, so it bounds nothing"
-        assert error <= allowed, f"{name}: {error:.2e} over the budget {allowed:.2e} (straightforward: {straightforward:.2e})"
+        assert allowed < float("inf"), (
+            f"{name}: the straightforward computation is not finite, so it bounds nothing"
+        )
+        assert error <= allowed, (
+            f"{name}: {error:.2e} over the budget {allowed:.2e} (straightforward: "
+            f"{straightforward:.2e})"
+        )

@@ -1,4 +1,6 @@
-"""What every test shares: the Triton interpreter where there is no GPU, the backends as a parameter, poisoned memory."""
+"""What every test shares: the Triton interpreter where there is no GPU, the backends as a
+parameter, poisoned memory.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from reft_kernels.dispatch import interpreting
 torch.set_num_threads(1)
 
 _INTEGER_POISON = 0x5A5A5A5A
-_ON_MODELS = [Path(__file__).parent / name for name in ("model", "integrations")]  # what depends on transformers' own modules
+_ON_MODELS = [
+    Path(__file__).parent / name for name in ("model", "integrations")
+]  # what depends on transformers' own modules
 _FULL = pytest.StashKey[bool]()
 
 
@@ -29,15 +33,20 @@ def _targets() -> list:
     """(backend, device) pairs that this machine serves."""
     triton = importlib.util.find_spec("triton") is not None
     targets = [pytest.param(("torch", "cpu"), id="torch-cpu")]
-    if dispatch.why_unable("cpu", "edit", "cpu", torch.float32) is None:
+    if dispatch.unsupported_reason("cpu", "edit", "cpu", torch.float32) is None:
         targets.append(pytest.param(("cpu", "cpu"), id="cpu-cpu"))
     if triton and interpreting():
         targets.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
-    if dispatch.why_unable("cuda", "edit", "cpu", torch.float32) is None:
-        targets.append(pytest.param(("cuda", "cpu"), id="cuda-emulated", marks=pytest.mark.emulated))
+    if dispatch.unsupported_reason("cuda", "edit", "cpu", torch.float32) is None:
+        targets.append(
+            pytest.param(("cuda", "cpu"), id="cuda-emulated", marks=pytest.mark.emulated)
+        )
     if torch.cuda.is_available():
-        targets += [pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu) for name in ("torch", "triton")]
-        if dispatch.why_unable("cuda", "edit", "cuda", torch.float32) is None:
+        targets += [
+            pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu)
+            for name in ("torch", "triton")
+        ]
+        if dispatch.unsupported_reason("cuda", "edit", "cuda", torch.float32) is None:
             targets.append(pytest.param(("cuda", "cuda"), id="cuda-cuda", marks=pytest.mark.gpu))
     return targets
 
@@ -81,11 +90,16 @@ def _poisoned(function):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fill fresh memory with NaN (integers with a sentinel), so that an output that nobody wrote cannot pass."""
+    """Fill fresh memory with NaN (integers with a sentinel), so that an output that nobody wrote
+    cannot pass.
+    """
     for holder, name in [
-        (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty"),
+        (torch, "empty"),
+        (torch, "empty_like"),
+        (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"),
         (torch.Tensor, "new_empty_strided"),
-    ]:  # fmt: skip
+    ]:
         monkeypatch.setattr(holder, name, _poisoned(getattr(holder, name)))
 
 
@@ -93,18 +107,25 @@ hypothesis.settings.register_profile(
     "reft_kernels",
     deadline=None,
     derandomize=True,
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+    suppress_health_check=[
+        hypothesis.HealthCheck.function_scoped_fixture,
+        hypothesis.HealthCheck.too_slow,
+    ],
 )
 hypothesis.settings.load_profile("reft_kernels")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--full", action="store_true", help="run the exhaustive tests, marked full, too")
+    parser.addoption(
+        "--full", action="store_true", help="run the exhaustive tests, marked full, too"
+    )
 
 
 def pytest_configure(config):
     # an expression that names the marker decides by itself
-    config.stash[_FULL] = config.option.full or re.search(r"\bfull\b", config.option.markexpr) is not None
+    config.stash[_FULL] = (
+        config.option.full or re.search(r"\bfull\b", config.option.markexpr) is not None
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -113,7 +134,11 @@ def pytest_collection_modifyitems(config, items):
         on_models = any(item.path.is_relative_to(folder) for folder in _ON_MODELS)
         if on_models and item.get_closest_marker("transformers5") is None:
             item.add_marker("transformers4")
-    left_out = [] if config.stash[_FULL] else [item for item in items if item.get_closest_marker("full") is not None]
+    left_out = (
+        []
+        if config.stash[_FULL]
+        else [item for item in items if item.get_closest_marker("full") is not None]
+    )
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item.get_closest_marker("full") is None]

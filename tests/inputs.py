@@ -11,7 +11,9 @@ from tests import budget, plain
 
 
 class Case(NamedTuple):
-    """What varies between calls of one function; the defaults are small enough for the Triton interpreter."""
+    """What varies between calls of one function; the defaults are small enough for the Triton
+    interpreter.
+    """
 
     lead: tuple[int, ...] = (2, 6)
     d: int = 21
@@ -28,17 +30,26 @@ class Case(NamedTuple):
 
 
 def weights(name: str, case: Case, *, dtype=torch.float32, device="cpu") -> dict[str, Tensor]:
-    """Weights of one member: R orthonormal, the others as ``nn.Linear`` draws them, biases small."""
+    """Weights of one member: R orthonormal, the others as ``nn.Linear`` draws them, biases
+    small.
+    """
     member = plain.MEMBERS[name]
     lead = () if case.sets is None else (case.sets,)
-    found = {k: torch.randn(*lead, case.r, case.d, dtype=dtype, device=device) / case.d**0.5 for k in member.matrices}
+    found = {
+        k: torch.randn(*lead, case.r, case.d, dtype=dtype, device=device) / case.d**0.5
+        for k in member.matrices
+    }
     if "R" in found:
         found["R"] = torch.linalg.qr(found["R"].double().mT).Q.mT.to(dtype).contiguous()
-    return found | {k: 0.1 * torch.randn(*lead, case.r, dtype=dtype, device=device) for k in member.vectors}
+    return found | {
+        k: 0.1 * torch.randn(*lead, case.r, dtype=dtype, device=device) for k in member.vectors
+    }
 
 
 def rows(total: int, count: int, *, skip: bool = True, device="cpu") -> Tensor:
-    """``count`` distinct row numbers in random order, the second of them replaced by -1 if ``skip``."""
+    """``count`` distinct row numbers in random order, the second of them replaced by -1 if
+    ``skip``.
+    """
     chosen = torch.randperm(total)[:count].to(torch.int32)
     if skip and count > 1:
         chosen[1] = -1
@@ -51,24 +62,32 @@ def options(case: Case, device="cpu") -> dict:
     count = total if case.rows is None else case.rows
     return {
         "rows": None if case.rows is None else rows(total, case.rows, device=device),
-        "set_ids": None if case.sets is None else torch.randint(case.sets, (count,), dtype=torch.int32, device=device),
+        "weight_ids": None
+        if case.sets is None
+        else torch.randint(case.sets, (count,), dtype=torch.int32, device=device),
         "activation": case.activation,
     }
 
 
 def draw(name: str, case: Case, dtype: torch.dtype, device="cpu") -> budget.Draw:
     """One draw of a member's inputs, hidden in ``dtype`` and weights in fp32 (fp64 for fp64)."""
-    own = weights(name, case, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+    own = weights(
+        name, case, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device
+    )
     fixed = options(case, device)
     total = torch.Size(case.lead).numel()
     inputs = {"hidden": torch.randn(*case.lead, case.d, device=device).to(dtype), **own}
     if case.coeff:
         count = total if case.rows is None else case.rows
-        inputs["coeff"] = torch.rand(count, case.r, device=device, dtype=own[plain.MEMBERS[name].write].dtype)
+        inputs["coeff"] = torch.rand(
+            count, case.r, device=device, dtype=own[plain.MEMBERS[name].write].dtype
+        )
 
     def engine(hidden, coeff=None, **own):
         hidden = hidden.clone() if case.inplace else hidden
-        return plain.MEMBERS[name].function(hidden, coeff=coeff, inplace=case.inplace, **own, **fixed)
+        return plain.MEMBERS[name].function(
+            hidden, coeff=coeff, inplace=case.inplace, **own, **fixed
+        )
 
     def straightforward(hidden, coeff=None, **own):
         return plain.edit(name, hidden, own, coeff=coeff, **fixed)

@@ -1,6 +1,8 @@
-"""The orthonormal maps of a backend against reft_kernels/orthonormal.py in fp64: inputs of the operators, and the budget.
+"""The orthonormal maps of a backend against reft_kernels/orthonormal.py in fp64: inputs of the
+operators, and the budget.
 
-The budget is that of tests/budget.py, with the torch functions in fp32 as the straightforward computation.
+The budget is that of tests/budget.py, with the torch functions in fp32 as the straightforward
+computation.
 """
 
 from __future__ import annotations
@@ -41,14 +43,25 @@ def check(module, name, draws):
         exact = both(orthonormal, name, double(given), double(grads))
         plain = both(orthonormal, name, given, grads)
         ours = both(module, name, given, grads)
-        for label, ref, theirs, got in zip(("R", "D", "aux", "grad_X"), exact, plain, ours, strict=True):
+        for label, ref, theirs, got in zip(
+            ("R", "D", "aux", "grad_X"), exact, plain, ours, strict=True
+        ):
             assert (got.shape, got.dtype) == (theirs.shape, theirs.dtype), label
             assert got.is_contiguous() and got.isfinite().all(), label
             if ref.numel():
-                numbers = (got.double() - ref).abs().max(), (theirs.double() - ref).abs().max(), ref.abs().max()
-                found.setdefault((label, torch.finfo(got.dtype).eps), []).append([float(n) for n in numbers])
+                numbers = (
+                    (got.double() - ref).abs().max(),
+                    (theirs.double() - ref).abs().max(),
+                    ref.abs().max(),
+                )
+                found.setdefault((label, torch.finfo(got.dtype).eps), []).append(
+                    [float(n) for n in numbers]
+                )
         assert not ours[3].triu().any(), "grad_X: entries on or above the diagonal"
     for (label, eps), numbers in found.items():
         error, straightforward, size = (max(column) for column in zip(*numbers, strict=True))
         allowed = 2 * straightforward + eps * size
-        assert error <= allowed, f"{label}: {error:.2e} over the budget {allowed:.2e} (straightforward: {straightforward:.2e})"
+        assert error <= allowed, (
+            f"{label}: {error:.2e} over the budget {allowed:.2e} (straightforward: "
+            f"{straightforward:.2e})"
+        )

@@ -1,4 +1,5 @@
-"""The family as a user would write it in PyTorch, differentiated by autograd: what the engine is measured against.
+"""The family as a user would write it in PyTorch, differentiated by autograd: what the engine is
+measured against.
 
 Every tensor is taken in the dtype in which it comes; :mod:`tests.budget` chooses the dtypes.
 """
@@ -34,7 +35,7 @@ class Member(NamedTuple):
     read: str | None
     read_bias: str | None
     write: str | None
-    subtract: bool = False
+    subtract_projection: bool = False
     subtract_bias: str | None = None
 
     @property
@@ -47,11 +48,11 @@ class Member(NamedTuple):
 
 
 MEMBERS: dict[str, Member] = {
-    "loreft": Member(rk.loreft, "W", "b", "R", subtract=True),
+    "loreft": Member(rk.loreft, "W", "b", "R", subtract_projection=True),
     "direft": Member(rk.direft, "W", "b", "R"),
     "nodireft": Member(rk.nodireft, "W1", "b", "W2"),
-    "noreft": Member(rk.noreft, "W1", "b", "W2", subtract=True, subtract_bias="b2"),
-    "consreft": Member(rk.consreft, None, "s", "R", subtract=True),
+    "noreft": Member(rk.noreft, "W1", "b", "W2", subtract_projection=True, subtract_bias="b2"),
+    "consreft": Member(rk.consreft, None, "s", "R", subtract_projection=True),
     "lobireft": Member(rk.lobireft, None, "s", "R"),
 }
 
@@ -59,52 +60,78 @@ MEMBERS: dict[str, Member] = {
 def _on_rows(
     hidden: Tensor,
     rows: Tensor | None,
-    set_ids: Tensor | None,
+    weight_ids: Tensor | None,
     coeff: Tensor | None,
     weights: dict[str, Tensor],
     formula: Callable,
 ) -> Tensor:
-    """``formula(x, coeff, weights)`` on the selected rows; with sets, set by set on the rows that use it."""
+    """``formula(x, coeff, weights)`` on the selected rows; with sets, set by set on the rows
+    that use it.
+    """
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows = torch.arange(flat.shape[0], device=flat.device) if rows is None else rows.long()
     groups = [(rows >= 0, weights)]
-    if set_ids is not None:
+    if weight_ids is not None:
         count = next(iter(weights.values())).shape[0]
-        groups = [((rows >= 0) & (set_ids == s), {name: w[s] for name, w in weights.items()}) for s in range(count)]
+        groups = [
+            ((rows >= 0) & (weight_ids == s), {name: w[s] for name, w in weights.items()})
+            for s in range(count)
+        ]
     out = flat
     for chosen, own in groups:
         where = rows[chosen]
-        out = out.index_copy(0, where, formula(flat[where], None if coeff is None else coeff[chosen], own))
+        out = out.index_copy(
+            0, where, formula(flat[where], None if coeff is None else coeff[chosen], own)
+        )
     return out.reshape(hidden.shape)
 
 
 def edit(
-    name: str, hidden: Tensor, weights: dict[str, Tensor], *, rows: Tensor | None = None, activation: str = "linear",
-    coeff: Tensor | None = None, set_ids: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    name: str,
+    hidden: Tensor,
+    weights: dict[str, Tensor],
+    *,
+    rows: Tensor | None = None,
+    activation: str = "linear",
+    coeff: Tensor | None = None,
+    weight_ids: Tensor | None = None,
+) -> Tensor:
     """The formula of one member of the family, out of place."""
     member = MEMBERS[name]
 
     def formula(x, coeff, own):
         read = 0.0 if member.read is None else x @ own[member.read].mT
         u = ACT[activation](read + own[member.read_bias])
-        if member.subtract:
+        if member.subtract_projection:
             projected = x @ own[member.write].mT
-            u = u - (projected + own[member.subtract_bias] if member.subtract_bias in own else projected)
+            u = u - (
+                projected + own[member.subtract_bias] if member.subtract_bias in own else projected
+            )
         u = u.expand(x.shape[0], -1) if coeff is None else u * coeff
         return x + u @ own[member.write]
 
-    return _on_rows(hidden, rows, set_ids, coeff, weights, formula)
+    return _on_rows(hidden, rows, weight_ids, coeff, weights, formula)
 
 
-def red(hidden: Tensor, scale: Tensor, bias: Tensor, *, rows: Tensor | None = None, set_ids: Tensor | None = None) -> Tensor:
+def red(
+    hidden: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    rows: Tensor | None = None,
+    weight_ids: Tensor | None = None,
+) -> Tensor:
     """RED's formula, out of place."""
     weights = {"scale": scale, "bias": bias}
-    return _on_rows(hidden, rows, set_ids, None, weights, lambda x, _, own: own["scale"] * x + own["bias"])
+    return _on_rows(
+        hidden, rows, weight_ids, None, weights, lambda x, _, own: own["scale"] * x + own["bias"]
+    )
 
 
 def householder(X: Tensor, signs: Tensor | None = None) -> Tensor:
-    """R by ``torch.linalg.householder_product``, as ``torch.nn.utils.parametrizations.orthogonal`` calls it."""
+    """R by ``torch.linalg.householder_product``, as
+    ``torch.nn.utils.parametrizations.orthogonal`` calls it.
+    """
     A = X.tril(-1) + torch.eye(*X.shape[-2:], dtype=X.dtype, device=X.device)
     Q = torch.linalg.householder_product(A, 2.0 / (A * A).sum(-2))
     return Q.mT if signs is None else Q.mT * signs.unsqueeze(-1)

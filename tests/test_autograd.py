@@ -1,4 +1,6 @@
-"""The edits behave in autograd as built-in functions do: who needs gradients, in-place rules, versions, modes."""
+"""The edits behave in autograd as built-in functions do: who needs gradients, in-place rules,
+versions, modes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def _problem(device, case=CASE):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("wanted", [0b0001, 0b1110, 0b0010, 0b0100, 0b1000, 0b0101, 0b0000])
-def test_only_wanted_gradients_are_computed_and_they_do_not_change(wanted, inplace, backend, device):
+def test_only_wanted_gradients_are_computed_and_they_do_not_change(
+    wanted, inplace, backend, device
+):
     hidden, own, fixed = _problem(device)
     leaves = [hidden, *own]
     found = []
@@ -76,7 +80,9 @@ def test_in_place_counts_as_a_change(name, grad, backend, device):
 def test_the_result_may_be_edited_in_place(rows, backend, device):
     hidden, own, fixed = _problem(device, CASE._replace(rows=rows, activation="linear"))
     hidden.requires_grad_()
-    if rows is None:  # over all rows the output is kept, as by tanh: a change to it is refused, not ignored
+    if (
+        rows is None
+    ):  # over all rows the output is saved_input, as by tanh: a change to it is refused, not ignored
         y = rk.loreft(hidden, *own, **fixed)
         y.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -117,10 +123,13 @@ def _inference(hidden):
 
 @pytest.mark.parametrize("name", ["loreft", "red"])
 @pytest.mark.parametrize(
-    "make", [_leaf, _view_of_a_leaf, _one_of_several_views, _expanded, _made_without_gradients, _inference],
+    "make",
+    [_leaf, _view_of_a_leaf, _one_of_several_views, _expanded, _made_without_gradients, _inference],
     ids=lambda make: make.__name__[1:],
-)  # fmt: skip
-def test_an_in_place_edit_that_autograd_refuses_leaves_hidden_as_it_was(make, name, backend, device):
+)
+def test_an_in_place_edit_that_autograd_refuses_leaves_hidden_as_it_was(
+    make, name, backend, device
+):
     hidden, own, _ = _problem(device)
     target = make(hidden)
     before = target.detach().clone()
@@ -153,7 +162,10 @@ def test_memory_of_any_layout_is_edited_in_place(rows, backend, device):
     hidden, own, fixed = _problem(device, CASE._replace(rows=rows))
     with torch.no_grad():
         want = rk.loreft(hidden, *own, **fixed)
-        for layout in (hidden.transpose(0, 1).contiguous().transpose(0, 1), hidden.mT.contiguous().mT):
+        for layout in (
+            hidden.transpose(0, 1).contiguous().transpose(0, 1),
+            hidden.mT.contiguous().mT,
+        ):
             storage = layout.data_ptr()
             got = rk.loreft(layout, *own, inplace=True, **fixed)
             assert got is layout and got.data_ptr() == storage and torch.equal(got, want)

@@ -19,12 +19,19 @@ ROOT = Path(__file__).parents[1]
 
 
 def _python(script: str, **environment: str) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k not in ("REFT_KERNELS_BACKEND", "TRITON_INTERPRET")}
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("REFT_KERNELS_BACKEND", "TRITON_INTERPRET")
+    }
     env |= {"PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=ROOT)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=env, cwd=ROOT
+    )
 
 
-EDIT = "import torch, reft_kernels as rk; print(rk.red(torch.ones(1, 2), torch.ones(2), torch.ones(2)).tolist())"
+EDIT = (
+    "import torch, reft_kernels as rk; print(rk.red(torch.ones(1, 2), torch.ones(2), "
+    "torch.ones(2)).tolist())"
+)
 
 
 def test_forcing_is_scoped():
@@ -43,26 +50,38 @@ def test_forcing_is_scoped():
 
 @pytest.mark.parametrize("name", ["opencl", "Torch", 3])
 def test_unknown_backend(name):
-    with pytest.raises(ValueError, match="^backend: got .*expected one of triton, cuda, cpu, torch or auto"):
+    with pytest.raises(
+        ValueError, match="^backend: got .*expected one of triton, cuda, cpu, torch or auto"
+    ):
         rk.set_backend(name)
 
 
 def test_unknown_operator():
     with pytest.raises(ValueError, match="^operator: got 'edot', expected one of edit"):
-        dispatch.why_unable("torch", "edot", "cpu", torch.float32)
+        dispatch.unsupported_reason("torch", "edot", "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("name", ["cuda", "cpu"])
 def test_a_backend_of_another_build_raises_where_forced(name, monkeypatch):
     monkeypatch.setattr("reft_kernels.cpu._why_off", lambda: "the native library was not built")
     hidden = torch.ones(2, 4)
-    with rk.backend(name), pytest.raises(BackendError, match=f"^backend '{name}' is forced but cannot serve red on cpu"):
+    with (
+        rk.backend(name),
+        pytest.raises(
+            BackendError, match=f"^backend '{name}' is forced but cannot serve red on cpu"
+        ),
+    ):
         rk.red(hidden, torch.ones(4), torch.ones(4), inplace=True)
     assert torch.equal(hidden, torch.ones(2, 4))
 
 
 def test_triton_serves_no_fp64():
-    with rk.backend("triton"), pytest.raises(BackendError, match="fp64 is served by the torch backend|triton is not installed"):
+    with (
+        rk.backend("triton"),
+        pytest.raises(
+            BackendError, match="fp64 is served by the torch backend|triton is not installed"
+        ),
+    ):
         rk.red(torch.ones(1, 2, dtype=torch.float64), torch.ones(2), torch.ones(2))
 
 
@@ -75,11 +94,16 @@ def test_automatic_choice_on_cpu_says_nothing():
 
 
 def test_falling_back_is_said_once(monkeypatch):
-    """As on a GPU without Triton: the torch backend serves, with one warning however many operators fall back."""
+    """As on a GPU without Triton: the torch backend serves, with one warning however many
+    operators fall back.
+    """
     monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "torch")})
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    with rk.backend(None), pytest.warns(UserWarning, match="backend 'triton' is off .*'torch' serves instead") as said:
+    with (
+        rk.backend(None),
+        pytest.warns(UserWarning, match="backend 'triton' is off .*'torch' serves instead") as said,
+    ):
         R = rk.householder(torch.randn(8, 2))
         rk.loreft(torch.randn(3, 8), R, R, torch.zeros(2))
     assert len(said) == 1
@@ -95,7 +119,10 @@ def test_the_environment_forces():
     off = _python(EDIT, REFT_KERNELS_BACKEND="triton")
     assert off.returncode != 0 and "BackendError: backend 'triton' is forced" in off.stderr
     unknown = _python(EDIT, REFT_KERNELS_BACKEND="opencl")
-    assert unknown.returncode != 0 and "REFT_KERNELS_BACKEND: got 'opencl', expected one of" in unknown.stderr
+    assert (
+        unknown.returncode != 0
+        and "REFT_KERNELS_BACKEND: got 'opencl', expected one of" in unknown.stderr
+    )
 
 
 _BLOCKED = """
@@ -124,7 +151,13 @@ def test_importing_needs_torch_alone():
 
 
 def test_importing_loads_no_kernels_and_no_hugging_face():
-    done = _python("import sys, torch; before = set(sys.modules); import reft_kernels; print(*(set(sys.modules) - before))")
+    done = _python(
+        "import sys, torch; before = set(sys.modules); import reft_kernels; "
+        "print(*(set(sys.modules) - before))"
+    )
     new = {name.split(".")[0] for name in done.stdout.split()}
     assert new and not new & {"triton", "transformers", "peft", "safetensors", "numpy"}
-    assert not any(name.startswith(("reft_kernels.triton", "reft_kernels.integrations")) for name in done.stdout.split())
+    assert not any(
+        name.startswith(("reft_kernels.triton", "reft_kernels.integrations"))
+        for name in done.stdout.split()
+    )

@@ -1,4 +1,6 @@
-"""docs/embedding.md: every Python block runs, in order, in one namespace, and each asserts something."""
+"""docs/embedding.md: every Python block runs, in order, in one namespace, and each asserts
+something.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,12 @@ def test_every_block_runs():
 
 def test_every_block_asserts_and_is_short():
     for line, source in python_blocks(PAGE):
-        assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(source))), f"line {line}: nothing is asserted"
-        assert len(source.splitlines()) <= 16, f"line {line}: a block of {len(source.splitlines())} lines"
+        assert any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(source))), (
+            f"line {line}: nothing is asserted"
+        )
+        assert len(source.splitlines()) <= 16, (
+            f"line {line}: a block of {len(source.splitlines())} lines"
+        )
 
 
 def test_fences_are_balanced_and_lines_fit():

@@ -1,4 +1,6 @@
-"""fold() computes the same edit from one read matrix; merge_linear() is exact to rounding, and undone bit for bit."""
+"""fold() computes the same edit from one read matrix; merge_linear() is exact to rounding, and
+undone bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ pytestmark = pytest.mark.engine
 
 D, R, L = 20, 3, 2
 SINGLE = {
-    name: getattr(rk, cls.__name__.removeprefix("Stacked")) for name, cls in interventions.STACKED.items() if name != "red"
+    name: getattr(rk, cls.__name__.removeprefix("Stacked"))
+    for name, cls in interventions.STACKED.items()
+    if name != "red"
 }
 
 
@@ -36,18 +40,20 @@ def _own(module) -> dict[str, torch.Tensor]:
     return {name: getattr(module, name).detach() for name in names}
 
 
-def _apply(folded, hidden, set_ids=None):
+def _apply(folded, hidden, weight_ids=None):
     if folded.read is None:
-        return rk.lobireft(hidden, folded.write, folded.read_bias, set_ids=set_ids)
-    return rk.nodireft(hidden, folded.write, folded.read, folded.read_bias, set_ids=set_ids)
+        return rk.lobireft(hidden, folded.write, folded.read_bias, weight_ids=weight_ids)
+    return rk.nodireft(hidden, folded.write, folded.read, folded.read_bias, weight_ids=weight_ids)
 
 
-def _draw(name, folded, own, set_ids=None):
+def _draw(name, folded, own, weight_ids=None):
     """The folded edit beside the plain formula with the weights that were folded."""
     return budget.Draw(
         {"hidden": torch.randn(3, 4, D, device=folded.write.device)},
-        lambda hidden: _apply(folded, hidden, set_ids),
-        lambda hidden: plain.edit(name, hidden, {k: t.to(hidden) for k, t in own.items()}, set_ids=set_ids),
+        lambda hidden: _apply(folded, hidden, weight_ids),
+        lambda hidden: plain.edit(
+            name, hidden, {k: t.to(hidden) for k, t in own.items()}, weight_ids=weight_ids
+        ),
     )
 
 
@@ -70,7 +76,7 @@ def test_the_tensors_are_what_the_formulas_say(name):
     member = plain.MEMBERS[name]
     write = own[member.write]
     want = own[member.read] if member.read else torch.zeros_like(write)
-    want = want - write if member.subtract else want
+    want = want - write if member.subtract_projection else want
     assert folded.read is None if name == "lobireft" else torch.equal(folded.read, want)
     assert torch.equal(folded.write, write)
     assert torch.equal(folded.read_bias, own[member.read_bias])
@@ -92,7 +98,10 @@ def test_weight_sets_keep_their_dimension():
     def make():
         module = _random(rk.LoReFT(D, R, num_sets=2))
         folded = fold(module)
-        assert folded.read.shape == folded.write.shape == (2, R, D) and folded.read_bias.shape == (2, R)
+        assert folded.read.shape == folded.write.shape == (2, R, D) and folded.read_bias.shape == (
+            2,
+            R,
+        )
         return _draw("loreft", folded, _own(module), torch.randint(0, 2, (12,), dtype=torch.int32))
 
     budget.check(make, torch.float32, backward=False)
@@ -124,7 +133,11 @@ MERGED = [*SINGLE, "red"]
 
 
 def _edit(name, module):
-    own = {"scale": module.scale.detach(), "bias": module.bias.detach()} if name == "red" else _own(module)
+    own = (
+        {"scale": module.scale.detach(), "bias": module.bias.detach()}
+        if name == "red"
+        else _own(module)
+    )
 
     def edit(h):
         cast = {k: t.to(h) for k, t in own.items()}
@@ -192,7 +205,9 @@ def test_a_layer_of_a_stack():
         W, b = linear.weight.detach().clone(), linear.bias.detach().clone()
 
         def straightforward(x):
-            return plain.edit("loreft", x @ W.to(x).mT + b.to(x), {k: t.to(x) for k, t in own.items()})
+            return plain.edit(
+                "loreft", x @ W.to(x).mT + b.to(x), {k: t.to(x) for k, t in own.items()}
+            )
 
         merge_linear(linear, stack, 1)
         return budget.Draw({"x": torch.randn(7, 13)}, lambda x: linear(x), straightforward)
@@ -217,7 +232,9 @@ def test_lobireft_of_a_block_output_merges_and_loreft_does_not(name, exact):
         block, module = _Block(), _intervention(name)
         edit, before = _edit(name, module), copy.deepcopy(block)
         merge_linear(block.down, module)
-        assert not exact or torch.equal(block.down.weight, before.down.weight)  # only the bias moves
+        assert not exact or torch.equal(
+            block.down.weight, before.down.weight
+        )  # only the bias moves
 
         def straightforward(h):
             weights = {k: t.detach().to(h) for k, t in before.named_parameters()}
@@ -225,20 +242,44 @@ def test_lobireft_of_a_block_output_merges_and_loreft_does_not(name, exact):
 
         return budget.Draw({"h": torch.randn(4, D)}, lambda h: block(h), straightforward)
 
-    with contextlib.nullcontext() if exact else pytest.raises(AssertionError, match="over the budget"):
+    with (
+        contextlib.nullcontext()
+        if exact
+        else pytest.raises(AssertionError, match="over the budget")
+    ):
         budget.check(make, torch.float32)
 
 
 @pytest.mark.parametrize(
     ("make", "kwargs", "message"),
     [
-        (lambda: (nn.Linear(13, D), rk.LoReFT(D, R, activation="gelu")), {}, "its activation 'gelu' is not linear"),
-        (lambda: (nn.Linear(13, D), rk.LoReFT(D, R)), {"positions": "f3"}, "it edits chosen positions"),
+        (
+            lambda: (nn.Linear(13, D), rk.LoReFT(D, R, activation="gelu")),
+            {},
+            "its activation 'gelu' is not linear",
+        ),
+        (
+            lambda: (nn.Linear(13, D), rk.LoReFT(D, R)),
+            {"positions": "f3"},
+            "it edits chosen positions",
+        ),
         (lambda: (nn.LayerNorm(D), rk.LoReFT(D, R)), {}, "'module' is a LayerNorm"),
-        (lambda: (nn.Linear(13, D), rk.LoReFT(D, R, num_sets=2)), {}, "its weight set is chosen for each row"),
-        (lambda: (nn.Linear(13, D + 1), rk.LoReFT(D, R)), {}, "^intervention: got embed_dim 20, expected 21"),
+        (
+            lambda: (nn.Linear(13, D), rk.LoReFT(D, R, num_sets=2)),
+            {},
+            "its weight set is chosen for each row",
+        ),
+        (
+            lambda: (nn.Linear(13, D + 1), rk.LoReFT(D, R)),
+            {},
+            "^intervention: got embed_dim 20, expected 21",
+        ),
         (lambda: (nn.Linear(13, D), rk.LoReFT(D, R)), {"layer": 0}, "^layer: got 0, expected None"),
-        (lambda: (nn.Linear(13, D), interventions.StackedLoReFT(L, D, R)), {}, "^layer: got None, expected a layer number"),
+        (
+            lambda: (nn.Linear(13, D), interventions.StackedLoReFT(L, D, R)),
+            {},
+            "^layer: got None, expected a layer number",
+        ),
         (
             lambda: (nn.Linear(13, D), interventions.StackedLoReFT(L, D, R)),
             {"layer": 2},

@@ -1,4 +1,6 @@
-"""The public functions are right: the error budget, gradcheck, exact arithmetic over shapes and strides."""
+"""The public functions are right: the error budget, gradcheck, exact arithmetic over shapes and
+strides.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ REPRESENTATIVE = [
 EXHAUSTIVE = [
     Case((3, 40), d, r, rows, sets, coeff, inplace, activation)
     for d, r in ((33, 4), (130, 16), (768, 8))
-    for rows, sets, coeff, inplace in itertools.product((None, 40), (None, 2), (False, True), (False, True))
+    for rows, sets, coeff, inplace in itertools.product(
+        (None, 40), (None, 2), (False, True), (False, True)
+    )
     for activation in ACTIVATIONS
 ]
 
@@ -36,7 +40,9 @@ MANY_RANKS = [
     Case((37,), 51, 17, activation="gelu"),
 ]
 
-PAIRED = list(zip(REPRESENTATIVE, [torch.float32, torch.bfloat16, torch.float16, torch.float32], strict=True))
+PAIRED = list(
+    zip(REPRESENTATIVE, [torch.float32, torch.bfloat16, torch.float16, torch.float32], strict=True)
+)
 
 
 def _draws(backend: str, device: str) -> int:
@@ -49,7 +55,9 @@ def _draws(backend: str, device: str) -> int:
 @pytest.mark.parametrize(("case", "dtype"), PAIRED, ids=str)
 @pytest.mark.parametrize("name", plain.MEMBERS)
 def test_error_budget(name, case, dtype, backend, device):
-    budget.check(lambda: inputs.draw(name, case, dtype, device), dtype, draws=_draws(backend, device))
+    budget.check(
+        lambda: inputs.draw(name, case, dtype, device), dtype, draws=_draws(backend, device)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,16 +71,24 @@ def test_error_budget_in_each_dtype(name, case, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_error_budget_of_each_activation(activation, backend, device):
     case = Case(activation=activation, rows=9)
-    budget.check(lambda: inputs.draw("noreft", case, torch.float32, device), torch.float32, draws=_draws(backend, device))
+    budget.check(
+        lambda: inputs.draw("noreft", case, torch.float32, device),
+        torch.float32,
+        draws=_draws(backend, device),
+    )
 
 
 @pytest.mark.parametrize("case", MANY_RANKS, ids=str)
 @pytest.mark.parametrize("name", plain.MEMBERS)
 def test_error_budget_of_many_ranks(name, case, backend, device):
-    """Kernels may multiply in bf16 from some rank on; ranks, channels and rows here divide evenly into nothing."""
+    """Kernels may multiply in bf16 from some rank on; ranks, channels and rows here divide
+    evenly into nothing.
+    """
     # Triton's interpreter cuts bf16 numbers off instead of rounding them
     dtype = torch.float16 if (backend, device) == ("triton", "cpu") else torch.bfloat16
-    budget.check(lambda: inputs.draw(name, case, dtype, device), dtype, draws=_draws(backend, device))
+    budget.check(
+        lambda: inputs.draw(name, case, dtype, device), dtype, draws=_draws(backend, device)
+    )
 
 
 @pytest.mark.full
@@ -82,13 +98,17 @@ def test_error_budget_of_many_ranks(name, case, backend, device):
 def test_error_budget_exhaustively(name, case, dtype, backend, device):
     if (backend, device) == ("triton", "cpu"):
         case = case._replace(lead=(3, 8), d=min(case.d, 48), rows=case.rows and 12)
-    budget.check(lambda: inputs.draw(name, case, dtype, device), dtype, draws=_draws(backend, device))
+    budget.check(
+        lambda: inputs.draw(name, case, dtype, device), dtype, draws=_draws(backend, device)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "case", [Case(), Case(inplace=True), Case(rows=9, sets=2), Case(rows=9, inplace=True)], ids=lambda case: str(case)[7:]
-)  # fmt: skip
+    "case",
+    [Case(), Case(inplace=True), Case(rows=9, sets=2), Case(rows=9, inplace=True)],
+    ids=lambda case: str(case)[7:],
+)
 def test_error_budget_of_red(case, dtype, backend, device):
     def make():
         lead = () if case.sets is None else (case.sets,)
@@ -101,7 +121,13 @@ def test_error_budget_of_red(case, dtype, backend, device):
         }
 
         def engine(hidden, scale, bias):
-            return rk.red(hidden.clone() if case.inplace else hidden, scale, bias, inplace=case.inplace, **fixed)
+            return rk.red(
+                hidden.clone() if case.inplace else hidden,
+                scale,
+                bias,
+                inplace=case.inplace,
+                **fixed,
+            )
 
         return budget.Draw(tensors, engine, lambda **leaves: plain.red(**leaves, **fixed))
 
@@ -111,7 +137,9 @@ def test_error_budget_of_red(case, dtype, backend, device):
 @pytest.mark.parametrize("name", ["loreft", "noreft"])
 @pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 3), (torch.float16, 1)], ids=str)
 def test_error_budget_of_edits_larger_than_the_hidden_state(dtype, times, name, backend, device):
-    """Over all rows the backward has the output, not the input: how large an edit may be before that costs accuracy."""
+    """Over all rows the backward has the output, not the input: how large an edit may be before
+    that costs accuracy.
+    """
 
     def make():
         draw = inputs.draw(name, Case((24,), 24, 3), dtype, device)
@@ -142,7 +170,9 @@ def _gradcheck(name: str, case: Case) -> None:
     drawn = inputs.draw(name, case, torch.float64)
     names = list(drawn.inputs)
     leaves = [drawn.inputs[k].requires_grad_() for k in names]
-    assert torch.autograd.gradcheck(lambda *leaves: drawn.engine(**dict(zip(names, leaves, strict=True))), leaves)
+    assert torch.autograd.gradcheck(
+        lambda *leaves: drawn.engine(**dict(zip(names, leaves, strict=True))), leaves
+    )
 
 
 _GRADCHECK = [
@@ -152,7 +182,8 @@ _GRADCHECK = [
     Case((6,), 3, 1, rows=5, sets=3, coeff=True, inplace=True),
 ]
 _GRADCHECK_FULL = [
-    Case((2, 3), 3, 2, *choice) for choice in itertools.product((None, 4), (None, 2), (False, True), (False, True))
+    Case((2, 3), 3, 2, *choice)
+    for choice in itertools.product((None, 4), (None, 2), (False, True), (False, True))
 ]
 
 
@@ -176,25 +207,44 @@ def test_gradcheck_exhaustively(name, case, activation):
 @pytest.mark.parametrize("sets", [None, 2])
 def test_gradcheck_of_red(rows, sets, inplace):
     rows = None if rows is None else torch.tensor(rows, dtype=torch.int32)
-    set_ids = None if sets is None else torch.arange(6 if rows is None else 3, dtype=torch.int32) % sets
+    weight_ids = (
+        None if sets is None else torch.arange(6 if rows is None else 3, dtype=torch.int32) % sets
+    )
     lead = () if sets is None else (sets,)
-    leaves = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 3, 5), (*lead, 5), (*lead, 5))]
+    leaves = [
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((2, 3, 5), (*lead, 5), (*lead, 5))
+    ]
 
     def edit(hidden, scale, bias):
-        return rk.red(hidden.clone() if inplace else hidden, scale, bias, rows=rows, set_ids=set_ids, inplace=inplace)
+        return rk.red(
+            hidden.clone() if inplace else hidden,
+            scale,
+            bias,
+            rows=rows,
+            weight_ids=weight_ids,
+            inplace=inplace,
+        )
 
     assert torch.autograd.gradcheck(edit, leaves)
 
 
-# ---- exact: small integers make every sum exact in any order, so engine and formula agree bit for bit
+# ---- exact: small integers make every sum exact in any order, so engine and formula agree bit for
+# bit
 
 LAYOUTS = {
     "contiguous": lambda lead, d: ((*lead, d), lambda t: t),
     "sliced rows": lambda lead, d: ((*lead[:-1], 2 * lead[-1], d), lambda t: t[..., ::2, :]),
     "sliced columns": lambda lead, d: ((*lead, 2 * d), lambda t: t[..., ::2]),
     "transposed": lambda lead, d: ((d, *lead), lambda t: t.movedim(0, -1)),
-    "permuted": lambda lead, d: ((*reversed(lead), d), lambda t: t.permute(*reversed(range(t.dim() - 1)), t.dim() - 1)),
-    "expanded": lambda lead, d: ((*lead[:-1], 1, d), lambda t: t.expand(*t.shape[:-2], lead[-1], d)),
+    "permuted": lambda lead, d: (
+        (*reversed(lead), d),
+        lambda t: t.permute(*reversed(range(t.dim() - 1)), t.dim() - 1),
+    ),
+    "expanded": lambda lead, d: (
+        (*lead[:-1], 1, d),
+        lambda t: t.expand(*t.shape[:-2], lead[-1], d),
+    ),
 }
 
 
@@ -205,14 +255,23 @@ def _exact_calls(draw, largest: int):
     total = torch.Size(lead).numel()
     layout = draw(st.sampled_from(sorted(LAYOUTS)))
     inplace = layout != "expanded" and draw(st.booleans())
-    rows = draw(st.none() | st.lists(st.integers(0, max(total - 1, 0)), max_size=total, unique=True))
+    rows = draw(
+        st.none() | st.lists(st.integers(0, max(total - 1, 0)), max_size=total, unique=True)
+    )
     if rows:
         rows = [-1 if draw(st.integers(0, 3)) == 0 else row for row in rows]
     case = Case(
-        lead, draw(st.integers(1, largest)), draw(st.integers(1, 9)), None if rows is None else len(rows),
-        draw(st.none() | st.integers(1, 3)), draw(st.booleans()), inplace, draw(st.sampled_from(["linear", "relu"])),
-    )  # fmt: skip
-    # over all rows a half-precision backward rebuilds the input from a rounded output, which is not exact
+        lead,
+        draw(st.integers(1, largest)),
+        draw(st.integers(1, 9)),
+        None if rows is None else len(rows),
+        draw(st.none() | st.integers(1, 3)),
+        draw(st.booleans()),
+        inplace,
+        draw(st.sampled_from(["linear", "relu"])),
+    )
+    # over all rows a half-precision backward rebuilds the input from a rounded output, which is not
+    # exact
     dtype = draw(st.sampled_from(DTYPES if rows is not None else [torch.float32]))
     return name, case, layout, rows, dtype, draw(st.integers(0, 2**16))
 
@@ -236,7 +295,7 @@ def _check_exact(call, device: str) -> None:
         leaves["coeff"] = whole(count, case.r, low=0, high=3)
     fixed = {
         "rows": None if rows is None else torch.tensor(rows, dtype=torch.int32, device=device),
-        "set_ids": None
+        "weight_ids": None
         if case.sets is None
         else torch.randint(case.sets, (count,), dtype=torch.int32, generator=generator).to(device),
         "activation": case.activation,
@@ -285,7 +344,9 @@ def test_float16_range(backend, device):
     R = torch.eye(1, d, device=device)
     W = torch.ones(1, d, device=device)
     b = torch.tensor([-6e4 * d], device=device)
-    out = rk.loreft(hidden, R, W, b)  # z = 16 * 60000 - 16 * 60000 = 0: column 0 becomes 0, and the others stay
+    out = rk.loreft(
+        hidden, R, W, b
+    )  # z = 16 * 60000 - 16 * 60000 = 0: column 0 becomes 0, and the others stay
     assert torch.equal(out[:, 1:], hidden[:, 1:])
     assert out.isfinite().all() and (out[:, 0].abs() <= 6e4 * 2**-10).all()
 

@@ -1,4 +1,6 @@
-"""The modules: identity at the start, stacked equals single, one build for all layers, caching, dropout, state."""
+"""The modules: identity at the start, stacked equals single, one build for all layers, caching,
+dropout, state.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ import reft_kernels as rk
 from reft_kernels import checks, interventions
 from reft_kernels.activations import ACTIVATIONS
 
-CLASSES = {cls.__name__.removeprefix("Stacked").lower(): cls for cls in interventions.STACKED.values()}
+CLASSES = {
+    cls.__name__.removeprefix("Stacked").lower(): cls for cls in interventions.STACKED.values()
+}
 SINGLE = {name: getattr(rk, cls.__name__.removeprefix("Stacked")) for name, cls in CLASSES.items()}
 FAMILY = [name for name in SINGLE if name != "red"]
 ORTHONORMAL = ["loreft", "direft", "consreft", "lobireft"]
@@ -35,7 +39,11 @@ class Calls(TorchDispatchMode):
 
     @property
     def engine(self) -> list[str]:
-        return [name.removeprefix("reft_kernels::") for name in self.all if name.startswith("reft_kernels::")]
+        return [
+            name.removeprefix("reft_kernels::")
+            for name in self.all
+            if name.startswith("reft_kernels::")
+        ]
 
 
 def _perturbed(module):
@@ -79,9 +87,12 @@ def test_identity_can_be_left(name):
     [
         ("consreft", "linear"),
         *(("loreft", a) for a in ACTIVATIONS if a != "linear"),
-        ("direft", "relu"), ("direft", "sigmoid"), ("lobireft", "relu"), ("lobireft", "sigmoid"),
+        ("direft", "relu"),
+        ("direft", "sigmoid"),
+        ("lobireft", "relu"),
+        ("lobireft", "sigmoid"),
     ],
-)  # fmt: skip
+)
 def test_no_identity(name, activation):
     with pytest.raises(ValueError, match="^init: got 'identity', but .*; expected 'orthogonal'$"):
         SINGLE[name](D, R, activation=activation, init="identity")
@@ -96,7 +107,9 @@ def test_orthogonal_start_and_set_R(name, parametrization):
     torch.manual_seed(3)
     again = SINGLE[name](D, R, parametrization=parametrization, init="orthogonal")
     assert rk.orthonormality_error(module.R) <= 1e-6
-    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True)
+    )
     wanted = torch.linalg.qr(torch.randn(D, R, dtype=torch.float64)).Q.mT
     module.set_R(wanted)
     assert (module.R - wanted).abs().max() <= 4 * torch.finfo(torch.float32).eps
@@ -117,7 +130,9 @@ def test_set_R_refuses():
 # ---- stacked
 
 
-@pytest.mark.parametrize(("parametrization", "activation"), [("householder", "linear"), ("cayley", "gelu")])
+@pytest.mark.parametrize(
+    ("parametrization", "activation"), [("householder", "linear"), ("cayley", "gelu")]
+)
 @pytest.mark.parametrize("name", CLASSES)
 def test_stacked_equals_single_ones(name, parametrization, activation, backend, device):
     kwargs = _arguments(name, parametrization=parametrization, activation=activation)
@@ -153,13 +168,17 @@ def test_one_operator_call_builds_all_layers_forward_and_backward(name):
         out.backward()
     assert calls.engine.count("householder_backward") == 1
     # one stack a parameter, where L slices would each fill a zero tensor of all layers
-    assert not any("select_backward" in n or "slice_backward" in n or n == "aten::zeros" for n in calls.all)
+    assert not any(
+        "select_backward" in n or "slice_backward" in n or n == "aten::zeros" for n in calls.all
+    )
 
 
 def test_linear_loreft_is_one_projection():
     """D = W - R is folded at the build, so that the edit subtracts nothing."""
     weights = rk.LoReFT(D, R).build()[0]
-    assert weights.subtract is False and torch.equal(weights.read, torch.zeros_like(weights.read))
+    assert weights.subtract_projection is False and torch.equal(
+        weights.read, torch.zeros_like(weights.read)
+    )
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -167,20 +186,20 @@ def test_num_sets(name, backend, device):
     """Each row by its set's weights: equal to the one-set module of those weights."""
     module = _perturbed(SINGLE[name](D, R, num_sets=2, device=device))
     hidden = torch.randn(6, D, device=device)
-    set_ids = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.int32, device=device)
-    out = module(hidden, set_ids=set_ids)
+    weight_ids = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.int32, device=device)
+    out = module(hidden, weight_ids=weight_ids)
     for s in range(2):
         single = SINGLE[name](D, R, device=device)
         single.load_state_dict({k: t[s] for k, t in module.state_dict().items()})
-        torch.testing.assert_close(out[set_ids == s], single(hidden[set_ids == s]))
-    for wrong in (None, set_ids[:3]):
-        with pytest.raises(ValueError, match="^set_ids: got"):
-            module(hidden, set_ids=wrong)
-    with pytest.raises(ValueError, match="^set_ids: got a tensor, expected None"):
-        SINGLE[name](D, R, device=device)(hidden, set_ids=set_ids)
+        torch.testing.assert_close(out[weight_ids == s], single(hidden[weight_ids == s]))
+    for wrong in (None, weight_ids[:3]):
+        with pytest.raises(ValueError, match="^weight_ids: got"):
+            module(hidden, weight_ids=wrong)
+    with pytest.raises(ValueError, match="^weight_ids: got a tensor, expected None"):
+        SINGLE[name](D, R, device=device)(hidden, weight_ids=weight_ids)
 
 
-# ---- built weights are kept while nothing changes
+# ---- built weights are saved_input while nothing changes
 
 
 def _builds(module) -> int:
@@ -223,7 +242,9 @@ def _train(module):
 
 
 @pytest.mark.parametrize(
-    "change", [_in_place, _load, _to, _set_R, _replace, _bias, _train], ids=lambda change: change.__name__[1:]
+    "change",
+    [_in_place, _load, _to, _set_R, _replace, _bias, _train],
+    ids=lambda change: change.__name__[1:],
 )
 @pytest.mark.parametrize("stacked", [False, True])
 def test_no_build_until_something_changes(stacked, change):
@@ -239,7 +260,9 @@ def test_no_build_until_something_changes(stacked, change):
         after = module.build()[0]
         fresh = copy.deepcopy(module).build()[0]
     assert all(torch.equal(a, b) for a, b in zip(after[:3], fresh[:3], strict=True))
-    assert any(a.dtype != b.dtype or not torch.equal(a, b) for a, b in zip(before, after[:3], strict=True))
+    assert any(
+        a.dtype != b.dtype or not torch.equal(a, b) for a, b in zip(before, after[:3], strict=True)
+    )
 
 
 def test_frozen_parameters_are_built_once_even_with_gradients_on():
@@ -351,12 +374,32 @@ def test_meta_device_then_materialised(name):
         ((999, 257), {}, ValueError, "^rank: got 257, expected an integer from 1 to 256"),
         ((8, True), {}, ValueError, "^rank: got True, expected"),
         ((8, 2.0), {}, ValueError, "^rank: got 2.0, expected"),
-        ((8, 2), {"activation": "cube"}, ValueError, "^activation: got 'cube', expected one of linear"),
+        (
+            (8, 2),
+            {"activation": "cube"},
+            ValueError,
+            "^activation: got 'cube', expected one of linear",
+        ),
         ((8, 2), {"dropout": 1.0}, ValueError, "^dropout: got 1.0, expected a probability"),
         ((8, 2), {"dropout": "x"}, ValueError, "^dropout: got 'x', expected"),
-        ((8, 2), {"parametrization": "qr"}, ValueError, "^parametrization: got 'qr', expected one of householder, cayley"),
-        ((8, 2), {"init": "zeros"}, ValueError, "^init: got 'zeros', expected one of identity, orthogonal"),
-        ((8, 2), {"dtype": torch.int32}, TypeError, "^dtype: got torch.int32, expected a floating-point dtype"),
+        (
+            (8, 2),
+            {"parametrization": "qr"},
+            ValueError,
+            "^parametrization: got 'qr', expected one of householder, cayley",
+        ),
+        (
+            (8, 2),
+            {"init": "zeros"},
+            ValueError,
+            "^init: got 'zeros', expected one of identity, orthogonal",
+        ),
+        (
+            (8, 2),
+            {"dtype": torch.int32},
+            TypeError,
+            "^dtype: got torch.int32, expected a floating-point dtype",
+        ),
         ((8, 2), {"num_sets": 0}, ValueError, "^num_sets: got 0, expected an integer >= 1"),
     ],
 )
@@ -375,7 +418,10 @@ def test_red_has_no_activation_dropout_or_coeff():
 def test_wrong_hidden_is_refused_before_anything_runs():
     module = rk.LoReFT(D, R)
     module.build()
-    with Calls() as calls, pytest.raises(ValueError, match=r"^write: got shape \(3, 12\), expected \[r, 11\]"):
+    with (
+        Calls() as calls,
+        pytest.raises(ValueError, match=r"^write: got shape \(3, 12\), expected \[r, 11\]"),
+    ):
         module(torch.randn(4, D - 1))
     assert not any(n.startswith("edit") for n in calls.engine)
-    assert checks.row_count(torch.zeros(2, 3, D)) == 6
+    assert checks.num_rows_of(torch.zeros(2, 3, D)) == 6

@@ -1,4 +1,6 @@
-"""What a backward keeps alive: [N, d] + [N, r] of selected rows, and no second copy of the hidden state over all rows."""
+"""What a backward keeps alive: [N, d] + [N, r] of selected rows, and no second copy of the
+hidden state over all rows.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,14 @@ def test_all_rows_keep_the_output_and_nothing_of_its_size(activation, inplace, b
 def test_selected_rows_keep_their_rows_alone(activation, inplace, backend, device):
     hidden, own, edit = _problem(backend, device, activation)
     rows = inputs.rows(M, 5, device=device)
-    elements, storages, out = _saved_elements(lambda h: edit(h, rows=rows, inplace=inplace), hidden, own)
+    elements, storages, out = _saved_elements(
+        lambda h: edit(h, rows=rows, inplace=inplace), hidden, own
+    )
     assert out.untyped_storage().data_ptr() not in storages
     assert hidden.untyped_storage().data_ptr() not in storages
-    assert elements == 5 * D + 5 * R * (1 if activation == "linear" else 2) + 5  # ... and the row numbers
+    assert (
+        elements == 5 * D + 5 * R * (1 if activation == "linear" else 2) + 5
+    )  # ... and the row numbers
 
 
 def test_without_gradients_nothing_is_kept(backend, device):

@@ -18,7 +18,14 @@ def _rows():
     return torch.tensor([5, -1, 0, 3], dtype=torch.int32)
 
 
-def _edit_args(rows: bool, sets: bool, coeff: bool, subtract: bool, activation: str, read: bool = True):
+def _edit_args(
+    rows: bool,
+    sets: bool,
+    coeff: bool,
+    subtract_projection: bool,
+    activation: str,
+    read: bool = True,
+):
     lead = (S,) if sets else ()
     count = N if rows else M
     return (
@@ -27,9 +34,9 @@ def _edit_args(rows: bool, sets: bool, coeff: bool, subtract: bool, activation: 
         torch.randn(*lead, R, D) if read else None,
         torch.randn(*lead, R),
         torch.randn(*lead, R, D),
-        torch.randn(*lead, R) if subtract else None,
+        torch.randn(*lead, R) if subtract_projection else None,
         torch.rand(count, R) if coeff else None,
-        subtract,
+        subtract_projection,
         activation,
     )
 
@@ -47,34 +54,85 @@ def _samples(name: str) -> list[tuple]:
     found = []
     if name.startswith("edit_backward"):
         for choice in EDITS.values():
-            rows, set_ids, read, bias, write, p, coeff, subtract, activation = _edit_args(*choice)
-            hidden = torch.randn(M, D)
-            out, kept, u, z = torch.ops.reft_kernels.edit(
-                hidden, rows, set_ids, read, bias, write, p, coeff, subtract, activation, True
+            rows, weight_ids, read, bias, write, p, coeff, subtract_projection, activation = (
+                _edit_args(*choice)
             )
-            common = (out if rows is None else kept, u, z, rows, set_ids, read, write, coeff, subtract, activation)
-            for needs in ((True,), (False,)) if in_place else ((True, True), (True, False), (False, True)):
+            hidden = torch.randn(M, D)
+            out, saved_input, u, z = torch.ops.reft_kernels.edit(
+                hidden,
+                rows,
+                weight_ids,
+                read,
+                bias,
+                write,
+                p,
+                coeff,
+                subtract_projection,
+                activation,
+                True,
+            )
+            common = (
+                out if rows is None else saved_input,
+                u,
+                z,
+                rows,
+                weight_ids,
+                read,
+                write,
+                coeff,
+                subtract_projection,
+                activation,
+            )
+            for needs in (
+                ((True,), (False,)) if in_place else ((True, True), (True, False), (False, True))
+            ):
                 found.append((torch.randn(M, D), *common, *needs))
     elif name.startswith("edit"):
-        found = [(torch.randn(M, D), *_edit_args(*choice), save) for choice in EDITS.values() for save in (True, False)]
+        found = [
+            (torch.randn(M, D), *_edit_args(*choice), save)
+            for choice in EDITS.values()
+            for save in (True, False)
+        ]
     elif name.startswith("red_backward"):
         for rows, lead in ((_rows(), ()), (None, ()), (_rows(), (S,))):
-            kept = torch.randn(M if rows is None else N, D)
-            set_ids = torch.tensor([0, 1, 1, 0], dtype=torch.int32) if lead else None
-            for needs in ((True,), (False,)) if in_place else ((True, True), (True, False), (False, True)):
-                found.append((torch.randn(M, D), kept, rows, set_ids, torch.randn(*lead, D), *needs))
+            saved_input = torch.randn(M if rows is None else N, D)
+            weight_ids = torch.tensor([0, 1, 1, 0], dtype=torch.int32) if lead else None
+            for needs in (
+                ((True,), (False,)) if in_place else ((True, True), (True, False), (False, True))
+            ):
+                found.append(
+                    (
+                        torch.randn(M, D),
+                        saved_input,
+                        rows,
+                        weight_ids,
+                        torch.randn(*lead, D),
+                        *needs,
+                    )
+                )
     elif name.startswith("red"):
         for rows, lead in ((_rows(), ()), (None, ()), (_rows(), (S,))):
-            set_ids = torch.tensor([0, 1, 1, 0], dtype=torch.int32) if lead else None
+            weight_ids = torch.tensor([0, 1, 1, 0], dtype=torch.int32) if lead else None
             for save in (True, False):
-                found.append((torch.randn(M, D), rows, set_ids, torch.randn(*lead, D), torch.randn(*lead, D), save))
+                found.append(
+                    (
+                        torch.randn(M, D),
+                        rows,
+                        weight_ids,
+                        torch.randn(*lead, D),
+                        torch.randn(*lead, D),
+                        save,
+                    )
+                )
     else:
         X, W = torch.randn(2, D, R), torch.randn(2, R, D)
         signs = torch.tensor([[1.0, -1.0, 1.0]]).repeat(2, 1)
         point = base_point(rk.householder(torch.randn(2, D, R)))
         for own_signs, base, point_R, weight in (
-            (None, None, None, None), (signs, None, None, W), (point.signs, point.reflectors, point.R, W)
-        ):  # fmt: skip
+            (None, None, None, None),
+            (signs, None, None, W),
+            (point.signs, point.reflectors, point.R, W),
+        ):
             if name.endswith("backward"):
                 forward = getattr(torch.ops.reft_kernels, name.removesuffix("_backward"))
                 aux = forward(X, own_signs, base, point_R, weight)[2]
@@ -89,7 +147,11 @@ def test_every_schema_is_declared():
     assert len(ops.SCHEMAS) == 12
     for name in ops.SCHEMAS:
         schema = getattr(torch.ops.reft_kernels, name).default._schema
-        mutated = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+        mutated = [
+            argument.name
+            for argument in schema.arguments
+            if argument.alias_info and argument.alias_info.is_write
+        ]
         assert mutated == ([schema.arguments[0].name] if name.endswith("_") else [])
 
 
@@ -108,17 +170,25 @@ def test_fake_matches_each_backend(name, backend, device, poison):
     for sample in _samples(name):
         sample = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in sample)
         with mode:
-            fake = operator(*(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in sample))
+            fake = operator(
+                *(mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in sample)
+            )
         real = operator(*sample)
         pairs = [(fake, real)] if isinstance(real, torch.Tensor) else zip(fake, real, strict=True)
         for expected, got in pairs:
-            assert (expected.shape, expected.dtype, expected.stride()) == (got.shape, got.dtype, got.stride())
+            assert (expected.shape, expected.dtype, expected.stride()) == (
+                got.shape,
+                got.dtype,
+                got.stride(),
+            )
             assert expected.device.type == got.device.type
 
 
 @pytest.mark.parametrize("name", [n for n in ops.SCHEMAS if n.endswith("_")])
 def test_in_place_operator_equals_the_other(name, backend, device, poison):
-    in_place, other = (getattr(torch.ops.reft_kernels, n).default for n in (name, name.removesuffix("_")))
+    in_place, other = (
+        getattr(torch.ops.reft_kernels, n).default for n in (name, name.removesuffix("_"))
+    )
     for sample in _samples(name):
         sample = tuple(t.to(device) if isinstance(t, torch.Tensor) else t for t in sample)
         first = sample[0].clone()
@@ -128,6 +198,8 @@ def test_in_place_operator_equals_the_other(name, backend, device, poison):
         assert torch.equal(first, want)
         for a, b in zip([got] if isinstance(got, torch.Tensor) else got, rest, strict=True):
             if name == "red_" and b.numel() == 0:
-                continue  # RED over all rows out of place keeps no input, for the caller still has it
-            # what is kept for a skipped entry is not defined: a backend may leave it unwritten, which is NaN here
+                # RED over all rows out of place keeps no input, for the caller still has it
+                continue
+            # what is saved_input for a skipped entry is not defined: a backend may leave it
+            # unwritten, which is NaN here
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -131,7 +131,9 @@ def _broadcast_row(p, y):
 
 
 def _saved_by_its_maker(p, y):
-    """exp's backward multiplies by its saved output; the product is new, the saved one must survive."""
+    """exp's backward multiplies by its saved output; the product is new, the saved one must
+    survive.
+    """
     e = (y * 0.1).exp()
     loss = (e * p.weight).sum()
     loss.backward(retain_graph=True)
@@ -173,10 +175,22 @@ def _buffer_of_numpy(p, y):
 
 
 SCENARIOS = [
-    _sum_of_two, _add_first, _hook_keeps, _node_hook_keeps, _retain_grad, _users_gradient, _users_gradient_of_a_view,
-    _autograd_grad, _retain_graph, _expanded, _broadcast_row, _saved_by_its_maker, _identity_nodes, _global_keeper,
+    _sum_of_two,
+    _add_first,
+    _hook_keeps,
+    _node_hook_keeps,
+    _retain_grad,
+    _users_gradient,
+    _users_gradient_of_a_view,
+    _autograd_grad,
+    _retain_graph,
+    _expanded,
+    _broadcast_row,
+    _saved_by_its_maker,
+    _identity_nodes,
+    _global_keeper,
     _buffer_of_numpy,
-]  # fmt: skip
+]
 
 
 def _run(scenario, kind: str, device: str, inplace: bool) -> list[torch.Tensor]:
@@ -188,11 +202,15 @@ def _run(scenario, kind: str, device: str, inplace: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__[1:])
-def test_a_gradient_that_others_hold_is_not_damaged(scenario, kind, inplace, backend, device, monkeypatch):
+def test_a_gradient_that_others_hold_is_not_damaged(
+    scenario, kind, inplace, backend, device, monkeypatch
+):
     if scenario is _saved_by_its_maker and inplace and kind.endswith("all"):
-        scenario = _retain_grad  # exp of the edited tensor is no other case than this one over all rows
+        scenario = (
+            _retain_grad  # exp of the edited tensor is no other case than this one over all rows
+        )
     got = _run(scenario, kind, device, inplace)
-    monkeypatch.setattr(ownership, "owned", lambda grad: False)
+    monkeypatch.setattr(ownership, "is_sole_owner", lambda grad: False)
     want = _run(scenario, kind, device, inplace)
     assert len(got) == len(want)
     for a, b in zip(got, want, strict=True):
@@ -221,7 +239,10 @@ def test_a_residual_stream_of_edits_copies_no_gradient(kind, backend, device):
     with Calls() as calls:
         loss.backward()
     assert sum(name.endswith("_backward_") for name in calls.names) == 2
-    assert not any(name in ("reft_kernels::edit_backward", "reft_kernels::red_backward") for name in calls.names)
+    assert not any(
+        name in ("reft_kernels::edit_backward", "reft_kernels::red_backward")
+        for name in calls.names
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -234,7 +255,11 @@ def test_checkpoint(kind, reentrant, backend, device):
     for wrapped in (False, True):
         p = Problem(kind, device)
         x = p.leaf * 1
-        y = checkpoint(lambda x, p=p: body(p, x), x, use_reentrant=reentrant) if wrapped else body(p, x)
+        y = (
+            checkpoint(lambda x, p=p: body(p, x), x, use_reentrant=reentrant)
+            if wrapped
+            else body(p, x)
+        )
         (y * p.weight).sum().backward()
         found.append([p.leaf.grad, *(w.grad for w in p.own)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
@@ -262,7 +287,7 @@ class Watch(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        seen.append(ownership.owned(grad))
+        seen.append(ownership.is_sole_owner(grad))
         return grad
 x = torch.randn(3, device="cpu", requires_grad=True)
 (Watch.apply(x) * 2).sum().backward()
@@ -282,5 +307,7 @@ _CONTEXTS = {
 def test_calibration_does_not_depend_on_where_it_happens(context):
     setup, manager = _CONTEXTS[context]
     script = _CALIBRATION.format(setup=setup, context=manager)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""householder and cayley: equal to their definitions, exact base points, inverses, gradients, bad input."""
+"""householder and cayley: equal to their definitions, exact base points, inverses, gradients,
+bad input.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ SHAPES = [(1, 1), (7, 1), (5, 5), (13, 4), (33, 8), (3, 17, 5), (2, 2, 9, 3)]
 def _point(*shape: int, dtype=torch.float64) -> torch.Tensor:
     """An orthonormal R [..., r, d]."""
     *lead, d, r = shape
-    return torch.linalg.qr(torch.randn(*lead, d, r, dtype=torch.float64)).Q.mT.to(dtype).contiguous()
+    return (
+        torch.linalg.qr(torch.randn(*lead, d, r, dtype=torch.float64)).Q.mT.to(dtype).contiguous()
+    )
 
 
 def _signs(X: torch.Tensor) -> torch.Tensor:
@@ -33,7 +37,9 @@ def _signs(X: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_its_definition_in_fp64(name, shape, with_signs):
-    """householder is torch.linalg.householder_product, forward and gradient, to 1e-12; cayley its d x d transform."""
+    """householder is torch.linalg.householder_product, forward and gradient, to 1e-12; cayley
+    its d x d transform.
+    """
     X = torch.randn(*shape, dtype=torch.float64)
     signs = _signs(X) if with_signs else None
     grad = torch.randn(*shape[:-2], shape[-1], shape[-2], dtype=torch.float64)
@@ -55,7 +61,9 @@ def test_error_budget(name, shape, backend, device):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_error_budget_around_a_base_point(name, backend, device):
-    """base . H0 F(X): H0 = I - V0 T0 V0^T as a product of reflectors, in plain PyTorch the d x d matrix."""
+    """base . H0 F(X): H0 = I - V0 T0 V0^T as a product of reflectors, in plain PyTorch the d x d
+    matrix.
+    """
 
     def make():
         point = rk.base_point(_point(2, 24, 3, dtype=torch.float32))
@@ -75,7 +83,11 @@ def test_error_budget_around_a_base_point(name, backend, device):
             return base.R.to(X) + ((H0.to(X) @ (F - E)) * signs.to(X).unsqueeze(-2)).mT
 
         X = torch.randn(2, 24, 3) / 5
-        return budget.Draw({"X": X.to(device)}, lambda X: ENGINE[name](X, base), lambda X: formula(X.cpu()).to(device))
+        return budget.Draw(
+            {"X": X.to(device)},
+            lambda X: ENGINE[name](X, base),
+            lambda X: formula(X.cpu()).to(device),
+        )
 
     budget.check(make, torch.float32, draws=2 if backend == "triton" else 8)
 
@@ -198,9 +210,17 @@ def test_orthonormalize_gives_the_nearest():
         (lambda X: (X.mT,), ValueError, "^X: got d = 3, r = 8, expected 1 <= r <= min"),
         (lambda X: (X[:, :0],), ValueError, "^X: got d = 8, r = 0, expected"),
         (lambda X: (torch.zeros(300, 257),), ValueError, "^X: got d = 300, r = 257, expected"),
-        (lambda X: (X, X), ValueError, r"^base: got shape \(8, 3\).*expected an orthonormal R of shape \(3, 8\)"),
+        (
+            lambda X: (X, X),
+            ValueError,
+            r"^base: got shape \(8, 3\).*expected an orthonormal R of shape \(3, 8\)",
+        ),
         (lambda X: (X, 1.0), ValueError, "^base: got float, expected"),
-        (lambda X: (X, torch.ones(3, 8)), ValueError, "^R: rows are not orthonormal.*expected at most"),
+        (
+            lambda X: (X, torch.ones(3, 8)),
+            ValueError,
+            "^R: rows are not orthonormal.*expected at most",
+        ),
     ],
 )
 def test_bad_input(function, arguments, error, message):

@@ -1,4 +1,6 @@
-"""Position specs, masks and packed batches: the semantics as tables, and against a slow Python reading of them."""
+"""Position specs, masks and packed batches: the semantics as tables, and against a slow Python
+reading of them.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,21 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from reft_kernels import positions
-from reft_kernels.positions import Spec, from_indices, from_mask, parse, prompt_rows, resolve, resolve_packed, set_ids
+from reft_kernels.positions import (
+    Spec,
+    from_indices,
+    from_mask,
+    parse,
+    prompt_rows,
+    resolve,
+    resolve_packed,
+    weight_ids,
+)
 
 T = 8
 
-# spec, prompt length -> columns of one example of 8 columns without padding on the left (the paper's and pyreft's clamp)
+# spec, prompt length -> columns of one example of 8 columns without padding on the left (the
+# paper's and pyreft's clamp)
 TABLE = [
     ("f2+l2", 8, [0, 1, 6, 7]),
     ("f2+l2", 5, [0, 1, 3, 4]),
@@ -46,7 +58,9 @@ def test_spec(spec, length, columns):
 
 @pytest.mark.parametrize(("spec", "length", "columns"), TABLE, ids=str)
 def test_second_example_and_left_padding(spec, length, columns):
-    """Padded left by two; the rows of the second example start at T. Without a mask, a left prompt ends at the last column."""
+    """Padded left by two; the rows of the second example start at T. Without a mask, a left
+    prompt ends at the last column.
+    """
     if spec in ("f2+l2", "f1+l3", "l3+f1", "f3+l1", "f3", "l3", "l1", "prompt") and length <= T - 2:
         mask = torch.ones(2, T, dtype=torch.int64)
         mask[1, :2] = 0
@@ -73,7 +87,22 @@ def test_spelling(spec):
 
 
 @pytest.mark.parametrize(
-    "spec", ["", "f", "f0", "f-1", "f1+f2", "f1+l2+l3", "x3", "f1l2", "first", "f1+", "7", "f1.5", "all+f1"]
+    "spec",
+    [
+        "",
+        "f",
+        "f0",
+        "f-1",
+        "f1+f2",
+        "f1+l2+l3",
+        "x3",
+        "f1l2",
+        "first",
+        "f1+",
+        "7",
+        "f1.5",
+        "all+f1",
+    ],
 )
 def test_a_spec_that_does_not_parse(spec):
     with pytest.raises(ValueError, match="^positions: got .*, expected 'fN', 'lN', 'fN\\+lM'"):
@@ -91,9 +120,16 @@ def _slow(spec: str, starts, lengths, width, real=None, offset=0, strides=None) 
         if parsed.kind == "ends":
             limit = length // 2 if parsed.first and parsed.last else length
             f, la = min(parsed.first, limit), min(parsed.last, limit)
-            chosen = prompt[:f] + [None] * (parsed.first - f) + prompt[length - la :] + [None] * (parsed.last - la)
+            chosen = (
+                prompt[:f]
+                + [None] * (parsed.first - f)
+                + prompt[length - la :]
+                + [None] * (parsed.last - la)
+            )
             inside = [c is not None and 0 <= c - offset < width for c in chosen]
-            rows += [first_row + c - offset if ok else -1 for c, ok in zip(chosen, inside, strict=True)]
+            rows += [
+                first_row + c - offset if ok else -1 for c, ok in zip(chosen, inside, strict=True)
+            ]
         elif parsed.kind == "prompt":
             rows += [first_row + c if c + offset in prompt else -1 for c in range(width)]
         else:
@@ -111,12 +147,19 @@ _SPECS = st.one_of(
 @st.composite
 def _batches(draw):
     width = draw(st.integers(0, 9))
-    examples = draw(st.lists(st.integers(0, width).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=4))
+    examples = draw(
+        st.lists(
+            st.integers(0, width).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))),
+            max_size=4,
+        )
+    )
     return width, [tokens for tokens, _ in examples], [prompt for _, prompt in examples]
 
 
 @hypothesis.settings(max_examples=300)
-@hypothesis.given(spec=_SPECS, batch=_batches(), side=st.sampled_from(["left", "right"]), masked=st.booleans())
+@hypothesis.given(
+    spec=_SPECS, batch=_batches(), side=st.sampled_from(["left", "right"]), masked=st.booleans()
+)
 def test_resolve_against_slow(spec, batch, side, masked):
     width, tokens, lengths = batch
     starts = [0] * len(tokens)
@@ -128,8 +171,16 @@ def test_resolve_against_slow(spec, batch, side, masked):
             mask[i, starts[i] : starts[i] + n] = 1
     elif side == "left":
         starts = [width - n for n in lengths]
-    got = resolve(spec, torch.tensor(lengths, dtype=torch.int64), width, padding_side=side, attention_mask=mask)
-    assert got.tolist() == _slow(spec, starts, lengths, width, None if mask is None else mask.bool().tolist())
+    got = resolve(
+        spec,
+        torch.tensor(lengths, dtype=torch.int64),
+        width,
+        padding_side=side,
+        attention_mask=mask,
+    )
+    assert got.tolist() == _slow(
+        spec, starts, lengths, width, None if mask is None else mask.bool().tolist()
+    )
     chosen = got[got >= 0]
     assert chosen.unique().numel() == chosen.numel() and (chosen < len(tokens) * width).all()
 
@@ -140,14 +191,20 @@ def test_chunks_of_a_prefill_cover_the_whole_once(spec, batch, cut):
     """prompt_rows of two chunks: what each edits is what the whole edits, shifted."""
     width, _, lengths = batch
     cut = min(cut, width)
-    parsed, starts, n = parse(spec), torch.zeros(len(lengths), dtype=torch.int64), torch.tensor(lengths, dtype=torch.int64)
+    parsed, starts, n = (
+        parse(spec),
+        torch.zeros(len(lengths), dtype=torch.int64),
+        torch.tensor(lengths, dtype=torch.int64),
+    )
     for offset, chunk in ((0, cut), (cut, width - cut)):
         got = prompt_rows(parsed, starts, n, chunk, offset=offset)
         assert got.tolist() == _slow(spec, [0] * len(lengths), lengths, chunk, offset=offset)
 
 
 @hypothesis.given(
-    spec=_SPECS.filter(lambda s: s not in ("all", "prompt")), sizes=st.lists(st.integers(0, 7), max_size=4), whole=st.booleans()
+    spec=_SPECS.filter(lambda s: s not in ("all", "prompt")),
+    sizes=st.lists(st.integers(0, 7), max_size=4),
+    whole=st.booleans(),
 )
 def test_packed_against_slow(spec, sizes, whole):
     offsets = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
@@ -182,10 +239,12 @@ def test_from_mask():
 
 
 def test_set_ids():
-    assert set_ids("f2+l1", 2).tolist() == [0, 0, 1, 0, 0, 1]
+    assert weight_ids("f2+l1", 2).tolist() == [0, 0, 1, 0, 0, 1]
     for spec in ("f2", "l2", "all", "prompt"):
-        with pytest.raises(ValueError, match="^positions: got .*untied weights need first and last"):
-            set_ids(spec, 2)
+        with pytest.raises(
+            ValueError, match="^positions: got .*untied weights need first and last"
+        ):
+            weight_ids(spec, 2)
 
 
 def test_prompt_lengths_from_labels():
@@ -199,25 +258,63 @@ def test_prompt_lengths_from_labels():
     ("call", "error", "message"),
     [
         (lambda: resolve(7, [1], 4), TypeError, "^positions: got int 7, expected a string"),
-        (lambda: resolve("f1", [5], 4), ValueError, "^prompt_lengths: got 5 for example 0, expected 0 to 4, seq_len"),
-        (lambda: resolve("f1", [1, -1], 4), ValueError, "^prompt_lengths: got -1 for example 1, expected 0 to 4"),
-        (lambda: resolve("f1", [1.5], 4), ValueError, "^prompt_lengths: got .*expected one integer for each example"),
+        (
+            lambda: resolve("f1", [5], 4),
+            ValueError,
+            "^prompt_lengths: got 5 for example 0, expected 0 to 4, seq_len",
+        ),
+        (
+            lambda: resolve("f1", [1, -1], 4),
+            ValueError,
+            "^prompt_lengths: got -1 for example 1, expected 0 to 4",
+        ),
+        (
+            lambda: resolve("f1", [1.5], 4),
+            ValueError,
+            "^prompt_lengths: got .*expected one integer for each example",
+        ),
         (lambda: resolve("f1", [[1]], 4), ValueError, "^prompt_lengths: got shape"),
         (lambda: resolve("f1", [1], -1), ValueError, "^seq_len: got -1, expected an integer >= 0"),
         (lambda: resolve("f1", [1], 4.0), ValueError, "^seq_len: got 4.0, expected"),
-        (lambda: resolve("f1", [1], 4, padding_side="up"), ValueError, "^padding_side: got 'up', expected 'right' or 'left'"),
-        (lambda: resolve("f1", [1], 4, attention_mask=torch.ones(1, 3)), ValueError, r"^attention_mask: got .*\(1, 4\)"),
         (
-            lambda: resolve("f1", [3], 4, attention_mask=torch.tensor([[1, 1, 0, 0]])), ValueError,
-            "^prompt_lengths: got 3 for example 0, expected 0 to 2, the example's tokens by attention_mask",
+            lambda: resolve("f1", [1], 4, padding_side="up"),
+            ValueError,
+            "^padding_side: got 'up', expected 'right' or 'left'",
         ),
-        (lambda: resolve_packed("all", [0, 2]), ValueError, "^positions: got 'all' for a packed batch"),
-        (lambda: resolve_packed("f1", [1, 2]), ValueError, r"^cu_seqlens: got \[1, 2\], expected offsets that start at 0"),
+        (
+            lambda: resolve("f1", [1], 4, attention_mask=torch.ones(1, 3)),
+            ValueError,
+            r"^attention_mask: got .*\(1, 4\)",
+        ),
+        (
+            lambda: resolve("f1", [3], 4, attention_mask=torch.tensor([[1, 1, 0, 0]])),
+            ValueError,
+            "^prompt_lengths: got 3 for example 0, expected 0 to 2, the example's tokens by "
+            "attention_mask",
+        ),
+        (
+            lambda: resolve_packed("all", [0, 2]),
+            ValueError,
+            "^positions: got 'all' for a packed batch",
+        ),
+        (
+            lambda: resolve_packed("f1", [1, 2]),
+            ValueError,
+            r"^cu_seqlens: got \[1, 2\], expected offsets that start at 0",
+        ),
         (lambda: resolve_packed("f1", [0, 3, 2]), ValueError, "^cu_seqlens: got .*do not decrease"),
-        (lambda: resolve_packed("f1", [0, 3], [1, 1]), ValueError, "^prompt_lengths: got 2 examples, expected 1"),
-        (lambda: resolve_packed("f1", [0, 3], [4]), ValueError, "^prompt_lengths: got 4 for example 0, expected 0 to 3"),
+        (
+            lambda: resolve_packed("f1", [0, 3], [1, 1]),
+            ValueError,
+            "^prompt_lengths: got 2 examples, expected 1",
+        ),
+        (
+            lambda: resolve_packed("f1", [0, 3], [4]),
+            ValueError,
+            "^prompt_lengths: got 4 for example 0, expected 0 to 3",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
@@ -228,7 +325,12 @@ def test_prompt_rows_neither_copies_nor_synchronises():
 
     class Calls(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            assert function._schema.name not in ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero")
+            assert function._schema.name not in (
+                "aten::_local_scalar_dense",
+                "aten::item",
+                "aten::nonzero",
+                "aten::is_nonzero",
+            )
             return function(*args, **(kwargs or {}))
 
     starts, lengths = torch.zeros(2, dtype=torch.int64), torch.tensor([3, 4])

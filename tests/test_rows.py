@@ -1,4 +1,6 @@
-"""Row selection: what is not selected is neither read nor written, and nothing depends on chance."""
+"""Row selection: what is not selected is neither read nor written, and nothing depends on
+chance.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def _own(name: str, case: Case, device: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["loreft", "red"])
 def test_unselected_rows_are_bit_identical(name, dtype, inplace, backend, device):
-    """... and may hold NaN, which reaches no other row, no weight's gradient and no other row's gradient."""
+    """... and may hold NaN, which reaches no other row, no weight's gradient and no other row's
+    gradient.
+    """
     rows = inputs.rows(16, 6, device=device)
     outside = _unselected(rows, 16)
     hidden = torch.randn(16, 21, device=device).to(dtype)
@@ -60,7 +64,10 @@ def test_unselected_rows_are_bit_identical(name, dtype, inplace, backend, device
 @pytest.mark.parametrize("name", [*plain.MEMBERS, "red"])
 def test_two_runs_are_bit_identical(name, backend, device):
     own = _own(name, SELECTED, device)
-    leaves = {"hidden": torch.randn(16, 21, device=device), **{str(i): w for i, w in enumerate(own)}}
+    leaves = {
+        "hidden": torch.randn(16, 21, device=device),
+        **{str(i): w for i, w in enumerate(own)},
+    }
     rows = inputs.rows(16, 6, device=device)
     grad = torch.randn(16, 21, device=device)
 
@@ -72,7 +79,9 @@ def test_two_runs_are_bit_identical(name, backend, device):
 
 
 def test_skipped_entries_add_nothing(backend, device):
-    """coeff and set_ids of a skipped entry count for nothing, even NaN, and its coeff has gradient zero."""
+    """coeff and weight_ids of a skipped entry count for nothing, even NaN, and its coeff has
+    gradient zero.
+    """
     case = SELECTED
     own = [w.requires_grad_() for w in _own("noreft", case, device)]
     rows = torch.tensor([-1, 3, -1, 7, 0], dtype=torch.int32, device=device)

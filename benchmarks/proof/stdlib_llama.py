@@ -1,4 +1,6 @@
-"""A small Llama trained from scratch on the standard library's own text, as a frozen base where no model can be fetched."""
+"""A small Llama trained from scratch on the standard library's own text, as a frozen base where
+no model can be fetched.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,31 @@ import torch
 from reft_train.progress import bar
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH = 2048, 256, 4, 4, 256, 8
-PACKAGES = ("asyncio", "concurrent", "email", "html", "http", "importlib", "json", "logging", "unittest", "xml")
+PACKAGES = (
+    "asyncio",
+    "concurrent",
+    "email",
+    "html",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "unittest",
+    "xml",
+)
 
 
 def texts() -> list[str]:
     """Sources of the standard library: top-level modules and :data:`PACKAGES`, tests left out."""
     root = Path(sysconfig.get_path("stdlib"))
-    files = sorted(root.glob("*.py")) + [path for name in PACKAGES for path in sorted((root / name).rglob("*.py"))]
-    return [path.read_text(encoding="utf-8", errors="replace") for path in files if "test" not in path.relative_to(root).parts]
+    files = sorted(root.glob("*.py")) + [
+        path for name in PACKAGES for path in sorted((root / name).rglob("*.py"))
+    ]
+    return [
+        path.read_text(encoding="utf-8", errors="replace")
+        for path in files
+        if "test" not in path.relative_to(root).parts
+    ]
 
 
 def train_tokenizer(corpus: list[str]):
@@ -31,9 +50,11 @@ def train_tokenizer(corpus: list[str]):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=list(names.values()), show_progress=False,
+        vocab_size=VOCABULARY,
+        special_tokens=list(names.values()),
+        show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
@@ -42,20 +63,32 @@ def train_tokenizer(corpus: list[str]):
 
 
 def train_llama(folder: Path, seconds: float, seed: int = 0) -> dict[str, float]:
-    """Train for a stretch of time and save model and tokenizer; the first and last losses, steps and tokens seen."""
+    """Train for a stretch of time and save model and tokenizer; the first and last losses, steps
+    and tokens seen.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     corpus = texts()
     tokenizer = train_tokenizer(corpus)
-    ids = torch.tensor([i for text in corpus for i in [tokenizer.bos_token_id, *tokenizer(text).input_ids[1:]]])
+    ids = torch.tensor(
+        [i for text in corpus for i in [tokenizer.bos_token_id, *tokenizer(text).input_ids[1:]]]
+    )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS, num_key_value_heads=HEADS, max_position_embeddings=1024, tie_word_embeddings=True,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=VOCABULARY,
+            hidden_size=WIDTH,
+            intermediate_size=3 * WIDTH,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
         )
-    )  # fmt: skip
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
@@ -80,6 +113,9 @@ def train_llama(folder: Path, seconds: float, seed: int = 0) -> dict[str, float]
     tokenizer.save_pretrained(folder)
     last = losses[-50:]
     return {
-        "parameters": sum(p.numel() for p in model.parameters()), "steps": len(losses), "corpus_tokens": len(ids),
-        "first_loss": losses[0], "last_loss": sum(last) / len(last),
-    }  # fmt: skip
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": len(losses),
+        "corpus_tokens": len(ids),
+        "first_loss": losses[0],
+        "last_loss": sum(last) / len(last),
+    }

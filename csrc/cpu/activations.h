@@ -22,13 +22,20 @@ constexpr double kSqrt2OverPi = 0.79788456080286535588, kGeluCubic = 0.044715;
 template <class A>
 inline A activate(A z, Activation activation) {
   switch (activation) {
-    case Activation::linear: return z;
-    case Activation::relu: return z < A(0) ? A(0) : z;  // keeps NaN
-    case Activation::gelu: return A(0.5) * z * (A(1) + erf_of(z * A(kSqrtHalf)));
-    case Activation::gelu_tanh: return A(0.5) * z * (A(1) + tanh_of(A(kSqrt2OverPi) * (z + A(kGeluCubic) * z * z * z)));
-    case Activation::silu: return z / (A(1) + exp_of(-z));
-    case Activation::tanh: return tanh_of(z);
-    case Activation::sigmoid: return A(1) / (A(1) + exp_of(-z));
+    case Activation::linear:
+      return z;
+    case Activation::relu:
+      return z < A(0) ? A(0) : z;  // keeps NaN
+    case Activation::gelu:
+      return A(0.5) * z * (A(1) + erf_of(z * A(kSqrtHalf)));
+    case Activation::gelu_tanh:
+      return A(0.5) * z * (A(1) + tanh_of(A(kSqrt2OverPi) * (z + A(kGeluCubic) * z * z * z)));
+    case Activation::silu:
+      return z / (A(1) + exp_of(-z));
+    case Activation::tanh:
+      return tanh_of(z);
+    case Activation::sigmoid:
+      return A(1) / (A(1) + exp_of(-z));
   }
   return z;
 }
@@ -36,10 +43,13 @@ inline A activate(A z, Activation activation) {
 template <class A>
 inline A activation_derivative(A z, Activation activation) {
   switch (activation) {
-    case Activation::linear: return A(1);
-    case Activation::relu: return z > A(0) ? A(1) : A(0);
+    case Activation::linear:
+      return A(1);
+    case Activation::relu:
+      return z > A(0) ? A(1) : A(0);
     case Activation::gelu:
-      return A(0.5) * (A(1) + erf_of(z * A(kSqrtHalf))) + z * exp_of(A(-0.5) * z * z) * A(kInvSqrt2Pi);
+      return A(0.5) * (A(1) + erf_of(z * A(kSqrtHalf))) +
+             z * exp_of(A(-0.5) * z * z) * A(kInvSqrt2Pi);
     case Activation::gelu_tanh: {
       A t = tanh_of(A(kSqrt2OverPi) * (z + A(kGeluCubic) * z * z * z));
       A inner = A(kSqrt2OverPi) * (A(1) + A(3 * kGeluCubic) * z * z);

@@ -1,4 +1,5 @@
-// The edits on the CPU: arguments of the kernels, as reft_kernels/reference.py defines the mathematics.
+// The edits on the CPU: arguments of the kernels, as reft_kernels/reference.py defines the
+// mathematics.
 #pragma once
 
 #include <stdint.h>
@@ -27,18 +28,18 @@ struct Rows {
 
 // Which rows, and which weights each uses.
 struct Selection {
-  int64_t entries = 0;               // N: the length of rows, or the number of all rows
-  const int32_t* rows = nullptr;     // [N], -1 skips; null: entry n is row n
-  const int32_t* set_ids = nullptr;  // [N]; null: one set of weights
-  int64_t sets = 1;                  // S
+  int64_t entries = 0;                  // N: the length of rows, or the number of all rows
+  const int32_t* rows = nullptr;        // [N], -1 skips; null: entry n is row n
+  const int32_t* weight_ids = nullptr;  // [N]; null: one set of weights
+  int64_t sets = 1;                     // S
 };
 
 struct EditWeights {
   int64_t d = 0, r = 0;
-  Typed read, read_bias;             // A [S, r, d], c [S, r]; may be absent
-  Typed write, subtract_bias;        // B [S, r, d], p [S, r]; p may be absent
-  Typed coeff;                       // [N, r], may be absent
-  bool subtract = false;
+  Typed read, read_bias;       // A [S, r, d], c [S, r]; may be absent
+  Typed write, subtract_bias;  // B [S, r, d], p [S, r]; p may be absent
+  Typed coeff;                 // [N, r], may be absent
+  bool subtract_projection = false;
   Activation activation = Activation::linear;
 };
 
@@ -46,40 +47,41 @@ struct EditWeights {
 struct EditForward {
   Selection selection;
   EditWeights weights;
-  Rows source, out;                  // may be the same
-  Rows kept;                         // [N, d], null: not wanted
-  void* u = nullptr;                 // [N, r], null: not wanted
-  void* z = nullptr;                 // [N, r], null: not wanted
+  Rows source, out;   // may be the same
+  Rows saved_input;   // [N, d], null: not wanted
+  void* u = nullptr;  // [N, r], null: not wanted
+  void* z = nullptr;  // [N, r], null: not wanted
 };
 
 struct EditBackward {
   Selection selection;
   EditWeights weights;
-  Rows grad, out;                    // may be the same; out null: not wanted
-  Rows kept;                         // rows given: their input [N, d]; all rows: the output y [N, d]
-  const void* u = nullptr;           // [N, r]
-  const void* z = nullptr;           // [N, r], with an activation
-  void* grad_read = nullptr;         // [S, r, d], null: not wanted; the others of weights then too, but for grad_write
-  void* grad_read_bias = nullptr;    // [S, r]
-  void* grad_write = nullptr;        // [S, r, d]
+  Rows grad, out;           // may be the same; out null: not wanted
+  Rows saved_input;         // rows given: their input [N, d]; all rows: the output y [N, d]
+  const void* u = nullptr;  // [N, r]
+  const void* z = nullptr;  // [N, r], with an activation
+  void* grad_read =
+      nullptr;  // [S, r, d], null: not wanted; the others of weights then too, but for grad_write
+  void* grad_read_bias = nullptr;      // [S, r]
+  void* grad_write = nullptr;          // [S, r, d]
   void* grad_subtract_bias = nullptr;  // [S, r]
-  void* grad_coeff = nullptr;        // [N, r]
+  void* grad_coeff = nullptr;          // [N, r]
 };
 
 // y = scale * x + bias over the channels.
 struct RedForward {
   Selection selection;
   int64_t d = 0;
-  Typed scale, bias;                 // [S, d]
-  Rows source, out, kept;            // kept null: not wanted
+  Typed scale, bias;              // [S, d]
+  Rows source, out, saved_input;  // saved_input null: not wanted
 };
 
 struct RedBackward {
   Selection selection;
   int64_t d = 0;
   Typed scale;
-  Rows grad, out, kept;              // out null: not wanted
-  void* grad_scale = nullptr;        // [S, d], null: not wanted
+  Rows grad, out, saved_input;  // out null: not wanted
+  void* grad_scale = nullptr;   // [S, d], null: not wanted
   void* grad_bias = nullptr;
 };
 

@@ -1,4 +1,5 @@
-// The edit: y = x + B^T (coeff * u), u = act(A x + c) - (B x + p), forward and backward, one pass over the rows each.
+// The edit: y = x + B^T (coeff * u), u = act(A x + c) - (B x + p), forward and backward, one pass
+// over the rows each.
 #pragma once
 
 #include "paired_products.h"
@@ -21,9 +22,9 @@ inline void edit_by(const EditForward& e) {
   A* const all_z = static_cast<A*>(e.z);
   if (all_u) memset(all_u, 0, size_t(e.selection.entries * r) * sizeof(A));  // skipped entries
   if (all_z) memset(all_z, 0, size_t(e.selection.entries * r) * sizeof(A));
-  if (e.kept && e.selection.rows)
+  if (e.saved_input && e.selection.rows)
     for (int64_t n = 0; n < e.selection.entries; ++n)
-      if (e.selection.rows[n] < 0) memset(row_at<T>(e.kept, n), 0, size_t(d) * sizeof(T));
+      if (e.selection.rows[n] < 0) memset(row_at<T>(e.saved_input, n), 0, size_t(d) * sizeof(T));
 
   parallel_chunks(runs.count, grain_of(2 * longest * d * r), [&](int64_t first, int64_t last) {
     typename P::Work work(products);
@@ -37,7 +38,8 @@ inline void edit_by(const EditForward& e) {
         int64_t entry = order.entry(run.begin + m), row = row_of(e.selection, entry);
         source[m] = row_at<T>(e.source, row);
         out[m] = row_at<T>(e.out, row);
-        if (e.kept) memcpy(row_at<T>(e.kept, entry), source[m], size_t(d) * sizeof(T));
+        if (e.saved_input)
+          memcpy(row_at<T>(e.saved_input, entry), source[m], size_t(d) * sizeof(T));
       }
       if (products.reads) {
         products.project(true, source, count, run.set, work, z);
@@ -48,7 +50,8 @@ inline void edit_by(const EditForward& e) {
       for (int64_t m = 0; m < count; ++m) {
         int64_t entry = order.entry(run.begin + m);
         for (int64_t k = 0; k < r; ++k) {
-          A before = z[m * r + k] + (products.read_bias ? products.read_bias[run.set * r + k] : A(0));
+          A before =
+              z[m * r + k] + (products.read_bias ? products.read_bias[run.set * r + k] : A(0));
           A u = activate(before, w.activation);
           if (products.projects) u -= used[m * r + k];
           if (products.subtract_bias) u -= products.subtract_bias[run.set * r + k];
@@ -64,7 +67,8 @@ inline void edit_by(const EditForward& e) {
       }
       coefficients.fill(products, run.set, used, count, false, true);
       for (int64_t from = 0; from < d; from += kChunk<A>)
-        products.add(out, source, count, from, smaller(d - from, kChunk<A>), coefficients, streams, work);
+        products.add(out, source, count, from, smaller(d - from, kChunk<A>), coefficients, streams,
+                     work);
     }
     if (streams) end_streams();
   });
@@ -84,41 +88,67 @@ class EditBackwardKernel {
 
  public:
   explicit EditBackwardKernel(const EditBackward& e)
-      : e_(e), w_(e.weights), d_(w_.d), r_(w_.r), tile_(tile_rows<T>(d_, r_)), products_(w_, e.selection.sets, tile_, true),
-        order_(e.selection), runs_(order_, e.selection.sets, run_length()), weights_(e.grad_write != nullptr),
-        streams_(streams_out<T>(e.selection, e.grad, e.out, d_)), stride_(padded<A>(d_) + kSkew<A>),
-        terms_(products_.terms()), partials_(weights_ ? runs_.count * partial_size() : 0) {}
+      : e_(e),
+        w_(e.weights),
+        d_(w_.d),
+        r_(w_.r),
+        tile_(tile_rows<T>(d_, r_)),
+        products_(w_, e.selection.sets, tile_, true),
+        order_(e.selection),
+        runs_(order_, e.selection.sets, run_length()),
+        weights_(e.grad_write != nullptr),
+        streams_(streams_out<T>(e.selection, e.grad, e.out, d_)),
+        stride_(padded<A>(d_) + kSkew<A>),
+        terms_(products_.terms()),
+        partials_(weights_ ? runs_.count * partial_size() : 0) {}
 
   void operator()() const {
-    if (e_.grad_coeff) memset(e_.grad_coeff, 0, size_t(e_.selection.entries * r_) * sizeof(A));  // skipped entries
-    parallel_chunks(runs_.count, grain_of(4 * run_length() * d_ * r_), [&](int64_t first, int64_t last) {
-      Buffers b(products_);
-      for (int64_t i = first; i < last; ++i) run(i, b);
-      if (streams_) end_streams();
-    });
+    if (e_.grad_coeff)
+      memset(e_.grad_coeff, 0, size_t(e_.selection.entries * r_) * sizeof(A));  // skipped entries
+    parallel_chunks(runs_.count, grain_of(4 * run_length() * d_ * r_),
+                    [&](int64_t first, int64_t last) {
+                      Buffers b(products_);
+                      for (int64_t i = first; i < last; ++i) run(i, b);
+                      if (streams_) end_streams();
+                    });
     if (weights_) sum_partials();
   }
 
  private:
   struct Buffers {
     explicit Buffers(const P& p)
-        : work(p), delta(p.tile * p.r), pulled(p.tile * 2 * p.r), used(p.tile * p.r), unused(p.tile * p.r), g(p.tile), x(p.tile),
-          out(p.tile), hidden(p), input(p), used_rows(p), read_rows(p), write_rows(p) {}
+        : work(p),
+          delta(p.tile * p.r),
+          pulled(p.tile * 2 * p.r),
+          used(p.tile * p.r),
+          unused(p.tile * p.r),
+          g(p.tile),
+          x(p.tile),
+          out(p.tile),
+          hidden(p),
+          input(p),
+          used_rows(p),
+          read_rows(p),
+          write_rows(p) {}
     typename P::Work work;
-    Scratch<A> delta;         // B g
-    Scratch<A> pulled;        // [rows, terms_]: what multiplies the weights in dh: dz, then -ddelta, where they are
+    Scratch<A> delta;   // B g
+    Scratch<A> pulled;  // [rows, terms_]: what multiplies the weights in dh: dz, then -ddelta,
+                        // where they are
     Scratch<A> used, unused;  // coeff * u, and its negative
     Scratch<T*> g, x, out;
     typename P::ByTerm hidden, input;  // pulled for dh, unused for x = y - B^T used
     typename P::ByRow used_rows, read_rows, write_rows;
   };
 
-  // Long enough that a run's partial sums cost little beside its rows; a function of the shapes alone.
+  // Long enough that a run's partial sums cost little beside its rows; a function of the shapes
+  // alone.
   int64_t run_length() const {
     int64_t rows = 8 * r_ > 128 ? 8 * r_ : 128, most = (e_.selection.entries + 63) / 64;
     return rows > most ? rows : most;
   }
-  int64_t partial_size() const { return (products_.reads ? 2 : 1) * r_ * stride_ + 2 * padded<A>(r_); }
+  int64_t partial_size() const {
+    return (products_.reads ? 2 : 1) * r_ * stride_ + 2 * padded<A>(r_);
+  }
   Partial<A> partial(int64_t i) const {
     A* at = partials_ + i * partial_size();
     A* biases = at + (products_.reads ? 2 : 1) * r_ * stride_;
@@ -143,25 +173,29 @@ class EditBackwardKernel {
       int64_t entry = order_.entry(begin + m), row = row_of(e_.selection, entry);
       b.g[m] = row_at<T>(e_.grad, row);
       if (e_.out) b.out[m] = row_at<T>(e_.out, row);
-      if (weights_) b.x[m] = row_at<T>(e_.kept, all_rows ? row : entry);
+      if (weights_) b.x[m] = row_at<T>(e_.saved_input, all_rows ? row : entry);
     }
     products_.project(false, b.g, count, set, b.work, b.delta);
     ranks(begin, count, sums, b);
     prepare(set, count, all_rows, b);
     for (int64_t from = 0; from < d_; from += kChunk<A>) {
       const int64_t length = smaller(d_ - from, kChunk<A>);
-      if (weights_) weight_gradients(count, from, length, all_rows, sums, b);  // before the gradient is overwritten
+      if (weights_)
+        weight_gradients(count, from, length, all_rows, sums,
+                         b);  // before the gradient is overwritten
       if (e_.out) hidden_gradient(count, from, length, b);
     }
   }
 
   // The coefficients of a tile's products.
   void prepare(int64_t set, int64_t count, bool all_rows, Buffers& b) const {
-    if (e_.out && terms_) b.hidden.fill(products_, set, b.pulled, count, products_.reads, products_.projects);
+    if (e_.out && terms_)
+      b.hidden.fill(products_, set, b.pulled, count, products_.reads, products_.projects);
     if (!weights_) return;
     b.used_rows.fill(products_, b.used, r_, count);
     if (products_.reads) b.read_rows.fill(products_, b.pulled, terms_, count);
-    if (products_.projects) b.write_rows.fill(products_, b.pulled + products_.reads * r_, terms_, count);
+    if (products_.projects)
+      b.write_rows.fill(products_, b.pulled + products_.reads * r_, terms_, count);
     if (all_rows) b.input.fill(products_, set, b.unused, count, false, true);
   }
 
@@ -175,7 +209,8 @@ class EditBackwardKernel {
       if (w_.coeff) convert(w_.coeff, entry * r_, r_, scale);
       for (int64_t k = 0; k < r_; ++k) {
         const int64_t at = m * r_ + k;
-        const A u = weights_ || w_.coeff ? all_u[entry * r_ + k] : A(0), factor = w_.coeff ? scale[k] : A(1);
+        const A u = weights_ || w_.coeff ? all_u[entry * r_ + k] : A(0),
+                factor = w_.coeff ? scale[k] : A(1);
         const A ddelta = factor * b.delta[at];
         const A dz = w_.activation == Activation::linear
                          ? ddelta
@@ -194,13 +229,15 @@ class EditBackwardKernel {
   }
 
   // used^T g, -ddelta^T x and dz^T x for one chunk of the channels, onto the partial sums.
-  void weight_gradients(int64_t count, int64_t from, int64_t length, bool all_rows, const Partial<A>& sums, Buffers& b) const {
+  void weight_gradients(int64_t count, int64_t from, int64_t length, bool all_rows,
+                        const Partial<A>& sums, Buffers& b) const {
     const auto g = products_.lines_of(b.g, count, from, length, b.work);
     products_.outer(b.used_rows, g, from, length, sums.write, stride_, b.work);
     if (terms_ == 0) return;  // no other gradient needs the input
     const auto x = all_rows ? products_.rebuilt(b.x, count, from, length, b.input, b.work)
                             : products_.lines_of(b.x, count, from, length, b.work);
-    if (products_.projects) products_.outer(b.write_rows, x, from, length, sums.write, stride_, b.work);
+    if (products_.projects)
+      products_.outer(b.write_rows, x, from, length, sums.write, stride_, b.work);
     if (products_.reads) products_.outer(b.read_rows, x, from, length, sums.read, stride_, b.work);
   }
 
@@ -217,7 +254,8 @@ class EditBackwardKernel {
   // Partial sums of each set in the order of its runs.
   void sum_partials() const {
     const int64_t sets = e_.selection.sets;
-    const bool same = products_.folded && products_.reads;  // then dB takes dA with it: dB = used^T g - dA
+    const bool same =
+        products_.folded && products_.reads;  // then dB takes dA with it: dB = used^T g - dA
     A* const grad_read = static_cast<A*>(e_.grad_read);
     A* const grad_write = static_cast<A*>(e_.grad_write);
     A* const read_bias = static_cast<A*>(e_.grad_read_bias);
@@ -245,7 +283,8 @@ class EditBackwardKernel {
   }
   void add(A* to, const A* from, A sign) const {
     int64_t j = 0;
-    for (; j + L <= d_; j += L) store(to + j, fma(broadcast<A>(sign), load(from + j), load(to + j)));
+    for (; j + L <= d_; j += L)
+      store(to + j, fma(broadcast<A>(sign), load(from + j), load(to + j)));
     for (; j < d_; ++j) to[j] += sign * from[j];
   }
 
@@ -270,8 +309,11 @@ inline void edit_backward(const EditBackward& e) {
 }
 
 #if defined(__AVX512BF16__)
-// With fewer ranks fp32 weights cost nothing; relu's derivative jumps where a rounded weight moves z.
-inline bool in_pairs(const EditWeights& w) { return w.r >= kPairedRanks && w.activation != Activation::relu; }
+// With fewer ranks fp32 weights cost nothing; relu's derivative jumps where a rounded weight moves
+// z.
+inline bool in_pairs(const EditWeights& w) {
+  return w.r >= kPairedRanks && w.activation != Activation::relu;
+}
 
 template <>
 inline void edit<bf16>(const EditForward& e) {
@@ -279,7 +321,8 @@ inline void edit<bf16>(const EditForward& e) {
 }
 template <>
 inline void edit_backward<bf16>(const EditBackward& e) {
-  in_pairs(e.weights) ? EditBackwardKernel<bf16, PairedProducts>{e}() : EditBackwardKernel<bf16, PlainProducts>{e}();
+  in_pairs(e.weights) ? EditBackwardKernel<bf16, PairedProducts>{e}()
+                      : EditBackwardKernel<bf16, PlainProducts>{e}();
 }
 #endif
 

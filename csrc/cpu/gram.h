@@ -1,5 +1,6 @@
-// Products of tall [d, r] matrices, a tile of rows at a time: a tile is transposed on load, so that vectors run along d
-// whatever r is, its Gram matrices are summed in registers, and r x r factors are applied to it.
+// Products of tall [d, r] matrices, a tile of rows at a time: a tile is transposed on load, so that
+// vectors run along d whatever r is, its Gram matrices are summed in registers, and r x r factors
+// are applied to it.
 #pragma once
 
 #include "tiles.h"
@@ -57,8 +58,10 @@ REFT_INLINE vec<double> interleave_high(vec<double> a, vec<double> b) {
 
 // The 4 x 4 (or 2 x 2) matrix in each 16 bytes, transposed.
 REFT_INLINE void transpose_quads(vec<float> (&v)[4]) {
-  vec<double> a = (vec<double>)interleave_low(v[0], v[1]), b = (vec<double>)interleave_high(v[0], v[1]);
-  vec<double> c = (vec<double>)interleave_low(v[2], v[3]), d = (vec<double>)interleave_high(v[2], v[3]);
+  vec<double> a = (vec<double>)interleave_low(v[0], v[1]),
+              b = (vec<double>)interleave_high(v[0], v[1]);
+  vec<double> c = (vec<double>)interleave_low(v[2], v[3]),
+              d = (vec<double>)interleave_high(v[2], v[3]);
   v[0] = (vec<float>)interleave_low(a, c);
   v[1] = (vec<float>)interleave_high(a, c);
   v[2] = (vec<float>)interleave_low(b, d);
@@ -90,7 +93,8 @@ REFT_INLINE vec<T> load_quads(const T* p, int64_t stride) {
   v = _mm512_insertf32x4(v, load_quad(p + 2 * stride), 2);
   return (vec<T>)_mm512_insertf32x4(v, load_quad(p + 3 * stride), 3);
 #elif defined(__AVX2__)
-  return (vec<T>)_mm256_insertf128_ps(_mm256_castps128_ps256(load_quad(p)), load_quad(p + stride), 1);
+  return (vec<T>)_mm256_insertf128_ps(_mm256_castps128_ps256(load_quad(p)), load_quad(p + stride),
+                                      1);
 #else
   (void)stride;
   return load(p);
@@ -196,13 +200,15 @@ REFT_INLINE void add_lane_sums(vec<T> (&v)[kGramColumns], double* sums) {
   }
 }
 
-// Terms that a lane adds up before its sum goes to fp64; few where the whole matrix is one block and its sums cost little.
+// Terms that a lane adds up before its sum goes to fp64; few where the whole matrix is one block
+// and its sums cost little.
 REFT_INLINE int64_t gram_chain(int64_t size) { return size <= kGramColumns ? 4 : 16; }
 
-// sums[i, j] += sum_n a[i, n] b[j, n] for the `size` rows (a multiple of 4) of two tiles; of the upper triangle alone where
-// `upper`.
+// sums[i, j] += sum_n a[i, n] b[j, n] for the `size` rows (a multiple of 4) of two tiles; of the
+// upper triangle alone where `upper`.
 template <class T>
-void add_gram(const T* a, const T* b, int64_t size, int64_t ld, int64_t columns, bool upper, double* sums) {
+void add_gram(const T* a, const T* b, int64_t size, int64_t ld, int64_t columns, bool upper,
+              double* sums) {
   constexpr int L = kLanes<T>, I = kGramRows, J = kGramColumns;
   const int64_t chain = gram_chain(size) * L;
   for (int64_t i0 = 0; i0 < size; i0 += I) {
@@ -231,8 +237,9 @@ void add_gram(const T* a, const T* b, int64_t size, int64_t ld, int64_t columns,
 
 // ---- factors applied to tiles
 
-constexpr int kFactorRows = 6;    // of a factor in registers at a time
-constexpr int kFactorChain = 16;  // terms added up in a row, of which longer sums are made: one of 32 leaves the budget
+constexpr int kFactorRows = 6;  // of a factor in registers at a time
+constexpr int kFactorChain =
+    16;  // terms added up in a row, of which longer sums are made: one of 32 leaves the budget
 #if defined(__AVX512F__)
 constexpr int kFactorVectors = 4;  // of each row of the result
 #else
@@ -241,7 +248,9 @@ constexpr int kFactorVectors = 2;
 
 // Rows are cut into blocks of at most kFactorRows, evenly: 8 as 4 + 4.
 REFT_INLINE int64_t factor_blocks(int64_t rows) { return (rows + kFactorRows - 1) / kFactorRows; }
-REFT_INLINE int64_t factor_block_begin(int64_t rows, int64_t block) { return block * rows / factor_blocks(rows); }
+REFT_INLINE int64_t factor_block_begin(int64_t rows, int64_t block) {
+  return block * rows / factor_blocks(rows);
+}
 
 // What a product is added to, below `columns`; zero from there on.
 template <class T>
@@ -252,7 +261,8 @@ struct Addend {
 
 // acc += I rows of a packed factor times `depth` rows of J vectors.
 template <int I, int J, class T>
-REFT_INLINE void multiply_chain(const T* factor, int64_t depth, const T* b, int64_t ld, vec<T> (&acc)[I][J]) {
+REFT_INLINE void multiply_chain(const T* factor, int64_t depth, const T* b, int64_t ld,
+                                vec<T> (&acc)[I][J]) {
   for (int64_t k = 0; k < depth; ++k, b += ld, factor += I) {
     vec<T> right[J];
 #pragma GCC unroll 8
@@ -267,8 +277,9 @@ REFT_INLINE void multiply_chain(const T* factor, int64_t depth, const T* b, int6
 }
 
 template <int I, int J, class T, class Sink>
-REFT_INLINE void multiply_registers(const T* factor, int64_t depth, const T* b, int64_t ld, Addend<T> addend, int64_t row,
-                                    int64_t column, const Sink& sink) {
+REFT_INLINE void multiply_registers(const T* factor, int64_t depth, const T* b, int64_t ld,
+                                    Addend<T> addend, int64_t row, int64_t column,
+                                    const Sink& sink) {
   constexpr int L = kLanes<T>;
   vec<T> acc[I][J];
   clear(acc);
@@ -276,17 +287,20 @@ REFT_INLINE void multiply_registers(const T* factor, int64_t depth, const T* b, 
   for (int64_t k = kFactorChain; k < depth; k += kFactorChain) {
     vec<T> next[I][J];
     clear(next);
-    multiply_chain<I, J>(factor + k * I, smaller(depth - k, kFactorChain), b + k * ld + column, ld, next);
+    multiply_chain<I, J>(factor + k * I, smaller(depth - k, kFactorChain), b + k * ld + column, ld,
+                         next);
 #pragma GCC unroll 8
     for (int i = 0; i < I; ++i)
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j) acc[i][j] += next[i][j];
   }
-  if (column < addend.columns) {  // last: it is the largest term where a sum of small ones must stay exact
+  if (column <
+      addend.columns) {  // last: it is the largest term where a sum of small ones must stay exact
 #pragma GCC unroll 8
     for (int i = 0; i < I; ++i)
 #pragma GCC unroll 8
-      for (int j = 0; j < J; ++j) acc[i][j] += load(addend.data + (row + i) * addend.ld + column + j * L);
+      for (int j = 0; j < J; ++j)
+        acc[i][j] += load(addend.data + (row + i) * addend.ld + column + j * L);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < I; ++i)
@@ -295,39 +309,49 @@ REFT_INLINE void multiply_registers(const T* factor, int64_t depth, const T* b, 
 }
 
 template <int J, class T, class Sink>
-void multiply_strip(int64_t rows, const T* factor, int64_t depth, const T* b, int64_t ld, Addend<T> addend, int64_t row,
-                    int64_t column, const Sink& sink) {
+void multiply_strip(int64_t rows, const T* factor, int64_t depth, const T* b, int64_t ld,
+                    Addend<T> addend, int64_t row, int64_t column, const Sink& sink) {
   switch (rows) {
-    case 1: return multiply_registers<1, J>(factor, depth, b, ld, addend, row, column, sink);
-    case 2: return multiply_registers<2, J>(factor, depth, b, ld, addend, row, column, sink);
-    case 3: return multiply_registers<3, J>(factor, depth, b, ld, addend, row, column, sink);
-    case 4: return multiply_registers<4, J>(factor, depth, b, ld, addend, row, column, sink);
-    case 5: return multiply_registers<5, J>(factor, depth, b, ld, addend, row, column, sink);
-    case 6: return multiply_registers<6, J>(factor, depth, b, ld, addend, row, column, sink);
+    case 1:
+      return multiply_registers<1, J>(factor, depth, b, ld, addend, row, column, sink);
+    case 2:
+      return multiply_registers<2, J>(factor, depth, b, ld, addend, row, column, sink);
+    case 3:
+      return multiply_registers<3, J>(factor, depth, b, ld, addend, row, column, sink);
+    case 4:
+      return multiply_registers<4, J>(factor, depth, b, ld, addend, row, column, sink);
+    case 5:
+      return multiply_registers<5, J>(factor, depth, b, ld, addend, row, column, sink);
+    case 6:
+      return multiply_registers<6, J>(factor, depth, b, ld, addend, row, column, sink);
   }
 }
 
-// One block of rows of a packed factor ([depth, rows], see factor_blocks) times b [depth, columns], columns whole vectors.
+// One block of rows of a packed factor ([depth, rows], see factor_blocks) times b [depth, columns],
+// columns whole vectors.
 template <class T, class Sink>
-void multiply_block(int64_t rows, const T* factor, int64_t depth, const T* b, int64_t ld, int64_t columns, Addend<T> addend,
-                    int64_t row, const Sink& sink) {
+void multiply_block(int64_t rows, const T* factor, int64_t depth, const T* b, int64_t ld,
+                    int64_t columns, Addend<T> addend, int64_t row, const Sink& sink) {
   constexpr int L = kLanes<T>, J = kFactorVectors;
   int64_t column = 0;
   for (; column + J * L <= columns; column += J * L)
     multiply_strip<J>(rows, factor, depth, b, ld, addend, row, column, sink);
-  for (; column < columns; column += L) multiply_strip<1>(rows, factor, depth, b, ld, addend, row, column, sink);
+  for (; column < columns; column += L)
+    multiply_strip<1>(rows, factor, depth, b, ld, addend, row, column, sink);
 }
 
-// sink(i, n, (addend + factor b)[i, n .. n + kLanes]) for a packed factor [rows, depth] and a tile [depth, columns].
+// sink(i, n, (addend + factor b)[i, n .. n + kLanes]) for a packed factor [rows, depth] and a tile
+// [depth, columns].
 template <class T, class Sink>
-void multiply_tile(const T* factor, int64_t rows, int64_t depth, const T* b, int64_t ld, int64_t columns, Addend<T> addend,
-                   const Sink& sink) {
+void multiply_tile(const T* factor, int64_t rows, int64_t depth, const T* b, int64_t ld,
+                   int64_t columns, Addend<T> addend, const Sink& sink) {
   constexpr int L = kLanes<T>, J = kFactorVectors;
   int64_t width = J * L;  // a strip of b stays in L1 for all rows of the factor
   for (int64_t column = 0; column < columns; column += width) {
     if (column + width > columns) width = L;
     for (int64_t block = 0; block < factor_blocks(rows); ++block) {
-      int64_t row = factor_block_begin(rows, block), count = factor_block_begin(rows, block + 1) - row;
+      int64_t row = factor_block_begin(rows, block),
+              count = factor_block_begin(rows, block + 1) - row;
       if (width > L)
         multiply_strip<J>(count, factor + row * depth, depth, b, ld, addend, row, column, sink);
       else

@@ -1,10 +1,11 @@
-// malloc maps every block of 32 MiB and more anew, and each new page costs a fault when it is first written: together several
-// times what an edit takes. Blocks that come back to a pool are mapped already.
+// malloc maps every block of 32 MiB and more anew, and each new page costs a fault when it is first
+// written: together several times what an edit takes. Blocks that come back to a pool are mapped
+// already.
 #include "host_pool.h"
 
 #include <stdlib.h>
 #if defined(__linux__)
-#include <sys/mman.h>
+#  include <sys/mman.h>
 #endif
 
 #include <mutex>
@@ -20,13 +21,15 @@ struct Block {
 };
 
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr size_t kMostWaste = 8;  // a kept block serves when an eighth of it, at most, would lie idle
+constexpr size_t kMostWaste =
+    8;  // a kept block serves when an eighth of it, at most, would lie idle
 
 void* map(size_t bytes) {
   void* data = nullptr;
   if (posix_memalign(&data, kHugePage, bytes) != 0) return nullptr;
 #if defined(__linux__)
-  madvise(data, bytes, MADV_HUGEPAGE);  // advice: without huge pages the block is as good, its first use slower
+  madvise(data, bytes,
+          MADV_HUGEPAGE);  // advice: without huge pages the block is as good, its first use slower
 #endif
   return data;
 }
@@ -40,7 +43,9 @@ class Pool {
     for (size_t i = 0; i < kept_.size(); ++i) {
       const size_t has = kept_[i].bytes;
       // the last of equals is the warmest
-      if (has >= bytes && has - bytes <= has / kMostWaste && (best == kept_.size() || has <= kept_[best].bytes)) best = i;
+      if (has >= bytes && has - bytes <= has / kMostWaste &&
+          (best == kept_.size() || has <= kept_[best].bytes))
+        best = i;
     }
     Block block{};
     if (best < kept_.size()) {

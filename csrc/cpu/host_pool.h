@@ -9,10 +9,12 @@ namespace reft {
 // A block of at least `bytes`, uninitialised; null when the system gives none.
 void* pool_take(size_t bytes);
 
-// Takes a block back: kept while all that is kept stays within the limit, else it goes to the system.
+// Takes a block back: kept while all that is kept stays within the limit, else it goes to the
+// system.
 void pool_give(void* block);
 
-// How much may be kept; what is over it goes to the system, the longest kept first. 0 keeps nothing.
+// How much may be kept; what is over it goes to the system, the longest kept first. 0 keeps
+// nothing.
 void pool_limit(size_t bytes);
 
 struct PoolBytes {

@@ -19,18 +19,20 @@ int choices(Choice* out) {
   int count = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  [[maybe_unused]] bool fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
-  [[maybe_unused]] bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#if defined(REFT_HAS_avx512bf16)
+  [[maybe_unused]] bool fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2") &&
+                              __builtin_cpu_supports("f16c");
+  [[maybe_unused]] bool wide =
+      __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#  if defined(REFT_HAS_avx512bf16)
   out[count++] = {&avx512bf16::kernels, fma && wide && __builtin_cpu_supports("avx512bf16")};
-#endif
-#if defined(REFT_HAS_avx512)
+#  endif
+#  if defined(REFT_HAS_avx512)
   out[count++] = {&avx512::kernels, fma && wide};
-#endif
-#if defined(REFT_HAS_avx2)
+#  endif
+#  if defined(REFT_HAS_avx2)
   out[count++] = {&avx2::kernels, fma};
-#endif
+#  endif
 #endif
   out[count++] = {&portable::kernels, true};
   return count;
@@ -41,8 +43,10 @@ const Kernels& choose() {
   int count = choices(all);
   const char* wanted = getenv("REFT_KERNELS_CPU_ISA");
   for (int i = 0; i < count; ++i)
-    if (all[i].able && (wanted == nullptr || strcmp(wanted, all[i].kernels->name) == 0)) return *all[i].kernels;
-  return portable::kernels;  // an impossible wish is refused where the library is loaded, by why_unable
+    if (all[i].able && (wanted == nullptr || strcmp(wanted, all[i].kernels->name) == 0))
+      return *all[i].kernels;
+  return portable::kernels;  // an impossible wish is refused where the library is loaded, by
+                             // unsupported_reason
 }
 
 }  // namespace
@@ -52,11 +56,12 @@ const Kernels& kernels() {
   return chosen;
 }
 
-const char* why_unable(const char* isa) {
+const char* unsupported_reason(const char* isa) {
   Choice all[kMost];
   int count = choices(all);
   for (int i = 0; i < count; ++i)
-    if (strcmp(all[i].kernels->name, isa) == 0) return all[i].able ? nullptr : "this processor does not have it";
+    if (strcmp(all[i].kernels->name, isa) == 0)
+      return all[i].able ? nullptr : "this processor does not have it";
   return "it is not one of avx512bf16, avx512, avx2, portable";
 }
 

@@ -10,18 +10,12 @@ namespace REFT_ISA {
 
 #define REFT_STRING(name) REFT_STRING_OF(name)
 #define REFT_STRING_OF(name) #name
-#define REFT_BY_DTYPE(kernel) \
-  { kernel<float>, kernel<double>, kernel<bf16>, kernel<fp16> }
-#define REFT_BUILD(T) \
-  { householder<T>, householder_backward<T>, cayley<T>, cayley_backward<T> }
+#define REFT_BY_DTYPE(kernel) {kernel<float>, kernel<double>, kernel<bf16>, kernel<fp16>}
+#define REFT_BUILD(T) {householder<T>, householder_backward<T>, cayley<T>, cayley_backward<T>}
 
 const Kernels kernels = {
-    REFT_STRING(REFT_ISA),
-    REFT_BY_DTYPE(edit),
-    REFT_BY_DTYPE(edit_backward),
-    REFT_BY_DTYPE(red),
-    REFT_BY_DTYPE(red_backward),
-    REFT_BUILD(float),
+    REFT_STRING(REFT_ISA), REFT_BY_DTYPE(edit),         REFT_BY_DTYPE(edit_backward),
+    REFT_BY_DTYPE(red),    REFT_BY_DTYPE(red_backward), REFT_BUILD(float),
     REFT_BUILD(double),
 };
 

@@ -36,10 +36,11 @@ REFT_DECLARE_KERNELS(avx2)
 #endif
 REFT_DECLARE_KERNELS(portable)
 
-// The kernels for this machine: the widest it has, or the one that the environment variable REFT_KERNELS_CPU_ISA names.
+// The kernels for this machine: the widest it has, or the one that the environment variable
+// REFT_KERNELS_CPU_ISA names.
 const Kernels& kernels();
 
 // Why a named set cannot serve here; null when it can.
-const char* why_unable(const char* isa);
+const char* unsupported_reason(const char* isa);
 
 }  // namespace reft

@@ -1,17 +1,20 @@
-// Householder and Cayley maps: R = (E N + V M)^T from X [d, r], and their gradients, as reft_kernels/orthonormal.py defines
-// them. Two passes over the tall matrices each way, with r x r algebra in fp64 between them:
+// Householder and Cayley maps: R = (E N + V M)^T from X [d, r], and their gradients, as
+// reft_kernels/orthonormal.py defines them. Two passes over the tall matrices each way, with r x r
+// algebra in fp64 between them:
 //
-//     forward     reduce: V^T V (and V0^T V)        solve: M, N, back     write: R = N^T E^T + M^T V^T (- back^T V0^T + point)
-//     backward    reduce: total V (and total V0)    solve: M, Gsym, H     write: grad_X^T = M total + Gsym V^T (- M H V0^T)
+//     forward     reduce: V^T V (and V0^T V)        solve: M, N, back     write: R = N^T E^T + M^T
+//     V^T (- back^T V0^T + point) backward    reduce: total V (and total V0)    solve: M, Gsym, H
+//     write: grad_X^T = M total + Gsym V^T (- M H V0^T)
 //
-// Sums belong to fixed chunks of rows and are added in their order, so results do not depend on the number of threads.
+// Sums belong to fixed chunks of rows and are added in their order, so results do not depend on the
+// number of threads.
 #pragma once
 
 #include "gram.h"
 #include "orthonormal.h"
 #include "parallel.h"
-#include "small_algebra.h"
-#include "tall.h"
+#include "small_linalg.h"
+#include "tall_skinny.h"
 #include "tiles.h"
 #include "vector.h"
 
@@ -20,7 +23,9 @@ namespace REFT_ISA {
 
 enum class Map { householder, cayley };
 
-REFT_INLINE double map_at_zero(Map map) { return map == Map::householder ? -1.0 : 1.0; }  // F(0) is this times E
+REFT_INLINE double map_at_zero(Map map) {
+  return map == Map::householder ? -1.0 : 1.0;
+}  // F(0) is this times E
 
 // What multiplies the columns of F.
 template <class T>
@@ -73,20 +78,25 @@ class ForwardBuild {
     const RowCut<T>& cut = store_.cut;
     store_.clear_sums(layer, chunk);
     for (int64_t row = chunk * cut.chunk; row < cut.end(chunk); row += cut.tile) {
-      const int64_t count = smaller(cut.tile, cut.end(chunk) - row), columns = round_up(count, kLanes<T>);
+      const int64_t count = smaller(cut.tile, cut.end(chunk) - row),
+                    columns = round_up(count, kLanes<T>);
       load_tall(X(layer), cut, row, count, Top::blank, tiles[0]);
-      add_gram(tiles[0], tiles[0], cut.padded_r, cut.ld, columns, true, store_.sums(layer, chunk, 0));
+      add_gram(tiles[0], tiles[0], cut.padded_r, cut.ld, columns, true,
+               store_.sums(layer, chunk, 0));
       if (f_.base == nullptr) continue;
       load_tall(base(layer), cut, row, count, Top::blank, tiles[1]);
-      add_gram(tiles[1], tiles[0], cut.padded_r, cut.ld, columns, false, store_.sums(layer, chunk, 1));
+      add_gram(tiles[1], tiles[0], cut.padded_r, cut.ld, columns, false,
+               store_.sums(layer, chunk, 1));
     }
   }
 
   void solve(int64_t layer, double* memory, int64_t* order) const {
     const int64_t r = f_.r;
     Squares squares(memory, r);
-    // the first r rows hold the unit diagonal, next to which the others are small: their products are fp64 from the start
-    Square gram = squares.next_zero(), M = squares.next(), N = squares.next_zero(), inner = squares.next();
+    // the first r rows hold the unit diagonal, next to which the others are small: their products
+    // are fp64 from the start
+    Square gram = squares.next_zero(), M = squares.next(), N = squares.next_zero(),
+           inner = squares.next();
     Square V1 = squares.next(), V1_upper = squares.next();
     if (map_ == Map::householder) {
       read_top(X(layer), r, V1_upper, &V1);
@@ -133,7 +143,8 @@ class ForwardBuild {
     write_square(inner, aux);
     PackedFactor<T> factor(handed, store_.cut, tall_);
     factor.fill(0, 1.0, transposed(M));
-    // what E and the unit diagonals of V and V0 contribute, which nearly cancel, is summed here; the tiles leave it out
+    // what E and the unit diagonals of V and V0 contribute, which nearly cancel, is summed here;
+    // the tiles leave it out
     Square top = N;
     if (f_.base != nullptr) {
       Square V0_upper = squares.next(), cross = squares.next_zero(), projected = squares.next();
@@ -152,7 +163,8 @@ class ForwardBuild {
     }
     T* unit = handed + factor_count();
     for (int64_t k = 0; k < r; ++k) {
-      for (int64_t i = 0; i < r; ++i) unit[k * unit_ld_ + i] = T(map_ == Map::householder ? top[i][k] + M[i][k] : top[i][k]);
+      for (int64_t i = 0; i < r; ++i)
+        unit[k * unit_ld_ + i] = T(map_ == Map::householder ? top[i][k] + M[i][k] : top[i][k]);
       for (int64_t i = r; i < unit_ld_; ++i) unit[k * unit_ld_ + i] = 0;
     }
   }
@@ -163,13 +175,19 @@ class ForwardBuild {
     const int64_t all = layer * f_.r * f_.d;
     for (int64_t row = chunk * cut.chunk; row < cut.end(chunk); row += cut.tile) {
       const int64_t count = smaller(cut.tile, cut.end(chunk) - row), at = all + row;
-      load_tall(X(layer), cut, row, count, map_ == Map::householder ? Top::strictly_lower : Top::blank, tiles[0]);
-      if (f_.base != nullptr) load_tall(base(layer), cut, row, count, Top::strictly_lower, tiles[1]);
-      ForwardSink<T> sink{f_.R + at, f_.W != nullptr ? f_.D + at : nullptr,
-                          f_.base != nullptr ? f_.base_point + at : nullptr, f_.W != nullptr ? f_.W + at : nullptr,
-                          f_.d, count};
+      load_tall(X(layer), cut, row, count,
+                map_ == Map::householder ? Top::strictly_lower : Top::blank, tiles[0]);
+      if (f_.base != nullptr)
+        load_tall(base(layer), cut, row, count, Top::strictly_lower, tiles[1]);
+      ForwardSink<T> sink{f_.R + at,
+                          f_.W != nullptr ? f_.D + at : nullptr,
+                          f_.base != nullptr ? f_.base_point + at : nullptr,
+                          f_.W != nullptr ? f_.W + at : nullptr,
+                          f_.d,
+                          count};
       Addend<T> addend{row < unit_ld_ ? unit + row : nullptr, unit_ld_, unit_ld_ - row};
-      multiply_tile(factor, f_.r, tall_ * cut.padded_r, tiles[0], cut.ld, round_up(count, kLanes<T>), addend, sink);
+      multiply_tile(factor, f_.r, tall_ * cut.padded_r, tiles[0], cut.ld,
+                    round_up(count, kLanes<T>), addend, sink);
     }
   }
 
@@ -214,13 +232,17 @@ class BackwardBuild {
     const RowCut<T>& cut = store_.cut;
     store_.clear_sums(layer, chunk);
     for (int64_t row = chunk * cut.chunk; row < cut.end(chunk); row += cut.tile) {
-      const int64_t count = smaller(cut.tile, cut.end(chunk) - row), columns = round_up(count, kLanes<T>);
+      const int64_t count = smaller(cut.tile, cut.end(chunk) - row),
+                    columns = round_up(count, kLanes<T>);
       load_total(layer, row, count, tiles[0]);
-      load_tall(X(layer), cut, row, count, map_ == Map::householder ? Top::unit_lower : Top::blank, tiles[1]);
-      add_gram(tiles[0], tiles[1], cut.padded_r, cut.ld, columns, false, store_.sums(layer, chunk, 0));
+      load_tall(X(layer), cut, row, count, map_ == Map::householder ? Top::unit_lower : Top::blank,
+                tiles[1]);
+      add_gram(tiles[0], tiles[1], cut.padded_r, cut.ld, columns, false,
+               store_.sums(layer, chunk, 0));
       if (f_.base == nullptr) continue;
       load_tall(base(layer), cut, row, count, Top::unit_lower, tiles[2]);
-      add_gram(tiles[0], tiles[2], cut.padded_r, cut.ld, columns, false, store_.sums(layer, chunk, 1));
+      add_gram(tiles[0], tiles[2], cut.padded_r, cut.ld, columns, false,
+               store_.sums(layer, chunk, 1));
     }
   }
 
@@ -228,7 +250,8 @@ class BackwardBuild {
   void solve(int64_t layer, double* memory, int64_t*) const {
     const int64_t r = f_.r;
     Squares squares(memory, r);
-    Square M = squares.next(), inner = squares.next(), Gsym = squares.next(), top_t = squares.next();
+    Square M = squares.next(), inner = squares.next(), Gsym = squares.next(),
+           top_t = squares.next();
     Square Mbar_t = squares.next_zero(), Nbar_t = squares.next(), H = squares.next();
     Square one = squares.next(), two = squares.next();
     const T* aux = f_.aux + layer * tall_ * r * r;
@@ -299,7 +322,8 @@ class BackwardBuild {
     }
     T* top = handed + factor_count();
     for (int64_t i = 0; i < r; ++i)
-      for (int64_t j = 0; j < r; ++j) top[i * r + j] = j < i ? T(top_t[j][i] - minus_top[i][j]) : T(0);
+      for (int64_t j = 0; j < r; ++j)
+        top[i * r + j] = j < i ? T(top_t[j][i] - minus_top[i][j]) : T(0);
   }
 
   void write(int64_t layer, int64_t chunk, const TileMemory<T>& tiles) const {
@@ -311,11 +335,13 @@ class BackwardBuild {
       load_total(layer, row, count, tiles[0]);
       load_tall(X(layer), cut, row, count, tiles[1]);
       if (f_.base != nullptr) load_tall(base(layer), cut, row, count, tiles[2]);
-      multiply_tile(factor, f_.r, (1 + tall_) * cut.padded_r, tiles[0], cut.ld, round_up(count, kLanes<T>),
-                    Addend<T>{nullptr, 0, 0}, TileSink<T>{result, cut.ld});
+      multiply_tile(factor, f_.r, (1 + tall_) * cut.padded_r, tiles[0], cut.ld,
+                    round_up(count, kLanes<T>), Addend<T>{nullptr, 0, 0},
+                    TileSink<T>{result, cut.ld});
       store_transposed(result, cut.ld, count, f_.r, grad + row * f_.r);
       const int64_t top_count = smaller(row + count, f_.r) - row;
-      if (top_count > 0) memcpy(grad + row * f_.r, top + row * f_.r, size_t(top_count * f_.r) * sizeof(T));
+      if (top_count > 0)
+        memcpy(grad + row * f_.r, top + row * f_.r, size_t(top_count * f_.r) * sizeof(T));
     }
   }
 
@@ -327,7 +353,8 @@ class BackwardBuild {
   // dL/dR, to which grad_D counts negatively
   T total(int64_t layer, int64_t k, int64_t n) const {
     const int64_t at = (layer * f_.r + k) * f_.d + n;
-    return (f_.grad_R != nullptr ? f_.grad_R[at] : T(0)) - (f_.grad_D != nullptr ? f_.grad_D[at] : T(0));
+    return (f_.grad_R != nullptr ? f_.grad_R[at] : T(0)) -
+           (f_.grad_D != nullptr ? f_.grad_D[at] : T(0));
   }
   void load_total(int64_t layer, int64_t first_row, int64_t count, T* tile) const {
     constexpr int L = kLanes<T>;
@@ -359,25 +386,31 @@ class BackwardBuild {
 // Reduce, solve and write of every layer, over the thread pool where there is work enough.
 template <class T, class Build>
 void run(const Build& build) {
-  constexpr int64_t kThreadWork = 1 << 20;         // about 10 us at r = 8: less is not worth entering the pool
-  constexpr int64_t kLayerBytes = 512 * 1024;      // a layer that stays in L2 from reduce to write is one thread's
-  constexpr int64_t kLayersForThreads = 8;         // as long as there are layers enough for all
+  constexpr int64_t kThreadWork =
+      1 << 20;  // about 10 us at r = 8: less is not worth entering the pool
+  constexpr int64_t kLayerBytes =
+      512 * 1024;  // a layer that stays in L2 from reduce to write is one thread's
+  constexpr int64_t kLayersForThreads = 8;  // as long as there are layers enough for all
   const RowCut<T>& cut = build.cut();
   const int64_t r = cut.r, layers = build.layers(), chunks = cut.chunks;
-  const int64_t chunk_work = smaller(cut.chunk, cut.d) * r * (build.products() * r + 16), solve_work = 4 * r * r * r;
+  const int64_t chunk_work = smaller(cut.chunk, cut.d) * r * (build.products() * r + 16),
+                solve_work = 4 * r * r * r;
   auto grain = [](int64_t work) { return kThreadWork / work + 1; };
 
   if (layers >= kLayersForThreads && cut.d * r * int64_t(sizeof(T)) <= kLayerBytes) {
-    parallel_chunks(layers, grain(2 * chunks * chunk_work + solve_work), [&](int64_t begin, int64_t end) {
-      TileMemory<T> tiles(cut, build.tiles());
-      Scratch<double> squares(Build::kSquares * square_count(r));
-      Scratch<int64_t> order(r);
-      for (int64_t layer = begin; layer < end; ++layer) {
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) build.reduce(layer, chunk, tiles);
-        build.solve(layer, squares, order);
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) build.write(layer, chunk, tiles);
-      }
-    });
+    parallel_chunks(layers, grain(2 * chunks * chunk_work + solve_work),
+                    [&](int64_t begin, int64_t end) {
+                      TileMemory<T> tiles(cut, build.tiles());
+                      Scratch<double> squares(Build::kSquares * square_count(r));
+                      Scratch<int64_t> order(r);
+                      for (int64_t layer = begin; layer < end; ++layer) {
+                        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+                          build.reduce(layer, chunk, tiles);
+                        build.solve(layer, squares, order);
+                        for (int64_t chunk = 0; chunk < chunks; ++chunk)
+                          build.write(layer, chunk, tiles);
+                      }
+                    });
     return;
   }
   parallel_chunks(layers * chunks, grain(chunk_work), [&](int64_t begin, int64_t end) {

@@ -1,11 +1,11 @@
-// The products of an edit on bf16 rows, two neighbours at a time: one instruction multiplies 32 pairs of bf16 numbers and adds
-// each pair's sum to an fp32 number. Weights and coefficients are rounded to bf16; sums stay in fp32.
-// The interface is that of plain_products.h.
+// The products of an edit on bf16 rows, two neighbours at a time: one instruction multiplies 32
+// pairs of bf16 numbers and adds each pair's sum to an fp32 number. Weights and coefficients are
+// rounded to bf16; sums stay in fp32. The interface is that of plain_products.h.
 #pragma once
 
 #if defined(__AVX512BF16__)
 
-#include "plain_products.h"
+#  include "plain_products.h"
 
 namespace reft {
 namespace REFT_ISA {
@@ -23,13 +23,17 @@ REFT_INLINE void round_row(const float* from, int64_t count, bf16* to) {
   for (; i < count; ++i) from_acc(from[i], to + i);
 }
 
-// a0 b0 a1 b1 ... of rows a and b (null: zeros), `count` of each, the last vectors filled with zeros.
+// a0 b0 a1 b1 ... of rows a and b (null: zeros), `count` of each, the last vectors filled with
+// zeros.
 inline void interleave(const bf16* a, const bf16* b, int64_t count, bf16* to) {
-  alignas(64) static const uint16_t low[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                               8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i first = _mm512_load_si512(low), second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
+  alignas(64) static const uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                               37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                               11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first = _mm512_load_si512(low),
+                second = _mm512_add_epi16(first, _mm512_set1_epi16(16));
   for (int64_t i = 0; i < count; i += kPairLanes) {
-    const __mmask32 mask = count - i >= kPairLanes ? ~__mmask32(0) : (__mmask32(1) << (count - i)) - 1;
+    const __mmask32 mask =
+        count - i >= kPairLanes ? ~__mmask32(0) : (__mmask32(1) << (count - i)) - 1;
     const __m512i x = _mm512_maskz_loadu_epi16(mask, a + i);
     const __m512i y = b ? _mm512_maskz_loadu_epi16(mask, b + i) : _mm512_setzero_si512();
     _mm512_storeu_si512(to + 2 * i, _mm512_permutex2var_epi16(x, first, y));
@@ -37,7 +41,8 @@ inline void interleave(const bf16* a, const bf16* b, int64_t count, bf16* to) {
   }
 }
 
-// Rounded weights: each row for `project`, and each two rows of a set interleaved for `add`; zeros to whole vectors.
+// Rounded weights: each row for `project`, and each two rows of a set interleaved for `add`; zeros
+// to whole vectors.
 class PairedPanel {
  public:
   void reset(int64_t sets, int64_t ranks, int64_t d) {
@@ -61,7 +66,9 @@ class PairedPanel {
                    pairs_ + (s * whole_pairs(r_) + k / 2) * pair_stride);
   }
   const bf16* row(int64_t i) const { return rows_ + i * stride; }
-  const bf16* pair_row(int64_t set, int64_t p) const { return pairs_ + (set * whole_pairs(r_) + p) * pair_stride; }
+  const bf16* pair_row(int64_t set, int64_t p) const {
+    return pairs_ + (set * whole_pairs(r_) + p) * pair_stride;
+  }
   int64_t stride = 0, pair_stride = 0;
 
  private:
@@ -75,7 +82,8 @@ class PairedProducts : public Parts<float> {
   using A = float;
   using Lines = At<const bf16>;
 
-  PairedProducts(const EditWeights& w, int64_t sets, int64_t tile_rows, bool backward) : Parts<A>(w, sets, tile_rows) {
+  PairedProducts(const EditWeights& w, int64_t sets, int64_t tile_rows, bool backward)
+      : Parts<A>(w, sets, tile_rows) {
     write_.reset(sets, r, d);
     if (reads) read_.reset(sets, r, d);
     Scratch<A> write(d), read(d);
@@ -88,13 +96,18 @@ class PairedProducts : public Parts<float> {
       read_.set_row(i, read, d);
     }
     write_.pair(sets, d);
-    if (reads && backward) read_.pair(sets, d);  // forward, rows are projected on read and never added
+    if (reads && backward)
+      read_.pair(sets, d);  // forward, rows are projected on read and never added
   }
 
   struct Work {
     explicit Work(const PairedProducts& p)
-        : sums(p.tile * p.r), rows(p.tile * kChunk<A>), lines(whole_pairs(p.tile) * 2 * kChunk<A>), row_at(p.tile),
-          line_at(whole_pairs(p.tile)), sums_at(p.r) {
+        : sums(p.tile * p.r),
+          rows(p.tile * kChunk<A>),
+          lines(whole_pairs(p.tile) * 2 * kChunk<A>),
+          row_at(p.tile),
+          line_at(whole_pairs(p.tile)),
+          sums_at(p.r) {
       for (int64_t m = 0; m < p.tile; ++m) row_at[m] = rows + m * kChunk<A>;
       for (int64_t m = 0; m < whole_pairs(p.tile); ++m) line_at[m] = lines + m * 2 * kChunk<A>;
     }
@@ -109,7 +122,8 @@ class PairedProducts : public Parts<float> {
    public:
     explicit ByTerm(const PairedProducts& p)
         : coefficients(p.tile * 4 * whole_pairs(p.r)), weights(2 * whole_pairs(p.r)) {}
-    void fill(const PairedProducts& p, int64_t set, const A* s, int64_t count, bool read, bool write) {
+    void fill(const PairedProducts& p, int64_t set, const A* s, int64_t count, bool read,
+              bool write) {
       const int64_t half = whole_pairs(p.r), parts = read + write;
       pairs = 0;
       for (int64_t k = 0; k < half && read; ++k) weights[pairs++] = p.read_.pair_row(set, k);
@@ -148,17 +162,19 @@ class PairedProducts : public Parts<float> {
     const PairedPanel& panel = read ? read_ : write_;
     for (int64_t i = 0; i < count * r; ++i) b.sums[i] = vec<A>{};
     for (int64_t from = 0; from < d; from += kChunk<A>) {
-      const int64_t length = smaller(d - from, kChunk<A>), steps = round_up(length, kPairLanes) / kPairLanes;
+      const int64_t length = smaller(d - from, kChunk<A>),
+                    steps = round_up(length, kPairLanes) / kPairLanes;
       const bool in_place = length % kPairLanes == 0;
       if (!in_place) load_rows(rows, count, from, length, b);
       const At<const T> x = in_place ? At<const T>{rows, from} : At<const T>{b.row_at, 0};
-      REFT_ISA::project<Paired, T>(x, count, panel.row(set * r) + from, panel.stride, steps, b.sums, r);
+      REFT_ISA::project<Paired, T>(x, count, panel.row(set * r) + from, panel.stride, steps, b.sums,
+                                   r);
     }
     for (int64_t i = 0; i < count * r; ++i) out[i] = lane_sum<A>(b.sums[i]);
   }
 
-  void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, bool streams,
-           Work& b) const {
+  void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length,
+           const ByTerm& s, bool streams, Work& b) const {
     if (whole<A>(length)) {
       const At<T> to{out, from};
       const At<const T> in{base, from};
@@ -170,24 +186,29 @@ class PairedProducts : public Parts<float> {
       return;
     }
     add_to_buffer(base, count, from, length, s, b);
-    for (int64_t m = 0; m < count; ++m) memcpy(out[m] + from, b.row_at[m], size_t(length) * sizeof(bf16));
+    for (int64_t m = 0; m < count; ++m)
+      memcpy(out[m] + from, b.row_at[m], size_t(length) * sizeof(bf16));
   }
 
   Lines lines_of(T* const* rows, int64_t count, int64_t from, int64_t length, Work& b) const {
     for (int64_t m = 0; m < count; m += 2)
-      interleave(rows[m] + from, m + 1 < count ? rows[m + 1] + from : nullptr, length, b.lines + m * kChunk<A>);
+      interleave(rows[m] + from, m + 1 < count ? rows[m + 1] + from : nullptr, length,
+                 b.lines + m * kChunk<A>);
     return {b.line_at, 0};
   }
 
-  Lines rebuilt(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
+  Lines rebuilt(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s,
+                Work& b) const {
     add_to_buffer(base, count, from, length, s, b);
     return lines_of(b.row_at, count, 0, length, b);
   }
 
-  void outer(const ByRow& s, Lines lines, int64_t from, int64_t length, A* sums, int64_t stride, Work& b) const {
+  void outer(const ByRow& s, Lines lines, int64_t from, int64_t length, A* sums, int64_t stride,
+             Work& b) const {
     for (int64_t k = 0; k < r; ++k) b.sums_at[k] = sums + k * stride;
     const int64_t vectors = padded<A>(length) / kLanes<A>;
-    update<Paired, A, A>({b.sums_at, from}, {b.sums_at, from}, r, vectors, s.view(), s.pairs, lines);
+    update<Paired, A, A>({b.sums_at, from}, {b.sums_at, from}, r, vectors, s.view(), s.pairs,
+                         lines);
   }
 
  private:
@@ -197,13 +218,15 @@ class PairedProducts : public Parts<float> {
       memset(b.row_at[m] + length, 0, size_t(round_up(length, kPairLanes) - length) * sizeof(bf16));
     }
   }
-  void add_to_buffer(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
+  void add_to_buffer(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s,
+                     Work& b) const {
     At<const T> in{base, from};
     if (!whole<A>(length)) {
       load_rows(base, count, from, length, b);
       in = {b.row_at, 0};
     }
-    update<Paired, T, T>({b.row_at, 0}, in, count, padded<A>(length) / kLanes<A>, s.view(), s.pairs, {s.weights, from});
+    update<Paired, T, T>({b.row_at, 0}, in, count, padded<A>(length) / kLanes<A>, s.view(), s.pairs,
+                         {s.weights, from});
   }
 
   PairedPanel read_, write_;

@@ -1,11 +1,13 @@
 // The products of an edit in the accumulation dtype: rows are converted as they are loaded.
 //
-// A class of products holds the weights of an edit as its instructions want them, and computes on tiles of rows
+// A class of products holds the weights of an edit as its instructions want them, and computes on
+// tiles of rows
 //   project       the rows times the weights of a set
 //   add           rows plus coefficients times the weights, S [row, term]
 //   outer         coefficients times rows, S [row, rank], onto sums [rank, channel]
-// Read's weights are added in the backward alone, which the constructor is told of. Coefficients are prepared once a tile
-// (ByTerm, ByRow), rows that are multiplied by every rank once a chunk (lines_of, rebuilt).
+// Read's weights are added in the backward alone, which the constructor is told of. Coefficients
+// are prepared once a tile (ByTerm, ByRow), rows that are multiplied by every rank once a chunk
+// (lines_of, rebuilt).
 #pragma once
 
 #include "activations.h"
@@ -23,9 +25,9 @@ struct Parts {
   Scratch<A> read_bias, subtract_bias;
 
   Parts(const EditWeights& w, int64_t sets, int64_t tile_rows) : d(w.d), r(w.r), tile(tile_rows) {
-    folded = w.subtract && w.activation == Activation::linear;
+    folded = w.subtract_projection && w.activation == Activation::linear;
     reads = bool(w.read);
-    projects = w.subtract && !(folded && reads);
+    projects = w.subtract_projection && !(folded && reads);
     fill(w.read_bias, sets * r, read_bias);
     fill(w.subtract_bias, sets * r, subtract_bias);
   }
@@ -53,7 +55,8 @@ class PlainProducts : public Parts<acc_t<T>> {
   using Parts<A>::tile;
   using Lines = At<const A>;
 
-  PlainProducts(const EditWeights& w, int64_t sets, int64_t tile_rows, bool) : Parts<A>(w, sets, tile_rows) {
+  PlainProducts(const EditWeights& w, int64_t sets, int64_t tile_rows, bool)
+      : Parts<A>(w, sets, tile_rows) {
     write_.fill(w.write, sets * r, d);
     if (!this->reads) return;
     read_.fill(w.read, sets * r, d);
@@ -62,7 +65,8 @@ class PlainProducts : public Parts<acc_t<T>> {
 
   // A thread's memory.
   struct Work {
-    explicit Work(const PlainProducts& p) : sums(p.tile * p.r), rows(p.tile), base(p.tile), lines(p.r) {}
+    explicit Work(const PlainProducts& p)
+        : sums(p.tile * p.r), rows(p.tile), base(p.tile), lines(p.r) {}
     Scratch<vec<A>> sums;
     Chunk<A> rows, base;
     Scratch<A*> lines;
@@ -95,35 +99,41 @@ class PlainProducts : public Parts<acc_t<T>> {
     int64_t count = 0;
   };
 
-  // out [row, rank] = the rows times read's or write's rows of a set; the lanes are added once, at the end of the row.
+  // out [row, rank] = the rows times read's or write's rows of a set; the lanes are added once, at
+  // the end of the row.
   void project(bool read, T* const* rows, int64_t count, int64_t set, Work& b, A* out) const {
     const Panel<A>& panel = read ? read_ : write_;
-    const bool once = sizeof(T) == sizeof(A) || r <= kProjectRanks;  // else a row is converted once, not for each block of ranks
+    const bool once =
+        sizeof(T) == sizeof(A) ||
+        r <= kProjectRanks;  // else a row is converted once, not for each block of ranks
     for (int64_t i = 0; i < count * r; ++i) b.sums[i] = vec<A>{};
     for (int64_t from = 0; from < d; from += kChunk<A>) {
       const int64_t length = smaller(d - from, kChunk<A>), vectors = padded<A>(length) / kLanes<A>;
       const A* weights = panel.row(set * r) + from;
       if (once && whole<A>(length)) {
-        REFT_ISA::project<Single<A>, T>({rows, from}, count, weights, panel.stride, vectors, b.sums, r);
+        REFT_ISA::project<Single<A>, T>({rows, from}, count, weights, panel.stride, vectors, b.sums,
+                                        r);
       } else {
         b.rows.load(rows, count, from, length);
-        REFT_ISA::project<Single<A>, A>({b.rows.rows(), 0}, count, weights, panel.stride, vectors, b.sums, r);
+        REFT_ISA::project<Single<A>, A>({b.rows.rows(), 0}, count, weights, panel.stride, vectors,
+                                        b.sums, r);
       }
     }
     for (int64_t i = 0; i < count * r; ++i) out[i] = lane_sum<A>(b.sums[i]);
   }
 
-  // One chunk of out = base + S times weights: in place where it is whole vectors, else through a buffer. `streams`: past the
-  // caches, which takes whole vectors.
-  void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, bool streams,
-           Work& b) const {
+  // One chunk of out = base + S times weights: in place where it is whole vectors, else through a
+  // buffer. `streams`: past the caches, which takes whole vectors.
+  void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length,
+           const ByTerm& s, bool streams, Work& b) const {
     const A* const* weights = s.weights;
     if (whole<A>(length)) {
       const At<T> to{out, from};
       const At<const T> in{base, from};
       const int64_t vectors = length / kLanes<A>;
       if (streams)
-        update<Single<A>, T, T, true>(to, in, count, vectors, s.coefficients, s.terms, {weights, from});
+        update<Single<A>, T, T, true>(to, in, count, vectors, s.coefficients, s.terms,
+                                      {weights, from});
       else
         update<Single<A>, T, T>(to, in, count, vectors, s.coefficients, s.terms, {weights, from});
       return;
@@ -142,28 +152,35 @@ class PlainProducts : public Parts<acc_t<T>> {
   }
 
   // The same of base + S times weights.
-  Lines rebuilt(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, Work& b) const {
+  Lines rebuilt(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s,
+                Work& b) const {
     add_to_buffer(base, count, from, length, s, b.base);
     return {b.base.rows(), 0};
   }
 
-  // sums[k, from + i] += sum_m S[m, k] line[m, i]; rows of sums are `stride` apart and whole vectors long
-  void outer(const ByRow& s, Lines lines, int64_t from, int64_t length, A* sums, int64_t stride, Work& b) const {
+  // sums[k, from + i] += sum_m S[m, k] line[m, i]; rows of sums are `stride` apart and whole
+  // vectors long
+  void outer(const ByRow& s, Lines lines, int64_t from, int64_t length, A* sums, int64_t stride,
+             Work& b) const {
     for (int64_t k = 0; k < r; ++k) b.lines[k] = sums + k * stride;
     const int64_t vectors = padded<A>(length) / kLanes<A>;
-    update<Single<A>, A, A>({b.lines, from}, {b.lines, from}, r, vectors, s.coefficients, s.count, lines);
+    update<Single<A>, A, A>({b.lines, from}, {b.lines, from}, r, vectors, s.coefficients, s.count,
+                            lines);
   }
 
  private:
-  void add_to_buffer(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s, const Chunk<A>& out) const {
+  void add_to_buffer(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s,
+                     const Chunk<A>& out) const {
     const int64_t vectors = padded<A>(length) / kLanes<A>;
     const A* const* weights = s.weights;
     if (whole<A>(length)) {
-      update<Single<A>, A, T>({out.rows(), 0}, {base, from}, count, vectors, s.coefficients, s.terms, {weights, from});
+      update<Single<A>, A, T>({out.rows(), 0}, {base, from}, count, vectors, s.coefficients,
+                              s.terms, {weights, from});
       return;
     }
     out.load(base, count, from, length);
-    update<Single<A>, A, A>({out.rows(), 0}, {out.rows(), 0}, count, vectors, s.coefficients, s.terms, {weights, from});
+    update<Single<A>, A, A>({out.rows(), 0}, {out.rows(), 0}, count, vectors, s.coefficients,
+                            s.terms, {weights, from});
   }
 
   Panel<A> read_, write_;

@@ -1,6 +1,7 @@
-// The two products of an edit on tiles that lie in cache: rows times weights, and weights added to rows.
-// Both work on whole vectors, converting as they load and store; their callers pad what is not whole. Each element's sum runs
-// in one order whatever the blocking, so results do not depend on how rows are grouped into tiles.
+// The two products of an edit on tiles that lie in cache: rows times weights, and weights added to
+// rows. Both work on whole vectors, converting as they load and store; their callers pad what is
+// not whole. Each element's sum runs in one order whatever the blocking, so results do not depend
+// on how rows are grouped into tiles.
 #pragma once
 
 #include "vector.h"
@@ -8,7 +9,8 @@
 namespace reft {
 namespace REFT_ISA {
 
-// Register blocks: accumulators, one operand row and one vector of the other must fit 32 (AVX-512) or 16 registers.
+// Register blocks: accumulators, one operand row and one vector of the other must fit 32 (AVX-512)
+// or 16 registers.
 #if defined(__AVX512F__)
 constexpr int kProjectRows = 3, kProjectRanks = 8, kUpdateRows = 4, kUpdateVectors = 4;
 #else
@@ -59,8 +61,8 @@ struct At {
 };
 
 template <class Op, class T, int M, int N, class A = typename Op::Sum>
-REFT_INLINE void project_block(const T* const* x, int64_t from, const typename Op::Number* w, int64_t stride, int64_t steps,
-                               vec<A>* sums, int64_t r) {
+REFT_INLINE void project_block(const T* const* x, int64_t from, const typename Op::Number* w,
+                               int64_t stride, int64_t steps, vec<A>* sums, int64_t r) {
   vec<A> acc[M][N];
   const T* row[M];
 #pragma GCC unroll 8
@@ -87,29 +89,36 @@ REFT_INLINE void project_block(const T* const* x, int64_t from, const typename O
 }
 
 template <class Op, class T, int M>
-REFT_INLINE void project_rows(const T* const* x, int64_t from, const typename Op::Number* w, int64_t stride, int64_t steps,
-                              vec<typename Op::Sum>* sums, int64_t r) {
+REFT_INLINE void project_rows(const T* const* x, int64_t from, const typename Op::Number* w,
+                              int64_t stride, int64_t steps, vec<typename Op::Sum>* sums,
+                              int64_t r) {
   int64_t n = 0;
   for (; n + kProjectRanks <= r; n += kProjectRanks)
     project_block<Op, T, M, kProjectRanks>(x, from, w + n * stride, stride, steps, sums + n, r);
-  for (; n + 4 <= r; n += 4) project_block<Op, T, M, 4>(x, from, w + n * stride, stride, steps, sums + n, r);
-  for (; n < r; ++n) project_block<Op, T, M, 1>(x, from, w + n * stride, stride, steps, sums + n, r);
+  for (; n + 4 <= r; n += 4)
+    project_block<Op, T, M, 4>(x, from, w + n * stride, stride, steps, sums + n, r);
+  for (; n < r; ++n)
+    project_block<Op, T, M, 1>(x, from, w + n * stride, stride, steps, sums + n, r);
 }
 
-// sums[m, k] += x[m, i] * w[k, i], lane by lane, for `rows` rows of x and r rows of w, `stride` apart, i < steps * kStep.
+// sums[m, k] += x[m, i] * w[k, i], lane by lane, for `rows` rows of x and r rows of w, `stride`
+// apart, i < steps * kStep.
 template <class Op, class T>
-inline void project(At<const T> x, int64_t rows, const typename Op::Number* w, int64_t stride, int64_t steps,
-                    vec<typename Op::Sum>* sums, int64_t r) {
+inline void project(At<const T> x, int64_t rows, const typename Op::Number* w, int64_t stride,
+                    int64_t steps, vec<typename Op::Sum>* sums, int64_t r) {
   int64_t m = 0;
   for (; m + kProjectRows <= rows; m += kProjectRows)
     project_rows<Op, T, kProjectRows>(x.rows + m, x.from, w, stride, steps, sums + m * r, r);
-  for (; m < rows; ++m) project_rows<Op, T, 1>(x.rows + m, x.from, w, stride, steps, sums + m * r, r);
+  for (; m < rows; ++m)
+    project_rows<Op, T, 1>(x.rows + m, x.from, w, stride, steps, sums + m * r, r);
 }
 
-// Terms summed before they join the total: one long sum of fp32 numbers loses more than the error budget at rank 256.
+// Terms summed before they join the total: one long sum of fp32 numbers loses more than the error
+// budget at rank 256.
 constexpr int64_t kTerms = 32;
 
-// A matrix of coefficients, one for each number of a term: S[i, k] begins at data + i * row + k * column.
+// A matrix of coefficients, one for each number of a term: S[i, k] begins at data + i * row + k *
+// column.
 template <class N>
 struct Coefficients {
   const N* data;
@@ -117,7 +126,8 @@ struct Coefficients {
 };
 
 template <class Op, bool Stream, class To, class From, int M, int V, class A = typename Op::Sum>
-REFT_INLINE void update_block(At<To> out, At<const From> base, int64_t i, Coefficients<typename Op::Number> s, int64_t terms,
+REFT_INLINE void update_block(At<To> out, At<const From> base, int64_t i,
+                              Coefficients<typename Op::Number> s, int64_t terms,
                               At<const typename Op::Number> b) {
   constexpr int L = kLanes<A>;
   vec<A> total[M][V] = {};
@@ -154,8 +164,9 @@ REFT_INLINE void update_block(At<To> out, At<const From> base, int64_t i, Coeffi
 }
 
 template <class Op, bool Stream, class To, class From, int M>
-REFT_INLINE void update_rows(At<To> out, At<const From> base, int64_t vectors, Coefficients<typename Op::Number> s,
-                             int64_t terms, At<const typename Op::Number> b) {
+REFT_INLINE void update_rows(At<To> out, At<const From> base, int64_t vectors,
+                             Coefficients<typename Op::Number> s, int64_t terms,
+                             At<const typename Op::Number> b) {
   constexpr int L = kLanes<typename Op::Sum>;
   int64_t v = 0;
   for (; v + kUpdateVectors <= vectors; v += kUpdateVectors)
@@ -163,18 +174,23 @@ REFT_INLINE void update_rows(At<To> out, At<const From> base, int64_t vectors, C
   for (; v < vectors; ++v) update_block<Op, Stream, To, From, M, 1>(out, base, v * L, s, terms, b);
 }
 
-// out[m, i] = base[m, i] + sum_k S[m, k] * b[k, i] for `rows` rows, `terms` terms, i < vectors * lanes. out may be base.
-// Where a term has two numbers for a channel, so has S, and their products are summed. Stream: past the caches.
+// out[m, i] = base[m, i] + sum_k S[m, k] * b[k, i] for `rows` rows, `terms` terms, i < vectors *
+// lanes. out may be base. Where a term has two numbers for a channel, so has S, and their products
+// are summed. Stream: past the caches.
 template <class Op, class To, class From, bool Stream = false>
-inline void update(At<To> out, At<const From> base, int64_t rows, int64_t vectors, Coefficients<typename Op::Number> s,
-                   int64_t terms, At<const typename Op::Number> b) {
+inline void update(At<To> out, At<const From> base, int64_t rows, int64_t vectors,
+                   Coefficients<typename Op::Number> s, int64_t terms,
+                   At<const typename Op::Number> b) {
   int64_t m = 0;
-  auto from = [&](int64_t m) { return Coefficients<typename Op::Number>{s.data + m * s.row, s.row, s.column}; };
+  auto from = [&](int64_t m) {
+    return Coefficients<typename Op::Number>{s.data + m * s.row, s.row, s.column};
+  };
   for (; m + kUpdateRows <= rows; m += kUpdateRows)
-    update_rows<Op, Stream, To, From, kUpdateRows>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m),
-                                                   terms, b);
+    update_rows<Op, Stream, To, From, kUpdateRows>(
+        {out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
   for (; m < rows; ++m)
-    update_rows<Op, Stream, To, From, 1>({out.rows + m, out.from}, {base.rows + m, base.from}, vectors, from(m), terms, b);
+    update_rows<Op, Stream, To, From, 1>({out.rows + m, out.from}, {base.rows + m, base.from},
+                                         vectors, from(m), terms, b);
 }
 
 }  // namespace REFT_ISA

@@ -28,16 +28,16 @@ inline void red(const RedForward& e) {
   const Order order(e.selection);
   const Runs runs(order, e.selection.sets, 64);
   const bool streams = streams_out<T>(e.selection, e.source, e.out, d);
-  if (e.kept && e.selection.rows)
+  if (e.saved_input && e.selection.rows)
     for (int64_t n = 0; n < e.selection.entries; ++n)
-      if (e.selection.rows[n] < 0) memset(row_at<T>(e.kept, n), 0, size_t(d) * sizeof(T));
+      if (e.selection.rows[n] < 0) memset(row_at<T>(e.saved_input, n), 0, size_t(d) * sizeof(T));
   parallel_chunks(runs.count, grain_of(64 * d), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const A *by = scale.row(runs[i].set), *plus = bias.row(runs[i].set);
       for (int64_t n = runs[i].begin; n < runs[i].end; ++n) {
         int64_t entry = order.entry(n), row = row_of(e.selection, entry);
         const T* source = row_at<T>(e.source, row);
-        if (e.kept) memcpy(row_at<T>(e.kept, entry), source, size_t(d) * sizeof(T));
+        if (e.saved_input) memcpy(row_at<T>(e.saved_input, entry), source, size_t(d) * sizeof(T));
         map_row(source, row_at<T>(e.out, row), d, streams,
                 [&](int64_t c, vec<A> x) { return fma(load(by + c), x, load(plus + c)); });
       }
@@ -52,11 +52,13 @@ inline void red_backward(const RedBackward& e) {
   constexpr int L = kLanes<A>;
   constexpr int64_t kRun = 256;
   const int64_t d = e.d, stride = padded<A>(d), sets = e.selection.sets;
-  const bool weights = e.grad_scale != nullptr, streams = streams_out<T>(e.selection, e.grad, e.out, d);
+  const bool weights = e.grad_scale != nullptr,
+             streams = streams_out<T>(e.selection, e.grad, e.out, d);
   Panel<A> scale;
   scale.fill(e.scale, sets, d);
   const Order order(e.selection);
-  const Runs runs(order, sets, (e.selection.entries + 63) / 64 > kRun ? (e.selection.entries + 63) / 64 : kRun);
+  const Runs runs(order, sets,
+                  (e.selection.entries + 63) / 64 > kRun ? (e.selection.entries + 63) / 64 : kRun);
   const Scratch<A> partials(weights ? runs.count * 2 * stride : 0);
   parallel_chunks(runs.count, grain_of(kRun * d), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
@@ -71,7 +73,7 @@ inline void red_backward(const RedBackward& e) {
         int64_t entry = order.entry(n), row = row_of(e.selection, entry);
         const T* grad = row_at<T>(e.grad, row);
         if (weights) {
-          const T* x = row_at<T>(e.kept, e.selection.rows ? entry : row);
+          const T* x = row_at<T>(e.saved_input, e.selection.rows ? entry : row);
           for (int64_t c = 0; c < d; c += L) {
             bool whole = c + L <= d;
             vec<A> g = whole ? load(grad + c) : load_part(grad + c, int(d - c));
@@ -80,7 +82,9 @@ inline void red_backward(const RedBackward& e) {
             store(sum_bias + c, load(sum_bias + c) + g);
           }
         }
-        if (e.out) map_row(grad, row_at<T>(e.out, row), d, streams, [&](int64_t c, vec<A> g) { return load(by + c) * g; });
+        if (e.out)
+          map_row(grad, row_at<T>(e.out, row), d, streams,
+                  [&](int64_t c, vec<A> g) { return load(by + c) * g; });
       }
     }
     if (streams) end_streams();

@@ -1,6 +1,7 @@
-// The CPU kernels as private PyTorch operators (reft_kernels_cpu::*), through the stable ABI: one build serves many releases.
-// Outputs are allocated by the caller. Every operator checks (argument_checks.h) what its kernel presumes of shapes, dtypes,
-// strides, row numbers and set numbers, so that a wrong call throws and touches no memory that is not its own; the values that
+// The CPU kernels as private PyTorch operators (reft_kernels_cpu::*), through the stable ABI: one
+// build serves many releases. Outputs are allocated by the caller. Every operator checks
+// (argument_checks.h) what its kernel presumes of shapes, dtypes, strides, row numbers and set
+// numbers, so that a wrong call throws and touches no memory that is not its own; the values that
 // callers give names to are checked by reft_kernels before, with errors in its words.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -23,7 +24,8 @@
 
 namespace reft {
 
-void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
+void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t),
+                  void* context) {
   std::exception_ptr first;  // nothing is thrown across the thread pool
   std::mutex lock;
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
@@ -43,11 +45,17 @@ namespace {
 
 Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: STD_TORCH_CHECK(false, "reft_kernels_cpu: got a dtype that is not float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      STD_TORCH_CHECK(
+          false, "reft_kernels_cpu: got a dtype that is not float32, float64, bfloat16 or float16");
   }
 }
 
@@ -69,17 +77,19 @@ T* pointer(const Optional& tensor) {
   return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
 }
 
-Selection selection_of(int64_t all_rows, const Optional& rows, const Optional& set_ids, int64_t sets) {
+Selection selection_of(int64_t all_rows, const Optional& rows, const Optional& weight_ids,
+                       int64_t sets) {
   Selection s;
   s.entries = rows ? rows->numel() : all_rows;
   s.rows = pointer<const int32_t>(rows);
-  s.set_ids = pointer<const int32_t>(set_ids);
-  s.sets = set_ids ? sets : 1;
+  s.weight_ids = pointer<const int32_t>(weight_ids);
+  s.sets = weight_ids ? sets : 1;
   return s;
 }
 
-EditWeights edit_weights(const Optional& read, const Optional& read_bias, const Tensor& write, const Optional& subtract_bias,
-                         const Optional& coeff, bool subtract, int64_t activation) {
+EditWeights edit_weights(const Optional& read, const Optional& read_bias, const Tensor& write,
+                         const Optional& subtract_bias, const Optional& coeff,
+                         bool subtract_projection, int64_t activation) {
   EditWeights w;
   int64_t dims = write.dim();
   w.d = write.sizes()[dims - 1];
@@ -89,36 +99,44 @@ EditWeights edit_weights(const Optional& read, const Optional& read_bias, const 
   w.write = typed(write);
   w.subtract_bias = typed(subtract_bias);
   w.coeff = typed(coeff);
-  w.subtract = subtract;
+  w.subtract_projection = subtract_projection;
   w.activation = static_cast<Activation>(activation);
   return w;
 }
 
-void edit(Tensor source, Tensor out, Optional rows, Optional set_ids, Optional read, Optional read_bias, Tensor write,
-          Optional subtract_bias, Optional coeff, bool subtract, int64_t activation, Optional kept, Optional u, Optional z) {
-  check_edit(source, out, rows, set_ids, read, read_bias, write, subtract_bias, coeff, activation, kept, u, z);
+void edit(Tensor source, Tensor out, Optional rows, Optional weight_ids, Optional read,
+          Optional read_bias, Tensor write, Optional subtract_bias, Optional coeff,
+          bool subtract_projection, int64_t activation, Optional saved_input, Optional u,
+          Optional z) {
+  check_edit(source, out, rows, weight_ids, read, read_bias, write, subtract_bias, coeff,
+             activation, saved_input, u, z);
   EditForward e;
-  e.selection = selection_of(source.sizes()[0], rows, set_ids, write.sizes()[0]);
-  e.weights = edit_weights(read, read_bias, write, subtract_bias, coeff, subtract, activation);
+  e.selection = selection_of(source.sizes()[0], rows, weight_ids, write.sizes()[0]);
+  e.weights =
+      edit_weights(read, read_bias, write, subtract_bias, coeff, subtract_projection, activation);
   e.source = rows_of(source);
   e.out = rows_of(out);
-  e.kept = rows_of(kept);
+  e.saved_input = rows_of(saved_input);
   e.u = pointer(u);
   e.z = pointer(z);
   kernels().edit[int(dtype_of(source))](e);
 }
 
-void edit_backward(Tensor grad, Optional out, Tensor kept, Tensor u, Optional z, Optional rows, Optional set_ids, Optional read,
-                   Tensor write, Optional coeff, bool subtract, int64_t activation, Optional grad_read, Optional grad_read_bias,
-                   Optional grad_write, Optional grad_subtract_bias, Optional grad_coeff) {
-  check_edit_backward(grad, out, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, grad_read,
-                      grad_read_bias, grad_write, grad_subtract_bias, grad_coeff);
+void edit_backward(Tensor grad, Optional out, Tensor saved_input, Tensor u, Optional z,
+                   Optional rows, Optional weight_ids, Optional read, Tensor write, Optional coeff,
+                   bool subtract_projection, int64_t activation, Optional grad_read,
+                   Optional grad_read_bias, Optional grad_write, Optional grad_subtract_bias,
+                   Optional grad_coeff) {
+  check_edit_backward(grad, out, saved_input, u, z, rows, weight_ids, read, write, coeff,
+                      subtract_projection, activation, grad_read, grad_read_bias, grad_write,
+                      grad_subtract_bias, grad_coeff);
   EditBackward e;
-  e.selection = selection_of(grad.sizes()[0], rows, set_ids, write.sizes()[0]);
-  e.weights = edit_weights(read, std::nullopt, write, std::nullopt, coeff, subtract, activation);
+  e.selection = selection_of(grad.sizes()[0], rows, weight_ids, write.sizes()[0]);
+  e.weights =
+      edit_weights(read, std::nullopt, write, std::nullopt, coeff, subtract_projection, activation);
   e.grad = rows_of(grad);
   e.out = rows_of(out);
-  if (grad_write) e.kept = rows_of(kept);
+  if (grad_write) e.saved_input = rows_of(saved_input);
   e.u = u.data_ptr();
   e.z = pointer(z);
   e.grad_read = pointer(grad_read);
@@ -129,66 +147,88 @@ void edit_backward(Tensor grad, Optional out, Tensor kept, Tensor u, Optional z,
   kernels().edit_backward[int(dtype_of(grad))](e);
 }
 
-void red(Tensor source, Tensor out, Optional rows, Optional set_ids, Tensor scale, Tensor bias, Optional kept) {
-  check_red(source, out, rows, set_ids, scale, bias, kept);
+void red(Tensor source, Tensor out, Optional rows, Optional weight_ids, Tensor scale, Tensor bias,
+         Optional saved_input) {
+  check_red(source, out, rows, weight_ids, scale, bias, saved_input);
   RedForward e;
-  e.selection = selection_of(source.sizes()[0], rows, set_ids, scale.sizes()[0]);
+  e.selection = selection_of(source.sizes()[0], rows, weight_ids, scale.sizes()[0]);
   e.d = source.sizes()[1];
   e.scale = typed(scale);
   e.bias = typed(bias);
   e.source = rows_of(source);
   e.out = rows_of(out);
-  e.kept = rows_of(kept);
+  e.saved_input = rows_of(saved_input);
   kernels().red[int(dtype_of(source))](e);
 }
 
-void red_backward(Tensor grad, Optional out, Tensor kept, Optional rows, Optional set_ids, Tensor scale, Optional grad_scale,
-                  Optional grad_bias) {
-  check_red_backward(grad, out, kept, rows, set_ids, scale, grad_scale, grad_bias);
+void red_backward(Tensor grad, Optional out, Tensor saved_input, Optional rows, Optional weight_ids,
+                  Tensor scale, Optional grad_scale, Optional grad_bias) {
+  check_red_backward(grad, out, saved_input, rows, weight_ids, scale, grad_scale, grad_bias);
   RedBackward e;
-  e.selection = selection_of(grad.sizes()[0], rows, set_ids, scale.sizes()[0]);
+  e.selection = selection_of(grad.sizes()[0], rows, weight_ids, scale.sizes()[0]);
   e.d = grad.sizes()[1];
   e.scale = typed(scale);
   e.grad = rows_of(grad);
   e.out = rows_of(out);
-  if (grad_scale) e.kept = rows_of(kept);
+  if (grad_scale) e.saved_input = rows_of(saved_input);
   e.grad_scale = pointer(grad_scale);
   e.grad_bias = pointer(grad_bias);
   kernels().red_backward[int(dtype_of(grad))](e);
 }
 
 template <class T>
-BuildForward<T> build_forward(const Tensor& X, const Optional& signs, const Optional& base, const Optional& base_point,
-                              const Optional& W, const Tensor& R, const Optional& D, const Tensor& aux) {
-  return {X.sizes()[0], X.sizes()[1], X.sizes()[2], static_cast<const T*>(X.data_ptr()), pointer<const T>(signs),
-          pointer<const T>(base), pointer<const T>(base_point), pointer<const T>(W), static_cast<T*>(R.data_ptr()),
-          pointer<T>(D), static_cast<T*>(aux.data_ptr())};
+BuildForward<T> build_forward(const Tensor& X, const Optional& signs, const Optional& base,
+                              const Optional& base_point, const Optional& W, const Tensor& R,
+                              const Optional& D, const Tensor& aux) {
+  return {X.sizes()[0],
+          X.sizes()[1],
+          X.sizes()[2],
+          static_cast<const T*>(X.data_ptr()),
+          pointer<const T>(signs),
+          pointer<const T>(base),
+          pointer<const T>(base_point),
+          pointer<const T>(W),
+          static_cast<T*>(R.data_ptr()),
+          pointer<T>(D),
+          static_cast<T*>(aux.data_ptr())};
 }
 
 template <class T>
-BuildBackward<T> build_backward(const Optional& grad_R, const Optional& grad_D, const Tensor& X, const Optional& signs,
-                                const Optional& base, const Tensor& aux, const Tensor& grad_X) {
-  return {X.sizes()[0], X.sizes()[1], X.sizes()[2], pointer<const T>(grad_R), pointer<const T>(grad_D),
-          static_cast<const T*>(X.data_ptr()), pointer<const T>(signs), pointer<const T>(base),
-          static_cast<const T*>(aux.data_ptr()), static_cast<T*>(grad_X.data_ptr())};
+BuildBackward<T> build_backward(const Optional& grad_R, const Optional& grad_D, const Tensor& X,
+                                const Optional& signs, const Optional& base, const Tensor& aux,
+                                const Tensor& grad_X) {
+  return {X.sizes()[0],
+          X.sizes()[1],
+          X.sizes()[2],
+          pointer<const T>(grad_R),
+          pointer<const T>(grad_D),
+          static_cast<const T*>(X.data_ptr()),
+          pointer<const T>(signs),
+          pointer<const T>(base),
+          static_cast<const T*>(aux.data_ptr()),
+          static_cast<T*>(grad_X.data_ptr())};
 }
 
 // One operator of the R build in both dtypes; the name is the kernels' member of the table.
-#define REFT_BUILD_OPERATOR(name)                                                                                            \
-  void name(Tensor X, Optional signs, Optional base, Optional base_point, Optional W, Tensor R, Optional D, Tensor aux) {     \
-    check_build(X, signs, base, base_point, W, R, D, aux);                                                                   \
-    if (dtype_of(X) == Dtype::float64)                                                                                       \
-      kernels().build_double.name(build_forward<double>(X, signs, base, base_point, W, R, D, aux));                          \
-    else                                                                                                                     \
-      kernels().build_float.name(build_forward<float>(X, signs, base, base_point, W, R, D, aux));                            \
-  }                                                                                                                          \
-  void name##_backward(Optional grad_R, Optional grad_D, Tensor X, Optional signs, Optional base, Tensor aux,                \
-                       Tensor grad_X) {                                                                                      \
-    check_build_backward(grad_R, grad_D, X, signs, base, aux, grad_X);                                                       \
-    if (dtype_of(X) == Dtype::float64)                                                                                       \
-      kernels().build_double.name##_backward(build_backward<double>(grad_R, grad_D, X, signs, base, aux, grad_X));           \
-    else                                                                                                                     \
-      kernels().build_float.name##_backward(build_backward<float>(grad_R, grad_D, X, signs, base, aux, grad_X));             \
+#define REFT_BUILD_OPERATOR(name)                                                                 \
+  void name(Tensor X, Optional signs, Optional base, Optional base_point, Optional W, Tensor R,   \
+            Optional D, Tensor aux) {                                                             \
+    check_build(X, signs, base, base_point, W, R, D, aux);                                        \
+    if (dtype_of(X) == Dtype::float64)                                                            \
+      kernels().build_double.name(                                                                \
+          build_forward<double>(X, signs, base, base_point, W, R, D, aux));                       \
+    else                                                                                          \
+      kernels().build_float.name(build_forward<float>(X, signs, base, base_point, W, R, D, aux)); \
+  }                                                                                               \
+  void name##_backward(Optional grad_R, Optional grad_D, Tensor X, Optional signs, Optional base, \
+                       Tensor aux, Tensor grad_X) {                                               \
+    check_build_backward(grad_R, grad_D, X, signs, base, aux, grad_X);                            \
+    if (dtype_of(X) == Dtype::float64)                                                            \
+      kernels().build_double.name##_backward(                                                     \
+          build_backward<double>(grad_R, grad_D, X, signs, base, aux, grad_X));                   \
+    else                                                                                          \
+      kernels().build_float.name##_backward(                                                      \
+          build_backward<float>(grad_R, grad_D, X, signs, base, aux, grad_X));                    \
   }
 
 REFT_BUILD_OPERATOR(householder)
@@ -206,9 +246,11 @@ Tensor pooled_like(Tensor like) {
     count *= sizes[i];
   }
   void* data = pool_take(size_t(count) * size_t(like.element_size()));
-  STD_TORCH_CHECK(data != nullptr, "reft_kernels_cpu: out of memory for an output of ", count, " elements");
+  STD_TORCH_CHECK(data != nullptr, "reft_kernels_cpu: out of memory for an output of ", count,
+                  " elements");
   try {
-    return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(), pool_give);
+    return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(),
+                                    pool_give);
   } catch (...) {
     pool_give(data);
     throw;
@@ -225,7 +267,7 @@ std::tuple<int64_t, int64_t> held_by_pool() {
 std::string isa() { return kernels().name; }
 
 std::string isa_refusal(std::string name) {
-  const char* reason = why_unable(name.c_str());
+  const char* reason = unsupported_reason(name.c_str());
   return reason ? reason : "";
 }
 
@@ -234,33 +276,44 @@ std::string isa_refusal(std::string name) {
 
 STABLE_TORCH_LIBRARY(reft_kernels_cpu, m) {
   m.def(
-      "edit(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? set_ids, Tensor? read, Tensor? read_bias, Tensor write, "
-      "Tensor? subtract_bias, Tensor? coeff, bool subtract, int activation, Tensor(b!)? kept, Tensor(c!)? u, Tensor(d!)? z) "
+      "edit(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? weight_ids, Tensor? read, Tensor? "
+      "read_bias, Tensor write, "
+      "Tensor? subtract_bias, Tensor? coeff, bool subtract_projection, int activation, Tensor(b!)? "
+      "saved_input, Tensor(c!)? u, Tensor(d!)? z) "
       "-> ()");
   m.def(
-      "edit_backward(Tensor grad, Tensor(a!)? out, Tensor kept, Tensor u, Tensor? z, Tensor? rows, Tensor? set_ids, "
-      "Tensor? read, Tensor write, Tensor? coeff, bool subtract, int activation, Tensor(b!)? grad_read, "
-      "Tensor(c!)? grad_read_bias, Tensor(d!)? grad_write, Tensor(e!)? grad_subtract_bias, Tensor(f!)? grad_coeff) -> ()");
+      "edit_backward(Tensor grad, Tensor(a!)? out, Tensor saved_input, Tensor u, Tensor? z, "
+      "Tensor? rows, Tensor? weight_ids, "
+      "Tensor? read, Tensor write, Tensor? coeff, bool subtract_projection, int activation, "
+      "Tensor(b!)? grad_read, "
+      "Tensor(c!)? grad_read_bias, Tensor(d!)? grad_write, Tensor(e!)? grad_subtract_bias, "
+      "Tensor(f!)? grad_coeff) -> ()");
   m.def(
-      "red(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? set_ids, Tensor scale, Tensor bias, Tensor(b!)? kept) -> ()");
+      "red(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? weight_ids, Tensor scale, Tensor "
+      "bias, Tensor(b!)? saved_input) -> ()");
   m.def(
-      "red_backward(Tensor grad, Tensor(a!)? out, Tensor kept, Tensor? rows, Tensor? set_ids, Tensor scale, "
+      "red_backward(Tensor grad, Tensor(a!)? out, Tensor saved_input, Tensor? rows, Tensor? "
+      "weight_ids, Tensor scale, "
       "Tensor(b!)? grad_scale, Tensor(c!)? grad_bias) -> ()");
   m.def(
-      "householder(Tensor X, Tensor? signs, Tensor? base, Tensor? base_point, Tensor? W, Tensor(a!) R, Tensor(b!)? D, "
+      "householder(Tensor X, Tensor? signs, Tensor? base, Tensor? base_point, Tensor? W, "
+      "Tensor(a!) R, Tensor(b!)? D, "
       "Tensor(c!) aux) -> ()");
   m.def(
-      "householder_backward(Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, Tensor aux, "
+      "householder_backward(Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, "
+      "Tensor aux, "
       "Tensor(a!) grad_X) -> ()");
   m.def(
-      "cayley(Tensor X, Tensor? signs, Tensor? base, Tensor? base_point, Tensor? W, Tensor(a!) R, Tensor(b!)? D, "
+      "cayley(Tensor X, Tensor? signs, Tensor? base, Tensor? base_point, Tensor? W, Tensor(a!) R, "
+      "Tensor(b!)? D, "
       "Tensor(c!) aux) -> ()");
   m.def(
-      "cayley_backward(Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, Tensor aux, Tensor(a!) grad_X) "
+      "cayley_backward(Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, "
+      "Tensor aux, Tensor(a!) grad_X) "
       "-> ()");
   m.def("pooled_like(Tensor like) -> Tensor");
   m.def("set_pool_limit(int bytes) -> ()");
-  m.def("held_by_pool() -> (int used, int kept)");
+  m.def("held_by_pool() -> (int used, int saved_input)");
   m.def("isa() -> str");
   m.def("isa_refusal(str name) -> str");
 }

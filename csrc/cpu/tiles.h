@@ -1,5 +1,5 @@
-// What the row kernels share: scratch memory, weights as padded rows of the accumulation dtype, the order in which entries
-// are visited, and rows of a tile as vectors whatever their dtype.
+// What the row kernels share: scratch memory, weights as padded rows of the accumulation dtype, the
+// order in which entries are visited, and rows of a tile as vectors whatever their dtype.
 #pragma once
 
 #include <stdlib.h>
@@ -37,7 +37,8 @@ class Scratch {
   void* data_ = nullptr;
 };
 
-constexpr int64_t kChunkBytes = 2048;  // of one row: a chunk of every weight row and of a few rows stays in L1
+constexpr int64_t kChunkBytes =
+    2048;  // of one row: a chunk of every weight row and of a few rows stays in L1
 
 template <class A>
 constexpr int64_t kChunk = kChunkBytes / int64_t(sizeof(A));
@@ -67,10 +68,14 @@ inline void convert_row(const T* from, int64_t count, A* to) {
 template <class A>
 inline void convert(Typed from, int64_t first, int64_t count, A* to) {
   switch (from.dtype) {
-    case Dtype::float32: return convert_row(static_cast<const float*>(from.data) + first, count, to);
-    case Dtype::float64: return convert_row(static_cast<const double*>(from.data) + first, count, to);
-    case Dtype::bfloat16: return convert_row(static_cast<const bf16*>(from.data) + first, count, to);
-    case Dtype::float16: return convert_row(static_cast<const fp16*>(from.data) + first, count, to);
+    case Dtype::float32:
+      return convert_row(static_cast<const float*>(from.data) + first, count, to);
+    case Dtype::float64:
+      return convert_row(static_cast<const double*>(from.data) + first, count, to);
+    case Dtype::bfloat16:
+      return convert_row(static_cast<const bf16*>(from.data) + first, count, to);
+    case Dtype::float16:
+      return convert_row(static_cast<const fp16*>(from.data) + first, count, to);
   }
 }
 
@@ -88,7 +93,8 @@ class Panel {
   }
   void subtract(const Panel& other, int64_t rows) {
     constexpr int L = kLanes<A>;
-    for (int64_t i = 0; i < rows * stride; i += L) store(data.get() + i, load(data.get() + i) - load(other.data.get() + i));
+    for (int64_t i = 0; i < rows * stride; i += L)
+      store(data.get() + i, load(data.get() + i) - load(other.data.get() + i));
   }
   A* row(int64_t i) const { return data.get() + i * stride; }
 
@@ -98,14 +104,17 @@ class Panel {
 
 // ---- entries
 
-// The entries to work on, grouped by set, each set's in the order given: runs of one set share its weights in cache.
+// The entries to work on, grouped by set, each set's in the order given: runs of one set share its
+// weights in cache.
 class Order {
  public:
-  explicit Order(const Selection& s) : plain_(s.rows == nullptr && s.set_ids == nullptr), begins_(s.sets + 1), entries_() {
+  explicit Order(const Selection& s)
+      : plain_(s.rows == nullptr && s.weight_ids == nullptr), begins_(s.sets + 1), entries_() {
     int64_t* begins = begins_;
     if (plain_) {
       begins[0] = 0;
-      for (int64_t k = 1; k <= s.sets; ++k) begins[k] = s.entries;  // no entries have no ids either, but many sets
+      for (int64_t k = 1; k <= s.sets; ++k)
+        begins[k] = s.entries;  // no entries have no ids either, but many sets
       return;
     }
     entries_.reset(s.entries);
@@ -113,7 +122,8 @@ class Order {
     for (int64_t n = 0; n < s.entries; ++n)
       if (wanted(s, n)) ++begins[set(s, n) + 1];
     for (int64_t k = 0; k < s.sets; ++k) begins[k + 1] += begins[k];
-    for (int64_t n = 0; n < s.entries; ++n)  // begins[k] serves as the cursor of set k and ends as the begin of k + 1
+    for (int64_t n = 0; n < s.entries;
+         ++n)  // begins[k] serves as the cursor of set k and ends as the begin of k + 1
       if (wanted(s, n)) entries_[begins[set(s, n)]++] = n;
     for (int64_t k = s.sets; k > 0; --k) begins[k] = begins[k - 1];
     begins[0] = 0;
@@ -123,7 +133,7 @@ class Order {
   int64_t entry(int64_t i) const { return plain_ ? i : entries_[i]; }
 
  private:
-  static int64_t set(const Selection& s, int64_t n) { return s.set_ids ? s.set_ids[n] : 0; }
+  static int64_t set(const Selection& s, int64_t n) { return s.weight_ids ? s.weight_ids[n] : 0; }
   static bool wanted(const Selection& s, int64_t n) {
     int64_t k = set(s, n);
     return (s.rows == nullptr || s.rows[n] >= 0) && k >= 0 && k < s.sets;
@@ -132,7 +142,8 @@ class Order {
   Scratch<int64_t> begins_, entries_;
 };
 
-// A run of entries of one set: the unit that a thread takes. Its bounds depend on the entries alone.
+// A run of entries of one set: the unit that a thread takes. Its bounds depend on the entries
+// alone.
 struct Run {
   int64_t set, begin, end;
 };
@@ -140,7 +151,8 @@ struct Run {
 class Runs {
  public:
   Runs(const Order& order, int64_t sets, int64_t longest) : runs_() {
-    for (int64_t k = 0; k < sets; ++k) count += (order.end(k) - order.begin(k) + longest - 1) / longest;
+    for (int64_t k = 0; k < sets; ++k)
+      count += (order.end(k) - order.begin(k) + longest - 1) / longest;
     runs_.reset(count);
     int64_t i = 0;
     for (int64_t k = 0; k < sets; ++k)
@@ -161,12 +173,13 @@ REFT_INLINE T* row_at(Rows rows, int64_t i) {
   return static_cast<T*>(rows.data) + i * rows.stride;
 }
 
-// Whether an output goes past the caches: it has memory of its own, in whole vectors, and so much of it that whoever reads it
-// next finds little of it there anyway.
+// Whether an output goes past the caches: it has memory of its own, in whole vectors, and so much
+// of it that whoever reads it next finds little of it there anyway.
 template <class T>
 inline bool streams_out(const Selection& s, Rows in, Rows out, int64_t d) {
   constexpr int64_t kStreamedBytes = 16 << 20, kUnit = 64;
-  return s.rows == nullptr && out && in.data != out.data && s.entries * d * int64_t(sizeof(T)) >= kStreamedBytes &&
+  return s.rows == nullptr && out && in.data != out.data &&
+         s.entries * d * int64_t(sizeof(T)) >= kStreamedBytes &&
          d % (kUnit / int64_t(sizeof(T))) == 0 && out.stride * int64_t(sizeof(T)) % kUnit == 0 &&
          reinterpret_cast<uintptr_t>(out.data) % kUnit == 0;
 }
@@ -208,7 +221,8 @@ class Chunk {
   Scratch<A*> rows_;
 };
 
-// Rows of a tile: as many as keep it in L2 between the two products, in multiples of the register blocks.
+// Rows of a tile: as many as keep it in L2 between the two products, in multiples of the register
+// blocks.
 template <class T>
 inline int64_t tile_rows(int64_t d, int64_t r) {
   constexpr int64_t kTileBytes = 512 * 1024, kSumBytes = 64 * 1024, kUnit = 12;
@@ -217,7 +231,8 @@ inline int64_t tile_rows(int64_t d, int64_t r) {
   return rows < kUnit ? kUnit : smaller(rows, 4 * kUnit);
 }
 
-// How many units a thread should take at least: below this much work entering the pool costs more than it brings.
+// How many units a thread should take at least: below this much work entering the pool costs more
+// than it brings.
 inline int64_t grain_of(int64_t work_per_unit) {
   constexpr int64_t kWork = 200000;  // multiply-adds, about 10 microseconds
   return work_per_unit >= kWork ? 1 : kWork / (work_per_unit > 0 ? work_per_unit : 1);

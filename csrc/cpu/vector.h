@@ -1,17 +1,18 @@
-// One vector of floats or doubles for the instruction set this file is compiled for, and loads and stores that convert.
-// Included once for each instruction set (build flags choose it; REFT_ISA names its namespace): nothing here may be shared
-// between them, so no function of the standard library is instantiated.
+// One vector of floats or doubles for the instruction set this file is compiled for, and loads and
+// stores that convert. Included once for each instruction set (build flags choose it; REFT_ISA
+// names its namespace): nothing here may be shared between them, so no function of the standard
+// library is instantiated.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
 #if defined(__AVX2__) || defined(__AVX512F__) || defined(__F16C__)
-#include <immintrin.h>
+#  include <immintrin.h>
 #endif
 
 #ifndef REFT_ISA
-#error "REFT_ISA names the namespace of the instruction set: avx512bf16, avx512, avx2 or portable"
+#  error "REFT_ISA names the namespace of the instruction set: avx512bf16, avx512, avx2 or portable"
 #endif
 
 #define REFT_INLINE inline __attribute__((always_inline))
@@ -74,7 +75,8 @@ REFT_INLINE vec<A> broadcast(A value) {
   return value - vec<A>{};
 }
 
-// a * b + c; contraction is on (-ffp-contract=fast), so this is one instruction where the machine has it.
+// a * b + c; contraction is on (-ffp-contract=fast), so this is one instruction where the machine
+// has it.
 template <class V>
 REFT_INLINE V fma(V a, V b, V c) {
   return a * b + c;
@@ -104,8 +106,10 @@ REFT_INLINE float to_acc(fp16 v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v.bits);
 #else
-  // the exponent is rebased by a multiplication, which also makes subnormals right; infinities and NaN are set apart
-  uint32_t magnitude = uint32_t(v.bits & 0x7fff) << 13, sign = uint32_t(v.bits & 0x8000) << 16, bits;
+  // the exponent is rebased by a multiplication, which also makes subnormals right; infinities and
+  // NaN are set apart
+  uint32_t magnitude = uint32_t(v.bits & 0x7fff) << 13, sign = uint32_t(v.bits & 0x8000) << 16,
+           bits;
   float out;
   if (magnitude >= 0x0f800000u) {
     bits = magnitude | 0x7f800000u;
@@ -126,7 +130,8 @@ REFT_INLINE void from_acc(float v, bf16* out) {
   uint32_t bits;
   memcpy(&bits, &v, 4);
   // to nearest, ties to even; a NaN keeps its upper bits and is made quiet
-  out->bits = v != v ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  out->bits =
+      v != v ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 REFT_INLINE void from_acc(float v, fp16* out) {
 #if defined(__F16C__)
@@ -139,7 +144,8 @@ REFT_INLINE void from_acc(float v, fp16* out) {
     out->bits = uint16_t(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff));
   } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
     out->bits = uint16_t(sign | 0x7c00);
-  } else if (magnitude < 0x38800000u) {  // subnormal: an addition aligns the last bit, the hardware rounds
+  } else if (magnitude <
+             0x38800000u) {  // subnormal: an addition aligns the last bit, the hardware rounds
     float aligned, half = 0.5f;
     memcpy(&aligned, &magnitude, 4);
     aligned += half;
@@ -205,11 +211,11 @@ REFT_INLINE void store(bf16* p, vec<float> v) {
   bits_t quiet = (bits >> 16) | 0x40;
   bits_t nan = (bits_t)(v != v);
   bits = (rounded & ~nan) | (quiet & nan);
-#if defined(__AVX512F__)
+#  if defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bits));
-#else
+#  else
   for (int i = 0; i < kLanes<float>; ++i) p[i].bits = uint16_t(bits[i]);
-#endif
+#  endif
 }
 #endif
 REFT_INLINE void store(fp16* p, vec<float> v) {
@@ -224,7 +230,8 @@ REFT_INLINE void store(fp16* p, vec<float> v) {
 #endif
 }
 
-// ---- stores that leave the caches alone, to addresses aligned to what they write; end_streams() before others read
+// ---- stores that leave the caches alone, to addresses aligned to what they write; end_streams()
+// before others read
 
 #if defined(__AVX512F__)
 REFT_INLINE void stream(float* p, vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
@@ -242,11 +249,11 @@ REFT_INLINE void stream(T* p, vec<float> v) {
 #if defined(__AVX2__)
   alignas(32) T half[kLanes<float>];
   store(half, v);
-#if defined(__AVX512F__)
+#  if defined(__AVX512F__)
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<const __m256i*>(half));
-#else
+#  else
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<const __m128i*>(half));
-#endif
+#  endif
 #else
   store(p, v);
 #endif

@@ -47,7 +47,8 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T value[V];
 };
 
-// V consecutive elements in fp32. Never through the read-only path: an edit in place writes what it has read.
+// V consecutive elements in fp32. Never through the read-only path: an edit in place writes what it
+// has read.
 template <class T, int V>
 __device__ inline void load(const T* from, float (&to)[V]) {
   Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
@@ -66,7 +67,8 @@ __device__ inline void store(T* to, const float (&from)[V]) {
 // One element of a small tensor, whose dtype is no template parameter.
 __device__ inline float load_any(AnyDtype tensor, int64_t at) {
   if (tensor.dtype == Dtype::kFloat32) return static_cast<const float*>(tensor.data)[at];
-  if (tensor.dtype == Dtype::kBFloat16) return to_float(static_cast<const __nv_bfloat16*>(tensor.data)[at]);
+  if (tensor.dtype == Dtype::kBFloat16)
+    return to_float(static_cast<const __nv_bfloat16*>(tensor.data)[at]);
   return to_float(static_cast<const __half*>(tensor.data)[at]);
 }
 
@@ -75,27 +77,38 @@ __device__ inline float sigmoid(float z) {
   return z >= 0.0f ? 1.0f / (1.0f + t) : t / (1.0f + t);
 }
 
-constexpr float kSqrtHalf = 0.70710678118654752f, kSqrtTwoOverPi = 0.79788456080286536f, kGeluCubic = 0.044715f;
+constexpr float kSqrtHalf = 0.70710678118654752f, kSqrtTwoOverPi = 0.79788456080286536f,
+                kGeluCubic = 0.044715f;
 
 __device__ inline float activate(float z, Activation activation) {
   switch (activation) {
-    case Activation::kRelu: return z <= 0.0f ? 0.0f : z;  // not fmaxf: NaN must pass through
-    case Activation::kGelu: return 0.5f * z * (1.0f + erff(z * kSqrtHalf));
-    case Activation::kGeluTanh: return 0.5f * z * (1.0f + tanhf(kSqrtTwoOverPi * (z + kGeluCubic * z * z * z)));
-    case Activation::kSilu: return z * sigmoid(z);
-    case Activation::kTanh: return tanhf(z);
-    case Activation::kSigmoid: return sigmoid(z);
-    default: return z;
+    case Activation::kRelu:
+      return z <= 0.0f ? 0.0f : z;  // not fmaxf: NaN must pass through
+    case Activation::kGelu:
+      return 0.5f * z * (1.0f + erff(z * kSqrtHalf));
+    case Activation::kGeluTanh:
+      return 0.5f * z * (1.0f + tanhf(kSqrtTwoOverPi * (z + kGeluCubic * z * z * z)));
+    case Activation::kSilu:
+      return z * sigmoid(z);
+    case Activation::kTanh:
+      return tanhf(z);
+    case Activation::kSigmoid:
+      return sigmoid(z);
+    default:
+      return z;
   }
 }
 
 __device__ inline float activation_derivative(float z, Activation activation) {
   switch (activation) {
-    case Activation::kRelu: return z > 0.0f ? 1.0f : 0.0f;
-    case Activation::kGelu: return 0.5f * (1.0f + erff(z * kSqrtHalf)) + z * expf(-0.5f * z * z) * 0.39894228040143268f;
+    case Activation::kRelu:
+      return z > 0.0f ? 1.0f : 0.0f;
+    case Activation::kGelu:
+      return 0.5f * (1.0f + erff(z * kSqrtHalf)) + z * expf(-0.5f * z * z) * 0.39894228040143268f;
     case Activation::kGeluTanh: {
       float t = tanhf(kSqrtTwoOverPi * (z + kGeluCubic * z * z * z));
-      return 0.5f * (1.0f + t) + 0.5f * z * (1.0f - t * t) * kSqrtTwoOverPi * (1.0f + 3.0f * kGeluCubic * z * z);
+      return 0.5f * (1.0f + t) +
+             0.5f * z * (1.0f - t * t) * kSqrtTwoOverPi * (1.0f + 3.0f * kGeluCubic * z * z);
     }
     case Activation::kSilu: {
       float s = sigmoid(z);
@@ -109,7 +122,8 @@ __device__ inline float activation_derivative(float z, Activation activation) {
       float s = sigmoid(z);
       return s * (1.0f - s);
     }
-    default: return 1.0f;
+    default:
+      return 1.0f;
   }
 }
 
@@ -120,6 +134,8 @@ __device__ inline float warp_sum(float v) {
   return v;
 }
 
-inline bool aligned(const void* pointer, size_t bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+inline bool aligned(const void* pointer, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+}
 
 }  // namespace reft_cuda

@@ -12,9 +12,9 @@
 
 // Whose tensors the kernels serve; the tests' emulation runs them on the CPU.
 #ifdef REFT_CUDA_EMULATED
-#define REFT_DISPATCH_KEY CPU
+#  define REFT_DISPATCH_KEY CPU
 #else
-#define REFT_DISPATCH_KEY CUDA
+#  define REFT_DISPATCH_KEY CUDA
 #endif
 
 namespace reft_cuda {
@@ -42,23 +42,28 @@ class Device {
 
 using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
 
-// aoti_torch_get_current_cuda_stream of the stable C interface. It lives in libtorch_cuda.so, which a CPU build of PyTorch does
-// not have: found at run time, so that this library links and loads without it.
+// aoti_torch_get_current_cuda_stream of the stable C interface. It lives in libtorch_cuda.so, which
+// a CPU build of PyTorch does not have: found at run time, so that this library links and loads
+// without it.
 inline CurrentStream find_current_stream() {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   return library == nullptr ? nullptr
-                            : reinterpret_cast<CurrentStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+                            : reinterpret_cast<CurrentStream>(
+                                  dlsym(library, "aoti_torch_get_current_cuda_stream"));
 }
 
 // The tensor's device, current as long as this lives.
 class Device {
  public:
-  Device(const char* name, const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
-    // this library's own runtime takes the device over from the guard's; said once more for a thread that it has not seen
+  Device(const char* name, const torch::stable::Tensor& tensor)
+      : guard_(tensor.get_device_index()) {
+    // this library's own runtime takes the device over from the guard's; said once more for a
+    // thread that it has not seen
     check_launch(name, cudaSetDevice(tensor.get_device_index()));
     static const CurrentStream current_stream = find_current_stream();
     void* stream = nullptr;
-    if (current_stream == nullptr || current_stream(tensor.get_device_index(), &stream) != AOTI_TORCH_SUCCESS)
+    if (current_stream == nullptr ||
+        current_stream(tensor.get_device_index(), &stream) != AOTI_TORCH_SUCCESS)
       fail(name, "this PyTorch gives no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(stream);
   }

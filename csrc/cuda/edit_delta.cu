@@ -1,13 +1,16 @@
-// The edit's backward, first launch, over rows: delta = B g, then dz = act'(z) coeff delta, coeff * u and coeff's gradient.
+// The edit's backward, first launch, over rows: delta = B g, then dz = act'(z) coeff delta, coeff *
+// u and coeff's gradient.
 //
-// It reads the rows of g once and writes what the second launch needs of them, [N, r] each, padded with zeros.
+// It reads the rows of g once and writes what the second launch needs of them, [N, r] each, padded
+// with zeros.
 #include "project.cuh"
 
 namespace reft_cuda {
 namespace {
 
 template <class T, class W, int V, int ROWS>
-__global__ void __launch_bounds__(kProjectThreads, 1) edit_delta_kernel(const EditDelta p, int count) {
+__global__ void __launch_bounds__(kProjectThreads, 1)
+    edit_delta_kernel(const EditDelta p, int count) {
   const Selection& selection = p.selection;
   const int r = selection.rank, padded = padded_rank(r);
   const int64_t d = selection.d;
@@ -21,7 +24,8 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_delta_kernel(const Ed
   for (int q = 0; q < ROWS; ++q) {
     const int64_t n = first_entry + q;
     if (left >> q & 1 || n >= selection.num_rows) continue;
-    for (int i = threadIdx.x; i < count * padded; i += kProjectThreads) p.small[n * count * padded + i] = 0.0f;
+    for (int i = threadIdx.x; i < count * padded; i += kProjectThreads)
+      p.small[n * count * padded + i] = 0.0f;
     if (p.grad_coeff != nullptr)
       for (int i = threadIdx.x; i < r; i += kProjectThreads) p.grad_coeff[n * r + i] = 0.0f;
   }
@@ -75,7 +79,8 @@ cudaError_t launch(const EditDelta& p, int count, cudaStream_t stream) {
 template <class T, class W>
 cudaError_t choose(const EditDelta& p, int count, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
-  const bool vectors = p.selection.d % V == 0 && p.grad_stride % V == 0 && aligned(p.grad, 16) && aligned(p.write, 16);
+  const bool vectors = p.selection.d % V == 0 && p.grad_stride % V == 0 && aligned(p.grad, 16) &&
+                       aligned(p.write, 16);
   if (!vectors) return launch<T, W, 1, 1>(p, count, stream);
   return rows_of_block(p.selection.num_rows) == 1 ? launch<T, W, V, 1>(p, count, stream)
                                                   : launch<T, W, V, 4>(p, count, stream);
@@ -87,10 +92,14 @@ cudaError_t edit_delta(const EditDelta& p, int count, cudaStream_t stream) {
   const bool wide = p.weight_dtype == Dtype::kFloat32;
   if (!wide && p.weight_dtype != p.dtype) return cudaErrorInvalidValue;
   switch (p.dtype) {
-    case Dtype::kFloat32: return choose<float, float>(p, count, stream);
+    case Dtype::kFloat32:
+      return choose<float, float>(p, count, stream);
     case Dtype::kBFloat16:
-      return wide ? choose<__nv_bfloat16, float>(p, count, stream) : choose<__nv_bfloat16, __nv_bfloat16>(p, count, stream);
-    default: return wide ? choose<__half, float>(p, count, stream) : choose<__half, __half>(p, count, stream);
+      return wide ? choose<__nv_bfloat16, float>(p, count, stream)
+                  : choose<__nv_bfloat16, __nv_bfloat16>(p, count, stream);
+    default:
+      return wide ? choose<__half, float>(p, count, stream)
+                  : choose<__half, __half>(p, count, stream);
   }
 }
 

@@ -1,7 +1,9 @@
-// The edit of selected rows, forward, in one launch: y = x + B^T (coeff * u), u = act(A x + c) - (B x + p).
+// The edit of selected rows, forward, in one launch: y = x + B^T (coeff * u), u = act(A x + c) - (B
+// x + p).
 //
-// A block owns one or four rows. It passes over d twice: its warps share the weight vectors of z and of B x, reading the rows
-// through L1; then its threads share the columns of y. Rows of one block that use several weight sets are served set by set.
+// A block owns one or four rows. It passes over d twice: its warps share the weight vectors of z
+// and of B x, reading the rows through L1; then its threads share the columns of y. Rows of one
+// block that use several weight sets are served set by set.
 #include "project.cuh"
 
 namespace reft_cuda {
@@ -14,12 +16,13 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
   const int r = selection.rank;
   const int64_t d = selection.d;
   const bool linear = p.activation == Activation::kLinear;
-  const bool fold = p.subtract && linear;     // A x - B x is one product with A - B
-  const bool second = p.subtract && !linear;  // B x is a product of its own
+  const bool fold = p.subtract_projection && linear;     // A x - B x is one product with A - B
+  const bool second = p.subtract_projection && !linear;  // B x is a product of its own
   const bool first = p.read != nullptr || fold;
 
   auto& block = *dynamic_shared<RowBlock<ROWS>>();
-  float* used = reinterpret_cast<float*>(dynamic_shared<unsigned char>() + 64);  // [r, ROWS]: coeff * u
+  float* used =
+      reinterpret_cast<float*>(dynamic_shared<unsigned char>() + 64);  // [r, ROWS]: coeff * u
   float* part_z = used + r * ROWS;
   float* part_q = part_z + part_size(ROWS, r);
   const int64_t first_entry = int64_t(blockIdx.x) * ROWS;
@@ -35,8 +38,9 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
       if (p.u != nullptr) p.u[n * r + i] = 0.0f;
       if (p.z != nullptr) p.z[n * r + i] = 0.0f;
     }
-    if (p.kept != nullptr)
-      for (int64_t c = threadIdx.x; c < d; c += kProjectThreads) static_cast<T*>(p.kept)[n * d + c] = from_float<T>(0.0f);
+    if (p.saved_input != nullptr)
+      for (int64_t c = threadIdx.x; c < d; c += kProjectThreads)
+        static_cast<T*>(p.saved_input)[n * d + c] = from_float<T>(0.0f);
   }
 
   while (left != 0) {
@@ -93,8 +97,9 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
 #pragma unroll
       for (int q = 0; q < ROWS; ++q) {
         if (!(active >> q & 1)) continue;
-        if (p.kept != nullptr)
-          *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(p.kept) + (first_entry + q) * d + c) = value[q];
+        if (p.saved_input != nullptr)
+          *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(p.saved_input) + (first_entry + q) * d +
+                                         c) = value[q];
 #pragma unroll
         for (int v = 0; v < V; ++v) acc[q][v] += to_float(value[q].value[v]);
         store<T, V>(static_cast<T*>(p.out) + block.row[q] * p.out_stride + c, acc[q]);
@@ -117,10 +122,12 @@ cudaError_t launch(const EditForward& p, cudaStream_t stream) {
 template <class T, class W>
 cudaError_t choose(const EditForward& p, cudaStream_t stream) {
   constexpr int V = 16 / sizeof(T);
-  const bool vectors = p.selection.d % V == 0 && p.source_stride % V == 0 && p.out_stride % V == 0 && aligned(p.source, 16) &&
-                       aligned(p.out, 16) && aligned(p.kept, 16) && aligned(p.read, 16) && aligned(p.write, 16);
+  const bool vectors = p.selection.d % V == 0 && p.source_stride % V == 0 &&
+                       p.out_stride % V == 0 && aligned(p.source, 16) && aligned(p.out, 16) &&
+                       aligned(p.saved_input, 16) && aligned(p.read, 16) && aligned(p.write, 16);
   if (!vectors) return launch<T, W, 1, 1>(p, stream);
-  return rows_of_block(p.selection.num_rows) == 1 ? launch<T, W, V, 1>(p, stream) : launch<T, W, V, 4>(p, stream);
+  return rows_of_block(p.selection.num_rows) == 1 ? launch<T, W, V, 1>(p, stream)
+                                                  : launch<T, W, V, 4>(p, stream);
 }
 
 }  // namespace
@@ -129,10 +136,13 @@ cudaError_t edit_forward(const EditForward& p, cudaStream_t stream) {
   const bool wide = p.weight_dtype == Dtype::kFloat32;
   if (!wide && p.weight_dtype != p.dtype) return cudaErrorInvalidValue;
   switch (p.dtype) {
-    case Dtype::kFloat32: return choose<float, float>(p, stream);
+    case Dtype::kFloat32:
+      return choose<float, float>(p, stream);
     case Dtype::kBFloat16:
-      return wide ? choose<__nv_bfloat16, float>(p, stream) : choose<__nv_bfloat16, __nv_bfloat16>(p, stream);
-    default: return wide ? choose<__half, float>(p, stream) : choose<__half, __half>(p, stream);
+      return wide ? choose<__nv_bfloat16, float>(p, stream)
+                  : choose<__nv_bfloat16, __nv_bfloat16>(p, stream);
+    default:
+      return wide ? choose<__half, float>(p, stream) : choose<__half, __half>(p, stream);
   }
 }
 

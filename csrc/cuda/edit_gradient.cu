@@ -1,10 +1,12 @@
-// The edit's backward, second launch, over columns: dh = g + A^T dz - B^T ddelta, and the weights' gradients
+// The edit's backward, second launch, over columns: dh = g + A^T dz - B^T ddelta, and the weights'
+// gradients
 //
 //     dA = dz^T x     dB = (coeff * u)^T g - ddelta^T x     dc = sum dz     dp = -sum ddelta
 //
-// A block owns 32 or 64 columns of one weight set and goes over all rows: its 16 warps share the rows, four at a time, and hold
-// fp32 sums for eight ranks, which are added warp by warp, in order: no atomics, no second phase. Each element of g is read and
-// written by one thread, so dh may overwrite g. One more block a set sums the biases.
+// A block owns 32 or 64 columns of one weight set and goes over all rows: its 16 warps share the
+// rows, four at a time, and hold fp32 sums for eight ranks, which are added warp by warp, in order:
+// no atomics, no second phase. Each element of g is read and written by one thread, so dh may
+// overwrite g. One more block a set sums the biases.
 #include "common.cuh"
 
 namespace reft_cuda {
@@ -17,14 +19,15 @@ constexpr int kRanks = 8;  // of a pass over the rows
 
 __device__ inline bool belongs(const Selection& selection, int64_t n, int set) {
   if (n >= selection.num_rows || selection.rows[n] < 0) return false;
-  return selection.set_ids == nullptr || selection.set_ids[n] == set;
+  return selection.weight_ids == nullptr || selection.weight_ids[n] == set;
 }
 
 // dc and dp of one set, in fp64: these few sums over all rows cost nothing.
 __device__ inline void sum_biases(const EditGradient& p, int set) {
   const Selection& selection = p.selection;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int r = selection.rank, padded = padded_rank(r), count = small_count(p.subtract, p.linear);
+  const int r = selection.rank, padded = padded_rank(r),
+            count = small_count(p.subtract_projection, p.linear);
   double* sums = dynamic_shared<double>();  // [2, warps, 32]
   for (int first = 0; first < r; first += kWarp) {
     const int i = first + lane;
@@ -47,7 +50,7 @@ __device__ inline void sum_biases(const EditGradient& p, int set) {
       }
       const int64_t at = int64_t(set) * r + i;
       p.grad_read_bias[at] = float(dz);
-      if (p.subtract) p.grad_subtract_bias[at] = -float(p.linear ? dz : ddelta);
+      if (p.subtract_projection) p.grad_subtract_bias[at] = -float(p.linear ? dz : ddelta);
     }
     __syncthreads();
   }
@@ -87,15 +90,15 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
     sum_biases(p, set);
     return;
   }
-  const bool fold = p.subtract && !SECOND;
+  const bool fold = p.subtract_projection && !SECOND;
   const bool first = p.read.data != nullptr || fold;  // dz acts on x
   const bool needs_x = needs_weights && (first || SECOND);
   constexpr int kCount = SECOND ? 3 : 2;
 
   float* sums_a = dynamic_shared<float>();  // [warps, 8, columns]
   float* sums_b = sums_a + kWarps * kTile;
-  float* tile_a = sums_b + kWarps * kTile;      // [padded, columns]: A, A - B or -B
-  float* tile_b = tile_a + padded * kColumns;   // [padded, columns]: B, with SECOND
+  float* tile_a = sums_b + kWarps * kTile;     // [padded, columns]: A, A - B or -B
+  float* tile_b = tile_a + padded * kColumns;  // [padded, columns]: B, with SECOND
   if (p.out != nullptr) {
     for (int e = threadIdx.x; e < padded * kColumns; e += kThreads) {
       const int i = e / kColumns;
@@ -104,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
       if (i < r && c < d) {
         const int64_t at = (int64_t(set) * r + i) * d + c;
         if (p.read.data != nullptr) a = load_any(p.read, at);
-        if (p.subtract) b = load_any(p.write, at);
+        if (p.subtract_projection) b = load_any(p.write, at);
       }
       tile_a[e] = fold ? a - b : a;
       if (SECOND) tile_b[e] = b;
@@ -122,7 +125,8 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
       bool mine[kRows];
       int32_t row[kRows];
       const float* small = p.small + n0 * kCount * padded;
-      int at_row[kRows];  // of `small`; the first row's, which is readable, where the row's is not used
+      int at_row[kRows];  // of `small`; the first row's, which is readable, where the row's is not
+                          // used
       float g[kRows][V], x[kRows][V];
 #pragma unroll
       for (int q = 0; q < kRows; ++q) {
@@ -137,7 +141,8 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
         zero(x[q]);
         if (mine[q] && inside) {
           load<T, V>(static_cast<const T*>(p.grad) + int64_t(row[q]) * p.grad_stride + c, g[q]);
-          if (needs_x) load<T, V>(static_cast<const T*>(p.kept) + (n0 + q) * p.kept_stride + c, x[q]);
+          if (needs_x)
+            load<T, V>(static_cast<const T*>(p.saved_input) + (n0 + q) * p.kept_stride + c, x[q]);
         }
       }
       if (needs_weights) {
@@ -223,21 +228,24 @@ constexpr size_t shared_bytes(int columns_a_thread, int tiles) {
 static_assert(shared_bytes(1, 2 * kMaxRank) <= kSharedLimit);
 
 int staged_rows(const EditGradient& p) {
-  return p.out == nullptr ? 0 : padded_rank(p.selection.rank) * (p.subtract && !p.linear ? 2 : 1);
+  return p.out == nullptr
+             ? 0
+             : padded_rank(p.selection.rank) * (p.subtract_projection && !p.linear ? 2 : 1);
 }
 
 template <class T, int V, bool SECOND>
 cudaError_t launch(const EditGradient& p, cudaStream_t stream) {
   const bool needs_weights = p.grad_write != nullptr;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(ceil_div(p.selection.d, kWarp * V) + (needs_weights ? 1 : 0)), unsigned(p.selection.sets));
+  config.gridDim = dim3(unsigned(ceil_div(p.selection.d, kWarp * V) + (needs_weights ? 1 : 0)),
+                        unsigned(p.selection.sets));
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes(V, staged_rows(p));
   config.stream = stream;
   auto kernel = edit_gradient_kernel<T, V, SECOND>;
   if (config.dynamicSmemBytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes));
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             int(config.dynamicSmemBytes));
     if (error != cudaSuccess) return error;
   }
   return cudaLaunchKernelEx(&config, kernel, p);
@@ -246,25 +254,31 @@ cudaError_t launch(const EditGradient& p, cudaStream_t stream) {
 template <class T, bool SECOND>
 cudaError_t choose(const EditGradient& p, cudaStream_t stream) {
   const size_t pair = 2 * sizeof(T);
-  // two columns a thread where 64 columns a block still leave a block for each multiprocessor; reasoned, not measured
-  const bool pairs = p.selection.d >= 8192 && p.selection.d % 2 == 0 && p.grad_stride % 2 == 0 && p.out_stride % 2 == 0 &&
-                     p.kept_stride % 2 == 0 && aligned(p.grad, pair) && aligned(p.out, pair) && aligned(p.kept, pair) &&
+  // two columns a thread where 64 columns a block still leave a block for each multiprocessor;
+  // reasoned, not measured
+  const bool pairs = p.selection.d >= 8192 && p.selection.d % 2 == 0 && p.grad_stride % 2 == 0 &&
+                     p.out_stride % 2 == 0 && p.kept_stride % 2 == 0 && aligned(p.grad, pair) &&
+                     aligned(p.out, pair) && aligned(p.saved_input, pair) &&
                      shared_bytes(2, staged_rows(p)) <= kSharedLimit;
   return pairs ? launch<T, 2, SECOND>(p, stream) : launch<T, 1, SECOND>(p, stream);
 }
 
 template <class T>
 cudaError_t choose(const EditGradient& p, cudaStream_t stream) {
-  return p.subtract && !p.linear ? choose<T, true>(p, stream) : choose<T, false>(p, stream);
+  return p.subtract_projection && !p.linear ? choose<T, true>(p, stream)
+                                            : choose<T, false>(p, stream);
 }
 
 }  // namespace
 
 cudaError_t edit_gradient(const EditGradient& p, cudaStream_t stream) {
   switch (p.dtype) {
-    case Dtype::kFloat32: return choose<float>(p, stream);
-    case Dtype::kBFloat16: return choose<__nv_bfloat16>(p, stream);
-    default: return choose<__half>(p, stream);
+    case Dtype::kFloat32:
+      return choose<float>(p, stream);
+    case Dtype::kBFloat16:
+      return choose<__nv_bfloat16>(p, stream);
+    default:
+      return choose<__half>(p, stream);
   }
 }
 

@@ -1,11 +1,14 @@
-// What both directions of the orthonormal maps share: staging, Gram sums, r x r algebra in fp64, and the launch.
+// What both directions of the orthonormal maps share: staging, Gram sums, r x r algebra in fp64,
+// and the launch.
 //
-// With E the first r columns of the identity and L the strictly lower part of X (cayley: [0; X[r:]]), both maps are written
-// without the unit diagonal of V = E + L, which keeps it exact:  F = V M + E N = L M + E P,  V^T V = I + L1 + L1^T + L^T L.
+// With E the first r columns of the identity and L the strictly lower part of X (cayley: [0;
+// X[r:]]), both maps are written without the unit diagonal of V = E + L, which keeps it exact:  F =
+// V M + E N = L M + E P,  V^T V = I + L1 + L1^T + L^T L.
 //
-// A layer belongs to `splits` blocks, one after the other in the grid. Each reduces the Gram sums over its own rows; behind one
-// barrier of the layer every block adds the partial sums in the order of the splits, does the r x r algebra for itself and
-// writes its own rows. The splits are a thread-block cluster where there are clusters, and a cooperative grid where not.
+// A layer belongs to `splits` blocks, one after the other in the grid. Each reduces the Gram sums
+// over its own rows; behind one barrier of the layer every block adds the partial sums in the order
+// of the splits, does the r x r algebra for itself and writes its own rows. The splits are a
+// thread-block cluster where there are clusters, and a cooperative grid where not.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -17,7 +20,8 @@ namespace reft_cuda {
 constexpr int kBuildThreads = 256;
 constexpr int kBuildWarps = kBuildThreads / kWarp;
 constexpr int kStageElements = 4096;  // of one staged tile: 16 a thread
-constexpr int kSharedRank = 32;  // up to here the r x r matrices live in shared memory, beyond it in the block's scratch
+constexpr int kSharedRank =
+    32;  // up to here the r x r matrices live in shared memory, beyond it in the block's scratch
 
 // [rows, size] tiles of kStageElements; size covers the rank or is the largest.
 struct Tiling {
@@ -31,7 +35,8 @@ struct Tiling {
   __host__ __device__ constexpr int floats() const { return rows * (size + 4); }
 };
 
-// Row stride of an r x r matrix of fp64: odd, so that columns do not collide in shared memory's banks.
+// Row stride of an r x r matrix of fp64: odd, so that columns do not collide in shared memory's
+// banks.
 __host__ __device__ constexpr int matrix_stride(int r) { return r | 1; }
 __host__ __device__ constexpr int64_t matrix_size(int r) { return int64_t(r) * matrix_stride(r); }
 
@@ -51,15 +56,17 @@ struct Build {
   float *arena, *second;  // shared: two staged tiles
   double* pivot;          // shared, 2 * kMaxRank
   double* matrices;       // of this block, each of matrix_size(r)
-  double* partials;       // of this block; the matrices themselves where other blocks can read those
+  double* partials;  // of this block; the matrices themselves where other blocks can read those
   int64_t partials_pitch;  // from one split's partials to the next one's in global memory
-  bool distributed;       // the partials lie in the shared memory of the cluster's blocks
+  bool distributed;        // the partials lie in the shared memory of the cluster's blocks
 
   __device__ double* matrix(int which) const { return matrices + which * matrix_size(r); }
 };
 
-// `matrices`: how many r x r matrices a block uses, the first `shared_out` of which are partial sums that other blocks read.
-__device__ inline Build make_build(int d, int r, int splits, int chunk, int matrices, int shared_out, double* scratch) {
+// `matrices`: how many r x r matrices a block uses, the first `shared_out` of which are partial
+// sums that other blocks read.
+__device__ inline Build make_build(int d, int r, int splits, int chunk, int matrices,
+                                   int shared_out, double* scratch) {
   Build b;
   b.d = d;
   b.r = r;
@@ -73,7 +80,8 @@ __device__ inline Build make_build(int d, int r, int splits, int chunk, int matr
   b.second = b.arena + tile;
   b.pivot = reinterpret_cast<double*>(b.second + tile);
   const bool in_shared = r <= kSharedRank;
-  b.matrices = in_shared ? b.pivot + 2 * kMaxRank : scratch + int64_t(blockIdx.x) * matrices * matrix_size(r);
+  b.matrices = in_shared ? b.pivot + 2 * kMaxRank
+                         : scratch + int64_t(blockIdx.x) * matrices * matrix_size(r);
   b.partials = b.matrices;
   b.partials_pitch = matrices * matrix_size(r);
   b.distributed = in_shared && splits > 1;
@@ -133,10 +141,14 @@ struct LowerPart {
   const float* A;
   bool below;
 
-  __device__ bool operator==(const LowerPart& other) const { return A == other.A && below == other.below; }
+  __device__ bool operator==(const LowerPart& other) const {
+    return A == other.A && below == other.below;
+  }
 
-  // to[rr * stride + c] <- entry (row0 + rr, col0 + c), zeros outside; neighbouring threads take neighbouring columns.
-  __device__ void stage(float* to, int stride, const Build& b, const Tiling& tiling, int row0, int col0) const {
+  // to[rr * stride + c] <- entry (row0 + rr, col0 + c), zeros outside; neighbouring threads take
+  // neighbouring columns.
+  __device__ void stage(float* to, int stride, const Build& b, const Tiling& tiling, int row0,
+                        int col0) const {
     float value[8];
 #pragma unroll 1  // all 16 loads in flight would spill
     for (int half = 0; half < 2; ++half) {
@@ -169,7 +181,8 @@ struct TotalGradient {
   }
 
   // As LowerPart's; neighbouring threads take neighbouring rows.
-  __device__ void stage(float* to, int stride, const Build& b, const Tiling& tiling, int row0, int col0) const {
+  __device__ void stage(float* to, int stride, const Build& b, const Tiling& tiling, int row0,
+                        int col0) const {
     float value[8];
 #pragma unroll 1  // all 16 loads in flight would spill
     for (int half = 0; half < 2; ++half) {
@@ -187,7 +200,8 @@ struct TotalGradient {
     }
   }
 };
-static_assert(kStageElements == 1 << 12 && kStageElements == 16 * kBuildThreads, "stage() takes 16 elements a thread");
+static_assert(kStageElements == 1 << 12 && kStageElements == 16 * kBuildThreads,
+              "stage() takes 16 elements a thread");
 
 // sums[i][j] += x[i] y[j] of four staged numbers each, in the precision of the sums.
 template <class Sum>
@@ -201,14 +215,16 @@ __device__ inline void add_products(const float* from_x, const float* from_y, Su
     for (int j = 0; j < 4; ++j) sums[i][j] = fma(Sum(x[i]), Sum(y[j]), sums[i][j]);
 }
 
-// out <- A^T B [r, r] over the block's rows, in fp64: the first r rows, which are not small beside the unit diagonal, from the
-// start, the others from fp32 sums of at most 64 rows. Threads hold 4 x 4 entries; where the tile has fewer than 16 x 16 of
-// those, groups of threads share the rows and are added in order. Ends with a barrier.
+// out <- A^T B [r, r] over the block's rows, in fp64: the first r rows, which are not small beside
+// the unit diagonal, from the start, the others from fp32 sums of at most 64 rows. Threads hold 4 x
+// 4 entries; where the tile has fewer than 16 x 16 of those, groups of threads share the rows and
+// are added in order. Ends with a barrier.
 template <class Left, class Right>
 __device__ inline void gram(const Build& b, const Left& A, const Right& B, double* out) {
   const Tiling tiling(b.r);
   const int stride = tiling.size + 4;  // float4 accesses stay aligned
-  const int per_side = tiling.size / 4, patches = per_side * per_side, groups = kBuildThreads / patches;
+  const int per_side = tiling.size / 4, patches = per_side * per_side,
+            groups = kBuildThreads / patches;
   const int patch = threadIdx.x % patches, group = threadIdx.x / patches;
   const int pi = patch / per_side * 4, pj = patch % per_side * 4;
   float* left = b.arena;
@@ -224,9 +240,11 @@ __device__ inline void gram(const Build& b, const Left& A, const Right& B, doubl
         __syncthreads();
         const int top = min(b.r - row0, tiling.rows);
         int row = group;
-        for (; row < top; row += groups) add_products(left + row * stride + pi, right + row * stride + pj, total);
+        for (; row < top; row += groups)
+          add_products(left + row * stride + pi, right + row * stride + pj, total);
         float acc[4][4] = {};
-        for (; row < tiling.rows; row += groups) add_products(left + row * stride + pi, right + row * stride + pj, acc);
+        for (; row < tiling.rows; row += groups)
+          add_products(left + row * stride + pi, right + row * stride + pj, acc);
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -238,7 +256,8 @@ __device__ inline void gram(const Build& b, const Left& A, const Right& B, doubl
       __syncthreads();
       for (int e = threadIdx.x; e < tiling.size * tiling.size; e += kBuildThreads) {
         const int i = e >> tiling.shift, j = e & (tiling.size - 1);
-        const double* from = sums + (i % 4 * 4 + j % 4) * kBuildThreads + (i / 4) * per_side + j / 4;
+        const double* from =
+            sums + (i % 4 * 4 + j % 4) * kBuildThreads + (i / 4) * per_side + j / 4;
         double sum = 0.0;
         for (int g = 0; g < groups; ++g) sum += from[g * patches];
         if (i0 + i < b.r && j0 + j < b.r) out[(i0 + i) * b.stride + j0 + j] = sum;
@@ -247,7 +266,8 @@ __device__ inline void gram(const Build& b, const Left& A, const Right& B, doubl
     }
 }
 
-// store(i, j, sum over k of left(i, k) right(k, j)) for each entry, in fp64; patches of 2 x 2. No barrier.
+// store(i, j, sum over k of left(i, k) right(k, j)) for each entry, in fp64; patches of 2 x 2. No
+// barrier.
 template <class Left, class Right, class Store>
 __device__ inline void product(int r, Left left, Right right, Store store) {
   const int per_side = (r + 1) / 2;
@@ -269,8 +289,8 @@ __device__ inline void product(int r, Left left, Right right, Store store) {
   }
 }
 
-// A <- A^-1 in place by Gauss-Jordan elimination without pivoting: stable for triangular A and for A with positive definite
-// symmetric part. Begins after a barrier, ends with one.
+// A <- A^-1 in place by Gauss-Jordan elimination without pivoting: stable for triangular A and for
+// A with positive definite symmetric part. Begins after a barrier, ends with one.
 __device__ inline void invert(const Build& b, double* A) {
   double *row = b.pivot, *column = b.pivot + kMaxRank;
   for (int k = 0; k < b.r; ++k) {
@@ -288,7 +308,8 @@ __device__ inline void invert(const Build& b, double* A) {
   }
 }
 
-// How threads share a tile of the output: 4 columns j each, and 4 rows c of X that are `step` apart.
+// How threads share a tile of the output: 4 columns j each, and 4 rows c of X that are `step`
+// apart.
 struct Patch {
   int j, c, step;
   // rows_first: neighbouring threads take neighbouring rows c, otherwise neighbouring columns j
@@ -299,12 +320,12 @@ struct Patch {
   }
 };
 
-// acc[j][c] += sum over k of A(row0 + c, k) matrix(k, j0 + j), in fp32, tile by tile: one sum over 255 ranks loses too much.
-// Begins after a barrier, ends with one.
+// acc[j][c] += sum over k of A(row0 + c, k) matrix(k, j0 + j), in fp32, tile by tile: one sum over
+// 255 ranks loses too much. Begins after a barrier, ends with one.
 template <class Tall, class Matrix>
-__device__ inline void spread(
-    const Build& b, const Tiling& tiling, const Patch& patch, int row0, int j0, const Tall& A, Matrix matrix,
-    float (&acc)[4][4]) {
+__device__ inline void multiply_square(const Build& b, const Tiling& tiling, const Patch& patch,
+                                       int row0, int j0, const Tall& A, Matrix matrix,
+                                       float (&acc)[4][4]) {
   const int stride = tiling.size + 1;
   float *tall = b.arena, *square = b.second;
   for (int k0 = 0; k0 < b.r; k0 += tiling.size) {
@@ -343,31 +364,41 @@ __device__ inline double column_sign(const float* signs, int j, bool negate) {
 // ---- host
 
 constexpr int kMaxSplits = 8;  // the largest portable cluster
-constexpr int kSplitRows = 256;  // a split with fewer rows costs more in barriers than it saves; reasoned, not measured
-constexpr int64_t kMaxScratch = int64_t(64) << 20;  // bytes: a large rank takes fewer blocks rather than more memory
+constexpr int kSplitRows =
+    256;  // a split with fewer rows costs more in barriers than it saves; reasoned, not measured
+constexpr int64_t kMaxScratch =
+    int64_t(64) << 20;  // bytes: a large rank takes fewer blocks rather than more memory
 
 // Rows of X for each split.
-inline int split_rows(int d, int splits) { return int(ceil_div(ceil_div(d, splits), kWarp) * kWarp); }
+inline int split_rows(int d, int splits) {
+  return int(ceil_div(ceil_div(d, splits), kWarp) * kWarp);
+}
 
 // `matrices` and `shared_out` as in make_build.
 template <class Kernel>
-cudaError_t make_plan(Kernel kernel, int layers, int d, int r, int matrices, int shared_out, BuildPlan* plan) {
+cudaError_t make_plan(Kernel kernel, int layers, int d, int r, int matrices, int shared_out,
+                      BuildPlan* plan) {
   int device = 0, processors = 0;
   cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   cudaFuncAttributes attributes = {};
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
-  plan->clusters = attributes.ptxVersion >= 90;  // as the machine code that this device runs was compiled
+  plan->clusters =
+      attributes.ptxVersion >= 90;  // as the machine code that this device runs was compiled
   const bool in_shared = r <= kSharedRank;
   plan->splits = 1;
   const auto scratch = [&](int splits) {
     if (in_shared && (splits == 1 || plan->clusters)) return int64_t(0);
-    return int64_t(sizeof(double)) * layers * splits * matrix_size(r) * (in_shared ? shared_out : matrices);
+    return int64_t(sizeof(double)) * layers * splits * matrix_size(r) *
+           (in_shared ? shared_out : matrices);
   };
   // powers of two: every block of a layer must be resident at once, and no split may be empty
   for (int splits = 2; splits <= kMaxSplits; splits *= 2) {
-    if (int64_t(layers) * splits > processors || int64_t(splits) * kSplitRows > d || scratch(splits) > kMaxScratch) break;
+    if (int64_t(layers) * splits > processors || int64_t(splits) * kSplitRows > d ||
+        scratch(splits) > kMaxScratch)
+      break;
     if (int64_t(splits - 1) * split_rows(d, splits) < d) plan->splits = splits;
   }
   plan->scratch_bytes = scratch(plan->splits);
@@ -375,8 +406,8 @@ cudaError_t make_plan(Kernel kernel, int layers, int d, int r, int matrices, int
 }
 
 template <class Kernel, class Arguments>
-cudaError_t launch_build(
-    Kernel kernel, const Arguments& p, const BuildPlan& plan, int matrices, void* scratch, cudaStream_t stream) {
+cudaError_t launch_build(Kernel kernel, const Arguments& p, const BuildPlan& plan, int matrices,
+                         void* scratch, cudaStream_t stream) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(p.layers) * plan.splits);
   config.blockDim = dim3(kBuildThreads);
@@ -393,11 +424,11 @@ cudaError_t launch_build(
   }
   config.attrs = &attribute;
   config.numAttrs = plan.splits > 1 ? 1 : 0;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(config.dynamicSmemBytes));
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           int(config.dynamicSmemBytes));
   if (error != cudaSuccess) return error;
-  return cudaLaunchKernelEx(
-      &config, kernel, p, plan.splits, split_rows(p.d, plan.splits), static_cast<double*>(scratch));
+  return cudaLaunchKernelEx(&config, kernel, p, plan.splits, split_rows(p.d, plan.splits),
+                            static_cast<double*>(scratch));
 }
 
 }  // namespace reft_cuda

@@ -1,11 +1,24 @@
-// The gradient of X through the orthonormal maps, for all layers in one launch; formulas as in reft_kernels/orthonormal.py.
+// The gradient of X through the orthonormal maps, for all layers in one launch; formulas as in
+// reft_kernels/orthonormal.py.
 #include "orthonormal.cuh"
 
 namespace reft_cuda {
 namespace {
 
-// r x r matrices of a block: two of partial sums, and the others, which take over the place of one that is spent.
-enum Matrix : int { kMBarPart, kCrossBarPart, kMBar, kMapM, kCrossBar, kH, kJ, kMatrices, kU = kCrossBar, kSBar = kH };
+// r x r matrices of a block: two of partial sums, and the others, which take over the place of one
+// that is spent.
+enum Matrix : int {
+  kMBarPart,
+  kCrossBarPart,
+  kMBar,
+  kMapM,
+  kCrossBar,
+  kH,
+  kJ,
+  kMatrices,
+  kU = kCrossBar,
+  kSBar = kH
+};
 constexpr int kPartials = 2;
 static_assert(build_shared_bytes(kSharedRank, kMatrices) <= kSharedLimit);
 
@@ -21,11 +34,14 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
   const float* inner = p.aux + layer * (has_base ? 2 : 1) * r * r;
   const float* cross = inner + r * r;  // with a base
   const LowerPart L{X, cayley}, L0{base, false};
-  const TotalGradient F_bar{
-      p.grad_R != nullptr ? p.grad_R + tall : nullptr, p.grad_D != nullptr ? p.grad_D + tall : nullptr};
-  double *M_bar = b.matrix(kMBar), *M = b.matrix(kMapM), *U = b.matrix(kU), *S_bar = b.matrix(kSBar);
+  const TotalGradient F_bar{p.grad_R != nullptr ? p.grad_R + tall : nullptr,
+                            p.grad_D != nullptr ? p.grad_D + tall : nullptr};
+  double *M_bar = b.matrix(kMBar), *M = b.matrix(kMapM), *U = b.matrix(kU),
+         *S_bar = b.matrix(kSBar);
   double *cross_bar = b.matrix(kCrossBar), *H = b.matrix(kH), *J = b.matrix(kJ);
-  const auto lower = [r](const float* A, int i, int j) { return i > j ? double(A[i * r + j]) : 0.0; };
+  const auto lower = [r](const float* A, int i, int j) {
+    return i > j ? double(A[i * r + j]) : 0.0;
+  };
   const bool negate = !has_base && !cayley;
 
   gram(b, L, F_bar, b.partials + kMBarPart * matrix_size(r));
@@ -43,7 +59,8 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
     each_entry(r, [&](int i, int j) { M[i * stride + j] = -2.0 * double(inner[i * r + j]); });
   else
     product(
-        r, [&](int i, int k) { return double(inner[i * r + k]); }, [&](int k, int j) { return lower(X, j, k); },
+        r, [&](int i, int k) { return double(inner[i * r + k]); },
+        [&](int k, int j) { return lower(X, j, k); },
         [&](int i, int j, double sum) { M[i * stride + j] = double(inner[i * r + j]) + sum; });
   __syncthreads();
 
@@ -62,18 +79,21 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
         [&](int k, int j) { return H[k * stride + j]; },
         [&](int i, int j, double sum) { M_bar[i * stride + j] += sum; });
     product(
-        r, [&](int i, int k) { return H[i * stride + k]; }, [&](int k, int j) { return M[j * stride + k]; },
+        r, [&](int i, int k) { return H[i * stride + k]; },
+        [&](int k, int j) { return M[j * stride + k]; },
         [&](int i, int j, double sum) { J[i * stride + j] = sum; });
     __syncthreads();
   }
 
   // through the inverse: U = inner^T Mbar, Sbar = -U M^T
   product(
-      r, [&](int i, int k) { return double(inner[k * r + i]); }, [&](int k, int j) { return M_bar[k * stride + j]; },
+      r, [&](int i, int k) { return double(inner[k * r + i]); },
+      [&](int k, int j) { return M_bar[k * stride + j]; },
       [&](int i, int j, double sum) { U[i * stride + j] = sum; });
   __syncthreads();
   product(
-      r, [&](int i, int k) { return U[i * stride + k]; }, [&](int k, int j) { return M[j * stride + k]; },
+      r, [&](int i, int k) { return U[i * stride + k]; },
+      [&](int k, int j) { return M[j * stride + k]; },
       [&](int i, int j, double sum) { S_bar[i * stride + j] = -sum; });
   __syncthreads();
 
@@ -88,12 +108,13 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
   for (int j0 = 0; j0 < r; j0 += tiling.size)
     for (int row0 = b.first; row0 < b.last; row0 += tiling.rows) {
       float acc[4][4] = {};
-      spread(
+      multiply_square(
           b, tiling, patch, row0, j0, F_bar,
           [&](int k, int j) { return M[j * stride + k] * column_sign(signs, k, negate); }, acc);
-      spread(b, tiling, patch, row0, j0, L, symmetric, acc);
+      multiply_square(b, tiling, patch, row0, j0, L, symmetric, acc);
       if (has_base)
-        spread(b, tiling, patch, row0, j0, L0, [&](int k, int j) { return -J[k * stride + j]; }, acc);
+        multiply_square(
+            b, tiling, patch, row0, j0, L0, [&](int k, int j) { return -J[k * stride + j]; }, acc);
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
         const int c = row0 + patch.c + q * patch.step;
@@ -107,7 +128,8 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
           if (cayley)
             value[jj] = float(S_bar[c * stride + j] - S_bar[j * stride + c]);
           else
-            value[jj] += float(symmetric(c, j) + U[j * stride + c] - (has_base ? J[c * stride + j] : 0.0));
+            value[jj] +=
+                float(symmetric(c, j) + U[j * stride + c] - (has_base ? J[c * stride + j] : 0.0));
         }
         float* to = grad_X + int64_t(c) * r + j0 + patch.j;
         if (r % 4 == 0 && j0 + patch.j < r) {
@@ -128,7 +150,8 @@ cudaError_t build_backward_plan(int layers, int d, int rank, BuildPlan* plan) {
   return make_plan(build_backward_kernel, layers, d, rank, kMatrices, kPartials, plan);
 }
 
-cudaError_t build_backward(const BuildBackward& p, const BuildPlan& plan, void* scratch, cudaStream_t stream) {
+cudaError_t build_backward(const BuildBackward& p, const BuildPlan& plan, void* scratch,
+                           cudaStream_t stream) {
   return launch_build(build_backward_kernel, p, plan, kMatrices, scratch, stream);
 }
 

@@ -1,4 +1,5 @@
-// Orthonormal R, and D = W - R, for all layers in one launch; signs, base point and maps as in reft_kernels/orthonormal.py.
+// Orthonormal R, and D = W - R, for all layers in one launch; signs, base point and maps as in
+// reft_kernels/orthonormal.py.
 #include "orthonormal.cuh"
 
 namespace reft_cuda {
@@ -19,8 +20,11 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
   const float* base = has_base ? p.base + tall : nullptr;
   const float* signs = p.signs != nullptr ? p.signs + layer * r : nullptr;
   const LowerPart L{X, cayley}, L0{base, false};
-  double *inner = b.matrix(kInner), *M = b.matrix(kMapM), *cross = b.matrix(kCross), *Z = b.matrix(kMapZ), *Y = b.matrix(kMapY);
-  const auto lower = [r](const float* A, int i, int j) { return i > j ? double(A[i * r + j]) : 0.0; };
+  double *inner = b.matrix(kInner), *M = b.matrix(kMapM), *cross = b.matrix(kCross),
+         *Z = b.matrix(kMapZ), *Y = b.matrix(kMapY);
+  const auto lower = [r](const float* A, int i, int j) {
+    return i > j ? double(A[i * r + j]) : 0.0;
+  };
 
   gram(b, L, L, b.partials + kGramPart * matrix_size(r));
   if (has_base) gram(b, L0, L, b.partials + kCrossPart * matrix_size(r));
@@ -48,15 +52,20 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
     each_entry(r, [&](int i, int j) { M[i * stride + j] = -2.0 * inner[i * stride + j]; });
   else
     product(
-        r, [&](int i, int k) { return inner[i * stride + k]; }, [&](int k, int j) { return lower(X, j, k); },
+        r, [&](int i, int k) { return inner[i * stride + k]; },
+        [&](int k, int j) { return lower(X, j, k); },
         [&](int i, int j, double sum) { M[i * stride + j] = inner[i * stride + j] + sum; });
   __syncthreads();
   if (has_base) {  // Z = V0^T (F - E), Y = T0 Z
     product(
         r,
-        [&](int i, int k) { return cross[i * stride + k] - (cayley ? lower(base, k, i) + (i == k ? 1.0 : 0.0) : 0.0); },
+        [&](int i, int k) {
+          return cross[i * stride + k] - (cayley ? lower(base, k, i) + (i == k ? 1.0 : 0.0) : 0.0);
+        },
         [&](int k, int j) { return M[k * stride + j]; },
-        [&](int i, int j, double sum) { Z[i * stride + j] = sum - 2.0 * ((i == j ? 1.0 : 0.0) + lower(base, j, i)); });
+        [&](int i, int j, double sum) {
+          Z[i * stride + j] = sum - 2.0 * ((i == j ? 1.0 : 0.0) + lower(base, j, i));
+        });
     __syncthreads();
     product(
         r, [&](int i, int k) { return i <= k ? double(base[i * r + k]) : 0.0; },
@@ -83,11 +92,11 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
   for (int j0 = 0; j0 < r; j0 += tiling.size)
     for (int row0 = b.first; row0 < b.last; row0 += tiling.rows) {
       float acc[4][4] = {};
-      spread(
+      multiply_square(
           b, tiling, patch, row0, j0, L,
           [&](int k, int j) { return M[k * stride + j] * column_sign(signs, j, negate); }, acc);
       if (has_base)
-        spread(
+        multiply_square(
             b, tiling, patch, row0, j0, L0,
             [&](int k, int j) { return -Y[k * stride + j] * column_sign(signs, j, negate); }, acc);
 #pragma unroll
@@ -118,7 +127,8 @@ cudaError_t build_forward_plan(int layers, int d, int rank, BuildPlan* plan) {
   return make_plan(build_forward_kernel, layers, d, rank, kMatrices, kPartials, plan);
 }
 
-cudaError_t build_forward(const BuildForward& p, const BuildPlan& plan, void* scratch, cudaStream_t stream) {
+cudaError_t build_forward(const BuildForward& p, const BuildPlan& plan, void* scratch,
+                          cudaStream_t stream) {
   return launch_build(build_forward_kernel, p, plan, kMatrices, scratch, stream);
 }
 

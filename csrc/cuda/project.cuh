@@ -1,11 +1,13 @@
-// Products of a few selected rows with `rank` weight vectors: what z of the forward and delta of the backward have in common.
+// Products of a few selected rows with `rank` weight vectors: what z of the forward and delta of
+// the backward have in common.
 #pragma once
 
 #include "common.cuh"
 
 namespace reft_cuda {
 
-constexpr int kProjectThreads = 512;  // 16 warps keep enough loads in flight to hide the latency of the L2 that holds weights
+constexpr int kProjectThreads =
+    512;  // 16 warps keep enough loads in flight to hide the latency of the L2 that holds weights
 constexpr int kProjectWarps = kProjectThreads / kWarp;
 
 // The rows of one block, in shared memory: entry -1 is skipped or past the end.
@@ -25,7 +27,7 @@ __device__ inline void load_rows(RowBlock<ROWS>& block, const Selection& selecti
     int32_t row = n < selection.num_rows ? selection.rows[n] : -1;
     block.row[q] = row;
     // the set of a skipped entry is not defined
-    block.set[q] = row >= 0 && selection.set_ids != nullptr ? selection.set_ids[n] : 0;
+    block.set[q] = row >= 0 && selection.weight_ids != nullptr ? selection.weight_ids[n] : 0;
   }
   __syncthreads();
 }
@@ -48,15 +50,17 @@ __device__ inline unsigned rows_of_set(const RowBlock<ROWS>& block, unsigned lef
   return same & left;
 }
 
-// Pointers to the rows; a row that is not active repeats `lead`, so that the loops below have no branches.
+// Pointers to the rows; a row that is not active repeats `lead`, so that the loops below have no
+// branches.
 template <class T, int ROWS>
-__device__ inline void row_pointers(
-    const RowBlock<ROWS>& block, unsigned active, int lead, const T* base, int64_t stride, const T* (&x)[ROWS]) {
+__device__ inline void row_pointers(const RowBlock<ROWS>& block, unsigned active, int lead,
+                                    const T* base, int64_t stride, const T* (&x)[ROWS]) {
 #pragma unroll
   for (int q = 0; q < ROWS; ++q) x[q] = base + block.row[active >> q & 1 ? q : lead] * stride;
 }
 
-// How the 16 warps share `count` vectors: `width` of them in parallel, each over 1 / `slices` of the columns.
+// How the 16 warps share `count` vectors: `width` of them in parallel, each over 1 / `slices` of
+// the columns.
 struct WarpGrid {
   int width, slices;
   __device__ explicit WarpGrid(int count) : width(1) {
@@ -71,9 +75,10 @@ __host__ __device__ constexpr int part_size(int rows, int count) {
 }
 
 template <class T, class W, int V, int ROWS, int VECTORS, bool FOLD>
-__device__ inline void project_warp(
-    const T* const (&x)[ROWS], const W* weights, const W* minus, int count, int64_t d, const WarpGrid& grid, float* part) {
-  constexpr int kUnroll = (ROWS == 1 ? 4 : 2) / VECTORS;  // loads in flight, within 128 registers a thread
+__device__ inline void project_warp(const T* const (&x)[ROWS], const W* weights, const W* minus,
+                                    int count, int64_t d, const WarpGrid& grid, float* part) {
+  constexpr int kUnroll =
+      (ROWS == 1 ? 4 : 2) / VECTORS;  // loads in flight, within 128 registers a thread
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int slice = warp / grid.width;
   const int64_t step = int64_t(grid.slices) * kWarp * V;
@@ -82,7 +87,8 @@ __device__ inline void project_warp(
 #pragma unroll
     for (int k = 0; k < VECTORS; ++k) {
       int vector = i + k * grid.width;
-      offset[k] = (vector < count ? vector : i) * d;  // past the end: a repetition that is not stored
+      offset[k] =
+          (vector < count ? vector : i) * d;  // past the end: a repetition that is not stored
     }
     float acc[ROWS][VECTORS] = {};
 #pragma unroll kUnroll
@@ -119,11 +125,12 @@ __device__ inline void project_warp(
   }
 }
 
-// part <- the products of the rows with (weights - minus)[count, d] (without FOLD: with weights), one sum for each slice of
-// the columns. Every thread must call it; the caller synchronises before it reads `part`.
+// part <- the products of the rows with (weights - minus)[count, d] (without FOLD: with weights),
+// one sum for each slice of the columns. Every thread must call it; the caller synchronises before
+// it reads `part`.
 template <class T, class W, int V, int ROWS, bool FOLD>
-__device__ inline void project(
-    const T* const (&x)[ROWS], const W* weights, const W* minus, int count, int64_t d, float* part) {
+__device__ inline void project(const T* const (&x)[ROWS], const W* weights, const W* minus,
+                               int count, int64_t d, float* part) {
   WarpGrid grid(count);
   if (count > kProjectWarps)
     project_warp<T, W, V, ROWS, 2, FOLD>(x, weights, minus, count, d, grid, part);
@@ -140,8 +147,9 @@ __device__ inline float projected(const float* part, int count, int q, int i) {
   return sum;
 }
 
-// Rows of a block: one while rows are too few to fill a large GPU twice, then four, which read the weights once for all.
-// Reasoned from bytes (a block reads the weights whole from L2), not measured.
+// Rows of a block: one while rows are too few to fill a large GPU twice, then four, which read the
+// weights once for all. Reasoned from bytes (a block reads the weights whole from L2), not
+// measured.
 inline int rows_of_block(int64_t num_rows) { return num_rows <= 264 ? 1 : 4; }
 
 }  // namespace reft_cuda

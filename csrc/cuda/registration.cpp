@@ -1,5 +1,6 @@
-// The kernels as operators of the private namespace `reft_kernels_cuda`, through PyTorch's stable ABI: no Python, no ATen.
-// Outputs are allocated by the caller (reft_kernels/cuda.py), which also checks shapes; a tensor of no elements is not wanted.
+// The kernels as operators of the private namespace `reft_kernels_cuda`, through PyTorch's stable
+// ABI: no Python, no ATen. Outputs are allocated by the caller (reft_kernels/cuda.py), which also
+// checks shapes; a tensor of no elements is not wanted.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -32,10 +33,14 @@ class Launch {
 
 Dtype dtype_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: fail(name, "a tensor is not fp32, bf16 or fp16");
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      fail(name, "a tensor is not fp32, bf16 or fp16");
   }
 }
 
@@ -59,11 +64,11 @@ AnyDtype any(const char* name, const Optional& tensor) {
   return {input<void>(*tensor), dtype_of(name, *tensor)};
 }
 
-Selection selection_of(const Tensor& rows, const Optional& set_ids, const Tensor& write) {
-  const bool has_sets = set_ids.has_value();
+Selection selection_of(const Tensor& rows, const Optional& weight_ids, const Tensor& write) {
+  const bool has_sets = weight_ids.has_value();
   Selection selection = {};
   selection.rows = input<int32_t>(rows);
-  selection.set_ids = input<int32_t>(set_ids);
+  selection.weight_ids = input<int32_t>(weight_ids);
   selection.num_rows = rows.size(0);
   selection.d = int(write.size(write.dim() - 1));
   selection.rank = int(write.size(write.dim() - 2));
@@ -71,13 +76,14 @@ Selection selection_of(const Tensor& rows, const Optional& set_ids, const Tensor
   return selection;
 }
 
-void edit_forward_op(
-    Tensor source, Tensor out, Tensor rows, Optional set_ids, Optional read, Optional read_bias, Tensor write,
-    Optional subtract_bias, Optional coeff, bool subtract, int64_t activation, Tensor kept, Tensor u, Tensor z) {
+void edit_forward_op(Tensor source, Tensor out, Tensor rows, Optional weight_ids, Optional read,
+                     Optional read_bias, Tensor write, Optional subtract_bias, Optional coeff,
+                     bool subtract_projection, int64_t activation, Tensor saved_input, Tensor u,
+                     Tensor z) {
   const char* name = "edit_forward";
   Launch launch(name, source);
   EditForward p = {};
-  p.selection = selection_of(rows, set_ids, write);
+  p.selection = selection_of(rows, weight_ids, write);
   p.dtype = dtype_of(name, source);
   p.weight_dtype = dtype_of(name, write);
   p.source = input<void>(source);
@@ -89,21 +95,20 @@ void edit_forward_op(
   p.read_bias = any(name, read_bias);
   p.subtract_bias = any(name, subtract_bias);
   p.coeff = any(name, coeff);
-  p.kept = output<void>(kept);
+  p.saved_input = output<void>(saved_input);
   p.u = output<float>(u);
   p.z = output<float>(z);
-  p.subtract = subtract;
+  p.subtract_projection = subtract_projection;
   p.activation = Activation(activation);
   launch.check(edit_forward(p, launch.stream()));
 }
 
-void edit_delta_op(
-    Tensor grad, Tensor rows, Optional set_ids, Tensor write, Optional coeff, Tensor u, Tensor z, int64_t activation,
-    Tensor small, Tensor grad_coeff) {
+void edit_delta_op(Tensor grad, Tensor rows, Optional weight_ids, Tensor write, Optional coeff,
+                   Tensor u, Tensor z, int64_t activation, Tensor small, Tensor grad_coeff) {
   const char* name = "edit_delta";
   Launch launch(name, grad);
   EditDelta p = {};
-  p.selection = selection_of(rows, set_ids, write);
+  p.selection = selection_of(rows, weight_ids, write);
   p.dtype = dtype_of(name, grad);
   p.weight_dtype = dtype_of(name, write);
   p.grad = input<void>(grad);
@@ -118,13 +123,14 @@ void edit_delta_op(
   launch.check(edit_delta(p, int(small.size(1)), launch.stream()));
 }
 
-void edit_gradient_op(
-    Tensor grad, Optional out, Tensor kept, Tensor rows, Optional set_ids, Optional read, Tensor write, Tensor small,
-    bool subtract, int64_t activation, Tensor grad_read, Tensor grad_read_bias, Tensor grad_write, Tensor grad_subtract_bias) {
+void edit_gradient_op(Tensor grad, Optional out, Tensor saved_input, Tensor rows,
+                      Optional weight_ids, Optional read, Tensor write, Tensor small,
+                      bool subtract_projection, int64_t activation, Tensor grad_read,
+                      Tensor grad_read_bias, Tensor grad_write, Tensor grad_subtract_bias) {
   const char* name = "edit_gradient";
   Launch launch(name, grad);
   EditGradient p = {};
-  p.selection = selection_of(rows, set_ids, write);
+  p.selection = selection_of(rows, weight_ids, write);
   p.dtype = dtype_of(name, grad);
   p.grad = input<void>(grad);
   p.grad_stride = grad.stride(0);
@@ -132,8 +138,8 @@ void edit_gradient_op(
     p.out = output<void>(*out);
     p.out_stride = out->stride(0);
   }
-  p.kept = input<void>(kept);
-  p.kept_stride = kept.dim() == 2 ? kept.stride(0) : 0;
+  p.saved_input = input<void>(saved_input);
+  p.kept_stride = saved_input.dim() == 2 ? saved_input.stride(0) : 0;
   p.read = any(name, read);
   p.write = any(name, write);
   p.small = input<float>(small);
@@ -141,18 +147,20 @@ void edit_gradient_op(
   p.grad_read_bias = output<float>(grad_read_bias);
   p.grad_write = output<float>(grad_write);
   p.grad_subtract_bias = output<float>(grad_subtract_bias);
-  p.subtract = subtract;
+  p.subtract_projection = subtract_projection;
   p.linear = Activation(activation) == Activation::kLinear;
   launch.check(edit_gradient(p, launch.stream()));
 }
 
-// Scratch memory from PyTorch's allocator: it may go as soon as the launch is queued, for reuse follows the stream.
+// Scratch memory from PyTorch's allocator: it may go as soon as the launch is queued, for reuse
+// follows the stream.
 Tensor scratch_of(const Tensor& like, const BuildPlan& plan) {
-  return torch::stable::new_empty(like, {plan.scratch_bytes / int64_t(sizeof(double))}, ScalarType::Double);
+  return torch::stable::new_empty(like, {plan.scratch_bytes / int64_t(sizeof(double))},
+                                  ScalarType::Double);
 }
 
-void build_forward_op(
-    Tensor X, Optional signs, Optional base, Optional point, Optional W, bool cayley, Tensor R, Tensor D, Tensor aux) {
+void build_forward_op(Tensor X, Optional signs, Optional base, Optional point, Optional W,
+                      bool cayley, Tensor R, Tensor D, Tensor aux) {
   Launch launch("build_forward", X);
   BuildForward p = {};
   p.layers = int(X.size(0));
@@ -173,8 +181,8 @@ void build_forward_op(
   launch.check(build_forward(p, plan, output<void>(scratch), launch.stream()));
 }
 
-void build_backward_op(
-    Optional grad_R, Optional grad_D, Tensor X, Optional signs, Optional base, Tensor aux, bool cayley, Tensor grad_X) {
+void build_backward_op(Optional grad_R, Optional grad_D, Tensor X, Optional signs, Optional base,
+                       Tensor aux, bool cayley, Tensor grad_X) {
   Launch launch("build_backward", X);
   BuildBackward p = {};
   p.layers = int(X.size(0));
@@ -198,21 +206,28 @@ void build_backward_op(
 
 STABLE_TORCH_LIBRARY(reft_kernels_cuda, m) {
   m.def(
-      "edit_forward(Tensor source, Tensor(a!) out, Tensor rows, Tensor? set_ids, Tensor? read, Tensor? read_bias, "
-      "Tensor write, Tensor? subtract_bias, Tensor? coeff, bool subtract, int activation, Tensor(b!) kept, Tensor(c!) u, "
+      "edit_forward(Tensor source, Tensor(a!) out, Tensor rows, Tensor? weight_ids, Tensor? read, "
+      "Tensor? read_bias, "
+      "Tensor write, Tensor? subtract_bias, Tensor? coeff, bool subtract_projection, int "
+      "activation, Tensor(b!) saved_input, Tensor(c!) u, "
       "Tensor(d!) z) -> ()");
   m.def(
-      "edit_delta(Tensor grad, Tensor rows, Tensor? set_ids, Tensor write, Tensor? coeff, Tensor u, Tensor z, "
+      "edit_delta(Tensor grad, Tensor rows, Tensor? weight_ids, Tensor write, Tensor? coeff, "
+      "Tensor u, Tensor z, "
       "int activation, Tensor(a!) small, Tensor(b!) grad_coeff) -> ()");
   m.def(
-      "edit_gradient(Tensor grad, Tensor(a!)? out, Tensor kept, Tensor rows, Tensor? set_ids, Tensor? read, Tensor write, "
-      "Tensor small, bool subtract, int activation, Tensor(b!) grad_read, Tensor(c!) grad_read_bias, Tensor(d!) grad_write, "
+      "edit_gradient(Tensor grad, Tensor(a!)? out, Tensor saved_input, Tensor rows, Tensor? "
+      "weight_ids, Tensor? read, Tensor write, "
+      "Tensor small, bool subtract_projection, int activation, Tensor(b!) grad_read, Tensor(c!) "
+      "grad_read_bias, Tensor(d!) grad_write, "
       "Tensor(e!) grad_subtract_bias) -> ()");
   m.def(
-      "build_forward(Tensor X, Tensor? signs, Tensor? base, Tensor? point, Tensor? W, bool cayley, Tensor(a!) R, "
+      "build_forward(Tensor X, Tensor? signs, Tensor? base, Tensor? point, Tensor? W, bool cayley, "
+      "Tensor(a!) R, "
       "Tensor(b!) D, Tensor(c!) aux) -> ()");
   m.def(
-      "build_backward(Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, Tensor aux, bool cayley, "
+      "build_backward(Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, "
+      "Tensor aux, bool cayley, "
       "Tensor(a!) grad_X) -> ()");
 }
 

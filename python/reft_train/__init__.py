@@ -1,1 +1,3 @@
-"""reft_train: the training program built on reft_kernels. ``python -m reft_train --help`` lists its commands."""
+"""reft_train: the training program built on reft_kernels. ``python -m reft_train --help`` lists
+its commands.
+"""

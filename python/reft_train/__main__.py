@@ -1,4 +1,6 @@
-"""The command line: ``python -m reft_train COMMAND``. A command is a module that ``COMMANDS`` names."""
+"""The command line: ``python -m reft_train COMMAND``. A command is a module that ``COMMANDS``
+names.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +20,42 @@ from reft_train.evaluation import command as evaluation
 from reft_train.search import command as search
 
 # what an installation without the extra ``train`` may lack, by the name it is imported by
-_TRAIN = ("accelerate", "datasets", "matplotlib", "optuna", "peft", "safetensors", "scipy", "tqdm", "transformers")
+_TRAIN = (
+    "accelerate",
+    "datasets",
+    "matplotlib",
+    "optuna",
+    "peft",
+    "safetensors",
+    "scipy",
+    "tqdm",
+    "transformers",
+)
 _EXTRAS = {name: name for name in _TRAIN} | {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 COMMANDS = (run, evaluation, search, compare, doctor, demo)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands. A command's parser sets ``run``: parsed arguments in, exit code out."""
-    top = argparse.ArgumentParser(prog="python -m reft_train", description="Train and evaluate ReFT adapters.")
-    subparsers = top.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    """The parser of all commands. A command's parser sets ``run``: parsed arguments in, exit
+    code out.
+    """
+    top = argparse.ArgumentParser(
+        prog="python -m reft_train", description="Train and evaluate ReFT adapters."
+    )
+    subparsers = top.add_subparsers(
+        title="commands", dest="command", required=True, metavar="COMMAND"
+    )
     for command in COMMANDS:
         command.add_parser(subparsers)
     return top
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when all is well, 1 when a check or a training failed, 2 for bad input, 130 when interrupted."""
-    # started several times by torchrun or accelerate launch, one process of a machine says what all of them see
+    """Run a command; 0 when all is well, 1 when a check or a training failed, 2 for bad input,
+    130 when interrupted.
+    """
+    # started several times by torchrun or accelerate launch, one process of a machine says what all
+    # of them see
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"
     with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
         parsed = parser().parse_args(arguments)
@@ -54,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if package is None:
             raise
         print(
-            f"reft_train {parsed.command}: error: needs the package {package}, which is not installed; "
+            f"reft_train {parsed.command}: error: needs the package {package}, which is not "
+            "installed; "
             'pip install "reft_kernels[train]" brings it',
             file=sys.stderr,
         )

@@ -42,10 +42,14 @@ def positions(text: str) -> str:
     try:
         spec = parse(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected 'fN', 'lN' or 'fN+lM' (N, M >= 1) or 'all'") from None
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected 'fN', 'lN' or 'fN+lM' (N, M >= 1) or 'all'"
+        ) from None
     if spec.kind != "ends":
         return "all"  # an encoder's prompt is the whole sequence
-    return "+".join(f"{end}{number}" for end, number in (("f", spec.first), ("l", spec.last)) if number)
+    return "+".join(
+        f"{end}{number}" for end, number in (("f", spec.first), ("l", spec.last)) if number
+    )
 
 
 def layers(text: str) -> str | list[int]:
@@ -54,7 +58,9 @@ def layers(text: str) -> str | list[int]:
         return "all"
     parts = [part.strip() for part in re.split("[;,]", text)]
     if not all(re.fullmatch(r"\d+", part) for part in parts):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected 'all' or layer numbers such as 0;2;4")
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected 'all' or layer numbers such as 0;2;4"
+        )
     numbers = [int(part) for part in parts]
     if len(set(numbers)) < len(numbers):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected each layer once")

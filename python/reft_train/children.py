@@ -10,7 +10,11 @@ import reft_train
 
 
 def environment() -> dict[str, str]:
-    """This process's environment for a new interpreter, which finds the two packages where this one found them."""
-    paths = [str(Path(package.__file__).resolve().parents[1]) for package in (reft_train, reft_kernels)]
+    """This process's environment for a new interpreter, which finds the two packages where this
+    one found them.
+    """
+    paths = [
+        str(Path(package.__file__).resolve().parents[1]) for package in (reft_train, reft_kernels)
+    ]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

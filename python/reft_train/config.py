@@ -1,4 +1,6 @@
-"""What a run is told: one frozen dataclass, filled from a recipe, a YAML file and flags, checked before anything is loaded."""
+"""What a run is told: one frozen dataclass, filled from a recipe, a YAML file and flags, checked
+before anything is loaded.
+"""
 
 from __future__ import annotations
 
@@ -21,21 +23,31 @@ METHODS = REFT_METHODS + PEFT_METHODS
 
 
 def _field(
-    default: Any, text: str, choices: tuple[str, ...] | None = None, low: float | None = None, high: float | None = None
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] | None = None,
+    low: float | None = None,
+    high: float | None = None,
 ):
-    return field(default=default, metadata={"help": text, "choices": choices, "low": low, "high": high})
+    return field(
+        default=default, metadata={"help": text, "choices": choices, "low": low, "high": high}
+    )
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of a run, as ``reft-train run --help`` tells them. A field's flag is its name with dashes."""
+    """Settings of a run, as ``reft-train run --help`` tells them. A field's flag is its name
+    with dashes.
+    """
 
     model: str = _field("", "folder or hub name of the frozen model")
     task: str = _field("", "commonsense, math, gsm8k, instruct, boolq, glue/NAME, jsonl, ...")
     recipe: str | None = _field(None, "named settings to start from; none: the task's")
     data: str | None = _field(None, "folder of data files, as LLM-Adapters lays them out")
     train: str | None = _field(None, "training file: .json, .jsonl, .csv, .tsv or .parquet")
-    test: list[str] = field(default_factory=list, metadata={"help": "test files; none: those in the data folder"})
+    test: list[str] = field(
+        default_factory=list, metadata={"help": "test files; none: those in the data folder"}
+    )
     output: str = _field("runs/run", "folder for adapter, checkpoints, log and report")
     resume: bool = _field(False, "go on from the last checkpoint in the output folder")
     overwrite: bool = _field(False, "replace a run that the output folder holds")
@@ -48,22 +60,46 @@ class RunConfig:
     component: str = _field("block_output", "what to edit: a role, or a module path with {layer}")
     activation: str = _field("linear", "activation of the learned projection")
     dropout: float = _field(0.0, "dropout of the edits, or of LoRA", None, 0.0, 0.99)
-    parametrization: str = _field("householder", "how R is kept orthonormal", ("householder", "cayley"))
-    init: str = _field("auto", "the edits' start; auto: the identity where there is one", ("auto", "identity", "orthogonal"))
-    lora_alpha: float | None = _field(None, "scale of LoRA and DoRA; none: twice the rank", None, 1e-6)
-    lora_targets: list[str] = field(default_factory=list, metadata={"help": "modules of LoRA, DoRA, IA3; none: PEFT's choice"})
+    parametrization: str = _field(
+        "householder", "how R is kept orthonormal", ("householder", "cayley")
+    )
+    init: str = _field(
+        "auto",
+        "the edits' start; auto: the identity where there is one",
+        ("auto", "identity", "orthogonal"),
+    )
+    lora_alpha: float | None = _field(
+        None, "scale of LoRA and DoRA; none: twice the rank", None, 1e-6
+    )
+    lora_targets: list[str] = field(
+        default_factory=list, metadata={"help": "modules of LoRA, DoRA, IA3; none: PEFT's choice"}
+    )
     prefix_tokens: int = _field(20, "virtual tokens of prefix tuning", None, 1)
 
-    architecture: str = _field("auto", "how the model is used", ("auto", "causal", "seq2seq", "encoder"))
-    pooling: str = _field("model", "what a classifier reads: as the model's own does, or the mean of the last hidden states",
-                          ("model", "mean"))  # fmt: skip
-    dtype: str = _field("auto", "of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU that has it",
-                        ("auto", "float32", "bfloat16", "float16"))  # fmt: skip
+    architecture: str = _field(
+        "auto", "how the model is used", ("auto", "causal", "seq2seq", "encoder")
+    )
+    pooling: str = _field(
+        "model",
+        "what a classifier reads: as the model's own does, or the mean of the last hidden states",
+        ("model", "mean"),
+    )
+    dtype: str = _field(
+        "auto",
+        "of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU that has it",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
     mixed_precision: str = _field("no", "autocast in training", ("no", "bf16", "fp16"))
-    quantization: str = _field("none", "of the frozen weights, by bitsandbytes", ("none", "8bit", "4bit"))
+    quantization: str = _field(
+        "none", "of the frozen weights, by bitsandbytes", ("none", "8bit", "4bit")
+    )
     device: str = _field("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
-    device_map: str = _field("none", "auto: spread the frozen model over all devices", ("none", "auto"))
-    attention: str | None = _field(None, "attention implementation: eager, sdpa, flash_attention_2; none: the model's")
+    device_map: str = _field(
+        "none", "auto: spread the frozen model over all devices", ("none", "auto")
+    )
+    attention: str | None = _field(
+        None, "attention implementation: eager, sdpa, flash_attention_2; none: the model's"
+    )
     compile: bool = _field(False, "torch.compile the model")
     liger: bool = _field(False, "Liger kernels in the frozen model")
     gradient_checkpointing: bool = _field(False, "recompute layers in the backward")
@@ -77,25 +113,40 @@ class RunConfig:
     lr: float = _field(9e-4, "highest learning rate", None, 0.0)
     head_lr: float | None = _field(None, "of a classification head; none: lr", None, 0.0)
     weight_decay: float = _field(0.0, "decay of the trained weights", None, 0.0)
-    warmup: float = _field(0.1, "part of the steps over which the learning rate rises", None, 0.0, 1.0)
+    warmup: float = _field(
+        0.1, "part of the steps over which the learning rate rises", None, 0.0, 1.0
+    )
     schedule: str = _field("linear", "of the learning rate", ("linear", "cosine", "constant"))
     max_grad_norm: float = _field(1.0, "clip gradients to this norm; 0: do not", None, 0.0)
     seed: int = _field(42, "of weights, data order and splits", None, 0, 2**31 - 1)
 
     max_length: int = _field(512, "tokens of an example, target included", None, 4)
-    turns: str = _field("all", "answers of a conversation that are trained: all, a row for each, or the last",
-                        ("all", "last"))  # fmt: skip
+    turns: str = _field(
+        "all",
+        "answers of a conversation that are trained: all, a row for each, or the last",
+        ("all", "last"),
+    )
     packing: bool = _field(False, "pack the examples of a batch into full rows, without padding")
     packed_length: int | None = _field(None, "tokens of a packed row; none: max_length", None, 4)
     group_by_length: bool = _field(True, "batches of similar length")
-    streaming: bool = _field(False, "read and tokenize the training file while training; needs max_steps")
+    streaming: bool = _field(
+        False, "read and tokenize the training file while training; needs max_steps"
+    )
     shuffle_buffer: int = _field(1000, "rows to shuffle among when streaming", None, 1)
     train_rows: int | None = _field(None, "use at most so many training rows", None, 1)
     test_rows: int | None = _field(None, "use at most so many rows of each test set", None, 1)
-    validation: float = _field(0.0, "held-out training rows: a part below 1, or a number", None, 0.0)
-    select: str = _field("none", "keep the best checkpoint by held-out loss or metric", ("none", "loss", "metric"))
-    evaluate_every: int | None = _field(None, "steps between evaluations of held-out rows; none: an epoch", None, 1)
-    save_every: int | None = _field(None, "steps between checkpoints; none: an epoch, or a tenth of a streaming run", None, 1)
+    validation: float = _field(
+        0.0, "held-out training rows: a part below 1, or a number", None, 0.0
+    )
+    select: str = _field(
+        "none", "keep the best checkpoint by held-out loss or metric", ("none", "loss", "metric")
+    )
+    evaluate_every: int | None = _field(
+        None, "steps between evaluations of held-out rows; none: an epoch", None, 1
+    )
+    save_every: int | None = _field(
+        None, "steps between checkpoints; none: an epoch, or a tenth of a streaming run", None, 1
+    )
     keep: int = _field(2, "checkpoints to keep", None, 1)
     log_every: int = _field(10, "steps between lines of the log", None, 1)
     workers: int = _field(0, "processes that prepare batches", None, 0)
@@ -110,12 +161,16 @@ class RunConfig:
     num_beams: int = _field(1, "beams", None, 1)
 
     def __post_init__(self) -> None:
-        for name, value in _checked({f.name: getattr(self, f.name) for f in dataclasses.fields(self)}).items():
+        for name, value in _checked(
+            {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        ).items():
             object.__setattr__(self, name, value)
         if not self.model:
             raise UserError("model: got none, expected a model's folder or hub name")
         if not self.task:
-            raise UserError("task: got none, expected a task such as commonsense, gsm8k, boolq or jsonl")
+            raise UserError(
+                "task: got none, expected a task such as commonsense, gsm8k, boolq or jsonl"
+            )
         self._check_pairs()
 
     def _check_pairs(self) -> None:
@@ -128,15 +183,29 @@ class RunConfig:
         except ValueError as error:
             raise UserError(str(error)) from None
         if not self.share_weights and not (spec.first and spec.last):
-            raise UserError(f"share_weights: got false with positions {self.positions!r}, expected positions 'fN+lM'")
+            raise UserError(
+                f"share_weights: got false with positions {self.positions!r}, expected positions "
+                "'fN+lM'"
+            )
         if self.streaming and self.max_steps is None:
-            raise UserError("max_steps: got none with streaming, expected a number: a stream has no length")
+            raise UserError(
+                "max_steps: got none with streaming, expected a number: a stream has no length"
+            )
         if self.streaming and self.validation:
-            raise UserError(f"validation: got {self.validation:g} with streaming, expected 0: a stream cannot be split")
+            raise UserError(
+                f"validation: got {self.validation:g} with streaming, expected 0: a stream cannot "
+                "be split"
+            )
         if self.validation >= 1 and self.validation != int(self.validation):
-            raise UserError(f"validation: got {self.validation:g}, expected a part below 1 or a whole number of rows")
+            raise UserError(
+                f"validation: got {self.validation:g}, expected a part below 1 or a whole number "
+                "of rows"
+            )
         if self.select != "none" and not self.holds_out:
-            raise UserError(f"select: got {self.select!r} without validation, expected held-out training rows to choose by")
+            raise UserError(
+                f"select: got {self.select!r} without validation, expected held-out training rows "
+                "to choose by"
+            )
         if self.fsdp and self.deepspeed:
             raise UserError("fsdp: got true with deepspeed, expected one of them")
         if self.resume and self.overwrite:
@@ -161,7 +230,9 @@ class RunConfig:
         return dataclasses.replace(self, **changes)
 
 
-FIELDS: Mapping[str, dataclasses.Field] = types.MappingProxyType({f.name: f for f in dataclasses.fields(RunConfig)})
+FIELDS: Mapping[str, dataclasses.Field] = types.MappingProxyType(
+    {f.name: f for f in dataclasses.fields(RunConfig)}
+)
 TYPES: Mapping[str, Any] = types.MappingProxyType(typing.get_type_hints(RunConfig))
 
 
@@ -197,7 +268,9 @@ def check(name: str, value: Any) -> Any:
     if choices is not None and value not in choices:
         raise UserError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and not (math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)):
+    if number and not (
+        math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
+    ):
         limits = f">= {low:g}" if high is None else f"from {low:g} to {high:g}"
         raise UserError(f"{name}: got {value!r}, expected a number {limits}")
     return value
@@ -220,7 +293,10 @@ def _converted(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
         (inner,) = typing.get_args(lists[0])
         if all(type(item) is inner for item in value):
             return list(value)
-        raise UserError(f"{name}: got {list(value)!r}, expected a list of {'numbers' if inner is int else 'names'}")
+        raise UserError(
+            f"{name}: got {list(value)!r}, expected a list of "
+            f"{'numbers' if inner is int else 'names'}"
+        )
     if str in kinds and isinstance(value, str):
         if name == "layers" and value != "all":
             raise UserError(f"layers: got {value!r}, expected 'all' or a list of layer numbers")
@@ -241,12 +317,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise UserError(f"--config: got {path}, which cannot be read ({reason}), expected a YAML file") from None
+        raise UserError(
+            f"--config: got {path}, which cannot be read ({reason}), expected a YAML file"
+        ) from None
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--config: got {path}, which is not YAML ({reason}), expected a mapping of settings") from None
+        raise UserError(
+            f"--config: got {path}, which is not YAML ({reason}), expected a mapping of settings"
+        ) from None
     if not isinstance(values, dict):
-        raise UserError(f"--config: got {path} with a {type(values).__name__}, expected a mapping of settings")
+        raise UserError(
+            f"--config: got {path} with a {type(values).__name__}, expected a mapping of settings"
+        )
     known(values, f"setting in {path}")
     return values
 
@@ -264,7 +346,9 @@ def build(*layers: Mapping[str, Any]) -> RunConfig:
         known(values, "setting")
         given.update(values)
     if not isinstance(given.get("task"), str) or not given["task"]:
-        raise UserError("task: got none, expected a task such as commonsense, gsm8k, boolq or jsonl")
+        raise UserError(
+            "task: got none, expected a task such as commonsense, gsm8k, boolq or jsonl"
+        )
     name = check("recipe", given.get("recipe")) or tasks.get(given["task"]).recipe
     return RunConfig(**{**recipe(name), **given, "recipe": name})
 

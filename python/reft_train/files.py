@@ -31,7 +31,9 @@ def write_text(path: Path, content: str) -> Path:
 
 
 def replace_folder(source: Path, target: Path) -> Path:
-    """Make ``source``, on the same file system, the folder at ``target``; an old one goes once the new one is there."""
+    """Make ``source``, on the same file system, the folder at ``target``; an old one goes once
+    the new one is there.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         os.replace(source, target)
@@ -65,7 +67,9 @@ def check_folder(folder: Path, name: str) -> Path:
     if not existing.is_dir():
         raise UserError(f"{name}: got {folder}, but {existing} is a file, expected a folder")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"{name}: got {folder}, but {existing} cannot be written to, expected a folder that can")
+        raise UserError(
+            f"{name}: got {folder}, but {existing} cannot be written to, expected a folder that can"
+        )
     return existing
 
 

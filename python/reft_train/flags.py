@@ -1,4 +1,6 @@
-"""The flags of the commands that take a run's settings: one for each field of :class:`reft_train.config.RunConfig`."""
+"""The flags of the commands that take a run's settings: one for each field of
+:class:`reft_train.config.RunConfig`.
+"""
 
 from __future__ import annotations
 
@@ -37,23 +39,38 @@ def _options(name: str) -> dict[str, Any]:
     if choices is not None:
         return {"choices": choices}
     kind = next(kind for kind in kinds if kind is not type(None))
-    return {"type": _number(kind), "metavar": "N"} if kind in (int, float) else {"metavar": name.upper()}
+    return (
+        {"type": _number(kind), "metavar": "N"}
+        if kind in (int, float)
+        else {"metavar": name.upper()}
+    )
 
 
 def _default(name: str) -> str:
     value = FIELDS[name].default
     if not isinstance(value, str | int | float) or value == "":
         return ""
-    return f" (default: {str(value).lower() if isinstance(value, bool) else value}, where the recipe says nothing else)"
+    return (
+        f" (default: {str(value).lower() if isinstance(value, bool) else value}, where the recipe "
+        "says nothing else)"
+    )
 
 
 def add_settings(command: argparse.ArgumentParser, names: Iterable[str] | None = None) -> None:
-    """Add ``--config`` and a flag for each setting (for each of ``names``); one that is not given leaves no trace."""
-    command.add_argument("--config", metavar="FILE", help="YAML file of settings; flags win over it")
+    """Add ``--config`` and a flag for each setting (for each of ``names``); one that is not
+    given leaves no trace.
+    """
+    command.add_argument(
+        "--config", metavar="FILE", help="YAML file of settings; flags win over it"
+    )
     for name in FIELDS if names is None else names:
         text = FIELDS[name].metadata["help"] + _default(name)
         command.add_argument(
-            "--" + name.replace("_", "-"), dest=name, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **_options(name)
+            "--" + name.replace("_", "-"),
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=text.replace("%", "%%"),
+            **_options(name),
         )
 
 
@@ -69,5 +86,7 @@ def settings(parsed: argparse.Namespace) -> RunConfig:
         UserError: as :func:`reft_train.config.build`.
     """
     if parsed.config is None and "model" not in parsed:
-        raise UserError("--model: got none, expected a model's folder or hub name, or --config FILE")
+        raise UserError(
+            "--model: got none, expected a model's folder or hub name, or --config FILE"
+        )
     return build({} if parsed.config is None else read_yaml(parsed.config), given(parsed))

@@ -1,7 +1,8 @@
 """Peak memory of a stretch of work, and a sentence that says what was measured.
 
-On CUDA it is the allocator's own peak. On the CPU it is the process's peak resident set (``VmHWM``), reset when the
-stretch begins; a variant that is trained in a process of its own therefore shows its own peak. ``ru_maxrss`` would not
+On CUDA it is the allocator's own peak. On the CPU it is the process's peak resident set
+(``VmHWM``), reset when the stretch begins; a variant that is trained in a process of its own
+therefore shows its own peak. ``ru_maxrss`` would not
 do on Linux: it cannot be reset, and a child's starts at its parent's size.
 """
 
@@ -56,7 +57,10 @@ class PeakMeter:
         self._before = sizes(STATUS).get("VmRSS", 0) / _MIB
         try:
             _CLEAR.write_text("5")  # 5 resets VmHWM to the present size
-            self._method = "peak resident memory of the variant's process while training (VmHWM, reset before it)"
+            self._method = (
+                "peak resident memory of the variant's process while training (VmHWM, reset "
+                "before it)"
+            )
         except OSError:
             self._method = "peak resident memory of the variant's process since its start (VmHWM)"
 
@@ -64,8 +68,14 @@ class PeakMeter:
         """The peak since ``start()``."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            return Peak(self._before, torch.cuda.max_memory_allocated(self.device) / _MIB, self._method)
+            return Peak(
+                self._before, torch.cuda.max_memory_allocated(self.device) / _MIB, self._method
+            )
         high_water = sizes(STATUS).get("VmHWM")
         if high_water is None:
-            return Peak(self._before, _max_rss_mib(), "peak resident memory of the process since its start (ru_maxrss)")
+            return Peak(
+                self._before,
+                _max_rss_mib(),
+                "peak resident memory of the process since its start (ru_maxrss)",
+            )
         return Peak(self._before, high_water / _MIB, self._method)

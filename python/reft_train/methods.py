@@ -12,10 +12,19 @@ from reft_train.files import write_text
 from reft_train.models import CAUSAL, CLASSIFICATION, Loaded, identity
 
 TITLES = {
-    "loreft": "LoReFT", "direft": "h + Rᵀ(Wh + b)", "nodireft": "DiReFT", "noreft": "NoReFT", "consreft": "ConsReFT",
-    "lobireft": "LobiReFT", "red": "RED", "lora": "LoRA", "dora": "DoRA", "prefix": "prefix tuning", "ia3": "IA3",
+    "loreft": "LoReFT",
+    "direft": "h + Rᵀ(Wh + b)",
+    "nodireft": "DiReFT",
+    "noreft": "NoReFT",
+    "consreft": "ConsReFT",
+    "lobireft": "LobiReFT",
+    "red": "RED",
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "prefix": "prefix tuning",
+    "ia3": "IA3",
     "head": "frozen model, trained head",
-}  # fmt: skip
+}
 """How the paper names each method; its DiReFT is the unconstrained one, ``nodireft``."""
 BASE_MODEL = "base_model.json"
 
@@ -43,7 +52,9 @@ def _reft(config: RunConfig, common: dict[str, Any], response_template: list[int
     )
 
 
-def peft_config(config: RunConfig, loaded: Loaded, response_template: list[int] | None = None) -> Any:
+def peft_config(
+    config: RunConfig, loaded: Loaded, response_template: list[int] | None = None
+) -> Any:
     """The PEFT configuration of the method.
 
     Args:
@@ -62,14 +73,21 @@ def peft_config(config: RunConfig, loaded: Loaded, response_template: list[int] 
         return _reft(config, common, response_template)
     if config.method == "head":
         if loaded.kind != CLASSIFICATION:
-            raise UserError("method: got 'head', expected a task with classes on an encoder: a language model has no new head")
-        return peft.LoraConfig(target_modules=DUMMY_TARGET_MODULES, **common)  # adapts nothing; saves and loads the head
+            raise UserError(
+                "method: got 'head', expected a task with classes on an encoder: a language model "
+                "has no new head"
+            )
+        return peft.LoraConfig(
+            target_modules=DUMMY_TARGET_MODULES, **common
+        )  # adapts nothing; saves and loads the head
     if config.method == "prefix":
         common.pop("modules_to_save", None)
         return peft.PrefixTuningConfig(num_virtual_tokens=config.prefix_tokens, **common)
     targets = config.lora_targets or None
     if config.method == "ia3":
-        return peft.IA3Config(target_modules=targets, feedforward_modules=_feedforward(targets), **common)
+        return peft.IA3Config(
+            target_modules=targets, feedforward_modules=_feedforward(targets), **common
+        )
     chosen = {} if config.layers == "all" else {"layers_to_transform": list(config.layers)}
     return peft.LoraConfig(
         r=config.rank,
@@ -86,7 +104,11 @@ def _feedforward(targets: list[str] | None) -> list[str] | None:
     """Which of IA3's modules scale their input: those that end a feed-forward layer."""
     if targets is None:
         return None
-    return [name for name in targets if name.rpartition(".")[2] in ("down_proj", "wo", "fc2", "c_proj", "dense_4h_to_h")]
+    return [
+        name
+        for name in targets
+        if name.rpartition(".")[2] in ("down_proj", "wo", "fc2", "c_proj", "dense_4h_to_h")
+    ]
 
 
 def adapt(config: RunConfig, loaded: Loaded, response_template: list[int] | None = None) -> Any:
@@ -127,12 +149,18 @@ def load_adapter(loaded: Loaded, folder: str | Path, *, trainable: bool = False)
 
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"adapter: got {folder}, expected a folder with adapter_config.json and adapter_model.safetensors")
+        raise UserError(
+            f"adapter: got {folder}, expected a folder with adapter_config.json and "
+            "adapter_model.safetensors"
+        )
     check_base(loaded.model.config, folder)
     try:
         return PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"adapter: got {folder}, which does not fit the model ({' '.join(str(error).split())[:300]})") from None
+        raise UserError(
+            f"adapter: got {folder}, which does not fit the model "
+            f"({' '.join(str(error).split())[:300]})"
+        ) from None
 
 
 def record_base(hf_config: Any, folder: Path) -> None:
@@ -141,13 +169,18 @@ def record_base(hf_config: Any, folder: Path) -> None:
 
 
 def _differing(hf_config: Any, folder: Path) -> tuple[str, Any, Any] | None:
-    """The name, recorded value and own value of what differs; None where nothing does, or nothing is recorded."""
+    """The name, recorded value and own value of what differs; None where nothing does, or
+    nothing is recorded.
+    """
     try:
         saved = json.loads((folder / BASE_MODEL).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # by another program or an earlier release: PEFT compares the shapes
     own = identity(hf_config)
-    return next(((name, value, own.get(name)) for name, value in saved.items() if own.get(name) != value), None)
+    return next(
+        ((name, value, own.get(name)) for name, value in saved.items() if own.get(name) != value),
+        None,
+    )
 
 
 def check_base(hf_config: Any, folder: Path) -> None:
@@ -158,11 +191,15 @@ def check_base(hf_config: Any, folder: Path) -> None:
     """
     if found := _differing(hf_config, folder):
         name, value, own = found
-        raise UserError(f"adapter: got {folder}, trained on a model with {name} {value}, but the model has {own}")
+        raise UserError(
+            f"adapter: got {folder}, trained on a model with {name} {value}, but the model has "
+            f"{own}"
+        )
 
 
 def check_run_base(config: RunConfig, folder: Path, hf_config: Any) -> None:
-    """Refuse a model that is not the one that a run was trained on; a run without the record takes any.
+    """Refuse a model that is not the one that a run was trained on; a run without the record takes
+    any.
 
     Raises:
         UserError: naming what differs.
@@ -170,6 +207,7 @@ def check_run_base(config: RunConfig, folder: Path, hf_config: Any) -> None:
     if found := _differing(hf_config, folder):
         name, value, own = found
         raise UserError(
-            f"model: got {config.model!r} with {name} {own}, but {folder} was trained on a model with {name} {value}, "
+            f"model: got {config.model!r} with {name} {own}, but {folder} was trained on a model "
+            f"with {name} {value}, "
             "expected the same model"
         )

@@ -15,14 +15,24 @@ from reft_train.tasks.base import Task
 
 CAUSAL, SEQ2SEQ, CLASSIFICATION = "causal", "seq2seq", "classification"
 HEADS = ("classifier", "score", "classification_head")
-_IDENTITY = ("model_type", "hidden_size", "d_model", "n_embd", "num_hidden_layers", "num_layers", "n_layer", "vocab_size")
+_IDENTITY = (
+    "model_type",
+    "hidden_size",
+    "d_model",
+    "n_embd",
+    "num_hidden_layers",
+    "num_layers",
+    "n_layer",
+    "vocab_size",
+)
 
 
 @dataclass
 class Loaded:
     """A model with its tokenizer.
 
-    ``kind`` is "causal", "seq2seq" or "classification"; ``heads`` are the modules that are new and have to be trained.
+    ``kind`` is "causal", "seq2seq" or "classification"; ``heads`` are the modules that are new and
+    have to be trained.
     """
 
     model: Any
@@ -45,17 +55,26 @@ def model_config(config: RunConfig) -> Any:
 
     path = Path(config.model)
     if not path.exists() and _is_local(config.model):
-        raise UserError(f"model: got {config.model!r}, which cannot be loaded (no such folder), expected a model's folder")
+        raise UserError(
+            f"model: got {config.model!r}, which cannot be loaded (no such folder), expected a "
+            "model's folder"
+        )
     if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"model: got {path}, expected a folder with config.json, weights and a tokenizer")
+        raise UserError(
+            f"model: got {path}, expected a folder with config.json, weights and a tokenizer"
+        )
     try:
         return AutoConfig.from_pretrained(config.model)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"model: got {config.model!r}, which cannot be loaded ({_offline_reason(error)})") from None
+        raise UserError(
+            f"model: got {config.model!r}, which cannot be loaded ({_offline_reason(error)})"
+        ) from None
 
 
 def _is_local(name: str) -> bool:
-    """Whether a name can only be a folder's: a hub name has at most one slash, and none in front."""
+    """Whether a name can only be a folder's: a hub name has at most one slash, and none in
+    front.
+    """
     return name.startswith((".", "~")) or Path(name).is_absolute() or name.count("/") > 1
 
 
@@ -75,7 +94,9 @@ def check_reachable(config: RunConfig, run: Path) -> None:
         else:
             reason = f"does not exist as a folder here and cannot be loaded by that name ({error})"
         where = f"{config.model!r}, which {reason}"
-        raise UserError(f"model: {run} was trained on {where}; --model DIR gives its new place") from None
+        raise UserError(
+            f"model: {run} was trained on {where}; --model DIR gives its new place"
+        ) from None
 
 
 def identity(hf_config: Any) -> dict[str, Any]:
@@ -92,12 +113,16 @@ def identity(hf_config: Any) -> dict[str, Any]:
 
 
 def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
-    """How the model is used for a task: the wish of ``architecture``, or what the model and the task say.
+    """How the model is used for a task: the wish of ``architecture``, or what the model and the
+    task say.
 
     Raises:
         UserError: a task that this use does not serve.
     """
-    generates, classifies = task.decoding is not None, task.labels is not None or task.decoding is None
+    generates, classifies = (
+        task.decoding is not None,
+        task.labels is not None or task.decoding is None,
+    )
     named = " ".join(getattr(hf_config, "architectures", None) or ())
     if config.architecture != "auto":
         kind = {"encoder": CLASSIFICATION}.get(config.architecture, config.architecture)
@@ -110,9 +135,15 @@ def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
     else:
         kind = CLASSIFICATION
     if kind == CLASSIFICATION and not classifies:
-        raise UserError(f"task: got {task.name!r}, which generates text, with {hf_config.model_type}, expected a causal model")
+        raise UserError(
+            f"task: got {task.name!r}, which generates text, with {hf_config.model_type}, "
+            "expected a causal model"
+        )
     if kind != CLASSIFICATION and not generates:
-        raise UserError(f"architecture: got {config.architecture!r} with {task.name!r}, expected encoder or auto")
+        raise UserError(
+            f"architecture: got {config.architecture!r} with {task.name!r}, expected encoder or "
+            "auto"
+        )
     return kind
 
 
@@ -127,10 +158,16 @@ def load_tokenizer(config: RunConfig) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
     except Exception as error:  # what a broken file raises differs from one tokenizer to the next
-        raise UserError(f"model: got {config.model!r}, whose tokenizer cannot be loaded ({_offline_reason(error)})") from None
+        raise UserError(
+            f"model: got {config.model!r}, whose tokenizer cannot be loaded "
+            f"({_offline_reason(error)})"
+        ) from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise UserError(f"model: got {config.model!r}, whose tokenizer has neither a padding nor an end token")
+            raise UserError(
+                f"model: got {config.model!r}, whose tokenizer has neither a padding nor an end "
+                "token"
+            )
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token serves
     return tokenizer
 
@@ -139,7 +176,10 @@ def _quantization(config: RunConfig) -> Any:
     if config.quantization == "none":
         return None
     if find_spec("bitsandbytes") is None:
-        raise UserError(f"quantization: got {config.quantization!r}, expected none: bitsandbytes is not installed")
+        raise UserError(
+            f"quantization: got {config.quantization!r}, expected none: bitsandbytes is not "
+            "installed"
+        )
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -149,7 +189,10 @@ def _quantization(config: RunConfig) -> Any:
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
 
 
@@ -173,7 +216,11 @@ def weight_dtype(config: RunConfig) -> Any:
 
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if pick_device(config) == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return (
+        torch.bfloat16
+        if pick_device(config) == "cuda" and torch.cuda.is_bf16_supported()
+        else torch.float32
+    )
 
 
 def class_of(config: RunConfig, kind: str) -> str:
@@ -184,16 +231,21 @@ def class_of(config: RunConfig, kind: str) -> str:
     """
     if config.pooling == "mean":
         if kind != CLASSIFICATION:
-            raise UserError(f"pooling: got 'mean' with a {kind} model, expected 'model': it generates text")
+            raise UserError(
+                f"pooling: got 'mean' with a {kind} model, expected 'model': it generates text"
+            )
         return "AutoModel"
-    return {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}.get(kind, "AutoModelForSequenceClassification")
+    return {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}.get(
+        kind, "AutoModelForSequenceClassification"
+    )
 
 
 def load(config: RunConfig, task: Task) -> Loaded:
     """The frozen model in the wanted dtype, with its tokenizer; a new head is drawn from the seed.
 
     Raises:
-        UserError: weights that cannot be loaded, or packages that the settings need and that are missing.
+        UserError: weights that cannot be loaded, or packages that the settings need and that are
+            missing.
     """
     import torch
     import transformers
@@ -204,7 +256,11 @@ def load(config: RunConfig, task: Task) -> Loaded:
     hf_config = model_config(config)
     kind = kind_of(config, hf_config, task)
     tokenizer = load_tokenizer(config)
-    options: dict[str, Any] = {"config": hf_config, "dtype": weight_dtype(config), "quantization_config": _quantization(config)}
+    options: dict[str, Any] = {
+        "config": hf_config,
+        "dtype": weight_dtype(config),
+        "quantization_config": _quantization(config),
+    }
     options = {name: value for name, value in options.items() if value is not None}
     if config.attention is not None:
         options["attn_implementation"] = config.attention
@@ -214,16 +270,23 @@ def load(config: RunConfig, task: Task) -> Loaded:
         options["device_map"] = "cpu"  # bitsandbytes would take a GPU that is there
     if kind == CLASSIFICATION:
         hf_config.num_labels = task.num_labels
-        hf_config.problem_type = "regression" if task.labels is None else "single_label_classification"
+        hf_config.problem_type = (
+            "regression" if task.labels is None else "single_label_classification"
+        )
         if getattr(hf_config, "pad_token_id", None) is None:
-            hf_config.pad_token_id = tokenizer.pad_token_id  # decoders find the last real token by it
+            hf_config.pad_token_id = (
+                tokenizer.pad_token_id
+            )  # decoders find the last real token by it
     torch.manual_seed(config.seed)  # a new head is drawn here
     try:
         model, info = getattr(transformers, class_of(config, kind)).from_pretrained(
             config.model, output_loading_info=True, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"model: got {config.model!r}, whose weights cannot be loaded ({_offline_reason(error)})") from None
+        raise UserError(
+            f"model: got {config.model!r}, whose weights cannot be loaded "
+            f"({_offline_reason(error)})"
+        ) from None
     heads = _new_modules(model, info["missing_keys"]) if kind == CLASSIFICATION else []
     if config.pooling == "mean":
         model, heads = MeanPooledClassifier(model, hf_config.num_labels, config.seed), [HEAD]

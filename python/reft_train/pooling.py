@@ -1,4 +1,6 @@
-"""Classifiers that read the mean of the last hidden states, as sentence encoders are trained to be read."""
+"""Classifiers that read the mean of the last hidden states, as sentence encoders are trained to
+be read.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ HEAD = "classifier"  # the submodule's name, which PEFT's modules_to_save is giv
 
 
 class EncoderClassifier(nn.Module):
-    """``classifier(mean of the encoder's last hidden states over real tokens)``; the encoder's parameters are frozen.
+    """``classifier(mean of the encoder's last hidden states over real tokens)``; the encoder's
+    parameters are frozen.
 
     Args:
         encoder: a transformers model that returns ``last_hidden_state`` ``[B, T, d]``.
@@ -43,7 +46,10 @@ class EncoderClassifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits ``[B, num_labels]`` for token ids and mask ``[B, T]``."""
-        return self.classify(self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask)
+        return self.classify(
+            self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,
+            attention_mask,
+        )
 
     def classify(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits for last hidden states ``[B, T, d]``."""
@@ -53,26 +59,46 @@ class EncoderClassifier(nn.Module):
 
 
 class MeanPooledClassifier(EncoderClassifier):
-    """An :class:`EncoderClassifier` that is called as transformers' sequence classifiers are, and gives what they give.
+    """An :class:`EncoderClassifier` that is called as transformers' sequence classifiers are, and
+    gives what they give.
 
-    With one output labels are numbers and the loss is the squared error, else they are class numbers and it is cross entropy.
+    With one output labels are numbers and the loss is the squared error, else they are class
+    numbers and it is cross entropy.
     """
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__("encoder"), name)  # device, gradient checkpointing and the like
+            return getattr(
+                super().__getattr__("encoder"), name
+            )  # device, gradient checkpointing and the like
 
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, **inputs: Any
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
     ) -> Any:
-        """Loss (with ``labels [B]``) and logits ``[B, num_labels]`` for token ids or ``inputs_embeds``, and mask ``[B, T]``."""
+        """Loss (with ``labels [B]``) and logits ``[B, num_labels]`` for token ids or
+        ``inputs_embeds``, and mask ``[B, T]``.
+        """
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        known = {name: inputs[name] for name in ("inputs_embeds", "token_type_ids") if inputs.get(name) is not None}
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **known).last_hidden_state
-        mask = torch.ones(hidden.shape[:2], device=hidden.device) if attention_mask is None else attention_mask
+        known = {
+            name: inputs[name]
+            for name in ("inputs_embeds", "token_type_ids")
+            if inputs.get(name) is not None
+        }
+        hidden = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, **known
+        ).last_hidden_state
+        mask = (
+            torch.ones(hidden.shape[:2], device=hidden.device)
+            if attention_mask is None
+            else attention_mask
+        )
         logits = self.classify(hidden, mask)
         loss = None
         if labels is not None and logits.shape[-1] == 1:

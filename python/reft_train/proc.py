@@ -14,4 +14,7 @@ def sizes(path: Path) -> dict[str, int]:
         text = path.read_text()
     except OSError:
         return {}
-    return {name: int(size) * 1024 for name, size in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)}
+    return {
+        name: int(size) * 1024
+        for name, size in re.findall(r"^(\w+):\s+(\d+) kB", text, re.MULTILINE)
+    }

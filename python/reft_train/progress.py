@@ -14,4 +14,11 @@ def bar(total: int, title: str, unit: str = "step", show: bool = True) -> tqdm:
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=f"{title:<26}", unit=unit, mininterval=interval, maxinterval=interval, disable=not show)
+    return tqdm(
+        total=total,
+        desc=f"{title:<26}",
+        unit=unit,
+        mininterval=interval,
+        maxinterval=interval,
+        disable=not show,
+    )

@@ -1,4 +1,6 @@
-"""Which of several processes this one is, and what all of them found; a single process is the first of one."""
+"""Which of several processes this one is, and what all of them found; a single process is the
+first of one.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ Result = TypeVar("Result")
 
 def place() -> tuple[int, int]:
     """This process's number and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 def joined() -> bool:

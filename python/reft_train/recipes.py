@@ -1,8 +1,9 @@
 """Named settings: the paper's, for its four benchmarks, and what a user's own data starts from.
 
-Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models" (arXiv:2404.03592). For GLUE the paper
-tuned each task and model within ranges (first 1, 3 or 11 positions, learning rates 1e-4 to 9e-4, 20 to 60 epochs, dropout 0.05
-to 0.2); the recipe stands inside them, and ``search`` chooses better.
+Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models" (arXiv:2404.03592).
+For GLUE the paper tuned each task and model within ranges (first 1, 3 or 11 positions, learning
+rates 1e-4 to 9e-4, 20 to 60 epochs, dropout 0.05 to 0.2); the recipe stands inside them, and
+``search`` chooses better.
 """
 
 from __future__ import annotations
@@ -14,17 +15,43 @@ from typing import Any
 from reft_train.errors import UserError
 
 _COMMONSENSE = {
-    "layers": "all", "rank": 8, "positions": "f7+l7", "share_weights": True, "lr": 9e-4, "epochs": 6, "batch_size": 16,
-    "accumulation": 2, "warmup": 0.1, "dropout": 0.0, "schedule": "linear", "weight_decay": 0.0, "max_length": 512,
-}  # fmt: skip
+    "layers": "all",
+    "rank": 8,
+    "positions": "f7+l7",
+    "share_weights": True,
+    "lr": 9e-4,
+    "epochs": 6,
+    "batch_size": 16,
+    "accumulation": 2,
+    "warmup": 0.1,
+    "dropout": 0.0,
+    "schedule": "linear",
+    "weight_decay": 0.0,
+    "max_length": 512,
+}
 _INSTRUCT = {
-    **_COMMONSENSE, "layers": [3, 9, 18, 24], "rank": 4, "positions": "f5+l5", "share_weights": False, "epochs": 9,
-    "batch_size": 4, "accumulation": 32, "max_length": 768,
-}  # fmt: skip
+    **_COMMONSENSE,
+    "layers": [3, 9, 18, 24],
+    "rank": 4,
+    "positions": "f5+l5",
+    "share_weights": False,
+    "epochs": 9,
+    "batch_size": 4,
+    "accumulation": 32,
+    "max_length": 768,
+}
 _GLUE = {
-    **_COMMONSENSE, "rank": 1, "positions": "f1", "lr": 6e-4, "epochs": 40, "batch_size": 32, "accumulation": 1,
-    "dropout": 0.05, "max_length": 256, "select": "metric",
-}  # fmt: skip
+    **_COMMONSENSE,
+    "rank": 1,
+    "positions": "f1",
+    "lr": 6e-4,
+    "epochs": 40,
+    "batch_size": 32,
+    "accumulation": 1,
+    "dropout": 0.05,
+    "max_length": 256,
+    "select": "metric",
+}
 _GLUE_TASKS = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 
 RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -36,12 +63,18 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         **{f"glue/{name}": _GLUE for name in _GLUE_TASKS},
         # the defaults of the paper's script
         "script": {
-            **_COMMONSENSE, "layers": [2, 10, 18, 26], "positions": "f1+l1", "lr": 5e-3, "epochs": 1, "batch_size": 4,
-            "accumulation": 4, "warmup": 0.0,
+            **_COMMONSENSE,
+            "layers": [2, 10, 18, 26],
+            "positions": "f1+l1",
+            "lr": 5e-3,
+            "epochs": 1,
+            "batch_size": 4,
+            "accumulation": 4,
+            "warmup": 0.0,
         },
         "default": {**_COMMONSENSE, "epochs": 3},
     }
-)  # fmt: skip
+)
 
 
 def recipe(name: str) -> Mapping[str, Any]:

@@ -15,7 +15,9 @@ def add_parser(subparsers) -> None:
     """Add the command and its flags."""
     from reft_train.flags import add_settings
 
-    command = subparsers.add_parser("run", help="train and score an adapter on a task", description=DESCRIPTION)
+    command = subparsers.add_parser(
+        "run", help="train and score an adapter on a task", description=DESCRIPTION
+    )
     add_settings(command)
     command.set_defaults(run=run)
 
@@ -42,7 +44,9 @@ def run(parsed: argparse.Namespace) -> int:
 
     try:
         outcome = train(config)
-    except UserError:  # all processes refuse together; one that ends with its group's threads aborts
+    except (
+        UserError
+    ):  # all processes refuse together; one that ends with its group's threads aborts
         leave()
         raise
     leave()
@@ -50,6 +54,9 @@ def run(parsed: argparse.Namespace) -> int:
         return 130 if outcome.interrupted else 0
     print(summary(outcome))
     if outcome.interrupted:
-        print(f"stopped at step {outcome.steps}, checkpoint saved; to go on: {resume_hint(config)}", file=sys.stderr)
+        print(
+            f"stopped at step {outcome.steps}, checkpoint saved; to go on: {resume_hint(config)}",
+            file=sys.stderr,
+        )
         return 130
     return 0

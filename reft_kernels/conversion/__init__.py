@@ -1,1 +1,3 @@
-"""Saved ReFT adapters from one framework's folder to another's; the command is :mod:`reft_kernels.convert`."""
+"""Saved ReFT adapters from one framework's folder to another's; the command is
+:mod:`reft_kernels.convert`.
+"""

@@ -1,4 +1,5 @@
-"""An AdapterHub folder (package ``adapters``): ``adapter_config.json``, ``pytorch_adapter.bin`` or ``adapter.safetensors``.
+"""An AdapterHub folder (package ``adapters``): ``adapter_config.json``, ``pytorch_adapter.bin`` or
+``adapter.safetensors``.
 
 Keys are ``{path of the blocks}.{layer}.reft_layer.refts.{name}.units.{unit}.`` followed by
 
@@ -6,12 +7,16 @@ Keys are ``{path of the blocks}.{layer}.reft_layer.refts.{name}.units.{unit}.`` 
     projection.weight [r, d]                                           W2, without orthogonality
     projection.parametrizations.weight.original [r, d], .0.base [d, d] R, with orthogonality
 
-with one unit where weights are tied, else two (prefix, suffix; the one without positions is stored all the same). The method
-is two switches: orthogonality and subtract_projection. ``adapters`` 1.3.0 does not save the second, so that its own DiReFT
-(neither) reads back as NoReFT there; a folder that does not say it is read as ``adapters`` reads it, and ``--intervention
-nodireft`` corrects that. Folders written here say it, which ``adapters`` 1.3.0 understands. What the format has no place for:
-ConsReFT, LobiReFT, RED, positions "prompt" and "all", other components than a block's output, encoder-decoder layer numbers.
-Its positions count from the ends of the whole sequence; ours from the ends of the prompt, which is the same without labels.
+with one unit where weights are tied, else two (prefix, suffix; the one without positions is stored
+all the same). The method
+is two switches: orthogonality and subtract_projection. ``adapters`` 1.3.0 does not save the second,
+so that its own DiReFT (neither) reads back as NoReFT there; a folder that does not say it is read
+as ``adapters`` reads it, and ``--intervention
+nodireft`` corrects that. Folders written here say it, which ``adapters`` 1.3.0 understands. What
+the format has no place for:
+ConsReFT, LobiReFT, RED, positions "prompt" and "all", other components than a block's output,
+encoder-decoder layer numbers. Its positions count from the ends of the whole sequence; ours from
+the ends of the prompt, which is the same without labels.
 """
 
 from __future__ import annotations
@@ -43,9 +48,17 @@ HEADS = ("pytorch_model_head.bin", "model_head.safetensors")
 VERSION = "adapters.1.3.0"
 
 _KEY = re.compile(r"^(?:(.+)\.)?(\d+)\.reft_layer\.refts\.([^.]+)\.units\.(\d+)\.(.+)$")
-_KINDS = {(True, True): "loreft", (True, False): "direft", (False, True): "noreft", (False, False): "nodireft"}
+_KINDS = {
+    (True, True): "loreft",
+    (True, False): "direft",
+    (False, True): "noreft",
+    (False, False): "nodireft",
+}
 _SWITCHES = {name: switches for switches, name in _KINDS.items()}
-_RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # in files without "version", as adapters itself reads them
+_RENAMED = {
+    "gelu": "gelu_new",
+    "gelu_orig": "gelu",
+}  # in files without "version", as adapters itself reads them
 _ACTIVATIONS = {"linear": None, "gelu_tanh": "gelu_pytorch_tanh"}  # the others are called the same
 _ENCODER_DECODERS = ("t5", "mt5", "bart", "mbart", "plbart", "encoder-decoder")
 _KEPT = ("name", "model_class", "model_name", "model_type", "hidden_size")
@@ -53,7 +66,9 @@ _KEPT = ("name", "model_class", "model_name", "model_type", "hidden_size")
 
 def matches(folder: Path) -> bool:
     """Whether the folder is an AdapterHub adapter's, of whatever method."""
-    return (folder / CONFIG).is_file() and isinstance(read_json(folder / CONFIG).get("config"), dict)
+    return (folder / CONFIG).is_file() and isinstance(
+        read_json(folder / CONFIG).get("config"), dict
+    )
 
 
 def _tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
@@ -62,7 +77,9 @@ def _tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return folder / BIN, read_bin(folder / BIN)
 
 
-def _units(path: Path, found: dict[str, Tensor]) -> tuple[str, dict[int, dict[int, dict[str, Tensor]]]]:
+def _units(
+    path: Path, found: dict[str, Tensor]
+) -> tuple[str, dict[int, dict[int, dict[str, Tensor]]]]:
     """The blocks' path, and the tensors by layer, unit and name."""
     places: set[tuple[str, str]] = set()
     units: dict[int, dict[int, dict[str, Tensor]]] = {}
@@ -70,29 +87,45 @@ def _units(path: Path, found: dict[str, Tensor]) -> tuple[str, dict[int, dict[in
         match = _KEY.match(key)
         if match is None:
             raise ConversionError(
-                f"{path}: {key!r} is no ReFT weight; expected '...{{layer}}.reft_layer.refts.{{name}}.units...'"
+                f"{path}: {key!r} is no ReFT weight; expected "
+                f"'...{{layer}}.reft_layer.refts.{{name}}.units...'"
             )
         places.add((match[1] or "", match[3]))
         units.setdefault(int(match[2]), {}).setdefault(int(match[4]), {})[match[5]] = tensor
     if len(places) != 1:
-        raise ConversionError(f"{path}: weights of several adapters or stacks of blocks {sorted(places)}, expected one")
+        raise ConversionError(
+            f"{path}: weights of several adapters or stacks of blocks {sorted(places)}, expected "
+            "one"
+        )
     return places.pop()[0], units
 
 
 def _weights(unit: dict[str, Tensor], orthogonal: bool, where: str) -> Weights:
     original, base = f"projection.{ORIGINAL}", f"projection.{BASE}"
-    expected = {"learned_source.weight", "learned_source.bias", *((original, base) if orthogonal else ("projection.weight",))}
+    expected = {
+        "learned_source.weight",
+        "learned_source.bias",
+        *((original, base) if orthogonal else ("projection.weight",)),
+    }
     if unit.keys() != expected:
-        raise ConversionError(f"{where}: got {sorted(unit)}, expected {sorted(expected)}, as its configuration says")
+        raise ConversionError(
+            f"{where}: got {sorted(unit)}, expected {sorted(expected)}, as its configuration says"
+        )
     write = evaluate(unit[original], unit[base], where) if orthogonal else unit["projection.weight"]
-    return {"write": write, "read": unit["learned_source.weight"], "bias": unit["learned_source.bias"]}
+    return {
+        "write": write,
+        "read": unit["learned_source.weight"],
+        "bias": unit["learned_source.bias"],
+    }
 
 
 def _positions(config: dict[str, Any]) -> str:
     first, last = (config.get(f"{side}_positions", 0) for side in ("prefix", "suffix"))
     terms = [f"{letter}{count}" for letter, count in (("f", first), ("l", last)) if count]
     if not terms:
-        raise ConversionError(f"prefix_positions, suffix_positions: got {first} and {last}, expected one above 0")
+        raise ConversionError(
+            f"prefix_positions, suffix_positions: got {first} and {last}, expected one above 0"
+        )
     return "+".join(terms)
 
 
@@ -110,38 +143,57 @@ def read(folder: Path, options: Options) -> Adapter:
     """The adapter in the folder.
 
     Raises:
-        ConversionError: another method, an encoder-decoder, a head besides, an unknown activation, missing or foreign tensors.
+        ConversionError: another method, an encoder-decoder, a head besides, an unknown activation,
+            missing or foreign tensors.
     """
     content = read_json(folder / CONFIG)
     config = content["config"] if isinstance(content.get("config"), dict) else {}
     if config.get("architecture") != "reft":
-        raise ConversionError(f"{folder / CONFIG}: architecture is {config.get('architecture')!r}, expected 'reft'")
+        raise ConversionError(
+            f"{folder / CONFIG}: architecture is {config.get('architecture')!r}, expected 'reft'"
+        )
     if content.get("model_type") in _ENCODER_DECODERS:
-        raise ConversionError(f"model_type: {content['model_type']!r} counts layers over encoder and decoder; not converted")
+        raise ConversionError(
+            f"model_type: {content['model_type']!r} counts layers over encoder and decoder; not "
+            "converted"
+        )
     heads = [name for name in HEADS if (folder / name).exists()]
     if heads and not options.without_head:
-        raise ConversionError(f"{folder / heads[0]}: a prediction head, which is not converted; --without-head leaves it out")
+        raise ConversionError(
+            f"{folder / heads[0]}: a prediction head, which is not converted; --without-head "
+            "leaves it out"
+        )
     path, found = _tensors(folder)
     blocks, units = _units(path, found)
-    orthogonal, subtract = bool(config.get("orthogonality", True)), config.get("subtract_projection")
+    orthogonal, subtract_projection = (
+        bool(config.get("orthogonality", True)),
+        config.get("subtract_projection"),
+    )
     positions = _positions(config)
     count = 1 if config.get("tied_weights", False) else 2
     layers: dict[int, list[Weights]] = {}
     spare: dict[int, Weights] = {}
     listed = config.get("layers", "all")
     if listed != "all" and sorted(listed) != sorted(units):
-        raise ConversionError(f"layers: the configuration says {listed}, the file holds {sorted(units)}")
+        raise ConversionError(
+            f"layers: the configuration says {listed}, the file holds {sorted(units)}"
+        )
     for layer in sorted(units) if listed == "all" else listed:
         if sorted(units[layer]) != list(range(count)):
             raise ConversionError(
-                f"{path}: layer {layer} has units {sorted(units[layer])}, expected {count}, as tied_weights says"
+                f"{path}: layer {layer} has units {sorted(units[layer])}, expected {count}, as "
+                "tied_weights says"
             )
-        sets = [_weights(units[layer][i], orthogonal, f"{path}: layer {layer}, unit {i}") for i in range(count)]
+        sets = [
+            _weights(units[layer][i], orthogonal, f"{path}: layer {layer}, unit {i}")
+            for i in range(count)
+        ]
         if count == 2 and "+" not in positions:  # one of the two has no positions
             spare[layer] = sets.pop(1 if positions[0] == "f" else 0)
         layers[layer] = sets
     adapter = Adapter(
-        intervention=options.intervention or _KINDS[orthogonal, True if subtract is None else bool(subtract)],
+        intervention=options.intervention
+        or _KINDS[orthogonal, True if subtract_projection is None else bool(subtract_projection)],
         component="block_output",
         layers=layers,
         positions=positions,
@@ -150,15 +202,26 @@ def read(folder: Path, options: Options) -> Adapter:
         dropout=float(config.get("dropout", 0.0)),
         base_model=content.get("model_name"),
         spare=spare,
-        details={NAME: {"path": blocks, "dtype": config.get("dtype"), **{k: content.get(k) for k in _KEPT}}},
+        details={
+            NAME: {
+                "path": blocks,
+                "dtype": config.get("dtype"),
+                **{k: content.get(k) for k in _KEPT},
+            }
+        },
     )
-    if subtract is None and options.intervention is None:
+    if subtract_projection is None and options.intervention is None:
         adapter.notes.append(
-            f"the folder does not say subtract_projection, so it is read as {adapter.intervention}, as adapters reads it; "
-            f"say --intervention {'direft' if orthogonal else 'nodireft'} where it was trained without"
+            "the folder does not say subtract_projection, so it is read as "
+            f"{adapter.intervention}, as adapters reads it; "
+            f"say --intervention {'direft' if orthogonal else 'nodireft'} where it was trained "
+            "without"
         )
     if _SWITCHES.get(adapter.intervention, (None,))[0] != orthogonal:
-        raise ConversionError(f"intervention: got {adapter.intervention!r}, but the folder's orthogonality is {orthogonal}")
+        raise ConversionError(
+            f"intervention: got {adapter.intervention!r}, but the folder's orthogonality is "
+            f"{orthogonal}"
+        )
     if heads:
         adapter.notes.append(f"left out the prediction head ({heads[0]})")
     return adapter
@@ -170,14 +233,18 @@ def _model(adapter: Adapter, options: Options) -> dict[str, Any]:
     component = adapter.component.replace("[{layer}]", ".{layer}")
     if component != "block_output":
         if not component.endswith(".{layer}"):
-            raise ConversionError(f"component: got {adapter.component!r}, but AdapterHub edits the output of blocks only")
+            raise ConversionError(
+                f"component: got {adapter.component!r}, but AdapterHub edits the output of blocks "
+                "only"
+            )
         return {**known, "path": component.removesuffix(".{layer}")}
     if options.base_model is None and "path" in known:
         return known
     name = options.base_model or adapter.base_model
     if name is None:
         raise ConversionError(
-            "base-model: AdapterHub's keys need the path of the model's blocks; say --base-model NAME_OR_FOLDER"
+            "base-model: AdapterHub's keys need the path of the model's blocks; say --base-model "
+            "NAME_OR_FOLDER"
         )
     return {**known, **_look_up(name)}
 
@@ -189,7 +256,8 @@ def _look_up(name: str) -> dict[str, Any]:
         config = transformers.AutoConfig.from_pretrained(name)
         if getattr(config, "is_encoder_decoder", False):
             raise ConversionError(
-                f"base-model: {name!r} is an encoder-decoder, whose layers AdapterHub counts over both; not converted"
+                f"base-model: {name!r} is an encoder-decoder, whose layers AdapterHub counts over "
+                "both; not converted"
             )
         with torch.device("meta"):
             model = transformers.AutoModel.from_config(config)
@@ -202,12 +270,17 @@ def _look_up(name: str) -> dict[str, Any]:
 
     found = find_blocks(model)
     if found is None:
-        raise ConversionError(f"base-model: {name!r} ({type(model).__name__}) has no list of blocks")
+        raise ConversionError(
+            f"base-model: {name!r} ({type(model).__name__}) has no list of blocks"
+        )
     architectures = getattr(config, "architectures", None) or [type(model).__name__]
     return {
-        "path": f"{model.base_model_prefix}.{found.path}", "model_type": config.model_type, "model_name": name,
-        "model_class": architectures[0], "hidden_size": getattr(config, "hidden_size", None),
-    }  # fmt: skip
+        "path": f"{model.base_model_prefix}.{found.path}",
+        "model_type": config.model_type,
+        "model_name": name,
+        "model_class": architectures[0],
+        "hidden_size": getattr(config, "hidden_size", None),
+    }
 
 
 def _stored(adapter: Adapter, weights: Weights, dtype: str | None) -> dict[str, Tensor]:
@@ -225,18 +298,23 @@ def write(adapter: Adapter, folder: Path, options: Options) -> None:
     """Write the adapter into the folder, in the file that ``adapters`` looks for first.
 
     Raises:
-        ConversionError: an intervention, component or positions that AdapterHub has not, or a model that cannot be looked up.
+        ConversionError: an intervention, component or positions that AdapterHub has not, or a model
+            that cannot be looked up.
     """
     if adapter.intervention not in _SWITCHES:
-        raise ConversionError(f"intervention: AdapterHub has no {adapter.intervention}; it has {', '.join(_SWITCHES)}")
+        raise ConversionError(
+            f"intervention: AdapterHub has no {adapter.intervention}; it has {', '.join(_SWITCHES)}"
+        )
     spec = required_positions(adapter)
     if spec.kind != "ends":
         raise ConversionError(
-            f"positions: got {adapter.positions!r}, but AdapterHub edits first and last tokens only ('fN+lM')"
+            f"positions: got {adapter.positions!r}, but AdapterHub edits first and last tokens "
+            "only ('fN+lM')"
         )
     if adapter.pyreft_positions:
         raise ConversionError(
-            "pyreft_positions: got True, but AdapterHub counts the last token, which pyreft's datasets leave out"
+            "pyreft_positions: got True, but AdapterHub counts the last token, which pyreft's "
+            "datasets leave out"
         )
     model = _model(adapter, options)
     name, dtype = model.get("name") or "reft", options.dtype or model.get("dtype")
@@ -249,14 +327,22 @@ def write(adapter: Adapter, folder: Path, options: Options) -> None:
         for i, weights in enumerate(sets)
         for key, tensor in _stored(adapter, weights, dtype).items()
     }
-    orthogonal, subtract = _SWITCHES[adapter.intervention]
+    orthogonal, subtract_projection = _SWITCHES[adapter.intervention]
     config = {
-        "architecture": "reft", "layers": "all" if adapter.all_layers else list(adapter.layers), "prefix_positions": spec.first,
-        "suffix_positions": spec.last, "r": adapter.rank, "orthogonality": orthogonal, "subtract_projection": subtract,
-        "tied_weights": len(next(iter(units.values()))) == 1, "dropout": adapter.dropout, "dtype": dtype,
-        "non_linearity": _ACTIVATIONS.get(adapter.activation, adapter.activation), "output_reft": True,
+        "architecture": "reft",
+        "layers": "all" if adapter.all_layers else list(adapter.layers),
+        "prefix_positions": spec.first,
+        "suffix_positions": spec.last,
+        "r": adapter.rank,
+        "orthogonality": orthogonal,
+        "subtract_projection": subtract_projection,
+        "tied_weights": len(next(iter(units.values()))) == 1,
+        "dropout": adapter.dropout,
+        "dtype": dtype,
+        "non_linearity": _ACTIVATIONS.get(adapter.activation, adapter.activation),
+        "output_reft": True,
         "init_weights_seed": None,
-    }  # fmt: skip
+    }
     own = {k: model.get(k) for k in _KEPT}
     own["hidden_size"] = own["hidden_size"] or adapter.embed_dim
     write_json(folder / CONFIG, {**own, "name": name, "config": config, "version": VERSION})

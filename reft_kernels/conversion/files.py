@@ -1,4 +1,6 @@
-"""Reading and writing files safely: tensors without code, clear errors, and folders that appear whole or not at all."""
+"""Reading and writing files safely: tensors without code, clear errors, and folders that appear
+whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -43,12 +45,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _checked(path: Path, found: object) -> dict[str, Tensor]:
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ConversionError(f"{path}: expected a state dict, names to tensors; this file holds something else")
+        raise ConversionError(
+            f"{path}: expected a state dict, names to tensors; this file holds something else"
+        )
     return {str(k): t.detach() for k, t in found.items()}
 
 
 def read_bin(path: Path) -> dict[str, Tensor]:
-    """A state dict saved by ``torch.save``, loaded with ``weights_only=True`` on the CPU: nothing in the file is executed.
+    """A state dict saved by ``torch.save``, loaded with ``weights_only=True`` on the CPU: nothing
+    in the file is executed.
 
     Raises:
         ConversionError: missing, truncated, corrupt, or holding something other than tensors.
@@ -56,7 +61,9 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and storage errors have no common base
-        raise ConversionError(f"{path}: cannot be loaded as a state dict (weights only): {_first_line(error)}") from None
+        raise ConversionError(
+            f"{path}: cannot be loaded as a state dict (weights only): {_first_line(error)}"
+        ) from None
     return _checked(path, found)
 
 
@@ -73,14 +80,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = opened.metadata() or {}
             found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dictionary)
     except Exception as error:  # the library's own error is no OSError
-        raise ConversionError(f"{path}: cannot be loaded as safetensors: {_first_line(error)}") from None
+        raise ConversionError(
+            f"{path}: cannot be loaded as safetensors: {_first_line(error)}"
+        ) from None
     return found, metadata
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     from safetensors.torch import save_file
 
-    save_file({name: t.detach().contiguous().clone() for name, t in tensors.items()}, path, metadata=metadata)
+    save_file(
+        {name: t.detach().contiguous().clone() for name, t in tensors.items()},
+        path,
+        metadata=metadata,
+    )
 
 
 def check_target(target: Path, force: bool) -> None:
@@ -97,7 +110,8 @@ def check_target(target: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A folder beside ``target`` to write into, which takes its place when the block ends well and vanishes when it does not.
+    """A folder beside ``target`` to write into, which takes its place when the block ends well and
+    vanishes when it does not.
 
     What was there stays until the new folder is complete, and comes back if the last rename fails.
 

@@ -1,8 +1,12 @@
-"""The state of ``torch.nn.utils.parametrizations.orthogonal``: a parameter ``original`` and a d x d ``base``, and R from them.
+"""The state of ``torch.nn.utils.parametrizations.orthogonal``: a parameter ``original`` and a d x d
+``base``, and R from them.
 
-For a tall weight [d, r] it is  Q = base @ H(original),  with H the product of r Householder reflectors (the matrix exponential
-where r = d); ``original = -E`` gives H = E, so that Q is the first r columns of ``base``, bit for bit. A wide weight [r, d] is
-stored and evaluated transposed. Source: the parametrization's own code in PyTorch, of which :func:`evaluate` is the forward.
+For a tall weight [d, r] it is  Q = base @ H(original),  with H the product of r Householder
+                                reflectors (the matrix exponential
+where r = d); ``original = -E`` gives H = E, so that Q is the first r columns of ``base``, bit for
+bit. A wide weight [r, d] is
+stored and evaluated transposed. Source: the parametrization's own code in PyTorch, of which
+:func:`evaluate` is the forward.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ def _householder(X: Tensor) -> Tensor:
 
 
 def evaluate(original: Tensor, base: Tensor, where: str) -> Tensor:
-    """The weight that the parametrization shows: [d, r] for a tall ``original``, [r, d] for a wide one, in its dtype.
+    """The weight that the parametrization shows: [d, r] for a tall ``original``, [r, d] for a wide
+    one, in its dtype.
 
     Args:
         original: ``[d, r]`` or ``[r, d]``. base: ``[d, d]``. where: what to call them in an error.
@@ -39,9 +44,14 @@ def evaluate(original: Tensor, base: Tensor, where: str) -> Tensor:
     Raises:
         ConversionError: shapes or dtypes that do not belong together.
     """
-    if original.dim() != 2 or base.shape != (max(original.shape), max(original.shape)) or original.dtype != base.dtype:
+    if (
+        original.dim() != 2
+        or base.shape != (max(original.shape), max(original.shape))
+        or original.dtype != base.dtype
+    ):
         raise ConversionError(
-            f"{where}: original {tuple(original.shape)} {original.dtype} and base {tuple(base.shape)} {base.dtype} do not "
+            f"{where}: original {tuple(original.shape)} {original.dtype} and base "
+            f"{tuple(base.shape)} {base.dtype} do not "
             "belong together: expected [d, r] or [r, d], and [d, d]"
         )
     X = _tall(original)
@@ -49,13 +59,17 @@ def evaluate(original: Tensor, base: Tensor, where: str) -> Tensor:
     if torch.equal(X.tril(), _minus_identity(d, r, X.dtype)):
         Q = base[:, :r]
     else:
-        base = base.mT.contiguous().mT  # by columns, as the parametrization holds it: the product's bits depend on it
+        base = (
+            base.mT.contiguous().mT
+        )  # by columns, as the parametrization holds it: the product's bits depend on it
         Q = base @ (torch.matrix_exp(X.tril() - X.tril().mT) if d == r else _householder(X))
     return (Q if X is original else Q.mT).contiguous()
 
 
 def state(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(original, base) that show exactly ``weight`` ([d, r] or [r, d], orthonormal): -E, and the weight completed to d x d."""
+    """(original, base) that show exactly ``weight`` ([d, r] or [r, d], orthonormal): -E, and the
+    weight completed to d x d.
+    """
     Q = _tall(weight)
     d, r = Q.shape
     full = torch.linalg.qr(Q.double(), mode="complete").Q.to(weight.dtype)

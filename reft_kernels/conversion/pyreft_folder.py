@@ -1,12 +1,15 @@
-"""A pyreft folder: ``config.json`` and one ``intkey_{key}.bin`` for each intervention, as pyreft 0.1.0 and pyvene write them.
+"""A pyreft folder: ``config.json`` and one ``intkey_{key}.bin`` for each intervention, as pyreft
+0.1.0 and pyvene write them.
 
-LoReFT's file holds ``weight`` [r, d], ``bias`` [r], and R as ``rotate_layer`` [d, r] fp32. The others hold a module's state:
-``learned_source`` (a vector, or ``.weight`` and ``.bias``), ``proj_layer.weight`` or R's parametrization, and two sizes.
-Neither positions nor dtype, activation, dropout or add_bias are in the folder. ``pyreft.ReftModel.load`` makes
-``learned_source`` in bf16 (pyreft's default), whatever the file holds, so that is what is written unless ``--dtype`` or the
-source says otherwise; an activation would be lost without a word, so it is refused. ``ReftModel.load`` cannot load NoReFT and
-NodiReFT (it does not pass ``add_bias``) nor string components (it does not know their width): for those, build the model and
-use ``load_intervention``.
+LoReFT's file holds ``weight`` [r, d], ``bias`` [r], and R as ``rotate_layer`` [d, r] fp32. The
+others hold a module's state:
+``learned_source`` (a vector, or ``.weight`` and ``.bias``), ``proj_layer.weight`` or R's
+parametrization, and two sizes. Neither positions nor dtype, activation, dropout or add_bias are in
+the folder. ``pyreft.ReftModel.load`` makes ``learned_source`` in bf16 (pyreft's default), whatever
+the file holds, so that is what is written unless ``--dtype`` or the source says otherwise; an
+activation would be lost without a word, so it is refused. ``ReftModel.load`` cannot load NoReFT and
+NodiReFT (it does not pass ``add_bias``) nor string components (it does not know their width): for
+those, build the model and use ``load_intervention``.
 """
 
 from __future__ import annotations
@@ -21,22 +24,43 @@ from reft_kernels.activations import canonical_activation
 from reft_kernels.conversion.common import DTYPES, Adapter, ConversionError, Options, Weights, cast
 from reft_kernels.conversion.files import read_bin, read_json, write_json
 from reft_kernels.conversion.orthogonal_state import BASE, ORIGINAL, evaluate, state
-from reft_kernels.conversion.pyreft_keys import SAME_ROLES, Key, our_component, parse_file_key, their_component
+from reft_kernels.conversion.pyreft_keys import (
+    SAME_ROLES,
+    Key,
+    our_component,
+    parse_file_key,
+    their_component,
+)
 
 NAME = "pyreft"
 CONFIG = "config.json"
 MODEL = "pytorch_model.bin"
 
 _CLASSES = {
-    "loreft": "LoreftIntervention", "noreft": "NoreftIntervention", "consreft": "ConsreftIntervention",
-    "lobireft": "LobireftIntervention", "direft": "DireftIntervention", "nodireft": "NodireftIntervention",
-}  # fmt: skip
+    "loreft": "LoreftIntervention",
+    "noreft": "NoreftIntervention",
+    "consreft": "ConsreftIntervention",
+    "lobireft": "LobireftIntervention",
+    "direft": "DireftIntervention",
+    "nodireft": "NodireftIntervention",
+}
 _MEMBERS = {name: member for member, name in _CLASSES.items()}
 _FIELDS = (  # pyvene's RepresentationConfig, in order
-    "layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "intervention_type", "intervention",
-    "subspace_partition", "group_key", "intervention_link_key", "moe_key", "source_representation",
-    "hidden_source_representation", "latent_dim",
-)  # fmt: skip
+    "layer",
+    "component",
+    "unit",
+    "max_number_of_units",
+    "low_rank_dimension",
+    "intervention_type",
+    "intervention",
+    "subspace_partition",
+    "group_key",
+    "intervention_link_key",
+    "moe_key",
+    "source_representation",
+    "hidden_source_representation",
+    "latent_dim",
+)
 _DEFAULTS = {"layer": 0, "component": "block_output", "unit": "pos", "max_number_of_units": 1}
 _SIZES = {"embed_dim", "interchange_dim"}
 
@@ -54,20 +78,40 @@ def _representations(path: Path) -> tuple[list[Key], list[str], dict[str, Any]]:
     config = read_json(path)
     listed, types = config.get("representations"), config.get("intervention_types")
     if not isinstance(listed, list) or not listed:
-        raise ConversionError(f"{path}: has no 'representations'; expected the configuration of a pyreft or pyvene model")
+        raise ConversionError(
+            f"{path}: has no 'representations'; expected the configuration of a pyreft or pyvene "
+            "model"
+        )
     types = [types] * len(listed) if isinstance(types, str) else types
     if not isinstance(types, list) or len(types) != len(listed):
-        raise ConversionError(f"{path}: intervention_types does not name a class for each of {len(listed)} representations")
+        raise ConversionError(
+            f"{path}: intervention_types does not name a class for each of {len(listed)} "
+            "representations"
+        )
     counts: dict[str, int] = {}
     keys = []
     for entry in listed:
         if not isinstance(entry, dict | list):
-            raise ConversionError(f"{path}: a representation is {entry!r}, expected a list or an object")
-        found = {**_DEFAULTS, **(entry if isinstance(entry, dict) else dict(zip(_FIELDS, entry, strict=False)))}
+            raise ConversionError(
+                f"{path}: a representation is {entry!r}, expected a list or an object"
+            )
+        found = {
+            **_DEFAULTS,
+            **(entry if isinstance(entry, dict) else dict(zip(_FIELDS, entry, strict=False))),
+        }
         for name in ("intervention_link_key", "moe_key"):
             if found.get(name) is not None:
-                raise ConversionError(f"{name}: got {found[name]!r}, which neither AdapterHub's nor our folder can express")
-        key = Key(int(found["layer"] or 0), str(found["component"]), str(found["unit"]), int(found["max_number_of_units"]), 0)
+                raise ConversionError(
+                    f"{name}: got {found[name]!r}, which neither AdapterHub's nor our folder can "
+                    "express"
+                )
+        key = Key(
+            int(found["layer"] or 0),
+            str(found["component"]),
+            str(found["unit"]),
+            int(found["max_number_of_units"]),
+            0,
+        )
         place = key.names()[0]
         keys.append(key._replace(index=counts.get(place, 0)))
         counts[place] = counts.get(place, 0) + 1
@@ -80,16 +124,21 @@ def _by_config(folder: Path) -> tuple[list[tuple[Key, Path]], str, dict[str, Any
     unknown = sorted(set(names) - _MEMBERS.keys())
     if unknown or len(set(names)) > 1:
         raise ConversionError(
-            f"intervention_types: got {', '.join(sorted(set(names)))}, expected one of {', '.join(_MEMBERS)} for all layers"
+            f"intervention_types: got {', '.join(sorted(set(names)))}, expected one of "
+            f"{', '.join(_MEMBERS)} for all layers"
         )
     files = []
     for key in keys:
         candidates = [folder / f"intkey_{name}.bin" for name in key.names()]
         file = next((path for path in candidates if path.exists()), None)
         if file is None:
-            raise ConversionError(f"{candidates[0]}: is missing ({candidates[1].name}, the older spelling, too)")
+            raise ConversionError(
+                f"{candidates[0]}: is missing ({candidates[1].name}, the older spelling, too)"
+            )
         files.append((key, file))
-    foreign = sorted({p.name for p in folder.glob("intkey_*.bin")} - {path.name for _, path in files})
+    foreign = sorted(
+        {p.name for p in folder.glob("intkey_*.bin")} - {path.name for _, path in files}
+    )
     if foreign:
         raise ConversionError(f"{folder / foreign[0]}: is not in config.json's representations")
     return files, _MEMBERS[names[0]], config
@@ -109,7 +158,10 @@ def _infer(names: set[str], path: Path) -> str:
     ambiguous = ("noreft", "nodireft") if "proj_layer.weight" in names else ("consreft", "lobireft")
     if "proj_layer.weight" not in names and "learned_source.weight" in names:
         return "direft"
-    raise ConversionError(f"{path}: may be {ambiguous[0]} or {ambiguous[1]}, and there is no {CONFIG}; say --intervention")
+    raise ConversionError(
+        f"{path}: may be {ambiguous[0]} or {ambiguous[1]}, and there is no {CONFIG}; say "
+        "--intervention"
+    )
 
 
 def _weights(found: dict[str, Tensor], intervention: str, path: Path) -> Weights:
@@ -123,45 +175,60 @@ def _weights(found: dict[str, Tensor], intervention: str, path: Path) -> Weights
     free = intervention in ("noreft", "nodireft")
     if free:
         required["proj_layer.weight"] = "write"
-    parts = () if free or intervention == "loreft" else (f"rotate_layer.{ORIGINAL}", f"rotate_layer.{BASE}")
+    parts = (
+        ()
+        if free or intervention == "loreft"
+        else (f"rotate_layer.{ORIGINAL}", f"rotate_layer.{BASE}")
+    )
     optional = {"proj_layer.bias": "subtract_bias"} if free else {}
     missing = sorted({*required, *parts} - found.keys())
     foreign = sorted(found.keys() - {*required, *parts, *optional} - _SIZES)
     if missing or foreign:
         raise ConversionError(f"{path}: {intervention} lacks {missing} and does not know {foreign}")
-    weights = {neutral: found[name] for name, neutral in (required | optional).items() if name in found}
+    weights = {
+        neutral: found[name] for name, neutral in (required | optional).items() if name in found
+    }
     if parts:
         weights["write"] = evaluate(found[parts[0]], found[parts[1]], str(path)).mT.contiguous()
     elif not free:
         if weights["write"].dim() != 2:
-            raise ConversionError(f"{path}: rotate_layer is {tuple(weights['write'].shape)}, expected [d, r]")
+            raise ConversionError(
+                f"{path}: rotate_layer is {tuple(weights['write'].shape)}, expected [d, r]"
+            )
         weights["write"] = weights["write"].mT.contiguous()
     return weights
 
 
 def _head(folder: Path, options: Options) -> list[str]:
-    """The names of the model's own parameters that were saved besides (``include_model``); an empty file is pyvene's habit."""
+    """The names of the model's own parameters that were saved besides (``include_model``); an
+    empty file is pyvene's habit.
+    """
     saved = list(read_bin(folder / MODEL)) if (folder / MODEL).exists() else []
     if saved and not options.without_head:
         raise ConversionError(
-            f"{folder / MODEL}: trained parameters of the model ({saved[0]}), which are not converted; "
+            f"{folder / MODEL}: trained parameters of the model ({saved[0]}), which are not "
+            "converted; "
             "--without-head leaves them out"
         )
     return saved
 
 
 def read(folder: Path, options: Options) -> Adapter:
-    """The adapter in the folder; without ``config.json`` the files' names tell layers and components.
+    """The adapter in the folder; without ``config.json`` the files' names tell layers and
+    components.
 
     Raises:
-        ConversionError: classes, keys or components that have no counterpart, and missing, foreign or misshapen tensors.
+        ConversionError: classes, keys or components that have no counterpart, and missing, foreign
+            or misshapen tensors.
     """
     config: dict[str, Any] = {}
     intervention = options.intervention
     if (folder / CONFIG).exists():
         files, named, config = _by_config(folder)
         if intervention not in (None, named):
-            raise ConversionError(f"intervention: got {intervention!r}, but the folder holds {named}")
+            raise ConversionError(
+                f"intervention: got {intervention!r}, but the folder holds {named}"
+            )
         intervention = named
     else:
         files = _by_names(folder)
@@ -174,15 +241,22 @@ def read(folder: Path, options: Options) -> Adapter:
         intervention = intervention or _infer(set(found), path)
         if key.index in layers.setdefault(layer, {}):
             raise ConversionError(
-                f"{path}: a second intervention of layer {layer} at another component; expected one component"
+                f"{path}: a second intervention of layer {layer} at another component; expected "
+                "one component"
             )
         layers[layer][key.index] = _weights(found, intervention, path)
     if len(components) != 1:
-        raise ConversionError(f"component: got several, {', '.join(sorted(components))}; expected one for all layers")
+        raise ConversionError(
+            f"component: got several, {', '.join(sorted(components))}; expected one for all layers"
+        )
     for layer, sets in layers.items():
         if sorted(sets) != list(range(len(sets))):
-            raise ConversionError(f"layer {layer}: got interventions {sorted(sets)}, expected them counted from 0")
-    ordered = {n: [layers[n][i] for i in sorted(layers[n])] for n in (layers if config else sorted(layers))}
+            raise ConversionError(
+                f"layer {layer}: got interventions {sorted(sets)}, expected them counted from 0"
+            )
+    ordered = {
+        n: [layers[n][i] for i in sorted(layers[n])] for n in (layers if config else sorted(layers))
+    }
     if intervention == "nodireft":  # its projection's bias is stored and never used
         for sets in ordered.values():
             for weights in sets:
@@ -193,7 +267,12 @@ def read(folder: Path, options: Options) -> Adapter:
         intervention=intervention,
         component=components.pop(),
         layers=ordered,
-        details={NAME: {"model_type": config.get("model_type"), "dtype": str(dtype).removeprefix("torch.")}},
+        details={
+            NAME: {
+                "model_type": config.get("model_type"),
+                "dtype": str(dtype).removeprefix("torch."),
+            }
+        },
         unheld=("positions", "pyreft_positions", "activation", "dropout", "all_layers"),
         notes=[f"left out {len(head)} trained parameters of the model ({MODEL})"] if head else [],
     )
@@ -203,7 +282,9 @@ def read(folder: Path, options: Options) -> Adapter:
 
 
 def _state(weights: Weights, intervention: str, dtype: str) -> dict[str, Tensor]:
-    """An intervention's state dict: its learned source in ``dtype``, R and constant sources in fp32, as pyreft keeps them."""
+    """An intervention's state dict: its learned source in ``dtype``, R and constant sources in
+    fp32, as pyreft keeps them.
+    """
     width = weights["write"].shape[1]
     if intervention == "loreft":
         return {
@@ -227,7 +308,9 @@ def _state(weights: Weights, intervention: str, dtype: str) -> dict[str, Tensor]
 
 
 def _order(adapter: Adapter) -> list[tuple[int, int]]:
-    """(layer, set) in pyreft's order: all layers with the first positions, then all with the last."""
+    """(layer, set) in pyreft's order: all layers with the first positions, then all with the
+    last.
+    """
     return [(layer, index) for index in range(1 + adapter.untied) for layer in adapter.layers]
 
 
@@ -235,42 +318,77 @@ def write(adapter: Adapter, folder: Path, options: Options) -> None:
     """Write the adapter into the folder.
 
     Raises:
-        ConversionError: an activation, which the folder has no place for, or a component that pyvene has not.
+        ConversionError: an activation, which the folder has no place for, or a component that
+            pyvene has not.
     """
     if canonical_activation(adapter.activation) != "linear":
         raise ConversionError(
-            f"activation: got {adapter.activation!r}, but a pyreft folder has no place for act_fn, and would load as linear"
+            f"activation: got {adapter.activation!r}, but a pyreft folder has no place for "
+            "act_fn, and would load as linear"
         )
     own = adapter.details.get(NAME, {})
-    dtype = options.dtype or (own.get("dtype") if own.get("dtype") in DTYPES else None) or "bfloat16"
+    dtype = (
+        options.dtype or (own.get("dtype") if own.get("dtype") in DTYPES else None) or "bfloat16"
+    )
     representations, keys = [], []
     for layer, index in _order(adapter):
         weights = adapter.layers[layer][index]
         key = Key(layer, their_component(adapter.component, layer), "pos", 1, index)
         keys.append(key.names()[0])
         torch.save(_state(weights, adapter.intervention, dtype), folder / f"intkey_{keys[-1]}.bin")
-        found = {**_DEFAULTS, "layer": layer, "component": key.component, "low_rank_dimension": adapter.rank}
+        found = {
+            **_DEFAULTS,
+            "layer": layer,
+            "component": key.component,
+            "low_rank_dimension": adapter.rank,
+        }
         representations.append([found.get(name) for name in _FIELDS])
     count = len(keys)
-    write_json(folder / CONFIG, {
-        "intervention_constant_sources": [True] * count,
-        "intervention_dimensions": [adapter.embed_dim] * count,
-        "intervention_types": [f"<class 'pyreft.interventions.{_CLASSES[adapter.intervention]}'>"] * count,
-        "mode": "parallel",
-        **({"model_type": own["model_type"]} if own.get("model_type") else {}),  # pyvene on transformers 4 writes one
-        "representations": representations,
-        "sorted_keys": keys,
-    })  # fmt: skip
+    write_json(
+        folder / CONFIG,
+        {
+            "intervention_constant_sources": [True] * count,
+            "intervention_dimensions": [adapter.embed_dim] * count,
+            "intervention_types": [
+                f"<class 'pyreft.interventions.{_CLASSES[adapter.intervention]}'>"
+            ]
+            * count,
+            "mode": "parallel",
+            **(
+                {"model_type": own["model_type"]} if own.get("model_type") else {}
+            ),  # pyvene on transformers 4 writes one
+            "representations": representations,
+            "sorted_keys": keys,
+        },
+    )
     _remark(adapter, dtype)
 
 
 def _remark(adapter: Adapter, dtype: str) -> None:
     notes = adapter.notes
     if adapter.dropout:
-        notes.append(f"a pyreft folder has no place for dropout ({adapter.dropout}); say it again where you train on")
+        notes.append(
+            f"a pyreft folder has no place for dropout ({adapter.dropout}); say it again where "
+            "you train on"
+        )
     if adapter.intervention in ("noreft", "nodireft") or adapter.component not in SAME_ROLES:
-        what = "string components" if adapter.component not in SAME_ROLES else f"{adapter.intervention} (add_bias)"
-        notes.append(f"pyreft.ReftModel.load cannot load {what}: build the model yourself and use load_intervention")
-    learned = [w[name] for _, _, w in adapter.sets() for name in ("read", "bias") if name in w and adapter.kind.reads]
+        what = (
+            "string components"
+            if adapter.component not in SAME_ROLES
+            else f"{adapter.intervention} (add_bias)"
+        )
+        notes.append(
+            f"pyreft.ReftModel.load cannot load {what}: build the model yourself and use "
+            "load_intervention"
+        )
+    learned = [
+        w[name]
+        for _, _, w in adapter.sets()
+        for name in ("read", "bias")
+        if name in w and adapter.kind.reads
+    ]
     if any(not torch.equal(t.double(), t.to(DTYPES[dtype]).double()) for t in learned):
-        notes.append(f"learned_source is rounded to {dtype}" + ("; --dtype float32 keeps it" if dtype == "bfloat16" else ""))
+        notes.append(
+            f"learned_source is rounded to {dtype}"
+            + ("; --dtype float32 keeps it" if dtype == "bfloat16" else "")
+        )

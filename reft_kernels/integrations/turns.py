@@ -57,7 +57,7 @@ def _chats(columns: dict[str, list], prompt_completion: bool) -> dict[str, list]
     made = ["prompt", "completion"] if prompt_completion else ["messages"]
     if clash := [name for name in made if name in kept]:
         raise ValueError(
-            f"batch: got column {clash[0]!r} beside 'messages', which would replace it",
+            f"batch: got column {clash[0]!r} beside 'messages', which would replace it"
         )
     rows: dict[str, list] = {name: [] for name in [*made, *kept]}
     for number, messages in enumerate(columns["messages"]):
@@ -152,7 +152,7 @@ def _refuse_packed(columns: dict[str, list], number: int) -> None:
         places = [place for place, real in zip(places, mask, strict=True) if real]
     if any(after < before for before, after in zip(places, places[1:], strict=False)):
         raise ValueError(
-            f"position_ids, row {number}: got several sequences, expected rows before packing",
+            f"position_ids, row {number}: got several sequences, expected rows before packing"
         )
 
 
@@ -169,11 +169,11 @@ def _as_batch(columns: dict[str, Any], leading: str) -> dict[str, list]:
     for name, column in columns.items():
         if not isinstance(column, list):
             raise TypeError(
-                f"{name}: got {_named(column)}, expected a list, one value for each row",
+                f"{name}: got {_named(column)}, expected a list, one value for each row"
             )
         if len(column) != len(value):
             raise ValueError(
-                f"{name}: got {len(column)} rows, expected {len(value)} as {leading!r}",
+                f"{name}: got {len(column)} rows, expected {len(value)} as {leading!r}"
             )
     return columns
 

@@ -1,12 +1,14 @@
 """One build of R for each optimizer step, however many micro-batches it accumulates.
 
-Without this every forward builds the weights W(theta) of all layers and every backward runs through the build. The gradient is
-linear in what arrives at the built weights, so with micro-batch losses l_1 .. l_k
+Without this every forward builds the weights W(theta) of all layers and every backward runs through
+the build. The gradient is linear in what arrives at the built weights, so with micro-batch losses
+l_1 .. l_k
 
     d(l_1 + ... + l_k) / d theta = (dW / d theta)^T (dl_1 / dW + ... + dl_k / dW)
 
-The first forward builds W and hands out a detached copy that collects the sum in brackets; :meth:`SharedBuild.flush` carries it
-through the build once. A scaled loss (fp16) scales the sum and so the result.
+The first forward builds W and hands out a detached copy that collects the sum in brackets;
+:meth:`SharedBuild.flush` carries it through the build once. A scaled loss (fp16) scales the sum and
+so the result.
 """
 
 from __future__ import annotations
@@ -22,26 +24,40 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 if TYPE_CHECKING:
     from reft_kernels.interventions import EditWeights, Intervention, RedWeights
 
-_FLUSH = "call flush() after the last micro-batch's backward, before gradients are clipped and the optimizer steps"
+_FLUSH = (
+    "call flush() after the last micro-batch's backward, before gradients are clipped and the "
+    "optimizer steps"
+)
 
 
 def _too_late(grad: Tensor) -> None:
-    raise RuntimeError("a backward came after flush(), discard() or a change of the parameters since its forward; " + _FLUSH)
+    raise RuntimeError(
+        "a backward came after flush(), discard() or a change of the parameters since its forward; "
+        + _FLUSH
+    )
 
 
 def _refuse_unready(ddp: DistributedDataParallel) -> None:
-    """These settings decide what takes part in a reduction by the main backward alone, which the parameters have no part in."""
+    """These settings decide what takes part in a reduction by the main backward alone, which the
+    parameters have no part in.
+    """
     for name in ("find_unused_parameters", "static_graph"):
         if getattr(ddp, name, False):
-            raise RuntimeError(f"{name}: got True, expected False: gradients arrive in flush(), after the main backward")
+            raise RuntimeError(
+                f"{name}: got True, expected False: gradients arrive in flush(), after the main "
+                "backward"
+            )
 
 
 class _Held:
-    """One stack's build: the built weights with their graph, and leaves ``[L, ...]`` in their place."""
+    """One stack's build: the built weights with their graph, and leaves ``[L, ...]`` in their
+    place.
+    """
 
     def __init__(self, stack: Intervention) -> None:
         self.stack = stack
-        # taken before the build: the optimizer's own tensors, not those that an engine gathers for the module's call
+        # taken before the build: the optimizer's own tensors, not those that an engine gathers for
+        # the module's call
         self.parameters = list(stack.parameters())
         self._state = self._read()
         self.built = stack()  # a module call, so that engines which gather parameters around one do
@@ -70,9 +86,13 @@ class _Held:
 
     @property
     def taken_away(self) -> bool:
-        """What was built from was gathered by an enclosing unit, which shards it again between forward and flush."""
+        """What was built from was gathered by an enclosing unit, which shards it again between
+        forward and flush.
+        """
         pairs = zip(self.parameters, self.stack.parameters(), strict=True)
-        return any(hasattr(now, "full_tensor") and not hasattr(then, "full_tensor") for then, now in pairs)
+        return any(
+            hasattr(now, "full_tensor") and not hasattr(then, "full_tensor") for then, now in pairs
+        )
 
     def hand_out(self) -> list[EditWeights] | list[RedWeights]:
         # unbind: its backward is one stack for all layers, so a micro-batch adds once to each leaf
@@ -97,15 +117,18 @@ class _Held:
 
 
 class SharedBuild:
-    """Builds each stack once for all forwards of an optimizer step; open from its construction until :meth:`close`.
+    """Builds each stack once for all forwards of an optimizer step; open from its construction
+    until :meth:`close`.
 
-    Until :meth:`flush` the stacks' parameters get no gradient. So flush before anything looks at gradients: unscaling,
-    clipping, the optimizer. Forwards without gradients, or of frozen stacks, build as ever, and so does what ``torch.compile``
+    Until :meth:`flush` the stacks' parameters get no gradient. So flush before anything looks at
+    gradients: unscaling, clipping, the optimizer. Forwards without gradients, or of frozen stacks,
+    build as ever, and so does what ``torch.compile``
     traces: its gradients reach the parameters in its own backward, and flush has nothing to add.
 
-    Under ``DistributedDataParallel`` the reduction of the stacks' gradients happens in flush; ``find_unused_parameters`` and
-    ``static_graph`` must be off. Under FSDP2 the stack must be a unit of its own. Engines that reduce at the end of their own
-    ``backward()`` (DeepSpeed) would miss what flush brings; do not use it there.
+    Under ``DistributedDataParallel`` the reduction of the stacks' gradients happens in flush;
+    ``find_unused_parameters`` and ``static_graph`` must be off. Under FSDP2 the stack must be a
+    unit of its own. Engines that reduce at the end of their own ``backward()`` (DeepSpeed) would
+    miss what flush brings; do not use it there.
 
     As a context manager it closes at the end, and after an exception drops what waits.
     """
@@ -120,12 +143,16 @@ class SharedBuild:
             if shared is not None:
                 shared._refuse_step(optimizer)
 
-        # parameters without .grad are skipped by optimizers, so a forgotten flush leaves no other trace
+        # parameters without .grad are skipped by optimizers, so a forgotten flush leaves no other
+        # trace
         self._handle = register_optimizer_step_pre_hook(before_step)
         weakref.finalize(self, self._handle.remove)
 
     def __getstate__(self) -> dict:
-        raise TypeError("SharedBuild cannot be copied or pickled: it holds a graph; copy the model, whose copy builds as ever")
+        raise TypeError(
+            "SharedBuild cannot be copied or pickled: it holds a graph; copy the model, whose "
+            "copy builds as ever"
+        )
 
     def serves(self) -> bool:
         """Whether a forward that begins now takes part, if its stack is trained."""
@@ -135,8 +162,9 @@ class SharedBuild:
         """What ``stack()`` returns, from the step's one build where this forward will be trained.
 
         Raises:
-            RuntimeError: parameters changed while gradients wait for a flush; or ``DistributedDataParallel`` runs the forward
-                with settings under which gradients cannot arrive after the main backward.
+            RuntimeError: parameters changed while gradients wait for a flush; or
+                ``DistributedDataParallel`` runs the forward with settings under which gradients
+                cannot arrive after the main backward.
         """
         if not self.serves() or not any(p.requires_grad for p in stack.parameters()):
             return stack()
@@ -158,12 +186,14 @@ class SharedBuild:
         return any(held.waiting for held in self._held.values())
 
     def flush(self) -> None:
-        """One backward through the build: the parameters get the gradients of all forwards since the last flush.
+        """One backward through the build: the parameters get the gradients of all forwards since
+        the last flush.
 
         Does nothing where no gradient waits.
 
         Raises:
-            RuntimeError: parameters were changed or frozen since the build, or an engine has taken them away.
+            RuntimeError: parameters were changed or frozen since the build, or an engine has taken
+                them away.
         """
         ready = [held for held in self._held.values() if held.waiting]
         for held in ready:
@@ -212,10 +242,13 @@ class SharedBuild:
     def _refuse_changed(held: _Held) -> None:
         if held.waiting and held.changed:
             raise RuntimeError(
-                f"parameters were changed or frozen while gradients for them wait: {_FLUSH} (discard() gives them up)"
+                f"parameters were changed or frozen while gradients for them wait: {_FLUSH} "
+                "(discard() gives them up)"
             )
 
     def _refuse_step(self, optimizer: Optimizer) -> None:
         mine = {id(p) for held in self._held.values() if held.waiting for p in held.parameters}
         if mine and any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
-            raise RuntimeError(f"the optimizer steps while gradients for its parameters wait: {_FLUSH}")
+            raise RuntimeError(
+                f"the optimizer steps while gradients for its parameters wait: {_FLUSH}"
+            )

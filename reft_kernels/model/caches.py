@@ -8,14 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-_CACHES = (
-    "past_key_values",
-    "past_key_value",
-    "layer_past",
-    "cache_params",
-    "state",
-    "mems",
-)
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "state", "mems")
 _EDITS = "_reft_edits"
 
 
@@ -25,13 +18,18 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
 
 
 def cached_columns(cache: Any, arguments: Mapping[str, Any]) -> int | Tensor | None:
-    """Columns of the sequence that a cache holds: a Python int, or a tensor where the cache counts on its device.
+    """Columns of the sequence that a cache holds: a Python int, or a tensor where the cache counts
+    on its device.
 
     None: it holds some and cannot say how many (state-space models, recurrent states).
     """
     if isinstance(cache, tuple | list):  # of (key, value) pairs, or of a recurrent model's states
         first = cache[0] if cache else None
-        return first[0].shape[-2] if isinstance(first, tuple | list) and isinstance(first[0], Tensor) else None
+        return (
+            first[0].shape[-2]
+            if isinstance(first, tuple | list) and isinstance(first[0], Tensor)
+            else None
+        )
     if torch.compiler.is_compiling():
         return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     cache = getattr(cache, "self_attention_cache", cache)
@@ -43,7 +41,12 @@ def cached_columns(cache: Any, arguments: Mapping[str, Any]) -> int | Tensor | N
     if _holds_states(cache) or any(_holds_states(layer) for layer in layers or ()):
         return None
     position = arguments.get("cache_position")
-    if not layers and not hasattr(cache, "get_seq_length") and isinstance(position, Tensor) and position.numel():
+    if (
+        not layers
+        and not hasattr(cache, "get_seq_length")
+        and isinstance(position, Tensor)
+        and position.numel()
+    ):
         return int(position[0])
     return 0
 
@@ -72,7 +75,9 @@ def _holds_states(holder: Any) -> bool:
 
 
 class CachedEdit(NamedTuple):
-    """Rows that one forward edited for an adapter, of columns ``offset`` to ``offset + width`` (rows None: all)."""
+    """Rows that one forward edited for an adapter, of columns ``offset`` to ``offset + width``
+    (rows None: all).
+    """
 
     adapter: str
     offset: int
@@ -81,11 +86,15 @@ class CachedEdit(NamedTuple):
     rows: Tensor | None
 
     def is_followed_by(self, other: CachedEdit) -> bool:
-        """Whether ``other`` edits all of the columns that follow, as this edit does: decoding steps of "all"."""
+        """Whether ``other`` edits all of the columns that follow, as this edit does: decoding
+        steps of "all".
+        """
         return (
-            self.rows is None and other.rows is None
-            and self.batch == other.batch and self.offset + self.width == other.offset
-        )  # fmt: skip
+            self.rows is None
+            and other.rows is None
+            and self.batch == other.batch
+            and self.offset + self.width == other.offset
+        )
 
     def columns(self, total: int) -> Tensor:
         """Bool ``[B, total]``: the columns that were edited."""
@@ -103,13 +112,18 @@ class CachedEdit(NamedTuple):
 
 
 def record_edits(cache: Any, edits: Sequence[CachedEdit]) -> None:
-    """Note on a cache what a forward that filled it has edited; copies of the cache carry the note."""
+    """Note on a cache what a forward that filled it has edited; copies of the cache carry the
+    note.
+    """
     if cache is None or isinstance(cache, tuple | list | dict):
         return
-    # a cache that is filled anew from its start, after a reset or a crop, forgets what it held there
+    # a cache that is filled anew from its start, after a reset or a crop, forgets what it held
+    # there
     known = [e for e in getattr(cache, _EDITS, ()) if all(e.offset < new.offset for new in edits)]
     for new in edits:
-        last = next((i for i in range(len(known) - 1, -1, -1) if known[i].adapter == new.adapter), None)
+        last = next(
+            (i for i in range(len(known) - 1, -1, -1) if known[i].adapter == new.adapter), None
+        )
         if last is not None and known[last].is_followed_by(new):
             known[last] = known[last]._replace(width=known[last].width + new.width)
         else:
@@ -117,8 +131,12 @@ def record_edits(cache: Any, edits: Sequence[CachedEdit]) -> None:
     setattr(cache, _EDITS, tuple(known))
 
 
-def edited_columns(cache: Any, adapter: str, batch: int, past: int, device: torch.device) -> Tensor | None:
-    """Bool ``[B, past]``: the cached columns that ``adapter`` has edited; None where the batch has changed since."""
+def edited_columns(
+    cache: Any, adapter: str, batch: int, past: int, device: torch.device
+) -> Tensor | None:
+    """Bool ``[B, past]``: the cached columns that ``adapter`` has edited; None where the batch
+    has changed since.
+    """
     edited = torch.zeros(batch, past, dtype=torch.bool, device=device)
     for edit in getattr(cache, _EDITS, ()):
         if edit.adapter != adapter or edit.offset >= past:

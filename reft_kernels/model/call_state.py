@@ -1,4 +1,6 @@
-"""State that belongs to one call of a model: kept for each thread, and as a stack for nested calls."""
+"""State that belongs to one call of a model: kept for each thread, and as a stack for nested
+calls.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from reft_kernels.model.forward_context import ForwardContext
     from reft_kernels.model.generation import Generation
-    from reft_kernels.model.steps import Step
 
 EXPLICIT = ("prompt_lengths", "edit_positions")
-"""Keyword arguments of the edited model's ``forward`` and ``generate``, removed before the model runs:
+"""Keyword arguments of the edited model's ``forward`` and ``generate``, not passed on to it.
 
-prompt_lengths   integers ``[B]``: prompt tokens of each example (of each sequence of a packed batch)
-edit_positions   the columns themselves: integers ``[B, P]``, -1 pads, or a bool mask ``[B, T]``; replaces the spec
+
+prompt_lengths   integers ``[B]``: prompt tokens of each example, or of each packed sequence
+edit_positions   columns to edit, integers ``[B, P]`` padded by -1 or a bool mask ``[B, T]``;
+                 replaces the adapter's positions
 """
 _SEEN = (
     "labels",
@@ -31,7 +35,9 @@ _SEEN = (
 
 
 class ModelCall(NamedTuple):
-    """What a user passed to the model itself. A backbone inside it may get these in another form, or not at all."""
+    """What a user passed to the model itself. A backbone inside it may get these in another form,
+    or not at all.
+    """
 
     labels: Any = None
     prompt_lengths: Any = None
@@ -69,30 +75,36 @@ def take_call(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Mo
     """
     taken = {name: kwargs.pop(name) for name in EXPLICIT if name in kwargs}
     given: Mapping[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
-    return ModelCall(**{name: given[name] for name in _SEEN if given.get(name) is not None}, **taken)
+    return ModelCall(
+        **{name: given[name] for name in _SEEN if given.get(name) is not None}, **taken
+    )
 
 
 class Frame:
-    """One running call of a backbone: the step that its layer hooks consume, and the frame around it."""
+    """One running call of a backbone: the context that its layer hooks consume, and the frame
+    around it.
+    """
 
-    __slots__ = ("step", "outer")
+    __slots__ = ("context", "outer")
 
     def __init__(self, outer: Frame | None) -> None:
-        self.step: Step | None = None
+        self.context: ForwardContext | None = None
         self.outer = outer
 
 
 class EditorState(threading.local):
     """The running call of an editor's model, in one thread."""
 
-    def __init__(self) -> None:  # runs once in each thread; torch.compile guards on the instance's own attributes
+    def __init__(
+        self,
+    ) -> None:  # runs once in each thread; torch.compile guards on the instance's own attributes
         self.call: ModelCall | None = None
         self.outer: list[ModelCall | None] = []
         self.generation: Generation | None = None
         self.members: tuple[str, ...] | None = None
 
 
-class ScopeState(threading.local):
+class SessionState(threading.local):
     """The running call of a backbone, in one thread."""
 
     def __init__(self) -> None:

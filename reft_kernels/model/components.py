@@ -1,29 +1,40 @@
-"""Finding what to edit: the blocks of a model by their structure, components within them, and the width of each.
+"""Finding what to edit: the blocks of a model by their structure, components within them, and the
+width of each.
 
 A component is a role or a module path:
 
     "block_output", "block_input"            the residual stream after or before each block
-    "attention_output", "attention_input"    of the block's self-attention. Never linear attention, whose place is the
-                                             mixer's, and never cross-attention, which is named by path
-    "mixer_output", "mixer_input"            of the block's token mixer that is no attention: state space, linear attention,
+    "attention_output", "attention_input"    of the block's self-attention. Never linear attention,
+                                             whose place is the
+                                             mixer's, and never cross-attention, which is named by
+                                             path
+    "mixer_output", "mixer_input"            of the block's token mixer that is no attention: state
+                                             space, linear attention,
                                              convolution, recurrence, Fourier transform
-    "mlp_output", "mlp_input"                of the block's whole feed-forward. In a mixture of experts that is router, routed
-                                             experts and shared expert together: what is added to the residual stream
-    "mlp_activation"                         what the last projection of a dense feed-forward reads. A mixture has no single
+    "mlp_output", "mlp_input"                of the block's whole feed-forward. In a mixture of
+                                             experts that is router, routed
+                                             experts and shared expert together: what is added to
+                                             the residual stream
+    "mlp_activation"                         what the last projection of a dense feed-forward reads.
+                                             A mixture has no single
                                              one, and refuses it
-    "decoder.block_output", "encoder.mlp_output"   a role within one side of an encoder-decoder model; a bare role means the
+    "decoder.block_output", "encoder.mlp_output"   a role within one side of an encoder-decoder
+                                                   model; a bare role means the
                                              encoder, which is where the prompt is
-    "model.layers.{layer}.self_attn.o_proj"  a module path (``[{layer}]`` too): its output, or its input with ".input"
+    "model.layers.{layer}.self_attn.o_proj"  a module path (``[{layer}]`` too): its output, or its
+                                             input with ".input"
 
-A role is the output of the module that does the part's work, which in some families adds the residual stream itself (T5's
-layers, Bloom's feed-forward, the attention of BERT). A block without the part, as in hybrids, is no error unless its layer is
-chosen. A block with several such parts, or whose part is no single module, refuses the role, and so do architectures that
-:mod:`reft_kernels.model.families` names. Roles of a model with several towers are of its language model; other towers are named
-by path.
+A role is the output of the module that does the part's work, which in some families adds the
+residual stream itself (T5's layers, Bloom's feed-forward, the attention of BERT). A block without
+the part, as in hybrids, is no error unless its layer is chosen. A block with several such parts, or
+whose part is no single module, refuses the role, and so do architectures that
+:mod:`reft_kernels.model.families` names. Roles of a model with several towers are of its language
+model; other towers are named by path.
 
-A module that runs several times in a forward (ALBERT's groups) is edited each time with the same weights. One module under two
-layer numbers (blocks that share it) cannot have weights for each, and is refused. An expert, and the keys and values of
-cross-attention, have no row for each token, and are refused.
+A module that runs several times in a forward (ALBERT's groups) is edited each time with the same
+weights. One module under two layer numbers (blocks that share it) cannot have weights for each, and
+is refused. An expert, and the keys and values of cross-attention, have no row for each token, and
+are refused.
 """
 
 from __future__ import annotations
@@ -80,14 +91,16 @@ class Target(NamedTuple):
         layer: layer number.
         path: module path in the model.
         side: "input" or "output".
-        embed_dim: d, the last dimension of the hidden state there.
-        inplace: the tensor is certainly fresh and seen by the next layer alone.
-        present: the module is in this process (pipeline parallel replaces the others by empty ones).
-        stream: "tokens": the hidden state has one row for each token of the backbone's call. "own": it has rows of its own (a
-            tower of images or sounds, a projector, a resampler, image rows beside the tokens), counted by its own shape.
-        layout: "btd": [B, T, d], or flattened [B * T, d]; "tbd": [T, B, d]; "btsd": [B, T, streams, d]; "sbtd":
-            [streams, B, T, d]; "btd_padded": [B, T + padding, d], where the model pads the sequence on the right by itself, to
-            a multiple of a window or block.
+        embed_dim: d, the last dimension of the hidden state there. inplace: the tensor is certainly
+        fresh and seen by the next layer alone. present: the module is in this process (pipeline
+        parallel replaces the others by empty ones).
+        stream: "tokens": the hidden state has one row for each token of the backbone's call. "own":
+            it has rows of its own (a tower of images or sounds, a projector, a resampler, image
+            rows beside the tokens), counted by its own shape.
+        layout: "btd": [B, T, d], or flattened [B * T, d]; "tbd": [T, B, d]; "btsd": [B, T, streams,
+            d]; "sbtd":
+            [streams, B, T, d]; "btd_padded": [B, T + padding, d], where the model pads the sequence
+            on the right by itself, to a multiple of a window or block.
     """
 
     layer: int
@@ -101,7 +114,9 @@ class Target(NamedTuple):
 
 
 class Component(NamedTuple):
-    """The targets of one component, and the backbone whose call brings the tokens that they belong to."""
+    """The targets of one component, and the backbone whose call brings the tokens that they
+    belong to.
+    """
 
     targets: tuple[Target, ...]
     backbone: str
@@ -127,7 +142,9 @@ def _list_of(lists: Sequence[BlockList], path: str) -> tuple[BlockList, str] | N
 
 
 def _side_of(sides: dict[str, str], path: str) -> str | None:
-    return next((s for s, root in sides.items() if path == root or path.startswith(f"{root}.")), None)
+    return next(
+        (s for s, root in sides.items() if path == root or path.startswith(f"{root}.")), None
+    )
 
 
 def _candidates(model: nn.Module, found: BlockList | None, wanted: str = "") -> str:
@@ -149,15 +166,20 @@ def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
     found = find_blocks(model, side)
     kind = model_type_of(model, "" if found is None else found.path)
     if kind in REFUSED:
-        raise ValueError(f"component: got {role!r}, which cannot be edited in {type(model).__name__} ({kind}): {REFUSED[kind]}")
+        raise ValueError(
+            f"component: got {role!r}, which cannot be edited in {type(model).__name__} ({kind}): "
+            f"{REFUSED[kind]}"
+        )
     if kind in ROLES_REFUSED:
         raise ValueError(
-            f"component: got {role!r}, but {type(model).__name__} ({kind}) has no such module: {ROLES_REFUSED[kind]}"
+            f"component: got {role!r}, but {type(model).__name__} ({kind}) has no such module: "
+            f"{ROLES_REFUSED[kind]}"
         )
     if found is None:
         where = "" if side is None else f" in the {side}"
         raise ValueError(
-            f"component: got {role!r}, but {type(model).__name__} has no list of blocks{where}; name modules by path, such as "
+            f"component: got {role!r}, but {type(model).__name__} has no list of blocks{where}; "
+            "name modules by path, such as "
             "'model.layers.{layer}.mlp'"
         )
     places = _Places({}, {}, {})
@@ -177,7 +199,10 @@ def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
         roles = ", ".join(r for r in ROLES if not isinstance(_role_in(model, path, block, r), str))
         first = next(iter(places.missing.values()))
         listed = f"it has {roles}, or name" if roles else "name"
-        raise ValueError(f"component: got {role!r}, but {first}; {listed} a module by path: {_candidates(model, found)}")
+        raise ValueError(
+            f"component: got {role!r}, but {first}; {listed} a module by path: "
+            f"{_candidates(model, found)}"
+        )
     return places
 
 
@@ -189,11 +214,22 @@ def _role_in(model: nn.Module, path: str, block: nn.Module, role: str) -> Place 
     if role.startswith("block"):
         return Place("", role.rsplit("_", 1)[1])
     if isinstance(getattr(block, "blocks", None), nn.ModuleList):
-        return "is a stage of several blocks: block_output and block_input are the stage's; name a block's part by path"
+        return (
+            "is a stage of several blocks: block_output and block_input are the stage's; name a "
+            "block's part by path"
+        )
     place = find_role(block, role, stream_width(model, path, block, "input"))
     chunk = getattr(config_of(model, path), "chunk_size_feed_forward", 0)
-    if role.startswith("mlp") and not isinstance(place, str) and isinstance(chunk, int) and chunk > 0:
-        return "runs its feed-forward on chunks of the sequence; set config.chunk_size_feed_forward = 0"
+    if (
+        role.startswith("mlp")
+        and not isinstance(place, str)
+        and isinstance(chunk, int)
+        and chunk > 0
+    ):
+        return (
+            "runs its feed-forward on chunks of the sequence; set config.chunk_size_feed_forward "
+            "= 0"
+        )
     return place
 
 
@@ -205,7 +241,11 @@ def _matches(model: nn.Module, pattern: str) -> dict[str, re.Match]:
     expression = re.escape(pattern).replace(re.escape("{layer}"), r"(\d+)")
     exact, ending = re.compile(expression), re.compile(rf"(?:.*\.)?{expression}")
     # a container is never called itself
-    names = [name for name, m in model.named_modules() if name and not isinstance(m, nn.ModuleList | nn.ModuleDict)]
+    names = [
+        name
+        for name, m in model.named_modules()
+        if name and not isinstance(m, nn.ModuleList | nn.ModuleDict)
+    ]
     for form in (exact, ending):
         hits = {name: form.fullmatch(name) for name in names}
         hits = {name: hit for name, hit in hits.items() if hit is not None}
@@ -225,12 +265,15 @@ def _by_path(model: nn.Module, component: str) -> _Places:
     if not hits:
         found = find_blocks(model)
         raise ValueError(
-            f"component: got {component!r}, which names no module of {type(model).__name__}; expected one of "
+            f"component: got {component!r}, which names no module of {type(model).__name__}; "
+            "expected one of "
             f"{', '.join(ROLES)}, or a module path such as {_candidates(model, found, pattern)}"
         )
     numbers = {path: int(hit[1]) if hit.groups() else 0 for path, hit in hits.items()}
     if len(set(numbers.values())) < len(numbers):
-        raise ValueError(f"component: got {component!r}, which is ambiguous: {', '.join(sorted(hits)[:_SHOWN])}")
+        raise ValueError(
+            f"component: got {component!r}, which is ambiguous: {', '.join(sorted(hits)[:_SHOWN])}"
+        )
     places = _Places({layer: (path, side) for path, layer in numbers.items()}, {}, {})
     path, hit = next(iter(hits.items()))
     if hit.groups():
@@ -242,7 +285,9 @@ def _by_path(model: nn.Module, component: str) -> _Places:
             if isinstance(model.get_submodule(parent), nn.ModuleList) and not size(block):
                 places.absent[layer] = f"{parent}.{name}"
             else:
-                places.missing[layer] = f"{type(block).__name__} ({parent}.{name}) has no such module"
+                places.missing[layer] = (
+                    f"{type(block).__name__} ({parent}.{name}) has no such module"
+                )
     return places
 
 
@@ -256,13 +301,17 @@ def _choose(component: str, layers: str | list[int], places: _Places) -> list[in
     beyond = [n for n in chosen if n not in available]
     if beyond:
         low, high = available[0], available[-1]
-        raise ValueError(f"layers: got {list(layers)}, expected layer numbers from {low} to {high}; {beyond} are out of range")
+        raise ValueError(
+            f"layers: got {list(layers)}, expected layer numbers from {low} to {high}; {beyond} "
+            "are out of range"
+        )
     without = [n for n in chosen if n in places.missing]
     if without:
         got = repr(layers) if layers == "all" else list(layers)
         having = sorted(places.found)
         raise ValueError(
-            f"layers: got {got}, but {component!r} is not in layers {without}: {places.missing[without[0]]}; "
+            f"layers: got {got}, but {component!r} is not in layers {without}: "
+            f"{places.missing[without[0]]}; "
             f"expected layers among {having}: ReftConfig(layers={having})"
         )
     return chosen
@@ -275,8 +324,10 @@ def _check_shared(model: nn.Module, component: str, targets: Sequence[Target]) -
         other = seen.setdefault((id(model.get_submodule(target.path)), target.side), target)
         if target.present and other is not target:
             raise ValueError(
-                f"component: got {component!r}, but {other.path!r} and {target.path!r} are one module, which layers "
-                f"{other.layer} and {target.layer} share; choose one of them: layers=[{other.layer}]"
+                f"component: got {component!r}, but {other.path!r} and {target.path!r} are one "
+                "module, which layers "
+                f"{other.layer} and {target.layer} share; choose one of them: "
+                f"layers=[{other.layer}]"
             )
 
 
@@ -291,16 +342,25 @@ class _Maker:
         self.sides = side_paths(model)
 
     def tower(self, backbone: str) -> str:
-        """The module that is called for the blocks at or below a backbone: heads stand outside of it."""
-        below = next((b for b in self.lists if not backbone or b.path.startswith(f"{backbone}.")), None)
+        """The module that is called for the blocks at or below a backbone: heads stand outside
+        of it.
+        """
+        below = next(
+            (b for b in self.lists if not backbone or b.path.startswith(f"{backbone}.")), None
+        )
         return backbone if below is None else backbone_path(self.model, f"{below.path}.0")
 
     def absent(self, layer: int, path: str) -> Target:
         """The target of a layer that another pipeline stage owns."""
         found, _ = _list_of(self.lists, path)
-        width = self.embed_dim or stream_width(self.model, found.path, next(b for b in found.blocks if size(b)))
+        width = self.embed_dim or stream_width(
+            self.model, found.path, next(b for b in found.blocks if size(b))
+        )
         if width is None:
-            raise ValueError(f"embed_dim: cannot tell the width of {path!r}, which is in another process; state it")
+            raise ValueError(
+                f"embed_dim: cannot tell the width of {path!r}, which is in another process; "
+                "state it"
+            )
         return Target(layer, path, "output", width, False, present=False)
 
     def present(self, layer: int, path: str, side: str) -> Target:
@@ -315,9 +375,15 @@ class _Maker:
         stream = stream_of(model, path, backbone, None if held is None else held[0])
         reason = why_refused(model, path, side, enc_dec) or why_unfit(model, path, stream)
         if reason is None and held is not None and holds_maps(model.get_submodule(block_path)):
-            reason = "its block is convolutional: it holds channels first, [B, C, ...], not rows of tokens"
+            reason = (
+                "its block is convolutional: it holds channels first, [B, C, ...], not rows of "
+                "tokens"
+            )
         if reason is not None:
-            raise ValueError(f"component: got {self.component!r}; the {side} of {path!r} cannot be edited: {reason}")
+            raise ValueError(
+                f"component: got {self.component!r}; the {side} of {path!r} cannot be edited: "
+                f"{reason}"
+            )
         return Target(
             layer,
             path,
@@ -329,17 +395,24 @@ class _Maker:
         )
 
 
-def resolve(model: nn.Module, component: str, layers: str | list[int] = "all", *, embed_dim: int | None = None) -> Component:
+def resolve(
+    model: nn.Module,
+    component: str,
+    layers: str | list[int] = "all",
+    *,
+    embed_dim: int | None = None,
+) -> Component:
     """The targets of ``component`` in the given layers of ``model``; the model is not touched.
 
     Args:
-        component: a role or a module path; see the module's text.
-        layers: "all" or layer numbers, in the order in which the weights are stacked. Each must have the component.
+        component: a role or a module path; see the module's text. layers: "all" or layer numbers,
+        in the order in which the weights are stacked. Each must have the component.
         embed_dim: width of the targets, where neither the configuration nor the weights tell it.
 
     Raises:
-        ValueError: naming ``component`` (it matches nothing, or cannot be edited: why, and what to name instead), ``layers``
-            (out of range, or without the component: which have it) or ``embed_dim`` (an unknown width).
+        ValueError: naming ``component`` (it matches nothing, or cannot be edited: why, and what to
+            name instead), ``layers`` (out of range, or without the component: which have it) or
+            ``embed_dim`` (an unknown width).
     """
     side, role = None, component
     head, _, rest = component.partition(".")
@@ -349,8 +422,13 @@ def resolve(model: nn.Module, component: str, layers: str | list[int] = "all", *
     chosen = _choose(component, layers, places)
     maker = _Maker(model, component, embed_dim)
     targets = tuple(
-        maker.absent(n, places.absent[n]) if n in places.absent else maker.present(n, *places.found[n]) for n in chosen
+        maker.absent(n, places.absent[n])
+        if n in places.absent
+        else maker.present(n, *places.found[n])
+        for n in chosen
     )
     _check_shared(model, component, targets)
     enc_dec = _side_of(maker.sides, targets[0].path)
-    return Component(targets, backbone_path(model, targets[0].path), enc_dec == "encoder", enc_dec == "decoder")
+    return Component(
+        targets, backbone_path(model, targets[0].path), enc_dec == "encoder", enc_dec == "decoder"
+    )

@@ -11,9 +11,11 @@ from torch import Tensor
 class DeferredChecks:
     """Conditions on values that a batch must not meet.
 
-    On a CPU the error is raised at once. On a GPU the flag is copied to the host asynchronously and read by :meth:`poll`, which
-    every forward begins with, once the copy is there: the error comes a step late, and no step waits for it. Under
-    ``torch.compile`` a CPU graph asserts; a GPU graph does not check, since a failed device-side assertion ends the process.
+    On a CPU the error is raised at once. On a GPU the flag is copied to the host asynchronously and
+    read by :meth:`poll`, which
+    every forward begins with, once the copy is there: the error comes a step late, and no step
+    waits for it. Under ``torch.compile`` a CPU graph asserts; a GPU graph does not check, since a
+    failed device-side assertion ends the process.
     """
 
     def __init__(self) -> None:

@@ -1,6 +1,8 @@
-"""What the structure of a model does not tell: architectures by ``config.model_type``, with a reason each.
+"""What the structure of a model does not tell: architectures by ``config.model_type``, with a
+reason each.
 
-Names are those of transformers; a model type that is not listed here is judged by its structure alone.
+Names are those of transformers; a model type that is not listed here is judged by its structure
+alone.
 """
 
 from __future__ import annotations
@@ -83,7 +85,8 @@ PLACES_REFUSED: tuple[Refusal, ...] = (
     Refusal(
         ("prophetnet", "xlm-prophetnet"),
         (),
-        "the decoder's hidden state holds the predicting streams behind the tokens, [B, (1 + ngram) * T, d]",
+        "the decoder's hidden state holds the predicting streams behind the tokens, [B, (1 + "
+        "ngram) * T, d]",
         side="decoder",
     ),
     Refusal(
@@ -133,17 +136,19 @@ PADDED: dict[str, str | None] = {
     "pegasus_x": "encoder",
     "bigbird_pegasus": "encoder",
 }
-"""The sequence is padded on the right inside these (one side of them): to a window's or a block's multiple."""
+"""The sequence is padded on the right inside these, to a multiple of a window or block."""
 
 TIME_FIRST: dict[str, str | None] = {"xlnet": None, "fsmt": "layers"}
-"""Hidden states are [T, B, d] inside these: inside the backbone, or inside the list of that name."""
+"""Hidden states are [T, B, d] inside these: the backbone, or the module list of that name."""
 
 NARROW: dict[str, str] = {"mobilebert": "true_hidden_size"}
-"""Inside a block the hidden state is narrower than between blocks; the width is this configuration value."""
+"""Configuration value with the width inside a block, where it is narrower than between blocks."""
 
 
 def config_of(model: nn.Module, path: str):
-    """The configuration of the innermost module at or above ``path`` that has its own; None if none has."""
+    """The configuration of the innermost module at or above ``path`` that has its own; None if none
+    has.
+    """
     parts = path.split(".") if path else []
     for depth in range(len(parts), -1, -1):
         config = getattr(model.get_submodule(".".join(parts[:depth])), "config", None)
@@ -181,7 +186,8 @@ def why_refused(model: nn.Module, path: str, where: str, side: str | None) -> st
 
 
 def layout_of(model: nn.Module, path: str, tower: str, is_block: bool, side: str | None) -> str:
-    """How the hidden state at a place lies in memory; see :class:`~reft_kernels.model.components.Target`.
+    """How the hidden state at a place lies in memory; see
+    :class:`~reft_kernels.model.components.Target`.
 
     Args:
         tower: path of the module that is called for the blocks.

@@ -1,7 +1,8 @@
 """Runs code before and after a module, whether it is called or its ``forward`` is called directly.
 
-Hooks run for ``module(...)`` alone, and ``module.forward(...)`` passes them by: sentence-transformers and some models call it.
-So the instance's ``forward`` is replaced too, and runs the same code where no hook has.
+Hooks run for ``module(...)`` alone, and ``module.forward(...)`` passes them by:
+sentence-transformers and some models call it. So the instance's ``forward`` is replaced too, and
+runs the same code where no hook has.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class _After:
 
 
 class InterceptedForward:
-    """Stands in for one module's ``forward``. An object and not a closure, so that a copied or pickled module has its own."""
+    """Stands in for one module's ``forward``. An object and not a closure, so that a copied or
+    pickled module has its own.
+    """
 
     def __init__(self, module: nn.Module, observer: Observer) -> None:
         self.module = module

@@ -1,8 +1,9 @@
 """Merging an edit into weights, where that is exact.
 
-An edit of a linear layer's output, at all positions and with a linear activation, is affine: h -> M h + v. With
-h = W0 x + b0 it merges exactly into weight M W0 and bias M b0 + v. Nothing else does: an edit at chosen positions depends on
-the position, an edit of the residual stream acts on what earlier layers wrote too, and an activation is not affine.
+An edit of a linear layer's output, at all positions and with a linear activation, is affine: h -> M
+h + v. With h = W0 x + b0 it merges exactly into weight M W0 and bias M b0 + v. Nothing else does:
+an edit at chosen positions depends on the position, an edit of the residual stream acts on what
+earlier layers wrote too, and an activation is not affine.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ def _is_conv1d(module: nn.Module) -> bool:
 def why_not(module: nn.Module, target: Target, spec: Spec, activation: str) -> str | None:
     """None when an edit merges exactly into ``module``, else the reason why not."""
     if spec.kind != "all":
-        return "it edits chosen positions, and a weight acts on all of them; positions='all' would merge"
+        return (
+            "it edits chosen positions, and a weight acts on all of them; positions='all' would "
+            "merge"
+        )
     if activation != "linear":
         return f"its activation {activation!r} is not linear"
     if not (type(module) is nn.Linear or _is_conv1d(module)):
         return (
-            f"{target.path!r} is a {type(module).__name__}: its edit acts on the whole residual stream, or its weight is not a "
+            f"{target.path!r} is a {type(module).__name__}: its edit acts on the whole residual "
+            "stream, or its weight is not a "
             "plain matrix; an edit of a linear layer's output would merge"
         )
     if target.side != "output":
@@ -44,7 +49,7 @@ def affine(weights: EditWeights | RedWeights, width: int) -> tuple[Tensor, Tenso
     B = weights.write.double()
     A = torch.zeros_like(B) if weights.read is None else weights.read.double()
     c = B.new_zeros(B.shape[0]) if weights.read_bias is None else weights.read_bias.double()
-    if weights.subtract:
+    if weights.subtract_projection:
         A = A - B
     if weights.subtract_bias is not None:
         c = c - weights.subtract_bias.double()
@@ -64,7 +69,9 @@ def merge(module: nn.Module, weights: EditWeights | RedWeights, safe: bool) -> N
     weight = weight @ M.mT if _is_conv1d(module) else M @ weight
     bias = v if module.bias is None else M @ module.bias.double() + v
     if safe and not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
-        raise ValueError("safe_merge: the merged weights are not finite; the adapter seems to be broken")
+        raise ValueError(
+            "safe_merge: the merged weights are not finite; the adapter seems to be broken"
+        )
     dtype = module.weight.dtype
     module.weight.data = weight.to(dtype)
     if module.bias is None:

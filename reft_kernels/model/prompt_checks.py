@@ -10,47 +10,68 @@ from torch import Tensor
 
 from reft_kernels.model.deferred_checks import DeferredChecks
 from reft_kernels.model.prompts import Window
-from reft_kernels.model.response_rule import earlier_turn_is_supervised, run_starts, supervised_spans
+from reft_kernels.model.response_rule import (
+    earlier_turn_is_supervised,
+    run_starts,
+    supervised_spans,
+)
 from reft_kernels.model.selection import PositionRule, Selection
 
 _WAYS = (
-    "give the adapter a rule, ReftConfig(response_template=...), which holds in training, scoring and generation alike; "
-    "or pass labels whose prompt is masked by -100, or prompt_lengths=[...] of each example to the model"
+    "give the adapter a rule, ReftConfig(response_template=...), which holds in training, scoring "
+    "and generation alike; "
+    "or pass labels whose prompt is masked by -100, or prompt_lengths=[...] of each example to "
+    "the model"
 )
 _PLAIN_TEXT = "for plain text without prompts, edit every token: ReftConfig(positions='all')"
 _TURNS = (
-    "expand such a row to one row for each of its responses (reft_kernels.integrations.turns.expand_turns, as "
+    "expand such a row to one row for each of its responses "
+    "(reft_kernels.integrations.turns.expand_turns, as "
     "datasets.Dataset.map(expand_turns, batched=True)); or pass prompt_lengths=[...]"
 )
-UNKNOWN = "where prompts end is not known: neither labels nor prompt_lengths reached the model in training; " + _WAYS
+UNKNOWN = (
+    "where prompts end is not known: neither labels nor prompt_lengths reached the model in "
+    "training; " + _WAYS
+)
 NO_TEMPLATE = (
-    "response_template: an example of this training batch does not contain it, and no labels tell where its prompt ends; "
-    "check that the template is in the text and was not cut off, or pass labels whose prompt is masked by -100"
+    "response_template: an example of this training batch does not contain it, and no labels tell "
+    "where its prompt ends; "
+    "check that the template is in the text and was not cut off, or pass labels whose prompt is "
+    "masked by -100"
 )
 NOTHING = (
-    "this training batch selects no token to edit, so the adapter would get no gradient: its labels mask no prompt "
+    "this training batch selects no token to edit, so the adapter would get no gradient: its "
+    "labels mask no prompt "
     "(labels equal to input_ids), or its prompts are empty; " + _WAYS + "; " + _PLAIN_TEXT
 )
-SEVERAL = "labels: a row has several supervised spans, so it has several prompts, and one edit cannot serve them; " + _TURNS
-EARLIER = "labels: a response before the last one is supervised too, but only the last response's prompt is edited; " + _TURNS
+SEVERAL = (
+    "labels: a row has several supervised spans, so it has several prompts, and one edit cannot "
+    "serve them; " + _TURNS
+)
+EARLIER = (
+    "labels: a response before the last one is supervised too, but only the last response's "
+    "prompt is edited; " + _TURNS
+)
 _GUESSED = (
-    "ReFT: this call does not tell where prompts end, so all of each sequence counts as its prompt: right for a prompt alone, "
+    "ReFT: this call does not tell where prompts end, so all of each sequence counts as its "
+    "prompt: right for a prompt alone, "
     "wrong for a prompt with its answer (perplexity, log-likelihood scoring); " + _WAYS
 )
 _NO_PROMPT = (
-    "ReFT: the labels of this batch mask no prompt, so nothing is edited and the loss is the frozen model's; "
-    + _WAYS
-    + "; "
-    + _PLAIN_TEXT
+    "ReFT: the labels of this batch mask no prompt, so nothing is edited and the loss is the "
+    "frozen model's; " + _WAYS + "; " + _PLAIN_TEXT
 )
 _CONTINUED = (
-    "ReFT: a forward of several tokens continues a cache outside of generate and counts as decoding, so it edits nothing; pass "
+    "ReFT: a forward of several tokens continues a cache outside of generate and counts as "
+    "decoding, so it edits nothing; pass "
     "prompt_lengths=[...] of the whole prompts if these tokens belong to them"
 )
 
 
 class Mode(NamedTuple):
-    """How a forward runs: ``training`` an adapter, on a model whose labels continue a prompt (``generates``)."""
+    """How a forward runs: ``training`` an adapter, on a model whose labels continue a prompt
+    (``generates``).
+    """
 
     training: bool
     generates: bool
@@ -69,11 +90,14 @@ class PromptChecks:
             self._warned.add(message)
             warnings.warn(message, stacklevel=2)
 
-    def check(self, window: Window, rule: PositionRule, selection: Selection | None, mode: Mode) -> None:
+    def check(
+        self, window: Window, rule: PositionRule, selection: Selection | None, mode: Mode
+    ) -> None:
         """Refuse a batch whose prompts an adapter's rule cannot find; in evaluation say so once.
 
         Raises:
-            ValueError: nothing tells where prompts end, in training; labels with several responses; no token is selected.
+            ValueError: nothing tells where prompts end, in training; labels with several responses;
+                no token is selected.
         """
         if window.call.is_explicit:
             return
@@ -133,11 +157,16 @@ class PromptChecks:
             else:
                 self._missing(absent.any(), mode)
             return
-        starts = run_starts(window.labels, begins.view(window.labels.shape)).reshape(-1).to(torch.int64)
+        starts = (
+            run_starts(window.labels, begins.view(window.labels.shape)).reshape(-1).to(torch.int64)
+        )
         spans = torch.zeros_like(place).index_add_(0, sequence, starts)[sequence]
         self.deferred.refuse(((spans > 1) & absent).any(), SEVERAL)
         if rule.template is not None:
-            found, ends = window.occurrences(rule.template), window.packed_ends(rule.template)[sequence]
+            found, ends = (
+                window.occurrences(rule.template),
+                window.packed_ends(rule.template)[sequence],
+            )
             after = found.after[:, :-1].reshape(-1)  # an occurrence ends right before this token
             earlier = after & (place < ends) & (place > 0) & (window.labels.reshape(-1) != -100)
             self.deferred.refuse(earlier.any(), EARLIER)

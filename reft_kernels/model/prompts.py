@@ -1,15 +1,18 @@
-"""From one call's arguments to a window: where each example's prompt starts and ends, and the part that a forward sees.
+"""From one call's arguments to a window: where each example's prompt starts and ends, and the part
+that a forward sees.
 
 Where a prompt ends, by the first of these that says so:
 
     edit_positions, prompt_lengths     given to the model or to ``generate``
     the adapter's response template    after its last occurrence in the text, the same in every path
     generate                           its whole input
-    labels                             before the first that is not -100, where labels ``[B, T]`` continue a prompt
+    labels                             before the first that is not -100, where labels ``[B, T]``
+                                       continue a prompt
     the attention mask, the sequence   every real token
 
-A prompt starts at its first real token, so either padding side is understood. Everything here is tensor arithmetic on the
-tokens' device: no synchronisation but for explicit arguments, which are checked.
+A prompt starts at its first real token, so either padding side is understood. Everything here is
+tensor arithmetic on the tokens' device: no synchronisation but for explicit arguments, which are
+checked.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ from reft_kernels.model.selection import explicit_lengths, repeat_examples
 
 
 class Packed(NamedTuple):
-    """A packed batch, flattened to ``[B * T]``: each token's sequence, its place there, whether it starts one."""
+    """A packed batch, flattened to ``[B * T]``: each token's sequence, its place there, whether
+    it starts one.
+    """
 
     sequence: Tensor
     place: Tensor
@@ -40,11 +45,14 @@ class Packed(NamedTuple):
 
 @dataclasses.dataclass
 class Window:
-    """The part of a batch that one forward of a backbone sees: columns ``offset`` to ``offset + width``.
+    """The part of a batch that one forward of a backbone sees: columns ``offset`` to ``offset +
+    width``.
 
-    ``starts`` and ``lengths`` int64 ``[B]`` are the prompts, in columns of the whole; None while decoding. ``source`` says what
-    ended them: "prompt_lengths", "generate", "labels" or "sequence". ``tokens`` is the mask ``[B, width]`` of real tokens here,
-    None where all are; ``text`` the token ids ``[B, total]`` of the whole, where they are known.
+    ``starts`` and ``lengths`` int64 ``[B]`` are the prompts, in columns of the whole; None while
+    decoding. ``source`` says what
+    ended them: "prompt_lengths", "generate", "labels" or "sequence". ``tokens`` is the mask ``[B,
+    width]`` of real tokens here, None where all are; ``text`` the token ids ``[B, total]`` of the
+    whole, where they are known.
     """
 
     batch: int
@@ -73,7 +81,9 @@ class Window:
             return None
         if template not in self.found:
             text = self.text if self.whole is None else torch.where(self.whole, self.text, -1)
-            segments = None if self.packed is None else self.packed.sequence.view(self.batch, self.width)
+            segments = (
+                None if self.packed is None else self.packed.sequence.view(self.batch, self.width)
+            )
             self.found[template] = find_template(text, template, segments)
         return self.found[template]
 
@@ -103,22 +113,39 @@ class Window:
         return torch.where(length > 0, place < length, prompt)
 
     def packed_ends(self, template: Template) -> Tensor:
-        """Int64 ``[B * T]``: for each sequence of a packed batch the tokens up to its last template's end, 0 without one."""
+        """Int64 ``[B * T]``: for each sequence of a packed batch the tokens up to its last
+        template's end, 0 without one.
+        """
         found, (sequence, place, _) = self.occurrences(template), self.packed
         ends = torch.where(found.after[:, 1:].reshape(-1), place + 1, 0)
         return torch.zeros_like(place).scatter_reduce(0, sequence, ends, "amax")
 
     def _packed_lengths(self) -> Tensor:
         given = self.call.prompt_lengths
-        given = (given if isinstance(given, Tensor) else torch.as_tensor(given)).to(device=self.device)
-        if given.dim() != 1 or given.is_floating_point() or given.dtype == torch.bool or not given.numel():
-            raise ValueError(f"prompt_lengths: got {given.dtype} {tuple(given.shape)}, expected one integer for each sequence")
+        given = (given if isinstance(given, Tensor) else torch.as_tensor(given)).to(
+            device=self.device
+        )
+        if (
+            given.dim() != 1
+            or given.is_floating_point()
+            or given.dtype == torch.bool
+            or not given.numel()
+        ):
+            raise ValueError(
+                f"prompt_lengths: got {given.dtype} {tuple(given.shape)}, expected one integer "
+                "for each sequence"
+            )
         sequence, place, _ = self.packed
         if self.device.type == "cpu" and not torch.compiler.is_compiling():
             count = int(sequence[-1]) + 1 if sequence.numel() else 0
-            sizes = torch.zeros(count, dtype=torch.int64).scatter_reduce(0, sequence, place + 1, "amax")
+            sizes = torch.zeros(count, dtype=torch.int64).scatter_reduce(
+                0, sequence, place + 1, "amax"
+            )
             if given.shape[0] != count:
-                raise ValueError(f"prompt_lengths: got {given.shape[0]} for a packed batch, expected {count}, its sequences")
+                raise ValueError(
+                    f"prompt_lengths: got {given.shape[0]} for a packed batch, expected {count}, "
+                    "its sequences"
+                )
             explicit_lengths(given, count, sizes, self.device)
         return given.to(torch.int64)[: place.shape[0]]
 
@@ -126,23 +153,36 @@ class Window:
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """Names of a module's positional ``forward`` parameters."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return tuple(name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds)
+    return tuple(
+        name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds
+    )
 
 
 def _usable_mask(mask: Any, batch: int, width: int) -> Tensor | None:
-    fits = isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[0] == batch and mask.shape[1] >= width
+    fits = (
+        isinstance(mask, Tensor)
+        and mask.dim() == 2
+        and mask.shape[0] == batch
+        and mask.shape[1] >= width
+    )
     return mask if fits else None
 
 
-def _text_of(arguments: Mapping[str, Any], call: ModelCall, batch: int, width: int) -> Tensor | None:
+def _text_of(
+    arguments: Mapping[str, Any], call: ModelCall, batch: int, width: int
+) -> Tensor | None:
     for ids in (arguments.get("input_ids"), call.input_ids):
         if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.shape == (batch, width):
             return ids
     return None
 
 
-def _offset(arguments: Mapping[str, Any], cache: Any, width: int, generation: Generation | None) -> int | Tensor | None:
-    """Column of the whole at which a forward starts; None where a cache holds some columns and cannot say how many."""
+def _offset(
+    arguments: Mapping[str, Any], cache: Any, width: int, generation: Generation | None
+) -> int | Tensor | None:
+    """Column of the whole at which a forward starts; None where a cache holds some columns and
+    cannot say how many.
+    """
     if generation is not None and not torch.compiler.is_compiling():
         offset = generation.offset(width)
         if offset is not None:
@@ -158,15 +198,19 @@ def compute_prompt_window(
     token_labels: bool,
     decoder: bool,
 ) -> Window | None:
-    """The window of one backbone call; None where the arguments do not tell how many tokens there are (images, say).
+    """The window of one backbone call; None where the arguments do not tell how many tokens there
+    are (images, say).
 
     Args:
         arguments: the backbone call's arguments by name. call: what the user passed to the model.
-        token_labels: labels ``[B, T]`` mark what follows the prompt (a generating model, not a token classifier).
-        decoder: the backbone is the decoder of an encoder-decoder model, whose inputs are its labels shifted by one.
+        token_labels: labels ``[B, T]`` mark what follows the prompt (a generating model, not a
+        token classifier).
+        decoder: the backbone is the decoder of an encoder-decoder model, whose inputs are its
+            labels shifted by one.
 
     Raises:
-        ValueError: explicit arguments that do not fit the batch, or a mask that hides tokens and fits no tokens.
+        ValueError: explicit arguments that do not fit the batch, or a mask that hides tokens and
+            fits no tokens.
     """
     tokens = arguments.get("input_ids")
     if tokens is None:
@@ -178,10 +222,14 @@ def compute_prompt_window(
         generation.width = width
     cache = cache_of(arguments)
     past = _offset(arguments, cache, width, generation)
-    window = Window(batch, width, device, 0 if past is None else past, call=call, generation=generation)
+    window = Window(
+        batch, width, device, 0 if past is None else past, call=call, generation=generation
+    )
     mask = _usable_mask(arguments.get("attention_mask"), batch, width)
     if mask is None:  # a wrapper hands on another form of it
-        mask = _usable_mask(call.decoder_attention_mask if decoder else call.attention_mask, batch, width)
+        mask = _usable_mask(
+            call.decoder_attention_mask if decoder else call.attention_mask, batch, width
+        )
     if mask is not None:
         window.tokens = mask[:, mask.shape[1] - width :] != 0
     if past is None:
@@ -216,7 +264,9 @@ def _generated_prompt(
 ) -> tuple[Tensor | None, int]:
     """The mask of the whole prompt of a generation (or of what is known of it), and its width."""
     if generation.mask is not None:
-        return repeat_examples(generation.mask.to(device) != 0, batch, "attention_mask"), generation.width
+        return repeat_examples(
+            generation.mask.to(device) != 0, batch, "attention_mask"
+        ), generation.width
     if mask is None:
         return None, generation.width
     whole = mask[:, : generation.width] != 0
@@ -227,7 +277,9 @@ def _generated_prompt(
 
 
 def _pack(position_ids: Tensor) -> Packed:
-    """Sequences of a packed batch: a new one starts in each row's first column and where positions do not go up by one."""
+    """Sequences of a packed batch: a new one starts in each row's first column and where
+    positions do not go up by one.
+    """
     batch, width = position_ids.shape
     steps = position_ids[:, 1:] != position_ids[:, :-1] + 1
     begins = torch.nn.functional.pad(steps, (1, 0), value=True).reshape(-1)
@@ -244,10 +296,22 @@ def _find_lengths(window: Window, token_labels: bool, decoder: bool) -> None:
         window.labels = labels.to(device)
     # only what the user passed says packed: models make position ids of their own, in many forms
     packs = token_labels and window.whole is None and window.generation is None and not decoder
-    if packs and isinstance(ids, Tensor) and ids.shape == shape and isinstance(window.offset, int) and window.offset == 0:
+    if (
+        packs
+        and isinstance(ids, Tensor)
+        and ids.shape == shape
+        and isinstance(window.offset, int)
+        and window.offset == 0
+    ):
         window.packed = _pack(ids.to(device))
     elif call.prompt_lengths is not None:
-        limits = None if window.continues else window.total if window.whole is None else window.whole.sum(dim=1)
+        limits = (
+            None
+            if window.continues
+            else window.total
+            if window.whole is None
+            else window.whole.sum(dim=1)
+        )
         window.lengths = explicit_lengths(call.prompt_lengths, batch, limits, device)
         window.source = "prompt_lengths"
     elif window.labels is not None and window.generation is None:
@@ -265,17 +329,24 @@ def _find_lengths(window: Window, token_labels: bool, decoder: bool) -> None:
             window.lengths = torch.zeros(batch, dtype=torch.int64, device=device) + window.total
 
 
-def window_of_shape(shape: torch.Size, device: torch.device, call: ModelCall, frame_mask: Any = None) -> Window:
-    """The window of a hidden state ``[B, T, d]`` or ``[T, d]`` whose rows are no tokens: all of it is prompt unless said.
+def window_of_shape(
+    shape: torch.Size, device: torch.device, call: ModelCall, frame_mask: Any = None
+) -> Window:
+    """The window of a hidden state ``[B, T, d]`` or ``[T, d]`` whose rows are no tokens: all of it
+    is prompt unless said.
 
     Args:
-        frame_mask: (frames, audio mask ``[B, S]``) -> bool ``[B, frames]``, a model's own map from samples to frames.
+        frame_mask: (frames, audio mask ``[B, S]``) -> bool ``[B, frames]``, a model's own map from
+            samples to frames.
 
     Raises:
-        ValueError: an audio mask that hides samples, of a model that does not tell which frames they are.
+        ValueError: an audio mask that hides samples, of a model that does not tell which frames
+            they are.
     """
     batch, width = (1, shape[0]) if len(shape) == 2 else shape[:2]
-    positioned = call if not call.has_tokens else call._replace(prompt_lengths=None, edit_positions=None)
+    positioned = (
+        call if not call.has_tokens else call._replace(prompt_lengths=None, edit_positions=None)
+    )
     window = Window(batch, width, device, total=width, call=positioned)
     window.starts = torch.zeros(batch, dtype=torch.int64, device=device)
     window.tokens = _frames(call.audio_mask, batch, width, device, frame_mask)
@@ -291,7 +362,9 @@ def window_of_shape(shape: torch.Size, device: torch.device, call: ModelCall, fr
     return window
 
 
-def _frames(mask: Tensor | None, batch: int, width: int, device: torch.device, frame_mask: Any) -> Tensor | None:
+def _frames(
+    mask: Tensor | None, batch: int, width: int, device: torch.device, frame_mask: Any
+) -> Tensor | None:
     """Real frames ``[B, width]`` by the mask of an audio input; None where all are."""
     if mask is None or mask.dim() != 2 or mask.shape[0] != batch:
         return None
@@ -302,6 +375,7 @@ def _frames(mask: Tensor | None, batch: int, width: int, device: torch.device, f
     if mask.device.type == "cpu" and bool(mask.all()):
         return None
     raise ValueError(
-        f"attention_mask: got {tuple(mask.shape)} for hidden states of {width} frames, and the model does not tell which of "
+        f"attention_mask: got {tuple(mask.shape)} for hidden states of {width} frames, and the "
+        "model does not tell which of "
         "them are padding; pass edit_positions=, or a batch without padding"
     )

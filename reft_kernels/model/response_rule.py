@@ -1,4 +1,5 @@
-"""Where a response starts: after the last occurrence of a template in the text, and what labels say about it.
+"""Where a response starts: after the last occurrence of a template in the text, and what labels say
+about it.
 
 Tensor operations on the tokens' device only; nothing here synchronises.
 """
@@ -27,12 +28,14 @@ class Occurrences(NamedTuple):
     last: Tensor
 
 
-def find_template(input_ids: Tensor, template: Template, segments: Tensor | None = None) -> Occurrences:
+def find_template(
+    input_ids: Tensor, template: Template, segments: Tensor | None = None
+) -> Occurrences:
     """Find every occurrence of a template.
 
     Args:
-        input_ids: integers ``[B, T]``. template: the alternatives.
-        segments: int64 ``[B, T]``; an occurrence lies within one segment (padding, a sequence of a packed batch). None: one.
+        input_ids: integers ``[B, T]``. template: the alternatives. segments: int64 ``[B, T]``; an
+        occurrence lies within one segment (padding, a sequence of a packed batch). None: one.
     """
     batch, width = input_ids.shape
     after = torch.zeros(batch, width + 1, dtype=torch.bool, device=input_ids.device)
@@ -44,7 +47,10 @@ def find_template(input_ids: Tensor, template: Template, segments: Tensor | None
         for offset, token in enumerate(ids):
             hits = hits & (input_ids[:, offset : offset + width - count + 1] == token)
             if segments is not None:
-                hits = hits & (segments[:, offset : offset + width - count + 1] == segments[:, : width - count + 1])
+                hits = hits & (
+                    segments[:, offset : offset + width - count + 1]
+                    == segments[:, : width - count + 1]
+                )
         # an occurrence that starts at column c ends right before column c + count
         after = after | torch.nn.functional.pad(hits, (count, 0))
     columns = torch.arange(width + 1, device=input_ids.device)
@@ -60,7 +66,8 @@ def supervised_spans(labels: Tensor, starts: Tensor | None = None) -> Tensor:
     """Number of runs of supervised labels in each row, int64 ``[B]``.
 
     Args:
-        starts: bool ``[B, T]``, true where a sequence of a packed batch starts, which starts a run anew; None: none.
+        starts: bool ``[B, T]``, true where a sequence of a packed batch starts, which starts a run
+            anew; None: none.
     """
     return run_starts(labels, starts).sum(dim=1)
 

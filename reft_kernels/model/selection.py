@@ -1,4 +1,6 @@
-"""From a window of a batch to the rows that one adapter edits there, and those rows on the tensor that a module really has."""
+"""From a window of a batch to the rows that one adapter edits there, and those rows on the
+tensor that a module really has.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class PositionRule(NamedTuple):
-    """Which tokens an adapter edits: the spec, whether first and last have their own weights, where a response starts."""
+    """Which tokens an adapter edits: the spec, whether first and last have their own weights,
+    where a response starts.
+    """
 
     spec: Spec
     untied: bool = False
@@ -26,14 +30,18 @@ class PositionRule(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Rows of ``hidden.view(-1, d)`` (None: all), and the weight set of each row where prefix and suffix are untied."""
+    """Rows of ``hidden.view(-1, d)`` (None: all), and the weight set of each row where prefix
+    and suffix are untied.
+    """
 
     rows: Tensor | None
-    set_ids: Tensor | None
+    weight_ids: Tensor | None
 
 
 def repeat_examples(tensor: Tensor, batch: int, name: str) -> Tensor:
-    """One entry for each example as one for each row of the batch: beams and returned sequences repeat theirs."""
+    """One entry for each example as one for each row of the batch: beams and returned sequences
+    repeat theirs.
+    """
     count = tensor.shape[0]
     if count == batch:
         return tensor
@@ -42,15 +50,20 @@ def repeat_examples(tensor: Tensor, batch: int, name: str) -> Tensor:
     return tensor.repeat_interleave(batch // count, dim=0)
 
 
-def explicit_lengths(value: Any, batch: int, limits: Tensor | int | None, device: torch.device) -> Tensor:
+def explicit_lengths(
+    value: Any, batch: int, limits: Tensor | int | None, device: torch.device
+) -> Tensor:
     """``prompt_lengths`` as int64 ``[B]``, checked.
 
     Args:
-        limits: the most tokens that each example's prompt can have; None: no limit, a part of the prompt is still to come.
+        limits: the most tokens that each example's prompt can have; None: no limit, a part of the
+            prompt is still to come.
     """
     lengths = value if isinstance(value, Tensor) else torch.as_tensor(value)
     if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:
-        raise ValueError(f"prompt_lengths: got {describe(lengths)}, expected one integer for each example, [B]")
+        raise ValueError(
+            f"prompt_lengths: got {describe(lengths)}, expected one integer for each example, [B]"
+        )
     lengths = repeat_examples(lengths.to(device=device, dtype=torch.int64), batch, "prompt_lengths")
     if not torch.compiler.is_compiling():
         wrong = lengths < 0 if limits is None else (lengths < 0) | (lengths > limits)
@@ -60,12 +73,16 @@ def explicit_lengths(value: Any, batch: int, limits: Tensor | int | None, device
             if limits is not None:
                 limit = limits if isinstance(limits, int) else int(limits[example])
                 expected = f"0 to {limit}, the tokens it has"
-            raise ValueError(f"prompt_lengths: got {int(lengths[example])} for example {example}, expected {expected}")
+            raise ValueError(
+                f"prompt_lengths: got {int(lengths[example])} for example {example}, expected "
+                f"{expected}"
+            )
     return lengths
 
 
 def select(window: Window, rule: PositionRule) -> Selection | None:
-    """The rows that ``rule`` selects in a window; None when there are none, as in every decoding step of a prompt's edit.
+    """The rows that ``rule`` selects in a window; None when there are none, as in every decoding
+    step of a prompt's edit.
 
     Raises:
         ValueError: explicit arguments that do not fit the batch.
@@ -80,12 +97,19 @@ def select(window: Window, rule: PositionRule) -> Selection | None:
     lengths = window.prompt_lengths(rule.template)
     if lengths is None:
         return None
-    rows = positions.prompt_rows(spec, window.starts, lengths, window.width, token_mask=window.tokens, offset=window.offset)
-    return Selection(rows, positions.set_ids(spec, window.batch, device=window.device) if rule.untied else None)
+    rows = positions.prompt_rows(
+        spec, window.starts, lengths, window.width, token_mask=window.tokens, offset=window.offset
+    )
+    return Selection(
+        rows,
+        positions.weight_ids(spec, window.batch, device=window.device) if rule.untied else None,
+    )
 
 
 def _real_rows(window: Window) -> Tensor | None:
-    """Rows of real tokens, None for all; where asking costs a synchronisation a mask is taken to hide something."""
+    """Rows of real tokens, None for all; where asking costs a synchronisation a mask is taken to
+    hide something.
+    """
     tokens = window.tokens
     if tokens is None or window.lengths is None:
         return None
@@ -104,9 +128,15 @@ def _from_positions(window: Window, untied: bool) -> Selection | None:
     compiling, offset = torch.compiler.is_compiling(), window.offset
     if chosen.dtype == torch.bool and not untied:
         if chosen.dim() != 2 or not (chosen.shape[1] <= window.total or window.continues):
-            raise ValueError(f"edit_positions: got {describe(chosen)}, expected a mask ({window.batch}, {window.total})")
+            raise ValueError(
+                f"edit_positions: got {describe(chosen)}, expected a mask ({window.batch}, "
+                f"{window.total})"
+            )
         here = chosen[:, offset : offset + window.width]
-        return Selection(positions.from_mask(torch.nn.functional.pad(here, (0, window.width - here.shape[1]))), None)
+        return Selection(
+            positions.from_mask(torch.nn.functional.pad(here, (0, window.width - here.shape[1]))),
+            None,
+        )
     if chosen.dim() != 2 or chosen.dtype not in (torch.int32, torch.int64):
         expected = "integer columns [B, P]" + ("" if untied else " or a bool mask [B, T]")
         raise ValueError(f"edit_positions: got {describe(chosen)}, expected {expected}")
@@ -124,8 +154,15 @@ def _from_positions(window: Window, untied: bool) -> Selection | None:
         return Selection(rows, None)
     count = columns.shape[1]
     if count % 2:
-        raise ValueError(f"edit_positions: got {count} columns, expected an even number: share_weights=False halves them")
-    ids = (torch.arange(count, device=window.device) >= count // 2).to(torch.int32).repeat(window.batch)
+        raise ValueError(
+            f"edit_positions: got {count} columns, expected an even number: share_weights=False "
+            "halves them"
+        )
+    ids = (
+        (torch.arange(count, device=window.device) >= count // 2)
+        .to(torch.int32)
+        .repeat(window.batch)
+    )
     return Selection(rows, mark_rows(ids, 2))
 
 
@@ -155,9 +192,11 @@ def _from_packed(window: Window, rule: PositionRule) -> Selection:
 
 
 class DeferredSelection:
-    """A selection that waits for the hidden state, whose rows the call's tokens do not count: images, audio frames.
+    """A selection that waits for the hidden state, whose rows the call's tokens do not count:
+    images, audio frames.
 
-    All of ``[B, T, d]`` is prompt unless the call says where it ends (where it names no tokens, which that would mean).
+    All of ``[B, T, d]`` is prompt unless the call says where it ends (where it names no tokens,
+    which that would mean).
     """
 
     def __init__(self, rule: PositionRule, call: ModelCall, frame_mask: Any = None) -> None:
@@ -176,7 +215,9 @@ class DeferredSelection:
     def _select(self, hidden: Tensor) -> Selection | None:
         from reft_kernels.model.prompts import window_of_shape
 
-        return select(window_of_shape(hidden.shape, hidden.device, self.call, self.frame_mask), self.rule)
+        return select(
+            window_of_shape(hidden.shape, hidden.device, self.call, self.frame_mask), self.rule
+        )
 
 
 # ---- on the tensor that a module has
@@ -189,8 +230,11 @@ class TokenShape(NamedTuple):
     width: int
 
 
-def place_rows(selection: Selection, tokens: TokenShape, hidden: Tensor, layout: str) -> Selection | None:
-    """Rows counted for ``tokens`` as rows of ``hidden [..., d]``; None where that is not the tensor they were counted for.
+def place_rows(
+    selection: Selection, tokens: TokenShape, hidden: Tensor, layout: str
+) -> Selection | None:
+    """Rows counted for ``tokens`` as rows of ``hidden [..., d]``; None where that is not the tensor
+    they were counted for.
 
     Compares sizes on the host alone. Layouts of ``hidden``:
 
@@ -208,12 +252,16 @@ def place_rows(selection: Selection, tokens: TokenShape, hidden: Tensor, layout:
         rows = selection.rows
         if rows is None:
             rows = torch.arange(batch * width, device=hidden.device, dtype=torch.int32)
-        return _moved(rows, selection.set_ids, (rows // width) * lead[1] + rows % width, batch * lead[1])
+        return _moved(
+            rows, selection.weight_ids, (rows // width) * lead[1] + rows % width, batch * lead[1]
+        )
     if layout == "tbd" and lead == (width, batch):
         rows = selection.rows
         if rows is None:
             return selection
-        return _moved(rows, selection.set_ids, (rows % width) * batch + rows // width, batch * width)
+        return _moved(
+            rows, selection.weight_ids, (rows % width) * batch + rows // width, batch * width
+        )
     if layout == "btsd" and len(lead) == 3 and lead[:2] == (batch, width):
         return _streams(selection, tokens, lead[2], 1, lead[2])
     if layout == "sbtd" and len(lead) == 3 and lead[1:] == (batch, width):
@@ -221,16 +269,24 @@ def place_rows(selection: Selection, tokens: TokenShape, hidden: Tensor, layout:
     return None
 
 
-def _moved(rows: Tensor, set_ids: Tensor | None, numbers: Tensor, count: int) -> Selection:
-    return Selection(mark_rows(torch.where(rows < 0, -1, numbers).to(torch.int32), count), set_ids)
+def _moved(rows: Tensor, weight_ids: Tensor | None, numbers: Tensor, count: int) -> Selection:
+    return Selection(
+        mark_rows(torch.where(rows < 0, -1, numbers).to(torch.int32), count), weight_ids
+    )
 
 
-def _streams(selection: Selection, tokens: TokenShape, streams: int, step: int, stride: int) -> Selection:
+def _streams(
+    selection: Selection, tokens: TokenShape, streams: int, step: int, stride: int
+) -> Selection:
     """Every stream of each row: row n of stream s is ``n * stride + s * step``."""
     if selection.rows is None:
         return selection
     rows = selection.rows.unsqueeze(1)
     offsets = torch.arange(streams, device=rows.device, dtype=torch.int32) * step
     numbers = torch.where(rows < 0, -1, rows * stride + offsets).to(torch.int32).flatten()
-    ids = None if selection.set_ids is None else mark_rows(selection.set_ids.repeat_interleave(streams), 2)
+    ids = (
+        None
+        if selection.weight_ids is None
+        else mark_rows(selection.weight_ids.repeat_interleave(streams), 2)
+    )
     return Selection(mark_rows(numbers, tokens.batch * tokens.width * streams), ids)

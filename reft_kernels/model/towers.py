@@ -1,4 +1,6 @@
-"""The towers of a model: its lists of blocks, the language model among them, the sides, and the module called with inputs."""
+"""The towers of a model: its lists of blocks, the language model among them, the sides, and the
+module called with inputs.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +52,16 @@ def size(module: nn.Module) -> int:
 
 
 def of_modality(path: str) -> bool:
-    """Whether a module path leads through a tower of images or sounds, or what joins one to the language model."""
+    """Whether a module path leads through a tower of images or sounds, or what joins one to the
+    language model.
+    """
     return any(_MODALITY.search(part) for part in path.split("."))
 
 
 def block_lists(model: nn.Module) -> list[BlockList]:
-    """Every list of blocks, outermost only (a list of experts inside a block is no list of blocks)."""
+    """Every list of blocks, outermost only (a list of experts inside a block is no list of
+    blocks).
+    """
     found: list[BlockList] = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer.path}.") for outer in found)
@@ -73,13 +79,19 @@ def _language_root(model: nn.Module, lists: list[BlockList]) -> str:
     root = ""
     for path, _ in model.named_modules():
         inner = path and path != root and _below(path, root)
-        if inner and path.rsplit(".", 1)[-1] in _LANGUAGE and any(_below(b.path, path) for b in lists):
+        if (
+            inner
+            and path.rsplit(".", 1)[-1] in _LANGUAGE
+            and any(_below(b.path, path) for b in lists)
+        ):
             root = path
     return root
 
 
 def side_paths(model: nn.Module) -> dict[str, str]:
-    """Module paths of "encoder" and "decoder" of an encoder-decoder model, or of its language model; empty if it is none."""
+    """Module paths of "encoder" and "decoder" of an encoder-decoder model, or of its language
+    model; empty if it is none.
+    """
     lists = block_lists(model)
     for path, module in model.named_modules():
         children = dict(module.named_children())
@@ -105,10 +117,12 @@ def side_paths(model: nn.Module) -> dict[str, str]:
 def find_blocks(model: nn.Module, side: str | None = None) -> BlockList | None:
     """The blocks of a model's language model, or of its only tower.
 
-    Among several lists: the largest with as many entries as the configuration of its own tower says, else the largest.
+    Among several lists: the largest with as many entries as the configuration of its own tower
+    says, else the largest.
 
     Args:
-        side: "encoder" or "decoder" of an encoder-decoder model; None: the encoder of such a model, or the only stack.
+        side: "encoder" or "decoder" of an encoder-decoder model; None: the encoder of such a model,
+            or the only stack.
     """
     candidates = block_lists(model)
     sides = side_paths(model)
@@ -122,7 +136,11 @@ def find_blocks(model: nn.Module, side: str | None = None) -> BlockList | None:
         root = _language_root(model, candidates)
         candidates = [c for c in candidates if _below(c.path, root)]
     inner = {c.path: c.path[len(root or "") :] for c in candidates}
-    text = [c for c in candidates if not of_modality(inner[c.path]) and not _LOW_LEVEL.search(inner[c.path])]
+    text = [
+        c
+        for c in candidates
+        if not of_modality(inner[c.path]) and not _LOW_LEVEL.search(inner[c.path])
+    ]
 
     def rank(found: BlockList) -> tuple[bool, int]:
         count = read(text_config(config_of(model, found.path)), _COUNTS)
@@ -140,9 +158,10 @@ def takes(module: nn.Module, names: Iterable[str]) -> bool:
 def backbone_path(model: nn.Module, path: str) -> str:
     """The module whose call brings what the place at ``path`` works on.
 
-    The innermost ancestor that holds blocks and whose ``forward`` takes a model's input (``input_ids``, ``pixel_values``, ...);
-    if there is none, the innermost that takes ``inputs_embeds``; "" is the model itself. Embedding layers take ``input_ids``
-    too, but hold no blocks, and encoders within a tower take ``inputs_embeds`` and a mask of another shape.
+    The innermost ancestor that holds blocks and whose ``forward`` takes a model's input
+    (``input_ids``, ``pixel_values``, ...); if there is none, the innermost that takes
+    ``inputs_embeds``; "" is the model itself. Embedding layers take ``input_ids`` too, but hold no
+    blocks, and encoders within a tower take ``inputs_embeds`` and a mask of another shape.
     """
     parts = path.split(".")
     ancestors = [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
@@ -157,7 +176,9 @@ def backbone_path(model: nn.Module, path: str) -> str:
 
 
 def stream_of(model: nn.Module, path: str, backbone: str, block_list: BlockList | None) -> str:
-    """ "tokens" where a place has one row for each token of the backbone's call, "own" where it has rows of its own."""
+    """ "tokens" where a place has one row for each token of the backbone's call, "own" where it
+    has rows of its own.
+    """
     caller = model.get_submodule(backbone)
     if not takes(caller, MODEL_INPUTS):
         return "tokens"  # a model of no family: its only rows are the hidden state's

@@ -1,4 +1,6 @@
-"""The width of a hidden state, from the weights around it and from the configuration of the tower that holds it."""
+"""The width of a hidden state, from the weights around it and from the configuration of the
+tower that holds it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,18 @@ from torch import nn
 from reft_kernels.model.families import NARROW, config_of, model_type_of
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
-_READERS = ("q_proj", "k_proj", "v_proj", "qkv", "qkv_proj", "query_key_value", "Wqkv", "q_lin", "k_lin", "v_lin")
+_READERS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv",
+    "qkv_proj",
+    "query_key_value",
+    "Wqkv",
+    "q_lin",
+    "k_lin",
+    "v_lin",
+)
 _PASSIVE = ("Dropout", "Identity", "DropPath", "Norm")  # without weights: what comes in goes out
 
 
@@ -29,7 +42,9 @@ def text_config(config):
 
 
 def own_width(module: nn.Module, side: str) -> int | None:
-    """Width of a module's input or output, from its own weight; None where the weight does not tell."""
+    """Width of a module's input or output, from its own weight; None where the weight does not
+    tell.
+    """
     features = getattr(module, "in_features" if side == "input" else "out_features", None)
     if isinstance(features, int):
         return features
@@ -38,7 +53,9 @@ def own_width(module: nn.Module, side: str) -> int | None:
     weight = getattr(module, "weight", None)
     if weight is None or isinstance(module, nn.PReLU):
         return None
-    if isinstance(getattr(module, "nf", None), int) and weight.dim() == 2:  # transformers' Conv1D: [in, out]
+    if (
+        isinstance(getattr(module, "nf", None), int) and weight.dim() == 2
+    ):  # transformers' Conv1D: [in, out]
         return weight.shape[0 if side == "input" else 1]
     return weight.shape[0] if weight.dim() == 1 else None
 
@@ -49,7 +66,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _first_norms(block: nn.Module) -> list[int]:
-    """Widths of the norms that stand nearest to the block itself: inner ones may be of a head or a bottleneck."""
+    """Widths of the norms that stand nearest to the block itself: inner ones may be of a head or
+    a bottleneck.
+    """
     level = [block]
     while level:
         children = [(name, child) for module in level for name, child in module.named_children()]
@@ -63,7 +82,8 @@ def _first_norms(block: nn.Module) -> list[int]:
 def stream_width(model: nn.Module, path: str, block: nn.Module, side: str = "output") -> int | None:
     """Width of the residual stream at a block, None where nothing tells.
 
-    The block's norms tell it; where they disagree, or have no weight, the configuration of the block's own tower does.
+    The block's norms tell it; where they disagree, or have no weight, the configuration of the
+    block's own tower does.
 
     Args:
         path: the block's path in ``model``.
@@ -81,20 +101,33 @@ def stream_width(model: nn.Module, path: str, block: nn.Module, side: str = "out
         return norms[0]
     if stated is not None:
         return stated
-    return next((w for w in (own_width(m, "input") for m in block.modules()) if w is not None), None)
+    return next(
+        (w for w in (own_width(m, "input") for m in block.modules()) if w is not None), None
+    )
 
 
 def _single_projection(module: nn.Module) -> nn.Module | None:
     """The one projection of a module that has nothing else but norms."""
-    two = [m for m in module.modules() if getattr(m, "weight", None) is not None and m.weight.dim() == 2]
+    two = [
+        m
+        for m in module.modules()
+        if getattr(m, "weight", None) is not None and m.weight.dim() == 2
+    ]
     if len(two) != 1 or own_width(two[0], "input") is None:
         return None
-    known = sum(p.numel() for m in module.modules() if m in two or _is_norm(m) for p in m.parameters(recurse=False))
+    known = sum(
+        p.numel()
+        for m in module.modules()
+        if m in two or _is_norm(m)
+        for p in m.parameters(recurse=False)
+    )
     return two[0] if known == sum(p.numel() for p in module.parameters()) else None
 
 
 def _end_width(module: nn.Module, side: str) -> int | None:
-    """Width where a chain of layers begins or ends; None if it is not made of layers with widths alone."""
+    """Width where a chain of layers begins or ends; None if it is not made of layers with widths
+    alone.
+    """
     leaves = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
     widths = [own_width(m, side) for m in leaves]
     if not leaves or any(w is None for w in widths):
@@ -102,7 +135,14 @@ def _end_width(module: nn.Module, side: str) -> int | None:
     return widths[0 if side == "input" else -1]
 
 
-def place_width(model: nn.Module, path: str, module: nn.Module, block_path: str | None, side: str, stated: int | None) -> int:
+def place_width(
+    model: nn.Module,
+    path: str,
+    module: nn.Module,
+    block_path: str | None,
+    side: str,
+    stated: int | None,
+) -> int:
     """Width of the input or output of the module at ``path``.
 
     Args:
@@ -123,18 +163,23 @@ def place_width(model: nn.Module, path: str, module: nn.Module, block_path: str 
             width = _width_in_block(model, path, module, block_path, side)
     if width is None:
         raise ValueError(
-            f"embed_dim: cannot tell the width of the {side} of {path!r} ({type(module).__name__}); "
+            f"embed_dim: cannot tell the width of the {side} of {path!r} "
+            f"({type(module).__name__}); "
             "state it: ReftConfig(embed_dim=...)"
         )
     return width
 
 
-def _width_in_block(model: nn.Module, path: str, module: nn.Module, block_path: str, side: str) -> int | None:
+def _width_in_block(
+    model: nn.Module, path: str, module: nn.Module, block_path: str, side: str
+) -> int | None:
     single = _single_projection(module)
     if single is not None:
         return own_width(single, side)
     if side == "input":  # Zamba's attention reads the embeddings beside the hidden state
-        read_widths = {own_width(m, "input") for name, m in module.named_children() if name in _READERS}
+        read_widths = {
+            own_width(m, "input") for name, m in module.named_children() if name in _READERS
+        }
         if len(read_widths) == 1 and None not in read_widths:
             return read_widths.pop()
     weightless = next(module.parameters(), None) is None

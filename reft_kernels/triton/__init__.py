@@ -2,7 +2,12 @@
 
 from reft_kernels.triton.edit import edit
 from reft_kernels.triton.edit_backward import edit_backward
-from reft_kernels.triton.orthonormal import cayley, cayley_backward, householder, householder_backward
+from reft_kernels.triton.orthonormal import (
+    cayley,
+    cayley_backward,
+    householder,
+    householder_backward,
+)
 from reft_kernels.triton.red import red, red_backward
 
 __all__ = [

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reft_kernels.allocation import contiguous  # noqa: F401  (the kernels' launches take it from here)
 from reft_kernels.dispatch import interpreting
-from reft_kernels.outputs import contiguous  # noqa: F401  (the kernels' launches take it from here)
 
 INTERPRETING = interpreting()
 IS_AMD = torch.version.hip is not None
@@ -23,7 +23,9 @@ def next_power_of_2(n: int) -> int:
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launch on the tensor's device: with a model spread over GPUs the current device is often another one."""
+    """Launch on the tensor's device: with a model spread over GPUs the current device is often
+    another one.
+    """
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -36,10 +38,12 @@ def compile_options(tensor: Tensor) -> dict[str, int]:
 
 
 def dot_precision(dtype: torch.dtype) -> str | None:
-    """``input_precision`` of products whose operands are fp32; None where they stay in the half-precision ``dtype``.
+    """``input_precision`` of products whose operands are fp32; None where they stay in the
+    half-precision ``dtype``.
 
-    NVIDIA: three tf32 products, which keep about 22 bits of mantissa, since fp32 ones run outside the tensor cores and spill.
-    AMD has fp32 matrix cores. The interpreter's bf16 dot is wrong, so bf16 is fp32 there.
+    NVIDIA: three tf32 products, which keep about 22 bits of mantissa, since fp32 ones run outside
+    the tensor cores and spill. AMD has fp32 matrix cores. The interpreter's bf16 dot is wrong, so
+    bf16 is fp32 there.
     """
     if INTERPRETING:
         return None if dtype == torch.float16 else "ieee"
@@ -49,7 +53,9 @@ def dot_precision(dtype: torch.dtype) -> str | None:
 
 
 def small_precision(dtype: torch.dtype) -> str | None:
-    """As :func:`dot_precision`, for products of two fp32 operands, which are split into bf16 terms for half ``dtype``."""
+    """As :func:`dot_precision`, for products of two fp32 operands, which are split into bf16
+    terms for half ``dtype``.
+    """
     return "ieee" if INTERPRETING else dot_precision(dtype)
 
 
@@ -60,7 +66,9 @@ def tanh(z):
     t = tl.exp(-2.0 * a)
     far = (1.0 - t) / (1.0 + t)
     s = z * z
-    near = a * (1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0)))))
+    near = a * (
+        1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
+    )
     size = tl.where(a < 0.25, near, far)
     return tl.where(z < 0, -size, size)
 
@@ -99,10 +107,15 @@ def activation_derivative(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         return tl.where(z > 0, 1.0, 0.0)
     elif ACTIVATION == "gelu":
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+        return (
+            0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+            + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+        )
     elif ACTIVATION == "gelu_tanh":
         t = tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
-        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * z * z)
+        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * 0.7978845608028654 * (
+            1.0 + 0.134145 * z * z
+        )
     elif ACTIVATION == "silu":
         s = sigmoid(z)
         return s * (1.0 + z * (1.0 - s))
@@ -133,7 +146,9 @@ def dot_exact_left(x, w, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_exact_right(v, x, PRECISION: tl.constexpr):
-    """v x with v fp32 and x in the hidden state's dtype; v is scaled to [-1, 1] first where its range could leave fp16's."""
+    """v x with v fp32 and x in the hidden state's dtype; v is scaled to [-1, 1] first where its
+    range could leave fp16's.
+    """
     if PRECISION is not None:
         return tl.dot(v, x.to(tl.float32), input_precision=PRECISION)
     elif x.dtype == tl.float16:
@@ -151,7 +166,8 @@ def dot_exact_right(v, x, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_small(v, w, PRECISION: tl.constexpr):
-    """v w with both fp32 and the inner side r: three tensor-core products of high and low bf16 terms, or one in fp32.
+    """v w with both fp32 and the inner side r: three tensor-core products of high and low bf16
+    terms, or one in fp32.
 
     bf16 terms serve fp16 hidden states too, for they keep fp32's range.
     """
@@ -167,7 +183,9 @@ def dot_small(v, w, PRECISION: tl.constexpr):
 
 @triton.jit
 def effective_weight(read, write, offsets, mask, FOLD: tl.constexpr):
-    """The weight of the one product that z needs: A, with FOLD A - B, and without a read matrix -B; fp32."""
+    """The weight of the one product that z needs: A, with FOLD A - B, and without a read matrix
+    -B; fp32.
+    """
     if read is not None:
         a = tl.load(read + offsets, mask=mask, other=0.0).to(tl.float32)
         if FOLD:
@@ -179,7 +197,9 @@ def effective_weight(read, write, offsets, mask, FOLD: tl.constexpr):
 
 @triton.jit
 def product_step(acc, x, w, USE_DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x w^T over one block of columns: [N, R] on the tensor cores, or elementwise into [N, R, D], reduced at the end."""
+    """acc + x w^T over one block of columns: [N, R] on the tensor cores, or elementwise into [N,
+    R, D], reduced at the end.
+    """
     if USE_DOT:
         return acc + dot_exact_left(x, tl.trans(w), PRECISION)
     else:
@@ -187,7 +207,9 @@ def product_step(acc, x, w, USE_DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def product_start(BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, USE_DOT: tl.constexpr):
+def product_start(
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, USE_DOT: tl.constexpr
+):
     """The zero that :func:`product_step` adds to."""
     if USE_DOT:
         return tl.zeros((BLOCK_N, BLOCK_R), tl.float32)

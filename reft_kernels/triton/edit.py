@@ -1,8 +1,9 @@
 """The general edit, forward: one launch for a layer.
 
-A program owns BLOCK_N rows. It passes over d twice: once to read x and reduce z = (A or A - B) x, once to write
-y = x + B^T (coeff * u). The second read of x comes from the cache, for the tile is small. With sets, a program repeats this
-for each set that its rows use; a row belongs to one set, so every row is still read and written once.
+A program owns BLOCK_N rows. It passes over d twice: once to read x and reduce z = (A or A - B) x,
+once to write y = x + B^T (coeff * u). The second read of x comes from the cache, for the tile is
+small. With sets, a program repeats this for each set that its rows use; a row belongs to one set,
+so every row is still read and written once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels import outputs
+from reft_kernels import allocation
 from reft_kernels.triton import common
 
 
@@ -30,38 +31,70 @@ class EditConfig:
     num_stages: int
 
 
-def edit_config(num_rows: int, d: int, rank: int, dtype: torch.dtype, second: bool = False, amd: bool = False) -> EditConfig:
-    """Launch knobs by shape; ``second``: B x is a product of its own (a nonlinear activation with a subtracted projection).
+def edit_config(
+    num_rows: int, d: int, rank: int, dtype: torch.dtype, second: bool = False, amd: bool = False
+) -> EditConfig:
+    """Launch knobs by shape; ``second``: B x is a product of its own (a nonlinear activation with a
+    subtracted projection).
 
-    Tile shapes are the largest that compile without spills on sm_80, sm_90, sm_100 and gfx942 (tests/triton/aot.py); which of
-    those is fastest is not yet measured on a GPU.
+    Tile shapes are the largest that compile without spills on sm_80, sm_90, sm_100 and gfx942
+    (tests/triton/aot.py); which of those is fastest is not yet measured on a GPU.
     """
     block_r = common.next_power_of_2(rank)
     columns = common.next_power_of_2(d)
     if num_rows <= 1024 and rank <= 64:
-        # launch-bound: a row or two a program spreads the rows over the SMs; 32 fp32 registers a thread hold the products
+        # launch-bound: a row or two a program spreads the rows over the SMs; 32 fp32 registers a
+        # thread hold the products
         block_n = 1 if num_rows <= 264 or rank > 16 else 2
         block_d = max(16, min(columns, 4096 // (block_n * block_r)))
         return EditConfig(block_n, block_d, block_r, False, 4, 2)
-    # bandwidth-bound: 32 rows amortise the weights' tiles, and 132 programs' tiles of 32 x 4096 bf16 still fit a 50 MB L2
+    # bandwidth-bound: 32 rows amortise the weights' tiles, and 132 programs' tiles of 32 x 4096
+    # bf16 still fit a 50 MB L2
     block_r = max(common.MIN_DOT, block_r)
     wide = dtype == torch.float32
     if rank <= 32:
-        block_n, block_d, num_warps = (16, 32, 4) if second else (32, 32 if wide and rank > 16 else 64, 8 if wide else 4)
+        block_n, block_d, num_warps = (
+            (16, 32, 4) if second else (32, 32 if wide and rank > 16 else 64, 8 if wide else 4)
+        )
     else:
         block_n, block_d, num_warps = 16, 16 if second else 32, 8
     num_warps = 4 if amd else num_warps  # 4 wavefronts are as many threads as 8 warps
-    return EditConfig(block_n, max(common.MIN_DOT, min(columns, block_d)), block_r, True, num_warps, 2)
+    return EditConfig(
+        block_n, max(common.MIN_DOT, min(columns, block_d)), block_r, True, num_warps, 2
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
 def edit_kernel(
-    source, out, rows, set_ids, read, read_bias, write, subtract_bias, coeff, kept, u_out, z_out,
-    num_rows, d, r, source_stride_n, source_stride_d, out_stride_n, out_stride_d,
-    SUBTRACT: tl.constexpr, ACTIVATION: tl.constexpr, SAVE: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
-    USE_DOT: tl.constexpr, PRECISION: tl.constexpr, SMALL_PRECISION: tl.constexpr,
-):  # fmt: skip
+    source,
+    out,
+    rows,
+    weight_ids,
+    read,
+    read_bias,
+    write,
+    subtract_bias,
+    coeff,
+    saved_input,
+    u_out,
+    z_out,
+    num_rows,
+    d,
+    r,
+    source_stride_n,
+    source_stride_d,
+    out_stride_n,
+    out_stride_d,
+    SUBTRACT: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    SAVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    USE_DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SMALL_PRECISION: tl.constexpr,
+):
     FOLD: tl.constexpr = SUBTRACT and ACTIVATION == "linear"
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_R)
@@ -83,18 +116,22 @@ def edit_kernel(
         if tl.sum(nobody.to(tl.int32), 0) > 0:
             for start in range(0, d, BLOCK_D):
                 col = start + tl.arange(0, BLOCK_D)
-                blank = tl.zeros((BLOCK_N, BLOCK_D), kept.dtype.element_ty)
-                tl.store(kept + n[:, None].to(tl.int64) * d + col[None, :], blank, mask=nobody[:, None] & (col < d)[None, :])
+                blank = tl.zeros((BLOCK_N, BLOCK_D), saved_input.dtype.element_ty)
+                tl.store(
+                    saved_input + n[:, None].to(tl.int64) * d + col[None, :],
+                    blank,
+                    mask=nobody[:, None] & (col < d)[None, :],
+                )
     first_set = 0
     last_set = 0
     row_set = tl.zeros((BLOCK_N,), tl.int32)
-    if set_ids is not None:
-        row_set = tl.load(set_ids + n, mask=valid, other=0)
+    if weight_ids is not None:
+        row_set = tl.load(weight_ids + n, mask=valid, other=0)
         first_set = tl.min(tl.where(valid, row_set, 2147483647), 0)
         last_set = tl.max(tl.where(valid, row_set, -1), 0)
     for s in range(first_set, last_set + 1):
         mine = valid
-        if set_ids is not None:
+        if weight_ids is not None:
             mine = valid & (row_set == s)
         weight_offset = tl.cast(s, tl.int64) * r * d
         bias_offset = tl.cast(s, tl.int64) * r
@@ -103,7 +140,9 @@ def edit_kernel(
         if read is not None or SUBTRACT:
             for start in range(0, d, BLOCK_D):
                 col = start + tl.arange(0, BLOCK_D)
-                x_offsets = row[:, None] * source_stride_n + col[None, :].to(tl.int64) * source_stride_d
+                x_offsets = (
+                    row[:, None] * source_stride_n + col[None, :].to(tl.int64) * source_stride_d
+                )
                 x = tl.load(source + x_offsets, mask=mine[:, None] & (col < d)[None, :], other=0.0)
                 w_offsets = weight_offset + i[:, None].to(tl.int64) * d + col[None, :]
                 w_mask = i_mask[:, None] & (col < d)[None, :]
@@ -115,12 +154,16 @@ def edit_kernel(
                     q_acc = common.product_step(q_acc, x, w, USE_DOT, PRECISION)
         z = common.product_end(z_acc, USE_DOT)
         if read_bias is not None:
-            z += tl.load(read_bias + bias_offset + i, mask=i_mask, other=0.0).to(tl.float32)[None, :]
+            z += tl.load(read_bias + bias_offset + i, mask=i_mask, other=0.0).to(tl.float32)[
+                None, :
+            ]
         u = common.activate(z, ACTIVATION)
         if SUBTRACT and not FOLD:
             u -= common.product_end(q_acc, USE_DOT)
         if subtract_bias is not None:
-            u -= tl.load(subtract_bias + bias_offset + i, mask=i_mask, other=0.0).to(tl.float32)[None, :]
+            u -= tl.load(subtract_bias + bias_offset + i, mask=i_mask, other=0.0).to(tl.float32)[
+                None, :
+            ]
         small_mask = mine[:, None] & i_mask[None, :]
         if SAVE:
             tl.store(u_out + small, u, mask=small_mask)
@@ -133,35 +176,77 @@ def edit_kernel(
             col = start + tl.arange(0, BLOCK_D)
             x_mask = mine[:, None] & (col < d)[None, :]
             column = col[None, :].to(tl.int64)
-            x = tl.load(source + row[:, None] * source_stride_n + column * source_stride_d, mask=x_mask, other=0.0)
+            x = tl.load(
+                source + row[:, None] * source_stride_n + column * source_stride_d,
+                mask=x_mask,
+                other=0.0,
+            )
             w_offsets = weight_offset + i[:, None].to(tl.int64) * d + col[None, :]
-            w = tl.load(write + w_offsets, mask=i_mask[:, None] & (col < d)[None, :], other=0.0).to(tl.float32)
+            w = tl.load(write + w_offsets, mask=i_mask[:, None] & (col < d)[None, :], other=0.0).to(
+                tl.float32
+            )
             y = x.to(tl.float32) + common.expand(u, w, USE_DOT, SMALL_PRECISION)
             if SAVE and rows is not None:
-                tl.store(kept + n[:, None].to(tl.int64) * d + column, x, mask=x_mask)
-            tl.store(out + row[:, None] * out_stride_n + column * out_stride_d, y.to(x.dtype), mask=x_mask)
+                tl.store(saved_input + n[:, None].to(tl.int64) * d + column, x, mask=x_mask)
+            tl.store(
+                out + row[:, None] * out_stride_n + column * out_stride_d,
+                y.to(x.dtype),
+                mask=x_mask,
+            )
 
 
 def edit(
-    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, read: Tensor | None, read_bias: Tensor | None,
-    write: Tensor, subtract_bias: Tensor | None, coeff: Tensor | None, subtract: bool, activation: str, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    source: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    read: Tensor | None,
+    read_bias: Tensor | None,
+    write: Tensor,
+    subtract_bias: Tensor | None,
+    coeff: Tensor | None,
+    subtract_projection: bool,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The contract of :func:`reft_kernels.reference.edit`, in one launch."""
     d, rank = source.shape[1], write.shape[-2]
-    num_rows = outputs.row_count(source, rows)
-    kept, u, z = outputs.edit_saved(source, rows, write, activation, save)
+    num_rows = allocation.num_selected_rows(source, rows)
+    saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)
     if num_rows == 0:
-        return kept, u, z
-    second = subtract and activation != "linear"
+        return saved_input, u, z
+    second = subtract_projection and activation != "linear"
     config = edit_config(num_rows, d, rank, source.dtype, second, common.IS_AMD)
     with common.device_guard(source):
         edit_kernel[(triton.cdiv(num_rows, config.block_n),)](
-            source, out, common.contiguous(rows), common.contiguous(set_ids), common.contiguous(read),
-            common.contiguous(read_bias), common.contiguous(write), common.contiguous(subtract_bias), common.contiguous(coeff),
-            kept, u, z, num_rows, d, rank, *source.stride(), *out.stride(),
-            SUBTRACT=subtract, ACTIVATION=activation, SAVE=save,
-            BLOCK_N=config.block_n, BLOCK_D=config.block_d, BLOCK_R=config.block_r, USE_DOT=config.use_dot,
-            PRECISION=common.dot_precision(source.dtype), SMALL_PRECISION=common.small_precision(source.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages, **common.compile_options(source),
-        )  # fmt: skip
-    return kept, u, z
+            source,
+            out,
+            common.contiguous(rows),
+            common.contiguous(weight_ids),
+            common.contiguous(read),
+            common.contiguous(read_bias),
+            common.contiguous(write),
+            common.contiguous(subtract_bias),
+            common.contiguous(coeff),
+            saved_input,
+            u,
+            z,
+            num_rows,
+            d,
+            rank,
+            *source.stride(),
+            *out.stride(),
+            SUBTRACT=subtract_projection,
+            ACTIVATION=activation,
+            SAVE=save,
+            BLOCK_N=config.block_n,
+            BLOCK_D=config.block_d,
+            BLOCK_R=config.block_r,
+            USE_DOT=config.use_dot,
+            PRECISION=common.dot_precision(source.dtype),
+            SMALL_PRECISION=common.small_precision(source.dtype),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **common.compile_options(source),
+        )
+    return saved_input, u, z

@@ -1,14 +1,18 @@
-"""Orthonormal R for all layers in one launch: the Householder and Cayley maps of :mod:`reft_kernels.orthonormal`.
+"""Orthonormal R for all layers in one launch: the Householder and Cayley maps of
+:mod:`reft_kernels.orthonormal`.
 
-The maps, signs and base points are defined there. With E the first r columns of the identity and L = tril(X, -1) (cayley: K =
-[0; X[r:]]), both are written here without the unit diagonal of V = E + L, which keeps it exact:
+The maps, signs and base points are defined there. With E the first r columns of the identity and L
+= tril(X, -1) (cayley: K = [0; X[r:]]), both are written here without the unit diagonal of V = E +
+L, which keeps it exact:
 
     F = V M + E N = L M + E P            householder: P = M - I;  cayley: L = K, M = -2C, P = 2C - I
     V^T V = I + L1 + L1^T + L^T L        L1 = L[:r]
 
-Grid: (splits of d, layers). Every program of a layer reduces the Gram matrix over all of d and does the r x r algebra itself,
-in fp64 and in its own scratch memory, then writes its own part of d: no program waits for another, and two runs are
-bit-identical. What one phase writes to scratch the next reads, behind ``tl.debug_barrier()``.
+Grid: (splits of d, layers). Every program of a layer reduces the Gram matrix over all of d and does
+the r x r algebra itself,
+in fp64 and in its own scratch memory, then writes its own part of d: no program waits for another,
+and two runs are bit-identical. What one phase writes to scratch the next reads, behind
+``tl.debug_barrier()``.
 """
 
 from __future__ import annotations
@@ -22,9 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels import outputs
+from reft_kernels import allocation
 from reft_kernels.triton import common
-from reft_kernels.triton.small_algebra import (
+from reft_kernels.triton.small_linalg import (
     FULL,
     LOWER,
     SCRATCH,
@@ -32,17 +36,19 @@ from reft_kernels.triton.small_algebra import (
     entry,
     gram,
     invert,
+    multiply_square,
     product,
     put,
     save,
-    spread,
     total_gradient,
 )
 
 
 @triton.jit
 def _signs_of(signs, layer, j, r, NEGATE: tl.constexpr):
-    """The signs of the columns j in fp64 (None: all 1), negated where the map is the product of reflectors, which is -F."""
+    """The signs of the columns j in fp64 (None: all 1), negated where the map is the product of
+    reflectors, which is -F.
+    """
     scale = tl.full(j.shape, -1.0 if NEGATE else 1.0, tl.float64)
     if signs is not None:
         scale *= tl.load(signs + layer * r + j, mask=j < r, other=1.0).to(tl.float64)
@@ -51,13 +57,27 @@ def _signs_of(signs, layer, j, r, NEGATE: tl.constexpr):
 
 @triton.jit
 def _build_kernel(
-    X, signs, base, point, W,  # [L, d, r], [L, r], [L, d, r], [L, r, d], [L, r, d]; all but X may be None
-    R, D, aux,  # [L, r, d], [L, r, d] or None, [L, 1 or 2, r, r]; fp32
-    wide, narrow,  # scratch: fp64 [L, splits, 1 or 4, LD, LD], fp32 [L, splits, 2 or 3, LD, LD]
-    d, r, chunk,
-    CAYLEY: tl.constexpr, N: tl.constexpr, LD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    X,
+    signs,
+    base,
+    point,
+    W,  # [L, d, r], [L, r], [L, d, r], [L, r, d], [L, r, d]; all but X may be None
+    R,
+    D,
+    aux,  # [L, r, d], [L, r, d] or None, [L, 1 or 2, r, r]; fp32
+    wide,
+    narrow,  # scratch: fp64 [L, splits, 1 or 4, LD, LD], fp32 [L, splits, 2 or 3, LD, LD]
+    d,
+    r,
+    chunk,
+    CAYLEY: tl.constexpr,
+    N: tl.constexpr,
+    LD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     split = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
     program = layer * tl.num_programs(0) + split
@@ -79,7 +99,9 @@ def _build_kernel(
     out_P = narrow + LD * LD
     out_Y = narrow + 2 * LD * LD
     offsets = tl.arange(0, N)
-    tiles = tl.cdiv(r, N)  # not a constant: each phase then computes its addresses anew and keeps none in registers
+    tiles = tl.cdiv(
+        r, N
+    )  # not a constant: each phase then computes its addresses anew and keeps none in registers
 
     # Gram matrices -> the matrix to invert, and V0^T V
     for ti in tl.range(0, tiles):
@@ -106,7 +128,11 @@ def _build_kernel(
                 j = rj[None, :]
                 G = gram(base, X, None, None, ri, rj, d, r, N, BLOCK_D, False, CAYLEY)
                 if not CAYLEY:
-                    G += (i == j).to(tl.float64) + entry(X, i, j, r, LD, LOWER) + entry(base, j, i, r, LD, LOWER)
+                    G += (
+                        (i == j).to(tl.float64)
+                        + entry(X, i, j, r, LD, LOWER)
+                        + entry(base, j, i, r, LD, LOWER)
+                    )
                 put(cross, i, j, LD, G)
     tl.debug_barrier()
     invert(inner, r, N, LD)
@@ -138,7 +164,10 @@ def _build_kernel(
                 j = (tj * N + offsets)[None, :]
                 M = entry(map_M, i, j, r, LD, SCRATCH)
                 top = (i == j).to(tl.float64) + entry(base, j, i, r, LD, LOWER)  # V0[:r]^T
-                Z = product(cross, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, False) - 2.0 * top
+                Z = (
+                    product(cross, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, False)
+                    - 2.0 * top
+                )
                 if CAYLEY:
                     Z -= M + product(base, map_M, i, j, r, 0, r, N, LD, LOWER, True, SCRATCH, False)
                 put(map_Z, i, j, LD, Z)
@@ -179,9 +208,9 @@ def _build_kernel(
         for start in tl.range(first, last, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-            acc = spread(acc, out_M, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
+            acc = multiply_square(acc, out_M, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
             if base is not None:
-                acc = spread(acc, out_Y, base, None, None, j, c, d, r, LD, False, BLOCK_K)
+                acc = multiply_square(acc, out_Y, base, None, None, j, c, d, r, LD, False, BLOCK_K)
             row = j[:, None]
             col = c[None, :]
             acc += tl.load(out_P + col * LD + row, mask=(col < r) & (row < r), other=0.0)
@@ -191,18 +220,33 @@ def _build_kernel(
                 acc += tl.load(point + at, mask=keep, other=0.0).to(tl.float32)
             tl.store(R + at, acc, mask=keep)
             if W is not None:
-                tl.store(D + at, tl.load(W + at, mask=keep, other=0.0).to(tl.float32) - acc, mask=keep)
+                tl.store(
+                    D + at, tl.load(W + at, mask=keep, other=0.0).to(tl.float32) - acc, mask=keep
+                )
 
 
 @triton.jit
 def _build_backward_kernel(
-    grad_R, grad_D, X, signs, base, aux,  # [L, r, d] twice (not both None), [L, d, r], [L, r], [L, d, r], [L, 1 or 2, r, r]
+    grad_R,
+    grad_D,
+    X,
+    signs,
+    base,
+    aux,  # [L, r, d] twice (not both None), [L, d, r], [L, r], [L, d, r], [L, 1 or 2, r, r]
     grad_X,  # [L, d, r]
-    wide, narrow,  # scratch: fp64 [L, splits, 4 or 7, LD, LD], fp32 [L, splits, 3 or 4, LD, LD]
-    d, r, chunk,
-    CAYLEY: tl.constexpr, N: tl.constexpr, LD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
+    wide,
+    narrow,  # scratch: fp64 [L, splits, 4 or 7, LD, LD], fp32 [L, splits, 3 or 4, LD, LD]
+    d,
+    r,
+    chunk,
+    CAYLEY: tl.constexpr,
+    N: tl.constexpr,
+    LD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     split = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
     program = layer * tl.num_programs(0) + split
@@ -232,7 +276,9 @@ def _build_backward_kernel(
     out_P = narrow + 2 * LD * LD
     out_J = narrow + 3 * LD * LD
     offsets = tl.arange(0, N)
-    tiles = tl.cdiv(r, N)  # not a constant: each phase then computes its addresses anew and keeps none in registers
+    tiles = tl.cdiv(
+        r, N
+    )  # not a constant: each phase then computes its addresses anew and keeps none in registers
 
     # V^T Fbar and, with a base, V0^T Fbar
     for ti in tl.range(0, tiles):
@@ -256,7 +302,9 @@ def _build_backward_kernel(
             else:
                 M += product(aux, X, i, j, r, 0, r, N, LD, FULL, False, LOWER, True)
             put(map_M, i, j, LD, M)
-            put(out_F, j, i, LD, M * _signs_of(signs, layer, j, r, base is None and not CAYLEY))  # M^T
+            put(
+                out_F, j, i, LD, M * _signs_of(signs, layer, j, r, base is None and not CAYLEY)
+            )  # M^T
     tl.debug_barrier()
 
     # through the base's reflectors: Fbar - V0 H
@@ -265,7 +313,13 @@ def _build_backward_kernel(
             for tj in tl.range(0, tiles):
                 i = (ti * N + offsets)[:, None]
                 j = (tj * N + offsets)[None, :]
-                put(H, i, j, LD, product(base, B0, i, j, r, 0, r, N, LD, UPPER, True, SCRATCH, False))
+                put(
+                    H,
+                    i,
+                    j,
+                    LD,
+                    product(base, B0, i, j, r, 0, r, N, LD, UPPER, True, SCRATCH, False),
+                )
         tl.debug_barrier()
         for ti in tl.range(0, tiles):
             for tj in tl.range(0, tiles):
@@ -277,7 +331,13 @@ def _build_backward_kernel(
                         base, H, i, j, r, 0, r, N, LD, LOWER, False, SCRATCH, False
                     )
                 put(B0, i, j, LD, entry(M_bar, i, j, r, LD, SCRATCH) + change)
-                put(J, i, j, LD, product(H, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, True))
+                put(
+                    J,
+                    i,
+                    j,
+                    LD,
+                    product(H, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, True),
+                )
         tl.debug_barrier()
         M_bar = B0  # its own tiles were still being read
 
@@ -292,7 +352,13 @@ def _build_backward_kernel(
         for tj in tl.range(0, tiles):
             i = (ti * N + offsets)[:, None]
             j = (tj * N + offsets)[None, :]
-            put(S_bar, i, j, LD, -product(U, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, True))
+            put(
+                S_bar,
+                i,
+                j,
+                LD,
+                -product(U, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, True),
+            )
     tl.debug_barrier()
     for ti in tl.range(0, tiles):
         for tj in tl.range(0, tiles):
@@ -324,10 +390,10 @@ def _build_backward_kernel(
         for start in tl.range(first, last, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-            acc = spread(acc, out_F, None, grad_R, grad_D, j, c, d, r, LD, False, BLOCK_K)
-            acc = spread(acc, out_S, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
+            acc = multiply_square(acc, out_F, None, grad_R, grad_D, j, c, d, r, LD, False, BLOCK_K)
+            acc = multiply_square(acc, out_S, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
             if base is not None:
-                acc = spread(acc, out_J, base, None, None, j, c, d, r, LD, False, BLOCK_K)
+                acc = multiply_square(acc, out_J, base, None, None, j, c, d, r, LD, False, BLOCK_K)
             col = j[:, None]
             row = c[None, :]
             at = row * r + col
@@ -367,13 +433,22 @@ class BuildConfig:
 
 
 _MAX_TILE = 32  # compiled: an fp64 tile of 64 x 64 spills
-_BLOCK_D = {4: 256, 8: 64, 16: 32, 32: 32}  # compiled: 4, 8 keep 16 sums a thread; 16, 32 are limited as block_k is
-_MAX_SPLITS = 8  # not measured: every split repeats the Gram sum, so past 8 there is little left to share out
+_BLOCK_D = {
+    4: 256,
+    8: 64,
+    16: 32,
+    32: 32,
+}  # compiled: 4, 8 keep 16 sums a thread; 16, 32 are limited as block_k is
+_MAX_SPLITS = (
+    8  # not measured: every split repeats the Gram sum, so past 8 there is little left to share out
+)
 _MAX_SCRATCH = 64 << 20  # bytes, not measured: large r takes fewer programs rather than more memory
 
 
 def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
-    """The launch for ``layers`` matrices ``[d, r]`` on a device of ``processors`` multiprocessors; pure host arithmetic."""
+    """The launch for ``layers`` matrices ``[d, r]`` on a device of ``processors``
+    multiprocessors; pure host arithmetic.
+    """
     tile = min(_MAX_TILE, max(4, triton.next_power_of_2(r)))
     padded = triton.cdiv(r, tile) * tile
     block_c = 64  # not measured
@@ -385,12 +460,15 @@ def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
         tile=tile,
         padded=padded,
         block_d=_BLOCK_D[tile],
-        block_k=16,  # the least that tl.dot takes; without tensor cores it holds that many values of each row in registers
+        # the least that tl.dot takes; without tensor cores it holds that many values of each row in
+        # registers
+        block_k=16,
         block_j=max(16, tile),
         block_c=block_c,
         splits=triton.cdiv(d, chunk),
         chunk=chunk,
-        num_warps=8,  # not measured: with one program a multiprocessor its own warps must hide the latency
+        # not measured: with one program a multiprocessor its own warps must hide the latency
+        num_warps=8,
         num_stages=1,  # compiled: prefetching takes the registers that the sums need
     )
 
@@ -406,64 +484,106 @@ def _launch(kernel, config: BuildConfig, X: Tensor, is_cayley: bool, *args) -> N
     layers, d, r = X.shape
     with common.device_guard(X):
         kernel[(config.splits, layers)](
-            *args, d, r, config.chunk,
-            CAYLEY=is_cayley, **config.constexprs(), num_warps=config.num_warps, num_stages=config.num_stages,
+            *args,
+            d,
+            r,
+            config.chunk,
+            CAYLEY=is_cayley,
+            **config.constexprs(),
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
             **common.compile_options(X),
-        )  # fmt: skip
+        )
 
 
 def _scratch(config: BuildConfig, X: Tensor, wide: int, narrow: int) -> tuple[Tensor, Tensor]:
     """``wide`` fp64 and ``narrow`` fp32 matrices ``[LD, LD]`` for each program."""
     size = X.shape[0] * config.splits * config.padded**2
-    return X.new_empty(wide * size, dtype=torch.float64), X.new_empty(narrow * size, dtype=torch.float32)
+    return X.new_empty(wide * size, dtype=torch.float64), X.new_empty(
+        narrow * size, dtype=torch.float32
+    )
 
 
 def _build(is_cayley: bool, X: Tensor, signs, base, point, W):
     layers, d, r = X.shape
     X, signs, base, point, W = map(common.contiguous, (X, signs, base, point, W))
-    R, D, aux = outputs.build(X, base, W)
+    R, D, aux = allocation.build(X, base, W)
     if layers > 0:
         config = build_config(layers, d, r, _processors(X.device))
         scratch = _scratch(config, X, *((1, 2) if base is None else (4, 3)))
         out_D = D if W is not None else None
-        _launch(_build_kernel, config, X, is_cayley, X, signs, base, point, W, R, out_D, aux, *scratch)
+        _launch(
+            _build_kernel, config, X, is_cayley, X, signs, base, point, W, R, out_D, aux, *scratch
+        )
     return R, D, aux
 
 
 def _build_backward(is_cayley: bool, grad_R, grad_D, X: Tensor, signs, base, aux: Tensor) -> Tensor:
     layers, d, r = X.shape
     if (grad_R is None and grad_D is None) or layers == 0:
-        return outputs.no_build_gradient(X)
-    grad_R, grad_D, X, signs, base, aux = map(common.contiguous, (grad_R, grad_D, X, signs, base, aux))
+        return allocation.no_build_gradient(X)
+    grad_R, grad_D, X, signs, base, aux = map(
+        common.contiguous, (grad_R, grad_D, X, signs, base, aux)
+    )
     grad_X = torch.empty_like(X)
     config = build_config(layers, d, r, _processors(X.device))
     scratch = _scratch(config, X, *((4, 3) if base is None else (7, 4)))
-    _launch(_build_backward_kernel, config, X, is_cayley, grad_R, grad_D, X, signs, base, aux, grad_X, *scratch)
+    _launch(
+        _build_backward_kernel,
+        config,
+        X,
+        is_cayley,
+        grad_R,
+        grad_D,
+        X,
+        signs,
+        base,
+        aux,
+        grad_X,
+        *scratch,
+    )
     return grad_X
 
 
-def householder(X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
-    """R ``[L, r, d]`` from X ``[L, d, r]``, D = W - R (empty without W) and T (with a base also V0^T V) as ``aux``; fp32."""
+def householder(
+    X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None
+):
+    """R ``[L, r, d]`` from X ``[L, d, r]``, D = W - R (empty without W) and T (with a base also
+    V0^T V) as ``aux``; fp32.
+    """
     return _build(False, X, signs, base, point, W)
 
 
-def householder_backward(grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
-    """dL/dX ``[L, d, r]`` in X's dtype, zero on and above the diagonal; ``grad_D`` counts against R (D = W - R)."""
+def householder_backward(
+    grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
+) -> Tensor:
+    """dL/dX ``[L, d, r]`` in X's dtype, zero on and above the diagonal; ``grad_D`` counts
+    against R (D = W - R).
+    """
     return _build_backward(False, grad_R, grad_D, X, signs, base, aux)
 
 
-def cayley(X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None):
-    """R ``[L, r, d]`` from X ``[L, d, r]``, D = W - R (empty without W) and C (with a base also V0^T V) as ``aux``; fp32."""
+def cayley(
+    X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None
+):
+    """R ``[L, r, d]`` from X ``[L, d, r]``, D = W - R (empty without W) and C (with a base also
+    V0^T V) as ``aux``; fp32.
+    """
     return _build(True, X, signs, base, point, W)
 
 
-def cayley_backward(grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor) -> Tensor:
-    """dL/dX ``[L, d, r]`` in X's dtype, zero on and above the diagonal of X[:r]; ``grad_D`` counts against R (D = W - R)."""
+def cayley_backward(
+    grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
+) -> Tensor:
+    """dL/dX ``[L, d, r]`` in X's dtype, zero on and above the diagonal of X[:r]; ``grad_D``
+    counts against R (D = W - R).
+    """
     return _build_backward(True, grad_R, grad_D, X, signs, base, aux)
 
 
 def aot_specs(d: int, r: int) -> Iterator[tuple]:
-    """``(jit_function, signature, constexprs, num_warps, num_stages)`` of each kernel, with and without base and W, in fp32.
+    """``(jit_function, signature, constexprs, num_warps, num_stages)`` of each kernel, with and
+    without base and W, in fp32.
 
     CUDA targets are compiled with ``common.CUDA_OPTIONS``, as the launch does.
     """
@@ -476,9 +596,19 @@ def aot_specs(d: int, r: int) -> Iterator[tuple]:
                     (_build_backward_kernel, ("signs", "base"), ("grad_D",)),
                 ):
                     absent = (() if has_base else of_base) + (() if has_W else of_W)
-                    constexprs = {"CAYLEY": is_cayley, **config.constexprs(), **dict.fromkeys(absent)}
+                    constexprs = {
+                        "CAYLEY": is_cayley,
+                        **config.constexprs(),
+                        **dict.fromkeys(absent),
+                    }
                     if r == 1:  # as the launch does for an argument that is 1
                         constexprs["r"] = 1
-                    types = {"d": "i32", "r": "i32", "chunk": "i32", "wide": "*fp64", **dict.fromkeys(constexprs, "constexpr")}
+                    types = {
+                        "d": "i32",
+                        "r": "i32",
+                        "chunk": "i32",
+                        "wide": "*fp64",
+                        **dict.fromkeys(constexprs, "constexpr"),
+                    }
                     signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
                     yield kernel, signature, constexprs, config.num_warps, config.num_stages

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels import outputs
+from reft_kernels import allocation
 from reft_kernels.triton import common, reduction
 
 
@@ -33,10 +33,23 @@ def red_config(num_rows: int, d: int, sets: int) -> RedConfig:
 
 @triton.jit(do_not_specialize=["num_rows"])
 def red_kernel(
-    source, out, rows, set_ids, scale, bias, kept,
-    num_rows, d, source_stride_n, source_stride_d, out_stride_n, out_stride_d,
-    SAVE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    source,
+    out,
+    rows,
+    weight_ids,
+    scale,
+    bias,
+    saved_input,
+    num_rows,
+    d,
+    source_stride_n,
+    source_stride_d,
+    out_stride_n,
+    out_stride_d,
+    SAVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = n.to(tl.int64)
@@ -46,26 +59,53 @@ def red_kernel(
         mine = row >= 0
     mask = mine[:, None] & (col < d)[None, :]
     column = col[None, :].to(tl.int64)
-    x = tl.load(source + row[:, None] * source_stride_n + column * source_stride_d, mask=mask, other=0.0)
+    x = tl.load(
+        source + row[:, None] * source_stride_n + column * source_stride_d, mask=mask, other=0.0
+    )
     w_offsets = column
-    if set_ids is not None:
-        w_offsets = tl.load(set_ids + n, mask=mine, other=0).to(tl.int64)[:, None] * d + column
+    if weight_ids is not None:
+        w_offsets = tl.load(weight_ids + n, mask=mine, other=0).to(tl.int64)[:, None] * d + column
     w_mask = (col < d)[None, :]
     a = tl.load(scale + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
     b = tl.load(bias + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
     if SAVE:
-        # entries that are skipped were loaded as zeros and are kept as zeros
-        tl.store(kept + n[:, None].to(tl.int64) * d + column, x, mask=(n < num_rows)[:, None] & (col < d)[None, :])
+        # entries that are skipped were loaded as zeros and are saved_input as zeros
+        tl.store(
+            saved_input + n[:, None].to(tl.int64) * d + column,
+            x,
+            mask=(n < num_rows)[:, None] & (col < d)[None, :],
+        )
     y = a * x.to(tl.float32) + b
     tl.store(out + row[:, None] * out_stride_n + column * out_stride_d, y.to(x.dtype), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_sets", "chunks"])
 def red_backward_kernel(
-    grad, out, kept, rows, set_ids, scale, grad_scale, grad_bias, partials, counters,
-    num_rows, num_sets, chunks, d, grad_stride_n, grad_stride_d, out_stride_n, out_stride_d, kept_stride_n, kept_stride_d,
-    NEED_WEIGHTS: tl.constexpr, ONE_CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    grad,
+    out,
+    saved_input,
+    rows,
+    weight_ids,
+    scale,
+    grad_scale,
+    grad_bias,
+    partials,
+    counters,
+    num_rows,
+    num_sets,
+    chunks,
+    d,
+    grad_stride_n,
+    grad_stride_d,
+    out_stride_n,
+    out_stride_d,
+    kept_stride_n,
+    kept_stride_d,
+    NEED_WEIGHTS: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     block = tl.program_id(0)
     chunk = tl.program_id(1)
     s = tl.program_id(2)
@@ -85,14 +125,20 @@ def red_backward_kernel(
         if rows is not None:
             row = tl.load(rows + n, mask=mine, other=-1).to(tl.int64)
             mine = row >= 0
-        if set_ids is not None:
-            mine = mine & (tl.load(set_ids + n, mask=mine, other=-1) == s)
+        if weight_ids is not None:
+            mine = mine & (tl.load(weight_ids + n, mask=mine, other=-1) == s)
         mask = mine[:, None] & c_mask[None, :]
-        g_raw = tl.load(grad + row[:, None] * grad_stride_n + column * grad_stride_d, mask=mask, other=0.0)
+        g_raw = tl.load(
+            grad + row[:, None] * grad_stride_n + column * grad_stride_d, mask=mask, other=0.0
+        )
         g = g_raw.to(tl.float32)
         if NEED_WEIGHTS:
             x_row = row if rows is None else n.to(tl.int64)
-            x = tl.load(kept + x_row[:, None] * kept_stride_n + column * kept_stride_d, mask=mask, other=0.0)
+            x = tl.load(
+                saved_input + x_row[:, None] * kept_stride_n + column * kept_stride_d,
+                mask=mask,
+                other=0.0,
+            )
             acc_scale += tl.sum(g * x.to(tl.float32), 0)
             acc_bias += tl.sum(g, 0)
         if out is not None:
@@ -110,7 +156,9 @@ def red_backward_kernel(
             counter = counters + s * tl.num_programs(0) + block
             if reduction.is_last(counter, chunks):
                 tl.store(
-                    grad_scale + w_offsets, reduction.sum_chunks(partials, w_offsets, c_mask, 2 * size, chunks), mask=c_mask
+                    grad_scale + w_offsets,
+                    reduction.sum_chunks(partials, w_offsets, c_mask, 2 * size, chunks),
+                    mask=c_mask,
                 )
                 total = reduction.sum_chunks(partials + size, w_offsets, c_mask, 2 * size, chunks)
                 tl.store(grad_bias + w_offsets, total, mask=c_mask)
@@ -118,38 +166,56 @@ def red_backward_kernel(
 
 
 def red(
-    source: Tensor, out: Tensor, rows: Tensor | None, set_ids: Tensor | None, scale: Tensor, bias: Tensor, save: bool
+    source: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    weight_ids: Tensor | None,
+    scale: Tensor,
+    bias: Tensor,
+    save: bool,
 ) -> Tensor:
     """The contract of :func:`reft_kernels.reference.red`, in one launch."""
     d = source.shape[1]
-    num_rows = outputs.row_count(source, rows)
-    kept = outputs.red_kept(source, rows, save)
+    num_rows = allocation.num_selected_rows(source, rows)
+    saved_input = allocation.red_saved_input(source, rows, save)
     if num_rows == 0:
-        return kept
-    config = red_config(num_rows, d, scale.shape[0] if set_ids is not None else 1)
+        return saved_input
+    config = red_config(num_rows, d, scale.shape[0] if weight_ids is not None else 1)
     with common.device_guard(source):
         red_kernel[(triton.cdiv(num_rows, config.block_n), triton.cdiv(d, config.block_d))](
-            source, out, common.contiguous(rows), common.contiguous(set_ids), common.contiguous(scale), common.contiguous(bias),
-            kept, num_rows, d, *source.stride(), *out.stride(),
-            SAVE=save, BLOCK_N=config.block_n, BLOCK_D=config.block_d, num_warps=config.num_warps,
-        )  # fmt: skip
-    return kept
+            source,
+            out,
+            common.contiguous(rows),
+            common.contiguous(weight_ids),
+            common.contiguous(scale),
+            common.contiguous(bias),
+            saved_input,
+            num_rows,
+            d,
+            *source.stride(),
+            *out.stride(),
+            SAVE=save,
+            BLOCK_N=config.block_n,
+            BLOCK_D=config.block_d,
+            num_warps=config.num_warps,
+        )
+    return saved_input
 
 
 def red_backward(
     grad: Tensor,
     out: Tensor | None,
-    kept: Tensor,
+    saved_input: Tensor,
     rows: Tensor | None,
-    set_ids: Tensor | None,
+    weight_ids: Tensor | None,
     scale: Tensor,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
     """The contract of :func:`reft_kernels.reference.red_backward`, in one launch."""
     d = grad.shape[1]
-    num_rows = outputs.row_count(grad, rows)
-    sets = scale.shape[0] if set_ids is not None else 1
-    grad_scale, grad_bias = outputs.red_gradients(grad, scale, need_weights)
+    num_rows = allocation.num_selected_rows(grad, rows)
+    sets = scale.shape[0] if weight_ids is not None else 1
+    grad_scale, grad_bias = allocation.red_gradients(grad, scale, need_weights)
     if num_rows == 0:
         return grad_scale.zero_(), grad_bias.zero_()
     if out is None and not need_weights:
@@ -160,13 +226,30 @@ def red_backward(
     if need_weights and config.chunks > 1:
         partials = grad.new_empty(config.chunks * 2 * sets * d, dtype=torch.float32)
         counters = reduction.counters(grad, blocks * sets)
-    kept_strides = kept.stride() if kept.dim() == 2 else (0, 0)
+    kept_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
     with common.device_guard(grad):
         red_backward_kernel[(blocks, config.chunks, sets)](
-            grad, out, kept, common.contiguous(rows), common.contiguous(set_ids), common.contiguous(scale),
-            grad_scale, grad_bias, partials, counters, num_rows, sets, config.chunks, d,
-            *grad.stride(), *(out.stride() if out is not None else (0, 0)), *kept_strides,
-            NEED_WEIGHTS=need_weights, ONE_CHUNK=config.chunks == 1 or not need_weights,
-            BLOCK_N=config.block_n, BLOCK_D=config.block_d, num_warps=config.num_warps,
-        )  # fmt: skip
+            grad,
+            out,
+            saved_input,
+            common.contiguous(rows),
+            common.contiguous(weight_ids),
+            common.contiguous(scale),
+            grad_scale,
+            grad_bias,
+            partials,
+            counters,
+            num_rows,
+            sets,
+            config.chunks,
+            d,
+            *grad.stride(),
+            *(out.stride() if out is not None else (0, 0)),
+            *kept_strides,
+            NEED_WEIGHTS=need_weights,
+            ONE_CHUNK=config.chunks == 1 or not need_weights,
+            BLOCK_N=config.block_n,
+            BLOCK_D=config.block_d,
+            num_warps=config.num_warps,
+        )
     return grad_scale, grad_bias

@@ -9,25 +9,60 @@ from benchmarks import rows
 from benchmarks.rows import Row
 
 _PLAIN = Row(
-    question="edit_all_rows", provider="reft_kernels", mode="forward", shape="rows=4096 d=4096 r=8", dtype="float32",
-    device="some-cpu-2-threads", driver="", allocator="malloc", threads=2, torch="2.13.0", triton="", transformers="5.1",
-    commit="abc1234", when="2026-01-01T00:00:00Z", rounds=9, median_ms=None, p20_ms=None, p80_ms=None,
-    baseline="eager, unfolded", ratio=None, bytes=1_000_000, clone_fraction=None, graph_ms=None, launches=None, host_us=None,
-    peak_bytes=None, error=None, allowed=None, note="",
-)  # fmt: skip
+    suite="edit_all_rows",
+    provider="reft_kernels",
+    mode="forward",
+    shape="rows=4096 d=4096 r=8",
+    dtype="float32",
+    device="some-cpu-2-threads",
+    driver="",
+    allocator="malloc",
+    threads=2,
+    torch="2.13.0",
+    triton="",
+    transformers="5.1",
+    commit="abc1234",
+    when="2026-01-01T00:00:00Z",
+    rounds=9,
+    median_ms=None,
+    p20_ms=None,
+    p80_ms=None,
+    baseline="eager, unfolded",
+    ratio=None,
+    bytes=1_000_000,
+    clone_fraction=None,
+    graph_ms=None,
+    launches=None,
+    host_us=None,
+    peak_bytes=None,
+    error=None,
+    allowed=None,
+    note="",
+)
 GPU = {"device": "some-gpu", "allocator": "cuda", "driver": "570"}
 
 
-def row(provider: str = "reft_kernels", median: float | None = None, spread: float = 0.05, **values: object) -> Row:
+def row(
+    provider: str = "reft_kernels",
+    median: float | None = None,
+    spread: float = 0.05,
+    **values: object,
+) -> Row:
     """A row whose p20 and p80 lie ``spread`` below and above its median."""
     times = {}
     if median is not None:
-        times = {"median_ms": median, "p20_ms": median * (1 - spread), "p80_ms": median * (1 + spread)}
+        times = {
+            "median_ms": median,
+            "p20_ms": median * (1 - spread),
+            "p80_ms": median * (1 + spread),
+        }
     return dataclasses.replace(_PLAIN, provider=provider, **times | values)
 
 
 def edits(**values: object) -> list[Row]:
-    """One case of the first question: reft_kernels faster than eager, slower than torch.compile; pyreft is absent."""
+    """One case of the first suite: reft_kernels faster than eager, slower than torch.compile;
+    pyreft is absent.
+    """
     return [
         row("torch.clone", 1.0, ratio=0.25, **values),
         row("reft_kernels", 2.0, ratio=0.5, clone_fraction=0.5, **values),

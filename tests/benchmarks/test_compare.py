@@ -28,7 +28,10 @@ from tests.benchmarks import edits, row, write
     ],
 )
 def test_verdict(median, spread, expected):
-    assert compare.verdict(row(median=1.0, spread=spread), row(median=median, spread=spread)) == expected
+    assert (
+        compare.verdict(row(median=1.0, spread=spread), row(median=median, spread=spread))
+        == expected
+    )
 
 
 def test_touching_intervals_overlap():
@@ -47,10 +50,20 @@ def _files(tmp_path: Path, a: list, b: list) -> list[str]:
 
 
 def test_report(tmp_path, capsys):
-    """Newest rows are matched; noise is hidden, rows of one file alone are listed, a time that went is told."""
-    a = [row(median=9.0, when="2025-01-01T00:00:00Z"), row(median=1.0), row("eager, unfolded", 4.0), row("old", 1.0)]
+    """Newest rows are matched; noise is hidden, rows of one file alone are listed, a time that
+    went is told.
+    """
+    a = [
+        row(median=9.0, when="2025-01-01T00:00:00Z"),
+        row(median=1.0),
+        row("eager, unfolded", 4.0),
+        row("old", 1.0),
+    ]
     b = [row(median=2.0, spread=0.1), row("eager, unfolded", 4.01), row("new", 1.0)]
-    a, b = [*a, row("pyreft", 1.0), row("gone", note="absent: x")], [*b, row("pyreft", note="out of memory")]
+    a, b = (
+        [*a, row("pyreft", 1.0), row("gone", note="absent: x")],
+        [*b, row("pyreft", note="out of memory")],
+    )
     b.append(row("gone", note="absent: x"))
     files = _files(tmp_path, a, b)
     assert compare.main(files) == 0
@@ -64,7 +77,7 @@ def test_report(tmp_path, capsys):
     assert [line for line in lines if line.startswith("only in B")][0].endswith(": new")
     assert lines[-1] == (
         "4 matched: 0 faster, 1 slower, 1 within noise, 2 without a time; 1 only in A, 1 only in B"
-    )  # fmt: skip
+    )
     assert "eager" not in out and "gone" not in out
     assert compare.main([*files, "--all"]) == 0
     out = capsys.readouterr().out
@@ -79,7 +92,7 @@ def test_other_machines_warn_and_go_on(tmp_path, capsys, change):
     assert out.startswith("slower")
 
 
-@pytest.mark.parametrize("name", ["dtype", "shape", "mode", "allocator", "question"])
+@pytest.mark.parametrize("name", ["dtype", "shape", "mode", "allocator", "suite"])
 def test_other_cases_do_not_match(tmp_path, capsys, name):
     compare.main(_files(tmp_path, [row(median=1.0)], [row(median=2.0, **{name: "other=1"})]))
     assert capsys.readouterr().out.splitlines()[-1].startswith("0 matched")
@@ -108,30 +121,51 @@ def test_behind():
     """Floors, noise and what is wrong do not count."""
     found = [*edits(), row("eager, folded", 1.9), row("adapters", note="wrong: error 1")]
     (loss,) = compare.behind(found)
-    assert loss.own.provider == "reft_kernels" and [r.provider for r in loss.others] == ["torch.compile, folded"]
+    assert loss.own.provider == "reft_kernels" and [r.provider for r in loss.others] == [
+        "torch.compile, folded"
+    ]
     assert loss.factor == pytest.approx(1.6)
 
 
 def test_behind_worst_first_and_without_a_time_before():
-    cases = [row(median=2.0, mode="both"), row("eager", 1.0, mode="both"), row(median=3.0), row("eager", 1.0)]
+    cases = [
+        row(median=2.0, mode="both"),
+        row("eager", 1.0, mode="both"),
+        row(median=3.0),
+        row("eager", 1.0),
+    ]
     cases += [row(note="out of memory", mode="backward"), row("eager", 1.0, mode="backward")]
     assert [loss.own.mode for loss in compare.behind(cases)] == ["backward", "forward", "both"]
 
 
 def test_a_backend_not_chosen_counts_and_maps_do_not_race():
     found = [row(median=2.0), row("reft_kernels, torch backend", 1.0)]
-    found += [row(f"reft_kernels {name}", time, question="r_build") for name, time in (("householder", 2.0), ("cayley", 1.0))]
-    assert [loss.others[0].provider for loss in compare.behind(found)] == ["reft_kernels, torch backend"]
-    found.append(row("householder_product", 0.5, question="r_build"))
-    losses = [loss for loss in compare.behind(found) if loss.own.question == "r_build"]
-    assert [loss.own.provider for loss in losses] == ["reft_kernels householder", "reft_kernels cayley"]
+    found += [
+        row(f"reft_kernels {name}", time, suite="r_build")
+        for name, time in (("householder", 2.0), ("cayley", 1.0))
+    ]
+    assert [loss.others[0].provider for loss in compare.behind(found)] == [
+        "reft_kernels, torch backend"
+    ]
+    found.append(row("householder_product", 0.5, suite="r_build"))
+    losses = [loss for loss in compare.behind(found) if loss.own.suite == "r_build"]
+    assert [loss.own.provider for loss in losses] == [
+        "reft_kernels householder",
+        "reft_kernels cayley",
+    ]
 
 
 def test_devices(tmp_path):
     """Every folder's files, the newest row of each case, by the device that the rows name."""
     write(tmp_path, [row(median=1.0), row(median=2.0, device="z")])
-    rows.append([row(median=3.0, when="2027-01-01T00:00:00Z")], tmp_path / "some-cpu-2-threads" / "second.csv")
+    rows.append(
+        [row(median=3.0, when="2027-01-01T00:00:00Z")],
+        tmp_path / "some-cpu-2-threads" / "second.csv",
+    )
     found = compare.devices(tmp_path)
-    assert {device: [r.median_ms for r in own] for device, own in found.items()} == {"some-cpu-2-threads": [3.0], "z": [2.0]}
+    assert {device: [r.median_ms for r in own] for device, own in found.items()} == {
+        "some-cpu-2-threads": [3.0],
+        "z": [2.0],
+    }
     with pytest.raises(FileNotFoundError, match="no such folder"):
         compare.devices(tmp_path / "absent")

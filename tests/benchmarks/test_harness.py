@@ -7,14 +7,16 @@ import contextlib
 import pytest
 import torch
 
-from benchmarks import counting, edits, harness
+from benchmarks import edits, harness, op_metrics
 from benchmarks.harness import Absent, Call, Case, Provider, Settings, Verdict
 
 ONCE = Settings(rounds=4)
 
 
 def slow(log, name, sets=1):
-    """A provider that takes over a sample's time, so that it is called once a round, and logs its calls."""
+    """A provider that takes over a sample's time, so that it is called once a round, and logs
+    its calls.
+    """
     import time
 
     def prepare(k):
@@ -34,7 +36,9 @@ def by_name(rows):
 def test_providers_take_turns_and_the_first_changes():
     log = []
     harness.measure(case({name: slow(log, name) for name in ("one", "two", "three")}), ONCE)
-    measured = [name for name, _ in log][-2 * 3 - 3 * 4 : -2 * 3]  # two more calls each count launches and memory
+    measured = [name for name, _ in log][
+        -2 * 3 - 3 * 4 : -2 * 3
+    ]  # two more calls each count launches and memory
     rounds = [measured[k : k + 3] for k in range(0, 12, 3)]
     assert all(sorted(names) == ["one", "three", "two"] for names in rounds)
     assert [names[0] for names in rounds] == ["one", "two", "three", "one"]
@@ -51,13 +55,19 @@ def test_a_wrong_provider_gets_its_error_and_no_time():
     log = []
     wrong = Provider(slow(log, "wrong").prepare, lambda: Verdict(0.5, 0.1))
     found = by_name(harness.measure(case({"one": slow([], "one"), "wrong": wrong}), ONCE))["wrong"]
-    assert found.median_ms is None and found.error == 0.5 and found.note == "wrong: error 5.0e-01 against fp64, allowed 1.0e-01"
+    assert (
+        found.median_ms is None
+        and found.error == 0.5
+        and found.note == "wrong: error 5.0e-01 against fp64, allowed 1.0e-01"
+    )
     assert not log
 
 
 def test_an_error_that_is_not_a_number_is_wrong():
     wrong = Provider(slow([], "wrong").prepare, lambda: Verdict(float("nan"), 0.1))
-    assert by_name(harness.measure(case({"one": slow([], "one"), "wrong": wrong}), ONCE))["wrong"].note.startswith("wrong")
+    assert by_name(harness.measure(case({"one": slow([], "one"), "wrong": wrong}), ONCE))[
+        "wrong"
+    ].note.startswith("wrong")
 
 
 def test_what_cannot_run_says_why():
@@ -67,10 +77,14 @@ def test_what_cannot_run_says_why():
     def large(_):
         raise torch.OutOfMemoryError
 
-    rows = harness.measure(case({"one": slow([], "one"), "missing": Provider(missing), "large": Provider(large)}), ONCE)
+    rows = harness.measure(
+        case({"one": slow([], "one"), "missing": Provider(missing), "large": Provider(large)}), ONCE
+    )
     assert {r.provider: r.note for r in rows} == {
-        "one": "", "missing": "absent: the package is not installed", "large": "out of memory",
-    }  # fmt: skip
+        "one": "",
+        "missing": "absent: the package is not installed",
+        "large": "out of memory",
+    }
 
 
 def test_another_error_is_not_swallowed():
@@ -97,12 +111,19 @@ def test_a_baseline_that_cannot_run_leaves_no_ratio():
 def test_numbers_of_a_row():
     tensor = torch.zeros(1 << 20)
     half = Provider(lambda _: Call(lambda _: tensor[: 1 << 19].clone()))
-    rows = by_name(harness.measure(case({"one": half}, clone=[tensor], bytes=4 << 20), Settings(rounds=7)))
+    rows = by_name(
+        harness.measure(case({"one": half}, clone=[tensor], bytes=4 << 20), Settings(rounds=7))
+    )
     clone, own = rows[harness.CLONE], rows["one"]
     assert clone.bytes == 8 << 20 and clone.clone_fraction == 1.0 and own.ratio == 1.0
     assert own.p20_ms <= own.median_ms <= own.p80_ms
     assert (own.launches, own.peak_bytes, clone.peak_bytes) == (1, 2 << 20, 4 << 20)
-    assert own.device and own.torch == torch.__version__ and own.rounds == 7 and own.shape == "rows=2 d=3"
+    assert (
+        own.device
+        and own.torch == torch.__version__
+        and own.rounds == 7
+        and own.shape == "rows=2 d=3"
+    )
 
 
 def test_before_is_not_timed_and_its_result_is_handed_on():
@@ -127,13 +148,24 @@ def test_the_context_holds_during_every_call():
         inside.pop()
 
     states = []
-    harness.measure(case({"one": Provider(lambda _: Call(lambda _: states.append(bool(inside)), context=context))}), ONCE)
+    harness.measure(
+        case(
+            {
+                "one": Provider(
+                    lambda _: Call(lambda _: states.append(bool(inside)), context=context)
+                )
+            }
+        ),
+        ONCE,
+    )
     assert states and all(states) and not inside
 
 
 def test_samples_of_other_processes():
     rows = by_name(
-        harness.rows_of_samples(case({}), ONCE, {"one": [1.0, 2.0, 3.0], "two": [2.0, 2.0, 9.0]}, {"three": "failed"})
+        harness.rows_of_samples(
+            case({}), ONCE, {"one": [1.0, 2.0, 3.0], "two": [2.0, 2.0, 9.0]}, {"three": "failed"}
+        )
     )
     assert rows["two"].ratio == 2.0 and rows["two"].median_ms == 2000.0 and rows["two"].rounds == 3
     assert rows["three"].note == "failed" and rows["three"].median_ms is None
@@ -147,7 +179,7 @@ def test_operators_are_counted_without_views_and_allocations():
         torch.empty(3)
         return y @ x
 
-    assert counting.launches(Call(work), "cpu") == 2
+    assert op_metrics.launches(Call(work), "cpu") == 2
 
 
 def test_peak_memory_counts_what_is_freed_too():
@@ -157,7 +189,7 @@ def test_peak_memory_counts_what_is_freed_too():
         del large
         return small
 
-    assert counting.peak_bytes(Call(work), "cpu") == (4 << 20) + 16
+    assert op_metrics.peak_bytes(Call(work), "cpu") == (4 << 20) + 16
 
 
 def test_the_gate_of_edits_tells_right_from_wrong():

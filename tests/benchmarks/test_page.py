@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import page, plots, questions
+from benchmarks import page, plots, suites
 from benchmarks.rows import Row
 from tests.benchmarks import GPU, edits, row, write
 
@@ -25,8 +25,12 @@ def _render(devices):
 
 @pytest.fixture(autouse=True)
 def _titles(monkeypatch):
-    """Titles without the questions' imports."""
-    monkeypatch.setattr(questions, "load", lambda name: SimpleNamespace(TITLE=f"<{name}>", ABOUT=f"about {name} & more"))
+    """Titles without the suites' imports."""
+    monkeypatch.setattr(
+        suites,
+        "load",
+        lambda name: SimpleNamespace(TITLE=f"<{name}>", ABOUT=f"about {name} & more"),
+    )
 
 
 class _Page(HTMLParser):
@@ -59,8 +63,15 @@ class _Page(HTMLParser):
 def _selected(**values: object) -> list[Row]:
     found = []
     for length in (128, 512, 2048):
-        case = {"question": "edit_selected_rows", "shape": f"batch=8 T={length} positions=f7+l7 d=64 r=8"} | values
-        found += [row("the rows alone", 1.0, **case), row(median=1.1, **case), row("eager, in place", length / 50, **case)]
+        case = {
+            "suite": "edit_selected_rows",
+            "shape": f"batch=8 T={length} positions=f7+l7 d=64 r=8",
+        } | values
+        found += [
+            row("the rows alone", 1.0, **case),
+            row(median=1.1, **case),
+            row("eager, in place", length / 50, **case),
+        ]
     return found
 
 
@@ -68,22 +79,32 @@ def _steps(**values: object) -> list[Row]:
     found = []
     for model, time in (("llama-512x4", 1.0), ("llama-2048x4", 9.0)):
         case = {
-            "question": "training_step", "mode": "step", "shape": f"model={model} batch=4 T=64 positions=f7+l7 r=8",
+            "suite": "training_step",
+            "mode": "step",
+            "shape": f"model={model} batch=4 T=64 positions=f7+l7 r=8",
             "baseline": "frozen model",
-        } | values  # fmt: skip
+        } | values
         found += [row("frozen model", time, ratio=1.0, peak_bytes=1 << 22, **case)]
-        found += [row(median=0.9 * time, ratio=0.9, peak_bytes=1 << 21, **case), row("pyreft", note="out of memory", **case)]
+        found += [
+            row(median=0.9 * time, ratio=0.9, peak_bytes=1 << 21, **case),
+            row("pyreft", note="out of memory", **case),
+        ]
     return found
 
 
 def _deeper() -> Row:
     shape = "model=llama-512x8 batch=4 T=64 positions=f7+l7 r=8"
-    return row(median=2.0, ratio=0.9, peak_bytes=1 << 22, question="training_step", mode="step", shape=shape)
+    return row(
+        median=2.0, ratio=0.9, peak_bytes=1 << 22, suite="training_step", mode="step", shape=shape
+    )
 
 
 def _builds(**values: object) -> list[Row]:
-    case = {"question": "r_build", "mode": "both"} | values
-    own = [row("reft_kernels householder", 1.0, shape=f"layers={n} d=64 r=8", baseline="x", **case) for n in (1, 32)]
+    case = {"suite": "r_build", "mode": "both"} | values
+    own = [
+        row("reft_kernels householder", 1.0, shape=f"layers={n} d=64 r=8", baseline="x", **case)
+        for n in (1, 32)
+    ]
     return [*own, row("parametrizations.orthogonal", 100.0, shape="layers=1 d=64 r=8", **case)]
 
 
@@ -91,18 +112,31 @@ def test_page_is_complete_escaped_and_self_contained():
     text = _render({"some-cpu-2-threads": edits(shape="rows=4096 d=4096 r=8 x=<i>")})
     seen = _Page(text)
     assert "<not>" not in text and "<i>" not in text and "<edit_all_rows>" not in text
-    assert "absent: pyreft is <not> installed" in seen.cells and "rows=4096 d=4096 r=8 x=<i>" in seen.cells
-    for provider in ("torch.clone", "reft_kernels", "eager, unfolded", "torch.compile, folded", "pyreft"):
+    assert (
+        "absent: pyreft is <not> installed" in seen.cells
+        and "rows=4096 d=4096 r=8 x=<i>" in seen.cells
+    )
+    for provider in (
+        "torch.clone",
+        "reft_kernels",
+        "eager, unfolded",
+        "torch.compile, folded",
+        "pyreft",
+    ):
         assert provider in seen.cells
     assert {"1.9-2.1", "0.5", "50%"} <= set(seen.cells)
     assert "about edit_all_rows & more" in seen.words
-    assert all(address.startswith(("data:image/svg+xml;base64,", "#")) for address in seen.addresses)
+    assert all(
+        address.startswith(("data:image/svg+xml;base64,", "#")) for address in seen.addresses
+    )
     assert "http" not in text
 
 
 def test_environment():
     cells = _Page(_render({"some-cpu-2-threads": edits()})).cells
-    assert {"abc1234", "2.13.0", "5.1", "2026-01-01T00:00:00Z", "malloc", "edit_all_rows"} <= set(cells)
+    assert {"abc1234", "2.13.0", "5.1", "2026-01-01T00:00:00Z", "malloc", "edit_all_rows"} <= set(
+        cells
+    )
 
 
 def test_losing_cases_are_listed():
@@ -114,19 +148,24 @@ def test_losing_cases_are_listed():
 
 
 def test_gpu_not_measured():
-    """... is said of each question that no GPU answered, on a page with CPU rows and one without any."""
+    """... is said of each suite that no GPU answered, on a page with CPU rows and one without
+    any.
+    """
     cpu = {"some-cpu-2-threads": edits()}
-    assert _Page(_render(cpu)).words.count(page.NO_GPU) == len(questions.NAMES)
-    assert _Page(_render({})).words.count(page.NO_GPU) == len(questions.NAMES)
+    assert _Page(_render(cpu)).words.count(page.NO_GPU) == len(suites.NAMES)
+    assert _Page(_render({})).words.count(page.NO_GPU) == len(suites.NAMES)
     both = _Page(_render(cpu | {"some-gpu": edits(**GPU)})).words
-    assert both.count(page.NO_GPU) == len(questions.NAMES) - 1 and f"<edit_all_rows>: {page.NO_GPU}" not in both
+    assert (
+        both.count(page.NO_GPU) == len(suites.NAMES) - 1
+        and f"<edit_all_rows>: {page.NO_GPU}" not in both
+    )
 
 
 def test_unknown_question_and_missing_module(monkeypatch):
-    with pytest.raises(ValueError, match="question: got mystery"):
-        _render({"d": [row(median=1.0, question="mystery")]})
+    with pytest.raises(ValueError, match="suite: got mystery"):
+        _render({"d": [row(median=1.0, suite="mystery")]})
     monkeypatch.undo()
-    monkeypatch.setattr(questions, "NAMES", ("no_such_module",))
+    monkeypatch.setattr(suites, "NAMES", ("no_such_module",))
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         _render({})
 
@@ -137,7 +176,7 @@ def test_main(tmp_path, capsys):
     assert page.main([str(results), "--out", str(out)]) == 0
     first = out.read_bytes()
     assert page.main([str(results), "--out", str(out)]) == 0 and out.read_bytes() == first
-    (results / "some-cpu-2-threads" / "old.csv").write_text("question,provider\n")
+    (results / "some-cpu-2-threads" / "old.csv").write_text("suite,provider\n")
     capsys.readouterr()
     assert page.main([str(results), "--out", str(out)]) == 2
     err = capsys.readouterr().err
@@ -148,16 +187,29 @@ def test_main(tmp_path, capsys):
 def test_missing_figures_are_returned_by_title(tmp_path):
     drawn = plots.draw([], tmp_path)
     assert {plot.title.split(",")[0] for plot in drawn} == {
-        "Bandwidth against rows", "Speed-up over eager", "Selected rows: time against sequence length",
-        "Build of R: speed-up over parametrizations.orthogonal", "Training step over the frozen model",
-        "Peak memory of a training step", "Peak memory against layers", "Step of the training program over the frozen model",
+        "Bandwidth against rows",
+        "Speed-up over eager",
+        "Selected rows: time against sequence length",
+        "Build of R: speed-up over parametrizations.orthogonal",
+        "Training step over the frozen model",
+        "Peak memory of a training step",
+        "Peak memory against layers",
+        "Step of the training program over the frozen model",
         "Packed batches over padded ones",
-    }  # fmt: skip
+    }
     assert all(plot.path is None for plot in drawn) and not list(tmp_path.iterdir())
 
 
 def test_every_figure_is_drawn(tmp_path):
-    found = [*edits(), *edits(mode="backward"), *_selected(), *_steps(), *_builds(), _deeper(), *_programs()]
+    found = [
+        *edits(),
+        *edits(mode="backward"),
+        *_selected(),
+        *_steps(),
+        *_builds(),
+        _deeper(),
+        *_programs(),
+    ]
     drawn = plots.draw(found, tmp_path)
     assert len(drawn) == 9 and len({plot.path for plot in drawn}) == 9
     assert all(plot.path.read_text().rstrip().endswith("</svg>") for plot in drawn)
@@ -176,21 +228,32 @@ def test_allocators_have_their_own_figures(tmp_path):
 
 def _programs() -> list[Row]:
     program = {
-        "question": "trainer_step",
+        "suite": "trainer_step",
         "mode": "step",
         "baseline": "frozen model",
         "shape": "model=llama-512x4 batch=4 T=64",
     }
-    found = [row("frozen model", 1.0, ratio=1.0, **program), row("reft_kernels, Trainer", 1.2, ratio=1.2, **program)]
+    found = [
+        row("frozen model", 1.0, ratio=1.0, **program),
+        row("reft_kernels, Trainer", 1.2, ratio=1.2, **program),
+    ]
     for lengths in ("boolq", "questions"):
-        case = {"question": "packing", "mode": "step", "baseline": "padding", "shape": f"model=m batch=32 lengths={lengths}"}
+        case = {
+            "suite": "packing",
+            "mode": "step",
+            "baseline": "padding",
+            "shape": f"model=m batch=32 lengths={lengths}",
+        }
         found += [row("padding", 4.0, ratio=1.0, **case), row("packing", 2.0, ratio=0.5, **case)]
     return found
 
 
 def test_packing_bars_are_named_by_their_lengths():
     (axes,) = _drawn(plots._packing, _programs()).axes
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["m\nlengths = boolq", "m\nlengths = questions"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "m\nlengths = boolq",
+        "m\nlengths = questions",
+    ]
     assert [patch.get_height() for patch in axes.patches] == [0.5, 0.5]
 
 
@@ -200,7 +263,11 @@ def _drawn(drawer, found: list[Row]) -> Figure:
 
 
 def _lines(axes) -> dict[str, list[float]]:
-    return {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
+    return {
+        line.get_label(): list(line.get_ydata())
+        for line in axes.lines
+        if not line.get_label().startswith("_")
+    }
 
 
 def test_bandwidth_values():
@@ -213,7 +280,11 @@ def test_speed_up_values():
     """From the paired ratio where the row has that baseline, else from the medians."""
     found = [*edits(), row("eager, folded", 2.0, baseline="other", ratio=9.0)]
     lines = _lines(_drawn(plots._speed_up, found).axes[0])
-    assert lines["reft_kernels"] == [2.0] and lines["eager, folded"] == [2.0] and lines["eager, unfolded"] == [1.0]
+    assert (
+        lines["reft_kernels"] == [2.0]
+        and lines["eager, folded"] == [2.0]
+        and lines["eager, unfolded"] == [1.0]
+    )
     assert "torch.clone" not in lines
 
 
@@ -230,7 +301,12 @@ def test_selected_is_logarithmic_in_both():
 
 def test_only_the_star_around_the_base_is_drawn():
     """A row that differs in another dimension than the varied one does not join its line."""
-    found = [*_selected(), row(median=7.0, question="edit_selected_rows", shape="batch=64 T=512 positions=f7+l7 d=64 r=8")]
+    found = [
+        *_selected(),
+        row(
+            median=7.0, suite="edit_selected_rows", shape="batch=64 T=512 positions=f7+l7 d=64 r=8"
+        ),
+    ]
     assert 7.0 not in _lines(_drawn(plots._selected, found).axes[0])["reft_kernels"]
 
 
@@ -241,23 +317,47 @@ def test_memory_against_layers_takes_models_that_differ_in_layers_alone():
 
 
 def test_step_bars():
-    """A bar for each provider and model, small model first; what ran out of memory says so where no bar stands."""
-    (axes,) = _drawn(plots._steps, list(reversed([*_steps(), row("pyreft", 3.0, ratio=3.0, **_pyreft())]))).axes
+    """A bar for each provider and model, small model first; what ran out of memory says so where
+    no bar stands.
+    """
+    (axes,) = _drawn(
+        plots._steps, list(reversed([*_steps(), row("pyreft", 3.0, ratio=3.0, **_pyreft())]))
+    ).axes
     assert [round(patch.get_height(), 2) for patch in axes.patches] == [0.9, 0.9, 3.0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["llama-512x4", "llama-1024x4", "llama-2048x4"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == [
+        "llama-512x4",
+        "llama-1024x4",
+        "llama-2048x4",
+    ]
     assert [text.get_text() for text in axes.texts].count("out of memory") == 2
 
 
 def _pyreft() -> dict[str, object]:
     shape = "model=llama-1024x4 batch=4 T=64 positions=f7+l7 r=8"
-    return {"question": "training_step", "mode": "step", "shape": shape, "baseline": "frozen model"}
+    return {"suite": "training_step", "mode": "step", "shape": shape, "baseline": "frozen model"}
 
 
 def test_colours():
     """One colour a provider, no two alike that meet in one figure."""
-    meeting = ["torch.clone", "reft_kernels", "reft_kernels, torch backend", "reft_kernels, triton backend",
-               "reft_kernels, cuda backend", "eager, folded", "eager, unfolded", "torch.compile, folded", "pyreft"]  # fmt: skip
-    steps = ["frozen model", "reft_kernels", "eager hooks", "eager hooks, cached R", "pyreft", "adapters"]
+    meeting = [
+        "torch.clone",
+        "reft_kernels",
+        "reft_kernels, torch backend",
+        "reft_kernels, triton backend",
+        "reft_kernels, cuda backend",
+        "eager, folded",
+        "eager, unfolded",
+        "torch.compile, folded",
+        "pyreft",
+    ]
+    steps = [
+        "frozen model",
+        "reft_kernels",
+        "eager hooks",
+        "eager hooks, cached R",
+        "pyreft",
+        "adapters",
+    ]
     builds = ["reft_kernels householder", "reft_kernels cayley", "householder_product"]
     packing = ["padding", "padding, grouped by length", "packing"]
     for names in (meeting, steps, builds, packing):

@@ -14,13 +14,20 @@ def test_round_trip(tmp_path):
     """... over two appends, with empty values, separators and quotes."""
     path = tmp_path / "device" / "raw.csv"
     found = [
-        row(median=1.25, launches=3, peak_bytes=1 << 40, clone_fraction=0.5, error=1e-7, allowed=1e-6),
+        row(
+            median=1.25,
+            launches=3,
+            peak_bytes=1 << 40,
+            clone_fraction=0.5,
+            error=1e-7,
+            allowed=1e-6,
+        ),
         row("eager, folded", note='wrong: "error", allowed\n1e-6'),
     ]
     rows.append(found[:1], path)
     rows.append(found[1:], path)
     assert rows.read(path) == found
-    assert path.read_text().count("question") == 1
+    assert path.read_text().count("suite") == 1
 
 
 def test_floats_keep_six_digits(tmp_path):
@@ -28,27 +35,29 @@ def test_floats_keep_six_digits(tmp_path):
     assert rows.read(tmp_path / "raw.csv")[0].median_ms == 1.23457
 
 
-@pytest.mark.parametrize("content", ["", "question,provider\n", "question,provider\nedit,reft_kernels\n"])
+@pytest.mark.parametrize("content", ["", "suite,provider\n", "suite,provider\nedit,reft_kernels\n"])
 def test_read_other_columns(tmp_path, content):
     path = tmp_path / "raw.csv"
     path.write_text(content)
-    with pytest.raises(ValueError, match="raw.csv: got columns .*, expected question, provider, mode"):
+    with pytest.raises(ValueError, match="raw.csv: got columns .*, expected suite, provider, mode"):
         rows.read(path)
 
 
 def test_append_leaves_other_columns_alone(tmp_path):
     path = tmp_path / "raw.csv"
-    path.write_text("question,provider\n")
-    with pytest.raises(ValueError, match="got columns question, provider, expected"):
+    path.write_text("suite,provider\n")
+    with pytest.raises(ValueError, match="got columns suite, provider, expected"):
         rows.append([row(median=1.0)], path)
-    assert path.read_text() == "question,provider\n"
+    assert path.read_text() == "suite,provider\n"
 
 
 def test_bad_number_names_line_and_column(tmp_path):
     path = tmp_path / "raw.csv"
     rows.append([row(median=1.0, launches=7), row(median=2.0, launches=77777)], path)
     path.write_text(path.read_text().replace("77777", "many"))
-    with pytest.raises(ValueError, match=r"raw.csv, line 3, launches: got 'many', expected a number"):
+    with pytest.raises(
+        ValueError, match=r"raw.csv, line 3, launches: got 'many', expected a number"
+    ):
         rows.read(path)
 
 
@@ -78,9 +87,14 @@ def test_latest_keeps_what_was_measured_where_the_package_is(absent_last):
     assert rows.latest([measured, absent, wrong]) == [wrong]
 
 
-@pytest.mark.parametrize("name", ["question", "device", "allocator", "dtype", "shape", "mode", "provider"])
+@pytest.mark.parametrize(
+    "name", ["suite", "device", "allocator", "dtype", "shape", "mode", "provider"]
+)
 def test_latest_keeps_other_cases(name):
-    found = [row(median=1.0), dataclasses.replace(row(median=2.0, when="2026-02-01T00:00:00Z"), **{name: "a=b"})]
+    found = [
+        row(median=1.0),
+        dataclasses.replace(row(median=2.0, when="2026-02-01T00:00:00Z"), **{name: "a=b"}),
+    ]
     assert rows.latest(found) == found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, questions, rows, run, tuning
+from benchmarks import harness, rows, run, suites, tuning
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,29 +18,49 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_list_names_every_question(capsys):
     assert run.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1].rstrip(":") for line in lines] == list(questions.NAMES)
+    assert [line.split()[1].rstrip(":") for line in lines] == list(suites.NAMES)
 
 
-@pytest.mark.parametrize("name", ["edit_selected_rows", "r_build", "host_cost", "trainer_step", "packing"])
+@pytest.mark.parametrize(
+    "name", ["edit_selected_rows", "r_build", "host_cost", "trainer_step", "packing"]
+)
 def test_a_quick_run_answers_the_question(name, tmp_path, capsys):
     file = tmp_path / "rows.csv"
-    assert run.main(["--only", name, "--quick", "--csv", str(file), "--device", "cpu", "--rounds", "1"]) == 0
+    assert (
+        run.main(
+            ["--only", name, "--quick", "--csv", str(file), "--device", "cpu", "--rounds", "1"]
+        )
+        == 0
+    )
     found = rows.read(file)
-    assert {row.question for row in found} == {name}
+    assert {row.suite for row in found} == {name}
     own = [row for row in found if row.provider.startswith(("reft_kernels", "packing"))]
     assert own and all(row.median_ms for row in own), [row.note for row in own]
     assert not [row for row in found if row.note and not row.note.startswith("absent")]
-    assert questions.load(name).TITLE in capsys.readouterr().out
+    assert suites.load(name).TITLE in capsys.readouterr().out
 
 
 def test_match_picks_cases(tmp_path):
     file = tmp_path / "rows.csv"
-    arguments = ["--only", "host_cost", "--quick", "--device", "cpu", "--rounds", "1", "--match", "function=red", "both"]
+    arguments = [
+        "--only",
+        "host_cost",
+        "--quick",
+        "--device",
+        "cpu",
+        "--rounds",
+        "1",
+        "--match",
+        "function=red",
+        "both",
+    ]
     assert run.main([*arguments, "--csv", str(file)]) == 0
     assert {(row.mode, row.shape) for row in rows.read(file)} == {("both", "function=red")}
 
 
-@pytest.mark.parametrize("arguments", [["--only", "nothing"], ["--rounds", "0"], ["--device", "tpu"]])
+@pytest.mark.parametrize(
+    "arguments", [["--only", "nothing"], ["--rounds", "0"], ["--device", "tpu"]]
+)
 def test_bad_arguments(arguments, capsys):
     try:
         code = run.main(arguments)
@@ -50,8 +70,8 @@ def test_bad_arguments(arguments, capsys):
 
 
 def test_an_unknown_question():
-    with pytest.raises(ValueError, match="question: got 'nothing', expected one of edit_all_rows"):
-        questions.load("nothing")
+    with pytest.raises(ValueError, match="suite: got 'nothing', expected one of edit_all_rows"):
+        suites.load("nothing")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU does")
@@ -62,19 +82,46 @@ def test_the_gpu_pass_runs_through_without_a_gpu(tmp_path):
         "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
     }
     done = subprocess.run(
-        ["bash", "benchmarks/gpu_pass.sh", "env", "tests", "kernels", "model", "profile", "sanitize", "tuning"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [
+            "bash",
+            "benchmarks/gpu_pass.sh",
+            "env",
+            "tests",
+            "kernels",
+            "model",
+            "profile",
+            "sanitize",
+            "tuning",
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     left_out = (tmp_path / "left_out.txt").read_text().splitlines()
-    assert [line.split(":")[0] for line in left_out] == ["env", "tests", "kernels", "model", "profile", "sanitize", "tuning"]
+    assert [line.split(":")[0] for line in left_out] == [
+        "env",
+        "tests",
+        "kernels",
+        "model",
+        "profile",
+        "sanitize",
+        "tuning",
+    ]
     assert all("no GPU" in line for line in left_out) and not list(tmp_path.glob("*.done"))
 
 
 def test_the_gpu_pass_refuses_an_unknown_part(tmp_path):
     environment = os.environ | {"OUT": str(tmp_path)}
     done = subprocess.run(
-        ["bash", "benchmarks/gpu_pass.sh", "everything"], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        ["bash", "benchmarks/gpu_pass.sh", "everything"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2 and "got 'everything', expected --resume, env build" in done.stderr
 
@@ -83,10 +130,16 @@ def test_tuning_tries_each_knob_alone():
     from reft_kernels.triton.edit import EditConfig
 
     present = EditConfig(16, 64, 16, True, 4, 1)
-    found = tuning.neighbours(present)
+    found = tuning.adjacent(present)
     assert set(found) == {
-        "block_n=8", "block_n=32", "block_d=32", "block_d=128", "num_warps=2", "num_warps=8", "num_stages=2",
-    }  # fmt: skip
+        "block_n=8",
+        "block_n=32",
+        "block_d=32",
+        "block_d=128",
+        "num_warps=2",
+        "num_warps=8",
+        "num_stages=2",
+    }
     assert found["block_d=32"] == EditConfig(16, 32, 16, True, 4, 1)
 
 
@@ -98,7 +151,11 @@ def test_tuning_proposes_only_what_beats_noise():
         "block_n=32": [0.95, 1.0, 0.8],
         "num_warps=8": [2.0, 2.0, 2.0],
     }
-    proposed = tuning.proposals(harness.rows_of_samples(case, harness.Settings(), samples, {"num_stages=4": "absent: spills"}))
+    proposed = tuning.proposals(
+        harness.rows_of_samples(
+            case, harness.Settings(), samples, {"num_stages=4": "absent: spills"}
+        )
+    )
     assert proposed == ["rows=1, float32, forward: block_n=8 takes 0.50 of the present"]
 
 

@@ -1,4 +1,6 @@
-"""torch.compile(fullgraph=True): equal results, the same in-place semantics, no recompilation for another number of rows."""
+"""torch.compile(fullgraph=True): equal results, the same in-place semantics, no recompilation
+for another number of rows.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from tests import inputs, plain
 from tests.inputs import Case
 
 D, R = 12, 3
-BACKEND = "aot_eager"  # traces forward and backward as Inductor's front end does; needs no C++ compiler
+BACKEND = (
+    "aot_eager"  # traces forward and backward as Inductor's front end does; needs no C++ compiler
+)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +65,10 @@ def test_equal_to_eager(name, selected, inplace, backend, device):
     weights, hidden = _weights(name, case, device), torch.randn(2, 4, D, device=device)
     rows = inputs.rows(8, 3, device=device) if selected else None
     edit = _call(name, inplace, "gelu")
-    _equal(_run(torch.compile(edit, fullgraph=True, backend=BACKEND), hidden, weights, rows), _run(edit, hidden, weights, rows))
+    _equal(
+        _run(torch.compile(edit, fullgraph=True, backend=BACKEND), hidden, weights, rows),
+        _run(edit, hidden, weights, rows),
+    )
 
 
 @pytest.mark.parametrize("name", ["loreft", "red"])
@@ -71,7 +78,9 @@ def test_an_argument_is_really_edited(name, grad, backend, device):
     hidden = torch.randn(2, 4, D, device=device)
     want = _function(name)(hidden, rows=rows, **weights)
     compiled = torch.compile(
-        lambda h, w, rows: _function(name)(h, rows=rows, inplace=True, **w), fullgraph=True, backend=BACKEND
+        lambda h, w, rows: _function(name)(h, rows=rows, inplace=True, **w),
+        fullgraph=True,
+        backend=BACKEND,
     )
     weights = {k: w.requires_grad_(grad) for k, w in weights.items()}
     out = compiled(hidden, weights, rows)
@@ -134,9 +143,13 @@ def test_parametrizations(name, with_base, backend, device):
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
-@pytest.mark.parametrize("name", ["LoReFT", "DiReFT", "NodiReFT", "NoReFT", "ConsReFT", "LobiReFT", "RED"])
+@pytest.mark.parametrize(
+    "name", ["LoReFT", "DiReFT", "NodiReFT", "NoReFT", "ConsReFT", "LobiReFT", "RED"]
+)
 def test_modules(name, needs_grad, backend, device):
-    """The hidden state is an input of the graph here; Dynamo drops the history of an input that a Function marks dirty."""
+    """The hidden state is an input of the graph here; Dynamo drops the history of an input that
+    a Function marks dirty.
+    """
     module = getattr(rk, name)(D, R, device=device)
     rows = inputs.rows(8, 3, device=device)
     values = torch.randn(2, 4, D, device=device)
@@ -149,7 +162,14 @@ def test_modules(name, needs_grad, backend, device):
         (out.sin() + hidden.cos()).sum().backward()
         grads = [p.grad for p in module.parameters() if p.grad is not None]
         assert grads
-        found.append([out.detach(), hidden.detach(), *(g.clone() for g in grads), *([leaf.grad] if needs_grad else [])])
+        found.append(
+            [
+                out.detach(),
+                hidden.detach(),
+                *(g.clone() for g in grads),
+                *([leaf.grad] if needs_grad else []),
+            ]
+        )
     _equal(*found)
 
 
@@ -182,6 +202,8 @@ def test_inductor(selected, inplace):
     weights, hidden = _weights("loreft", Case((2, 4), D, R), "cpu"), torch.randn(2, 4, D)
     rows = inputs.rows(8, 3) if selected else None
     edit = _call("loreft", inplace, "gelu")
-    got, want = (_run(run, hidden, weights, rows) for run in (torch.compile(edit, fullgraph=True), edit))
+    got, want = (
+        _run(run, hidden, weights, rows) for run in (torch.compile(edit, fullgraph=True), edit)
+    )
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)

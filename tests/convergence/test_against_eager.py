@@ -1,9 +1,11 @@
 """Training by the engine follows training by straightforward PyTorch.
 
-Both train the same frozen four-layer model with LoReFT after each layer, from the same X, W and b, on the same batches: the
-engine through its stacked module and operators, PyTorch through ``torch.linalg.householder_product`` and plain formulas. What
-fp32 noise is, is measured: the same PyTorch training in fp64 is the truth, and at each step, and for each final parameter, the
-engine may be at most twice as far from it as PyTorch in fp32 is at most until then, and eps * max|truth|.
+Both train the same frozen four-layer model with LoReFT after each layer, from the same X, W and b,
+on the same batches: the engine through its stacked module and operators, PyTorch through
+``torch.linalg.householder_product`` and plain formulas. What
+fp32 noise is, is measured: the same PyTorch training in fp64 is the truth, and at each step, and
+for each final parameter, the engine may be at most twice as far from it as PyTorch in fp32 is at
+most until then, and eps * max|truth|.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class Frozen(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D)) for _ in range(LAYERS)
+            nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+            for _ in range(LAYERS)
         )
         self.requires_grad_(False)
 

@@ -1,4 +1,6 @@
-"""max |R R^T - I| <= 1e-6 in fp32: at d = 8192, through 10,000 AdamW steps with weight decay, through save, load and resume."""
+"""max |R R^T - I| <= 1e-6 in fp32: at d = 8192, through 10,000 AdamW steps with weight decay,
+through save, load and resume.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def test_around_a_base_point_at_d_8192(name):
     with rk.backend("torch"):
         base = rk.base_point(rk.householder(torch.randn(8192, 16)))
         for scale in (0.0, 1e-3, 1.0):
-            assert rk.orthonormality_error(getattr(rk, name)(scale * torch.randn(8192, 16), base)) <= 1e-6
+            assert (
+                rk.orthonormality_error(getattr(rk, name)(scale * torch.randn(8192, 16), base))
+                <= 1e-6
+            )
 
 
 def _train(module, optimizer, steps: int, seed: int) -> None:

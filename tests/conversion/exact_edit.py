@@ -1,4 +1,6 @@
-"""The fp64 reference of a converted adapter: its formula by hooks on the blocks of the tiny model."""
+"""The fp64 reference of a converted adapter: its formula by hooks on the blocks of the tiny
+model.
+"""
 
 from __future__ import annotations
 
@@ -15,18 +17,32 @@ def ids() -> torch.Tensor:
 
 
 def rows_of(columns: list[int]) -> torch.Tensor:
-    return (torch.arange(BATCH).unsqueeze(1) * LENGTH + torch.tensor(columns)).flatten().to(torch.int32)
+    return (
+        (torch.arange(BATCH).unsqueeze(1) * LENGTH + torch.tensor(columns))
+        .flatten()
+        .to(torch.int32)
+    )
 
 
-def own_weights(adapter: Adapter, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def own_weights(
+    adapter: Adapter, weights: dict[str, torch.Tensor], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """A set's weights by the names of :mod:`tests.plain`."""
     orthonormal, reads = adapter.kind.orthonormal, adapter.kind.reads
-    names = {"read": "W" if orthonormal else "W1", "write": "R" if orthonormal else "W2", "bias": "b" if reads else "s"}
+    names = {
+        "read": "W" if orthonormal else "W1",
+        "write": "R" if orthonormal else "W2",
+        "bias": "b" if reads else "s",
+    }
     return {names[k]: t.to(dtype) for k, t in weights.items() if k in names}
 
 
-def exact(adapter: Adapter, first: int, last: int, family: str = "llama", path: str | None = None) -> torch.Tensor:
-    """Logits in fp64 with the edit at the first and last tokens of each block's output, or of a module by its path."""
+def exact(
+    adapter: Adapter, first: int, last: int, family: str = "llama", path: str | None = None
+) -> torch.Tensor:
+    """Logits in fp64 with the edit at the first and last tokens of each block's output, or of a
+    module by its path.
+    """
     model = make(family).double()
     columns = [list(range(first)), list(range(LENGTH - last, LENGTH))]
 
@@ -36,13 +52,23 @@ def exact(adapter: Adapter, first: int, last: int, family: str = "llama", path: 
             for index, weights in enumerate(sets):
                 chosen = columns[0] + columns[1] if len(sets) == 1 else columns[index]
                 own = own_weights(adapter, weights, torch.float64)
-                hidden = edit(adapter.intervention, hidden, own, rows=rows_of(chosen), activation=adapter.activation)
+                hidden = edit(
+                    adapter.intervention,
+                    hidden,
+                    own,
+                    rows=rows_of(chosen),
+                    activation=adapter.activation,
+                )
             return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
         return hook
 
     for layer, sets in adapter.layers.items():
-        place = blocks(family, model)[layer] if path is None else model.get_submodule(path.format(layer=layer))
+        place = (
+            blocks(family, model)[layer]
+            if path is None
+            else model.get_submodule(path.format(layer=layer))
+        )
         place.register_forward_hook(hook_of(sets))
     tokens = ids()
     with torch.no_grad():

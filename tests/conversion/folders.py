@@ -1,4 +1,6 @@
-"""Folders of each format with random trained weights, made without the code under test, and what they hold."""
+"""Folders of each format with random trained weights, made without the code under test, and what
+they hold.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,21 @@ CLASSES = {
 
 
 def peft_folder(path: Path, **config) -> nn.Module:
-    """A PEFT adapter of ours on the tiny Llama, trained away from its start, and saved; returns the model."""
-    model = get_peft_model(make("llama"), ReftConfig(**{"rank": RANK, "init": None, "positions": "f3+l2", **config}))
+    """A PEFT adapter of ours on the tiny Llama, trained away from its start, and saved; returns
+    the model.
+    """
+    model = get_peft_model(
+        make("llama"), ReftConfig(**{"rank": RANK, "init": None, "positions": "f3+l2", **config})
+    )
     shake(model)
     model.save_pretrained(path)
     return model.eval()
 
 
 def _trained(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A layer under torch's orthogonal parametrization, as after some steps of training: ``original`` is not at its start."""
+    """A layer under torch's orthogonal parametrization, as after some steps of training:
+    ``original`` is not at its start.
+    """
     nn.utils.parametrizations.orthogonal(module)
     original = module.parametrizations.weight.original
     with torch.no_grad():
@@ -48,35 +56,74 @@ def orthogonal_linear(rank: int, width: int, generator: torch.Generator) -> nn.L
 
 
 def hub_folder(
-    path: Path, *, orthogonality: bool = True, tied: bool = True, prefix: int = 3, suffix: int = 2,
-    layers: tuple[int, ...] | None = (0, 2), width: int = WIDTH, rank: int = RANK, safetensors: bool = False, **config,
-) -> dict[str, Tensor]:  # fmt: skip
-    """An AdapterHub folder for the tiny Llama, as ``adapters`` writes it; returns R (or W2), W and b by "layer.unit.name"."""
+    path: Path,
+    *,
+    orthogonality: bool = True,
+    tied: bool = True,
+    prefix: int = 3,
+    suffix: int = 2,
+    layers: tuple[int, ...] | None = (0, 2),
+    width: int = WIDTH,
+    rank: int = RANK,
+    safetensors: bool = False,
+    **config,
+) -> dict[str, Tensor]:
+    """An AdapterHub folder for the tiny Llama, as ``adapters`` writes it; returns R (or W2), W
+    and b by "layer.unit.name".
+    """
     generator = torch.Generator().manual_seed(3)
     tensors, held = {}, {}
     for layer in range(LAYERS) if layers is None else layers:
         for unit in range(1 if tied else 2):
             where = f"model.layers.{layer}.reft_layer.refts.demo.units.{unit}."
-            read, bias = 0.2 * torch.randn(rank, width, generator=generator), torch.randn(rank, generator=generator)
+            read, bias = (
+                0.2 * torch.randn(rank, width, generator=generator),
+                torch.randn(rank, generator=generator),
+            )
             tensors |= {f"{where}learned_source.weight": read, f"{where}learned_source.bias": bias}
             if orthogonality:
                 linear = orthogonal_linear(rank, width, generator)
-                tensors[f"{where}projection.{ORIGINAL}"] = linear.parametrizations.weight.original.detach()
-                tensors[f"{where}projection.{BASE}"] = linear.parametrizations.weight[0].base.contiguous()
+                tensors[f"{where}projection.{ORIGINAL}"] = (
+                    linear.parametrizations.weight.original.detach()
+                )
+                tensors[f"{where}projection.{BASE}"] = linear.parametrizations.weight[
+                    0
+                ].base.contiguous()
                 write = linear.weight.detach()
             else:
-                write = tensors[f"{where}projection.weight"] = 0.2 * torch.randn(rank, width, generator=generator)
-            held |= {f"{layer}.{unit}.write": write, f"{layer}.{unit}.read": read, f"{layer}.{unit}.bias": bias}
+                write = tensors[f"{where}projection.weight"] = 0.2 * torch.randn(
+                    rank, width, generator=generator
+                )
+            held |= {
+                f"{layer}.{unit}.write": write,
+                f"{layer}.{unit}.read": read,
+                f"{layer}.{unit}.bias": bias,
+            }
     settings = {
-        "architecture": "reft", "dropout": 0.05, "dtype": None, "init_weights_seed": None, "non_linearity": None,
-        "layers": "all" if layers is None else list(layers), "orthogonality": orthogonality, "output_reft": True,
-        "prefix_positions": prefix, "r": rank, "suffix_positions": suffix, "tied_weights": tied, **config,
-    }  # fmt: skip
+        "architecture": "reft",
+        "dropout": 0.05,
+        "dtype": None,
+        "init_weights_seed": None,
+        "non_linearity": None,
+        "layers": "all" if layers is None else list(layers),
+        "orthogonality": orthogonality,
+        "output_reft": True,
+        "prefix_positions": prefix,
+        "r": rank,
+        "suffix_positions": suffix,
+        "tied_weights": tied,
+        **config,
+    }
     path.mkdir(parents=True)
     content = {
-        "config": settings, "hidden_size": width, "model_class": "LlamaForCausalLM", "model_name": "", "model_type": "llama",
-        "name": "demo", "version": "adapters.1.3.0",
-    }  # fmt: skip
+        "config": settings,
+        "hidden_size": width,
+        "model_class": "LlamaForCausalLM",
+        "model_name": "",
+        "model_type": "llama",
+        "name": "demo",
+        "version": "adapters.1.3.0",
+    }
     (path / "adapter_config.json").write_text(json.dumps(content))
     if safetensors:
         from safetensors.torch import save_file
@@ -88,7 +135,9 @@ def hub_folder(
 
 
 def hub_weights(path: Path) -> dict[str, Tensor]:
-    """What an AdapterHub folder holds, R as torch's own parametrization shows it, by "layer.unit.name"."""
+    """What an AdapterHub folder holds, R as torch's own parametrization shows it, by
+    "layer.unit.name".
+    """
     found = torch.load(path / "pytorch_adapter.bin", weights_only=True)
     held = {}
     for key, tensor in found.items():
@@ -102,15 +151,27 @@ def hub_weights(path: Path) -> dict[str, Tensor]:
                 linear.parametrizations.weight[0].base.copy_(tensor)
             held[f"{layer}.{unit}.write"] = linear.weight.detach()
         elif not name.endswith(ORIGINAL):
-            short = {"learned_source.weight": "read", "learned_source.bias": "bias", "projection.weight": "write"}[name]
+            short = {
+                "learned_source.weight": "read",
+                "learned_source.bias": "bias",
+                "projection.weight": "write",
+            }[name]
             held[f"{layer}.{unit}.{short}"] = tensor
     return held
 
 
 def pyreft_model(
-    member: str = "loreft", *, layers=(0, 2), untied: bool = False, dtype=torch.float32, model=None, component=None
+    member: str = "loreft",
+    *,
+    layers=(0, 2),
+    untied: bool = False,
+    dtype=torch.float32,
+    model=None,
+    component=None,
 ):
-    """pyreft's own model on the tiny Llama with trained interventions, and the interventions in order."""
+    """pyreft's own model on the tiny Llama with trained interventions, and the interventions in
+    order.
+    """
     import pyreft
 
     torch.manual_seed(5)
@@ -122,10 +183,14 @@ def pyreft_model(
         with torch.no_grad():
             for name, parameter in made.named_parameters():
                 noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-                parameter.add_((noise.tril(-1) if "original" in name else noise).to(parameter.dtype))
+                parameter.add_(
+                    (noise.tril(-1) if "original" in name else noise).to(parameter.dtype)
+                )
         interventions.append(made)
         place = "block_output" if component is None else component.format(layer=layer)
-        representations.append({"layer": layer, "component": place, "low_rank_dimension": RANK, "intervention": made})
+        representations.append(
+            {"layer": layer, "component": place, "low_rank_dimension": RANK, "intervention": made}
+        )
     model = make("llama") if model is None else model
     reft = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations))
     return reft, interventions

@@ -1,4 +1,6 @@
-"""Against the real ``adapters``: what it saves edits the same here, and what is written here loads there."""
+"""Against the real ``adapters``: what it saves edits the same here, and what is written here
+loads there.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,14 @@ from tests.model.families import make, shake, within
 
 pytestmark = pytest.mark.transformers4
 
-adapters = pytest.importorskip("adapters", reason="adapters (AdapterHub) is not installed; it needs transformers 4.57")
+adapters = pytest.importorskip(
+    "adapters", reason="adapters (AdapterHub) is not installed; it needs transformers 4.57"
+)
 
 ENDS = pytest.mark.parametrize(
-    ("prefix", "suffix", "tied"), [(3, 2, True), (3, 2, False), (3, 0, False), (0, 2, True)], ids=str
+    ("prefix", "suffix", "tied"),
+    [(3, 2, True), (3, 2, False), (3, 0, False), (0, 2, True)],
+    ids=str,
 )
 
 
@@ -27,7 +33,9 @@ def hub_model(family: str = "llama", **settings):
     generator = torch.Generator().manual_seed(4)
     model = make(family)
     adapters.init(model)
-    config = adapters.ReftConfig(**{"layers": [0, 2], "r": folders.RANK, "orthogonality": True, "dropout": 0.0, **settings})
+    config = adapters.ReftConfig(
+        **{"layers": [0, 2], "r": folders.RANK, "orthogonality": True, "dropout": 0.0, **settings}
+    )
     model.add_adapter("demo", config=config)
     model.set_active_adapters("demo")
     with torch.no_grad():
@@ -48,14 +56,22 @@ def logits(model, family: str = "llama") -> torch.Tensor:
 @pytest.mark.parametrize("orthogonality", [True, False], ids=["orthogonal", "free"])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_new"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_what_adapters_saves_edits_the_same_here(tmp_path, family, activation, orthogonality, prefix, suffix, tied):
+def test_what_adapters_saves_edits_the_same_here(
+    tmp_path, family, activation, orthogonality, prefix, suffix, tied
+):
     model = hub_model(
-        family, prefix_positions=prefix, suffix_positions=suffix, tied_weights=tied, orthogonality=orthogonality,
+        family,
+        prefix_positions=prefix,
+        suffix_positions=suffix,
+        tied_weights=tied,
+        orthogonality=orthogonality,
         non_linearity=activation,
-    )  # fmt: skip
+    )
     model.save_adapter(tmp_path / "hub", "demo", with_head=False)
     adapter = convert(tmp_path / "hub", tmp_path / "peft", "peft")
-    assert adapter.intervention == ("loreft" if orthogonality else "noreft") and adapter.untied == bool(suffix and not tied)
+    assert adapter.intervention == (
+        "loreft" if orthogonality else "noreft"
+    ) and adapter.untied == bool(suffix and not tied)
     got = logits(PeftModel.from_pretrained(make(family), tmp_path / "peft").eval(), family)
     reference = exact(adapter, prefix, suffix, family)
     assert within(got, logits(model, family), reference)
@@ -65,22 +81,41 @@ def test_what_adapters_saves_edits_the_same_here(tmp_path, family, activation, o
 @pytest.mark.parametrize("member", ["loreft", "direft", "noreft", "nodireft"])
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 def test_what_is_written_here_loads_in_adapters(tmp_path, member, untied):
-    """The folder says subtract_projection, which ``adapters`` 1.3.0 understands although it does not save it."""
+    """The folder says subtract_projection, which ``adapters`` 1.3.0 understands although it does
+    not save it.
+    """
     make("llama").save_pretrained(tmp_path / "base")
     ours = get_peft_model(
         make("llama"),
-        ReftConfig(rank=4, intervention=member, init=None, positions="f3+l2", share_weights=not untied, activation="silu"),
+        ReftConfig(
+            rank=4,
+            intervention=member,
+            init=None,
+            positions="f3+l2",
+            share_weights=not untied,
+            activation="silu",
+        ),
     )
     shake(ours)
     ours.eval().save_pretrained(tmp_path / "peft")
-    adapter = convert(tmp_path / "peft", tmp_path / "hub", "adapterhub", options=Options(base_model=str(tmp_path / "base")))
+    adapter = convert(
+        tmp_path / "peft",
+        tmp_path / "hub",
+        "adapterhub",
+        options=Options(base_model=str(tmp_path / "base")),
+    )
     model = make("llama")
     adapters.init(model)
     missing: dict = {}
     name = model.load_adapter(str(tmp_path / "hub"), set_active=True, loading_info=missing)
     assert name == "reft" and not missing["missing_keys"] and not missing["unexpected_keys"]
     assert within(logits(ours), logits(model.eval()), exact(adapter, 3, 2))
-    units = [u for n, m in model.named_modules() for u in getattr(m, "units", []) if n.endswith("refts.reft")]
+    units = [
+        u
+        for n, m in model.named_modules()
+        for u in getattr(m, "units", [])
+        if n.endswith("refts.reft")
+    ]
     held = [w for sets in adapter.layers.values() for w in sets]
     assert len(units) == len(held) == 3 * (1 + untied)
     for unit, weights in zip(units, held, strict=True):
@@ -90,7 +125,9 @@ def test_what_is_written_here_loads_in_adapters(tmp_path, member, untied):
 
 
 def test_direft_is_saved_as_noreft_by_adapters(tmp_path):
-    """adapters 1.3.0 does not save subtract_projection: its own DiReFT comes back as NoReFT, there as here, unless told."""
+    """adapters 1.3.0 does not save subtract_projection: its own DiReFT comes back as NoReFT,
+    there as here, unless told.
+    """
     model = make("llama")
     adapters.init(model)
     model.add_adapter("demo", config=adapters.DiReftConfig(r=2, dropout=0.0))
@@ -100,8 +137,12 @@ def test_direft_is_saved_as_noreft_by_adapters(tmp_path):
     adapters.init(again)
     again.load_adapter(str(tmp_path / "hub"), set_active=True)
     adapter = convert(tmp_path / "hub", tmp_path / "a", "peft")
-    assert adapter.intervention == "noreft" and any("--intervention nodireft" in note for note in adapter.notes)
+    assert adapter.intervention == "noreft" and any(
+        "--intervention nodireft" in note for note in adapter.notes
+    )
     assert within(logits(again.eval()), logits(again), exact(adapter, 3, 0))
-    adapter = convert(tmp_path / "hub", tmp_path / "b", "peft", options=Options(intervention="nodireft"))
+    adapter = convert(
+        tmp_path / "hub", tmp_path / "b", "peft", options=Options(intervention="nodireft")
+    )
     got = logits(PeftModel.from_pretrained(make("llama"), tmp_path / "b").eval())
     assert within(got, logits(model), exact(adapter, 3, 0))

@@ -1,4 +1,6 @@
-"""The command: what it says, what it refuses by name, and that a folder appears whole or not at all."""
+"""The command: what it says, what it refuses by name, and that a folder appears whole or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,12 @@ def test_the_formats_are_found_out(tmp_path, peft, pyreft, hub, capsys):
 
 
 def test_it_is_a_module_with_a_help():
-    done = subprocess.run([sys.executable, "-m", "reft_kernels.convert", "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "reft_kernels.convert", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for word in (
         "pyreft",
         "adapterhub",
@@ -42,12 +49,38 @@ def test_it_is_a_module_with_a_help():
 
 
 def test_flags_reach_the_folder(tmp_path, hub):
-    assert run(hub, tmp_path / "out", "--to", "peft", "--positions", "l1", "--base-model", "some/model", "--layers", "2") == 0
+    assert (
+        run(
+            hub,
+            tmp_path / "out",
+            "--to",
+            "peft",
+            "--positions",
+            "l1",
+            "--base-model",
+            "some/model",
+            "--layers",
+            "2",
+        )
+        == 0
+    )
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
-    assert (config["positions"], config["base_model_name_or_path"], config["layers"]) == ("l1", "some/model", [2])
+    assert (config["positions"], config["base_model_name_or_path"], config["layers"]) == (
+        "l1",
+        "some/model",
+        [2],
+    )
     assert run(hub, tmp_path / "half", "--to", "peft", "--dtype", "bfloat16") == 0
-    dtypes = {k.rsplit(".", 1)[-1]: t.dtype for k, t in load_file(tmp_path / "half" / "adapter_model.safetensors").items()}
-    assert dtypes == {"X": torch.float32, "signs": torch.float32, "W": torch.bfloat16, "b": torch.bfloat16}
+    dtypes = {
+        k.rsplit(".", 1)[-1]: t.dtype
+        for k, t in load_file(tmp_path / "half" / "adapter_model.safetensors").items()
+    }
+    assert dtypes == {
+        "X": torch.float32,
+        "signs": torch.float32,
+        "W": torch.bfloat16,
+        "b": torch.bfloat16,
+    }
 
 
 def test_pyrefts_way_of_counting_positions(tmp_path, pyreft):
@@ -57,7 +90,9 @@ def test_pyrefts_way_of_counting_positions(tmp_path, pyreft):
         return json.loads((folder / "adapter_config.json").read_text())["pyreft_positions"]
 
     assert run(pyreft, tmp_path / "a", "--to", "peft") == 0 and not counted(tmp_path / "a")
-    assert run(pyreft, tmp_path / "b", "--to", "peft", "--pyreft-positions") == 0 and counted(tmp_path / "b")
+    assert run(pyreft, tmp_path / "b", "--to", "peft", "--pyreft-positions") == 0 and counted(
+        tmp_path / "b"
+    )
     assert run(tmp_path / "b", tmp_path / "c", "--to", "pyreft") == 0
     assert run(tmp_path / "c", tmp_path / "d", "--to", "peft") == 0 and counted(tmp_path / "d")
 
@@ -74,36 +109,66 @@ def test_the_base_model_tells_where_its_blocks_are(tmp_path, peft):
 # ---- what a target cannot express
 
 
-@pytest.mark.parametrize(("settings", "target", "expected"), [
-    ({"intervention": "consreft"}, "adapterhub", "AdapterHub has no consreft"),
-    ({"intervention": "lobireft"}, "adapterhub", "AdapterHub has no lobireft"),
-    ({"intervention": "red"}, "pyreft", "red (scale * h + bias) has no counterpart"),
-    ({"positions": "prompt"}, "adapterhub", "got 'prompt', but AdapterHub edits first and last tokens only"),
-    ({"positions": "all"}, "adapterhub", "got 'all', but AdapterHub edits first and last tokens only"),
-    ({"component": "mlp_output"}, "adapterhub", "got 'mlp_output', but AdapterHub edits the output of blocks only"),
-    ({"component": "model.layers.{layer}.mlp", "layers": [1]}, "adapterhub", "AdapterHub edits the output of blocks only"),
-    ({}, "adapterhub", "say --base-model"),
-    ({"pyreft_positions": True}, "adapterhub", "pyreft_positions: got True, but AdapterHub counts the last token"),
-    ({"activation": "relu"}, "pyreft", "got 'relu', but a pyreft folder has no place for act_fn"),
-    ({"component": "mlp_activation"}, "pyreft", "differs in gated MLPs"),
-    ({"component": "model.layers.{layer}.mlp"}, "pyreft", "need not be 0 to 2; say --layers"),
-    ({"modules_to_save": ["lm_head"]}, "pyreft", "--without-head leaves them out"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "target", "expected"),
+    [
+        ({"intervention": "consreft"}, "adapterhub", "AdapterHub has no consreft"),
+        ({"intervention": "lobireft"}, "adapterhub", "AdapterHub has no lobireft"),
+        ({"intervention": "red"}, "pyreft", "red (scale * h + bias) has no counterpart"),
+        (
+            {"positions": "prompt"},
+            "adapterhub",
+            "got 'prompt', but AdapterHub edits first and last tokens only",
+        ),
+        (
+            {"positions": "all"},
+            "adapterhub",
+            "got 'all', but AdapterHub edits first and last tokens only",
+        ),
+        (
+            {"component": "mlp_output"},
+            "adapterhub",
+            "got 'mlp_output', but AdapterHub edits the output of blocks only",
+        ),
+        (
+            {"component": "model.layers.{layer}.mlp", "layers": [1]},
+            "adapterhub",
+            "AdapterHub edits the output of blocks only",
+        ),
+        ({}, "adapterhub", "say --base-model"),
+        (
+            {"pyreft_positions": True},
+            "adapterhub",
+            "pyreft_positions: got True, but AdapterHub counts the last token",
+        ),
+        (
+            {"activation": "relu"},
+            "pyreft",
+            "got 'relu', but a pyreft folder has no place for act_fn",
+        ),
+        ({"component": "mlp_activation"}, "pyreft", "differs in gated MLPs"),
+        ({"component": "model.layers.{layer}.mlp"}, "pyreft", "need not be 0 to 2; say --layers"),
+        ({"modules_to_save": ["lm_head"]}, "pyreft", "--without-head leaves them out"),
+    ],
+)
 def test_what_the_target_cannot_express(tmp_path, capsys, settings, target, expected):
     folders.peft_folder(tmp_path / "peft", **settings)
     refused(capsys, tmp_path, expected, tmp_path / "peft", tmp_path / "out", "--to", target)
 
 
-@pytest.mark.parametrize(("settings", "expected"), [
-    ({"non_linearity": "leakyrelu"}, "non_linearity: activation: got 'leakyrelu'"),
-    ({"non_linearity": "quick_gelu"}, "got 'quick_gelu', expected one of linear, relu"),
-    ({"architecture": "lora"}, "architecture is 'lora', expected 'reft'"),
-    ({"architecture": "union"}, "architecture is 'union', expected 'reft'"),
-    ({"orthogonality": False}, "as its configuration says"),
-    ({"tied_weights": False}, "has units [0], expected 2"),
-    ({"layers": [0, 1]}, "the configuration says [0, 1], the file holds [0, 2]"),
-    ({"prefix_positions": 0, "suffix_positions": 0}, "expected one above 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"non_linearity": "leakyrelu"}, "non_linearity: activation: got 'leakyrelu'"),
+        ({"non_linearity": "quick_gelu"}, "got 'quick_gelu', expected one of linear, relu"),
+        ({"architecture": "lora"}, "architecture is 'lora', expected 'reft'"),
+        ({"architecture": "union"}, "architecture is 'union', expected 'reft'"),
+        ({"orthogonality": False}, "as its configuration says"),
+        ({"tied_weights": False}, "has units [0], expected 2"),
+        ({"layers": [0, 1]}, "the configuration says [0, 1], the file holds [0, 2]"),
+        ({"prefix_positions": 0, "suffix_positions": 0}, "expected one above 0"),
+    ],
+)
 def test_what_a_hub_folder_says_wrongly_or_here_unknown(tmp_path, capsys, hub, settings, expected):
     content = json.loads((hub / "adapter_config.json").read_text())
     content["config"] |= settings
@@ -113,7 +178,15 @@ def test_what_a_hub_folder_says_wrongly_or_here_unknown(tmp_path, capsys, hub, s
 
 def test_an_encoder_decoder_and_a_head(tmp_path, capsys, hub):
     torch.save({"classifier.weight": torch.zeros(2, 2)}, hub / "pytorch_model_head.bin")
-    refused(capsys, tmp_path, "a prediction head, which is not converted", hub, tmp_path / "out", "--to", "peft")
+    refused(
+        capsys,
+        tmp_path,
+        "a prediction head, which is not converted",
+        hub,
+        tmp_path / "out",
+        "--to",
+        "peft",
+    )
     assert run(hub, tmp_path / "out", "--to", "peft", "--without-head") == 0
     content = json.loads((hub / "adapter_config.json").read_text())
     (hub / "adapter_config.json").write_text(json.dumps({**content, "model_type": "t5"}))
@@ -122,27 +195,49 @@ def test_an_encoder_decoder_and_a_head(tmp_path, capsys, hub):
     refused(capsys, tmp_path, "'t5' counts layers over encoder and decoder", *arguments)
 
 
-@pytest.mark.parametrize(("field", "value", "expected"), [
-    ("component", "mlp_activation", "pyvene's 'mlp_activation' has no certain counterpart"),
-    ("component", "query_output", "pyvene's 'query_output' has no certain counterpart"),
-    ("unit", "h.pos", "unit: got 'h.pos' with 1 units"),
-    ("max_number_of_units", 2, "unit: got 'pos' with 2 units"),
-    ("intervention_link_key", 0, "intervention_link_key: got 0"),
-    ("moe_key", 1, "moe_key: got 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("component", "mlp_activation", "pyvene's 'mlp_activation' has no certain counterpart"),
+        ("component", "query_output", "pyvene's 'query_output' has no certain counterpart"),
+        ("unit", "h.pos", "unit: got 'h.pos' with 1 units"),
+        ("max_number_of_units", 2, "unit: got 'pos' with 2 units"),
+        ("intervention_link_key", 0, "intervention_link_key: got 0"),
+        ("moe_key", 1, "moe_key: got 1"),
+    ],
+)
 def test_what_a_pyreft_folder_holds_here_unknown(tmp_path, capsys, pyreft, field, value, expected):
-    names = ("layer", "component", "unit", "max_number_of_units", "low_rank_dimension", "intervention_type", "intervention",
-             "subspace_partition", "group_key", "intervention_link_key", "moe_key")  # fmt: skip
+    names = (
+        "layer",
+        "component",
+        "unit",
+        "max_number_of_units",
+        "low_rank_dimension",
+        "intervention_type",
+        "intervention",
+        "subspace_partition",
+        "group_key",
+        "intervention_link_key",
+        "moe_key",
+    )
     config = json.loads((pyreft / "config.json").read_text())
     for entry in config["representations"]:
         entry[names.index(field)] = value
     (pyreft / "config.json").write_text(json.dumps(config))
     for layer in range(3):
-        values = {"component": "block_output", "unit": "pos", "max_number_of_units": 1, field: value}
+        values = {
+            "component": "block_output",
+            "unit": "pos",
+            "max_number_of_units": 1,
+            field: value,
+        }
         old = pyreft / f"intkey_layer_{layer}_comp_block_output_unit_pos_nunit_1#0.bin"
-        old.rename(pyreft / "intkey_layer_{}_comp_{component}_unit_{unit}_nunit_{max_number_of_units}#0.bin".format(
-            layer, **{**values, "unit": values["unit"].replace(".", "_")}
-        ))  # fmt: skip
+        old.rename(
+            pyreft
+            / "intkey_layer_{}_comp_{component}_unit_{unit}_nunit_{max_number_of_units}#0.bin".format(
+                layer, **{**values, "unit": values["unit"].replace(".", "_")}
+            )
+        )
     capsys.readouterr()
     refused(capsys, tmp_path, expected, pyreft, tmp_path / "out", "--to", "peft")
 
@@ -152,22 +247,47 @@ def test_a_foreign_class_is_named(tmp_path, capsys, pyreft):
     config["intervention_types"] = ["<class '__main__.SubloreftIntervention'>"] * 3
     (pyreft / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    refused(capsys, tmp_path, "got SubloreftIntervention, expected one of", pyreft, tmp_path / "out", "--to", "peft")
+    refused(
+        capsys,
+        tmp_path,
+        "got SubloreftIntervention, expected one of",
+        pyreft,
+        tmp_path / "out",
+        "--to",
+        "peft",
+    )
 
 
 def test_a_head_in_a_pyreft_folder(tmp_path, capsys, pyreft):
-    torch.save({}, pyreft / "pytorch_model.bin")  # what save_intervention leaves where nothing else is trained
+    torch.save(
+        {}, pyreft / "pytorch_model.bin"
+    )  # what save_intervention leaves where nothing else is trained
     assert run(pyreft, tmp_path / "out", "--to", "peft") == 0
     torch.save({"score.weight": torch.nn.Parameter(torch.zeros(2))}, pyreft / "pytorch_model.bin")
     capsys.readouterr()
-    refused(capsys, tmp_path, "trained parameters of the model (score.weight)", pyreft, tmp_path / "other", "--to", "peft")
+    refused(
+        capsys,
+        tmp_path,
+        "trained parameters of the model (score.weight)",
+        pyreft,
+        tmp_path / "other",
+        "--to",
+        "peft",
+    )
     assert run(pyreft, tmp_path / "other", "--to", "peft", "--without-head") == 0
 
 
-@pytest.mark.parametrize(("member", "choices"), [
-    ("loreft", None), ("direft", None), ("noreft", ("noreft", "nodireft")), ("nodireft", ("noreft", "nodireft")),
-    ("consreft", ("consreft", "lobireft")), ("lobireft", ("consreft", "lobireft")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("member", "choices"),
+    [
+        ("loreft", None),
+        ("direft", None),
+        ("noreft", ("noreft", "nodireft")),
+        ("nodireft", ("noreft", "nodireft")),
+        ("consreft", ("consreft", "lobireft")),
+        ("lobireft", ("consreft", "lobireft")),
+    ],
+)
 def test_without_config_the_state_tells_what_it_can(tmp_path, capsys, member, choices):
     folders.peft_folder(tmp_path / "peft", intervention=member)
     assert run(tmp_path / "peft", tmp_path / "pyreft", "--to", "pyreft") == 0
@@ -178,13 +298,22 @@ def test_without_config_the_state_tells_what_it_can(tmp_path, capsys, member, ch
         refused(capsys, tmp_path, f"may be {choices[0]} or {choices[1]}", *arguments)
         arguments += ("--intervention", member)
     assert run(*arguments) == 0
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["intervention"] == member
+    assert (
+        json.loads((tmp_path / "out" / "adapter_config.json").read_text())["intervention"] == member
+    )
 
 
-@pytest.mark.parametrize(("version", "stored", "activation"), [
-    ("adapters.1.3.0", "gelu", "gelu"), (None, "gelu", "gelu_tanh"), (None, "gelu_orig", "gelu"),
-    ("adapters.1.3.0", "gelu_new", "gelu_tanh"), ("adapters.1.3.0", "swish", "silu"), ("adapters.1.3.0", None, "linear"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("version", "stored", "activation"),
+    [
+        ("adapters.1.3.0", "gelu", "gelu"),
+        (None, "gelu", "gelu_tanh"),
+        (None, "gelu_orig", "gelu"),
+        ("adapters.1.3.0", "gelu_new", "gelu_tanh"),
+        ("adapters.1.3.0", "swish", "silu"),
+        ("adapters.1.3.0", None, "linear"),
+    ],
+)
 def test_activations_of_old_and_new_hub_folders(tmp_path, hub, version, stored, activation):
     content = json.loads((hub / "adapter_config.json").read_text())
     content["config"]["non_linearity"] = stored
@@ -192,7 +321,10 @@ def test_activations_of_old_and_new_hub_folders(tmp_path, hub, version, stored, 
         del content["version"]
     (hub / "adapter_config.json").write_text(json.dumps(content))
     assert run(hub, tmp_path / "out", "--to", "peft") == 0
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["activation"] == activation
+    assert (
+        json.loads((tmp_path / "out" / "adapter_config.json").read_text())["activation"]
+        == activation
+    )
 
 
 # ---- whole or not at all
@@ -214,7 +346,16 @@ def test_a_folder_that_is_not_empty_is_kept_or_replaced_whole(tmp_path, capsys, 
 
 def test_a_file_in_the_way(tmp_path, capsys, peft):
     (tmp_path / "out").write_text("mine")
-    refused(capsys, tmp_path, "exists and is not a folder", peft, tmp_path / "out", "--to", "pyreft", "--force")
+    refused(
+        capsys,
+        tmp_path,
+        "exists and is not a folder",
+        peft,
+        tmp_path / "out",
+        "--to",
+        "pyreft",
+        "--force",
+    )
 
 
 @pytest.mark.parametrize("place", ["write", "rename"])
@@ -250,7 +391,8 @@ def test_a_folder_may_replace_itself(tmp_path, hub):
 
 def test_it_imports_no_framework():
     code = (
-        "import sys, reft_kernels.convert; print({'transformers', 'peft', 'pyreft', 'pyvene', 'adapters'} & set(sys.modules))"
+        "import sys, reft_kernels.convert; print({'transformers', 'peft', 'pyreft', 'pyvene', "
+        "'adapters'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

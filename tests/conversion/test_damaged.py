@@ -1,4 +1,6 @@
-"""Folders that are damaged, foreign or hostile: one clear line each, nothing executed, nothing written."""
+"""Folders that are damaged, foreign or hostile: one clear line each, nothing executed, nothing
+written.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,15 @@ def test_no_file_is_executed(tmp_path, capsys, form, request):
     victim = next(folder.glob("*.bin"))
     torch.save({"weight": Bomb(tmp_path / "executed")}, victim)
     capsys.readouterr()
-    refused(capsys, tmp_path, "cannot be loaded as a state dict (weights only)", folder, tmp_path / "out", "--to", "peft")
+    refused(
+        capsys,
+        tmp_path,
+        "cannot be loaded as a state dict (weights only)",
+        folder,
+        tmp_path / "out",
+        "--to",
+        "peft",
+    )
     assert not (tmp_path / "executed").exists()
 
 
@@ -42,7 +52,11 @@ def test_damaged_weights(tmp_path, capsys, form, damage, request):
     elif damage == "missing":
         victim.unlink()
     else:
-        victim.write_bytes({"truncated": data[: len(data) // 2], "garbage": b"\x00\x13garbage" * 50, "empty": b""}[damage])
+        victim.write_bytes(
+            {"truncated": data[: len(data) // 2], "garbage": b"\x00\x13garbage" * 50, "empty": b""}[
+                damage
+            ]
+        )
     capsys.readouterr()
     target = {"peft": "pyreft"}.get(form, "peft")
     refused(capsys, tmp_path, victim.name, folder, tmp_path / "out", "--to", target)
@@ -55,12 +69,24 @@ def test_damaged_configurations(tmp_path, capsys, form, text, request):
     name = "config.json" if form == "pyreft" else "adapter_config.json"
     (folder / name).write_bytes(text.encode("latin-1"))
     capsys.readouterr()
-    refused(capsys, tmp_path, name, folder, tmp_path / "out", "--to", "pyreft" if form == "peft" else "peft")
+    refused(
+        capsys,
+        tmp_path,
+        name,
+        folder,
+        tmp_path / "out",
+        "--to",
+        "pyreft" if form == "peft" else "peft",
+    )
 
 
 def _edit_first(folder, change) -> None:
     victim = sorted([*folder.glob("*.bin"), *folder.glob("adapter_model.safetensors")])[0]
-    tensors = load_file(victim) if victim.suffix == ".safetensors" else torch.load(victim, weights_only=True)
+    tensors = (
+        load_file(victim)
+        if victim.suffix == ".safetensors"
+        else torch.load(victim, weights_only=True)
+    )
     change(tensors)
     if victim.suffix == ".safetensors":
         save_file(tensors, victim)
@@ -69,7 +95,9 @@ def _edit_first(folder, change) -> None:
 
 
 @pytest.mark.parametrize("form", ["peft", "pyreft", "hub"])
-@pytest.mark.parametrize("damage", ["lacks one", "has another", "other shape", "other dimensions", "integers"])
+@pytest.mark.parametrize(
+    "damage", ["lacks one", "has another", "other shape", "other dimensions", "integers"]
+)
 def test_tensors_that_do_not_fit(tmp_path, capsys, form, damage, request):
     folder = request.getfixturevalue(form)
 
@@ -88,7 +116,15 @@ def test_tensors_that_do_not_fit(tmp_path, capsys, form, damage, request):
 
     _edit_first(folder, change)
     capsys.readouterr()
-    refused(capsys, tmp_path, "", folder, tmp_path / "out", "--to", "pyreft" if form == "peft" else "peft")
+    refused(
+        capsys,
+        tmp_path,
+        "",
+        folder,
+        tmp_path / "out",
+        "--to",
+        "pyreft" if form == "peft" else "peft",
+    )
 
 
 def test_an_R_that_is_not_orthonormal(tmp_path, capsys, pyreft):
@@ -99,22 +135,46 @@ def test_an_R_that_is_not_orthonormal(tmp_path, capsys, pyreft):
 
 
 def test_no_folder_and_no_format(tmp_path, capsys):
-    refused(capsys, tmp_path, "is not a folder", tmp_path / "none", tmp_path / "out", "--to", "peft")
+    refused(
+        capsys, tmp_path, "is not a folder", tmp_path / "none", tmp_path / "out", "--to", "peft"
+    )
     (tmp_path / "empty").mkdir()
-    refused(capsys, tmp_path, "is no known format", tmp_path / "empty", tmp_path / "out", "--to", "peft")
+    refused(
+        capsys, tmp_path, "is no known format", tmp_path / "empty", tmp_path / "out", "--to", "peft"
+    )
 
 
 def test_edits_of_several_widths(tmp_path, capsys, peft):
-    _edit_first(peft, lambda tensors: tensors.update({k.replace(".d32.", ".d64."): t.clone() for k, t in tensors.items()}))
-    refused(capsys, tmp_path, "edits of several widths [32, 64]", peft, tmp_path / "out", "--to", "pyreft")
+    _edit_first(
+        peft,
+        lambda tensors: tensors.update(
+            {k.replace(".d32.", ".d64."): t.clone() for k, t in tensors.items()}
+        ),
+    )
+    refused(
+        capsys,
+        tmp_path,
+        "edits of several widths [32, 64]",
+        peft,
+        tmp_path / "out",
+        "--to",
+        "pyreft",
+    )
 
 
-@pytest.mark.parametrize(("change", "expected"), [
-    ({"layers": ["a", "b", "c"]}, "malformed peft folder"), ({"dropout": "much"}, "malformed peft folder"),
-    ({"dropout": None}, "malformed peft folder"), ({"layers": 3}, "layers: got 3"), ({"peft_type": "LORA"}, "is 'LORA'"),
-    ({"intervention": "x"}, "intervention: got 'x'"), ({"parametrization": "x"}, "parametrization: got 'x'"),
-    ({"positions": "x"}, "positions: got 'x'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"layers": ["a", "b", "c"]}, "malformed peft folder"),
+        ({"dropout": "much"}, "malformed peft folder"),
+        ({"dropout": None}, "malformed peft folder"),
+        ({"layers": 3}, "layers: got 3"),
+        ({"peft_type": "LORA"}, "is 'LORA'"),
+        ({"intervention": "x"}, "intervention: got 'x'"),
+        ({"parametrization": "x"}, "parametrization: got 'x'"),
+        ({"positions": "x"}, "positions: got 'x'"),
+    ],
+)
 def test_settings_of_a_foreign_type(tmp_path, capsys, peft, change, expected):
     content = json.loads((peft / "adapter_config.json").read_text())
     (peft / "adapter_config.json").write_text(json.dumps(content | change))

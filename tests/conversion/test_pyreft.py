@@ -1,4 +1,6 @@
-"""Against the real pyreft: what it saves edits the same here, what is written here loads there, within the error budget."""
+"""Against the real pyreft: what it saves edits the same here, what is written here loads there,
+within the error budget.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def theirs(reft, untied: bool, count: int):
     for intervention in reft.interventions.values():  # pyreft leaves them in training mode
         intervention.eval()
     with torch.no_grad():
-        return reft({"input_ids": ids()}, unit_locations={"sources->base": (None, locations)})[1].logits
+        return reft({"input_ids": ids()}, unit_locations={"sources->base": (None, locations)})[
+            1
+        ].logits
 
 
 @UNTIED
@@ -48,7 +52,9 @@ def test_what_pyreft_saves_edits_the_same_here(tmp_path, member, untied):
     assert within(got, plain, reference)
     with torch.no_grad(), model.disable_adapter():
         untouched = model(input_ids=ids()).logits
-    assert (got - untouched).abs().max() > 100 * (got - reference).abs().max()  # the edit is there at all
+    assert (got - untouched).abs().max() > 100 * (
+        got - reference
+    ).abs().max()  # the edit is there at all
 
 
 @UNTIED
@@ -64,7 +70,9 @@ def test_what_is_written_here_loads_with_reft_model_load(tmp_path, member, untie
     assert within(got, plain, exact(adapter, 3, 2))
     R = {f"{n}.{i}": w["write"] for n, i, w in adapter.sets()}
     for (name, intervention), (layer, index) in zip(
-        reft.interventions.items(), [(n, i) for i in range(1 + untied) for n in adapter.layers], strict=True
+        reft.interventions.items(),
+        [(n, i) for i in range(1 + untied) for n in adapter.layers],
+        strict=True,
     ):
         assert f"layer_{layer}_" in name and name.endswith(f"#{index}")
         assert torch.equal(intervention.rotate_layer.weight.mT, R[f"{layer}.{index}"])
@@ -75,10 +83,14 @@ def test_what_is_written_here_loads_with_reft_model_load(tmp_path, member, untie
 def test_what_is_written_here_loads_into_interventions(tmp_path, member, untied):
     """In fp32, into interventions made with their dtype: nothing is lost."""
     folders.peft_folder(tmp_path / "peft", intervention=member, share_weights=not untied)
-    adapter = convert(tmp_path / "peft", tmp_path / "pyreft", "pyreft", options=Options(dtype="float32"))
+    adapter = convert(
+        tmp_path / "peft", tmp_path / "pyreft", "pyreft", options=Options(dtype="float32")
+    )
     reft, _ = folders.pyreft_model(member, layers=(0, 1, 2), untied=untied)
     for name, intervention in reft.interventions.items():
-        intervention.load_state_dict(torch.load(tmp_path / "pyreft" / f"intkey_{name}.bin", weights_only=True))
+        intervention.load_state_dict(
+            torch.load(tmp_path / "pyreft" / f"intkey_{name}.bin", weights_only=True)
+        )
     got, model = ours(tmp_path / "peft")
     assert len(stacks(model)) == 1
     assert within(got, theirs(reft, untied, 3), exact(adapter, 3, 2))
@@ -131,7 +143,9 @@ def test_a_string_component(tmp_path, config):
 
 
 def test_an_inner_string_component_needs_config_or_component(tmp_path):
-    reft, _ = folders.pyreft_model(layers=(0, 2), component="model.layers[{layer}].self_attn.o_proj.output")
+    reft, _ = folders.pyreft_model(
+        layers=(0, 2), component="model.layers[{layer}].self_attn.o_proj.output"
+    )
     reft.save(tmp_path / "a")
     path = "model.layers.{layer}.self_attn.o_proj"
     adapter = convert(tmp_path / "a", tmp_path / "b", "peft", options=POSITIONS)
@@ -149,12 +163,18 @@ def test_positions_must_be_said(tmp_path):
     reft.save(tmp_path / "a")
     with pytest.raises(ConversionError, match="say --positions"):
         convert(tmp_path / "a", tmp_path / "b", "peft")
-    with pytest.raises(ConversionError, match="'f3', expected 'fN\\+lM': the source has two interventions a layer"):
+    with pytest.raises(
+        ConversionError, match="'f3', expected 'fN\\+lM': the source has two interventions a layer"
+    ):
         convert(tmp_path / "a", tmp_path / "b", "peft", options=Options(positions="f3"))
     with pytest.raises(ConversionError, match="layers: got \\[1\\], but the source has \\[0, 2\\]"):
-        convert(tmp_path / "a", tmp_path / "b", "peft", options=Options(positions="f3+l2", layers=[1]))
+        convert(
+            tmp_path / "a", tmp_path / "b", "peft", options=Options(positions="f3+l2", layers=[1])
+        )
     assert not (tmp_path / "b").exists()
-    adapter = convert(tmp_path / "a", tmp_path / "b", "peft", options=Options(positions="f3+l2", layers=[2]))
+    adapter = convert(
+        tmp_path / "a", tmp_path / "b", "peft", options=Options(positions="f3+l2", layers=[2])
+    )
     assert list(adapter.layers) == [2]
 
 
@@ -166,8 +186,13 @@ def test_old_keys_become_new_ones(tmp_path):
     with_dots(tmp_path / "old")
     convert(tmp_path / "old", tmp_path / "b", "pyreft")
     for path in (tmp_path / "a").glob("intkey_*.bin"):
-        before, after = (torch.load(folder / path.name, weights_only=True) for folder in (tmp_path / "a", tmp_path / "b"))
-        assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+        before, after = (
+            torch.load(folder / path.name, weights_only=True)
+            for folder in (tmp_path / "a", tmp_path / "b")
+        )
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[k], after[k]) for k in before
+        )
     pyreft.ReftModel.load(str(tmp_path / "b"), make("llama").to(torch.bfloat16))
 
 
@@ -178,12 +203,25 @@ def test_noreft_with_a_bias_of_its_projection(tmp_path):
         intervention.proj_layer.bias = torch.nn.Parameter(torch.randn(folders.RANK))
     reft.save(tmp_path / "a")
     adapter = convert(tmp_path / "a", tmp_path / "b", "peft", options=POSITIONS)
-    folded = {n: [{**w, "bias": w["bias"] - w["subtract_bias"]} for w in sets] for n, sets in adapter.layers.items()}
+    folded = {
+        n: [{**w, "bias": w["bias"] - w["subtract_bias"]} for w in sets]
+        for n, sets in adapter.layers.items()
+    }
     adapter.layers = folded
     assert within(ours(tmp_path / "b")[0], theirs(reft, False, 2), exact(adapter, 3, 2))
     convert(tmp_path / "b", tmp_path / "c", "pyreft")
     for path in (tmp_path / "a").glob("intkey_*.bin"):
-        before, after = (torch.load(folder / path.name, weights_only=True) for folder in (tmp_path / "a", tmp_path / "c"))
-        assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+        before, after = (
+            torch.load(folder / path.name, weights_only=True)
+            for folder in (tmp_path / "a", tmp_path / "c")
+        )
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[k], after[k]) for k in before
+        )
     with pytest.raises(ConversionError, match="add_bias"):
-        convert(tmp_path / "a", tmp_path / "d", "peft", options=Options(positions="f3+l2", activation="relu"))
+        convert(
+            tmp_path / "a",
+            tmp_path / "d",
+            "peft",
+            options=Options(positions="f3+l2", activation="relu"),
+        )

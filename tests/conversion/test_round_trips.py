@@ -1,4 +1,6 @@
-"""There and back between every two formats: R, W, b and X come back bit for bit; what one hop keeps, and how near R(X) is."""
+"""There and back between every two formats: R, W, b and X come back bit for bit; what one hop
+keeps, and how near R(X) is.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from tests.plain import MAPS
 from tests.plain import householder as plain_householder
 
 POSITIONS = Options(positions="f3+l2")
-BLOCKS = Options(component="model.layers.{layer}")  # says where the blocks are, in place of --base-model
+BLOCKS = Options(
+    component="model.layers.{layer}"
+)  # says where the blocks are, in place of --base-model
 SHARED = ("loreft", "direft", "noreft", "nodireft")  # AdapterHub has no consreft and no lobireft
 UNTIED = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 
@@ -54,9 +58,13 @@ def pyreft_tensors(folder):
 
 @UNTIED
 @pytest.mark.parametrize("parametrization", ["householder", "cayley"])
-@pytest.mark.parametrize(("member", "middle"), [
-    *((member, "pyreft") for member in folders.CLASSES), *((member, "adapterhub") for member in SHARED),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("member", "middle"),
+    [
+        *((member, "pyreft") for member in folders.CLASSES),
+        *((member, "adapterhub") for member in SHARED),
+    ],
+)
 def test_peft_there_and_back(tmp_path, member, middle, parametrization, untied):
     folders.peft_folder(
         tmp_path / "a",
@@ -67,36 +75,65 @@ def test_peft_there_and_back(tmp_path, member, middle, parametrization, untied):
         dropout=0.1,
         response_template=[[5, 6], [7]],
     )
-    convert(tmp_path / "a", tmp_path / "b", middle, options=BLOCKS if middle == "adapterhub" else None)
+    convert(
+        tmp_path / "a", tmp_path / "b", middle, options=BLOCKS if middle == "adapterhub" else None
+    )
     convert(tmp_path / "b", tmp_path / "c", "peft")
     assert equal(peft_tensors(tmp_path / "a"), peft_tensors(tmp_path / "c"))
     old, new = config_of(tmp_path / "a"), config_of(tmp_path / "c")
-    kept = {"layers", "rank", "positions", "share_weights", "intervention", "activation", "dropout", "parametrization", "init"}
+    kept = {
+        "layers",
+        "rank",
+        "positions",
+        "share_weights",
+        "intervention",
+        "activation",
+        "dropout",
+        "parametrization",
+        "init",
+    }
     kept |= {"response_template"}
     assert {k: old[k] for k in kept} == {k: new[k] for k in kept}
 
 
 @UNTIED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize(("member", "middle"), [
-    *((member, "peft") for member in folders.CLASSES), *((member, "adapterhub") for member in SHARED),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("member", "middle"),
+    [
+        *((member, "peft") for member in folders.CLASSES),
+        *((member, "adapterhub") for member in SHARED),
+    ],
+)
 def test_pyreft_there_and_back(tmp_path, member, middle, dtype, untied):
     pytest.importorskip("pyreft", reason="pyreft is not installed")
     reft, _ = folders.pyreft_model(member, untied=untied, dtype=dtype)
     reft.save(tmp_path / "a")
-    options = Options(positions="f3+l2", component="model.layers.{layer}") if middle == "adapterhub" else POSITIONS
+    options = (
+        Options(positions="f3+l2", component="model.layers.{layer}")
+        if middle == "adapterhub"
+        else POSITIONS
+    )
     convert(tmp_path / "a", tmp_path / "b", middle, options=options)
     convert(tmp_path / "b", tmp_path / "c", "pyreft", options=Options(component="block_output"))
     assert equal(pyreft_tensors(tmp_path / "a"), pyreft_tensors(tmp_path / "c"))
     left, right = (json.loads((tmp_path / n / "config.json").read_text()) for n in "ac")
-    for name in ("representations", "intervention_types", "sorted_keys", "intervention_constant_sources", "model_type", "mode",
-                 "intervention_dimensions"):  # fmt: skip
+    for name in (
+        "representations",
+        "intervention_types",
+        "sorted_keys",
+        "intervention_constant_sources",
+        "model_type",
+        "mode",
+        "intervention_dimensions",
+    ):
         assert left.get(name) == right.get(name), name
 
 
 @pytest.mark.parametrize("safetensors", [False, True], ids=["bin", "safetensors"])
-@pytest.mark.parametrize("ends", [(3, 2, True), (3, 2, False), (3, 0, False), (0, 2, False), (0, 2, True)])
+@pytest.mark.parametrize(
+    "ends", [(3, 2, True), (3, 2, False), (3, 0, False), (0, 2, False), (0, 2, True)]
+)
 @pytest.mark.parametrize("orthogonality", [True, False], ids=["orthogonal", "free"])
 @pytest.mark.parametrize("middle", ["pyreft", "peft"])
 def test_adapterhub_there_and_back(tmp_path, middle, orthogonality, ends, safetensors):
@@ -139,10 +176,15 @@ def test_one_hop_holds_the_models_own_R(tmp_path):
     hub = folders.hub_weights(tmp_path / "hub")
     for layer in range(LAYERS):
         found = torch.load(
-            tmp_path / "pyreft" / f"intkey_layer_{layer}_comp_block_output_unit_pos_nunit_1#0.bin", weights_only=True
+            tmp_path / "pyreft" / f"intkey_layer_{layer}_comp_block_output_unit_pos_nunit_1#0.bin",
+            weights_only=True,
         )
-        assert same(found["rotate_layer"].mT, stack.R[layer]) and same(found["weight"], stack.W[layer].detach())
-        assert same(hub[f"{layer}.0.write"], stack.R[layer]) and same(hub[f"{layer}.0.bias"], stack.b[layer].detach())
+        assert same(found["rotate_layer"].mT, stack.R[layer]) and same(
+            found["weight"], stack.W[layer].detach()
+        )
+        assert same(hub[f"{layer}.0.write"], stack.R[layer]) and same(
+            hub[f"{layer}.0.bias"], stack.b[layer].detach()
+        )
 
 
 def test_pyreft_and_adapterhub_need_no_extra_file(tmp_path):
@@ -178,7 +220,9 @@ def test_weights_that_changed_since_are_the_folders(tmp_path):
 def test_a_folder_that_holds_everything_gets_no_tensors_besides(tmp_path):
     folders.hub_folder(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "pyreft", "pyreft", options=Options(dtype="float32"))
-    assert list(load_file(tmp_path / "pyreft" / exact.FILE)) == []  # settings alone: positions, dropout
+    assert (
+        list(load_file(tmp_path / "pyreft" / exact.FILE)) == []
+    )  # settings alone: positions, dropout
     assert load(tmp_path / "pyreft", "pyreft", Options()).dropout == 0.05
 
 
@@ -190,14 +234,18 @@ def test_R_of_X_is_near_where_it_cannot_be_exact(parametrization, d, r):
     for _ in range(4):
         R = torch.linalg.qr(torch.randn(d, r, dtype=torch.float64)).Q.mT.float()
         X, signs = (t.float() for t in INVERSES[parametrization](R.double()))
-        ours = max(ours, float((build(parametrization, X, signs=signs)[0].double() - R).abs().max()))
+        ours = max(
+            ours, float((build(parametrization, X, signs=signs)[0].double() - R).abs().max())
+        )
         theirs = max(theirs, float((MAPS[parametrization](X, signs).double() - R).abs().max()))
     assert ours <= 2 * theirs + torch.finfo(torch.float32).eps * float(R.abs().max())
 
 
 @pytest.mark.parametrize("shape", [(32, 4), (4, 32), (6, 6), (9, 1), (1, 1)])
 def test_the_state_shows_exactly_the_weight(shape):
-    """Torch's own parametrization shows the same bits, also after training, and its base is orthonormal."""
+    """Torch's own parametrization shows the same bits, also after training, and its base is
+    orthonormal.
+    """
     tall = torch.linalg.qr(torch.randn(max(shape), min(shape), dtype=torch.float64)).Q.float()
     weight = (tall if shape[0] >= shape[1] else tall.mT).contiguous()
     original, base = state(weight)
@@ -208,7 +256,9 @@ def test_the_state_shows_exactly_the_weight(shape):
     assert float((base.double().mT @ base.double() - torch.eye(len(base))).abs().max()) < 1e-6
     with torch.no_grad():
         noise = 0.3 * torch.randn(shape)
-        linear.parametrizations.weight.original.add_(noise.tril(-1) if shape[0] >= shape[1] else noise.triu(1))
+        linear.parametrizations.weight.original.add_(
+            noise.tril(-1) if shape[0] >= shape[1] else noise.triu(1)
+        )
     trained = linear.parametrizations.weight.original.detach()
     assert same(linear.weight.detach(), evaluate(trained, base, "test"))
 
@@ -229,5 +279,8 @@ def test_the_smallest_and_the_largest_rank(tmp_path, middle, rank):
             assert same(weights["write"], R)
         else:
             straightforward = plain_householder(weights["X"], weights["signs"])
-            allowed = 2 * (straightforward - R).abs().max() + torch.finfo(torch.float32).eps * R.abs().max()
+            allowed = (
+                2 * (straightforward - R).abs().max()
+                + torch.finfo(torch.float32).eps * R.abs().max()
+            )
             assert (weights["write"] - R).abs().max() <= allowed

@@ -19,27 +19,53 @@ ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "csrc" / "build.py"
 
 
-def _run(*command: str | Path, cwd: Path = ROOT, **environment: str | None) -> subprocess.CompletedProcess:
+def _run(
+    *command: str | Path, cwd: Path = ROOT, **environment: str | None
+) -> subprocess.CompletedProcess:
     env = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=cwd, env=env)
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, cwd=cwd, env=env
+    )
 
 
 def _copy(tmp_path: Path) -> Path:
     """The sources alone, as a user would have them."""
     target = tmp_path / "project"
     target.mkdir()
-    for name in ("setup.py", "reft_kernels_autoload.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+    for name in (
+        "setup.py",
+        "reft_kernels_autoload.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+    ):
         shutil.copy(ROOT / name, target)
     for name in ("csrc", "reft_kernels", "python"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "build"))
+        shutil.copytree(
+            ROOT / name,
+            target / name,
+            ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info", "build"),
+        )
     return target
 
 
-def _wheel(project: Path, out: Path, **environment: str | None) -> tuple[subprocess.CompletedProcess, list[Path]]:
+def _wheel(
+    project: Path, out: Path, **environment: str | None
+) -> tuple[subprocess.CompletedProcess, list[Path]]:
     done = _run(
-        sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", out, project,
-        cwd=project, **environment,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        out,
+        project,
+        cwd=project,
+        **environment,
+    )
     return done, sorted(out.glob("*.whl")) if out.exists() else []
 
 
@@ -64,11 +90,16 @@ def _clean_environment(folder: Path) -> Path:
     done = _run(sys.executable, "-m", "venv", "--without-pip", folder)
     assert done.returncode == 0, done.stderr
     python = folder / "bin" / "python"
-    site = Path(_run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    site = Path(
+        _run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    )
     own = {"reft_kernels", "reft_train", "reft_kernels_autoload.py"}
     for place in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
         for entry in place.iterdir():
-            another = not entry.name.startswith(("reft_kernels-", "__editable__")) and entry.suffix != ".pth"
+            another = (
+                not entry.name.startswith(("reft_kernels-", "__editable__"))
+                and entry.suffix != ".pth"
+            )
             if another and entry.name not in own:
                 (site / entry.name).symlink_to(entry)
     return python
@@ -79,16 +110,25 @@ def test_make_wheel_builds_what_installs_without_a_compiler(tmp_path):
     """The wheel of `make wheel`, installed by pip into a clean environment whose PATH has no compiler, and one edit."""
     project = _copy(tmp_path)
     shutil.copy(ROOT / "Makefile", project)
-    recipe = re.search(r"^wheel:.*\n\t(.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    recipe = re.search(
+        r"^wheel:.*\n\t(.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
     command = recipe[1].replace("$(BIN)/python", sys.executable).split()
     built = _run(*command, cwd=project, REFT_KERNELS_BUILD_CUDA="0")
     assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
     (wheel,) = (project / "dist").glob("*.whl")
     python = _clean_environment(tmp_path / "clean")
-    bare = {"PATH": str(python.parent), "CXX": "no-such-compiler", "PYTHONPATH": None, "REFT_KERNELS_BACKEND": None}
+    bare = {
+        "PATH": str(python.parent),
+        "CXX": "no-such-compiler",
+        "PYTHONPATH": None,
+        "REFT_KERNELS_BACKEND": None,
+    }
     before = _run(python, "-c", "import reft_kernels", cwd=tmp_path, **bare)
     assert before.returncode != 0 and "ModuleNotFoundError" in before.stderr
-    installed = _run(python, "-m", "pip", "install", "--no-index", "--no-deps", wheel, cwd=tmp_path, **bare)
+    installed = _run(
+        python, "-m", "pip", "install", "--no-index", "--no-deps", wheel, cwd=tmp_path, **bare
+    )
     assert installed.returncode == 0, installed.stderr[-3000:]
     ran = _run(python, "-c", CLEAN, cwd=tmp_path, **bare)
     assert ran.returncode == 0, ran.stderr[-3000:]
@@ -106,7 +146,10 @@ def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path
     assert wheel.name.startswith("reft_kernels-") and "-py3-none-linux_" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     modules = {p.relative_to(ROOT).as_posix() for p in (ROOT / "reft_kernels").rglob("*.py")}
-    modules |= {p.relative_to(ROOT / "python").as_posix() for p in (ROOT / "python" / "reft_train").rglob("*.py")}
+    modules |= {
+        p.relative_to(ROOT / "python").as_posix()
+        for p in (ROOT / "python" / "reft_train").rglob("*.py")
+    }
     kept = {name for name in names if ".dist-info/" not in name}
     typed = {f"{package}/py.typed" for package in ("reft_kernels", "reft_train")}
     assert kept == modules | typed | {"reft_kernels/_native_cpu.so", "reft_kernels_autoload.py"}
@@ -117,61 +160,116 @@ def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path
     use = "import torch, reft_kernels as rk; from reft_kernels import cpu; rk.set_backend('cpu')\n"
     use += "print(cpu.LIBRARY, rk.red(torch.ones(1, 2), torch.ones(2), torch.ones(2)).tolist())"
     ran = _run(sys.executable, "-P", "-c", use, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
-    assert ran.stdout.strip() == f"{tmp_path / 'site' / 'reft_kernels' / '_native_cpu.so'} [[2.0, 2.0]]", ran.stderr
+    assert (
+        ran.stdout.strip()
+        == f"{tmp_path / 'site' / 'reft_kernels' / '_native_cpu.so'} [[2.0, 2.0]]"
+    ), ran.stderr
 
 
 def test_without_the_native_backend_no_compiler_is_asked_for(tmp_path):
-    done, wheels = _wheel(_copy(tmp_path), tmp_path / "wheels", REFT_KERNELS_BUILD_NATIVE="0", CXX="no-such-compiler")
+    done, wheels = _wheel(
+        _copy(tmp_path), tmp_path / "wheels", REFT_KERNELS_BUILD_NATIVE="0", CXX="no-such-compiler"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert wheels[0].name.endswith("-py3-none-any.whl")
     zipfile.ZipFile(wheels[0]).extractall(tmp_path / "site")
-    use = "import torch, reft_kernels as rk; rk.red(torch.ones(1, 2), torch.ones(2), torch.ones(2))\n"
+    use = (
+        "import torch, reft_kernels as rk; rk.red(torch.ones(1, 2), torch.ones(2), torch.ones(2))\n"
+    )
     use += "rk.householder(torch.ones(4, 2))"
-    ran = _run(sys.executable, "-P", "-c", use, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"), REFT_KERNELS_BACKEND=None)
+    ran = _run(
+        sys.executable,
+        "-P",
+        "-c",
+        use,
+        cwd=tmp_path,
+        PYTHONPATH=str(tmp_path / "site"),
+        REFT_KERNELS_BACKEND=None,
+    )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("backend 'cpu' is off (the native library was not built: install with a C++17 compiler") == 1
+    assert (
+        ran.stderr.count(
+            "backend 'cpu' is off (the native library was not built: install with a C++17 compiler"
+        )
+        == 1
+    )
     assert "'torch' serves instead" in ran.stderr
 
 
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"CXX": "no-such-compiler"}, "C++17 compiler: found none of no-such-compiler; install g++ or clang++ or set CXX"),
+        (
+            {"CXX": "no-such-compiler"},
+            "C++17 compiler: found none of no-such-compiler; install g++ or clang++ or set CXX",
+        ),
         ({"CXX": "false"}, "the native build failed in"),
     ],
 )
 def test_a_failed_build_says_what_is_missing_and_how_to_go_on(tmp_path, environment, said):
-    done = _run(sys.executable, BUILD, "--out", tmp_path, "--objects", tmp_path / "objects", **environment)
+    done = _run(
+        sys.executable, BUILD, "--out", tmp_path, "--objects", tmp_path / "objects", **environment
+    )
     assert done.returncode == 1 and said in done.stderr
     assert "or install without the native backend: REFT_KERNELS_BUILD_NATIVE=0" in done.stderr
     assert not list(tmp_path.glob("*.so"))
 
 
 def test_a_switch_that_is_no_switch_is_refused(tmp_path):
-    done = _run(sys.executable, "setup.py", "--version", cwd=_copy(tmp_path), REFT_KERNELS_BUILD_NATIVE="yes")
-    assert done.returncode != 0 and "REFT_KERNELS_BUILD_NATIVE: got 'yes', expected 0 or 1" in done.stderr
+    done = _run(
+        sys.executable,
+        "setup.py",
+        "--version",
+        cwd=_copy(tmp_path),
+        REFT_KERNELS_BUILD_NATIVE="yes",
+    )
+    assert (
+        done.returncode != 0
+        and "REFT_KERNELS_BUILD_NATIVE: got 'yes', expected 0 or 1" in done.stderr
+    )
 
 
 def test_a_library_that_is_not_there_or_none_is_said(tmp_path):
-    ask = "import torch; from reft_kernels import cpu; print(cpu.why_unable('edit', 'cpu', torch.float32))"
+    ask = (
+        "import torch; from reft_kernels import cpu; print(cpu.unsupported_reason('edit', 'cpu', "
+        "torch.float32))"
+    )
     absent = _run(sys.executable, "-c", ask, REFT_KERNELS_CPU_LIBRARY=str(tmp_path / "none.so"))
-    assert "REFT_KERNELS_CPU_LIBRARY: got" in absent.stdout and "expected an existing file" in absent.stdout
+    assert (
+        "REFT_KERNELS_CPU_LIBRARY: got" in absent.stdout
+        and "expected an existing file" in absent.stdout
+    )
     (tmp_path / "text.so").write_text("no library")
     damaged = _run(sys.executable, "-c", ask, REFT_KERNELS_CPU_LIBRARY=str(tmp_path / "text.so"))
     assert "the native library text.so does not load into torch" in damaged.stdout
 
 
 def test_the_environment_report_names_the_instruction_set():
-    done = _run(sys.executable, "-m", "reft_kernels.env", REFT_KERNELS_BACKEND=None, TRITON_INTERPRET=None)
+    done = _run(
+        sys.executable, "-m", "reft_kernels.env", REFT_KERNELS_BACKEND=None, TRITON_INTERPRET=None
+    )
     assert done.returncode == 0, done.stderr
-    assert any(f"cpu     able, instruction set {isa}" in done.stdout for isa in ("avx512bf16", "avx512", "avx2", "portable"))
-    portable = _run(sys.executable, "-m", "reft_kernels.env", REFT_KERNELS_CPU_ISA="portable", REFT_KERNELS_BACKEND=None)
+    assert any(
+        f"cpu     able, instruction set {isa}" in done.stdout
+        for isa in ("avx512bf16", "avx512", "avx2", "portable")
+    )
+    portable = _run(
+        sys.executable,
+        "-m",
+        "reft_kernels.env",
+        REFT_KERNELS_CPU_ISA="portable",
+        REFT_KERNELS_BACKEND=None,
+    )
     assert "instruction set portable" in portable.stdout
 
 
 def test_an_instruction_set_that_is_none_is_refused(tmp_path):
-    refused = _run(sys.executable, BUILD, "--isa", "mmx", "--out", tmp_path, "--objects", tmp_path / "objects")
-    assert refused.returncode == 1 and refused.stderr.startswith("--isa: got 'mmx', expected one of "), refused.stderr
+    refused = _run(
+        sys.executable, BUILD, "--isa", "mmx", "--out", tmp_path, "--objects", tmp_path / "objects"
+    )
+    assert refused.returncode == 1 and refused.stderr.startswith(
+        "--isa: got 'mmx', expected one of "
+    ), refused.stderr
 
 
 SANITIZED = """
@@ -182,7 +280,11 @@ sys.exit(pytest.main(["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", *s
 _SELECTED = [
     *(
         f"tests/test_functional.py::{name}"
-        for name in ("test_exact_on_each_backend", "test_error_budget_of_many_ranks", "test_rank_256")
+        for name in (
+            "test_exact_on_each_backend",
+            "test_error_budget_of_many_ranks",
+            "test_rank_256",
+        )
     ),
     *(f"tests/cpu/test_threads.py::{name}" for name in ("test_red", "test_orthonormal")),
     *(
@@ -205,15 +307,29 @@ def _sanitized(tmp_path: Path, *selection: str) -> None:
             pytest.skip(f"{compiler} has no {name}")
         runtimes.append(found)
     built = _run(
-        sys.executable, BUILD, "--sanitize", "address,undefined", "--isa", cpu.instruction_set() or "portable",
-        "--out", tmp_path, "--objects", tmp_path / "objects",
-    )  # fmt: skip
+        sys.executable,
+        BUILD,
+        "--sanitize",
+        "address,undefined",
+        "--isa",
+        cpu.instruction_set() or "portable",
+        "--out",
+        tmp_path,
+        "--objects",
+        tmp_path / "objects",
+    )
     assert built.returncode == 0, built.stderr
     done = _run(
-        sys.executable, "-c", SANITIZED, *selection, REFT_KERNELS_CPU_LIBRARY=str(tmp_path / "_native_cpu.so"),
-        LD_PRELOAD=" ".join(runtimes), ASAN_OPTIONS="detect_leaks=0",  # Python's own memory at exit is not ours
-        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1", OMP_WAIT_POLICY="passive",
-    )  # fmt: skip
+        sys.executable,
+        "-c",
+        SANITIZED,
+        *selection,
+        REFT_KERNELS_CPU_LIBRARY=str(tmp_path / "_native_cpu.so"),
+        LD_PRELOAD=" ".join(runtimes),
+        ASAN_OPTIONS="detect_leaks=0",  # Python's own memory at exit is not ours
+        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
+        OMP_WAIT_POLICY="passive",
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
@@ -225,6 +341,13 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
 @pytest.mark.full
 @pytest.mark.slow
 def test_sanitizers_find_nothing_in_any_cpu_test(tmp_path):
-    files = ("test_ops", "test_functional", "test_autograd", "test_parametrization", "test_interventions", "test_rows")
+    files = (
+        "test_ops",
+        "test_functional",
+        "test_autograd",
+        "test_parametrization",
+        "test_interventions",
+        "test_rows",
+    )
     selection = [f"tests/{name}.py" for name in files] + ["tests/cpu/test_threads.py"]
     _sanitized(tmp_path, *selection, "-k", "not torch-cpu and not triton-cpu and not opcheck")

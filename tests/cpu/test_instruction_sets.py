@@ -21,7 +21,7 @@ from reft_kernels import cpu
 from tests import budget, inputs, plain
 from tests.inputs import Case
 
-assert cpu.instruction_set() == {isa!r}, (cpu.instruction_set(), cpu.why_unable("edit", "cpu", torch.float32))
+assert cpu.instruction_set() == {isa!r}, (cpu.instruction_set(), cpu.unsupported_reason("edit", "cpu", torch.float32))
 rk.set_backend("cpu")
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -52,22 +52,36 @@ print("within budget")
 
 @pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_within_the_error_budget(isa):
-    refusal = torch.ops.reft_kernels_cpu.isa_refusal(isa) if cpu.instruction_set() else "the library is off"
+    refusal = (
+        torch.ops.reft_kernels_cpu.isa_refusal(isa)
+        if cpu.instruction_set()
+        else "the library is off"
+    )
     if refusal:
         pytest.skip(f"instruction set {isa}: {refusal}")
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(isa=isa)], capture_output=True, text=True, cwd=ROOT,
+        [sys.executable, "-c", SCRIPT.format(isa=isa)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
         env={**os.environ, "REFT_KERNELS_CPU_ISA": isa, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.stdout.strip() == "within budget", done.stderr[-3000:]
 
 
 def test_an_unknown_one_is_refused():
-    ask = "import torch; from reft_kernels import cpu; print(cpu.why_unable('edit', 'cpu', torch.float32))"
+    ask = (
+        "import torch; from reft_kernels import cpu; print(cpu.unsupported_reason('edit', 'cpu', "
+        "torch.float32))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", ask],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "REFT_KERNELS_CPU_ISA": "mmx", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.stdout.strip() == "REFT_KERNELS_CPU_ISA: got 'mmx', it is not one of avx512bf16, avx512, avx2, portable", (
-        done.stderr
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "REFT_KERNELS_CPU_ISA": "mmx", "PYTHONPATH": str(ROOT)},
     )
+    assert (
+        done.stdout.strip()
+        == "REFT_KERNELS_CPU_ISA: got 'mmx', it is not one of avx512bf16, avx512, avx2, portable"
+    ), done.stderr

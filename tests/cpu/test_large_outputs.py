@@ -16,7 +16,7 @@ from reft_kernels import dispatch, host_memory
 from tests import budget, inputs
 from tests.inputs import Case
 
-_WHY_NOT = dispatch.why_unable("cpu", "edit", "cpu", torch.float32)
+_WHY_NOT = dispatch.unsupported_reason("cpu", "edit", "cpu", torch.float32)
 pytestmark = [
     pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)),
     pytest.mark.usefixtures("_cpu_backend"),
@@ -55,14 +55,18 @@ def _both_ways(edit, leaves, grad):
         _spoil_the_pool(grad)
 
         def run(hidden, inplace=inplace, **weights):
-            return edit(hidden * 1, inplace=inplace, **weights) * 1  # in place, both tensors are the graph's own
+            return (
+                edit(hidden * 1, inplace=inplace, **weights) * 1
+            )  # in place, both tensors are the graph's own
 
         found.append(budget.outputs(run, leaves, grad))
     return found
 
 
 @pytest.mark.parametrize("rank", [3, 12])
-@pytest.mark.parametrize("d", [1024, 1000])  # rows of whole cache lines are streamed, others are not
+@pytest.mark.parametrize(
+    "d", [1024, 1000]
+)  # rows of whole cache lines are streamed, others are not
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edits_equal_the_edits_in_place_bit_for_bit(dtype, d, rank):
     rows = _rows(d, dtype)
@@ -79,14 +83,20 @@ def test_edits_equal_the_edits_in_place_bit_for_bit(dtype, d, rank):
 def test_red_equals_red_in_place_bit_for_bit(dtype):
     d = 1024
     rows, acc = _rows(d, dtype), torch.float64 if dtype == torch.float64 else torch.float32
-    leaves = {"hidden": torch.randn(rows, d).to(dtype), "scale": torch.randn(d, dtype=acc), "bias": torch.randn(d, dtype=acc)}
+    leaves = {
+        "hidden": torch.randn(rows, d).to(dtype),
+        "scale": torch.randn(d, dtype=acc),
+        "bias": torch.randn(d, dtype=acc),
+    }
     out, in_place = _both_ways(rk.red, leaves, torch.randn(rows, d).to(dtype))
     for name, tensor in out.items():
         assert torch.equal(tensor, in_place[name]), name
 
 
 def test_within_the_error_budget():
-    budget.check(lambda: inputs.draw("loreft", Case((4100,), 1024, 8), torch.float32), torch.float32, draws=1)
+    budget.check(
+        lambda: inputs.draw("loreft", Case((4100,), 1024, 8), torch.float32), torch.float32, draws=1
+    )
 
 
 def test_selected_rows_out_of_place():
@@ -163,7 +173,9 @@ while blocks:
 def _run(script: str, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, "REFT_KERNELS_BACKEND": "cpu", **environment}
     root = Path(__file__).parents[2]
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, env=env)
+    return subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=root, env=env
+    )
 
 
 def test_over_the_limit_the_longest_kept_goes():
@@ -195,7 +207,10 @@ def test_the_limit_can_be_changed():
 
 def test_a_limit_that_is_none_is_refused():
     done = _run(LIMITED, REFT_KERNELS_HOST_POOL_MB="many")
-    assert "REFT_KERNELS_HOST_POOL_MB: got 'many', expected a whole number of MiB, zero or more" in done.stderr
+    assert (
+        "REFT_KERNELS_HOST_POOL_MB: got 'many', expected a whole number of MiB, zero or more"
+        in done.stderr
+    )
 
 
 def test_the_pool_from_many_threads():
@@ -213,7 +228,10 @@ def test_the_pool_from_many_threads():
 
 
 def test_a_tensor_may_outlive_everything():
-    done = _run("import torch\nfrom reft_kernels import host_memory\nkept = host_memory.empty_like(torch.empty(5000, 1024))")
+    done = _run(
+        "import torch\nfrom reft_kernels import host_memory\nkept = "
+        "host_memory.empty_like(torch.empty(5000, 1024))"
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -1,7 +1,10 @@
-"""The native maps against reft_kernels/orthonormal.py in fp64, each output held to the budget of tests/maps.py.
+"""The native maps against reft_kernels/orthonormal.py in fp64, each output held to the budget of
+tests/maps.py.
 
-``tests/test_parametrization.py`` runs on this backend too; here are the operators' own inputs, and the d x r that are hard:
-square ones, where reflectors cancel most, and those past the registers' blocks and the chains of sums.
+``tests/test_parametrization.py`` runs on this backend too; here are the operators' own inputs, and
+the d x r that are hard:
+square ones, where reflectors cancel most, and those past the registers' blocks and the chains of
+sums.
 """
 
 from __future__ import annotations
@@ -13,17 +16,35 @@ from reft_kernels import cpu, dispatch
 from reft_kernels.parametrization import orthonormality_error
 from tests import maps
 
-_WHY_NOT = dispatch.why_unable("cpu", "householder", "cpu", torch.float32)
-pytestmark = [pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)), pytest.mark.usefixtures("poison")]
+_WHY_NOT = dispatch.unsupported_reason("cpu", "householder", "cpu", torch.float32)
+pytestmark = [
+    pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)),
+    pytest.mark.usefixtures("poison"),
+]
 
 SHAPES = [  # L, d, r
-    (3, 7, 1), (1, 1, 1), (1, 2, 2), (1, 8, 8), (3, 45, 3), (2, 131, 8), (1, 77, 16), (1, 33, 32), (1, 65, 33), (2, 531, 16),
-    (2, 535, 20), (1, 1100, 40), (1, 130, 100), (1, 257, 256),
-]  # fmt: skip
+    (3, 7, 1),
+    (1, 1, 1),
+    (1, 2, 2),
+    (1, 8, 8),
+    (3, 45, 3),
+    (2, 131, 8),
+    (1, 77, 16),
+    (1, 33, 32),
+    (1, 65, 33),
+    (2, 531, 16),
+    (2, 535, 20),
+    (1, 1100, 40),
+    (1, 130, 100),
+    (1, 257, 256),
+]
 
 
 def _draws(count, layers, d, r, **how):
-    return [(maps.draw(layers, d, r, "cpu", **how), torch.randn(2, layers, r, d).unbind()) for _ in range(count)]
+    return [
+        (maps.draw(layers, d, r, "cpu", **how), torch.randn(2, layers, r, d).unbind())
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("base", [False, True])
@@ -43,5 +64,7 @@ def test_square_with_a_base_where_one_long_sum_left_the_budget(r, seed):
 @pytest.mark.parametrize("name", maps.MAPS)
 def test_orthonormal_rows(name, shape):
     layers, d, r = shape
-    R, _, _ = getattr(cpu, name)(*maps.draw(layers, d, r, "cpu", base=True, W=False, scale=1 / d**0.5))
+    R, _, _ = getattr(cpu, name)(
+        *maps.draw(layers, d, r, "cpu", base=True, W=False, scale=1 / d**0.5)
+    )
     assert orthonormality_error(R) <= 1e-6

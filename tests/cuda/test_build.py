@@ -1,6 +1,8 @@
-"""Every CUDA source compiles for the supported chips, with no spilled register and within their shared memory.
+"""Every CUDA source compiles for the supported chips, with no spilled register and within their
+shared memory.
 
-Dynamic shared memory is held to the smallest chip's limit by static assertions in the sources themselves.
+Dynamic shared memory is held to the smallest chip's limit by static assertions in the sources
+themselves.
 """
 
 from __future__ import annotations
@@ -28,9 +30,17 @@ STATIC_SHARED_LIMIT = 48 * 1024
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_compiles_without_spills(source, target, tmp_path):
     command = [
-        NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", f"-gencode=arch=compute_{target},code=sm_{target}",
-        "-c", str(source), "-o", str(tmp_path / "object.o"),
-    ]  # fmt: skip
+        NVCC,
+        "-std=c++17",
+        "-O3",
+        "-Xptxas",
+        "-v",
+        f"-gencode=arch=compute_{target},code=sm_{target}",
+        "-c",
+        str(source),
+        "-o",
+        str(tmp_path / "object.o"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     report = done.stdout + done.stderr
@@ -44,5 +54,9 @@ def test_compiles_without_spills(source, target, tmp_path):
 
 def test_every_source_is_found():
     assert {source.stem for source in SOURCES} == {
-        "edit_delta", "edit_forward", "edit_gradient", "orthonormal_backward", "orthonormal_forward",
-    }  # fmt: skip
+        "edit_delta",
+        "edit_forward",
+        "edit_gradient",
+        "orthonormal_backward",
+        "orthonormal_forward",
+    }

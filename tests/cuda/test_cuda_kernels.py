@@ -1,7 +1,9 @@
-"""The CUDA kernels against the fp64 reference: every path of their launch heuristics, in each dtype, and what they promise.
+"""The CUDA kernels against the fp64 reference: every path of their launch heuristics, in each
+dtype, and what they promise.
 
-The oracle is tests/budget.py. They run on a GPU, and without one in the emulation where REFT_KERNELS_CUDA_LIBRARY names its
-library (tests/cuda/test_emulation.py); the tests of the package run with this backend in both places, too.
+The oracle is tests/budget.py. They run on a GPU, and without one in the emulation where
+REFT_KERNELS_CUDA_LIBRARY names its library (tests/cuda/test_emulation.py); the tests of the package
+run with this backend in both places, too.
 """
 
 from __future__ import annotations
@@ -22,7 +24,11 @@ from tests.inputs import Case
 
 EMULATED = cuda.emulated()
 DEVICE = "cpu" if EMULATED else "cuda"
-_WHY_NOT = cuda.why_unable("edit", DEVICE, torch.float32) if EMULATED or torch.cuda.is_available() else "needs a CUDA GPU"
+_WHY_NOT = (
+    cuda.unsupported_reason("edit", DEVICE, torch.float32)
+    if EMULATED or torch.cuda.is_available()
+    else "needs a CUDA GPU"
+)
 pytestmark = [
     pytest.mark.kernels,
     *([] if EMULATED else [pytest.mark.gpu]),
@@ -30,7 +36,9 @@ pytestmark = [
     pytest.mark.usefixtures("poison", "_forced"),
 ]
 _gpu_alone = pytest.mark.skipif(EMULATED, reason="needs a CUDA GPU")
-_emulation_alone = pytest.mark.skipif(not EMULATED, reason="needs the emulation, which chooses the order of the threads")
+_emulation_alone = pytest.mark.skipif(
+    not EMULATED, reason="needs the emulation, which chooses the order of the threads"
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAPS = maps.MAPS
@@ -84,10 +92,24 @@ EDITS = {
 def _edits() -> list:
     """Every member, case, dtype and activation; most of them are left out of the emulation's default set."""
     found = []
-    for name, case, dtype, activation in itertools.product(plain.MEMBERS, EDITS, DTYPES, ("linear", "gelu")):
-        kept = (name, activation, dtype) in (("noreft", "gelu", torch.bfloat16), ("loreft", "linear", torch.float32))
+    for name, case, dtype, activation in itertools.product(
+        plain.MEMBERS, EDITS, DTYPES, ("linear", "gelu")
+    ):
+        kept = (name, activation, dtype) in (
+            ("noreft", "gelu", torch.bfloat16),
+            ("loreft", "linear", torch.float32),
+        )
         marks = () if kept else pytest.mark.emulation_full
-        found.append(pytest.param(name, EDITS[case], dtype, activation, id=f"{name}-{case}-{dtype}-{activation}", marks=marks))
+        found.append(
+            pytest.param(
+                name,
+                EDITS[case],
+                dtype,
+                activation,
+                id=f"{name}-{case}-{dtype}-{activation}",
+                marks=marks,
+            )
+        )
     return found
 
 
@@ -115,7 +137,9 @@ def test_ranks(name, r, rows):
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_of_weights(dtype, weights):
-    """fp32, the hidden state's dtype, and the mixes that are copied to fp32; and W of one dtype beside R of another."""
+    """fp32, the hidden state's dtype, and the mixes that are copied to fp32; and W of one dtype
+    beside R of another.
+    """
 
     def make(changed):
         drawn = inputs.draw("loreft", Case((2, 12), 48, 6, rows=9, coeff=True), dtype, DEVICE)
@@ -129,7 +153,9 @@ def test_dtypes_of_weights(dtype, weights):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["aligned", "unaligned", "offset", "channels"])
 def test_strides(layout, dtype):
-    """A hidden state that is part of a wider one, in place: with any row stride here, with strided channels elsewhere."""
+    """A hidden state that is part of a wider one, in place: with any row stride here, with
+    strided channels elsewhere.
+    """
     d, total = 48, 20
     wide = torch.randn(total, 2 * d + 8, device=DEVICE).to(dtype)
     part = {
@@ -143,7 +169,9 @@ def test_strides(layout, dtype):
     want = rk.loreft(part(wide).contiguous(), *own.values(), rows=rows)
     edited = wide.clone()
     found = rk.loreft(part(edited), *own.values(), rows=rows, inplace=True)
-    torch.testing.assert_close(found, want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        found, want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps
+    )
     untouched = torch.ones_like(wide, dtype=torch.bool)
     part(untouched).fill_(False)
     assert torch.equal(edited[untouched], wide[untouched])
@@ -158,7 +186,10 @@ def test_unselected_rows_are_bit_identical(dtype, inplace):
     outside[rows[rows >= 0].long()] = False
     hidden, grad = (torch.randn(64, 40, device=DEVICE).to(dtype) for _ in range(2))
     hidden[outside] = grad[outside] = float("nan")
-    own = {k: t.requires_grad_() for k, t in inputs.weights("loreft", Case(d=40), device=DEVICE).items()}
+    own = {
+        k: t.requires_grad_()
+        for k, t in inputs.weights("loreft", Case(d=40), device=DEVICE).items()
+    }
     leaf = hidden.clone().requires_grad_()
     out = rk.loreft(leaf.clone(), **own, rows=rows, inplace=inplace)
     out.backward(grad)
@@ -203,7 +234,10 @@ def test_in_place_and_out_of_place_agree_bit_for_bit():
 @pytest.mark.parametrize("entries", [[], [-1], [-1] * 300])
 def test_nothing_selected(entries):
     rows = torch.tensor(entries, dtype=torch.int32, device=DEVICE)
-    own = {k: t.requires_grad_() for k, t in inputs.weights("noreft", Case(d=40), device=DEVICE).items()}
+    own = {
+        k: t.requires_grad_()
+        for k, t in inputs.weights("noreft", Case(d=40), device=DEVICE).items()
+    }
     coeff = torch.full((len(entries), 3), float("nan"), device=DEVICE, requires_grad=True)
     leaf = torch.randn(8, 40, device=DEVICE, requires_grad=True)
     out = rk.noreft(leaf.clone(), **own, rows=rows, coeff=coeff, activation="silu", inplace=True)
@@ -214,19 +248,23 @@ def test_nothing_selected(entries):
 
 
 def test_skipped_entries_add_nothing():
-    """coeff of a skipped entry may be NaN and its set out of range, in a block of served rows too."""
+    """coeff of a skipped entry may be NaN and its set out of range, in a block of served rows
+    too.
+    """
     rows = inputs.rows(400, 301, device=DEVICE)
     rows[::3] = -1
-    set_ids = torch.randint(3, (301,), dtype=torch.int32, device=DEVICE)
-    set_ids[::3] = 12345
-    checks.mark_rows(set_ids, 3)  # the public function would refuse it
+    weight_ids = torch.randint(3, (301,), dtype=torch.int32, device=DEVICE)
+    weight_ids[::3] = 12345
+    checks.mark_rows(weight_ids, 3)  # the public function would refuse it
     coeff = torch.rand(301, 6, device=DEVICE)
     coeff[rows < 0] = float("nan")
     coeff.requires_grad_()
     case = Case(d=40, r=6, sets=3)
     own = {k: t.requires_grad_() for k, t in inputs.weights("noreft", case, device=DEVICE).items()}
     hidden = torch.randn(400, 40, device=DEVICE, requires_grad=True)
-    rk.noreft(hidden, **own, rows=rows, set_ids=set_ids, coeff=coeff, activation="tanh").square().sum().backward()
+    rk.noreft(
+        hidden, **own, rows=rows, weight_ids=weight_ids, coeff=coeff, activation="tanh"
+    ).square().sum().backward()
     assert all(t.grad.isfinite().all() for t in (*own.values(), hidden, coeff))
     assert (coeff.grad[rows < 0] == 0).all() and (coeff.grad[rows >= 0] != 0).any()
 
@@ -235,12 +273,16 @@ def test_a_rank_over_the_limit_is_refused():
     hidden, weight = torch.zeros(4, 512, device=DEVICE), torch.zeros(257, 512, device=DEVICE)
     rows = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     with pytest.raises(ValueError, match="write: got rank 257"):
-        cuda.edit(hidden, hidden, rows, None, weight, None, weight, None, None, False, "linear", False)
+        cuda.edit(
+            hidden, hidden, rows, None, weight, None, weight, None, None, False, "linear", False
+        )
 
 
 @pytest.mark.parametrize("activation", ["linear", "gelu"])
 def test_launches_of_an_edit(activation):
-    drawn = inputs.draw("noreft", Case((4, 100), 64, 8, rows=50, activation=activation), torch.bfloat16, DEVICE)
+    drawn = inputs.draw(
+        "noreft", Case((4, 100), 64, 8, rows=50, activation=activation), torch.bfloat16, DEVICE
+    )
     leaves = {k: t.requires_grad_() for k, t in drawn.inputs.items()}
     assert _kernels(lambda: drawn.engine(**leaves)) == 1
     grad = torch.randn(4, 100, 64, device=DEVICE)
@@ -249,9 +291,14 @@ def test_launches_of_an_edit(activation):
 
 @_gpu_alone
 def test_captured_in_a_graph():
-    """No host synchronisation and no other stream: an edit and its backward can be captured and replayed."""
+    """No host synchronisation and no other stream: an edit and its backward can be captured and
+    replayed.
+    """
     hidden, grad = torch.randn(64, 40, device=DEVICE), torch.randn(64, 40, device=DEVICE)
-    own = {k: t.requires_grad_() for k, t in inputs.weights("loreft", Case(d=40), device=DEVICE).items()}
+    own = {
+        k: t.requires_grad_()
+        for k, t in inputs.weights("loreft", Case(d=40), device=DEVICE).items()
+    }
     rows = inputs.rows(64, 20, device=DEVICE)
 
     def step():
@@ -279,15 +326,31 @@ def test_the_device_is_the_tensors():
     drawn = inputs.draw("loreft", Case((2, 12), 48, 6, rows=9), torch.float32, other)
     assert drawn.engine(**drawn.inputs).device == other
     assert torch.cuda.current_device() == 0
-    budget.check(lambda: inputs.draw("loreft", Case((2, 12), 48, 6, rows=9), torch.float32, other), torch.float32)
+    budget.check(
+        lambda: inputs.draw("loreft", Case((2, 12), 48, 6, rows=9), torch.float32, other),
+        torch.float32,
+    )
 
 
 # ---- the orthonormal maps
 
 SHAPES = [  # layers, d, r
-    (3, 7, 1), (1, 1, 1), (1, 12, 12), (3, 45, 3), (2, 131, 8), (1, 77, 16), (32, 256, 8), (1, 4096, 8), (5, 1100, 5),
-    (200, 40, 3), (1, 65, 33), (1, 600, 40), (2, 130, 100), (1, 2048, 32), (1, 257, 256),
-]  # fmt: skip
+    (3, 7, 1),
+    (1, 1, 1),
+    (1, 12, 12),
+    (3, 45, 3),
+    (2, 131, 8),
+    (1, 77, 16),
+    (32, 256, 8),
+    (1, 4096, 8),
+    (5, 1100, 5),
+    (200, 40, 3),
+    (1, 65, 33),
+    (1, 600, 40),
+    (2, 130, 100),
+    (1, 2048, 32),
+    (1, 257, 256),
+]
 
 
 _build_inputs = functools.partial(maps.draw, device=DEVICE)
@@ -318,7 +381,9 @@ def test_ranks_of_the_maps(name, r):
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.maps
 def test_equals_the_definition(name, shape):
-    """householder is torch.linalg.householder_product, cayley the d x d transform: forward and gradient, in the budget."""
+    """householder is torch.linalg.householder_product, cayley the d x d transform: forward and
+    gradient, in the budget.
+    """
 
     def make():
         X = (torch.randn(*shape) / shape[-2] ** 0.5).to(DEVICE)
@@ -335,7 +400,9 @@ def test_without_signs_or_W(name, signs, W):
     _check(name, [(_build_inputs(2, 19, 3, signs=signs, W=W), (grad_R, grad_D if W else None))])
 
 
-@pytest.mark.parametrize("present", [(True, False), (False, True), (False, False)], ids=["R", "D", "none"])
+@pytest.mark.parametrize(
+    "present", [(True, False), (False, True), (False, False)], ids=["R", "D", "none"]
+)
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.maps
 def test_gradients_that_are_none(name, present):
@@ -358,7 +425,10 @@ def test_strided_inputs_and_two_runs_are_bit_identical_for_the_maps(name, shape)
     given, grads = _build_inputs(*shape, base=True), _grads(*shape)
     first = _both(cuda, name, given, grads)
     strided = [t.mT.contiguous().mT if t.dim() > 2 else t for t in given]
-    for again in (_both(cuda, name, given, grads), _both(cuda, name, strided, [t.mT.contiguous().mT for t in grads])):
+    for again in (
+        _both(cuda, name, given, grads),
+        _both(cuda, name, strided, [t.mT.contiguous().mT for t in grads]),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -387,7 +457,9 @@ def test_zero_X_is_exactly_the_base_point(name, shape):
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.maps
 def test_orthonormal_rows_at_d_8192(name, scale, r):
-    R, _, _ = getattr(cuda, name)(*_build_inputs(1, 8192, r, scale=scale / math.sqrt(8192), W=False))
+    R, _, _ = getattr(cuda, name)(
+        *_build_inputs(1, 8192, r, scale=scale / math.sqrt(8192), W=False)
+    )
     assert orthonormality_error(R) <= 1e-6
 
 
@@ -398,7 +470,11 @@ def test_entries_that_are_not_read(name):
     given, grads = _build_inputs(2, 21, 4), _grads(2, 21, 4)
     spoiled = given[0].clone()
     spoiled[torch.ones_like(spoiled).triu().bool()] = float("nan")
-    for a, b in zip(_both(cuda, name, given, grads), _both(cuda, name, (spoiled, *given[1:]), grads), strict=True):
+    for a, b in zip(
+        _both(cuda, name, given, grads),
+        _both(cuda, name, (spoiled, *given[1:]), grads),
+        strict=True,
+    ):
         assert torch.equal(a, b)
 
 

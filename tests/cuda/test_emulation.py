@@ -1,7 +1,9 @@
-"""The CUDA kernels on a CPU: csrc/cuda compiled against an emulation of the execution model, its tests, and race detection.
+"""The CUDA kernels on a CPU: csrc/cuda compiled against an emulation of the execution model, its
+tests, and race detection.
 
-tests/cuda/emulation holds the emulated machine. sm_80 has a cooperative grid where sm_90 has clusters, so it is built for both.
-``full`` runs everything for both; the default is what differs between them, and a part of what does not.
+tests/cuda/emulation holds the emulated machine. sm_80 has a cooperative grid where sm_90 has
+clusters, so it is built for both. ``full`` runs everything for both; the default is what differs
+between them, and a part of what does not.
 """
 
 from __future__ import annotations
@@ -29,13 +31,22 @@ MAP_CASES = ("householder", "cayley")  # of sanitized.cpp
 
 def _run(*command: str | Path, **environment: str | None) -> subprocess.CompletedProcess:
     env = {k: v for k, v in {**os.environ, **environment}.items() if v is not None}
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=ROOT, env=env)
+    return subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, cwd=ROOT, env=env
+    )
 
 
 def _emulated(arch: int, *command: str, **environment: str) -> subprocess.CompletedProcess:
     library = build.build_library(arch)
-    # what these kernels leave out goes to the reference, not to Triton's interpreter, which other tests run
-    return _run(sys.executable, *command, REFT_KERNELS_CUDA_LIBRARY=str(library), TRITON_INTERPRET="0", **environment)
+    # what these kernels leave out goes to the reference, not to Triton's interpreter, which other
+    # tests run
+    return _run(
+        sys.executable,
+        *command,
+        REFT_KERNELS_CUDA_LIBRARY=str(library),
+        TRITON_INTERPRET="0",
+        **environment,
+    )
 
 
 def _tests(arch: int, *selection: str, **environment: str) -> None:
@@ -79,20 +90,28 @@ def test_everything(arch, order):
 ASK = """
 import torch
 from reft_kernels import cuda
-print(*(cuda.why_unable("edit", device, torch.float32) for device in ("cpu", "cuda")), sep="\\n")
+print(*(cuda.unsupported_reason("edit", device, torch.float32) for device in ("cpu", "cuda")), sep="\\n")
 """
 
 
 def test_the_emulation_serves_cpu_tensors_alone():
     done = _emulated(900, "-c", ASK)
-    assert done.stdout.splitlines() == ["None", "the emulated CUDA kernels serve CPU tensors"], done.stderr
+    assert done.stdout.splitlines() == ["None", "the emulated CUDA kernels serve CPU tensors"], (
+        done.stderr
+    )
     if not cuda.emulated():
-        assert cuda.why_unable("edit", "cpu", torch.float32) == "the CUDA kernels serve tensors on NVIDIA GPUs"
+        assert (
+            cuda.unsupported_reason("edit", "cpu", torch.float32)
+            == "the CUDA kernels serve tensors on NVIDIA GPUs"
+        )
 
 
 def test_a_library_that_is_not_there_or_none_is_said(tmp_path):
     absent = _run(sys.executable, "-c", ASK, REFT_KERNELS_CUDA_LIBRARY=str(tmp_path / "none.so"))
-    assert absent.stdout.count("REFT_KERNELS_CUDA_LIBRARY: got") == 2 and "expected an existing file" in absent.stdout
+    assert (
+        absent.stdout.count("REFT_KERNELS_CUDA_LIBRARY: got") == 2
+        and "expected an existing file" in absent.stdout
+    )
     (tmp_path / "text.so").write_text("no library")
     damaged = _run(sys.executable, "-c", ASK, REFT_KERNELS_CUDA_LIBRARY=str(tmp_path / "text.so"))
     assert damaged.stdout.count("text.so does not load: ") == 2
@@ -108,7 +127,9 @@ call = torch.ones(2, 4), None, torch.ones(1, 4), rows, rows, None, torch.ones(70
 torch.ops.reft_kernels_cuda.edit_gradient(*call, none, torch.ones(70000, 1), torch.ones(70000, 1, 4), none)
 """
     done = _emulated(900, "-c", script)
-    assert "reft_kernels_cuda::edit_gradient: a launch of 2 x 70000 x 1 blocks" in done.stderr, done.stderr
+    assert "reft_kernels_cuda::edit_gradient: a launch of 2 x 70000 x 1 blocks" in done.stderr, (
+        done.stderr
+    )
 
 
 # ---- the sanitizers
@@ -116,25 +137,37 @@ torch.ops.reft_kernels_cuda.edit_gradient(*call, none, torch.ones(70000, 1), tor
 
 @functools.cache
 def _fixed_addresses() -> tuple[str, ...]:
-    """ThreadSanitizer needs addresses where it expects them, which a randomised layout may not give."""
+    """ThreadSanitizer needs addresses where it expects them, which a randomised layout may not
+    give.
+    """
     setarch = shutil.which("setarch")
     return (setarch, "-R") if setarch and _run(setarch, "-R", "true").returncode == 0 else ()
 
 
-def _program(name: str, arch: int, sanitizer: str, *arguments: str, kernels: bool) -> subprocess.CompletedProcess:
+def _program(
+    name: str, arch: int, sanitizer: str, *arguments: str, kernels: bool
+) -> subprocess.CompletedProcess:
     compiler = build.native.compiler()
     needed = {"": [], "address": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}[sanitizer]
     for library in needed:
         if not os.path.isabs(_run(*compiler.split(), f"-print-file-name={library}").stdout.strip()):
             pytest.skip(f"{compiler} has no {library}")
-    program = build.build_program(build.HERE / f"{name}.cpp", arch, sanitizer, PROGRAMS, kernels=kernels)
+    program = build.build_program(
+        build.HERE / f"{name}.cpp", arch, sanitizer, PROGRAMS, kernels=kernels
+    )
     done = _run(
-        *(_fixed_addresses() if sanitizer == "thread" else ()), program, *arguments,
+        *(_fixed_addresses() if sanitizer == "thread" else ()),
+        program,
+        *arguments,
         ASAN_OPTIONS="detect_leaks=0",  # of a thread that a failed launch leaves behind
-        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1", TSAN_OPTIONS="report_signal_unsafe=0",
-    )  # fmt: skip
+        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
+        TSAN_OPTIONS="report_signal_unsafe=0",
+    )
     if "unexpected memory mapping" in done.stderr:
-        pytest.skip("this kernel randomises addresses beyond what ThreadSanitizer supports, and forbids setarch -R")
+        pytest.skip(
+            "this kernel randomises addresses beyond what ThreadSanitizer supports, and forbids "
+            "setarch -R"
+        )
     return done
 
 
@@ -150,7 +183,9 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("arch", "cases"), [(900, ()), (800, MAP_CASES)], ids=["clusters", "cooperative grid"])
+@pytest.mark.parametrize(
+    ("arch", "cases"), [(900, ()), (800, MAP_CASES)], ids=["clusters", "cooperative grid"]
+)
 def test_no_races(arch, cases):
     _clean(arch, "thread", "--once", *cases)
 
@@ -163,7 +198,8 @@ def test_sanitizers_find_nothing_in_any_order(arch, sanitizer):
     _clean(arch, sanitizer)
 
 
-# ---- what the emulation and the sanitizers must report: (case of faults.cpp, sanitizer, what is said)
+# ---- what the emulation and the sanitizers must report: (case of faults.cpp, sanitizer, what is
+# said)
 
 _RACE, _ASAN = "ThreadSanitizer: data race", "AddressSanitizer: "
 FAULTS = [
@@ -174,7 +210,11 @@ FAULTS = [
     ("cluster without a first barrier", "thread", _RACE),
     ("cluster without a last barrier", "thread", _RACE),
     ("grid without a barrier", "thread", _RACE),
-    ("cluster without a last barrier", "", "touched shared memory of block (0, 0, 0), which has ended"),
+    (
+        "cluster without a last barrier",
+        "",
+        "touched shared memory of block (0, 0, 0), which has ended",
+    ),
     ("divergent barrier", "", "divergent threads, none can go on: 40 at __syncthreads()"),
     ("two barriers", "", "divergent __syncthreads()"),
     ("partial shuffle", "", "32 at a warp's shuffle"),
@@ -211,15 +251,31 @@ def test_a_sound_kernel_is_not(case, sanitizer, order):
 
 
 def test_half_precision_rounds_as_in_torch():
-    """Every half-precision number, and fp32 numbers of every exponent, next to what halves of a unit in the last place make."""
-    numbers = np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    """Every half-precision number, and fp32 numbers of every exponent, next to what halves of a
+    unit in the last place make.
+    """
+    numbers = (
+        np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    )
     ties = np.arange(0, 2**32, 0x800, dtype=np.uint64)[:: 2**5 + 1].astype(np.uint32)
-    given = np.concatenate([numbers, ties, ties + 1, ties - 1, np.uint32([0x477FEFFF, 0x477FF000, 0x33000000, 0x33000001])])
+    given = np.concatenate(
+        [
+            numbers,
+            ties,
+            ties + 1,
+            ties - 1,
+            np.uint32([0x477FEFFF, 0x477FF000, 0x33000000, 0x33000001]),
+        ]
+    )
     program = build.build_program(build.HERE / "conversions.cpp", 900, "", PROGRAMS, kernels=False)
-    made = subprocess.run([str(program)], input=given.tobytes(), capture_output=True, check=True).stdout
+    made = subprocess.run(
+        [str(program)], input=given.tobytes(), capture_output=True, check=True
+    ).stdout
     rounded = np.frombuffer(made[: 4 * len(given)], dtype=np.uint16).reshape(-1, 2)
     values = torch.from_numpy(given.view(np.float32).copy())
-    every = torch.from_numpy(np.frombuffer(made[4 * len(given) :], dtype=np.float32).reshape(2, -1).copy())
+    every = torch.from_numpy(
+        np.frombuffer(made[4 * len(given) :], dtype=np.float32).reshape(2, -1).copy()
+    )
     for k, dtype in enumerate((torch.bfloat16, torch.float16)):
         ours = torch.from_numpy(rounded[:, k].copy().view(np.int16)).view(dtype)
         torch.testing.assert_close(ours, values.to(dtype), rtol=0, atol=0, equal_nan=True)

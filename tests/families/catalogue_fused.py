@@ -84,10 +84,7 @@ seeing(
 )
 
 # ---- with cross-attention to the images
-TILES = {
-    "aspect_ratio_mask": [[1, 1, 0, 0]],
-    "aspect_ratio_ids": [2],
-}
+TILES = {"aspect_ratio_mask": [[1, 1, 0, 0]], "aspect_ratio_ids": [2]}
 RATIOS = [[1, 1], [1, 2], [2, 1], [2, 2], [1, 3], [1, 4], [3, 1], [4, 1]]
 
 

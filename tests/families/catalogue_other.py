@@ -113,12 +113,7 @@ SEGFORMER = {
     "decoder_hidden_size": 16,
 }
 vision(
-    "segformer",
-    "SegformerForImageClassification",
-    "",
-    base=SEGFORMER,
-    size=32,
-    refused="egformer",
+    "segformer", "SegformerForImageClassification", "", base=SEGFORMER, size=32, refused="egformer"
 )
 
 

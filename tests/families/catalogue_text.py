@@ -114,11 +114,7 @@ decoder(
     **PER_LAYER,
 )
 decoder(
-    "gemma4_text",
-    ("Gemma4TextConfig", "Gemma4ForCausalLM"),
-    global_head_dim=8,
-    **HEAD,
-    **PER_LAYER,
+    "gemma4_text", ("Gemma4TextConfig", "Gemma4ForCausalLM"), global_head_dim=8, **HEAD, **PER_LAYER
 )
 decoder("vaultgemma", "VaultGemma", sliding_window=8, **HEAD)
 decoder("phi", "Phi")
@@ -209,12 +205,7 @@ decoder("diffllama", "DiffLlama")
 decoder("hunyuan_dense", "HunYuanDenseV1", **HEAD)
 decoder("xglm", "XGLM", d_model=WIDTH, ffn_dim=64, num_layers=3, attention_heads=4)
 decoder("biogpt", "BioGpt", at="biogpt.layers")
-decoder(
-    "modernbert_decoder",
-    "ModernBertDecoder",
-    local_attention=8,
-    global_attn_every_n_layers=2,
-)
+decoder("modernbert_decoder", "ModernBertDecoder", local_attention=8, global_attn_every_n_layers=2)
 decoder("bert_decoder", ("BertConfig", "BertLMHeadModel"), at="bert.encoder.layer", is_decoder=True)
 decoder("roberta_decoder", "Roberta", at="roberta.encoder.layer", is_decoder=True)
 decoder(

@@ -347,10 +347,7 @@ seeing(
     "InternVL",
     4,
     SIXTEEN,
-    vision_config=(
-        "InternVLVisionConfig",
-        {**SQUARE, "hidden_size": 64, "intermediate_size": 256},
-    ),
+    vision_config=("InternVLVisionConfig", {**SQUARE, "hidden_size": 64, "intermediate_size": 256}),
     note="the tower is wider than the text's model",
     **INTERN,
 )

@@ -1,7 +1,8 @@
-"""pyreft models of tiny random transformers, batches and positions for them, and the budget against pyreft itself.
+"""pyreft models of tiny random transformers, batches and positions for them, and the budget against
+pyreft itself.
 
-The straightforward computation is pyreft in the model's dtype, the truth pyreft in fp64: an accelerated model may be at most
-twice as far from the truth as pyreft is, and one rounding.
+The straightforward computation is pyreft in the model's dtype, the truth pyreft in fp64: an
+accelerated model may be at most twice as far from the truth as pyreft is, and one rounding.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ CLASSES = {
 
 
 def move(reft_model, scale=0.2, seed=7):
-    """Leave the start: but not the diagonal of ``original``, whose truncation would zero columns of R."""
+    """Leave the start: but not the diagonal of ``original``, whose truncation would zero columns
+    of R.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in reft_model.interventions.named_parameters():
@@ -39,9 +42,17 @@ def move(reft_model, scale=0.2, seed=7):
 
 
 def build(
-    kind="loreft", *, dtype=torch.float32, family="llama", per_layer=1, component="block_output", rank=RANK, moved=True,
-    classes=CLASSES, **more,
-):  # fmt: skip
+    kind="loreft",
+    *,
+    dtype=torch.float32,
+    family="llama",
+    per_layer=1,
+    component="block_output",
+    rank=RANK,
+    moved=True,
+    classes=CLASSES,
+    **more,
+):
     cls, keywords = classes[kind]
     model = make(family).to(dtype)
     torch.manual_seed(3)
@@ -50,7 +61,9 @@ def build(
             "layer": layer,
             "component": component.format(layer) if "." in component else component,
             "low_rank_dimension": rank,
-            "intervention": cls(embed_dim=WIDTH, low_rank_dimension=rank, dtype=dtype, **keywords, **more),
+            "intervention": cls(
+                embed_dim=WIDTH, low_rank_dimension=rank, dtype=dtype, **keywords, **more
+            ),
         }
         for _ in range(per_layer)
         for layer in range(LAYERS)
@@ -67,13 +80,21 @@ def inputs(family="llama", seed=1, side="right"):
 
 
 def tied(count=LAYERS, *, repeats=True):
-    """The same positions for each intervention; with ``repeats`` the second and third example pad with column 0."""
-    columns = [[1, 2, 3, 17], [0, 0, 5, 11], [0, 0, 0, 4]] if repeats else [[1, 2, 3, 17], [0, 4, 5, 11], [1, 2, 3, 8]]
+    """The same positions for each intervention; with ``repeats`` the second and third example
+    pad with column 0.
+    """
+    columns = (
+        [[1, 2, 3, 17], [0, 0, 5, 11], [0, 0, 0, 4]]
+        if repeats
+        else [[1, 2, 3, 17], [0, 4, 5, 11], [1, 2, 3, 8]]
+    )
     return {"sources->base": (None, [[list(c) for c in columns] for _ in range(count)])}
 
 
 def untied():
-    """First-half prefix and second-half suffix interventions, which meet in column 3 and in the padding column."""
+    """First-half prefix and second-half suffix interventions, which meet in column 3 and in the
+    padding column.
+    """
     prefix, suffix = [[1, 2, 3], [0, 1, 2], [0, 0, 1]], [[3, 16, 17], [0, 10, 11], [0, 0, 8]]
     return {"sources->base": (None, [prefix] * LAYERS + [suffix] * LAYERS)}
 
@@ -85,7 +106,9 @@ def step(reft_model, base, unit_locations, labels):
     out.loss.backward()
     found = {"logits": out.logits.detach()}
     for key, own in reft_model.interventions.items():
-        found |= {f"{key}.{name}": p.grad for name, p in own.named_parameters() if p.grad is not None}
+        found |= {
+            f"{key}.{name}": p.grad for name, p in own.named_parameters() if p.grad is not None
+        }
     return found
 
 
@@ -107,10 +130,16 @@ def hold(build_model, unit_locations, *, family="llama", side="right", draws=16)
         truth, theirs, ours = results
         assert ours.keys() == theirs.keys() == truth.keys()
         for name, want in truth.items():
-            assert ours[name].dtype == theirs[name].dtype and ours[name].shape == theirs[name].shape, name
+            assert (
+                ours[name].dtype == theirs[name].dtype and ours[name].shape == theirs[name].shape
+            ), name
             errors = [float((t[name].double() - want).abs().max()) for t in (ours, theirs)]
             numbers = [*errors, torch.finfo(ours[name].dtype).eps * float(want.abs().max())]
-            worst[name] = [max(pair) for pair in zip(worst.get(name, numbers), numbers, strict=True)]
+            worst[name] = [
+                max(pair) for pair in zip(worst.get(name, numbers), numbers, strict=True)
+            ]
     for name, (error, straightforward, rounding) in worst.items():
-        assert error <= 2 * straightforward + rounding, f"{name}: {error:.2e}, pyreft {straightforward:.2e} + {rounding:.2e}"
+        assert error <= 2 * straightforward + rounding, (
+            f"{name}: {error:.2e}, pyreft {straightforward:.2e} + {rounding:.2e}"
+        )
     return worst

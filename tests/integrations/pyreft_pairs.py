@@ -15,7 +15,10 @@ REFT = ["Loreft", "Noreft", "Consreft", "Lobireft", "Direft", "Nodireft"]
 ALL = [*REFT, "LowRankRotatedSpace"]
 ROTATED = [name for name in ALL if name not in ("Noreft", "Nodireft")]
 D, r = 24, 4
-FREE, BASE = "rotate_layer.parametrizations.weight.original", "rotate_layer.parametrizations.weight.0.base"
+FREE, BASE = (
+    "rotate_layer.parametrizations.weight.original",
+    "rotate_layer.parametrizations.weight.0.base",
+)
 
 
 def ours(name, d=D, rank=r, **kwargs):
@@ -54,10 +57,14 @@ def weight_of(intervention):
 def reft_model(classes, name, dtype=torch.float32, **kwargs):
     model = make("llama").to(dtype)
     representations = [
-        {"layer": layer, "component": "block_output", "low_rank_dimension": r,
-         "intervention": classes(name, d=WIDTH, **kwargs).to(dtype)}
+        {
+            "layer": layer,
+            "component": "block_output",
+            "low_rank_dimension": r,
+            "intervention": classes(name, d=WIDTH, **kwargs).to(dtype),
+        }
         for layer in range(LAYERS)
-    ]  # fmt: skip
+    ]
     return pyreft.get_reft_model(model, pyreft.ReftConfig(representations=representations))
 
 

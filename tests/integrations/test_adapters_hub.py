@@ -1,4 +1,6 @@
-"""AdapterHub's ReFT by the fused edit: equal to the package where it is right, right where it is not."""
+"""AdapterHub's ReFT by the fused edit: equal to the package where it is right, right where it is
+not.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import re
 import pytest
 import torch
 
-adapters = pytest.importorskip("adapters", reason="needs the package adapters (with transformers 4.57.6)")
+adapters = pytest.importorskip(
+    "adapters", reason="needs the package adapters (with transformers 4.57.6)"
+)
 
 from adapters import AdapterSetup, DiReftConfig, LoReftConfig, NoReftConfig, Parallel  # noqa: E402
 from adapters.methods.reft import ReftLayer  # noqa: E402
@@ -18,14 +22,25 @@ from torch.nn import functional as F  # noqa: E402
 from reft_kernels import interventions  # noqa: E402
 from reft_kernels.integrations.adapters import accelerate_adapters  # noqa: E402
 from reft_kernels.parametrization import orthonormality_error  # noqa: E402
-from tests.model.families import LENGTH, VOCAB, hook_count, make, mask_of, plain_hooks, shake, within  # noqa: E402
+from tests.model.families import (  # noqa: E402
+    LENGTH,
+    VOCAB,
+    hook_count,
+    make,
+    mask_of,
+    plain_hooks,
+    shake,
+    within,
+)
 
 BOTH = {"prefix_positions": 7, "suffix_positions": 7, "r": 4, "dropout": 0.0}
 CONFIGS = {
     "loreft": LoReftConfig(**BOTH, tied_weights=True),
     "loreft-untied": LoReftConfig(**BOTH),
     "loreft-prefix": LoReftConfig(r=3, dropout=0.0),
-    "loreft-suffix": LoReftConfig(prefix_positions=0, suffix_positions=5, r=1, dropout=0.0, tied_weights=True),
+    "loreft-suffix": LoReftConfig(
+        prefix_positions=0, suffix_positions=5, r=1, dropout=0.0, tied_weights=True
+    ),
     "loreft-gelu": LoReftConfig(**BOTH, non_linearity="gelu"),
     "loreft-full-rank": LoReftConfig(**(BOTH | {"r": 32}), tied_weights=True),
     "noreft": NoReftConfig(**BOTH, tied_weights=True),
@@ -51,7 +66,9 @@ def add(model, name, config, seed):
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if f".refts.{name}." in path:
-                noise = 0.2 * torch.randn_like(parameter)  # what is trained of R's parameter is, transposed, below the diagonal
+                noise = 0.2 * torch.randn_like(
+                    parameter
+                )  # what is trained of R's parameter is, transposed, below the diagonal
                 parameter.add_(noise.triu(1) if path.endswith("original") else noise)
 
 
@@ -74,7 +91,11 @@ def gradients(model, inputs) -> dict[str, torch.Tensor]:
         logits = logits[inputs["attention_mask"].bool()]
     target = torch.arange(logits.shape[0]) % logits.shape[-1]
     F.cross_entropy(logits, target).backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    found = {
+        n: p.grad.clone()
+        for n, p in model.named_parameters()
+        if p.requires_grad and p.grad is not None
+    }
     return {"logits": logits.detach(), **found}
 
 
@@ -89,17 +110,25 @@ def exactly(model, inputs) -> dict[str, torch.Tensor]:
 
 
 def check_budget(drawn: list[tuple[dict, dict, dict]]) -> None:
-    """Hold (ours, the package's, exact) to the budget of :mod:`tests.budget`; one tensor of several layers is several draws."""
+    """Hold (ours, the package's, exact) to the budget of :mod:`tests.budget`; one tensor of several
+    layers is several draws.
+    """
     found: dict[str, list[tuple[float, float, float]]] = {}
     for ours, theirs, exact in drawn:
         assert ours.keys() == theirs.keys() == exact.keys()
         for name, want in exact.items():
             errors = ((got[name].double() - want).abs().max().item() for got in (ours, theirs))
-            found.setdefault(re.sub(r"\d+", "N", name), []).append((*errors, want.abs().max().item()))
+            found.setdefault(re.sub(r"\d+", "N", name), []).append(
+                (*errors, want.abs().max().item())
+            )
     eps = torch.finfo(drawn[0][0]["logits"].dtype).eps
     for name, rows in found.items():
         error, straightforward, size = map(max, zip(*rows, strict=True))
-        assert error <= 2 * straightforward + (eps if name == "logits" else torch.finfo(torch.float32).eps) * size, name
+        assert (
+            error
+            <= 2 * straightforward
+            + (eps if name == "logits" else torch.finfo(torch.float32).eps) * size
+        ), name
 
 
 def compare(family, config, inputs, context=contextlib.nullcontext) -> None:
@@ -118,7 +147,8 @@ def compare(family, config, inputs, context=contextlib.nullcontext) -> None:
 @pytest.mark.parametrize("lengths", [[LENGTH] * 3, [LENGTH, 15, 9]], ids=["full", "right-padded"])
 @pytest.mark.parametrize(
     ("family", "config"),
-    [("llama", c) for c in CONFIGS] + [(f, c) for f in ("bert", "gpt2") for c in ("loreft", "noreft-untied", "direft")],
+    [("llama", c) for c in CONFIGS]
+    + [(f, c) for f in ("bert", "gpt2") for c in ("loreft", "noreft-untied", "direft")],
 )
 def test_outputs_and_gradients_are_the_packages(family, config, lengths):
     compare(family, CONFIGS[config], inputs_of(lengths))
@@ -126,7 +156,9 @@ def test_outputs_and_gradients_are_the_packages(family, config, lengths):
 
 def test_an_encoder_and_a_decoder_and_images_without_tokens():
     inputs = inputs_of([LENGTH] * 3)
-    compare("t5", CONFIGS["loreft-prefix"], inputs | {"decoder_input_ids": inputs["input_ids"].flip(1)})
+    compare(
+        "t5", CONFIGS["loreft-prefix"], inputs | {"decoder_input_ids": inputs["input_ids"].flip(1)}
+    )
     compare("vit", CONFIGS["loreft"], {"pixel_values": torch.randn(3, 3, 16, 16)})
 
 
@@ -143,7 +175,9 @@ def prompt_columns(mask: torch.Tensor, first: int, last: int) -> list[list[int]]
 
 @contextlib.contextmanager
 def reference(model, columns, family="llama"):
-    """The model without the package's edits, edited by plain hooks at the given columns of the whole sequence."""
+    """The model without the package's edits, edited by plain hooks at the given columns of the
+    whole sequence.
+    """
     units = [layer.refts["a"].units[0] for layer in layers(model)]
 
     def weights(layer):
@@ -155,18 +189,27 @@ def reference(model, columns, family="llama"):
 
 
 def decode(family, model, inputs, columns, count=5):
-    """Greedy decoding without a cache, the prompt's columns edited again at every step: tokens, and the logits of each."""
+    """Greedy decoding without a cache, the prompt's columns edited again at every step: tokens, and
+    the logits of each.
+    """
     ids, mask, logits = inputs["input_ids"], inputs["attention_mask"], []
     with torch.no_grad(), reference(model, columns, family):
         for _ in range(count):
             position_ids = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
-            logits.append(model(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits[:, -1])
+            logits.append(
+                model(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits[:, -1]
+            )
             ids = torch.cat([ids, logits[-1].argmax(-1, keepdim=True)], 1)
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], 1)
     return ids, torch.stack(logits)
 
 
-DECODING = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+DECODING = {
+    "max_new_tokens": 5,
+    "do_sample": False,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
 
 
 CASES = [("llama", "loreft", "full"), ("llama", "loreft", "left"), ("gpt2", "loreft", "left")]
@@ -175,10 +218,15 @@ CASES += [("llama", "loreft-suffix", "left"), ("llama", "loreft-prefix", "left")
 
 @pytest.mark.parametrize(("family", "config", "side"), CASES)
 def test_decoding_steps_come_out_right_where_the_package_fails(family, config, side):
-    config, inputs = CONFIGS[config], inputs_of([LENGTH] * 3 if side == "full" else [LENGTH, 17, 10], side)
+    config, inputs = (
+        CONFIGS[config],
+        inputs_of([LENGTH] * 3 if side == "full" else [LENGTH, 17, 10], side),
+    )
     model = hub(family, config)
     model.generation_config.eos_token_id = None
-    columns = prompt_columns(inputs["attention_mask"], config.prefix_positions, config.suffix_positions)
+    columns = prompt_columns(
+        inputs["attention_mask"], config.prefix_positions, config.suffix_positions
+    )
     tokens, plain = decode(family, model, inputs, columns)
     _, exact = decode(family, copy.deepcopy(model).double(), inputs, columns)
 
@@ -190,7 +238,11 @@ def test_decoding_steps_come_out_right_where_the_package_fails(family, config, s
 
     accelerate_adapters(model)
     # transformers' own chunks are inexact beside padding, with nothing edited
-    for setting in [{}, {"use_cache": False}, *([{"prefill_chunk_size": 5}] if side == "full" else [])]:
+    for setting in [
+        {},
+        {"use_cache": False},
+        *([{"prefill_chunk_size": 5}] if side == "full" else []),
+    ]:
         ours = model.generate(**inputs, **DECODING, **setting)
         assert torch.equal(ours.sequences, tokens)
         assert within(torch.stack(ours.logits), plain, exact)
@@ -215,7 +267,9 @@ def test_weight_decay_leaves_r_orthonormal_and_the_package_reads_it(tmp_path):
     model.train()
 
     def train():
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5)
+        optimizer = torch.optim.AdamW(
+            [p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.5
+        )
         for _ in range(3):
             optimizer.zero_grad()
             model(**inputs, labels=inputs["input_ids"]).loss.backward()
@@ -224,7 +278,9 @@ def test_weight_decay_leaves_r_orthonormal_and_the_package_reads_it(tmp_path):
 
     start = copy.deepcopy(model.state_dict())
     train()
-    assert all((layer.refts["a"].units[0].projection.weight == 0).all() for layer in layers(model))  # the package's own
+    assert all(
+        (layer.refts["a"].units[0].projection.weight == 0).all() for layer in layers(model)
+    )  # the package's own
     model.load_state_dict(start)
     handle = accelerate_adapters(model.train())
     train()
@@ -235,13 +291,21 @@ def test_weight_decay_leaves_r_orthonormal_and_the_package_reads_it(tmp_path):
     fresh.set_active_adapters(fresh.load_adapter(str(tmp_path)))
     handle.restore()
     for subject in (model, fresh.eval()):
-        assert all(orthonormality_error(layer.refts["a"].units[0].projection.weight) <= 1e-5 for layer in layers(subject))
+        assert all(
+            orthonormality_error(layer.refts["a"].units[0].projection.weight) <= 1e-5
+            for layer in layers(subject)
+        )
         torch.testing.assert_close(subject(**inputs).logits, edited)
 
 
 @pytest.mark.parametrize("config", ["loreft", "noreft-untied", "direft", "loreft-gelu"])
 def test_half_precision(config):
-    compare("llama", CONFIGS[config], inputs_of([LENGTH, 15, 14]), lambda: torch.autocast("cpu", torch.bfloat16))
+    compare(
+        "llama",
+        CONFIGS[config],
+        inputs_of([LENGTH, 15, 14]),
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    )
 
 
 def test_a_model_in_bf16_needs_no_autocast():
@@ -253,7 +317,9 @@ def test_a_model_in_bf16_needs_no_autocast():
         model(**inputs)
     accelerate_adapters(model)
     found = gradients(model, inputs)
-    assert found["logits"].dtype == torch.bfloat16 and all(t.isfinite().all() for t in found.values())
+    assert found["logits"].dtype == torch.bfloat16 and all(
+        t.isfinite().all() for t in found.values()
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -286,8 +352,13 @@ def test_parameters_and_files_stay_the_packages(tmp_path):
     assert list(model.state_dict()) == keys
     assert all(p is before[n] for n, p in model.named_parameters())
     model.save_adapter(str(tmp_path / "ours"), "a")
-    assert (tmp_path / "theirs/adapter_config.json").read_text() == (tmp_path / "ours/adapter_config.json").read_text()
-    theirs, ours = (torch.load(tmp_path / who / "pytorch_adapter.bin", weights_only=True) for who in ("theirs", "ours"))
+    assert (tmp_path / "theirs/adapter_config.json").read_text() == (
+        tmp_path / "ours/adapter_config.json"
+    ).read_text()
+    theirs, ours = (
+        torch.load(tmp_path / who / "pytorch_adapter.bin", weights_only=True)
+        for who in ("theirs", "ours")
+    )
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[k], ours[k]) for k in theirs)
     gradients(model, inputs)
     assert handle.restore() is model
@@ -322,7 +393,11 @@ def test_active_adapters_are_those_the_package_says():
     model.double()
     exact = each()
     assert all(within(*three) for three in zip(ours, theirs, exact, strict=True))
-    assert not torch.allclose(ours[0], ours[2]) and not torch.allclose(ours[0], ours[4]) and torch.equal(ours[1], ours[2])
+    assert (
+        not torch.allclose(ours[0], ours[2])
+        and not torch.allclose(ours[0], ours[4])
+        and torch.equal(ours[1], ours[2])
+    )
     model.float()
     accelerate_adapters(model)
     model.delete_adapter("a")
@@ -390,9 +465,14 @@ def test_wrong_arguments_are_named_and_change_nothing():
     add(model, "c", LoReftConfig(non_linearity="mish"), 1)
     with pytest.raises(ValueError, match="non_linearity: adapter 'c': activation: got 'mish'"):
         accelerate_adapters(model)
-    assert hook_count(model) == hooks and not any("forward" in layer.__dict__ for layer in layers(model))
+    assert hook_count(model) == hooks and not any(
+        "forward" in layer.__dict__ for layer in layers(model)
+    )
     model.delete_adapter("c")
     add(model, "b", CONFIGS["loreft"], 2)
     accelerate_adapters(model)
-    with AdapterSetup(Parallel("a", "b")), pytest.raises(ValueError, match="expected no Parallel block"):
+    with (
+        AdapterSetup(Parallel("a", "b")),
+        pytest.raises(ValueError, match="expected no Parallel block"),
+    ):
         model(**inputs_of([LENGTH] * 3))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from reft_kernels.integrations.peft import ReftConfig
 from tests.model.families import batch, hook_count, make, shake, stacks
 
-HOLDER = "representation_edits"
+CONTAINER = "representation_edits"
 
 
 def first(**kwargs) -> ReftConfig:
@@ -22,7 +22,14 @@ def first(**kwargs) -> ReftConfig:
 
 def second(**kwargs) -> ReftConfig:
     return ReftConfig(
-        **{"rank": 2, "layers": [1], "positions": "l1", "intervention": "nodireft", "init": "orthogonal", **kwargs}
+        **{
+            "rank": 2,
+            "layers": [1],
+            "positions": "l1",
+            "intervention": "nodireft",
+            "init": "orthogonal",
+            **kwargs,
+        }
     )
 
 
@@ -62,7 +69,9 @@ def test_two_adapters_take_turns(inputs, tmp_path):
     assert torch.equal(logits(model, inputs), expected["other"])
     model.delete_adapter("other")
     assert torch.equal(logits(model.base_model.model, inputs), logits(make("llama"), inputs))
-    assert hook_count(model) == 0 and not any(HOLDER in name for name, _ in model.named_modules())
+    assert hook_count(model) == 0 and not any(
+        CONTAINER in name for name, _ in model.named_modules()
+    )
 
 
 def test_only_the_active_adapter_trains(inputs):
@@ -98,7 +107,9 @@ def test_adapters_of_several_tasks_in_one_batch(inputs):
             torch.testing.assert_close(mixed[row], single[name][row])
         assert torch.equal(model(**inputs).logits, single["other"])
         prompts = {k: inputs[k] for k in ("input_ids", "attention_mask")}
-        model.generate(**prompts, adapter_names=names, max_new_tokens=2, num_beams=2, pad_token_id=0)
+        model.generate(
+            **prompts, adapter_names=names, max_new_tokens=2, num_beams=2, pad_token_id=0
+        )
     with pytest.raises(ValueError, match=r"adapter_names: got \['no_such'\]"):
         model(**inputs, adapter_names=["no_such"] * 3)
     with pytest.raises(ValueError, match="adapter_names: got 2 names for a batch of 3"):
@@ -110,7 +121,9 @@ def test_modules_to_save_are_trained_and_saved(tmp_path):
     model = get_peft_model(make("bert"), first(task_type="SEQ_CLS", modules_to_save=["classifier"]))
     shake(model)
     names = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert any("classifier" in n for n in names) and all("classifier" in n or HOLDER in n for n in names)
+    assert any("classifier" in n for n in names) and all(
+        "classifier" in n or CONTAINER in n for n in names
+    )
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(make("bert", seed=0), tmp_path)
     assert torch.equal(logits(again, inputs), logits(model.eval(), inputs))
@@ -124,13 +137,19 @@ def test_low_memory_loading(inputs, tmp_path):
 
 
 @pytest.mark.parametrize("parametrization", ["householder", "cayley"])
-@pytest.mark.parametrize("name", ["loreft", "direft", "nodireft", "noreft", "consreft", "lobireft", "red"])
+@pytest.mark.parametrize(
+    "name", ["loreft", "direft", "nodireft", "noreft", "consreft", "lobireft", "red"]
+)
 def test_every_member_trains_saves_and_loads(name, parametrization, inputs, tmp_path):
     model = build(first(intervention=name, init=None, parametrization=parametrization)).train()
     model(**inputs).loss.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+    assert all(
+        p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad
+    )
     model.eval().save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(make("llama"), tmp_path), inputs), logits(model, inputs))
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(make("llama"), tmp_path), inputs), logits(model, inputs)
+    )
 
 
 # ---- transformers' own adapter methods
@@ -195,7 +214,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside_another"])
-def test_a_file_that_does_not_fit_is_refused_and_leaves_the_model_as_it_was(case, beside, inputs, tmp_path):
+def test_a_file_that_does_not_fit_is_refused_and_leaves_the_model_as_it_was(
+    case, beside, inputs, tmp_path
+):
     change, message = BROKEN[case]
     build().save_pretrained(tmp_path)
     spoil(tmp_path, change)
@@ -244,10 +265,12 @@ LINEAR = {"llama": "model.layers.{layer}.mlp.down_proj", "gpt2": "transformer.h.
 def test_an_edit_of_a_linear_layers_output_at_all_positions_merges(family, name):
     inputs = batch(family)
     inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    model = build(first(component=LINEAR[family], positions="all", intervention=name, init=None), family)
+    model = build(
+        first(component=LINEAR[family], positions="all", intervention=name, init=None), family
+    )
     edited, frozen = logits(model, inputs), logits(make(family), inputs)
     merged = model.merge_and_unload(safe_merge=True)
-    assert hook_count(merged) == 0 and not any(HOLDER in n for n, _ in merged.named_modules())
+    assert hook_count(merged) == 0 and not any(CONTAINER in n for n, _ in merged.named_modules())
     assert not torch.allclose(edited, frozen)
     # the merged weight is rounded once to fp32, which is no more than one layer's own rounding
     torch.testing.assert_close(logits(merged, inputs), edited)
@@ -258,7 +281,15 @@ def test_an_edit_of_a_linear_layers_output_at_all_positions_merges(family, name)
     [
         ({}, "edits chosen positions"),
         ({"positions": "all"}, "whole residual stream"),
-        ({"positions": "all", "component": LINEAR["llama"], "activation": "relu", "init": "orthogonal"}, "not linear"),
+        (
+            {
+                "positions": "all",
+                "component": LINEAR["llama"],
+                "activation": "relu",
+                "init": "orthogonal",
+            },
+            "not linear",
+        ),
         ({"positions": "all", "component": LINEAR["llama"] + ".input"}, "edits the input"),
     ],
 )

@@ -1,4 +1,6 @@
-"""Programs that never import reft_kernels load ReFT adapters: fresh processes, with the package's entry point in place."""
+"""Programs that never import reft_kernels load ReFT adapters: fresh processes, with the
+package's entry point in place.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ ENTRY = ("torch.backends", "reft_kernels", "reft_kernels_autoload:watch_peft")
 def declared() -> str:
     """The entry point as pyproject.toml declares it, in the format of installed metadata."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    group, name, value = re.search(r'^\[project\.entry-points\."([^"]+)"\]\n(\w+) = "([^"]+)"$', text, re.MULTILINE).groups()
+    group, name, value = re.search(
+        r'^\[project\.entry-points\."([^"]+)"\]\n(\w+) = "([^"]+)"$', text, re.MULTILINE
+    ).groups()
     assert (group, name, value) == ENTRY
     return f"[{group}]\n{name} = {value}\n"
 
@@ -45,7 +49,9 @@ def place(tmp_path_factory) -> Path:
     inner = Tokenizer(WordLevel(words, unk_token="<pad>"))
     inner.pre_tokenizer = Whitespace()
     make("llama").save_pretrained(folder / "base")
-    PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>").save_pretrained(folder / "base")
+    PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>"
+    ).save_pretrained(folder / "base")
     for name, config in {
         "reft": ReftConfig(rank=4, positions="l1", task_type="CAUSAL_LM"),
         "lora": LoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM"),
@@ -65,10 +71,18 @@ def run(place: Path, source: str, *front: Path, module: bool = False, **variable
     program = place / "program.py"
     program.write_text("import sys\n" + textwrap.dedent(source))
     path = os.pathsep.join(map(str, [*front, place / "path", ROOT, ROOT / "python"]))
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **variables,
+    }
     environment.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")
     command = [sys.executable, *(["-m", "program"] if module else [str(program)])]
-    ended = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300)
+    ended = subprocess.run(
+        command, cwd=place, env=environment, capture_output=True, text=True, timeout=300
+    )
     assert ended.returncode == 0, ended.stderr[-3000:]
     return ended.stdout
 
@@ -158,7 +172,10 @@ def test_a_package_that_cannot_be_imported_stops_its_own_adapters_only(place, tm
 
 
 # a PEFT of a few lines, without torch: what the finder and the loader do with it
-FAKE = {"__init__": "from peft import mapping", "mapping": "PEFT_TYPE_TO_CONFIG_MAPPING = {'LORA': int}"}
+FAKE = {
+    "__init__": "from peft import mapping",
+    "mapping": "PEFT_TYPE_TO_CONFIG_MAPPING = {'LORA': int}",
+}
 FRONT = "import reft_kernels_autoload as autoload\nautoload.watch_peft(); autoload.watch_peft()\n"
 
 
@@ -182,10 +199,15 @@ def test_the_module_imports_neither_torch_nor_the_package(place, tmp_path):
 
 def test_a_half_imported_peft_is_found(place, tmp_path):
     """As it is when PEFT is what imports torch."""
-    source = "import peft; assert isinstance(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, dict) and peft.kind != 'dict'"
+    source = (
+        "import peft; assert isinstance(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, dict) and "
+        "peft.kind != 'dict'"
+    )
     init = (
-        "import reft_kernels_autoload; sys = __import__('sys'); sys.meta_path[:] = sys.meta_path[1:]\n"
-        "reft_kernels_autoload.watch_peft()\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as t\nkind = type(t).__name__"
+        "import reft_kernels_autoload; sys = __import__('sys'); sys.meta_path[:] = "
+        "sys.meta_path[1:]\n"
+        "reft_kernels_autoload.watch_peft()\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING "
+        "as t\nkind = type(t).__name__"
     )
     fake(place, tmp_path, source, __init__=init)
 
@@ -260,7 +282,8 @@ def test_many_threads_import_and_look_up_at_once(place, tmp_path):
     for folder in (package.parent, package):
         (folder / "__init__.py").write_text("")
     (package / "peft" / "__init__.py").write_text(
-        "import time; time.sleep(0.05)\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as t\nt['REFT'] = 'found'"
+        "import time; time.sleep(0.05)\nfrom peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as "
+        "t\nt['REFT'] = 'found'"
     )
     fake(place, tmp_path, source)
 
@@ -271,5 +294,7 @@ def test_what_is_installed_here_declares_the_entry_point():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("reft_kernels is not installed in this environment: run from its folder alone")
     if not any(e.group == ENTRY[0] for e in installed.entry_points):
-        pytest.skip("reft_kernels was installed here before it had this entry point: pip install -e . again")
+        pytest.skip(
+            "reft_kernels was installed here before it had this entry point: pip install -e . again"
+        )
     assert ENTRY in [(e.group, e.name, e.value) for e in installed.entry_points]

@@ -13,19 +13,28 @@ from tests.model.families import batch, blocks, make, shake, stacks
 
 MODES = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non_reentrant"])
 COMPONENTS = {
-    "llama": ["block_output", "mlp_output", "attention_input", "model.layers.{layer}.self_attn.o_proj"],
+    "llama": [
+        "block_output",
+        "mlp_output",
+        "attention_input",
+        "model.layers.{layer}.self_attn.o_proj",
+    ],
     "gpt2": ["block_output"],
     "bloom": ["block_output"],
     "bert": ["block_output", "mlp_activation"],
     "t5": ["block_output"],
 }
-CASES = [(family, component) for family, components in COMPONENTS.items() for component in components]
+CASES = [
+    (family, component) for family, components in COMPONENTS.items() for component in components
+]
 
 
 def checkpointing(model, reentrant: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
     model.enable_input_require_grads()
 
 
@@ -44,9 +53,13 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 
 def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Equal but for the order in which layers add to one gradient: an epsilon of its largest entry, for each of 3 layers."""
+    """Equal but for the order in which layers add to one gradient: an epsilon of its largest
+    entry, for each of 3 layers.
+    """
     eps = torch.finfo(torch.float32).eps
-    return left.keys() == right.keys() and all((left[n] - right[n]).abs().max() <= 4 * eps * right[n].abs().max() for n in left)
+    return left.keys() == right.keys() and all(
+        (left[n] - right[n]).abs().max() <= 4 * eps * right[n].abs().max() for n in left
+    )
 
 
 @MODES
@@ -99,7 +112,12 @@ def test_untied_and_two_active_adapters(reentrant):
     grads = []
     for checkpointed in (False, True):
         model = build("llama", positions="f3+l2", share_weights=False)
-        model.add_adapter("other", ReftConfig(rank=2, layers=[1], positions="l1", intervention="nodireft", init="orthogonal"))
+        model.add_adapter(
+            "other",
+            ReftConfig(
+                rank=2, layers=[1], positions="l1", intervention="nodireft", init="orthogonal"
+            ),
+        )
         model.base_model.set_adapter(["default", "other"])
         if checkpointed:
             checkpointing(model, reentrant)
@@ -115,9 +133,15 @@ def test_non_reentrant_checkpoints_of_a_users_own(monkeypatch):
 
     inputs, plain, wrapped = batch("gpt2"), build("gpt2"), build("gpt2")
     for block in blocks("gpt2", wrapped.base_model.model):
-        block.__class__ = type("Wrapped", (type(block),), {
-            "__call__": lambda self, *a, **k: checkpoint(super(type(self), self).__call__, *a, use_reentrant=False, **k),
-        })  # fmt: skip
+        block.__class__ = type(
+            "Wrapped",
+            (type(block),),
+            {
+                "__call__": lambda self, *a, **k: checkpoint(
+                    super(type(self), self).__call__, *a, use_reentrant=False, **k
+                )
+            },
+        )
     for model in (plain, wrapped):
         model(**inputs, use_cache=False).loss.backward()
     assert close(gradients(wrapped), gradients(plain))
@@ -136,7 +160,11 @@ def test_a_loss_that_bypasses_the_output_is_refused_where_it_would_lose_gradient
 
 def test_every_second_layer_checkpointed():
     """Layers that are and layers that are not in one graph."""
-    inputs, plain, mixed = batch("llama"), build("llama", "mlp_output"), build("llama", "mlp_output")
+    inputs, plain, mixed = (
+        batch("llama"),
+        build("llama", "mlp_output"),
+        build("llama", "mlp_output"),
+    )
     checkpointing(mixed, reentrant=True)
     blocks("llama", mixed.base_model.model)[0].gradient_checkpointing = False
     blocks("llama", mixed.base_model.model)[2].gradient_checkpointing = False

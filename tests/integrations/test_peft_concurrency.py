@@ -1,4 +1,6 @@
-"""One model, many callers: what belongs to a call stays in it, over threads, tasks, nested calls and replicas."""
+"""One model, many callers: what belongs to a call stays in it, over threads, tasks, nested calls
+and replicas.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,18 @@ from reft_kernels.model.interception import InterceptedForward
 from tests.model.families import VOCAB, batch, make, shake
 
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-BACKENDS = ["torch", "cpu"] if dispatch.why_unable("cpu", "edit", "cpu", torch.float32) is None else ["torch"]
+BACKENDS = (
+    ["torch", "cpu"]
+    if dispatch.unsupported_reason("cpu", "edit", "cpu", torch.float32) is None
+    else ["torch"]
+)
 
 
 def build(positions: str = "f2+l2"):
     """A model with adapters "one" and "two"."""
-    model = get_peft_model(make("llama"), ReftConfig(rank=4, positions=positions), adapter_name="one")
+    model = get_peft_model(
+        make("llama"), ReftConfig(rank=4, positions=positions), adapter_name="one"
+    )
     model.add_adapter("two", ReftConfig(rank=2, positions="l3", layers=[0, 2], init="orthogonal"))
     for seed, name in enumerate(("one", "two")):
         model.set_adapter(name)
@@ -43,17 +51,34 @@ def prompt(seed: int, rows: int = 1) -> torch.Tensor:
 
 
 def request(model, seed: int):
-    """One of several kinds of call: generate, forward, with and without an adapter's name, with lengths."""
+    """One of several kinds of call: generate, forward, with and without an adapter's name, with
+    lengths.
+    """
     ids, kind = prompt(seed, 1 + seed % 3), seed % 5
-    names = {} if kind < 2 else {"adapter_names": [("one", "two", "__base__")[(seed + row) % 3] for row in range(len(ids))]}
+    names = (
+        {}
+        if kind < 2
+        else {
+            "adapter_names": [
+                ("one", "two", "__base__")[(seed + row) % 3] for row in range(len(ids))
+            ]
+        }
+    )
     with torch.no_grad():
         if kind in (0, 2):
             out = model.generate(
-                input_ids=ids, max_new_tokens=3, return_dict_in_generate=True, output_logits=True, **GREEDY, **names
+                input_ids=ids,
+                max_new_tokens=3,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **GREEDY,
+                **names,
             )
             return torch.stack(out.logits)
         if kind == 4:
-            return model(input_ids=ids, prompt_lengths=[max(1, ids.shape[1] // 2)] * len(ids), **names).logits
+            return model(
+                input_ids=ids, prompt_lengths=[max(1, ids.shape[1] // 2)] * len(ids), **names
+            ).logits
         return model(input_ids=ids, **names).logits
 
 
@@ -71,7 +96,9 @@ def test_sixteen_threads_two_hundred_requests(backend):
             together = list(pool.map(lambda seed: request(model, seed), seeds))
     finally:
         rk.set_backend(dispatch_before)
-    wrong = [seed for seed, got in zip(seeds, together, strict=True) if not torch.equal(got, alone[seed])]
+    wrong = [
+        seed for seed, got in zip(seeds, together, strict=True) if not torch.equal(got, alone[seed])
+    ]
     assert wrong == []
 
 
@@ -120,7 +147,9 @@ def test_tasks_of_an_event_loop():
 
 
 class Nested(LogitsProcessor):
-    """Scores with the model itself while it generates: a forward, and a generation of another text."""
+    """Scores with the model itself while it generates: a forward, and a generation of another
+    text.
+    """
 
     def __init__(self, model, other):
         self.model, self.other, self.seen = model, other, []
@@ -136,14 +165,25 @@ def test_calls_nested_in_generate_and_in_a_hook():
     model = build()
     ids, other = prompt(9), prompt(4)
     with torch.no_grad():
-        logits, tokens = model(input_ids=other).logits, model.generate(input_ids=other, max_new_tokens=2, **GREEDY)
+        logits, tokens = (
+            model(input_ids=other).logits,
+            model.generate(input_ids=other, max_new_tokens=2, **GREEDY),
+        )
         expected = model.generate(input_ids=ids, max_new_tokens=3, **GREEDY)
         plain = model(input_ids=ids).logits
         nested = Nested(model, other)
-        got = model.generate(input_ids=ids, max_new_tokens=3, logits_processor=LogitsProcessorList([nested]), **GREEDY)
+        got = model.generate(
+            input_ids=ids,
+            max_new_tokens=3,
+            logits_processor=LogitsProcessorList([nested]),
+            **GREEDY,
+        )
         assert torch.equal(got, expected)
         assert len(nested.seen) == 6
-        assert all(torch.equal(seen, want) for seen, want in zip(nested.seen, [logits, tokens] * 3, strict=True))
+        assert all(
+            torch.equal(seen, want)
+            for seen, want in zip(nested.seen, [logits, tokens] * 3, strict=True)
+        )
 
         inside = []
 
@@ -160,13 +200,17 @@ def test_calls_nested_in_generate_and_in_a_hook():
 
 @pytest.mark.filterwarnings("ignore:ReFT")
 def test_assisted_generation():
-    """A draft by another edited model, by the same layers of the model itself, and by looking up the prompt."""
+    """A draft by another edited model, by the same layers of the model itself, and by looking up
+    the prompt.
+    """
     model, draft = build(), build("f1+l1")
     ids = prompt(13)
     greedy = {**GREEDY, "eos_token_id": VOCAB - 1}  # drafts ask for one
     expected = model.generate(input_ids=ids, max_new_tokens=6, **greedy)
     for options in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 3}):
-        assert torch.equal(model.generate(input_ids=ids, max_new_tokens=6, **options, **greedy), expected)
+        assert torch.equal(
+            model.generate(input_ids=ids, max_new_tokens=6, **options, **greedy), expected
+        )
 
 
 @pytest.mark.filterwarnings("ignore:ReFT")
@@ -182,20 +226,27 @@ def test_an_exception_leaves_nothing_behind():
         raise Stop
 
     handle = model.base_model.model.model.layers[2].register_forward_pre_hook(fail)
-    for call in (lambda: model(input_ids=ids, prompt_lengths=[3]), lambda: model.generate(input_ids=ids, max_new_tokens=2)):
+    for call in (
+        lambda: model(input_ids=ids, prompt_lengths=[3]),
+        lambda: model.generate(input_ids=ids, max_new_tokens=2),
+    ):
         with pytest.raises(Stop):
             call()
     handle.remove()
     with pytest.raises(ValueError, match="prompt_lengths"):
         model(input_ids=ids, prompt_lengths=[99])
     editor = model.base_model.model.representation_edits.editor
-    assert editor.state.call is None and editor.state.generation is None and editor.state.outer == []
+    assert (
+        editor.state.call is None and editor.state.generation is None and editor.state.outer == []
+    )
     assert all(scope.state.frame is None for scope in editor._scopes.values())
     assert torch.equal(model(input_ids=other).logits, expected)
 
 
 def replica_of(module: torch.nn.Module) -> torch.nn.Module:
-    """What ``nn.DataParallel`` makes of a module for one device: shallow copies that share hooks and attributes."""
+    """What ``nn.DataParallel`` makes of a module for one device: shallow copies that share hooks
+    and attributes.
+    """
     copies = {m: m._replicate_for_data_parallel() for m in module.modules()}
     for original, made in copies.items():
         for name, child in original._modules.items():
@@ -248,7 +299,9 @@ def test_forward_called_directly(family):
         model.zero_grad()
         out = call(**inputs)
         out.loss.backward()
-        grads.append((out.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)))
+        grads.append(
+            (out.logits.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad))
+        )
     for other in grads[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, grads[0], strict=True))
     assert all(float(g.abs().max()) > 0 for g in grads[0])
@@ -256,7 +309,9 @@ def test_forward_called_directly(family):
         backbone = inner.model
         with torch.no_grad():
             want = backbone(inputs["input_ids"], prompt_lengths=[3, 3, 3])[0]
-            assert torch.equal(backbone.forward(inputs["input_ids"], prompt_lengths=[3, 3, 3])[0], want)
+            assert torch.equal(
+                backbone.forward(inputs["input_ids"], prompt_lengths=[3, 3, 3])[0], want
+            )
 
 
 def test_forward_is_the_models_own_again_after_unload():
@@ -285,7 +340,9 @@ def test_copies_have_a_forward_of_their_own():
 
 @pytest.mark.filterwarnings("ignore:ReFT")
 def test_accelerates_mixed_precision_wraps_and_unwraps_a_model():
-    AcceleratorState._reset_state(True)  # another test of this process may have chosen another precision
+    AcceleratorState._reset_state(
+        True
+    )  # another test of this process may have chosen another precision
     plain = make("llama")
     plain.add_adapter(ReftConfig(rank=4, positions="f2+l2"))
     shake(plain)

@@ -1,4 +1,6 @@
-"""The configuration: what it refuses, what it keeps, and that a refused one leaves the model as it was."""
+"""The configuration: what it refuses, what it keeps, and that a refused one leaves the model as
+it was.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ WRONG = [
     ({"positions": "x3"}, "positions: got 'x3'"),
     ({"positions": "f3", "share_weights": False}, "share_weights: got False"),
     ({"pyreft_positions": 1}, "pyreft_positions: got 1"),
-    ({"pyreft_positions": True, "positions": "prompt"}, "pyreft_positions: got True with positions 'prompt'"),
+    (
+        {"pyreft_positions": True, "positions": "prompt"},
+        "pyreft_positions: got True with positions 'prompt'",
+    ),
     ({"intervention": "lora"}, "intervention: got 'lora', expected one of loreft"),
     ({"component": ""}, "component: got ''"),
     ({"activation": "mish"}, "activation: got 'mish'"),
@@ -80,10 +85,20 @@ def test_an_error_of_pefts_own_leaves_the_model_as_it_was_too(monkeypatch):
 
 def test_everything_is_kept_in_the_file(tmp_path):
     config = ReftConfig(
-        layers=range(2), rank=3, positions="f5+l5", share_weights=False, intervention="nodireft", component="mlp_output",
-        activation="gelu_new", dropout=0.1, parametrization="cayley", init="orthogonal", embed_dim=32,
-        modules_to_save=["score"], task_type="SEQ_CLS",
-    )  # fmt: skip
+        layers=range(2),
+        rank=3,
+        positions="f5+l5",
+        share_weights=False,
+        intervention="nodireft",
+        component="mlp_output",
+        activation="gelu_new",
+        dropout=0.1,
+        parametrization="cayley",
+        init="orthogonal",
+        embed_dim=32,
+        modules_to_save=["score"],
+        task_type="SEQ_CLS",
+    )
     config.save_pretrained(tmp_path)
     for loaded in (ReftConfig.from_pretrained(tmp_path), PeftConfig.from_pretrained(tmp_path)):
         assert isinstance(loaded, ReftConfig)
@@ -93,10 +108,20 @@ def test_everything_is_kept_in_the_file(tmp_path):
 
 def test_a_hidden_state_of_another_width_is_named():
     model = get_peft_model(make("llama"), ReftConfig(rank=4, embed_dim=16))
-    with pytest.raises(ValueError, match=r"component: the output of 'model.layers.0' is shape .*expected .*16"):
+    with pytest.raises(
+        ValueError, match=r"component: the output of 'model.layers.0' is shape .*expected .*16"
+    ):
         model(**batch("llama"))
 
 
 def test_the_engine_imports_neither_peft_nor_transformers():
-    code = "import sys, reft_kernels, reft_kernels.model; print({'peft', 'transformers', 'accelerate'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    code = (
+        "import sys, reft_kernels, reft_kernels.model; print({'peft', 'transformers', "
+        "'accelerate'} & set(sys.modules))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "set()"
+    )

@@ -1,4 +1,6 @@
-"""Two processes on gloo: gradients under DDP and FSDP2 equal those of one process, accumulated ones too."""
+"""Two processes on gloo: gradients under DDP and FSDP2 equal those of one process, accumulated
+ones too.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ MICRO = 2
 
 
 def _build(intervention, **kwargs):
-    model = get_peft_model(make("llama"), ReftConfig(rank=4, intervention=intervention, init="orthogonal", **kwargs))
+    model = get_peft_model(
+        make("llama"), ReftConfig(rank=4, intervention=intervention, init="orthogonal", **kwargs)
+    )
     shake(model)
     return model.train()
 
@@ -40,15 +44,25 @@ def _shard(model, stack):
 
 def _wrap(engine, model, reentrant):
     if reentrant is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
         model.enable_input_require_grads()
-    return torch.nn.parallel.DistributedDataParallel(model) if engine == "ddp" else _shard(model, stacks(model)[0])
+    return (
+        torch.nn.parallel.DistributedDataParallel(model)
+        if engine == "ddp"
+        else _shard(model, stacks(model)[0])
+    )
 
 
 def _compare(model, expected, case) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            grad = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
+            grad = (
+                parameter.grad.full_tensor()
+                if hasattr(parameter.grad, "full_tensor")
+                else parameter.grad
+            )
             torch.testing.assert_close(grad, expected[name], msg=lambda m: f"{case} {name}: {m}")  # noqa: B023
 
 
@@ -81,12 +95,16 @@ def _micro_step(wrapped, engine, last):
 
 
 def _accumulated(rank: int) -> None:
-    """Two steps, since what an engine leaves behind shows in the next; a head gets its gradient in the main backward."""
+    """Two steps, since what an engine leaves behind shows in the next; a head gets its gradient
+    in the main backward.
+    """
     batches = [batch("llama", seed=seed) for seed in range(MICRO)]
     whole = _build("loreft", modules_to_save=["lm_head"])
     for inputs in batches:
         for row in range(2):
-            (whole(**{k: v[row : row + 1] for k, v in inputs.items()}).loss / (2 * MICRO)).backward()
+            (
+                whole(**{k: v[row : row + 1] for k, v in inputs.items()}).loss / (2 * MICRO)
+            ).backward()
     for engine, reentrant in CASES:
         model = _build("loreft", modules_to_save=["lm_head"])
         (stack,) = stacks(model)
@@ -95,7 +113,10 @@ def _accumulated(rank: int) -> None:
             for _ in range(2):
                 for number, inputs in enumerate(batches, 1):
                     with _micro_step(wrapped, engine, number == MICRO):
-                        (wrapped(**{k: v[rank : rank + 1] for k, v in inputs.items()}).loss / MICRO).backward()
+                        (
+                            wrapped(**{k: v[rank : rank + 1] for k, v in inputs.items()}).loss
+                            / MICRO
+                        ).backward()
                 assert all(p.grad is None for p in stack.parameters())
                 shared.flush()
                 _compare(model, _gradients(whole), ("accumulated", engine, reentrant))
@@ -128,7 +149,10 @@ def _refused(rank: int) -> None:
     inputs = {k: v[rank : rank + 1] for k, v in batch("llama").items()}
     for option in ("find_unused_parameters", "static_graph"):
         wrapped = torch.nn.parallel.DistributedDataParallel(_build("loreft"), **{option: True})
-        with share_build(wrapped), pytest.raises(RuntimeError, match=f"{option}: got True, expected False"):
+        with (
+            share_build(wrapped),
+            pytest.raises(RuntimeError, match=f"{option}: got True, expected False"),
+        ):
             wrapped(**inputs)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -1,4 +1,6 @@
-"""What a step costs and touches: operators in a layer's hook, builds of R, foreign hooks, shared tensors, compiled models."""
+"""What a step costs and touches: operators in a layer's hook, builds of R, foreign hooks, shared
+tensors, compiled models.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reft_kernels.reference as reference
 from reft_kernels.integrations.peft import ReftConfig
 from reft_kernels.model import steps
-from reft_kernels.model.steps import LayerHook
+from reft_kernels.model.forward_context import LayerHook
 from tests.model.families import batch, blocks, hook_count, make, shake, stacks
 
-COPIES = {"aten::_local_scalar_dense", "aten::item", "aten::_to_copy", "aten::copy_", "aten::lift_fresh", "aten::nonzero"}
-INDEX_BUILDING = {"aten::arange", "aten::where", "aten::cumsum", "aten::argmax", "aten::index_select", "aten::cat"}
+COPIES = {
+    "aten::_local_scalar_dense",
+    "aten::item",
+    "aten::_to_copy",
+    "aten::copy_",
+    "aten::lift_fresh",
+    "aten::nonzero",
+}
+INDEX_BUILDING = {
+    "aten::arange",
+    "aten::where",
+    "aten::cumsum",
+    "aten::argmax",
+    "aten::index_select",
+    "aten::cat",
+}
 
 
 class Trace(TorchDispatchMode):
@@ -53,7 +69,9 @@ def builds(monkeypatch):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kwargs", [{}, {"positions": "f3+l2", "share_weights": False}, {"positions": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"positions": "f3+l2", "share_weights": False}, {"positions": "all"}], ids=str
+)
 def test_a_layers_hook_runs_one_operator_and_nothing_else(monkeypatch, training, kwargs):
     """No synchronisation, no copy, no index building: one edit for each layer."""
     model = build(**kwargs).train(training)
@@ -122,7 +140,9 @@ def test_foreign_hooks_stay_and_see_the_edited_state():
     model, seen = build(), []
     block = blocks("llama", model.base_model.model)[1]
     handles = [
-        block.register_forward_hook(lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o)),
+        block.register_forward_hook(
+            lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o)
+        ),
         block.register_forward_pre_hook(lambda m, a: None),
         model.base_model.model.register_forward_hook(lambda m, a, o: None),
     ]
@@ -149,7 +169,9 @@ def test_captured_hidden_states_are_the_edited_ones():
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_second_consumer_of_the_hidden_state_and_of_its_gradient(when):
-    """A foreign hook that uses the hidden state for a loss of its own; gradients equal those of out-of-place edits."""
+    """A foreign hook that uses the hidden state for a loss of its own; gradients equal those of
+    out-of-place edits.
+    """
     grads = []
     for inplace in (True, False):
         model, kept, received = build().train(), [], []
@@ -162,13 +184,21 @@ def test_a_second_consumer_of_the_hidden_state_and_of_its_gradient(when):
 
         block.register_forward_hook(consume, prepend=when == "before")
         if not inplace:
-            for hook in (h for m in model.modules() for h in m._forward_hooks.values() if isinstance(h, LayerHook)):
+            for hook in (
+                h
+                for m in model.modules()
+                for h in m._forward_hooks.values()
+                if isinstance(h, LayerHook)
+            ):
                 hook.target = hook.target._replace(inplace=False)
         loss = model(**batch("llama")).loss
         if when == "after":
             loss = loss + kept[0].square().mean()
         loss.backward()
-        grads.append([p.grad.clone() for p in stacks(model)[0].parameters()] + ([] if when == "before" else received[:1]))
+        grads.append(
+            [p.grad.clone() for p in stacks(model)[0].parameters()]
+            + ([] if when == "before" else received[:1])
+        )
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
@@ -179,7 +209,9 @@ def test_retained_graphs_give_the_same_gradients_again():
     first = [p.grad.clone() for p in stacks(model)[0].parameters()]
     model.zero_grad()
     loss.backward()
-    assert all(torch.equal(a, p.grad) for a, p in zip(first, stacks(model)[0].parameters(), strict=True))
+    assert all(
+        torch.equal(a, p.grad) for a, p in zip(first, stacks(model)[0].parameters(), strict=True)
+    )
 
 
 def test_the_first_layers_need_no_gradient_of_the_embeddings():
@@ -203,7 +235,10 @@ def test_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(**inputs)
     output.loss.backward()
-    assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in stacks(model)[0].parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and p.grad.abs().max() > 0
+        for p in stacks(model)[0].parameters()
+    )
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -211,12 +246,19 @@ def test_autocast():
 def test_compiles_without_graph_breaks_and_without_recompiling_for_other_rows(family, grad):
     torch._dynamo.reset()
     model = build(family)
-    inputs, other = batch(family), batch(family, seed=3, side="left" if family == "llama" else "right")
+    inputs, other = (
+        batch(family),
+        batch(family, seed=3, side="left" if family == "llama" else "right"),
+    )
     other["attention_mask"] = other["attention_mask"].roll(1, dims=0)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for number, call in enumerate((inputs, other)):
         results = []
-        guard = torch._dynamo.config.patch(error_on_recompile=True) if number else contextlib.nullcontext()
+        guard = (
+            torch._dynamo.config.patch(error_on_recompile=True)
+            if number
+            else contextlib.nullcontext()
+        )
         for subject in (model, compiled):
             model.zero_grad()
             with guard, torch.set_grad_enabled(grad):
@@ -235,7 +277,11 @@ def test_other_numbers_of_rows_do_not_recompile():
     for number, count in enumerate((4, 6, 9)):
         columns = torch.stack([torch.randperm(24)[:count] for _ in range(3)])
         torch._dynamo.mark_dynamic(columns, 1)
-        guard = torch._dynamo.config.patch(error_on_recompile=True) if number else contextlib.nullcontext()
+        guard = (
+            torch._dynamo.config.patch(error_on_recompile=True)
+            if number
+            else contextlib.nullcontext()
+        )
         with torch.no_grad():
             expected = model(**inputs, edit_positions=columns).logits
             with guard:
@@ -243,21 +289,31 @@ def test_other_numbers_of_rows_do_not_recompile():
 
 
 def test_weights_and_rows_that_are_elsewhere_are_brought_once(monkeypatch):
-    """A layer on another device than the stack: weights move with the layer, rows once for the device."""
+    """A layer on another device than the stack: weights move with the layer, rows once for the
+    device.
+    """
     model, inputs = build(), batch("llama")
     expected = model(**inputs).logits
     moved = []
-    copied = steps.Step._on
-    monkeypatch.setattr(steps.Step, "_on", lambda self, s, d: moved.append(copied(self, s, d)) or moved[-1])
+    copied = steps.ForwardContext._on
+    monkeypatch.setattr(
+        steps.ForwardContext,
+        "_on",
+        lambda self, s, d: moved.append(copied(self, s, d)) or moved[-1],
+    )
     constructor = steps.Edit.__init__
-    monkeypatch.setattr(steps.Edit, "__init__", lambda self, *a: constructor(self, *a[:-1], torch.device("meta")))
+    monkeypatch.setattr(
+        steps.Edit, "__init__", lambda self, *a: constructor(self, *a[:-1], torch.device("meta"))
+    )
     assert torch.equal(model(**inputs).logits, expected)
     assert len(moved) > 1 and len({id(selection) for selection in moved}) == 1
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_bare_backbones(family):
-    """A model without a head is its own backbone; explicit arguments are taken out of its call too."""
+    """A model without a head is its own backbone; explicit arguments are taken out of its call
+    too.
+    """
     inputs = {k: v for k, v in batch(family).items() if k != "labels"}
     backbone = {"llama": "model", "bert": "bert", "gpt2": "transformer"}[family]
     model = get_peft_model(make(family).get_submodule(backbone), ReftConfig(rank=4))
@@ -265,7 +321,9 @@ def test_bare_backbones(family):
     whole = get_peft_model(make(family), ReftConfig(rank=4))
     shake(whole)
     seen = []
-    whole.get_submodule(f"base_model.model.{backbone}").register_forward_hook(lambda m, a, o: seen.append(o[0]))
+    whole.get_submodule(f"base_model.model.{backbone}").register_forward_hook(
+        lambda m, a, o: seen.append(o[0])
+    )
     with torch.no_grad():
         for explicit in ({}, {"prompt_lengths": [20, 12, 5]}):
             whole(**inputs, **explicit)
@@ -280,7 +338,9 @@ def test_explicit_positions_where_there_are_no_tokens():
     plain = make("vit")
     seen = []
     for subject in (plain, model.base_model.model):
-        blocks("vit", subject)[0].register_forward_hook(lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o))
+        blocks("vit", subject)[0].register_forward_hook(
+            lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o)
+        )
     with torch.no_grad():
         plain(**inputs)
         model(**inputs, edit_positions=torch.tensor([[0, 4], [1, -1], [2, 3]]))

@@ -1,4 +1,6 @@
-"""Every family: identity at the start, the right rows and nothing else, gradients, save and load, off means off."""
+"""Every family: identity at the start, the right rows and nothing else, gradients, save and
+load, off means off.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def adapted(family: str, **kwargs):
 
 
 def straightforward(family: str, stack, inputs, dtype, *, learn=False):
-    """Logits and loss of the plain model under plain hooks; with ``learn`` the gradients of R (by layer), W and b too."""
+    """Logits and loss of the plain model under plain hooks; with ``learn`` the gradients of R
+    (by layer), W and b too.
+    """
     plain = make(family).to(dtype).requires_grad_(False)
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     R, W, b = (t.detach().to(dtype).requires_grad_(learn) for t in (stack.R, stack.W, stack.b))
@@ -37,7 +41,10 @@ def straightforward(family: str, stack, inputs, dtype, *, learn=False):
     def columns(hidden):
         return prompt_columns(family, inputs, 7, 7, hidden.shape[1])
 
-    with torch.set_grad_enabled(learn), plain_hooks(family, plain, columns, lambda n: (R[n], W[n], b[n])):
+    with (
+        torch.set_grad_enabled(learn),
+        plain_hooks(family, plain, columns, lambda n: (R[n], W[n], b[n])),
+    ):
         output = plain(**cast)
     if learn:
         output.loss.backward()
@@ -56,7 +63,8 @@ def test_identity_leaves_the_logits_bit_identical(family):
 
 # padding on the left is a generating model's habit; Bloom in fp64, padded left: NaN
 @pytest.mark.parametrize(
-    ("family", "side"), [(f, "right") for f in FAMILIES] + [(f, "left") for f in ("llama", "gpt2", "neox")]
+    ("family", "side"),
+    [(f, "right") for f in FAMILIES] + [(f, "left") for f in ("llama", "gpt2", "neox")],
 )
 def test_logits_equal_those_of_straightforward_hooks(family, side):
     inputs, model = batch(family, side=side), adapted(family)
@@ -76,7 +84,9 @@ def test_logits_equal_those_of_straightforward_hooks(family, side):
 
 @EVERY
 def test_edits_exactly_the_chosen_rows(family):
-    """The output of the first block, edited and not: rows that were not chosen are bit-identical, all the others differ."""
+    """The output of the first block, edited and not: rows that were not chosen are
+    bit-identical, all the others differ.
+    """
     inputs, model, plain = batch(family), adapted(family), make(family)
     shake(model)
     seen = []
@@ -108,7 +118,9 @@ def test_gradients_reach_every_parameter_and_equal_the_straightforward_ones(fami
         assert (by_layer > 0).all(), name
     assert all(p.grad is None for n, p in model.named_parameters() if "reft_" not in n)
     _, _, (_, plain_W, plain_b) = straightforward(family, stack, inputs, torch.float32, learn=True)
-    _, _, (exact_R, exact_W, exact_b) = straightforward(family, stack, inputs, torch.float64, learn=True)
+    _, _, (exact_R, exact_W, exact_b) = straightforward(
+        family, stack, inputs, torch.float64, learn=True
+    )
     assert within(stack.W.grad, plain_W, exact_W)
     assert within(stack.b.grad, plain_b, exact_b)
     # R's gradient, carried to X by the same map in fp64
@@ -128,10 +140,15 @@ def _householder(X: torch.Tensor) -> torch.Tensor:
 
 @EVERY
 def test_saved_and_loaded_into_a_fresh_model_the_logits_are_bit_identical(family, tmp_path):
-    inputs, model = batch(family), adapted(family, layers=[0, 2], positions="f3+l2", share_weights=False)
+    inputs, model = (
+        batch(family),
+        adapted(family, layers=[0, 2], positions="f3+l2", share_weights=False),
+    )
     shake(model)
     model.save_pretrained(tmp_path)
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in tmp_path.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     again = PeftModel.from_pretrained(make(family), tmp_path)
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)

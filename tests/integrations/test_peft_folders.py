@@ -1,4 +1,6 @@
-"""The folder of a saved adapter: its model card, and what is damaged is refused before the model is touched."""
+"""The folder of a saved adapter: its model card, and what is damaged is refused before the model
+is touched.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,10 @@ def half_a_config(folder):
 
 DAMAGES = {
     "truncated weights": (truncated, rf"{WEIGHTS}: cannot be loaded as safetensors"),
-    "empty weights": (lambda f: (f / WEIGHTS).write_bytes(b""), rf"{WEIGHTS}: cannot be loaded as safetensors"),
+    "empty weights": (
+        lambda f: (f / WEIGHTS).write_bytes(b""),
+        rf"{WEIGHTS}: cannot be loaded as safetensors",
+    ),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), f"{CONFIG} without {WEIGHTS}"),
     "a tensor less": (without_a_tensor, "the file lacks"),
     "code": (with_code, "adapter_model.bin: cannot be loaded as a state dict .weights only"),
@@ -100,7 +105,10 @@ def test_transformers_refuses_too(damage, tmp_path):
     build().save_pretrained(tmp_path)
     DAMAGES[damage][0](tmp_path)
     with pytest.raises(
-        Exception, match="deserializing header|No such file|Repo id|Weights only load failed|Can't find weights"
+        Exception,
+        match=(
+            "deserializing header|No such file|Repo id|Weights only load failed|Can't find weights"
+        ),
     ):
         make("llama").load_adapter(str(tmp_path))
     assert not (tmp_path / "executed").exists()

@@ -1,4 +1,6 @@
-"""generate: prompt-only edits, however the prompt is padded, chunked or multiplied into beams; decoding costs nothing."""
+"""generate: prompt-only edits, however the prompt is padded, chunked or multiplied into beams;
+decoding costs nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,17 @@ import torch
 from peft import get_peft_model
 
 from reft_kernels.integrations.peft import ReftConfig
-from tests.model.families import LENGTH, VOCAB, blocks, make, mask_of, plain_loreft, shake, stacks, within
+from tests.model.families import (
+    LENGTH,
+    VOCAB,
+    blocks,
+    make,
+    mask_of,
+    plain_loreft,
+    shake,
+    stacks,
+    within,
+)
 
 NEW = 6
 
@@ -17,7 +29,10 @@ NEW = 6
 def prompts(side: str, seed: int = 5) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mask = mask_of([LENGTH, 17, 10], side)
-    return {"input_ids": torch.randint(3, VOCAB, mask.shape, generator=generator) * mask, "attention_mask": mask}
+    return {
+        "input_ids": torch.randint(3, VOCAB, mask.shape, generator=generator) * mask,
+        "attention_mask": mask,
+    }
 
 
 def columns_of(mask: torch.Tensor, positions: str) -> list[list[int]]:
@@ -35,7 +50,9 @@ def columns_of(mask: torch.Tensor, positions: str) -> list[list[int]]:
 
 
 class Naive:
-    """The reference: hooks on a plain model that edit by absolute column, with a cursor kept by hand through every forward."""
+    """The reference: hooks on a plain model that edit by absolute column, with a cursor kept by
+    hand through every forward.
+    """
 
     def __init__(self, family, model, stack, mask, positions, repeats=1):
         self.model, self.columns, self.repeats = model, columns_of(mask, positions), repeats
@@ -54,7 +71,9 @@ class Naive:
             columns = [c for c in self.columns for _ in range(self.repeats)]
             if self.everything:  # every real token of the prompt, and each token after it
                 end = max(map(max, columns))
-                columns = [[c - here.start for c in here if c in chosen or c > end] for chosen in columns]
+                columns = [
+                    [c - here.start for c in here if c in chosen or c > end] for chosen in columns
+                ]
             else:
                 columns = [[c - here.start for c in chosen if c in here] for chosen in columns]
             if is_last:
@@ -66,7 +85,9 @@ class Naive:
 
 
 def adapted(family, positions):
-    model = get_peft_model(make(family), ReftConfig(rank=4, positions=positions, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        make(family), ReftConfig(rank=4, positions=positions, task_type="CAUSAL_LM")
+    ).eval()
     shake(model, 0.5)
     return model
 
@@ -87,8 +108,8 @@ SETTINGS = {
 
 
 def combinations():
-    """Everything on Llama; on the others what depends on the family. After padding on the right which columns "all" means is
-    the model's own affair."""
+    """Everything on Llama; on the others what depends on the family. After padding on the right
+    which columns "all" means is the model's own affair."""
     for side in ("left", "right"):
         for setting in (n for n in SETTINGS if n != "no_cache"):
             for positions in ("f7+l7", "l5", "prompt", "all"):
@@ -106,14 +127,22 @@ def test_generates_what_naive_hooks_generate(family, side, positions, setting):
     options = {"max_new_tokens": NEW, "do_sample": False, **SETTINGS[setting]}
     repeats = options.get("num_beams", 1) * options.get("num_return_sequences", 1)
     model = adapted(family, positions)
-    subjects = [model, naive(family, model, inputs, positions, repeats), naive(family, model, inputs, positions, repeats)]
+    subjects = [
+        model,
+        naive(family, model, inputs, positions, repeats),
+        naive(family, model, inputs, positions, repeats),
+    ]
     subjects[2].double()
     results = []
     for subject in subjects:
         torch.manual_seed(11)
-        results.append(subject.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True))
+        results.append(
+            subject.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+        )
     assert torch.equal(results[0].sequences, results[1].sequences)
-    if torch.equal(results[0].sequences, results[2].sequences) and family != "bloom":  # Bloom in fp64, padded left: NaN
+    if (
+        torch.equal(results[0].sequences, results[2].sequences) and family != "bloom"
+    ):  # Bloom in fp64, padded left: NaN
         for got, plain, exact in zip(*(r.logits for r in results), strict=True):
             assert within(got, plain, exact)
 
@@ -123,7 +152,9 @@ def test_edits_change_what_is_generated():
     model = adapted("llama", "f7+l7")
     edited = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
     with model.disable_adapter():
-        assert not torch.equal(model.generate(**inputs, max_new_tokens=NEW, do_sample=False), edited)
+        assert not torch.equal(
+            model.generate(**inputs, max_new_tokens=NEW, do_sample=False), edited
+        )
 
 
 @pytest.mark.parametrize("setting", ["no_cache", "chunked"])
@@ -132,14 +163,18 @@ def test_without_a_cache_or_in_chunks_the_tokens_are_those_with_one(setting, pos
     inputs = prompts("left")
     model = adapted("llama", positions)
     expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    assert torch.equal(model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **SETTINGS[setting]), expected)
+    assert torch.equal(
+        model.generate(**inputs, max_new_tokens=NEW, do_sample=False, **SETTINGS[setting]), expected
+    )
 
 
 def test_a_missing_mask_is_inferred_from_padding_as_transformers_does():
     inputs = prompts("left")
     model = adapted("llama", "f7+l7")
     expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    got = model.generate(input_ids=inputs["input_ids"], max_new_tokens=NEW, do_sample=False, prefill_chunk_size=5)
+    got = model.generate(
+        input_ids=inputs["input_ids"], max_new_tokens=NEW, do_sample=False, prefill_chunk_size=5
+    )
     assert torch.equal(got, expected)
 
 
@@ -147,10 +182,21 @@ def test_static_cache_and_embeddings_as_input():
     inputs = prompts("left")
     model = adapted("llama", "f7+l7")
     expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    static = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, cache_implementation="static", disable_compile=True)
+    static = model.generate(
+        **inputs,
+        max_new_tokens=NEW,
+        do_sample=False,
+        cache_implementation="static",
+        disable_compile=True,
+    )
     assert torch.equal(static, expected)
     embeds = model.get_input_embeddings()(inputs["input_ids"])
-    got = model.generate(inputs_embeds=embeds, attention_mask=inputs["attention_mask"], max_new_tokens=NEW, do_sample=False)
+    got = model.generate(
+        inputs_embeds=embeds,
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=NEW,
+        do_sample=False,
+    )
     assert torch.equal(got, expected[:, LENGTH:])
 
 
@@ -158,12 +204,21 @@ def test_an_explicit_prompt_length_beats_the_mask():
     inputs = prompts("left")
     model = adapted("llama", "l5")
     expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    whole = model.generate(**inputs, prompt_lengths=[24, 17, 10], max_new_tokens=NEW, do_sample=False)
-    less = model.generate(**inputs, prompt_lengths=torch.tensor([12, 9, 6]), max_new_tokens=NEW, do_sample=False)
+    whole = model.generate(
+        **inputs, prompt_lengths=[24, 17, 10], max_new_tokens=NEW, do_sample=False
+    )
+    less = model.generate(
+        **inputs, prompt_lengths=torch.tensor([12, 9, 6]), max_new_tokens=NEW, do_sample=False
+    )
     assert torch.equal(whole, expected) and not torch.equal(less, expected)
     columns = torch.tensor([[19, 20, 21, 22, 23]] * 3)
-    assert torch.equal(model.generate(**inputs, edit_positions=columns, max_new_tokens=NEW, do_sample=False), expected)
-    chunked = model.generate(**inputs, edit_positions=columns, max_new_tokens=NEW, do_sample=False, prefill_chunk_size=7)
+    assert torch.equal(
+        model.generate(**inputs, edit_positions=columns, max_new_tokens=NEW, do_sample=False),
+        expected,
+    )
+    chunked = model.generate(
+        **inputs, edit_positions=columns, max_new_tokens=NEW, do_sample=False, prefill_chunk_size=7
+    )
     assert torch.equal(chunked, expected)
 
 
@@ -184,12 +239,29 @@ def test_a_hand_written_loop_with_a_cache_edits_the_prompt_alone():
     inputs = prompts("left")
     model = adapted("llama", "f7+l7")
     expected = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    ids, mask, tokens, cache = inputs["input_ids"], inputs["attention_mask"], inputs["input_ids"], None
+    ids, mask, tokens, cache = (
+        inputs["input_ids"],
+        inputs["attention_mask"],
+        inputs["input_ids"],
+        None,
+    )
     with torch.no_grad():
         for _ in range(NEW):
-            positions = (mask.cumsum(1) - 1).clamp(min=1)[:, -tokens.shape[1] :] if cache is not None else None
-            positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1) if cache is None else positions
-            out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            positions = (
+                (mask.cumsum(1) - 1).clamp(min=1)[:, -tokens.shape[1] :]
+                if cache is not None
+                else None
+            )
+            positions = (
+                (mask.cumsum(1) - 1).masked_fill(mask == 0, 1) if cache is None else positions
+            )
+            out = model(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
             cache, tokens = out.past_key_values, out.logits[:, -1:].argmax(-1)
             ids, mask = torch.cat([ids, tokens], 1), torch.cat([mask, mask.new_ones(3, 1)], 1)
     stopped = (expected == 0).cumsum(1) > 0
@@ -198,10 +270,18 @@ def test_a_hand_written_loop_with_a_cache_edits_the_prompt_alone():
 
 def test_t5_edits_its_encoder_and_when_asked_its_decoders_prompt():
     inputs = prompts("right")
-    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     frozen = make("t5").generate(**inputs, **options)
     for component in ("block_output", "decoder.block_output"):
-        model = get_peft_model(make("t5"), ReftConfig(rank=4, component=component, positions="f1", task_type="SEQ_2_SEQ_LM"))
+        model = get_peft_model(
+            make("t5"),
+            ReftConfig(rank=4, component=component, positions="f1", task_type="SEQ_2_SEQ_LM"),
+        )
         shake(model, 1.0)
         cached = model.eval().generate(**inputs, **options)
         again = model.generate(**inputs, **options, use_cache=False)

@@ -1,4 +1,6 @@
-"""LoRA and other PEFT methods together with ReFT: trained, saved, loaded and generating right, or refused at once."""
+"""LoRA and other PEFT methods together with ReFT: trained, saved, loaded and generating right,
+or refused at once.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def oracle(model, columns):
             (b,) = [p for n, p in weights.items() if f"layers.{layer}." in n and ".lora_B." in n]
             block.self_attn.o_proj.weight += (ALPHA / R) * b @ a
     (stack,) = stacks(model)
-    with plain_hooks("llama", plain, lambda _: columns, lambda i: (stack.R[i], stack.W[i], stack.b[i])):
+    with plain_hooks(
+        "llama", plain, lambda _: columns, lambda i: (stack.R[i], stack.W[i], stack.b[i])
+    ):
         yield plain
 
 
@@ -132,7 +136,11 @@ def test_generates_what_both_together_generate(way, inputs):
     shake(model)
     prompt = inputs["input_ids"][:1, :8]
     got = model.eval().generate(
-        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False, eos_token_id=None
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=None,
     )
     with oracle(model, [[7]]) as plain, torch.no_grad():
         expected = prompt
@@ -148,7 +156,10 @@ def test_one_save_holds_both_and_loads_on_the_base_model(way, inputs, tmp_path):
     shake(model)
     expected = logits(model, inputs)
     model.save_pretrained(tmp_path)
-    assert all(k.startswith("base_model.model.model.layers.") for k in load_file(tmp_path / "adapter_model.safetensors"))
+    assert all(
+        k.startswith("base_model.model.model.layers.")
+        for k in load_file(tmp_path / "adapter_model.safetensors")
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         loaded = PeftModel.from_pretrained(make("llama"), tmp_path)
@@ -165,13 +176,20 @@ def test_one_save_holds_both_and_loads_on_the_base_model(way, inputs, tmp_path):
 def test_loading_for_training_trains_both(inputs, tmp_path):
     nested().save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(make("llama"), tmp_path, is_trainable=True)
-    model = PeftModel.from_pretrained(model, tmp_path / "reft", adapter_name="reft", is_trainable=True)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == {*of_lora(model), *of_reft(model)}
+    model = PeftModel.from_pretrained(
+        model, tmp_path / "reft", adapter_name="reft", is_trainable=True
+    )
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        *of_lora(model),
+        *of_reft(model),
+    }
 
 
 def test_a_frozen_lora_stays_frozen(inputs, tmp_path):
     get_peft_model(make("llama"), lora()).save_pretrained(tmp_path)
-    model = get_peft_model(PeftModel.from_pretrained(make("llama"), tmp_path), reft(), adapter_name="reft")
+    model = get_peft_model(
+        PeftModel.from_pretrained(make("llama"), tmp_path), reft(), adapter_name="reft"
+    )
     assert {n for n, p in model.named_parameters() if p.requires_grad} == set(of_reft(model))
 
 
@@ -200,27 +218,61 @@ def test_transformers_takes_them_in_either_order(inputs):
 
 
 VERA = VeraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-ADALORA = AdaLoraConfig(target_modules=["o_proj"], task_type="CAUSAL_LM", total_step=9, tinit=1, tfinal=1)
+ADALORA = AdaLoraConfig(
+    target_modules=["o_proj"], task_type="CAUSAL_LM", total_step=9, tinit=1, tfinal=1
+)
 PREFIX = PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
 ACTIVATED = lora(alora_invocation_tokens=[5, 6])
 HEAD = lora(modules_to_save=["lm_head"])
 REFUSED = {
-    "same name": (lora(), lambda m: get_peft_model(m, reft()), "'default' is already .*LORA.*adapter_name='reft'"),
-    "same name, on the model": (lora(), lambda m: get_peft_model(m.base_model.model, reft()), "adapter_name='reft'"),
-    "add_adapter": (lora(), lambda m: m.add_adapter("reft", reft()), "Cannot combine .*LORA and PeftType.REFT"),
-    "LoRA around ReFT": (reft(), lambda m: get_peft_model(m, lora(), adapter_name="lora"), "attach LoRA first"),
+    "same name": (
+        lora(),
+        lambda m: get_peft_model(m, reft()),
+        "'default' is already .*LORA.*adapter_name='reft'",
+    ),
+    "same name, on the model": (
+        lora(),
+        lambda m: get_peft_model(m.base_model.model, reft()),
+        "adapter_name='reft'",
+    ),
+    "add_adapter": (
+        lora(),
+        lambda m: m.add_adapter("reft", reft()),
+        "Cannot combine .*LORA and PeftType.REFT",
+    ),
+    "LoRA around ReFT": (
+        reft(),
+        lambda m: get_peft_model(m, lora(), adapter_name="lora"),
+        "attach LoRA first",
+    ),
     "LoRA for ReFT": (reft(), lambda m: get_peft_model(m, lora()), "attach LoRA first"),
     "LoRA on the ReFT model": (
-        reft(), lambda m: get_peft_model(m.base_model.model, lora(), adapter_name="lora"), "attach LoRA first",
+        reft(),
+        lambda m: get_peft_model(m.base_model.model, lora(), adapter_name="lora"),
+        "attach LoRA first",
     ),
-    "prefix tuning": (PREFIX, lambda m: get_peft_model(m, reft(), adapter_name="reft"), "positions do not count"),
+    "prefix tuning": (
+        PREFIX,
+        lambda m: get_peft_model(m, reft(), adapter_name="reft"),
+        "positions do not count",
+    ),
     "VeRA": (VERA, lambda m: get_peft_model(m, reft(), adapter_name="reft"), "outside the layers"),
-    "AdaLoRA": (ADALORA, lambda m: get_peft_model(m, reft(), adapter_name="reft"), "changes the model's forward"),
-    "activated LoRA": (ACTIVATED, lambda m: get_peft_model(m, reft(), adapter_name="reft"), "invocation tokens"),
-    "the same head": (
-        HEAD, lambda m: get_peft_model(m, reft(modules_to_save=["lm_head"]), adapter_name="reft"), "only one adapter",
+    "AdaLoRA": (
+        ADALORA,
+        lambda m: get_peft_model(m, reft(), adapter_name="reft"),
+        "changes the model's forward",
     ),
-}  # fmt: skip
+    "activated LoRA": (
+        ACTIVATED,
+        lambda m: get_peft_model(m, reft(), adapter_name="reft"),
+        "invocation tokens",
+    ),
+    "the same head": (
+        HEAD,
+        lambda m: get_peft_model(m, reft(modules_to_save=["lm_head"]), adapter_name="reft"),
+        "only one adapter",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -237,7 +289,9 @@ def test_what_would_lose_weights_is_refused_and_changes_nothing(case, inputs, tm
     assert torch.equal(logits(model, inputs), before)
     model.save_pretrained(tmp_path)
     if config not in (PREFIX, ADALORA):  # which PEFT does not load for such a comparison
-        assert torch.equal(logits(PeftModel.from_pretrained(make("llama"), tmp_path), inputs), before)
+        assert torch.equal(
+            logits(PeftModel.from_pretrained(make("llama"), tmp_path), inputs), before
+        )
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -336,7 +390,9 @@ def test_lora_merges_under_reft_and_is_saved_with_the_base_model(inputs, tmp_pat
     merged = inner.merge_and_unload()
     assert not of_lora(model)
     torch.testing.assert_close(logits(model, inputs), both)
-    with pytest.raises(ValueError, match="'default' has no weights .* after merge_and_unload; call delete_adapter"):
+    with pytest.raises(
+        ValueError, match="'default' has no weights .* after merge_and_unload; call delete_adapter"
+    ):
         model.save_pretrained(tmp_path / "lost")
     model.delete_adapter("default")
     model.save_pretrained(tmp_path)
@@ -363,7 +419,9 @@ def test_the_head_that_lora_trains_stays_its_own(inputs, tmp_path):
     shake(inner)
     alone = logits(inner, inputs)
     model = get_peft_model(inner, reft(), adapter_name="reft")
-    assert torch.equal(logits(model, inputs), alone)  # the identity at the start: the head is still active
+    assert torch.equal(
+        logits(model, inputs), alone
+    )  # the identity at the start: the head is still active
     assert any(p.requires_grad for n, p in model.named_parameters() if "lm_head" in n)
     shake(model)
     both = logits(model, inputs)
@@ -402,7 +460,10 @@ def test_a_batch_of_several_tasks_is_refused(inputs):
 
 @pytest.mark.skipif(
     int(transformers.__version__.split(".")[0]) < 5,
-    reason="the Trainer of transformers 4 resumes the adapters in a checkpoint's subfolders alone, and not LoRA's own folder",
+    reason=(
+        "the Trainer of transformers 4 resumes the adapters in a checkpoint's subfolders alone, "
+        "and not LoRA's own folder"
+    ),
 )
 def test_trainer_resumes_both(tmp_path):
     whole = trainer(tmp_path / "whole", model=nested(), dataset=Texts())
@@ -416,9 +477,17 @@ def test_trainer_resumes_both(tmp_path):
 
 def test_trainer_does_not_load_half_of_the_best_model(tmp_path):
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, save_steps=2, eval_steps=2, eval_strategy="steps", save_strategy="steps",
-        load_best_model_at_end=True, report_to=[], use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        max_steps=2,
+        save_steps=2,
+        eval_steps=2,
+        eval_strategy="steps",
+        save_strategy="steps",
+        load_best_model_at_end=True,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
     run = transformers.Trainer(nested(), arguments, train_dataset=Texts(), eval_dataset=Texts())
     with pytest.raises(ValueError, match="adapter 'reft': the file lacks"):
         run.train()

@@ -1,4 +1,6 @@
-"""Where a prompt ends: one rule in training, scoring and generation, and an error where nothing tells."""
+"""Where a prompt ends: one rule in training, scoring and generation, and an error where nothing
+tells.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,18 @@ SPEC = "f2+l2"
 
 
 def build(positions: str = SPEC, template=HEADER, **kwargs):
-    config = ReftConfig(rank=4, positions=positions, response_template=template, task_type="CAUSAL_LM", **kwargs)
+    config = ReftConfig(
+        rank=4, positions=positions, response_template=template, task_type="CAUSAL_LM", **kwargs
+    )
     model = get_peft_model(make("llama"), config)
     shake(model)
     return model
 
 
 def chat(prompts=(9, 6, 4), answers=(5, 3, 7), side="right", seed=2):
-    """Texts of a prompt that ends with the header and an answer: ids, mask, labels that mask the prompt, prompt lengths."""
+    """Texts of a prompt that ends with the header and an answer: ids, mask, labels that mask the
+    prompt, prompt lengths.
+    """
     generator = torch.Generator().manual_seed(seed)
     width = max(p + a for p, a in zip(prompts, answers, strict=True))
     mask = mask_of([p + a for p, a in zip(prompts, answers, strict=True)], side, width)
@@ -52,7 +58,10 @@ def test_the_template_gives_the_same_rows_in_every_path(side, share_weights):
         expected = model(input_ids=ids, attention_mask=mask, prompt_lengths=lengths).logits
         for inputs in ({}, {"labels": labels}, {"labels": ids.masked_fill(mask == 0, -100)}):
             assert torch.equal(model(input_ids=ids, attention_mask=mask, **inputs).logits, expected)
-            assert torch.equal(model.base_model.model.forward(input_ids=ids, attention_mask=mask, **inputs).logits, expected)
+            assert torch.equal(
+                model.base_model.model.forward(input_ids=ids, attention_mask=mask, **inputs).logits,
+                expected,
+            )
         frozen = make("llama")(input_ids=ids, attention_mask=mask).logits
         assert not torch.allclose(expected, frozen, atol=1e-3)
     model.train()
@@ -61,7 +70,9 @@ def test_the_template_gives_the_same_rows_in_every_path(side, share_weights):
         model.zero_grad()
         model(input_ids=ids, attention_mask=mask, **inputs).loss.backward()
         grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and all(g.abs().max() > 0 for g in grads[0])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and all(
+        g.abs().max() > 0 for g in grads[0]
+    )
 
 
 @pytest.mark.parametrize("chunk", [None, 4])
@@ -72,7 +83,12 @@ def test_the_template_in_generate(chunk, beams):
         chunk = None
     model = build().eval()
     ids, mask, _, lengths = chat(side="left")
-    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "num_beams": beams,
+        "return_dict_in_generate": True,
+    }
     options |= {"output_logits": True, "eos_token_id": None, "pad_token_id": 0}
     if chunk:
         options["prefill_chunk_size"] = chunk
@@ -88,9 +104,13 @@ def test_the_last_of_several_turns_and_alternatives():
     ids, mask, _, _ = chat(prompts=(12,), answers=(4,))
     ids[0, 3:5] = torch.tensor([70, 71])
     with torch.no_grad():
-        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids, prompt_lengths=[12]).logits)
+        assert torch.equal(
+            model(input_ids=ids).logits, model(input_ids=ids, prompt_lengths=[12]).logits
+        )
         ids[0, 13:15] = torch.tensor([70, 71])
-        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids, prompt_lengths=[15]).logits)
+        assert torch.equal(
+            model(input_ids=ids).logits, model(input_ids=ids, prompt_lengths=[15]).logits
+        )
 
 
 def test_packed_sequences_by_the_template():
@@ -100,8 +120,12 @@ def test_packed_sequences_by_the_template():
     position_ids = torch.cat([torch.arange(len(row)) for row in rows]).unsqueeze(0)
     with torch.no_grad():
         got = model(input_ids=ids, position_ids=position_ids).logits
-        assert torch.equal(got, model(input_ids=ids, position_ids=position_ids, prompt_lengths=[9, 6, 4]).logits)
-        with pytest.raises(ValueError, match="prompt_lengths: got 2 for a packed batch, expected 3"):
+        assert torch.equal(
+            got, model(input_ids=ids, position_ids=position_ids, prompt_lengths=[9, 6, 4]).logits
+        )
+        with pytest.raises(
+            ValueError, match="prompt_lengths: got 2 for a packed batch, expected 3"
+        ):
             model(input_ids=ids, position_ids=position_ids, prompt_lengths=[9, 6])
         with pytest.raises(ValueError, match="got 15 for example 0, expected 0 to 14"):
             model(input_ids=ids, position_ids=position_ids, prompt_lengths=[15, 6, 4])
@@ -114,7 +138,10 @@ def test_the_rule_is_saved(tmp_path):
     assert loaded.peft_config["default"].response_template == [HEADER]
     ids, mask, _, _ = chat()
     with torch.no_grad():
-        assert torch.equal(loaded(input_ids=ids, attention_mask=mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+        assert torch.equal(
+            loaded(input_ids=ids, attention_mask=mask).logits,
+            model(input_ids=ids, attention_mask=mask).logits,
+        )
 
 
 # ---- what a batch cannot tell
@@ -124,7 +151,10 @@ def test_labels_that_mask_nothing():
     """labels = input_ids trained nothing, with the frozen model's loss."""
     model = build(template=None).train()
     ids, mask, labels, _ = chat()
-    with pytest.raises(ValueError, match=r"selects no token to edit.*response_template.*prompt_lengths.*positions='all'"):
+    with pytest.raises(
+        ValueError,
+        match=r"selects no token to edit.*response_template.*prompt_lengths.*positions='all'",
+    ):
         model(input_ids=ids, labels=ids, attention_mask=mask)
     for inputs in ({"labels": labels}, {"labels": ids, "prompt_lengths": [9, 6, 4]}):
         model(input_ids=ids, attention_mask=mask, **inputs).loss.backward()
@@ -141,7 +171,10 @@ def test_labels_that_mask_nothing():
 def test_nothing_tells_where_prompts_end():
     model = build(template=None).train()
     ids, mask, _, _ = chat()
-    with pytest.raises(ValueError, match="neither labels nor prompt_lengths reached the model in training; give the adapter"):
+    with pytest.raises(
+        ValueError,
+        match="neither labels nor prompt_lengths reached the model in training; give the adapter",
+    ):
         model(input_ids=ids, attention_mask=mask)
     with torch.no_grad(), pytest.warns(UserWarning, match="wrong for a prompt with its answer"):
         model.eval()(input_ids=ids, attention_mask=mask)
@@ -155,12 +188,18 @@ def test_a_template_that_is_not_in_the_text():
     model = build().train()
     ids, mask, labels, lengths = chat()
     ids[1][ids[1] == 91] = 5
-    with pytest.raises(ValueError, match="response_template: an example of this training batch does not contain it"):
+    with pytest.raises(
+        ValueError, match="response_template: an example of this training batch does not contain it"
+    ):
         model(input_ids=ids, attention_mask=mask)
-    with pytest.raises(ValueError, match="response_template: an example of this training batch does not contain it"):
+    with pytest.raises(
+        ValueError, match="response_template: an example of this training batch does not contain it"
+    ):
         model(input_ids=ids, attention_mask=mask, labels=ids)
     told = model(input_ids=ids, attention_mask=mask, labels=labels).logits  # masked labels tell
-    assert torch.equal(told, model(input_ids=ids, attention_mask=mask, prompt_lengths=lengths).logits)
+    assert torch.equal(
+        told, model(input_ids=ids, attention_mask=mask, prompt_lengths=lengths).logits
+    )
     with pytest.raises(ValueError, match="response_template"):  # embeddings hold no text
         model(inputs_embeds=model.get_input_embeddings()(ids).detach(), attention_mask=mask)
 
@@ -186,13 +225,17 @@ def test_several_supervised_turns_in_a_packed_batch():
     ids = torch.cat([first, first], dim=1)
     position_ids = torch.arange(14).repeat(2).unsqueeze(0)
     labels = torch.cat([labels, labels], dim=1)
-    build(template=None).train()(input_ids=ids, position_ids=position_ids, labels=labels).loss.backward()
+    build(template=None).train()(
+        input_ids=ids, position_ids=position_ids, labels=labels
+    ).loss.backward()
     labels[0, 23] = -100
     for template in (None, HEADER):
         if template:
             ids[0, 21:24] = torch.tensor(HEADER)
         with pytest.raises(ValueError, match="labels: "):
-            build(template=template).train()(input_ids=ids, position_ids=position_ids, labels=labels)
+            build(template=template).train()(
+                input_ids=ids, position_ids=position_ids, labels=labels
+            )
 
 
 # ---- caches
@@ -200,11 +243,18 @@ def test_several_supervised_turns_in_a_packed_batch():
 
 def texts():
     generator = torch.Generator().manual_seed(5)
-    return torch.randint(3, 80, (2, 7), generator=generator), torch.randint(3, 80, (2, 6), generator=generator)
+    return torch.randint(3, 80, (2, 7), generator=generator), torch.randint(
+        3, 80, (2, 6), generator=generator
+    )
 
 
 def run(model, whole, **kwargs):
-    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    }
     out = model.generate(input_ids=whole, **options, eos_token_id=None, pad_token_id=0, **kwargs)
     return torch.stack(out.logits)
 
@@ -224,7 +274,13 @@ def test_a_cache_filled_with_a_part_of_the_prompt():
             warnings.simplefilter("error", UserWarning)
             got = run(model, inputs, attention_mask=mask, past_key_values=copy.deepcopy(cache))
         torch.testing.assert_close(got, expected)
-    got = run(model, whole, attention_mask=mask, past_key_values=copy.deepcopy(cache), prompt_lengths=[13, 13])
+    got = run(
+        model,
+        whole,
+        attention_mask=mask,
+        past_key_values=copy.deepcopy(cache),
+        prompt_lengths=[13, 13],
+    )
     torch.testing.assert_close(got, expected)
 
 
@@ -238,7 +294,10 @@ def test_a_cache_whose_edits_are_not_the_prompts_is_said():
         own = model(input_ids=system, past_key_values=copy.deepcopy(empty)).past_key_values
         with model.disable_adapter():
             frozen = model(input_ids=system, past_key_values=copy.deepcopy(empty)).past_key_values
-    with pytest.warns(UserWarning, match=r"past_key_values holds 7 columns.*\(columns 4, 5, 6 of example 0 differ\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"past_key_values holds 7 columns.*\(columns 4, 5, 6 of example 0 differ\)",
+    ):
         run(model, whole, attention_mask=mask, past_key_values=own)
     with pytest.warns(UserWarning, match=r"\(columns 0, 1, 2 of example 0 differ\)"):
         run(model, whole, attention_mask=mask, past_key_values=frozen)
@@ -248,14 +307,22 @@ def test_a_cache_whose_edits_are_not_the_prompts_is_said():
     expected = run(everything, whole, attention_mask=mask)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        torch.testing.assert_close(run(everything, whole, attention_mask=mask, past_key_values=cache), expected)
+        torch.testing.assert_close(
+            run(everything, whole, attention_mask=mask, past_key_values=cache), expected
+        )
 
 
 def test_a_chat_that_keeps_its_cache_is_told():
     model = build("f3+l3", template=None).eval()
     system, question = texts()
     cache = DynamicCache(config=model.config)
-    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "past_key_values": cache}
+    options = {
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+        "past_key_values": cache,
+    }
     first = model.generate(input_ids=system, attention_mask=torch.ones_like(system), **options)
     second = torch.cat([first, question], dim=1)
     with pytest.warns(UserWarning, match=r"past_key_values holds 9 columns"):
@@ -272,14 +339,18 @@ def test_tokens_that_continue_a_cache_outside_of_generate():
         with pytest.warns(UserWarning, match="counts as decoding"):
             model(input_ids=question, past_key_values=cache)
         got = model(input_ids=question, past_key_values=kept, prompt_lengths=[13, 13]).logits
-        expected = model(input_ids=torch.cat([system, question], dim=1), prompt_lengths=[13, 13]).logits[:, 7:]
+        expected = model(
+            input_ids=torch.cat([system, question], dim=1), prompt_lengths=[13, 13]
+        ).logits[:, 7:]
     torch.testing.assert_close(got, expected)
 
 
 # ---- the configuration
 
 
-@pytest.mark.parametrize("value", ["text", [], [[]], [1, -2], [1.5], [True], ("text",), {"a": 1}, 5, ["a"]], ids=str)
+@pytest.mark.parametrize(
+    "value", ["text", [], [[]], [1, -2], [1.5], [True], ("text",), {"a": 1}, 5, ["a"]], ids=str
+)
 def test_templates_that_are_none(value):
     with pytest.raises(ValueError, match="response_template: got .*expected token ids"):
         ReftConfig(response_template=value)
@@ -291,5 +362,7 @@ def test_encoder_decoders_have_no_template():
 
 
 def test_the_vocabulary_bounds_a_template():
-    with pytest.raises(ValueError, match=f"response_template: got token id {VOCAB}, expected ids below {VOCAB}"):
+    with pytest.raises(
+        ValueError, match=f"response_template: got token id {VOCAB}, expected ids below {VOCAB}"
+    ):
         get_peft_model(make("llama"), ReftConfig(rank=4, response_template=[VOCAB]))

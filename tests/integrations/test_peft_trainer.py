@@ -1,4 +1,6 @@
-"""transformers' Trainer: trains, saves, resumes to the same place; what it takes away from the model is noticed."""
+"""transformers' Trainer: trains, saves, resumes to the same place; what it takes away from the
+model is noticed.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,23 @@ class Texts(torch.utils.data.Dataset):
 
 def trainer(folder, steps=4, model=None, dataset=None, **kwargs):
     torch.manual_seed(0)
-    model = model or get_peft_model(make("llama"), ReftConfig(rank=4, dropout=0.1, task_type="CAUSAL_LM"))
+    model = model or get_peft_model(
+        make("llama"), ReftConfig(rank=4, dropout=0.1, task_type="CAUSAL_LM")
+    )
     arguments = transformers.TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
-        save_steps=2, logging_steps=1, seed=3, lr_scheduler_type="constant", use_cpu=True, disable_tqdm=True, **kwargs,
-    )  # fmt: skip
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to=[],
+        save_steps=2,
+        logging_steps=1,
+        seed=3,
+        lr_scheduler_type="constant",
+        use_cpu=True,
+        disable_tqdm=True,
+        **kwargs,
+    )
     return transformers.Trainer(model, arguments, train_dataset=dataset or Texts())
 
 
@@ -58,10 +72,15 @@ def test_trains_saves_and_resumes_to_the_same_parameters(tmp_path):
     whole.train()
     assert losses(whole)[-1] < losses(whole)[0]
     checkpoint = tmp_path / "whole" / "checkpoint-2"
-    assert (checkpoint / "adapter_model.safetensors").exists() and (checkpoint / "adapter_config.json").exists()
+    assert (checkpoint / "adapter_model.safetensors").exists() and (
+        checkpoint / "adapter_config.json"
+    ).exists()
     resumed = trainer(tmp_path / "again")
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert all(torch.equal(a, b) for a, b in zip(parameters(whole.model), parameters(resumed.model), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(parameters(whole.model), parameters(resumed.model), strict=True)
+    )
     loaded = PeftModel.from_pretrained(make("llama"), tmp_path / "whole" / "checkpoint-4")
     inputs = batch("llama")
     with torch.no_grad():
@@ -72,7 +91,10 @@ def test_trains_saves_and_resumes_to_the_same_parameters(tmp_path):
 def test_gradient_checkpointing_through_the_trainer(tmp_path, reentrant):
     plain = trainer(tmp_path / "plain", steps=2)
     plain.train()
-    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    options = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
     torch.manual_seed(0)
     model = get_peft_model(make("llama"), ReftConfig(rank=4, dropout=0.1, task_type="CAUSAL_LM"))
     model.enable_input_require_grads()
@@ -101,13 +123,23 @@ def test_labels_that_do_not_arrive_are_refused_in_training_and_noticed_once_in_e
         given = model(**inputs, prompt_lengths=[18, 9, 4]).logits
         model(**inputs, labels=labels)
         assert torch.equal(given, model(**inputs, labels=labels).logits)
-        get_peft_model(make("bert"), ReftConfig(rank=4)).train()(**{k: v for k, v in batch("bert").items() if k != "labels"})
+        get_peft_model(make("bert"), ReftConfig(rank=4)).train()(
+            **{k: v for k, v in batch("bert").items() if k != "labels"}
+        )
 
 
 def test_prompt_lengths_as_a_column_of_the_data(tmp_path):
-    """With remove_unused_columns=False a collator's prompt_lengths reach the hooks, and not the model."""
+    """With remove_unused_columns=False a collator's prompt_lengths reach the hooks, and not the
+    model.
+    """
     data = Texts(prompt_lengths=9)
-    run = trainer(tmp_path / "column", dataset=data, remove_unused_columns=False, label_smoothing_factor=0.1, steps=2)
+    run = trainer(
+        tmp_path / "column",
+        dataset=data,
+        remove_unused_columns=False,
+        label_smoothing_factor=0.1,
+        steps=2,
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         run.train()

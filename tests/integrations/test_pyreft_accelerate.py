@@ -1,4 +1,6 @@
-"""``accelerate_pyreft`` computes what pyreft computes: outputs, gradients, quirks, a hundred steps of training."""
+"""``accelerate_pyreft`` computes what pyreft computes: outputs, gradients, quirks, a hundred
+steps of training.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def test_other_architectures(family):
     hold(lambda: build(family=family, component=component), tied(), family=family)
 
 
-@pytest.mark.parametrize("component", ["block_input", "mlp_output", "model.layers[{}].self_attn.o_proj.output"])
+@pytest.mark.parametrize(
+    "component", ["block_input", "mlp_output", "model.layers[{}].self_attn.o_proj.output"]
+)
 def test_other_components(component):
     hold(lambda: build(component=component), tied())
 
@@ -59,15 +63,27 @@ def test_a_square_rotation_has_another_map():
 
 def test_a_module_that_serves_every_layer():
     def shared():
-        own = pyreft.LoreftIntervention(embed_dim=WIDTH, low_rank_dimension=RANK, dtype=torch.float32)
-        config = [{"layer": i, "component": "block_output", "low_rank_dimension": RANK, "intervention": own} for i in range(3)]
+        own = pyreft.LoreftIntervention(
+            embed_dim=WIDTH, low_rank_dimension=RANK, dtype=torch.float32
+        )
+        config = [
+            {
+                "layer": i,
+                "component": "block_output",
+                "low_rank_dimension": RANK,
+                "intervention": own,
+            }
+            for i in range(3)
+        ]
         return pyreft.get_reft_model(make("llama"), pyreft.ReftConfig(representations=config))
 
     hold(shared, tied())
 
 
 def test_slots_that_stand_twice_count_twice_in_the_gradient():
-    """pyreft's scatter hands each of k equal slots the whole gradient, so this is not the gradient of the loss."""
+    """pyreft's scatter hands each of k equal slots the whole gradient, so this is not the
+    gradient of the loss.
+    """
     base, labels = inputs()
     doubled = {"sources->base": (None, [[[5, 5]] * BATCH] * LAYERS)}
     single = {"sources->base": (None, [[[5]] * BATCH] * LAYERS)}
@@ -77,7 +93,11 @@ def test_slots_that_stand_twice_count_twice_in_the_gradient():
     theirs, ours = step(plain, base, doubled, labels), step(fast, base, doubled, labels)
     once = step(fast, base, single, labels)
     torch.testing.assert_close(ours["logits"], once["logits"], rtol=0, atol=0)
-    last = [name for name in ours if name.startswith(f"layer_{LAYERS - 1}") and name.endswith("learned_source.weight")]
+    last = [
+        name
+        for name in ours
+        if name.startswith(f"layer_{LAYERS - 1}") and name.endswith("learned_source.weight")
+    ]
     for name in last:
         torch.testing.assert_close(ours[name], 2 * once[name])
         torch.testing.assert_close(ours[name], theirs[name])
@@ -96,7 +116,9 @@ def test_nothing_else_is_written():
         reft_model.model(**base)
         frozen = seen["first"]
         accelerate_pyreft(reft_model)
-        block.register_forward_hook(lambda m, a, out: seen.update(edited=out))  # edited in place after it was seen
+        block.register_forward_hook(
+            lambda m, a, out: seen.update(edited=out)
+        )  # edited in place after it was seen
         reft_model(base, unit_locations=tied())
     touched = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     for example, columns in enumerate(tied()["sources->base"][1][0]):
@@ -130,7 +152,9 @@ def test_signs_are_truncated_as_pyreft_does():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["loreft", "nodireft", "lobireft"])
 def test_dropout_draws_pyrefts_masks(kind, dtype, unit_locations):
-    """On the whole edited state, slot by slot; it stays on after ``eval``, which reaches the base model alone."""
+    """On the whole edited state, slot by slot; it stays on after ``eval``, which reaches the
+    base model alone.
+    """
 
     def dropping():
         reft_model = build(kind, dtype=dtype, dropout=0.3)
@@ -152,7 +176,9 @@ def test_dropout_draws_pyrefts_masks(kind, dtype, unit_locations):
 
 
 def test_integer_positions_do_not_stay():
-    """pyvene's use_fast scatters later batches to the first example's positions; here they stay each example's own."""
+    """pyvene's use_fast scatters later batches to the first example's positions; here they stay
+    each example's own.
+    """
     reft_model = build()
     base, labels = inputs()
     locations = tied(repeats=False)
@@ -174,7 +200,9 @@ def test_integer_positions_do_not_stay():
 
 @pytest.mark.parametrize("kind", ["loreft", "direft"])
 def test_a_hundred_steps_follow_pyrefts_loss_curve(kind):
-    """What fp32 noise is, is measured: pyreft in fp64 is the truth, pyreft in fp32 says how far rounding alone leads."""
+    """What fp32 noise is, is measured: pyreft in fp64 is the truth, pyreft in fp32 says how far
+    rounding alone leads.
+    """
 
     def train(dtype, accelerated):
         reft_model = build(kind, per_layer=2, moved=False)
@@ -192,14 +220,20 @@ def test_a_hundred_steps_follow_pyrefts_loss_curve(kind):
             losses.append(loss.detach().double())
         return torch.stack(losses)
 
-    truth, theirs, ours = train(torch.float64, False), train(torch.float32, False), train(torch.float32, True)
+    truth, theirs, ours = (
+        train(torch.float64, False),
+        train(torch.float32, False),
+        train(torch.float32, True),
+    )
     noise = (theirs - truth).abs().cummax(0).values
     assert ((ours - truth).abs() <= 2 * noise + torch.finfo(torch.float32).eps * truth.abs()).all()
     assert (truth[-5:] < 0.98 * truth[:5]).all()  # it did learn, on each of the five batches
 
 
 def test_a_forward_builds_once_what_its_layers_share(monkeypatch):
-    """One Householder build and one set of rows for all layers, one edit a layer, and none of pyvene's per-hook work."""
+    """One Householder build and one set of rows for all layers, one edit a layer, and none of
+    pyvene's per-hook work.
+    """
     calls = []
 
     def counting(holder, name):

@@ -1,4 +1,6 @@
-"""Calls of an accelerated pyreft model: what they return, save, restore and leave behind; generation; what is refused."""
+"""Calls of an accelerated pyreft model: what they return, save, restore and leave behind;
+generation; what is refused.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,12 @@ def test_returns_what_pyreft_returns(capsys):
     fast = copy.deepcopy(plain)
     acceleration = accelerate_pyreft(fast)
     base, labels = inputs()
-    for keywords in ({}, {"output_original_output": True}, {"return_dict": True}, {"use_cache": False, "labels": labels}):
+    for keywords in (
+        {},
+        {"output_original_output": True},
+        {"return_dict": True},
+        {"use_cache": False, "labels": labels},
+    ):
         theirs, ours = (m(base, unit_locations=tied(), **keywords) for m in (plain, fast))
         assert type(ours) is type(theirs) and len(ours) == len(theirs)
         if not keywords.get("return_dict"):
@@ -82,13 +89,17 @@ def test_hooks_of_others_stay_and_errors_leave_none_behind():
     for _ in range(2):
         reft_model(base, unit_locations=tied())
     assert len(seen) == 2 and hook_count(reft_model.model) == 1
-    with pytest.raises(ValueError, match=rf"positions from 0 to {LENGTH}, expected them in \[0, {LENGTH}\)"):
+    with pytest.raises(
+        ValueError, match=rf"positions from 0 to {LENGTH}, expected them in \[0, {LENGTH}\)"
+    ):
         reft_model(base, unit_locations={"sources->base": (None, [[[0, LENGTH]] * BATCH] * LAYERS)})
     assert hook_count(reft_model.model) == 1
 
 
 def test_save_and_load_keep_working(tmp_path):
-    """A loaded R leaves pyreft's base not orthogonal: the edit still follows it, and trains on as pyreft does."""
+    """A loaded R leaves pyreft's base not orthogonal: the edit still follows it, and trains on
+    as pyreft does.
+    """
     saved = build()
     accelerate_pyreft(saved)
     base, _ = inputs()
@@ -97,7 +108,9 @@ def test_save_and_load_keep_working(tmp_path):
 
     def load(reft_model):  # as pyvene's load_intervention, which insists on cuda:0
         for key, own in reft_model.interventions.items():
-            own.load_state_dict(torch.load(tmp_path / "saved" / f"intkey_{key}.bin", weights_only=True))
+            own.load_state_dict(
+                torch.load(tmp_path / "saved" / f"intkey_{key}.bin", weights_only=True)
+            )
         return reft_model
 
     fresh = load(build(moved=False))
@@ -124,7 +137,9 @@ def test_an_existing_optimizer_goes_on():
     before = {n: p.detach().clone() for n, p in reft_model.interventions.named_parameters()}
     step(reft_model, base, tied(), labels)
     optimizer.step()
-    assert all(not torch.equal(p, before[n]) for n, p in reft_model.interventions.named_parameters())
+    assert all(
+        not torch.equal(p, before[n]) for n, p in reft_model.interventions.named_parameters()
+    )
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -151,10 +166,13 @@ def test_this_packages_classes_run_too(kind):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
-    """pyreft's own way: the base model's switch; hooks run outside of what transformers recomputes (5.23 on)."""
+    """pyreft's own way: the base model's switch; hooks run outside of what transformers
+    recomputes (5.23 on).
+    """
     if version.parse(transformers.__version__) < version.parse("5.23"):
         pytest.skip(
-            "transformers before 5.23 recomputes a layer with its hooks, which pyvene and this remove after the forward"
+            "transformers before 5.23 recomputes a layer with its hooks, which pyvene and this "
+            "remove after the forward"
         )
     fast = build()
     accelerate_pyreft(fast)
@@ -221,22 +239,40 @@ class Renamed(pyreft.LoreftIntervention):
 
 def config_of(cls, **more):
     own = cls(embed_dim=WIDTH, low_rank_dimension=RANK, dtype=torch.float32)
-    return {"layer": 0, "component": "block_output", "low_rank_dimension": RANK, "intervention": own, **more}
+    return {
+        "layer": 0,
+        "component": "block_output",
+        "low_rank_dimension": RANK,
+        "intervention": own,
+        **more,
+    }
 
 
 def reft_of(*configs, **keywords):
-    return pyreft.ReftModel(pyreft.ReftConfig(representations=list(configs), **keywords), make("llama"))
+    return pyreft.ReftModel(
+        pyreft.ReftConfig(representations=list(configs), **keywords), make("llama")
+    )
 
 
 def test_what_cannot_be_served_is_refused_unchanged():
-    linked = [config_of(pyreft.LoreftIntervention, intervention_link_key=0, layer=i) for i in range(2)]
+    linked = [
+        config_of(pyreft.LoreftIntervention, intervention_link_key=0, layer=i) for i in range(2)
+    ]
     cases = [
         (reft_of(config_of(Own)), TypeError, "Own, expected one of pyreft's LoreftIntervention"),
         (reft_of(config_of(pyvene.ZeroIntervention)), TypeError, "ZeroIntervention"),
-        (reft_of(config_of(drop_in.LowRankRotatedSpaceIntervention)), TypeError, "LowRankRotatedSpaceIntervention"),
+        (
+            reft_of(config_of(drop_in.LowRankRotatedSpaceIntervention)),
+            TypeError,
+            "LowRankRotatedSpaceIntervention",
+        ),
         (build("loreft", act_fn="mish"), ValueError, "act_fn: got MishActivation"),
         (reft_of(config_of(pyreft.LoreftIntervention, unit="h.pos")), ValueError, "unit 'h.pos'"),
-        (reft_of(config_of(pyreft.LoreftIntervention, component="head_query_output")), ValueError, "a part of"),
+        (
+            reft_of(config_of(pyreft.LoreftIntervention, component="head_query_output")),
+            ValueError,
+            "a part of",
+        ),
         (reft_of(*linked), ValueError, "intervention_link_key"),
         (reft_of(config_of(pyreft.LoreftIntervention), mode="serial"), ValueError, "mode 'serial'"),
         (reft_of(), ValueError, "no interventions"),
@@ -256,17 +292,33 @@ def test_what_cannot_be_served_is_refused_unchanged():
 @pytest.mark.parametrize(
     ("unit_locations", "error", "text"),
     [
-        ({"sources->base": (None, [[[0]] * BATCH] * 2)}, ValueError, f"for 2 interventions, expected {LAYERS}"),
-        ({"sources->base": (None, [[[0]] * (BATCH - 1)] * LAYERS)}, ValueError, f"for {BATCH - 1} examples, expected {BATCH}"),
+        (
+            {"sources->base": (None, [[[0]] * BATCH] * 2)},
+            ValueError,
+            f"for 2 interventions, expected {LAYERS}",
+        ),
+        (
+            {"sources->base": (None, [[[0]] * (BATCH - 1)] * LAYERS)},
+            ValueError,
+            f"for {BATCH - 1} examples, expected {BATCH}",
+        ),
         ({"sources->base": (None, [[[0], [0, 1], [0]]] * LAYERS)}, ValueError, "rectangular"),
         ({"sources->base": (None, [[[-1]] * BATCH] * LAYERS)}, ValueError, "from -1 to -1"),
-        ({"sources->base": (None, [[[0.5]] * BATCH] * LAYERS)}, TypeError, "float32, expected integers"),
-        ({"sources->base": (None, [[0] * BATCH] * LAYERS)}, ValueError, r"expected \[batch\]\[positions\]"),
+        (
+            {"sources->base": (None, [[[0.5]] * BATCH] * LAYERS)},
+            TypeError,
+            "float32, expected integers",
+        ),
+        (
+            {"sources->base": (None, [[0] * BATCH] * LAYERS)},
+            ValueError,
+            r"expected \[batch\]\[positions\]",
+        ),
         ({"sources->base": (None, None)}, TypeError, "unit_locations"),
         ({"base->sources": 0}, ValueError, "expected a dict with 'sources->base'"),
         ([[0]], ValueError, "expected a dict with 'sources->base'"),
     ],
-)  # fmt: skip
+)
 def test_wrong_positions(unit_locations, error, text):
     reft_model = build()
     accelerate_pyreft(reft_model)
@@ -282,9 +334,13 @@ def test_positions_as_tensors_and_for_some_layers_only_and_empty():
     base, _ = inputs()
     nested = tied()["sources->base"][1]
     want = plain(base, unit_locations=tied())[1].logits
-    torch.testing.assert_close(fast(base, unit_locations={"sources->base": (None, torch.tensor(nested))})[1].logits, want)
+    torch.testing.assert_close(
+        fast(base, unit_locations={"sources->base": (None, torch.tensor(nested))})[1].logits, want
+    )
     some = {"sources->base": (None, [nested[0], None, nested[2]])}
-    torch.testing.assert_close(fast(base, unit_locations=some)[1].logits, plain(base, unit_locations=some)[1].logits)
+    torch.testing.assert_close(
+        fast(base, unit_locations=some)[1].logits, plain(base, unit_locations=some)[1].logits
+    )
     empty = {"sources->base": (None, [[[]] * BATCH] * LAYERS)}
     assert torch.equal(fast(base, unit_locations=empty)[1].logits, fast.model(**base).logits)
 
@@ -295,7 +351,10 @@ def test_positions_as_tensors_and_for_some_layers_only_and_empty():
 def prompts(side):
     mask = mask_of([LENGTH, 15, 9], side)
     generator = torch.Generator().manual_seed(5)
-    return {"input_ids": torch.randint(3, 97, (BATCH, LENGTH), generator=generator) * mask, "attention_mask": mask}
+    return {
+        "input_ids": torch.randint(3, 97, (BATCH, LENGTH), generator=generator) * mask,
+        "attention_mask": mask,
+    }
 
 
 def prompt_locations(base, repeat=1):
@@ -320,7 +379,13 @@ def test_generation(how, side, beams):
         "later": {"unit_locations": {"sources->base": (None, [[[0]] * BATCH * beams] * LAYERS)}},
         "every": {"intervene_on_prompt": True},
     }[how]
-    more |= {"max_new_tokens": 8, "num_beams": beams, "do_sample": False, "eos_token_id": 96, "pad_token_id": 0}
+    more |= {
+        "max_new_tokens": 8,
+        "num_beams": beams,
+        "do_sample": False,
+        "eos_token_id": 96,
+        "pad_token_id": 0,
+    }
     more |= {"output_scores": True, "return_dict_in_generate": True}
     theirs, ours = plain.generate(base, **more)[1], fast.generate(base, **more)[1]
     assert torch.equal(ours.sequences, theirs.sequences)
@@ -329,23 +394,34 @@ def test_generation(how, side, beams):
     truth = exact.generate(base, **more)[1]
     assert torch.equal(truth.sequences, theirs.sequences)
     noise = [torch.stack(t.scores).double() - torch.stack(truth.scores) for t in (ours, theirs)]
-    error, straightforward = (float(n.nan_to_num().abs().max()) for n in noise)  # beams that ended have -inf everywhere
+    error, straightforward = (
+        float(n.nan_to_num().abs().max()) for n in noise
+    )  # beams that ended have -inf everywhere
     finite = torch.stack(truth.scores)
     rounding = torch.finfo(torch.float32).eps * float(finite[finite.isfinite()].abs().max())
     assert error <= 2 * straightforward + rounding
     frozen = plain.model.generate(
-        **base, **{k: v for k, v in more.items() if k not in ("unit_locations", "intervene_on_prompt")}
+        **base,
+        **{k: v for k, v in more.items() if k not in ("unit_locations", "intervene_on_prompt")},
     )
     assert not torch.equal(frozen.sequences, theirs.sequences)
     assert hook_count(fast.model) == 0
 
 
 def test_beams_of_positions_given_once():
-    """pyvene raises for positions of B examples and several beams; here each example's beams share them."""
+    """pyvene raises for positions of B examples and several beams; here each example's beams
+    share them.
+    """
     fast = build()
     accelerate_pyreft(fast)
     base = prompts("left")
-    more = {"intervene_on_prompt": True, "max_new_tokens": 6, "num_beams": 3, "do_sample": False, "pad_token_id": 0}
+    more = {
+        "intervene_on_prompt": True,
+        "max_new_tokens": 6,
+        "num_beams": 3,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     once = fast.generate(base, unit_locations=prompt_locations(base), **more)[1]
     repeated = fast.generate(base, unit_locations=prompt_locations(base, 3), **more)[1]
     assert torch.equal(once, repeated)
@@ -356,6 +432,11 @@ def test_generate_without_positions_edits_each_later_token():
     fast = copy.deepcopy(plain)
     accelerate_pyreft(fast)
     base = prompts("left")
-    more = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "output_original_output": True}
+    more = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "output_original_output": True,
+    }
     theirs, ours = plain.generate(base, **more), fast.generate(base, **more)
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])

@@ -59,13 +59,20 @@ def test_training_in_get_reft_model_follows_the_originals_loss(name, optimizer):
     runs = []
     for dtype in (torch.float32, torch.float64):
         original = build(theirs, name, dtype)
-        for (_, source), target in zip(own.interventions.items(), original.interventions.values(), strict=True):
+        for (_, source), target in zip(
+            own.interventions.items(), original.interventions.values(), strict=True
+        ):
             state = source.state_dict()
-            if name == "Loreft":  # pyreft's own load leaves its base not orthogonal, so that its R would not stay orthonormal
+            if (
+                name == "Loreft"
+            ):  # pyreft's own load leaves its base not orthogonal, so that its R would not stay orthonormal
                 target.learned_source.load_state_dict({k: state[k] for k in ("weight", "bias")})
                 free, base = parametrization_of_weight(state["rotate_layer"])
                 target.rotate_layer.load_state_dict(
-                    {FREE.removeprefix("rotate_layer."): free, BASE.removeprefix("rotate_layer."): base}
+                    {
+                        FREE.removeprefix("rotate_layer."): free,
+                        BASE.removeprefix("rotate_layer."): base,
+                    }
                 )
             else:
                 target.load_state_dict(state)
@@ -107,7 +114,11 @@ def test_subspaces_in_a_model():
         none = reft_model(inputs, **options, subspaces=[[[], [], []]] * LAYERS)[1].logits
         one = reft_model(inputs, **options, subspaces=[[[0], [0], []]] * LAYERS)[1].logits
     assert torch.equal(none, frozen)
-    assert torch.equal(one[2], frozen[2]) and not torch.equal(one[0], frozen[0]) and not torch.equal(one[0], every[0])
+    assert (
+        torch.equal(one[2], frozen[2])
+        and not torch.equal(one[0], frozen[0])
+        and not torch.equal(one[0], every[0])
+    )
 
 
 def test_das_in_pyvenes_model():
@@ -115,7 +126,14 @@ def test_das_in_pyvenes_model():
     own, original = pair("LowRankRotatedSpace", d=WIDTH)
     for intervention in (own, original):
         config = pyvene.IntervenableConfig(
-            [{"layer": 1, "component": "block_output", "low_rank_dimension": r, "intervention": intervention}]
+            [
+                {
+                    "layer": 1,
+                    "component": "block_output",
+                    "low_rank_dimension": r,
+                    "intervention": intervention,
+                }
+            ]
         )
         model = pyvene.IntervenableModel(config, make("llama"))
         ids = batch("llama")["input_ids"]
@@ -126,7 +144,9 @@ def test_das_in_pyvenes_model():
 
 
 def test_saved_and_loaded_by_pyvene(tmp_path):
-    """By class path and representation: dropout, act_fn, dtype and bias come from the state dicts."""
+    """By class path and representation: dropout, act_fn, dtype and bias come from the state
+    dicts.
+    """
     reft_model = build(ours, "Noreft", dropout=0.3, act_fn="silu")
     for intervention in reft_model.interventions.values():
         moved(intervention)
@@ -136,7 +156,9 @@ def test_saved_and_loaded_by_pyvene(tmp_path):
     loaded.eval()
     inputs, options = model_inputs()
     with torch.no_grad():
-        assert torch.equal(loaded(inputs, **options)[1].logits, reft_model(inputs, **options)[1].logits)
+        assert torch.equal(
+            loaded(inputs, **options)[1].logits, reft_model(inputs, **options)[1].logits
+        )
     for own in loaded.interventions.values():
         assert type(own) is drop_in.NoreftIntervention and own.dropout.p == 0.3
         assert own.learned_source.weight.dtype == torch.float32

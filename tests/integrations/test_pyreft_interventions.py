@@ -1,4 +1,6 @@
-"""The drop-in interventions against the real pyreft and pyvene classes: values, gradients, dropout, bad arguments."""
+"""The drop-in interventions against the real pyreft and pyvene classes: values, gradients,
+dropout, bad arguments.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,20 @@ def _free_parameters(name):
     """Shapes of what is trained beside R."""
     linear = {"learned_source.weight": (r, D), "learned_source.bias": (r,)}
     return {
-        "Loreft": linear, "Direft": linear, "Consreft": {"learned_source": (r,)}, "Lobireft": {"learned_source": (r,)},
+        "Loreft": linear,
+        "Direft": linear,
+        "Consreft": {"learned_source": (r,)},
+        "Lobireft": {"learned_source": (r,)},
         "Noreft": {**linear, "proj_layer.weight": (r, D), "proj_layer.bias": (r,)},
-        "Nodireft": {**linear, "proj_layer.weight": (r, D)}, "LowRankRotatedSpace": {},
-    }[name]  # fmt: skip
+        "Nodireft": {**linear, "proj_layer.weight": (r, D)},
+        "LowRankRotatedSpace": {},
+    }[name]
 
 
 def _draw(name, dtype, act_fn):
-    """Inputs for both: the original around the base that we export, so that X means the same curve on the manifold."""
+    """Inputs for both: the original around the base that we export, so that X means the same
+    curve on the manifold.
+    """
     own = ours(name, dtype=dtype, act_fn=act_fn)
     original = theirs(name, dtype=dtype, act_fn=act_fn)
     original.load_state_dict(own.state_dict())
@@ -53,10 +61,14 @@ def _draw(name, dtype, act_fn):
     if name == "LowRankRotatedSpace":
         inputs["source"] = torch.randn(shape).to(dtype)
     for key, size in _free_parameters(name).items():
-        inputs[key.replace(".", "_")] = (torch.randn(size) / (D**0.5 if len(size) == 2 else 4)).to(dtype)
+        inputs[key.replace(".", "_")] = (torch.randn(size) / (D**0.5 if len(size) == 2 else 4)).to(
+            dtype
+        )
     rotated = name in ROTATED
     if rotated:
-        inputs["X"] = (0.3 * torch.randn(D, r)).to(torch.bfloat16).float()  # the same number in every dtype
+        inputs["X"] = (
+            (0.3 * torch.randn(D, r)).to(torch.bfloat16).float()
+        )  # the same number in every dtype
         base = original.state_dict()[BASE] if name != "Loreft" else None
         if base is None:
             base = parametrization_of_weight(weight_of(own))[1]
@@ -89,7 +101,11 @@ ACTIVE = ["Loreft", "Noreft", "Direft", "Nodireft"]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("name", "act_fn"), [*((name, None) for name in ALL), *((name, act) for name in ACTIVE for act in ("relu", "gelu_new"))]
+    ("name", "act_fn"),
+    [
+        *((name, None) for name in ALL),
+        *((name, act) for name in ACTIVE for act in ("relu", "gelu_new")),
+    ],
 )
 def test_forward_and_every_gradient_equal_the_originals(name, dtype, act_fn):
     budget.check(lambda: _draw(name, dtype, act_fn), dtype, draws=4)
@@ -112,7 +128,9 @@ def test_shapes_as_pyvene_passes_them(name):
 def test_defaults_attributes_and_parameter_counts_are_the_originals(name):
     own = getattr(drop_in, f"{name}Intervention")(embed_dim=D, low_rank_dimension=r, add_bias=False)
     package = pyvene if name == "LowRankRotatedSpace" else pyreft
-    original = getattr(package, f"{name}Intervention")(embed_dim=D, low_rank_dimension=r, add_bias=False)
+    original = getattr(package, f"{name}Intervention")(
+        embed_dim=D, low_rank_dimension=r, add_bias=False
+    )
     assert sum(p.numel() for p in own.parameters()) == sum(p.numel() for p in original.parameters())
     for attribute in (
         "embed_dim",
@@ -190,7 +208,10 @@ def test_the_output_may_be_changed_in_place_and_edits_may_be_large():
         return leaf.grad, module.learned_source.weight.grad
 
     for got, plain, exact in zip(
-        gradients(own), gradients(original), gradients(copy.deepcopy(original).double(), torch.float64), strict=True
+        gradients(own),
+        gradients(original),
+        gradients(copy.deepcopy(original).double(), torch.float64),
+        strict=True,
     ):
         assert within(got, plain, exact)
 
@@ -218,8 +239,16 @@ def test_dropout_is_the_originals_and_off_in_eval(name):
     ("kwargs", "error", "message"),
     [
         ({"embed_dim": None}, ValueError, "^embed_dim: got None, expected an integer"),
-        ({"low_rank_dimension": None}, ValueError, "^low_rank_dimension: got None, expected an integer"),
-        ({"low_rank_dimension": D + 1}, ValueError, "^low_rank_dimension: got 25, expected an integer from 1 to 24"),
+        (
+            {"low_rank_dimension": None},
+            ValueError,
+            "^low_rank_dimension: got None, expected an integer",
+        ),
+        (
+            {"low_rank_dimension": D + 1},
+            ValueError,
+            "^low_rank_dimension: got 25, expected an integer from 1 to 24",
+        ),
         ({"low_rank_dimension": 0}, ValueError, "^low_rank_dimension: got 0"),
         ({"act_fn": "mish"}, ValueError, "^act_fn: got 'mish', expected None or a name"),
         ({"act_fn": "no such"}, ValueError, "^act_fn: got 'no such'"),
@@ -227,7 +256,11 @@ def test_dropout_is_the_originals_and_off_in_eval(name):
         ({"dropout": 1.5}, ValueError, "dropout probability .* 1.5"),
         ({"dtype": torch.int8}, TypeError, "^dtype: got torch.int8, expected a floating-point"),
         ({"dtype": "bfloat16"}, TypeError, "^dtype: got 'bfloat16'"),
-        ({"subspace_coeff": [1.0, 2.0]}, ValueError, r"^subspace_coeff: got shape \(2,\), expected \[4\]"),
+        (
+            {"subspace_coeff": [1.0, 2.0]},
+            ValueError,
+            r"^subspace_coeff: got shape \(2,\), expected \[4\]",
+        ),
     ],
 )
 def test_a_bad_keyword_is_named(kwargs, error, message):
@@ -238,16 +271,51 @@ def test_a_bad_keyword_is_named(kwargs, error, message):
 @pytest.mark.parametrize(
     ("base", "subspaces", "error", "message"),
     [
-        (torch.zeros(2, 3, D + 1), None, ValueError, r"^base: got shape \(2, 3, 25\), expected \[batch, ..., 24\]"),
+        (
+            torch.zeros(2, 3, D + 1),
+            None,
+            ValueError,
+            r"^base: got shape \(2, 3, 25\), expected \[batch, ..., 24\]",
+        ),
         (torch.zeros(D), None, ValueError, r"^base: got shape \(24,\)"),
-        (torch.zeros(2, 3, D, dtype=torch.int32), None, TypeError, "^base: got shape .* torch.int32"),
+        (
+            torch.zeros(2, 3, D, dtype=torch.int32),
+            None,
+            TypeError,
+            "^base: got shape .* torch.int32",
+        ),
         ([1.0], None, TypeError, "^base: got list"),
-        (torch.zeros(2, 3, D, device="meta"), None, ValueError, "^base: got device meta, expected cpu"),
-        (torch.zeros(2, 3, D), [[0]] * 3, ValueError, "^subspaces: got 3 lists, expected one for each of 2 examples"),
-        (torch.zeros(2, 3, D), [[0], [4]], ValueError, r"^subspaces: example 1: got 4, .* in \[0, 4\)"),
+        (
+            torch.zeros(2, 3, D, device="meta"),
+            None,
+            ValueError,
+            "^base: got device meta, expected cpu",
+        ),
+        (
+            torch.zeros(2, 3, D),
+            [[0]] * 3,
+            ValueError,
+            "^subspaces: got 3 lists, expected one for each of 2 examples",
+        ),
+        (
+            torch.zeros(2, 3, D),
+            [[0], [4]],
+            ValueError,
+            r"^subspaces: example 1: got 4, .* in \[0, 4\)",
+        ),
         (torch.zeros(2, 3, D), [[-1], [0]], ValueError, "^subspaces: example 0: got -1"),
-        (torch.zeros(2, 3, D), [[0, 0], [0]], ValueError, "^subspaces: example 0: .* more than once"),
-        (torch.zeros(2, 3, D), [0, 1], TypeError, "^subspaces: example 0: got int 0, expected a list"),
+        (
+            torch.zeros(2, 3, D),
+            [[0, 0], [0]],
+            ValueError,
+            "^subspaces: example 0: .* more than once",
+        ),
+        (
+            torch.zeros(2, 3, D),
+            [0, 1],
+            TypeError,
+            "^subspaces: example 0: got int 0, expected a list",
+        ),
         (torch.zeros(2, 3, D), 1, TypeError, "^subspaces: got int, expected a list of columns"),
     ],
 )
@@ -262,7 +330,9 @@ def test_bad_sources_partitions_and_replaced_activations_are_named():
         das(base, None)
     with pytest.raises(ValueError, match=r"^source: got shape \(3, 24\), expected \(2, 24\)"):
         das(base, torch.zeros(3, D))
-    with pytest.raises(ValueError, match=r"^subspace_partition: got columns .* expected columns of R in \[0, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"^subspace_partition: got columns .* expected columns of R in \[0, 4\)"
+    ):
         das(base, base, [[1], [0]])
     own = ours("Loreft")
     own.act_fn = torch.nn.Tanh()
@@ -282,7 +352,10 @@ def test_the_weight_can_be_set():
 
 
 def test_the_package_imports_without_pyreft():
-    code = "import sys; sys.modules['pyreft'] = None; from reft_kernels.integrations.pyreft import LoreftIntervention"
+    code = (
+        "import sys; sys.modules['pyreft'] = None; from reft_kernels.integrations.pyreft import "
+        "LoreftIntervention"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

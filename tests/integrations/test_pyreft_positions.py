@@ -1,4 +1,6 @@
-"""Positions as the real pyreft computes them, and the switch that reproduces those of its dataset classes."""
+"""Positions as the real pyreft computes them, and the switch that reproduces those of its
+dataset classes.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from tests.model.families import make, shake
 
 pytestmark = pytest.mark.transformers5
 
-dataset = pytest.importorskip("pyreft.dataset", reason="the package pyreft is not installed", exc_type=ImportError)
+dataset = pytest.importorskip(
+    "pyreft.dataset", reason="the package pyreft is not installed", exc_type=ImportError
+)
 
 WIDTH = 12
 
@@ -21,7 +25,7 @@ def theirs(spec: str, last_position: int) -> list[int]:
     """pyreft's columns for one example, padding as -1."""
     return dataset.get_intervention_locations(
         positions=spec, last_position=last_position, num_interventions=1, share_weights=True
-    )[0]  # fmt: skip
+    )[0]
 
 
 def chosen(columns) -> list[int]:
@@ -38,14 +42,18 @@ def test_both_ends_as_pyreft_counts_them(spec, length):
 @pytest.mark.parametrize("spec", ["f1+l1", "f2+l2", "f3+l5", "f7+l7", "f3", "l1", "l4"])
 def test_the_switch_reproduces_the_dataset_classes(spec, length):
     """They pass ``base_prompt_length - 1`` for the last position."""
-    assert chosen(positions.resolve(spec, [length], WIDTH, pyreft_positions=True)) == chosen(theirs(spec, length - 1))
+    assert chosen(positions.resolve(spec, [length], WIDTH, pyreft_positions=True)) == chosen(
+        theirs(spec, length - 1)
+    )
 
 
 @pytest.mark.parametrize("spec", ["f2+l2", "l1"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_switch_moves_the_edit_of_a_model(spec, packed):
     """The same output as explicit columns from pyreft, and another one than without the switch."""
-    model = get_peft_model(make("llama"), ReftConfig(rank=4, positions=spec, pyreft_positions=True)).eval()
+    model = get_peft_model(
+        make("llama"), ReftConfig(rank=4, positions=spec, pyreft_positions=True)
+    ).eval()
     shake(model)
     plain = get_peft_model(make("llama"), ReftConfig(rank=4, positions=spec)).eval()
     plain.load_state_dict(model.state_dict())

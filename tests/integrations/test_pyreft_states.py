@@ -1,4 +1,6 @@
-"""State dicts of the drop-in interventions: to the real pyreft and pyvene classes and back, settings, copies, cached builds."""
+"""State dicts of the drop-in interventions: to the real pyreft and pyvene classes and back,
+settings, copies, cached builds.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def test_dtype_dropout_act_fn_and_bias_come_back_with_the_checkpoint(tmp_path):
     assert fresh.dropout.p == 0.25
     base = torch.randn(2, 3, D)
     assert torch.equal(fresh.eval()(base), saved.eval()(base))
-    named = drop_in.NoreftIntervention(embed_dim=D, low_rank_dimension=r, dropout=0.5, dtype=torch.bfloat16, add_bias=True)
+    named = drop_in.NoreftIntervention(
+        embed_dim=D, low_rank_dimension=r, dropout=0.5, dtype=torch.bfloat16, add_bias=True
+    )
     named.load_state_dict(state)
     assert named.dropout.p == 0.5 and named.learned_source.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="act_fn 'gelu_new', but the constructor was given 'relu'"):
@@ -79,13 +83,22 @@ def _broken(change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.update(weight=torch.zeros(r, D + 1)), r"learned_source.weight has shape \(4, 25\), expected \(4, 24\)"),
+        (
+            lambda s: s.update(weight=torch.zeros(r, D + 1)),
+            r"learned_source.weight has shape \(4, 25\), expected \(4, 24\)",
+        ),
         (
             lambda s: s.update(rotate_layer=torch.zeros(D, r + 1)),
             r"rotate_layer.weight has shape \(24, 5\), expected \(24, 4\)",
         ),
-        (lambda s: s.update(rotate_layer=torch.zeros(D, r)), "rotate_layer.weight: rows are not orthonormal"),
-        (lambda s: s.update(rotate_layer=2 * s["rotate_layer"]), "rotate_layer.weight: rows are not orthonormal"),
+        (
+            lambda s: s.update(rotate_layer=torch.zeros(D, r)),
+            "rotate_layer.weight: rows are not orthonormal",
+        ),
+        (
+            lambda s: s.update(rotate_layer=2 * s["rotate_layer"]),
+            "rotate_layer.weight: rows are not orthonormal",
+        ),
     ],
 )
 def test_a_bad_state_dict_changes_nothing(change, message):
@@ -135,7 +148,9 @@ def test_R_is_built_once_until_something_changes(monkeypatch):
 
     calls = []
     build = rotate.build
-    monkeypatch.setattr(rotate, "build", lambda *args, **kwargs: calls.append(1) or build(*args, **kwargs))
+    monkeypatch.setattr(
+        rotate, "build", lambda *args, **kwargs: calls.append(1) or build(*args, **kwargs)
+    )
     own, base = ours("Loreft"), torch.randn(2, 3, D)
     own(base).sum().backward()
     own(base)

@@ -16,7 +16,10 @@ def _notebook(own, base, subspaces, scale=None):
     diff = own.act_fn(own.learned_source(base)) - base @ R
     if scale is not None:
         diff = diff * torch.tensor(scale)
-    rows = [b + d[:, chosen] @ R[:, chosen].T for b, d, chosen in zip(base, diff, subspaces, strict=True)]
+    rows = [
+        b + d[:, chosen] @ R[:, chosen].T
+        for b, d, chosen in zip(base, diff, subspaces, strict=True)
+    ]
     return torch.stack(rows)
 
 
@@ -26,7 +29,9 @@ def test_subspaces_choose_columns_for_each_example(act_fn):
     for subspaces in ([[0, 1], [2], []], [[3, 0], [1], [0, 1, 2, 3]]):
         torch.testing.assert_close(own(base, subspaces=subspaces), _notebook(own, base, subspaces))
     torch.testing.assert_close(own(base, subspaces=[[1]]), _notebook(own, base, [[1]] * 3))
-    torch.testing.assert_close(own(base, subspaces=torch.tensor([[0], [1], [2]])), _notebook(own, base, [[0], [1], [2]]))
+    torch.testing.assert_close(
+        own(base, subspaces=torch.tensor([[0], [1], [2]])), _notebook(own, base, [[0], [1], [2]])
+    )
     torch.testing.assert_close(own(base, subspaces=[[0, 1, 2, 3]] * 3), own(base))
     assert torch.equal(own(base, subspaces=[[], [], []]), base)
 
@@ -42,7 +47,9 @@ def test_subspace_gradients_stay_in_their_columns():
 def test_subspace_coeff_scales_columns(scale):
     own, base = moved(ours("Loreft", subspace_coeff=scale)), torch.randn(3, 2, D)
     subspaces = [[0, 1], [2], [3, 2]]
-    torch.testing.assert_close(own(base, subspaces=subspaces), _notebook(own, base, subspaces, scale))
+    torch.testing.assert_close(
+        own(base, subspaces=subspaces), _notebook(own, base, subspaces, scale)
+    )
     torch.testing.assert_close(own(base), _notebook(own, base, [[0, 1, 2, 3]] * 3, scale))
     own.subspace_coeff = None
     torch.testing.assert_close(own(base), _notebook(own, base, [[0, 1, 2, 3]] * 3))
@@ -61,7 +68,9 @@ def test_das_partitions_equal_pyvenes(partition):
 
 
 def test_notebook_subclasses_work_on_the_drop_in():
-    """pyreft's notebooks set subspace_coeff before the parent's __init__ and use the layers one by one."""
+    """pyreft's notebooks set subspace_coeff before the parent's __init__ and use the layers one
+    by one.
+    """
 
     class Sub(drop_in.LoreftIntervention):
         def __init__(self, **kwargs):
@@ -69,7 +78,9 @@ def test_notebook_subclasses_work_on_the_drop_in():
             super().__init__(**kwargs)
 
         def forward(self, base, source=None, subspaces=None, **kwargs):
-            diff = (self.act_fn(self.learned_source(base)) - self.rotate_layer(base)) * self.subspace_coeff
+            diff = (
+                self.act_fn(self.learned_source(base)) - self.rotate_layer(base)
+            ) * self.subspace_coeff
             return self.dropout((base + diff @ self.rotate_layer.weight.T).to(base.dtype))
 
     scale = [1.0, 0.0, -1.0, 1.0]

@@ -1,11 +1,17 @@
-"""Templates from chat templates and from texts, on small tokenizers of each kind; and the page on positions."""
+"""Templates from chat templates and from texts, on small tokenizers of each kind; and the page
+on positions.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from reft_kernels.integrations.response_template import checked_template, from_chat_template, template_of_text
+from reft_kernels.integrations.response_template import (
+    checked_template,
+    from_chat_template,
+    template_of_text,
+)
 from tests.pages import DOCS, python_blocks, run_page
 from tests.tiny_chat import CHATML, GEMMA, LLAMA2, LLAMA3, THINKING, chat_tokenizer, save_chat_model
 
@@ -32,7 +38,11 @@ def test_chat_templates(template, text):
         assert len(ends) == 1 and tokenizer.decode(row[ends[0] :]).strip().startswith(answer)
 
 
-@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"], ids=["none", "bare"])
+@pytest.mark.parametrize(
+    "template",
+    [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"],
+    ids=["none", "bare"],
+)
 def test_templates_that_mark_no_answer(template):
     with pytest.raises(ValueError, match="tokenizer: .*chat template"):
         from_chat_template(chat_tokenizer(template))
@@ -41,7 +51,12 @@ def test_templates_that_mark_no_answer(template):
 TEXTS = ("Answer:", "\nAnswer:", "Answer:\n", "the answer is", "[/INST]")
 BEFORE = ("Name a fruit. ", "yes\n", "yes", "Question: the\n\n")
 # words that run into each other are another text
-PLACES = [(text, before) for text in TEXTS for before in BEFORE if not (text[0].isalpha() and before[-1].isalpha())]
+PLACES = [
+    (text, before)
+    for text in TEXTS
+    for before in BEFORE
+    if not (text[0].isalpha() and before[-1].isalpha())
+]
 
 
 @pytest.mark.parametrize(("text", "before"), PLACES)
@@ -52,13 +67,20 @@ def test_texts_are_found_in_other_text(text, before, after):
     row, offsets = whole.input_ids, whole.offset_mapping
     forms = template_of_text(text, tokenizer)
     assert checked_template((text, tokenizer)) == forms
-    ends = {offsets[c + len(f) - 1][1] for f in forms for c in range(len(row)) if row[c : c + len(f)] == f}
+    ends = {
+        offsets[c + len(f) - 1][1]
+        for f in forms
+        for c in range(len(row))
+        if row[c : c + len(f)] == f
+    }
     assert ends == {len(before) + len(text)}
 
 
 def test_texts_that_cannot_end_a_prompt():
     tokenizer = chat_tokenizer()
-    with pytest.raises(ValueError, match="expected it without the space at its end: 'the answer is'"):
+    with pytest.raises(
+        ValueError, match="expected it without the space at its end: 'the answer is'"
+    ):
         template_of_text("the answer is ", tokenizer)
     with pytest.raises(ValueError, match="response_template: got an empty text"):
         template_of_text("", tokenizer)
@@ -69,4 +91,6 @@ def test_texts_that_cannot_end_a_prompt():
 def test_the_page_on_positions_runs(tmp_path):
     page = DOCS / "positions.md"
     assert len(python_blocks(page)) >= 5
-    run_page(page, {"__name__": "positions_page", "torch": torch, "name": str(save_chat_model(tmp_path))})
+    run_page(
+        page, {"__name__": "positions_page", "torch": torch, "name": str(save_chat_model(tmp_path))}
+    )

@@ -1,7 +1,9 @@
-"""The ms-swift tuner: its arguments, its interface, its file as a plugin, prompts under ``logits_to_keep``.
+"""The ms-swift tuner: its arguments, its interface, its file as a plugin, prompts under
+``logits_to_keep``.
 
-ms-swift pins an older PEFT and dozens of packages, so most tests use its documented interface: an object with its arguments,
-and a stand-in for its registry. The last ones run against the package where it is installed.
+ms-swift pins an older PEFT and dozens of packages, so most tests use its documented interface: an
+object with its arguments, and a stand-in for its registry. The last ones run against the package
+where it is installed.
 """
 
 from __future__ import annotations
@@ -26,9 +28,14 @@ from tests.model.families import LAYERS, batch, hook_count, make, shake, stacks
 
 FILE = Path(plugin.__file__)
 ARGUMENTS = {
-    "reft_layer_key": None, "reft_layers": None, "reft_rank": 4, "reft_intervention_type": "LoreftIntervention",
-    "reft_args": None, "modules_to_save": [], "task_type": "causal_lm",
-}  # fmt: skip
+    "reft_layer_key": None,
+    "reft_layers": None,
+    "reft_rank": 4,
+    "reft_intervention_type": "LoreftIntervention",
+    "reft_args": None,
+    "modules_to_save": [],
+    "task_type": "causal_lm",
+}
 
 
 def arguments(**given) -> types.SimpleNamespace:
@@ -36,7 +43,9 @@ def arguments(**given) -> types.SimpleNamespace:
 
 
 def cut_down(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
-    """A batch as ms-swift cuts it down: ``logits_to_keep`` for one example is a mask, for several a number."""
+    """A batch as ms-swift cuts it down: ``logits_to_keep`` for one example is a mask, for
+    several a number.
+    """
     labels = inputs["labels"]
     if labels.shape[0] == 1:
         labelled = (labels != -100)[0]
@@ -59,7 +68,11 @@ def test_the_defaults_are_swifts_rank_and_the_papers_positions():
     config = reft_config(arguments())
     assert isinstance(config, ReftConfig)
     assert (config.layers, config.rank, config.intervention) == ("all", 4, "loreft")
-    assert (config.positions, config.component, config.task_type) == ("f7+l7", "block_output", "CAUSAL_LM")
+    assert (config.positions, config.component, config.task_type) == (
+        "f7+l7",
+        "block_output",
+        "CAUSAL_LM",
+    )
     assert reft_config(types.SimpleNamespace()).rank == 4
 
 
@@ -79,16 +92,33 @@ def test_every_intervention_type_of_swift_trains(name):
 def test_everything_that_can_be_said():
     config = reft_config(
         arguments(
-            reft_rank=8, reft_layers=[1], reft_layer_key="model.layers", modules_to_save=["lm_head"], task_type="embedding",
-            reft_args='{"positions": "f3+l3", "share_weights": false, "act_fn": "gelu", "dropout": 0.1, "init": "orthogonal"}',
+            reft_rank=8,
+            reft_layers=[1],
+            reft_layer_key="model.layers",
+            modules_to_save=["lm_head"],
+            task_type="embedding",
+            reft_args=(
+                '{"positions": "f3+l3", "share_weights": false, "act_fn": "gelu", "dropout": 0.1, '
+                '"init": "orthogonal"}'
+            ),
         )
-    )  # fmt: skip
+    )
     assert (config.rank, config.layers, config.component) == (8, [1], "model.layers.{layer}")
     assert (config.positions, config.share_weights, config.activation) == ("f3+l3", False, "gelu")
-    assert (config.dropout, config.init, config.modules_to_save, config.task_type) == (0.1, "orthogonal", ["lm_head"], None)
+    assert (config.dropout, config.init, config.modules_to_save, config.task_type) == (
+        0.1,
+        "orthogonal",
+        ["lm_head"],
+        None,
+    )
     assert reft_config(arguments(reft_args={"intervention": "red"})).intervention == "red"
     assert reft_config(arguments(task_type="seq_cls")).task_type == "SEQ_CLS"
-    assert reft_config(arguments(reft_intervention_type="NoreftIntervention", reft_args='{"add_bias": true}')).init is None
+    assert (
+        reft_config(
+            arguments(reft_intervention_type="NoreftIntervention", reft_args='{"add_bias": true}')
+        ).init
+        is None
+    )
 
 
 WRONG = [
@@ -97,7 +127,10 @@ WRONG = [
     ({"reft_args": '{"alpha": 1}'}, "reft_args: got alpha, expected names among positions"),
     ({"reft_args": '{"act_fn": "gelu", "activation": "gelu"}'}, "got both act_fn and activation"),
     ({"reft_args": '{"positions": "x"}'}, "positions: got 'x'"),
-    ({"reft_intervention_type": "LoraIntervention"}, "reft_intervention_type: got 'LoraIntervention', expected one of loreft"),
+    (
+        {"reft_intervention_type": "LoraIntervention"},
+        "reft_intervention_type: got 'LoraIntervention', expected one of loreft",
+    ),
     (
         {"reft_layer_key": "model.layers", "reft_args": '{"component": "mlp_output"}'},
         "reft_layer_key: got 'model.layers' beside",
@@ -106,7 +139,10 @@ WRONG = [
     ({"reft_rank": 0}, "rank: got 0"),
     ({"reft_layers": [0, 9]}, "layers: got"),
     (
-        {"reft_intervention_type": "NoreftIntervention", "reft_args": '{"add_bias": true, "act_fn": "relu"}'},
+        {
+            "reft_intervention_type": "NoreftIntervention",
+            "reft_args": '{"add_bias": true, "act_fn": "relu"}',
+        },
         "reft_args: got add_bias and act_fn 'relu'",
     ),
 ]
@@ -132,8 +168,12 @@ def test_save_and_resume(tmp_path, gathered):
     inputs = batch("llama")
     expected = model.eval()(**inputs).logits
     state = {n: p.detach() * 2 for n, p in model.state_dict().items()} if gathered else None
-    ReftKernelsTuner.save_pretrained(model, str(tmp_path), state_dict=state, safe_serialization=True)
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in tmp_path.iterdir()}
+    ReftKernelsTuner.save_pretrained(
+        model, str(tmp_path), state_dict=state, safe_serialization=True
+    )
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     served = ReftKernelsTuner.from_pretrained(make("llama"), str(tmp_path)).eval()
     assert torch.equal(served(**inputs).logits, expected) != gathered
     assert not any(p.requires_grad for p in served.parameters())
@@ -161,7 +201,9 @@ def test_prompts_are_found_where_swift_cuts_the_labels(tmp_path, count, resumed)
 
 
 def test_prompts_of_packed_sequences_are_found_too():
-    model = ReftKernelsTuner.prepare_model(arguments(reft_args='{"positions": "f2+l2"}'), make("llama"))
+    model = ReftKernelsTuner.prepare_model(
+        arguments(reft_args='{"positions": "f2+l2"}'), make("llama")
+    )
     shake(model)
     one = batch("llama")["input_ids"][:1]
     position_ids = torch.cat([torch.arange(14), torch.arange(10)]).unsqueeze(0)
@@ -172,7 +214,9 @@ def test_prompts_of_packed_sequences_are_found_too():
     cut = cut_down(inputs)
     assert torch.equal(model(**cut).logits, expected[:, cut["logits_to_keep"]])
     lengths = model(**inputs, prompt_lengths=[6, 5]).logits
-    assert torch.equal(lengths, expected) and not torch.allclose(model(**inputs, prompt_lengths=[14, 10]).logits, expected)
+    assert torch.equal(lengths, expected) and not torch.allclose(
+        model(**inputs, prompt_lengths=[14, 10]).logits, expected
+    )
 
 
 def test_a_copy_keeps_its_prompts():
@@ -198,10 +242,7 @@ def test_registering_and_what_it_refuses(monkeypatch):
         register()
 
 
-STAND_IN = {
-    4: ("swift.tuner_plugin", "tuners_map"),
-    3: ("swift.plugin", "extra_tuners"),
-}
+STAND_IN = {4: ("swift.tuner_plugin", "tuners_map"), 3: ("swift.plugin", "extra_tuners")}
 
 
 def stand_in(monkeypatch, version: int) -> dict:
@@ -212,7 +253,9 @@ def stand_in(monkeypatch, version: int) -> dict:
     setattr(module, name, registry)
     monkeypatch.setitem(sys.modules, "swift", package)
     for other, _ in STAND_IN.values():
-        monkeypatch.setitem(sys.modules, other, None)  # not there, even if the real one was imported before
+        monkeypatch.setitem(
+            sys.modules, other, None
+        )  # not there, even if the real one was imported before
     monkeypatch.setitem(sys.modules, path, module)
     return registry
 
@@ -235,7 +278,9 @@ def test_a_package_that_swift_lacks_is_not_hidden(monkeypatch):
 
 def test_as_an_external_plugin_the_file_registers_and_leaves_the_path_alone(monkeypatch):
     registry = stand_in(monkeypatch, 4)
-    monkeypatch.setattr(sys, "path", [str(FILE.parent), *sys.path])  # ms-swift 4 puts it there, then runs the file
+    monkeypatch.setattr(
+        sys, "path", [str(FILE.parent), *sys.path]
+    )  # ms-swift 4 puts it there, then runs the file
     spec = importlib.util.spec_from_file_location("_swift_external_0", FILE)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -250,7 +295,9 @@ def test_as_an_external_plugin_the_file_registers_and_leaves_the_path_alone(monk
 
 def _swift_is_installed() -> bool:
     found = importlib.util.find_spec("swift")
-    return found is not None and any(importlib.util.find_spec(path) is not None for path, _ in STAND_IN.values())
+    return found is not None and any(
+        importlib.util.find_spec(path) is not None for path, _ in STAND_IN.values()
+    )
 
 
 needs_swift = pytest.mark.skipif(not _swift_is_installed(), reason="needs the package ms-swift")
@@ -285,9 +332,15 @@ def test_swifts_own_mixin_prepares_and_resumes(tmp_path):
 
     register()
     args = arguments(
-        tuner_type=NAME, tuner_backend="peft", is_adapter=True, resume_from_checkpoint=None, adapters=[], use_galore=False,
-        use_liger_kernel=False, sequence_parallel_size=1,
-    )  # fmt: skip
+        tuner_type=NAME,
+        tuner_backend="peft",
+        is_adapter=True,
+        resume_from_checkpoint=None,
+        adapters=[],
+        use_galore=False,
+        use_liger_kernel=False,
+        sequence_parallel_size=1,
+    )
     model = TunerMixin.prepare_model(args, make("llama"))
     shake(model)
     tuners_map[NAME].save_pretrained(model, str(tmp_path))

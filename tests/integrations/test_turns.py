@@ -169,7 +169,10 @@ def test_training_edits_what_generation_edits(positions):
             told = model(input_ids=tokens, prompt_lengths=[prompt]).logits
         assert torch.equal(trained.logits, told)
         generated = model.generate(
-            input_ids=tokens[:, :prompt], max_new_tokens=1, do_sample=False,
-            return_dict_in_generate=True, output_logits=True,
-        )  # fmt: skip
+            input_ids=tokens[:, :prompt],
+            max_new_tokens=1,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         torch.testing.assert_close(generated.logits[0], told[:, prompt - 1])

@@ -11,7 +11,12 @@ from reft_kernels.integrations.peft import ReftConfig
 from tests.model.families import batch, make, shake
 
 MICRO = 4
-OTHER = {"intervention": "nodireft", "init": "orthogonal", "component": "mlp_activation", "layers": [0, 2]}
+OTHER = {
+    "intervention": "nodireft",
+    "init": "orthogonal",
+    "component": "mlp_activation",
+    "layers": [0, 2],
+}
 
 
 def build(family: str = "llama", **kwargs):
@@ -31,7 +36,10 @@ def two_adapters():
 
 def micro_batches(family: str = "llama", count: int = MICRO) -> list[dict[str, torch.Tensor]]:
     found = [batch(family, seed=seed) for seed in range(count)]
-    return [{k: v.double() if v.is_floating_point() else v for k, v in inputs.items()} for inputs in found]
+    return [
+        {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+        for inputs in found
+    ]
 
 
 def accumulate(model, inputs) -> None:
@@ -58,5 +66,7 @@ def compare(model, wanted: dict[str, torch.Tensor]) -> None:
 def checkpointing(model, reentrant: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
     model.enable_input_require_grads()

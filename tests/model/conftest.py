@@ -12,5 +12,7 @@ def builds(monkeypatch) -> list:
     """The stacks that were called, in order."""
     called = []
     forward = interventions._Stacked.forward
-    monkeypatch.setattr(interventions._Stacked, "forward", lambda self: called.append(self) or forward(self))
+    monkeypatch.setattr(
+        interventions._Stacked, "forward", lambda self: called.append(self) or forward(self)
+    )
     return called

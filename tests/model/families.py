@@ -1,4 +1,6 @@
-"""Tiny random models of each family, a batch for each, and the edit written the straightforward way."""
+"""Tiny random models of each family, a batch for each, and the edit written the straightforward
+way.
+"""
 
 from __future__ import annotations
 
@@ -9,84 +11,143 @@ import transformers
 from torch import nn
 
 VOCAB, WIDTH, LAYERS, BATCH, LENGTH = 97, 32, 3, 3, 24
-COMMON = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+COMMON = {
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def _llama() -> nn.Module:
-    config = transformers.LlamaConfig(**COMMON, **SPECIAL, intermediate_size=64, num_key_value_heads=2)
+    config = transformers.LlamaConfig(
+        **COMMON, **SPECIAL, intermediate_size=64, num_key_value_heads=2
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def _qwen3() -> nn.Module:
-    config = transformers.Qwen3Config(**COMMON, **SPECIAL, intermediate_size=64, num_key_value_heads=2, head_dim=8)
+    config = transformers.Qwen3Config(
+        **COMMON, **SPECIAL, intermediate_size=64, num_key_value_heads=2, head_dim=8
+    )
     return transformers.Qwen3ForCausalLM(config)
 
 
 def _gemma3() -> nn.Module:
     config = transformers.Gemma3TextConfig(
-        **COMMON, **SPECIAL, intermediate_size=64, num_key_value_heads=2, head_dim=8, sliding_window=8
+        **COMMON,
+        **SPECIAL,
+        intermediate_size=64,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
     )
     return transformers.Gemma3ForCausalLM(config)
 
 
 def _gpt2() -> nn.Module:
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=4, n_positions=64, **SPECIAL, resid_pdrop=0.0, embd_pdrop=0.0,
+        vocab_size=VOCAB,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=4,
+        n_positions=64,
+        **SPECIAL,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
         attn_pdrop=0.0,
-    )  # fmt: skip
+    )
     return transformers.GPT2LMHeadModel(config)
 
 
 def _neox() -> nn.Module:
-    config = transformers.GPTNeoXConfig(**COMMON, **SPECIAL, intermediate_size=64, max_position_embeddings=64)
+    config = transformers.GPTNeoXConfig(
+        **COMMON, **SPECIAL, intermediate_size=64, max_position_embeddings=64
+    )
     return transformers.GPTNeoXForCausalLM(config)
 
 
 def _bloom() -> nn.Module:
-    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=LAYERS, n_head=4, **SPECIAL)
+    config = transformers.BloomConfig(
+        vocab_size=VOCAB, hidden_size=WIDTH, n_layer=LAYERS, n_head=4, **SPECIAL
+    )
     return transformers.BloomForCausalLM(config)
 
 
 def _bert() -> nn.Module:
-    config = transformers.BertConfig(**COMMON, **NO_DROPOUT, intermediate_size=64, max_position_embeddings=64, num_labels=3)
+    config = transformers.BertConfig(
+        **COMMON, **NO_DROPOUT, intermediate_size=64, max_position_embeddings=64, num_labels=3
+    )
     return transformers.BertForSequenceClassification(config)
 
 
 def _roberta() -> nn.Module:
     config = transformers.RobertaConfig(
-        **COMMON, **NO_DROPOUT, intermediate_size=64, max_position_embeddings=64, num_labels=3, pad_token_id=0
+        **COMMON,
+        **NO_DROPOUT,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        num_labels=3,
+        pad_token_id=0,
     )
     return transformers.RobertaForSequenceClassification(config)
 
 
 def _t5() -> nn.Module:
     config = transformers.T5Config(
-        vocab_size=VOCAB, d_model=WIDTH, d_kv=8, d_ff=64, num_layers=LAYERS, num_heads=4, dropout_rate=0.0,
-        decoder_start_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=LAYERS,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
     return transformers.T5ForConditionalGeneration(config)
 
 
 def _vit() -> nn.Module:
     config = transformers.ViTConfig(
-        hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4,
-        num_labels=3, **NO_DROPOUT,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+        num_labels=3,
+        **NO_DROPOUT,
+    )
     return transformers.ViTForImageClassification(config)
 
 
 FAMILIES = {
-    "llama": _llama, "qwen3": _qwen3, "gemma3": _gemma3, "gpt2": _gpt2, "neox": _neox, "bloom": _bloom, "bert": _bert,
-    "roberta": _roberta, "t5": _t5, "vit": _vit,
-}  # fmt: skip
+    "llama": _llama,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+    "gpt2": _gpt2,
+    "neox": _neox,
+    "bloom": _bloom,
+    "bert": _bert,
+    "roberta": _roberta,
+    "t5": _t5,
+    "vit": _vit,
+}
 DECODERS = ("llama", "qwen3", "gemma3", "gpt2", "neox", "bloom")
 BLOCKS = {
-    "llama": "model.layers", "qwen3": "model.layers", "gemma3": "model.layers", "gpt2": "transformer.h",
-    "neox": "gpt_neox.layers", "bloom": "transformer.h", "bert": "bert.encoder.layer", "roberta": "roberta.encoder.layer",
+    "llama": "model.layers",
+    "qwen3": "model.layers",
+    "gemma3": "model.layers",
+    "gpt2": "transformer.h",
+    "neox": "gpt_neox.layers",
+    "bloom": "transformer.h",
+    "bert": "bert.encoder.layer",
+    "roberta": "roberta.encoder.layer",
     "t5": "encoder.block",
-}  # fmt: skip
+}
 
 
 def make(family: str, seed: int = 0) -> nn.Module:
@@ -113,7 +174,9 @@ def mask_of(lengths: list[int], side: str = "right", width: int = LENGTH) -> tor
 
 
 def batch(family: str, seed: int = 1, side: str = "right") -> dict[str, torch.Tensor]:
-    """Inputs with labels: padded, with prompts of different lengths, some shorter than 14 tokens."""
+    """Inputs with labels: padded, with prompts of different lengths, some shorter than 14
+    tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
     if family == "vit":
         images = torch.randn(BATCH, 3, 16, 16, generator=generator)
@@ -134,7 +197,9 @@ def batch(family: str, seed: int = 1, side: str = "right") -> dict[str, torch.Te
     return inputs
 
 
-def prompt_columns(family: str, inputs: dict[str, torch.Tensor], first: int, last: int, width: int) -> list[list[int]]:
+def prompt_columns(
+    family: str, inputs: dict[str, torch.Tensor], first: int, last: int, width: int
+) -> list[list[int]]:
     """Columns that f{first}+l{last} selects, example by example, by plain loops."""
     chosen = []
     for row in range(next(iter(inputs.values())).shape[0]):
@@ -149,7 +214,13 @@ def prompt_columns(family: str, inputs: dict[str, torch.Tensor], first: int, las
     return chosen
 
 
-def plain_loreft(hidden: torch.Tensor, columns: list[list[int]], R: torch.Tensor, W: torch.Tensor, b: torch.Tensor):
+def plain_loreft(
+    hidden: torch.Tensor,
+    columns: list[list[int]],
+    R: torch.Tensor,
+    W: torch.Tensor,
+    b: torch.Tensor,
+):
     """h + R^T (W h + b - R h) at the columns, out of place, in the dtype of its arguments."""
     edited = hidden.clone()
     for row, chosen in enumerate(columns):
@@ -160,7 +231,9 @@ def plain_loreft(hidden: torch.Tensor, columns: list[list[int]], R: torch.Tensor
 
 @contextlib.contextmanager
 def plain_hooks(family: str, model: nn.Module, columns_of, weights):
-    """The straightforward implementation: a temporary hook on every block, edits by gather, matmul and scatter."""
+    """The straightforward implementation: a temporary hook on every block, edits by gather,
+    matmul and scatter.
+    """
     handles = []
     for layer, block in enumerate(blocks(family, model)):
 
@@ -192,7 +265,9 @@ def stacks(model: nn.Module) -> list[nn.Module]:
 
 
 def allowed(plain: torch.Tensor, exact: torch.Tensor) -> float:
-    """The error budget: twice what the straightforward fp32 computation loses against fp64, and one rounding."""
+    """The error budget: twice what the straightforward fp32 computation loses against fp64, and
+    one rounding.
+    """
     lost = (plain.double() - exact).abs().max()
     return float(2 * lost + torch.finfo(plain.dtype).eps * exact.abs().max())
 

@@ -1,4 +1,6 @@
-"""Accumulated micro-batches share one build: the gradients of separate builds, whatever happens in between."""
+"""Accumulated micro-batches share one build: the gradients of separate builds, whatever happens
+in between.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,10 @@ def test_two_adapters_of_different_widths(builds):
 
 @pytest.mark.parametrize(
     "make, trained",
-    [(two_adapters, lambda name: ".default." not in name), (build, lambda name: name.endswith(".b"))],
+    [
+        (two_adapters, lambda name: ".default." not in name),
+        (build, lambda name: name.endswith(".b")),
+    ],
     ids=["one_of_two_adapters", "only_biases"],
 )
 def test_what_is_frozen_gets_no_gradient(make, trained):

@@ -1,4 +1,6 @@
-"""The life of a shared build: what is refused when a flush is forgotten or late, what copies and closing leave behind."""
+"""The life of a shared build: what is refused when a flush is forgotten or late, what copies and
+closing leave behind.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from torch.optim import optimizer as torch_optimizer
 
 from reft_kernels.integrations.peft import share_build
 from reft_kernels.model import SharedBuild
-from tests.model.accumulating import MICRO, accumulate, build, compare, expected, gradients, micro_batches
+from tests.model.accumulating import (
+    MICRO,
+    accumulate,
+    build,
+    compare,
+    expected,
+    gradients,
+    micro_batches,
+)
 from tests.model.families import make, stacks
 
 
@@ -23,7 +33,9 @@ def test_an_optimizer_that_steps_without_a_flush_is_refused():
     with share_build(model) as shared:
         accumulate(model, micro_batches())
         others.step()
-        with pytest.raises(RuntimeError, match=r"the optimizer steps while gradients .* call flush\(\)"):
+        with pytest.raises(
+            RuntimeError, match=r"the optimizer steps while gradients .* call flush\(\)"
+        ):
             optimizer.step()
         shared.flush()
         optimizer.step()
@@ -130,7 +142,11 @@ def test_an_exception_drops_what_waits():
     assert gradients(model)
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "again",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["copy", "pickle"],
+)
 def test_a_copy_of_a_model_with_a_pending_build_builds_as_ever(builds, again):
     inputs, model = micro_batches(), build()
     with share_build(model) as shared:

@@ -32,7 +32,9 @@ def test_every_role_of_every_family_names_a_module_of_each_block(family, role):
     for target in targets:
         assert isinstance(model.get_submodule(target.path), nn.Module)
         assert target.embed_dim == (
-            64 if role == "mlp_activation" and family != "gpt2" and family != "bloom" else target.embed_dim
+            64
+            if role == "mlp_activation" and family != "gpt2" and family != "bloom"
+            else target.embed_dim
         )
         assert target.inplace == (role == "block_output")
 
@@ -50,7 +52,12 @@ def test_the_sides_of_an_encoder_decoder_model():
 @pytest.mark.parametrize(
     ("path", "expected", "side", "width"),
     [
-        ("model.layers[{layer}].self_attn.o_proj.output", "model.layers.1.self_attn.o_proj", "output", WIDTH),
+        (
+            "model.layers[{layer}].self_attn.o_proj.output",
+            "model.layers.1.self_attn.o_proj",
+            "output",
+            WIDTH,
+        ),
         ("model.layers.{layer}.mlp", "model.layers.1.mlp", "output", WIDTH),
         ("model.layers.{layer}.mlp.down_proj.input", "model.layers.1.mlp.down_proj", "input", 64),
         ("layers.{layer}.mlp.up_proj", "model.layers.1.mlp.up_proj", "output", 64),
@@ -83,10 +90,22 @@ def test_layers_keep_their_order():
 @pytest.mark.parametrize(
     ("component", "layers", "message"),
     [
-        ("no.such.{layer}.thing", "all", r"component: got 'no\.such.*block_output.*model\.layers\.\{layer\}"),
-        ("model.layers.{layer}.mlp.down", "all", r"component: got .*such as model\.layers\.\{layer\}\.mlp\.down_proj"),
+        (
+            "no.such.{layer}.thing",
+            "all",
+            r"component: got 'no\.such.*block_output.*model\.layers\.\{layer\}",
+        ),
+        (
+            "model.layers.{layer}.mlp.down",
+            "all",
+            r"component: got .*such as model\.layers\.\{layer\}\.mlp\.down_proj",
+        ),
         ("{layer}.{layer}", "all", "at most once"),
-        ("block_output", [0, 3], r"layers: got \[0, 3\], expected layer numbers from 0 to 2; \[3\] are out of range"),
+        (
+            "block_output",
+            [0, 3],
+            r"layers: got \[0, 3\], expected layer numbers from 0 to 2; \[3\] are out of range",
+        ),
         ("model.layers.{layer}.mlp", [7], "layers: got"),
         ("decoder.block_output", "all", "no list of blocks in the decoder"),
     ],
@@ -124,7 +143,10 @@ def test_a_model_of_no_family():
     assert [t.path for t in component.targets] == [f"trunk.{n}" for n in range(4)]
     assert [t.present for t in component.targets] == [True, False, True, True]
     assert {t.embed_dim for t in component.targets} == {6} and component.backbone == ""
-    with pytest.raises(ValueError, match=r"Mixer \(trunk.0\) has no such part: .*; it has block_output, block_input"):
+    with pytest.raises(
+        ValueError,
+        match=r"Mixer \(trunk.0\) has no such part: .*; it has block_output, block_input",
+    ):
         resolve(Custom(), "attention_output")
 
 

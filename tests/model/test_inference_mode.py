@@ -39,7 +39,7 @@ def test_set_ids_that_were_changed_are_checked_again():
     hidden, R = torch.randn(2, 16), rk.householder(torch.randn(2, 16, 2))
     ids = torch.tensor([0, 1], dtype=torch.int32)
     edit = (R, torch.randn(2, 2, 16), torch.zeros(2, 2))
-    rk.loreft(hidden, *edit, set_ids=ids)
+    rk.loreft(hidden, *edit, weight_ids=ids)
     ids[0] = 2
-    with pytest.raises(ValueError, match="set_ids: got values from 1 to 2"):
-        rk.loreft(hidden, *edit, set_ids=ids)
+    with pytest.raises(ValueError, match="weight_ids: got values from 1 to 2"):
+        rk.loreft(hidden, *edit, weight_ids=ids)

@@ -15,16 +15,31 @@ from tests.model.families import mask_of
 WIDTH = 12
 
 
-def rows(spec, arguments, *, explicit=None, generation=None, untied=False, token_labels=True, decoder=False):
+def rows(
+    spec,
+    arguments,
+    *,
+    explicit=None,
+    generation=None,
+    untied=False,
+    token_labels=True,
+    decoder=False,
+):
     explicit = explicit or ModelCall()
-    window = compute_prompt_window(arguments, explicit, generation, token_labels=token_labels, decoder=decoder)
+    window = compute_prompt_window(
+        arguments, explicit, generation, token_labels=token_labels, decoder=decoder
+    )
     selection = select(window, PositionRule(positions.parse(spec), untied))
     if selection is None:
         return None
     chosen = None if selection.rows is None else [r for r in selection.rows.tolist() if r >= 0]
     if not untied:
         return chosen
-    return [(r, s) for r, s in zip(selection.rows.tolist(), selection.set_ids.tolist(), strict=True) if r >= 0]
+    return [
+        (r, s)
+        for r, s in zip(selection.rows.tolist(), selection.weight_ids.tolist(), strict=True)
+        if r >= 0
+    ]
 
 
 def tokens(batch=2, width=WIDTH):
@@ -69,7 +84,10 @@ def test_explicit_lengths_beat_labels_and_mask():
     explicit = ModelCall(labels=labels_from([4, 7]), prompt_lengths=[3, 2])
     arguments = {**tokens(), "attention_mask": mask_of([12, 5], "left", WIDTH)}
     assert rows("l1", arguments, explicit=explicit) == [2, 12 + 7 + 1]
-    for lengths, message in ([[3, 6], "got 6 for example 1, expected 0 to 5"], [[-1, 2], "got -1 for example 0"]):
+    for lengths, message in (
+        [[3, 6], "got 6 for example 1, expected 0 to 5"],
+        [[-1, 2], "got -1 for example 0"],
+    ):
         with pytest.raises(ValueError, match=f"prompt_lengths: {message}"):
             rows("l1", arguments, explicit=ModelCall(prompt_lengths=lengths))
     with pytest.raises(ValueError, match="prompt_lengths: got 3 examples, expected 2"):
@@ -96,7 +114,12 @@ def test_explicit_positions_replace_the_spec():
         with pytest.raises(ValueError, match=message):
             rows("l1", tokens(), explicit=ModelCall(edit_positions=value))
     with pytest.raises(ValueError, match="share_weights=False halves them"):
-        rows("f1+l1", tokens(), explicit=ModelCall(edit_positions=torch.tensor([[1], [2]])), untied=True)
+        rows(
+            "f1+l1",
+            tokens(),
+            explicit=ModelCall(edit_positions=torch.tensor([[1], [2]])),
+            untied=True,
+        )
 
 
 class Cache:
@@ -108,12 +131,20 @@ class Cache:
 
 
 def test_a_cache_without_a_word_about_the_prompt_is_decoding():
-    arguments = {**tokens(width=1), "past_key_values": Cache(11), "attention_mask": torch.ones(2, 12)}
+    arguments = {
+        **tokens(width=1),
+        "past_key_values": Cache(11),
+        "attention_mask": torch.ones(2, 12),
+    }
     assert rows("f7+l7", arguments) is None
     assert rows("all", arguments) is None  # which for "all" means every row
     window = compute_prompt_window(arguments, ModelCall(), None, token_labels=True, decoder=False)
     assert select(window, PositionRule(positions.parse("all"))).rows is None
-    assert rows("l1", {**tokens(width=4), "past_key_values": Cache(8)}, explicit=ModelCall(prompt_lengths=[12, 10])) == [3, 5]
+    assert rows(
+        "l1",
+        {**tokens(width=4), "past_key_values": Cache(8)},
+        explicit=ModelCall(prompt_lengths=[12, 10]),
+    ) == [3, 5]
 
 
 # the end of a prompt that is padded right stands in the whole mask alone
@@ -124,7 +155,11 @@ def test_chunks_of_a_generation_add_up_to_the_prompt(side, known):
     generation, found = Generation(mask if known else None, WIDTH, ModelCall()), []
     for start in range(0, WIDTH, 5):
         width = min(5, WIDTH - start)
-        arguments = {**tokens(width=width), "attention_mask": mask[:, : start + width], "past_key_values": Cache(start)}
+        arguments = {
+            **tokens(width=width),
+            "attention_mask": mask[:, : start + width],
+            "past_key_values": Cache(start),
+        }
         chosen = rows("f2+l3", arguments, generation=generation) or []
         found += [(r // width) * WIDTH + start + r % width for r in chosen]
     assert sorted(found) == sorted(whole)
@@ -142,7 +177,9 @@ def test_beams_repeat_their_examples():
 
 @pytest.mark.parametrize("untied", [False, True])
 def test_packed_sequences_each_have_their_prompt(untied):
-    """Position ids that start again, no mask: sequences of 6, 2 and 4 tokens with prompts of 4, 1 and 4."""
+    """Position ids that start again, no mask: sequences of 6, 2 and 4 tokens with prompts of 4,
+    1 and 4.
+    """
     sizes, prompts = [6, 2, 4], [4, 1, 4]
     position_ids = torch.cat([torch.arange(n) for n in sizes]).unsqueeze(0)
     labels = torch.ones(1, WIDTH, dtype=torch.int64)
@@ -154,17 +191,35 @@ def test_packed_sequences_each_have_their_prompt(untied):
         expected += [(start + prompt - min(2, n) + c, 1) for c in range(min(2, n))]
         start += size
     arguments = tokens(batch=1)
-    call = ModelCall(position_ids=position_ids)  # as the user passed them; models make ids of their own
+    call = ModelCall(
+        position_ids=position_ids
+    )  # as the user passed them; models make ids of their own
     got = rows("f1+l2", arguments, explicit=call._replace(labels=labels), untied=untied)
     assert sorted(got) == (sorted(expected) if untied else sorted(r for r, _ in expected))
     if not untied:
         stated = rows("f1+l2", arguments, explicit=call._replace(prompt_lengths=prompts))
         assert stated == got
-        assert rows("prompt", arguments, explicit=call._replace(labels=labels)) == [0, 1, 2, 3, 6, 8, 9, 10, 11]
+        assert rows("prompt", arguments, explicit=call._replace(labels=labels)) == [
+            0,
+            1,
+            2,
+            3,
+            6,
+            8,
+            9,
+            10,
+            11,
+        ]
 
 
 def test_images_say_nothing_about_tokens():
     assert (
-        compute_prompt_window({"pixel_values": torch.ones(1, 3, 4, 4)}, ModelCall(), None, token_labels=False, decoder=False)
+        compute_prompt_window(
+            {"pixel_values": torch.ones(1, 3, 4, 4)},
+            ModelCall(),
+            None,
+            token_labels=False,
+            decoder=False,
+        )
         is None
     )

@@ -1,4 +1,6 @@
-"""Rows counted for tokens, on the tensors that modules have: every layout against plain indexing, every other refused."""
+"""Rows counted for tokens, on the tensors that modules have: every layout against plain
+indexing, every other refused.
+"""
 
 from __future__ import annotations
 
@@ -44,10 +46,17 @@ def test_layouts(layout, shape, place):
     ids = torch.arange(len(CHOSEN) + 1, dtype=torch.int32) % 2
     placed = place_rows(Selection(rows(), ids), TOKENS, hidden, layout)
     assert edited_places(hidden, placed) == expected
-    assert placed.set_ids.shape == placed.rows.shape
-    for row, set_id in zip(placed.rows.tolist(), placed.set_ids.tolist(), strict=True):
+    assert placed.weight_ids.shape == placed.rows.shape
+    for row, set_id in zip(placed.rows.tolist(), placed.weight_ids.tolist(), strict=True):
         if row >= 0:
-            where = tuple(torch.zeros(shape).flatten().scatter(0, torch.tensor(row), 1).view(shape).nonzero()[0].tolist())
+            where = tuple(
+                torch.zeros(shape)
+                .flatten()
+                .scatter(0, torch.tensor(row), 1)
+                .view(shape)
+                .nonzero()[0]
+                .tolist()
+            )
             (index,) = [i for i, (b, t) in enumerate(CHOSEN) if where in place(b, t)]
             assert set_id == index % 2
     everything = place_rows(Selection(None, None), TOKENS, hidden, layout)
@@ -58,13 +67,23 @@ def test_layouts(layout, shape, place):
 @pytest.mark.parametrize(
     ("layout", "shape"),
     [
-        ("btd", (BATCH, WIDTH + 1)), ("btd", (BATCH, WIDTH - 1)), ("btd", (WIDTH, BATCH)), ("btd", (BATCH + 1, WIDTH)),
-        ("btd", (BATCH * WIDTH - 1,)), ("btd", (BATCH, WIDTH, 1)), ("btd", ()), ("btd_padded", (BATCH, WIDTH - 1)),
-        ("btd_padded", (BATCH + 1, WIDTH)), ("tbd", (BATCH, WIDTH)), ("btsd", (BATCH, WIDTH)),
-        ("btsd", (STREAMS, BATCH, WIDTH)), ("sbtd", (BATCH, WIDTH, STREAMS)), ("sbtd", (BATCH, WIDTH)),
+        ("btd", (BATCH, WIDTH + 1)),
+        ("btd", (BATCH, WIDTH - 1)),
+        ("btd", (WIDTH, BATCH)),
+        ("btd", (BATCH + 1, WIDTH)),
+        ("btd", (BATCH * WIDTH - 1,)),
+        ("btd", (BATCH, WIDTH, 1)),
+        ("btd", ()),
+        ("btd_padded", (BATCH, WIDTH - 1)),
+        ("btd_padded", (BATCH + 1, WIDTH)),
+        ("tbd", (BATCH, WIDTH)),
+        ("btsd", (BATCH, WIDTH)),
+        ("btsd", (STREAMS, BATCH, WIDTH)),
+        ("sbtd", (BATCH, WIDTH, STREAMS)),
+        ("sbtd", (BATCH, WIDTH)),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_any_other_tensor_is_refused(layout, shape):
     assert place_rows(Selection(rows(), None), TOKENS, torch.zeros(*shape, D), layout) is None
     assert place_rows(Selection(None, None), TOKENS, torch.zeros(*shape, D), layout) is None

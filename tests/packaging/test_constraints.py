@@ -18,11 +18,16 @@ else:
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHONS = [
-    found[1] for line in PROJECT["classifiers"] if (found := re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line))
+    found[1]
+    for line in PROJECT["classifiers"]
+    if (found := re.fullmatch(r"Programming Language :: Python :: (3\.\d+)", line))
 ]
 FILES = [
     "constraints.txt",
-    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").glob("requirements-*.txt")),
+    *sorted(
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "benchmarks").glob("requirements-*.txt")
+    ),
 ]
 # releases that need a later Python than 3.10, of packages that have a pin for it
 REFUSE_310 = {
@@ -36,7 +41,10 @@ REFUSE_310 = {
 
 
 def _requirements(name: str) -> list[Requirement]:
-    lines = (line.split("#")[0].strip() for line in (ROOT / name).read_text(encoding="utf-8").splitlines())
+    lines = (
+        line.split("#")[0].strip()
+        for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    )
     return [Requirement(line) for line in lines if line]
 
 
@@ -64,7 +72,9 @@ def _wanted(python: str) -> set[str]:
     lines = list(PROJECT["dependencies"])
     for extra in PROJECT["optional-dependencies"].values():
         lines += extra
-    names = {canonicalize_name(one.name) for one in map(Requirement, lines) if _applies(one, python)}
+    names = {
+        canonicalize_name(one.name) for one in map(Requirement, lines) if _applies(one, python)
+    }
     return names - {canonicalize_name(PROJECT["name"])} | {"setuptools"}
 
 
@@ -79,11 +89,19 @@ def test_one_exact_version_for_each_python(name, python):
     requirements = _requirements(name)
     found = _applying(requirements, python)
     missing = {canonicalize_name(one.name) for one in requirements} - set(found)
-    assert missing <= _wanted(PYTHONS[0]) - _wanted(python), "packages without a version for this Python, which it needs"
+    assert missing <= _wanted(PYTHONS[0]) - _wanted(python), (
+        "packages without a version for this Python, which it needs"
+    )
     for package, versions in found.items():
         # torch's own wheel fixes triton's version where it brings CUDA, so there the last version allowed is the pin
-        (version,) = versions[0].split(",") if package != "triton" else [v for v in versions[0].split(",") if v[0] == "<"]
-        assert len(versions) == 1 and re.fullmatch(r"[=<]=[0-9][0-9a-z.]*", version), f"{package}: {versions}"
+        (version,) = (
+            versions[0].split(",")
+            if package != "triton"
+            else [v for v in versions[0].split(",") if v[0] == "<"]
+        )
+        assert len(versions) == 1 and re.fullmatch(r"[=<]=[0-9][0-9a-z.]*", version), (
+            f"{package}: {versions}"
+        )
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -95,7 +113,9 @@ def test_python_310_gets_releases_that_support_it():
     found = _applying(_requirements("constraints.txt"), "3.10")
     for package, first_refusing in REFUSE_310.items():
         version = found[package][0].removeprefix("==")
-        assert [int(n) for n in version.split(".")] < [int(n) for n in first_refusing.split(".")], f"{package} {version}"
+        assert [int(n) for n in version.split(".")] < [int(n) for n in first_refusing.split(".")], (
+            f"{package} {version}"
+        )
 
 
 def test_the_oldest_supported_transformers_replaces_every_pin():

@@ -14,7 +14,17 @@ PLACE = "tests/convergence/test_orthonormality.py"  # has slow tests, one of the
 
 def _collected(*options: str) -> tuple[set[str], set[str]]:
     """The tests that are chosen: the full ones, and all others."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=--strict-markers", "--collect-only", "-q", PLACE, *options]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=--strict-markers",
+        "--collect-only",
+        "-q",
+        PLACE,
+        *options,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode in (0, 5), done.stdout + done.stderr
     found = {line for line in done.stdout.splitlines() if "::" in line}

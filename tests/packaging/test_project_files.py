@@ -19,7 +19,11 @@ def _read(name: str) -> str:
 
 def test_the_licence_is_the_one_that_the_metadata_names():
     text = _read("LICENSE")
-    assert PROJECT["license"] == "Apache-2.0" and "Apache License\n" in text and "END OF TERMS AND CONDITIONS" in text
+    assert (
+        PROJECT["license"] == "Apache-2.0"
+        and "Apache License\n" in text
+        and "END OF TERMS AND CONDITIONS" in text
+    )
     assert PROJECT["license-files"] == ["LICENSE"]
 
 
@@ -30,14 +34,18 @@ def test_one_version():
 
 
 def test_type_information_is_packaged():
-    assert (ROOT / "reft_kernels" / "py.typed").is_file() and (ROOT / "python" / "reft_train" / "py.typed").is_file()
+    assert (ROOT / "reft_kernels" / "py.typed").is_file() and (
+        ROOT / "python" / "reft_train" / "py.typed"
+    ).is_file()
 
 
 def test_the_workflow_tests_each_python():
     jobs = yaml.safe_load(_read(".github/workflows/ci.yml"))["jobs"]
     assert jobs["tests"]["strategy"]["matrix"]["python-version"] == PYTHONS
     targets = set(re.findall(r"^([a-z][\w-]*):", _read("Makefile"), re.MULTILINE))
-    run = {step["run"].split()[1] for job in jobs.values() for step in job["steps"] if "run" in step}
+    run = {
+        step["run"].split()[1] for job in jobs.values() for step in job["steps"] if "run" in step
+    }
     assert run <= targets and {"lint", "test", "docs"} <= run
 
 

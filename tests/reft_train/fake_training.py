@@ -1,4 +1,6 @@
-"""A training that takes no time: its held-out values are a function of the settings, its callbacks and files are real."""
+"""A training that takes no time: its held-out values are a function of the settings, its
+callbacks and files are real.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,14 @@ def quality(config: RunConfig) -> float:
 
 
 class FakeTrain:
-    """``train(config, callbacks=..., report=...)``; ``seen`` are the settings that it was called with.
+    """``train(config, callbacks=..., report=...)``; ``seen`` are the settings that it was called
+    with.
 
     Args:
-        quality: held-out accuracy at the end; the loss is 1 - accuracy. evaluations: steps, each with an evaluation.
-        before: called with the settings and the number of the call, from 0, before anything else; may raise.
+        quality: held-out accuracy at the end; the loss is 1 - accuracy. evaluations: steps, each
+            with an evaluation.
+        before: called with the settings and the number of the call, from 0, before anything else;
+            may raise.
     """
 
     def __init__(
@@ -58,11 +63,23 @@ class FakeTrain:
 
 
 def finished(config: RunConfig, value: float = 0.5, **changes: Any) -> Outcome:
-    """The outcome of a run with a held-out accuracy of ``value``; its test accuracy is lower by a tenth."""
+    """The outcome of a run with a held-out accuracy of ``value``; its test accuracy is lower by
+    a tenth.
+    """
     fields = {
-        "config": config.to_dict(), "trainable": 100 * config.rank, "head": 0, "total": 10_000, "steps": 3, "losses": [],
-        "seconds": 1.0, "step_seconds": 0.25, "tokens_per_second": 100.0, "memory": Peak(10.0, 20.0, "as a test says"),
+        "config": config.to_dict(),
+        "trainable": 100 * config.rank,
+        "head": 0,
+        "total": 10_000,
+        "steps": 3,
+        "losses": [],
+        "seconds": 1.0,
+        "step_seconds": 0.25,
+        "tokens_per_second": 100.0,
+        "memory": Peak(10.0, 20.0, "as a test says"),
         "validation": {"loss": 1 - value, "accuracy": value, "exact_match": value},
-        "tests": {} if config.skip_test else {"test": {"accuracy": value - 0.1, "exact_match": value - 0.1}},
-    }  # fmt: skip
+        "tests": {}
+        if config.skip_test
+        else {"test": {"accuracy": value - 0.1, "exact_match": value - 0.1}},
+    }
     return Outcome(**{**fields, **changes})

@@ -1,4 +1,6 @@
-"""Small real files of the benchmarks, kept outside the repository: ``REFT_DATA``, or ``shared/data`` beside it."""
+"""Small real files of the benchmarks, kept outside the repository: ``REFT_DATA``, or
+``shared/data`` beside it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,8 @@ def data_folder() -> Path:
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
-    """Skip a test unless all these files are there, such as "boolq/test.json"; the reason names those that are not."""
+    """Skip a test unless all these files are there, such as "boolq/test.json"; the reason names
+    those that are not.
+    """
     absent = [str(data_folder() / name) for name in names if not (data_folder() / name).is_file()]
     return pytest.mark.skipif(bool(absent), reason=f"no {', '.join(absent)}")

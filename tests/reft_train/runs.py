@@ -17,7 +17,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def instructions(count: int) -> list[dict]:
     """Rows of instruction and output, prompts of different lengths."""
-    return [{"instruction": "how many apples? " * (1 + i % 5) + str(i), "output": f"He has {i % 4}"} for i in range(count)]
+    return [
+        {"instruction": "how many apples? " * (1 + i % 5) + str(i), "output": f"He has {i % 4}"}
+        for i in range(count)
+    ]
 
 
 def boolq(count: int) -> list[dict]:
@@ -26,16 +29,25 @@ def boolq(count: int) -> list[dict]:
     for i in range(count):
         answer = ("true", "false")[i % 2]
         instruction = f"Question: is {i} even? {'please ' * (i % 5)}\n\nAnswer format: true/false"
-        rows.append({
-            "instruction": instruction, "input": "", "output": f"the correct answer is {answer}", "answer": answer,
-        })  # fmt: skip
+        rows.append(
+            {
+                "instruction": instruction,
+                "input": "",
+                "output": f"the correct answer is {answer}",
+                "answer": answer,
+            }
+        )
     return rows
 
 
 def write_rows(path: Path, rows: Sequence[dict]) -> Path:
     """A .json or .jsonl file of rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    lines = (
+        json.dumps(rows)
+        if path.suffix == ".json"
+        else "".join(json.dumps(row) + "\n" for row in rows)
+    )
     path.write_text(lines, encoding="utf-8")
     return path
 
@@ -53,7 +65,8 @@ def flags(**settings: Any) -> list[str]:
 
 
 def run(model: Path, output: Path, report: bool = False, **settings: Any) -> int:
-    """``reft_train run`` with settings that suit two-layer models, on the CPU, without the user's cache.
+    """``reft_train run`` with settings that suit two-layer models, on the CPU, without the user's
+    cache.
 
     Args:
         report: draw the figures, which take longer than a small training.
@@ -68,14 +81,28 @@ def run(model: Path, output: Path, report: bool = False, **settings: Any) -> int
 def command(model: Path, output: Path, **settings: Any) -> list[str]:
     """The arguments of :func:`run`."""
     small = {
-        "task": "jsonl", "batch_size": 4, "accumulation": 2, "epochs": 1, "rank": 2, "positions": "f2+l2", "lr": 0.01,
-        "max_length": 64, "max_new_tokens": 4, "log_every": 1, "cache": output.parent / "cache", "device": "cpu",
-    }  # fmt: skip
+        "task": "jsonl",
+        "batch_size": 4,
+        "accumulation": 2,
+        "epochs": 1,
+        "rank": 2,
+        "positions": "f2+l2",
+        "lr": 0.01,
+        "max_length": 64,
+        "max_new_tokens": 4,
+        "log_every": 1,
+        "cache": output.parent / "cache",
+        "device": "cpu",
+    }
     return ["run", *flags(**{**small, "model": model, "output": output, **settings})]
 
 
-def in_process(arguments: Sequence[str], program: str | None = None, **options: Any) -> subprocess.Popen:
-    """The command in a process of its own; ``program`` runs instead of the command, with its arguments."""
+def in_process(
+    arguments: Sequence[str], program: str | None = None, **options: Any
+) -> subprocess.Popen:
+    """The command in a process of its own; ``program`` runs instead of the command, with its
+    arguments.
+    """
     start = ["-m", "reft_train"] if program is None else ["-c", program]
     environment = {
         "PYTHONPATH": f"{ROOT / 'python'}:{ROOT}",
@@ -95,7 +122,9 @@ def in_process(arguments: Sequence[str], program: str | None = None, **options: 
 
 def logged(output: Path, name: str = "loss") -> list[tuple[int, float]]:
     """(step, value) pairs of a run's log."""
-    entries = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    entries = [
+        json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [(entry["step"], entry[name]) for entry in entries if name in entry]
 
 

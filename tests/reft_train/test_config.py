@@ -1,4 +1,6 @@
-"""Settings: recipes, what wins over what, YAML, and refusals of one line that name field, value and expectation."""
+"""Settings: recipes, what wins over what, YAML, and refusals of one line that name field, value
+and expectation.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,25 @@ def test_a_task_builds_with_its_own_recipe(name):
 
 def test_the_papers_commonsense_settings():
     config = build({"model": "a-model", "task": "commonsense"})
-    assert (config.layers, config.rank, config.positions, config.share_weights) == ("all", 8, "f7+l7", True)
-    assert (config.lr, config.epochs, config.batch_size * config.accumulation, config.warmup) == (9e-4, 6, 32, 0.1)
+    assert (config.layers, config.rank, config.positions, config.share_weights) == (
+        "all",
+        8,
+        "f7+l7",
+        True,
+    )
+    assert (config.lr, config.epochs, config.batch_size * config.accumulation, config.warmup) == (
+        9e-4,
+        6,
+        32,
+        0.1,
+    )
     assert build({"model": "a-model", "task": "math"}).epochs == 12
 
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones():
-    with pytest.raises(UserError, match="recipe: got 'comonsense', expected one of commonsense, math"):
+    with pytest.raises(
+        UserError, match="recipe: got 'comonsense', expected one of commonsense, math"
+    ):
         recipe("comonsense")
     with pytest.raises(UserError, match="recipe: got 'none'"):
         build({**LEAST, "recipe": "none"})
@@ -71,7 +85,15 @@ def test_a_recipe_that_is_asked_for_wins_over_the_tasks():
 
 @pytest.mark.parametrize("task", ["commonsense", "instruct", "glue/stsb", "jsonl"])
 def test_settings_survive_yaml(task, tmp_path):
-    config = build({"model": "größe: 1", "task": task, "head_lr": 1e-05, "test": ["a b.json", "c.json"], "lora_alpha": 3})
+    config = build(
+        {
+            "model": "größe: 1",
+            "task": task,
+            "head_lr": 1e-05,
+            "test": ["a b.json", "c.json"],
+            "lora_alpha": 3,
+        }
+    )
     assert build(read_yaml(yaml_file(tmp_path, dump_yaml(config)))) == config
 
 
@@ -80,9 +102,17 @@ def test_every_field_survives_yaml_away_from_its_default(tmp_path):
     values = {}
     for name, field in FIELDS.items():
         default = field.default
-        if type(default) in other and name not in ("resume", "overwrite", "streaming", "fsdp", "share_weights"):
+        if type(default) in other and name not in (
+            "resume",
+            "overwrite",
+            "streaming",
+            "fsdp",
+            "share_weights",
+        ):
             values[name] = other[type(default)](default)
-    config = build({**LEAST, **values, "positions": "f3+l2", "share_weights": False, "layers": [1, 3]})
+    config = build(
+        {**LEAST, **values, "positions": "f3+l2", "share_weights": False, "layers": [1, 3]}
+    )
     assert build(read_yaml(yaml_file(tmp_path, dump_yaml(config)))) == config
     assert all(getattr(config, name) != FIELDS[name].default for name in values)
 
@@ -119,11 +149,17 @@ def test_settings_cannot_be_changed_in_place():
 def test_a_file_that_is_no_mapping_of_settings_is_refused(text, complaint, tmp_path):
     with pytest.raises(UserError) as error:
         read_yaml(yaml_file(tmp_path, text))
-    assert complaint in str(error.value) and "settings.yaml" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        complaint in str(error.value)
+        and "settings.yaml" in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--config: got .*nothing.yaml, which cannot be read .no such file."):
+    with pytest.raises(
+        UserError, match="--config: got .*nothing.yaml, which cannot be read .no such file."
+    ):
         read_yaml(tmp_path / "nothing.yaml")
 
 
@@ -168,7 +204,10 @@ WRONG = [
     ({"fsdp": True, "deepspeed": "zero.json"}, "fsdp: got true with deepspeed"),
     ({"resume": True, "overwrite": True}, "resume: got true with overwrite"),
     ({"rnak": 2}, "setting: got 'rnak', which is none; did you mean rank?"),
-    ({"learnig_rate_of_all": 2}, "'learnig_rate_of_all', which is none; reft-train run --help lists them"),
+    (
+        {"learnig_rate_of_all": 2},
+        "'learnig_rate_of_all', which is none; reft-train run --help lists them",
+    ),
 ]
 
 
@@ -188,10 +227,14 @@ def test_every_choice_is_taken_and_no_other(name):
         build({**LEAST, name: "other"})
 
 
-@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.metadata.get("low") is not None])
+@pytest.mark.parametrize(
+    "name", [n for n, f in FIELDS.items() if f.metadata.get("low") is not None]
+)
 def test_a_number_below_its_lowest_is_refused(name):
     low = FIELDS[name].metadata["low"]
-    with pytest.raises(UserError, match=f"^{name}: got .*, expected a number (>= {low:g}|from {low:g} to )"):
+    with pytest.raises(
+        UserError, match=f"^{name}: got .*, expected a number (>= {low:g}|from {low:g} to )"
+    ):
         build({**LEAST, name: type(low)(low - 1)})
 
 

@@ -26,9 +26,18 @@ def test_every_setting_has_a_flag():
 
 
 def subprocess_help() -> str:
-    program = "import sys; from reft_train.__main__ import main\ntry: main(['run', '--help'])\nfinally: print(*sys.modules)"
-    environment = {"PYTHONPATH": f"{ROOT / 'python'}:{ROOT}", "PATH": "/usr/bin:/bin", "COLUMNS": "200"}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    program = (
+        "import sys; from reft_train.__main__ import main\ntry: main(['run', '--help'])\nfinally: "
+        "print(*sys.modules)"
+    )
+    environment = {
+        "PYTHONPATH": f"{ROOT / 'python'}:{ROOT}",
+        "PATH": "/usr/bin:/bin",
+        "COLUMNS": "200",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -36,7 +45,9 @@ def subprocess_help() -> str:
 def test_help_imports_nothing_heavy():
     modules = set(subprocess_help().splitlines()[-1].split())
     assert "reft_train.flags" in modules
-    assert modules.isdisjoint({"torch", "transformers", "peft", "accelerate", "datasets", "optuna", "matplotlib", "numpy"})
+    assert modules.isdisjoint(
+        {"torch", "transformers", "peft", "accelerate", "datasets", "optuna", "matplotlib", "numpy"}
+    )
 
 
 def test_flags_that_are_not_given_leave_the_recipes_values():
@@ -46,7 +57,9 @@ def test_flags_that_are_not_given_leave_the_recipes_values():
 
 def test_flags_win_over_the_file_and_the_file_over_the_recipe(tmp_path):
     path = tmp_path / "settings.yaml"
-    path.write_text("model: m\ntask: commonsense\nlr: 9e-5\nrank: 2\npacking: true\n", encoding="utf-8")
+    path.write_text(
+        "model: m\ntask: commonsense\nlr: 9e-5\nrank: 2\npacking: true\n", encoding="utf-8"
+    )
     config = parsed("--config", str(path), "--rank", "4", "--no-packing")
     assert (config.lr, config.rank, config.packing, config.epochs) == (9e-5, 4, False, 6)
 
@@ -91,9 +104,16 @@ def test_a_misspelt_setting_in_a_file_is_told_with_the_right_name(tmp_path, caps
     path.write_text("model: m\ntask: jsonl\nbatchsize: 3\n", encoding="utf-8")
     assert main(["run", "--config", str(path)]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and f"setting in {path}: got 'batchsize', which is none; did you mean batch_size?" in lines[0]
+    assert (
+        len(lines) == 1
+        and f"setting in {path}: got 'batchsize', which is none; did you mean batch_size?"
+        in lines[0]
+    )
 
 
 def test_a_model_must_be_named():
-    with pytest.raises(UserError, match="--model: got none, expected a model's folder or hub name, or --config FILE"):
+    with pytest.raises(
+        UserError,
+        match="--model: got none, expected a model's folder or hub name, or --config FILE",
+    ):
         parsed("--task", "jsonl")

@@ -8,15 +8,24 @@ import pytest
 from reft_train.__main__ import main
 
 
-@pytest.mark.parametrize("module, package", [("yaml", "pyyaml"), ("transformers", "transformers"), ("datasets", "datasets")])
+@pytest.mark.parametrize(
+    "module, package",
+    [("yaml", "pyyaml"), ("transformers", "transformers"), ("datasets", "datasets")],
+)
 def test_a_missing_package_is_named_in_one_line(module, package, monkeypatch, tmp_path, capsys):
-    for name in [name for name in sys.modules if name.partition(".")[0] in (module, "reft_train") and "__main__" not in name]:
+    for name in [
+        name
+        for name in sys.modules
+        if name.partition(".")[0] in (module, "reft_train") and "__main__" not in name
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "run.yaml").write_text("model: somewhere\ntask: boolq\n")
     assert main(["run", "--config", str(tmp_path / "run.yaml")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"needs the package {package}, which is not installed" in error
+    assert (
+        error.count("\n") == 1 and f"needs the package {package}, which is not installed" in error
+    )
 
 
 def test_a_missing_module_of_another_kind_is_a_bug_and_raises(monkeypatch):

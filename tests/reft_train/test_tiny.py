@@ -18,8 +18,13 @@ def test_any_text_survives_the_tokenizer(kind, request):
 
 
 def test_special_tokens_stand_where_the_models_expect_them(tiny_llama, tiny_t5, tiny_bert):
-    llama, t5, bert = (AutoTokenizer.from_pretrained(folder) for folder in (tiny_llama, tiny_t5, tiny_bert))
-    assert llama("a").input_ids[0] == llama.bos_token_id and llama("a").input_ids[-1] != llama.eos_token_id
+    llama, t5, bert = (
+        AutoTokenizer.from_pretrained(folder) for folder in (tiny_llama, tiny_t5, tiny_bert)
+    )
+    assert (
+        llama("a").input_ids[0] == llama.bos_token_id
+        and llama("a").input_ids[-1] != llama.eos_token_id
+    )
     assert t5("a").input_ids[-1] == t5.eos_token_id
     pair = bert("a", "b")
     assert pair.token_type_ids == [0, 0, 0, 1, 1] and pair.input_ids[0] == bert.cls_token_id

@@ -1,8 +1,11 @@
-"""Compile Triton kernels ahead of time, with no GPU, and read what each uses: run as a script, for it needs no interpreter.
+"""Compile Triton kernels ahead of time, with no GPU, and read what each uses: run as a script, for
+it needs no interpreter.
 
-    python tests/triton/aot.py [--full] [--target sm_90 ...]      prints one JSON row a compiled kernel
+    python tests/triton/aot.py [--full] [--target sm_90 ...]      prints one JSON row a compiled
+    kernel
 
-A row holds kernel, target, d, r, dtype, flags, registers, spills (bytes), stack (bytes), shared (bytes) and the target's limit.
+A row holds kernel, target, d, r, dtype, flags, registers, spills (bytes), stack (bytes), shared
+(bytes) and the target's limit.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ class Spec(NamedTuple):
 
     label: str
     kernel: object
-    signature: dict[str, str]  # argument -> "*fp32", "i32", ...; arguments that are None are left out
+    signature: dict[
+        str, str
+    ]  # argument -> "*fp32", "i32", ...; arguments that are None are left out
     constants: dict[str, object]
     num_warps: int
     num_stages: int
@@ -55,21 +60,27 @@ def _spec(label, kernel, pointers, integers, constants, config, d, r, unit_strid
     if r == 1:  # as the launcher does for an argument that is 1
         signature.pop("r")
         constants["r"] = 1
-    return Spec(label, kernel, signature, constants, config.num_warps, getattr(config, "num_stages", 2))
+    return Spec(
+        label, kernel, signature, constants, config.num_warps, getattr(config, "num_stages", 2)
+    )
 
 
 def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
-    """The edit's three kernels in both regimes: LoReFT folded and not, gelu, sets and coefficients."""
+    """The edit's three kernels in both regimes: LoReFT folded and not, gelu, sets and
+    coefficients.
+    """
     import torch
 
     forward = importlib.import_module("reft_kernels.triton.edit")
     backward = importlib.import_module("reft_kernels.triton.edit_backward")
     h, torch_dtype = _TYPES[dtype], getattr(torch, dtype)
-    precision = None if dtype != "float32" else ("tf32x3" if backend == "cuda" else "ieee")  # as common.dot_precision
+    precision = (
+        None if dtype != "float32" else ("tf32x3" if backend == "cuda" else "ieee")
+    )  # as common.dot_precision
     for regime, rows in (("selected", 448), ("all", 8192)):
         selected = regime == "selected"
         amd = backend == "hip"
-        for flags, activation, subtract, extra in (
+        for flags, activation, subtract_projection, extra in (
             ("folded", "linear", False, False),
             ("loreft", "linear", True, False),
             ("gelu+sets+coeff", "gelu", True, True),
@@ -78,41 +89,105 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
             config = forward.edit_config(rows, d, r, torch_dtype, extra, amd)
             gradient = backward.gradient_config(rows, d, r, 1, torch_dtype, extra, amd)
             plain = backward.delta_config(rows, d, r, torch_dtype, amd)
-            blocks, plain_blocks = ({"BLOCK_N": c.block_n, "BLOCK_D": c.block_d, "BLOCK_R": c.block_r} for c in (config, plain))
-            index = ({"rows": "i32"} if selected else {}) | ({"set_ids": "i32"} if extra else {})
+            blocks, plain_blocks = (
+                {"BLOCK_N": c.block_n, "BLOCK_D": c.block_d, "BLOCK_R": c.block_r}
+                for c in (config, plain)
+            )
+            index = ({"rows": "i32"} if selected else {}) | ({"weight_ids": "i32"} if extra else {})
             scale = {"coeff": "fp32"} if extra else {}
             weights = {"read": "fp32", "read_bias": "fp32", "write": "fp32"}
-            saved = {"kept": h, "u_out": "fp32", "z_out": "fp32"}
+            saved = {"saved_input": h, "u_out": "fp32", "z_out": "fp32"}
             common = {"USE_DOT": config.use_dot, "PRECISION": precision}
             yield _spec(
-                f"edit[{label}]", forward.edit_kernel,
+                f"edit[{label}]",
+                forward.edit_kernel,
                 {"source": h, "out": h} | index | weights | scale | saved,
-                ("num_rows", "d", "r", "source_stride_n", "source_stride_d", "out_stride_n", "out_stride_d"),
-                {"SUBTRACT": subtract, "ACTIVATION": activation, "SAVE": True, "SMALL_PRECISION": precision} | blocks | common,
-                config, d, r, ("source_stride_d", "out_stride_d"),
-            )  # fmt: skip
+                (
+                    "num_rows",
+                    "d",
+                    "r",
+                    "source_stride_n",
+                    "source_stride_d",
+                    "out_stride_n",
+                    "out_stride_d",
+                ),
+                {
+                    "SUBTRACT": subtract_projection,
+                    "ACTIVATION": activation,
+                    "SAVE": True,
+                    "SMALL_PRECISION": precision,
+                }
+                | blocks
+                | common,
+                config,
+                d,
+                r,
+                ("source_stride_d", "out_stride_d"),
+            )
             extras = {"ddelta_out": "fp32"} if extra else {}
             yield _spec(
-                f"delta[{label}]", backward.delta_kernel,
-                {"grad": h} | index | {"write": "fp32"} | scale
-                | {"u": "fp32", "z": "fp32", "dz_out": "fp32", "dcoeff_out": "fp32"} | extras,
+                f"delta[{label}]",
+                backward.delta_kernel,
+                {"grad": h}
+                | index
+                | {"write": "fp32"}
+                | scale
+                | {"u": "fp32", "z": "fp32", "dz_out": "fp32", "dcoeff_out": "fp32"}
+                | extras,
                 ("num_rows", "d", "r", "grad_stride_n", "grad_stride_d"),
-                {"ACTIVATION": activation} | plain_blocks | common, plain, d, r, ("grad_stride_d",),
-            )  # fmt: skip
+                {"ACTIVATION": activation} | plain_blocks | common,
+                plain,
+                d,
+                r,
+                ("grad_stride_d",),
+            )
             one = gradient.chunks == 1
             yield _spec(
-                f"gradient[{label}]", backward.gradient_kernel,
-                {"grad": h, "out": h, "kept": h} | index | {"read": "fp32", "write": "fp32"} | scale
-                | {"u": "fp32", "dz": "fp32"} | ({"ddelta": "fp32"} if extra else {})
-                | {"grad_read": "fp32", "grad_read_bias": "fp32", "grad_write": "fp32", "grad_subtract_bias": "fp32"}
+                f"gradient[{label}]",
+                backward.gradient_kernel,
+                {"grad": h, "out": h, "saved_input": h}
+                | index
+                | {"read": "fp32", "write": "fp32"}
+                | scale
+                | {"u": "fp32", "dz": "fp32"}
+                | ({"ddelta": "fp32"} if extra else {})
+                | {
+                    "grad_read": "fp32",
+                    "grad_read_bias": "fp32",
+                    "grad_write": "fp32",
+                    "grad_subtract_bias": "fp32",
+                }
                 | ({} if one else {"partials": "fp32", "counters": "i32"}),
-                ("num_rows", "num_sets", "chunks", "d", "r", "grad_stride_n", "grad_stride_d", "out_stride_n", "out_stride_d",
-                 "kept_stride_n", "kept_stride_d"),
-                {"SUBTRACT": subtract, "LINEAR": not extra, "NEED_WEIGHTS": True, "ONE_CHUNK": one, "PHASES": gradient.phases,
-                 "BLOCK_N": gradient.block_n, "BLOCK_D": gradient.block_d, "BLOCK_R": gradient.block_r,
-                 "PRECISION": precision, "SMALL_PRECISION": precision},
-                gradient, d, r, ("grad_stride_d", "out_stride_d", "kept_stride_d"),
-            )  # fmt: skip
+                (
+                    "num_rows",
+                    "num_sets",
+                    "chunks",
+                    "d",
+                    "r",
+                    "grad_stride_n",
+                    "grad_stride_d",
+                    "out_stride_n",
+                    "out_stride_d",
+                    "kept_stride_n",
+                    "kept_stride_d",
+                ),
+                {
+                    "SUBTRACT": subtract_projection,
+                    "LINEAR": not extra,
+                    "NEED_WEIGHTS": True,
+                    "ONE_CHUNK": one,
+                    "PHASES": gradient.phases,
+                    "BLOCK_N": gradient.block_n,
+                    "BLOCK_D": gradient.block_d,
+                    "BLOCK_R": gradient.block_r,
+                    "PRECISION": precision,
+                    "SMALL_PRECISION": precision,
+                },
+                gradient,
+                d,
+                r,
+                ("grad_stride_d", "out_stride_d", "kept_stride_d"),
+            )
 
 
 def red_specs(d: int, dtype: str) -> Iterator[Spec]:
@@ -125,20 +200,42 @@ def red_specs(d: int, dtype: str) -> Iterator[Spec]:
         index = {"rows": "i32"} if selected else {}
         blocks = {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
         yield _spec(
-            f"red[{rows}]", red.red_kernel,
-            {"source": h, "out": h} | index | {"scale": "fp32", "bias": "fp32", "kept": h},
+            f"red[{rows}]",
+            red.red_kernel,
+            {"source": h, "out": h} | index | {"scale": "fp32", "bias": "fp32", "saved_input": h},
             ("num_rows", "d", "source_stride_n", "source_stride_d", "out_stride_n", "out_stride_d"),
-            {"SAVE": selected} | blocks, config, d, 2, ("source_stride_d", "out_stride_d"),
-        )  # fmt: skip
+            {"SAVE": selected} | blocks,
+            config,
+            d,
+            2,
+            ("source_stride_d", "out_stride_d"),
+        )
         one = config.chunks == 1
         yield _spec(
-            f"red_backward[{rows}]", red.red_backward_kernel,
-            {"grad": h, "out": h, "kept": h} | index | {"scale": "fp32", "grad_scale": "fp32", "grad_bias": "fp32"}
+            f"red_backward[{rows}]",
+            red.red_backward_kernel,
+            {"grad": h, "out": h, "saved_input": h}
+            | index
+            | {"scale": "fp32", "grad_scale": "fp32", "grad_bias": "fp32"}
             | ({} if one else {"partials": "fp32", "counters": "i32"}),
-            ("num_rows", "num_sets", "chunks", "d", "grad_stride_n", "grad_stride_d", "out_stride_n", "out_stride_d",
-             "kept_stride_n", "kept_stride_d"),
-            {"NEED_WEIGHTS": True, "ONE_CHUNK": one} | blocks, config, d, 2, ("grad_stride_d", "out_stride_d", "kept_stride_d"),
-        )  # fmt: skip
+            (
+                "num_rows",
+                "num_sets",
+                "chunks",
+                "d",
+                "grad_stride_n",
+                "grad_stride_d",
+                "out_stride_n",
+                "out_stride_d",
+                "kept_stride_n",
+                "kept_stride_d",
+            ),
+            {"NEED_WEIGHTS": True, "ONE_CHUNK": one} | blocks,
+            config,
+            d,
+            2,
+            ("grad_stride_d", "out_stride_d", "kept_stride_d"),
+        )
 
 
 def orthonormal_specs(d: int, r: int) -> Iterator[Spec]:
@@ -157,7 +254,9 @@ def specs(group: str, d: int, r: int, dtype: str, backend: str) -> list[Spec]:
 
 
 def _cuda_usage(log: str) -> dict[str, int]:
-    """From the assembler's own report: the stack that cuobjdump prints holds more than spilled registers."""
+    """From the assembler's own report: the stack that cuobjdump prints holds more than spilled
+    registers.
+    """
 
     def total(pattern: str) -> int:
         found = re.findall(pattern, log)
@@ -195,13 +294,20 @@ def compile_one(job: tuple[str, int, int, str, int, str]) -> dict[str, object]:
     names = spec.kernel.arg_names
     signature = {name: spec.signature.get(name, "constexpr") for name in names}
     constants = {name: spec.constants.get(name) for name in names if signature[name] == "constexpr"}
-    # pointers come 16-byte aligned from torch, and d and row strides of the supported shapes are multiples of 16
-    aligned = [n for n in names if signature[n].startswith("*") or n == "d" or n.endswith("stride_n")]
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"}
+    # pointers come 16-byte aligned from torch, and d and row strides of the supported shapes are
+    # multiples of 16
+    aligned = [
+        n for n in names if signature[n].startswith("*") or n == "d" or n.endswith("stride_n")
+    ]
+    attrs = {
+        (names.index(n),): [["tt.divisibility", 16]] for n in aligned if signature[n] != "constexpr"
+    }
     source = ASTSource(spec.kernel, signature, constexprs=constants, attrs=attrs)
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
     if group != "red" and backend == "cuda":
-        options |= importlib.import_module("reft_kernels.triton.common").CUDA_OPTIONS  # as the launches do
+        options |= importlib.import_module(
+            "reft_kernels.triton.common"
+        ).CUDA_OPTIONS  # as the launches do
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # a cached kernel has no log
     with contextlib.redirect_stdout(io.StringIO()) as log:
@@ -212,7 +318,9 @@ def compile_one(job: tuple[str, int, int, str, int, str]) -> dict[str, object]:
 
 
 def jobs(full: bool, targets: list[str]) -> list[tuple[str, int, int, str, int, str]]:
-    """What to compile: every shape, or a representative set that meets each kernel, both rank classes and every target."""
+    """What to compile: every shape, or a representative set that meets each kernel, both rank
+    classes and every target.
+    """
     half = ("bfloat16", "float16")
     if full:
         wanted = [("edit", d, r, t) for d in DIMS for r in RANKS for t in (*half, "float32")]
@@ -224,9 +332,16 @@ def jobs(full: bool, targets: list[str]) -> list[tuple[str, int, int, str, int, 
         wanted += [("orthonormal", 4096, 8, "float32")]
     found = []
     for target in targets:
-        more = [("edit", 4096, 8, "float32"), ("orthonormal", 5120, 64, "float32")] if target == "sm_90" and not full else []
+        more = (
+            [("edit", 4096, 8, "float32"), ("orthonormal", 5120, 64, "float32")]
+            if target == "sm_90" and not full
+            else []
+        )
         for group, d, r, dtype in (*wanted, *more):
-            found += [(group, d, r, dtype, i, target) for i in range(len(specs(group, d, r, dtype, TARGETS[target][0])))]
+            found += [
+                (group, d, r, dtype, i, target)
+                for i in range(len(specs(group, d, r, dtype, TARGETS[target][0])))
+            ]
     return found
 
 
@@ -237,7 +352,11 @@ def main() -> int:
     parser.add_argument("--group", action="append", choices=("edit", "red", "orthonormal"))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
-    work = [j for j in jobs(args.full, args.target or list(TARGETS)) if not args.group or j[0] in args.group]
+    work = [
+        j
+        for j in jobs(args.full, args.target or list(TARGETS))
+        if not args.group or j[0] in args.group
+    ]
     with ProcessPoolExecutor(args.workers) as pool:
         for row in pool.map(compile_one, work):
             print(json.dumps(row), flush=True)

@@ -1,6 +1,8 @@
-"""Every kernel compiles ahead of time for the supported chips, with no spilled register and within their shared memory.
+"""Every kernel compiles ahead of time for the supported chips, with no spilled register and within
+their shared memory.
 
-The work is done by tests/triton/aot.py in a process of its own, for under the interpreter there is nothing to compile.
+The work is done by tests/triton/aot.py in a process of its own, for under the interpreter there is
+nothing to compile.
 """
 
 from __future__ import annotations
@@ -22,7 +24,11 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 def _compile(*arguments: str) -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -33,7 +39,10 @@ def _check(rows: list[dict]) -> None:
     spilling = [row for row in rows if row["spills"]]
     assert not spilling, f"{len(spilling)} of {len(rows)} kernels spill, the first: {spilling[0]}"
     too_large = [row for row in rows if row["shared"] > row["shared_limit"]]
-    assert not too_large, f"{len(too_large)} of {len(rows)} kernels need too much shared memory, the first: {too_large[0]}"
+    assert not too_large, (
+        f"{len(too_large)} of {len(rows)} kernels need too much shared memory, the first: "
+        f"{too_large[0]}"
+    )
 
 
 @pytest.mark.slow

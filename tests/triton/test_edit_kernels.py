@@ -1,7 +1,9 @@
-"""The edit's and RED's kernels against the fp64 reference in every regime of their launch heuristics, whatever the shape.
+"""The edit's and RED's kernels against the fp64 reference in every regime of their launch
+heuristics, whatever the shape.
 
-The functions of the package reach only the regime that the heuristic picks for a small shape; here each is forced. The budget
-is that of tests/budget.py; the straightforward computation is the reference rounded to the hidden state's dtype everywhere.
+The functions of the package reach only the regime that the heuristic picks for a small shape; here
+each is forced. The budget is that of tests/budget.py; the straightforward computation is the
+reference rounded to the hidden state's dtype everywhere.
 """
 
 from __future__ import annotations
@@ -19,22 +21,34 @@ from reft_kernels.dispatch import interpreting
 
 pytest.importorskip("triton", reason="needs the package triton")
 if not (interpreting() or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or the Triton interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
+    pytest.skip(
+        "needs a GPU, or the Triton interpreter (TRITON_INTERPRET=1)", allow_module_level=True
+    )
 
 forward = importlib.import_module("reft_kernels.triton.edit")
 backward = importlib.import_module("reft_kernels.triton.edit_backward")
 red = importlib.import_module("reft_kernels.triton.red")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter casts fp32 to bf16 by cutting bits off, twice the error of rounding, so bf16 is for a GPU
-DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+# the interpreter casts fp32 to bf16 by cutting bits off, twice the error of rounding, so bf16 is
+# for a GPU
+DTYPES = (
+    (torch.float32, torch.float16)
+    if interpreting()
+    else (torch.float32, torch.float16, torch.bfloat16)
+)
 CASES = list(
     itertools.product(
         DTYPES,
         ("selected", "all"),  # rows
         (None, 3),  # sets
         ("linear", "gelu", "sigmoid"),
-        ((True, True), (True, False), (False, True), (False, False)),  # has a read matrix, subtracts
+        (
+            (True, True),
+            (True, False),
+            (False, True),
+            (False, False),
+        ),  # has a read matrix, subtracts
         (False, True),  # coeff
         (7, 70),  # rows edited
         (1, 5, 20),  # rank
@@ -47,7 +61,9 @@ DRAWS = 8  # where outputs have few elements: one draw may be rounded luckily
 
 def _id(case) -> str:
     dtype, rows, sets, activation, (reads, subtracts), coeff, n, r, regime = case
-    flags = "".join(("A" if reads else "", "P" if subtracts else "", "k" if coeff else "", "S" if sets else ""))
+    flags = "".join(
+        ("A" if reads else "", "P" if subtracts else "", "k" if coeff else "", "S" if sets else "")
+    )
     return f"{str(dtype)[6:]}-{rows}-{activation}-{flags or 'none'}-n{n}-r{r}-{regime}"
 
 
@@ -57,31 +73,83 @@ def _double(tensor):
 
 def _run(module_edit, module_backward, inputs, convert):
     """Forward in place, then backward in place, from converted copies: every output of both."""
-    hidden, grad, rows, set_ids, read, bias, write, subtract_bias, coeff, subtract, activation = inputs
+    (
+        hidden,
+        grad,
+        rows,
+        weight_ids,
+        read,
+        bias,
+        write,
+        subtract_bias,
+        coeff,
+        subtract_projection,
+        activation,
+    ) = inputs
     hidden, grad = convert(hidden).clone(), convert(grad).clone()
-    read, bias, write, subtract_bias, coeff = (convert(t) for t in (read, bias, write, subtract_bias, coeff))
-    kept, u, z = module_edit(hidden, hidden, rows, set_ids, read, bias, write, subtract_bias, coeff, subtract, activation, True)
-    kept = hidden if rows is None else kept
-    grads = module_backward(grad, grad, kept, u, z, rows, set_ids, read, write, coeff, subtract, activation, True)
+    read, bias, write, subtract_bias, coeff = (
+        convert(t) for t in (read, bias, write, subtract_bias, coeff)
+    )
+    saved_input, u, z = module_edit(
+        hidden,
+        hidden,
+        rows,
+        weight_ids,
+        read,
+        bias,
+        write,
+        subtract_bias,
+        coeff,
+        subtract_projection,
+        activation,
+        True,
+    )
+    saved_input = hidden if rows is None else saved_input
+    grads = module_backward(
+        grad,
+        grad,
+        saved_input,
+        u,
+        z,
+        rows,
+        weight_ids,
+        read,
+        write,
+        coeff,
+        subtract_projection,
+        activation,
+        True,
+    )
     names = ("y", "u", "z", "dh", "dA", "dc", "dB", "dp", "dcoeff")
     return dict(zip(names, (hidden, u, z, grad, *grads), strict=True))
 
 
 def _hold(draws):
-    """The budget of tests/budget.py: each of its three numbers is the largest over several draws (ours, theirs, exact)."""
+    """The budget of tests/budget.py: each of its three numbers is the largest over several draws
+    (ours, theirs, exact).
+    """
     for name in draws[0][0]:
         found = []
         for ours, theirs, exact in draws:
             got, want = ours[name], exact[name]
-            assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            assert got.shape == want.shape, (
+                f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+            )
             if want.numel():
-                numbers = (got.double() - want).abs().max(), (theirs[name].double() - want).abs().max(), want.abs().max()
+                numbers = (
+                    (got.double() - want).abs().max(),
+                    (theirs[name].double() - want).abs().max(),
+                    want.abs().max(),
+                )
                 found.append([float(n) for n in numbers])
         if not found:
             continue
         error, straightforward, size = (max(column) for column in zip(*found, strict=True))
         allowed = 2 * straightforward + torch.finfo(got.dtype).eps * size
-        assert error <= allowed, f"{name}: {error:.2e} over the budget {allowed:.2e} (straightforward {straightforward:.2e})"
+        assert error <= allowed, (
+            f"{name}: {error:.2e} over the budget {allowed:.2e} (straightforward "
+            f"{straightforward:.2e})"
+        )
 
 
 def _inputs(dtype, rows_kind, sets, activation, reads, subtracts, with_coeff, n, r):
@@ -96,18 +164,32 @@ def _inputs(dtype, rows_kind, sets, activation, reads, subtracts, with_coeff, n,
         rows = torch.randperm(total)[:n].to(torch.int32)
         rows[[0, 2]] = -1
         rows = rows.to(DEVICE)
-    set_ids = None if sets is None else torch.randint(0, sets, (n,), dtype=torch.int32).to(DEVICE)
+    weight_ids = (
+        None if sets is None else torch.randint(0, sets, (n,), dtype=torch.int32).to(DEVICE)
+    )
     return (
-        normal(total, d).to(dtype), normal(total, d).to(dtype), rows, set_ids, normal(*lead, r, d) / 6 if reads else None,
-        normal(*lead, r), normal(*lead, r, d) / 6, normal(*lead, r) if subtracts else None,
-        torch.rand(n, r, device=DEVICE) if with_coeff else None, subtracts, activation,
-    )  # fmt: skip
+        normal(total, d).to(dtype),
+        normal(total, d).to(dtype),
+        rows,
+        weight_ids,
+        normal(*lead, r, d) / 6 if reads else None,
+        normal(*lead, r),
+        normal(*lead, r, d) / 6,
+        normal(*lead, r) if subtracts else None,
+        torch.rand(n, r, device=DEVICE) if with_coeff else None,
+        subtracts,
+        activation,
+    )
 
 
 def _force(monkeypatch, regime):
     original = forward.edit_config
     for module in (forward, backward):
-        monkeypatch.setattr(module, "edit_config", lambda n, *rest: original(10 if regime == "elementwise" else 5000, *rest))
+        monkeypatch.setattr(
+            module,
+            "edit_config",
+            lambda n, *rest: original(10 if regime == "elementwise" else 5000, *rest),
+        )
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=_id)
@@ -126,11 +208,17 @@ def test_edit_and_its_backward(case, monkeypatch, poison):
 
 
 def _naive(dtype):
-    """The reference as a user's half-precision code would run it: every input and every result is rounded to ``dtype``."""
+    """The reference as a user's half-precision code would run it: every input and every result
+    is rounded to ``dtype``.
+    """
 
     def rounded(function):
         def round_(t):
-            return t.to(dtype).to(t.dtype) if isinstance(t, torch.Tensor) and t.dtype == torch.float32 else t
+            return (
+                t.to(dtype).to(t.dtype)
+                if isinstance(t, torch.Tensor) and t.dtype == torch.float32
+                else t
+            )
 
         def call(source, out, *rest):
             return tuple(round_(t) for t in function(source, out, *(round_(a) for a in rest)))
@@ -143,7 +231,11 @@ def _naive(dtype):
 @pytest.mark.parametrize("chunks", [1, 2, 5])
 def test_chunks_change_nothing_but_rounding_and_repeat_bit_for_bit(chunks, monkeypatch, poison):
     original = backward.gradient_config
-    monkeypatch.setattr(backward, "gradient_config", lambda *a: dataclasses.replace(original(*a), chunks=chunks, block_n=16))
+    monkeypatch.setattr(
+        backward,
+        "gradient_config",
+        lambda *a: dataclasses.replace(original(*a), chunks=chunks, block_n=16),
+    )
     inputs = _inputs(torch.float32, "selected", 3, "gelu", True, True, True, 85, 5)
     first = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
     again = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
@@ -158,7 +250,9 @@ def test_phases_agree_bit_for_bit(phases, monkeypatch, poison):
     original = backward.gradient_config
     inputs = _inputs(torch.float32, "all", None, "gelu", True, True, False, 40, 5)
     expected = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
-    monkeypatch.setattr(backward, "gradient_config", lambda *a: dataclasses.replace(original(*a), phases=phases))
+    monkeypatch.setattr(
+        backward, "gradient_config", lambda *a: dataclasses.replace(original(*a), phases=phases)
+    )
     found = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -169,7 +263,9 @@ def test_phases_agree_bit_for_bit(phases, monkeypatch, poison):
 @pytest.mark.parametrize("selected", [True, False])
 def test_red_and_its_backward(selected, sets, dtype, chunks, monkeypatch, poison):
     original = red.red_config
-    monkeypatch.setattr(red, "red_config", lambda *a: dataclasses.replace(original(*a), chunks=chunks, block_n=4))
+    monkeypatch.setattr(
+        red, "red_config", lambda *a: dataclasses.replace(original(*a), chunks=chunks, block_n=4)
+    )
     n, total, d = 25, 40 if selected else 25, 37
     lead = () if sets is None else (sets,)
     rows = None
@@ -177,15 +273,17 @@ def test_red_and_its_backward(selected, sets, dtype, chunks, monkeypatch, poison
         rows = torch.randperm(total)[:n].to(torch.int32)
         rows[3] = -1
         rows = rows.to(DEVICE)
-    set_ids = None if sets is None else torch.randint(0, sets, (n,), dtype=torch.int32).to(DEVICE)
+    weight_ids = (
+        None if sets is None else torch.randint(0, sets, (n,), dtype=torch.int32).to(DEVICE)
+    )
     hidden, grad = (torch.randn(total, d, device=DEVICE).to(dtype) for _ in range(2))
     scale, bias = (torch.randn(*lead, d, device=DEVICE) for _ in range(2))
 
     def run(module, convert):
         h, g = convert(hidden).clone(), convert(grad).clone()
         s, b = convert(scale), convert(bias)
-        kept = module.red(h, h, rows, set_ids, s, b, True)
-        sums = module.red_backward(g, g, kept, rows, set_ids, s, True)
+        saved_input = module.red(h, h, rows, weight_ids, s, b, True)
+        sums = module.red_backward(g, g, saved_input, rows, weight_ids, s, True)
         return dict(zip(("y", "dh", "dscale", "dbias"), (h, g, *sums), strict=True))
 
     _hold([(run(red, lambda t: t), run(reference, lambda t: t), run(reference, _double))])

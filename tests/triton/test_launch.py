@@ -1,4 +1,6 @@
-"""The host side of the launches, with no kernel run: grids, tiles and counters follow from shapes alone."""
+"""The host side of the launches, with no kernel run: grids, tiles and counters follow from
+shapes alone.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def test_edit_tiles_are_ones_that_triton_takes(num_rows, d, rank, dtype, second,
     if config.use_dot:
         assert min(tile) >= common.MIN_DOT
     else:
-        # the products of a tile live in registers: at most 32 fp32 values a thread, or one narrow tile
+        # the products of a tile live in registers: at most 32 fp32 values a thread, or one narrow
+        # tile
         assert config.block_n * config.block_d * config.block_r <= max(4096, 16 * config.block_r)
 
 
@@ -73,7 +76,9 @@ def test_few_rows_spread_over_programs():
     assert -(-448 // config.block_n) >= 132
 
 
-@pytest.mark.parametrize("n, power", [(0, 1), (1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (8192, 8192)])
+@pytest.mark.parametrize(
+    "n, power", [(0, 1), (1, 1), (2, 2), (3, 4), (16, 16), (17, 32), (8192, 8192)]
+)
 def test_next_power_of_two(n, power):
     assert common.next_power_of_2(n) == power
 

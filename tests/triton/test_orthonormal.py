@@ -1,7 +1,9 @@
-"""The one-launch builds of R and D, and their backward, against reft_kernels/orthonormal.py in fp64.
+"""The one-launch builds of R and D, and their backward, against reft_kernels/orthonormal.py in
+fp64.
 
-The budget is that of tests/budget.py: twice the error of the torch functions in fp32, plus one rounding. Here every input of
-the backend functions is varied, and memory that no kernel wrote is NaN.
+The budget is that of tests/budget.py: twice the error of the torch functions in fp32, plus one
+rounding. Here every input of the backend functions is varied, and memory that no kernel wrote is
+NaN.
 """
 
 from __future__ import annotations
@@ -20,15 +22,29 @@ from tests import maps
 
 pytest.importorskip("triton", reason="needs the package triton")
 if not (interpreting() or torch.cuda.is_available()):
-    pytest.skip("needs a GPU, or the Triton interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
+    pytest.skip(
+        "needs a GPU, or the Triton interpreter (TRITON_INTERPRET=1)", allow_module_level=True
+    )
 
 kernels = importlib.import_module("reft_kernels.triton.orthonormal")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter casts fp32 to bf16 by cutting bits off, twice the error of rounding, so bf16 is for a GPU
-DTYPES = (torch.float32, torch.float16) if interpreting() else (torch.float32, torch.float16, torch.bfloat16)
+# the interpreter casts fp32 to bf16 by cutting bits off, twice the error of rounding, so bf16 is
+# for a GPU
+DTYPES = (
+    (torch.float32, torch.float16)
+    if interpreting()
+    else (torch.float32, torch.float16, torch.bfloat16)
+)
 MAPS = maps.MAPS
-SHAPES = ((3, 7, 1), (3, 45, 3), (3, 64, 4), (2, 131, 8), (1, 77, 16), (1, 65, 33))  # L, d, r; r = 33 takes four tiles
+SHAPES = (
+    (3, 7, 1),
+    (3, 45, 3),
+    (3, 64, 4),
+    (2, 131, 8),
+    (1, 77, 16),
+    (1, 65, 33),
+)  # L, d, r; r = 33 takes four tiles
 CASES = [(shape, base) for shape in SHAPES for base in (False, True) if base or shape[2] <= 16]
 
 
@@ -42,7 +58,9 @@ _both, _double = maps.both, maps.double
 def test_outputs_and_gradient(name, base, shape, poison):
     layers, d, r = shape
     draws = [_inputs(*shape, base=base) for _ in range(1 if r > 4 else 2)]
-    _check(name, [(inputs, torch.randn(2, layers, r, d, device=DEVICE).unbind()) for inputs in draws])
+    _check(
+        name, [(inputs, torch.randn(2, layers, r, d, device=DEVICE).unbind()) for inputs in draws]
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 12), (1, 1, 1), (2, 300, 5)], ids=str)
@@ -71,7 +89,9 @@ def test_without_signs_or_W(name, signs, W, poison):
     _check(name, [(inputs, (grad_R, grad_D if W else None))])
 
 
-@pytest.mark.parametrize("present", [(True, False), (False, True), (False, False)], ids=["R", "D", "none"])
+@pytest.mark.parametrize(
+    "present", [(True, False), (False, True), (False, False)], ids=["R", "D", "none"]
+)
 @pytest.mark.parametrize("name", MAPS)
 def test_gradients_that_are_none(name, present, poison):
     grads = [torch.randn(2, 4, 21, device=DEVICE) if given else None for given in present]
@@ -82,7 +102,10 @@ def test_gradients_that_are_none(name, present, poison):
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", MAPS)
 def test_half_precision_X(name, dtype, poison):
-    draws = [(_inputs(3, 37, 5, dtype=dtype), torch.randn(2, 3, 5, 37, device=DEVICE).unbind()) for _ in range(2)]
+    draws = [
+        (_inputs(3, 37, 5, dtype=dtype), torch.randn(2, 3, 5, 37, device=DEVICE).unbind())
+        for _ in range(2)
+    ]
     _check(name, draws)
 
 
@@ -91,7 +114,9 @@ def test_strided_inputs_and_two_runs_are_bit_identical(name, poison):
     inputs = _inputs(2, 40, 4, base=True)
     grads = torch.randn(2, 2, 4, 40, device=DEVICE).unbind()
     first = _both(kernels, name, inputs, grads)
-    strided = [t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 2 else t for t in inputs]
+    strided = [
+        t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 2 else t for t in inputs
+    ]
     assert not strided[0].is_contiguous()
     expanded = [t.mT.contiguous().mT for t in grads]
     for again in (_both(kernels, name, inputs, grads), _both(kernels, name, strided, expanded)):
@@ -134,14 +159,20 @@ def test_no_layers(name):
 
 
 def test_launch_configuration():
-    for layers, d, r in itertools.product((1, 32, 80), (1, 37, 4096, 8192), (1, 3, 8, 33, 64, 100, 256)):
+    for layers, d, r in itertools.product(
+        (1, 32, 80), (1, 37, 4096, 8192), (1, 3, 8, 33, 64, 100, 256)
+    ):
         config = kernels.build_config(layers, d, r, 132)
         assert config.tile & (config.tile - 1) == 0 and config.tile <= 32
         assert config.padded >= r and config.padded % config.tile == 0
-        assert (config.splits - 1) * config.chunk < d <= config.splits * config.chunk  # no program without rows
+        assert (
+            (config.splits - 1) * config.chunk < d <= config.splits * config.chunk
+        )  # no program without rows
         assert config.chunk % config.block_c == 0
         assert config.splits == 1 or layers * config.splits <= 132
         assert config.splits == 1 or layers * config.splits * config.padded**2 * 72 <= 64 << 20
-        assert min(config.block_d, config.block_j, config.block_k, config.block_c) >= 16  # sides of tl.dot
+        assert (
+            min(config.block_d, config.block_j, config.block_k, config.block_c) >= 16
+        )  # sides of tl.dot
     assert kernels.build_config(32, 4096, 8, 132).splits == 4
     assert kernels.build_config(1, 4096, 8, 132).splits == 8

@@ -26,7 +26,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class Tuned:
-    """A method's search: the best settings, or why there are none; ``available``: the method can run on this model at all."""
+    """A method's search: the best settings, or why there are none; ``available``: the method can
+    run on this model at all.
+    """
 
     method: str
     best: RunConfig | None
@@ -39,7 +41,9 @@ class Tuned:
 
 @dataclass(frozen=True)
 class Row:
-    """A method's line. ``tests`` holds each test set; ``test`` is the mean over the sets in each run, then over runs."""
+    """A method's line. ``tests`` holds each test set; ``test`` is the mean over the sets in each
+    run, then over runs.
+    """
 
     method: str
     status: str
@@ -62,11 +66,15 @@ def spread(values: Sequence[float]) -> Spread | None:
     """Mean and deviation; None of nothing."""
     if not values:
         return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return Spread(
+        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+    )
 
 
 def finished(config: RunConfig) -> Outcome | None:
-    """The outcome of the very same run, where it was done before; None where it was not, or not to its end."""
+    """The outcome of the very same run, where it was done before; None where it was not, or not
+    to its end.
+    """
     try:
         outcome = Outcome.load(config.output)
     except UserError:
@@ -76,7 +84,13 @@ def finished(config: RunConfig) -> Outcome | None:
     return outcome if own == done and not outcome.interrupted else None
 
 
-def row(tuned: Tuned, outcomes: Sequence[Outcome], failures: Sequence[str], metric: str | None, held_out: str) -> Row:
+def row(
+    tuned: Tuned,
+    outcomes: Sequence[Outcome],
+    failures: Sequence[str],
+    metric: str | None,
+    held_out: str,
+) -> Row:
     """A method's line.
 
     Args:
@@ -84,7 +98,9 @@ def row(tuned: Tuned, outcomes: Sequence[Outcome], failures: Sequence[str], metr
         metric: the task's first, None where the task has none. held_out: the objective's name.
     """
     if tuned.best is None:
-        status = f"not available: {tuned.reason}" if not tuned.available else f"failed: {tuned.reason}"
+        status = (
+            f"not available: {tuned.reason}" if not tuned.available else f"failed: {tuned.reason}"
+        )
     elif failures:
         status = f"{len(failures)} of {len(failures) + len(outcomes)} seeds failed: {failures[0]}"
     else:
@@ -97,13 +113,23 @@ def row(tuned: Tuned, outcomes: Sequence[Outcome], failures: Sequence[str], metr
     return Row(
         **{**vars(common)}
         | {
-            "test": spread([statistics.fmean(values) for values in zip(*by_set.values(), strict=True)]),
+            "test": spread(
+                [statistics.fmean(values) for values in zip(*by_set.values(), strict=True)]
+            ),
             "tests": {name: spread(values) for name, values in by_set.items()},
-            "validation": spread([outcome.validation[held_out] for outcome in outcomes if held_out in outcome.validation]),
+            "validation": spread(
+                [
+                    outcome.validation[held_out]
+                    for outcome in outcomes
+                    if held_out in outcome.validation
+                ]
+            ),
             "trainable": outcomes[0].trainable,
             "head": outcomes[0].head,
             "step_seconds": statistics.median(outcome.step_seconds for outcome in outcomes),
-            "tokens_per_second": statistics.median(outcome.tokens_per_second for outcome in outcomes),
+            "tokens_per_second": statistics.median(
+                outcome.tokens_per_second for outcome in outcomes
+            ),
             "peak_mib": max(outcome.memory.peak for outcome in outcomes),
             "memory_method": outcomes[0].memory.method,
         }

@@ -1,4 +1,6 @@
-"""``compare``: ReFT and PEFT methods on one task and model, under one tuning budget, over several seeds."""
+"""``compare``: ReFT and PEFT methods on one task and model, under one tuning budget, over
+several seeds.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,35 @@ _NOT_HERE = ("method", "resume", "overwrite", "skip_test", "lr", "rank", "prefix
 
 def add_parser(subparsers) -> None:
     """Add the command and its flags."""
-    command = subparsers.add_parser("compare", help="compare methods under one tuning budget", description=DESCRIPTION)
+    command = subparsers.add_parser(
+        "compare", help="compare methods under one tuning budget", description=DESCRIPTION
+    )
     group = command.add_argument_group("comparison")
     add = group.add_argument
-    add("--methods", nargs="+", metavar="METHOD", help="methods; none: loreft nodireft noreft lora dora prefix ia3 (and head)")
-    add("--seeds", nargs="+", type=arguments.count(0, 2**31 - 1), default=[42, 43, 44], metavar="N", help="of the tested runs")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help="methods; none: loreft nodireft noreft lora dora prefix ia3 (and head)",
+    )
+    add(
+        "--seeds",
+        nargs="+",
+        type=arguments.count(0, 2**31 - 1),
+        default=[42, 43, 44],
+        metavar="N",
+        help="of the tested runs",
+    )
     budget = group.add_mutually_exclusive_group()
-    budget.add_argument("--budget-trials", type=arguments.count(1), metavar="N", help="trials of each search (default: 8)")
-    budget.add_argument("--budget-seconds", type=arguments.rate, metavar="S", help="seconds of each method's search")
+    budget.add_argument(
+        "--budget-trials",
+        type=arguments.count(1),
+        metavar="N",
+        help="trials of each search (default: 8)",
+    )
+    budget.add_argument(
+        "--budget-seconds", type=arguments.rate, metavar="S", help="seconds of each method's search"
+    )
     add_choice(add)
     flags.add_settings(command, [name for name in FIELDS if name not in _NOT_HERE])
     command.set_defaults(run=run)
@@ -74,14 +97,21 @@ def spaces_of(plan: Plan) -> dict[str, dict[str, Choices | Range]]:
     from reft_train.search.defaults import small_space_of
 
     hf_config = model_config(plan.config)
-    return {method: small_space_of(plan.config.replace(method=method), hf_config) for method in plan.methods}
+    return {
+        method: small_space_of(plan.config.replace(method=method), hf_config)
+        for method in plan.methods
+    }
 
 
-def run(parsed: argparse.Namespace, train: Callable | None = None, final: Callable | None = None) -> int:
-    """The command: 0, or 1 when a method or a run failed (one that the model cannot have is none), or 130 after Ctrl-C.
+def run(
+    parsed: argparse.Namespace, train: Callable | None = None, final: Callable | None = None
+) -> int:
+    """The command: 0, or 1 when a method or a run failed (one that the model cannot have is none),
+    or 130 after Ctrl-C.
 
     Args:
-        train: in place of :func:`reft_train.training.session.train`. final: in place of a process for each tested run.
+        train: in place of :func:`reft_train.training.session.train`. final: in place of a process
+            for each tested run.
 
     Raises:
         UserError: bad input.
@@ -98,9 +128,14 @@ def run(parsed: argparse.Namespace, train: Callable | None = None, final: Callab
     try:
         found = compare(plan, spaces, train, run_isolated if final is None else final)
     except KeyboardInterrupt:
-        print(f"interrupted: what is done is kept in {plan.folder}; the same command goes on", file=sys.stderr)
+        print(
+            f"interrupted: what is done is kept in {plan.folder}; the same command goes on",
+            file=sys.stderr,
+        )
         return 130
     report.write(found)
     print(report.text(found))
     print("\n".join(report.notes(found)))
-    return int(any(row.status != "ok" and not row.status.startswith("not available") for row in found.rows))
+    return int(
+        any(row.status != "ok" and not row.status.startswith("not available") for row in found.rows)
+    )

@@ -17,7 +17,8 @@ class RunFailed(Exception):
 
 
 def run_isolated(config: RunConfig) -> Outcome:
-    """``reft-train run`` with these settings; what it prints goes to a ``.log`` file beside its folder.
+    """``reft-train run`` with these settings; what it prints goes to a ``.log`` file beside its
+    folder.
 
     Raises:
         RunFailed: it failed. KeyboardInterrupt: it was interrupted.
@@ -27,10 +28,14 @@ def run_isolated(config: RunConfig) -> Outcome:
     log = output.with_name(f"{output.name}.log")
     command = [sys.executable, "-m", "reft_train", "run", "--config", str(plan)]
     with log.open("wb") as file:
-        code = subprocess.run(command, env=environment(), stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(
+            command, env=environment(), stdout=file, stderr=subprocess.STDOUT, check=False
+        ).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code:
         words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise RunFailed(f"{words[-1][:300] if words else 'no output'} (exit code {code}, see {log})")
+        raise RunFailed(
+            f"{words[-1][:300] if words else 'no output'} (exit code {code}, see {log})"
+        )
     return Outcome.load(output)

@@ -1,4 +1,6 @@
-"""What a comparison does: which methods, what each may spend on tuning, which runs are then tested, in which order."""
+"""What a comparison does: which methods, what each may spend on tuning, which runs are then
+tested, in which order.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ class Plan:
     """A comparison.
 
     Attributes:
-        config: settings that all methods share; ``output`` is the comparison's folder.
-        trials: of each method's search. seconds: of each method's search; exactly one of the two is None.
+        config: settings that all methods share; ``output`` is the comparison's folder. trials: of
+        each method's search. seconds: of each method's search; exactly one of the two is None.
         seeds: one tested run of each method for each.
     """
 
@@ -48,13 +50,20 @@ class Plan:
         return best.replace(seed=seed, output=output, skip_test=False, resume=False, overwrite=True)
 
     def order(self, methods: Sequence[str]) -> list[tuple[str, int]]:
-        """The tested runs, (method, seed), seed by seed, each time another method first: machine noise hits all alike."""
+        """The tested runs, (method, seed), seed by seed, each time another method first: machine
+        noise hits all alike.
+        """
         count = len(methods)
-        return [(methods[(place + turn) % count], seed) for turn, seed in enumerate(self.seeds) for place in range(count)]
+        return [
+            (methods[(place + turn) % count], seed)
+            for turn, seed in enumerate(self.seeds)
+            for place in range(count)
+        ]
 
 
 def methods_of(config: RunConfig, wish: Sequence[str] | None) -> tuple[str, ...]:
-    """The methods to compare; where none are named :data:`DEFAULT`, and the trained head alone for a task with classes.
+    """The methods to compare; where none are named :data:`DEFAULT`, and the trained head alone for
+    a task with classes.
 
     Raises:
         UserError: an unknown method, or one named twice.

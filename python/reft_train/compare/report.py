@@ -19,15 +19,34 @@ from reft_train.reporting.versions import versions
 from reft_train.search.study import shown
 
 _CSV = (
-    "method", "status", "trials", "search_seconds", "seeds", "trainable", "head", "step_seconds", "tokens_per_second",
+    "method",
+    "status",
+    "trials",
+    "search_seconds",
+    "seeds",
+    "trainable",
+    "head",
+    "step_seconds",
+    "tokens_per_second",
     "peak_mib",
-)  # fmt: skip
+)
 
 
 def header(found: Comparison) -> tuple[str, ...]:
     """The table's columns."""
     held_out = f"held-out {found.plan.objective.name}"
-    return ("method", "test", held_out, "seeds", "trained", "step", "tokens/s", "peak memory", "chosen", "status")
+    return (
+        "method",
+        "test",
+        held_out,
+        "seeds",
+        "trained",
+        "step",
+        "tokens/s",
+        "peak memory",
+        "chosen",
+        "status",
+    )
 
 
 def _spread(value: Spread | None) -> str:
@@ -42,45 +61,70 @@ def line(row: Row, seeds: int) -> tuple[str, ...]:
     numbers = ("-",) * 4
     if row.trainable is not None:
         trained = f"{row.trainable:,}" + (f" + {row.head:,}" if row.head else "")
-        numbers = (trained, f"{row.step_seconds * 1e3:.1f} ms", f"{row.tokens_per_second:,.0f}", f"{row.peak_mib:,.0f} MiB")
+        numbers = (
+            trained,
+            f"{row.step_seconds * 1e3:.1f} ms",
+            f"{row.tokens_per_second:,.0f}",
+            f"{row.peak_mib:,.0f} MiB",
+        )
     tried = (_spread(row.test), _spread(row.validation), f"{row.seeds}/{seeds}")
     return (TITLES[row.method], *tried, *numbers, chosen or "-", row.status)
 
 
 def text(found: Comparison) -> str:
     """The table for a terminal, and below it why a method or a run is missing."""
-    table = aligned(header(found)[:-1], [line(row, len(found.plan.seeds))[:-1] for row in found.rows])
-    return "\n".join([table, *(f"{TITLES[row.method]}: {row.status}" for row in found.rows if row.status != "ok")])
+    table = aligned(
+        header(found)[:-1], [line(row, len(found.plan.seeds))[:-1] for row in found.rows]
+    )
+    return "\n".join(
+        [
+            table,
+            *(f"{TITLES[row.method]}: {row.status}" for row in found.rows if row.status != "ok"),
+        ]
+    )
 
 
 def notes(found: Comparison) -> list[str]:
     """What the columns mean."""
     plan = found.plan
     budget = (
-        f"{plan.trials} {'trial' if plan.trials == 1 else 'trials'}" if plan.seconds is None else f"{plan.seconds:g} seconds"
+        f"{plan.trials} {'trial' if plan.trials == 1 else 'trials'}"
+        if plan.seconds is None
+        else f"{plan.seconds:g} seconds"
     )
     seeds = ", ".join(map(str, plan.seeds))
     lines = [
-        f"Each method had {budget} to choose its settings by held-out {plan.objective.name} with seed {plan.config.seed}; "
-        f"then the best ones were trained and tested with seeds {seeds}: mean ± sample standard deviation.",
-        "test: the task's first metric, averaged over the test sets where there are several. trained: numbers in the "
-        "method, and in a new head. step and tokens/s: medians over the runs. peak memory: the highest of the runs, each in "
+        f"Each method had {budget} to choose its settings by held-out {plan.objective.name} with "
+        f"seed {plan.config.seed}; "
+        f"then the best ones were trained and tested with seeds {seeds}: mean ± sample standard "
+        "deviation.",
+        "test: the task's first metric, averaged over the test sets where there are several. "
+        "trained: numbers in the "
+        "method, and in a new head. step and tokens/s: medians over the runs. peak memory: the "
+        "highest of the runs, each in "
         "a process of its own. The runs alternate between methods.",
     ]
-    lines += sorted({f"peak memory is the {row.memory_method}" for row in found.rows if row.memory_method})
+    lines += sorted(
+        {f"peak memory is the {row.memory_method}" for row in found.rows if row.memory_method}
+    )
     if plan.config.holds_out and not plan.config.validation:
         lines.append(
-            "GLUE's published validation rows are split anew by each seed, as the paper does: rows that chose the settings "
+            "GLUE's published validation rows are split anew by each seed, as the paper does: "
+            "rows that chose the settings "
             "with one seed are among those reported with another."
         )
     return lines
 
 
 def figure(found: Comparison) -> bytes | None:
-    """A PNG: test metric (held-out objective where there is none) against trained numbers; None where nothing finished."""
+    """A PNG: test metric (held-out objective where there is none) against trained numbers; None
+    where nothing finished.
+    """
     tested = any(row.test is not None for row in found.rows)
     points = [(row, row.test if tested else row.validation) for row in found.rows]
-    points = [(row, value) for row, value in points if value is not None and row.trainable is not None]
+    points = [
+        (row, value) for row, value in points if value is not None and row.trainable is not None
+    ]
     if not points:
         return None
     drawing = plots.new_figure()
@@ -88,7 +132,13 @@ def figure(found: Comparison) -> bytes | None:
     for number, (row, value) in enumerate(points):
         count = row.trainable + (row.head or 0)
         axes.errorbar(
-            count, value.mean, yerr=value.deviation or 0.0, fmt="o", capsize=4, color=f"C{number}", label=TITLES[row.method]
+            count,
+            value.mean,
+            yerr=value.deviation or 0.0,
+            fmt="o",
+            capsize=4,
+            color=f"C{number}",
+            label=TITLES[row.method],
         )
     if all(row.trainable + (row.head or 0) > 0 for row, _ in points):
         axes.set_xscale("log")
@@ -108,7 +158,11 @@ def _csv(found: Comparison) -> str:
     writer.writerow([*_CSV, *columns])
     for row in found.rows:
         spreads = [row.test, row.validation, *(row.tests.get(name) for name in names)]
-        cells = [cell for value in spreads for cell in ((None, None) if value is None else (value.mean, value.deviation))]
+        cells = [
+            cell
+            for value in spreads
+            for cell in ((None, None) if value is None else (value.mean, value.deviation))
+        ]
         writer.writerow([getattr(row, name) for name in _CSV] + cells)
     return buffer.getvalue()
 
@@ -122,18 +176,29 @@ def write(found: Comparison) -> list[Path]:
         "objective": plan.objective.name,
         "budget": {"trials": plan.trials, "seconds": plan.seconds},
         "methods": [asdict(row) for row in found.rows],
-        "runs": [{"method": method, "seed": seed, **asdict(outcome)} for (method, seed), outcome in found.outcomes.items()],
+        "runs": [
+            {"method": method, "seed": seed, **asdict(outcome)}
+            for (method, seed), outcome in found.outcomes.items()
+        ],
         "versions": versions(),
     }
-    paths = [write_text(folder / "compare.json", dumps(numbers)), write_text(folder / "compare.csv", _csv(found))]
+    paths = [
+        write_text(folder / "compare.json", dumps(numbers)),
+        write_text(folder / "compare.csv", _csv(found)),
+    ]
     png, picture = figure(found), ""
     if png is not None:
         paths.append(write_bytes(folder / "compare.png", png))
-        picture = "<h2>Score by size</h2>" + html.image(png, "Metric of each method against its trained numbers")
+        picture = "<h2>Score by size</h2>" + html.image(
+            png, "Metric of each method against its trained numbers"
+        )
     sets = list(dict.fromkeys(name for row in found.rows for name in row.tests))
     each = ""
     if len(sets) > 1:
-        cells = [(TITLES[row.method], *(_spread(row.tests.get(name)) for name in sets)) for row in found.rows]
+        cells = [
+            (TITLES[row.method], *(_spread(row.tests.get(name)) for name in sets))
+            for row in found.rows
+        ]
         each = "<h2>Test sets</h2>" + html.table(("method", *sets), cells)
     facts = [(name, str(value)) for name, value in {**plan.config.to_dict(), **versions()}.items()]
     body = f"""<h1>Methods on {escape(plan.config.task)}</h1>

@@ -1,4 +1,6 @@
-"""The comparison itself: every method's search under the same budget, then the tested runs in turn."""
+"""The comparison itself: every method's search under the same budget, then the tested runs in
+turn.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,12 @@ def compare(
     What was done before, with the same settings, is not done again.
 
     Args:
-        spaces: what each method's search varies. train: of the searches, in this process. final: of the tested runs.
+        spaces: what each method's search varies. train: of the searches, in this process. final: of
+            the tested runs.
 
     Raises:
-        UserError: what every method refuses, or a folder with another comparison. KeyboardInterrupt: Ctrl-C.
+        UserError: what every method refuses, or a folder with another comparison.
+            KeyboardInterrupt: Ctrl-C.
     """
     _check_folder(plan)
     tuned = {method: _tuned(plan, method, spaces[method], train, say) for method in plan.methods}
@@ -51,7 +55,9 @@ def compare(
         raise UserError(refused[0])
     outcomes: dict[tuple[str, int], Outcome] = {}
     failures: dict[str, list[str]] = {method: [] for method in plan.methods}
-    for method, seed in plan.order([method for method in plan.methods if tuned[method].best is not None]):
+    for method, seed in plan.order(
+        [method for method in plan.methods if tuned[method].best is not None]
+    ):
         config = plan.final_config(tuned[method].best, seed)
         outcome = finished(config)
         if outcome is None:
@@ -82,25 +88,44 @@ def _check_folder(plan: Plan) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: got {folder}, which is a file, expected a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "search").is_dir():
-        raise UserError(f"output: got {folder}, which holds other files than a comparison's, expected a new folder")
+        raise UserError(
+            f"output: got {folder}, which holds other files than a comparison's, expected a new "
+            "folder"
+        )
 
 
-def _tuned(plan: Plan, method: str, space: Space, train: Train, say: Callable[[str], None]) -> Tuned:
+def _tuned(
+    plan: Plan, method: str, space: Space, train: Train, say: Callable[[str], None]
+) -> Tuned:
     config = plan.search_config(method)
     say(f"{method}: choosing {', '.join(space)} on held-out rows")
     try:
         found = search(
             SearchPlan(
-                config, space, plan.objective, plan.trials, _seconds_left(plan, config, space), None, "none", plan.sampler_seed,
+                config,
+                space,
+                plan.objective,
+                plan.trials,
+                _seconds_left(plan, config, space),
+                None,
+                "none",
+                plan.sampler_seed,
                 start=False,
             ),
             train,
             lambda line: say(f"  {line}"),
-        )  # fmt: skip
+        )
     except UserError as error:
         return Tuned(method, None, reason=str(error), available=False)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:  # PEFT and models fail so where they do not fit
-        return Tuned(method, None, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:  # PEFT and models fail so where they do not fit
+        return Tuned(
+            method, None, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        )
     if found.interrupted:
         raise KeyboardInterrupt
     return _chosen(method, found)
@@ -110,7 +135,10 @@ def _chosen(method: str, found: Search) -> Tuned:
     settled = [trial for trial in found.trials if trial.settled]
     spent = sum(trial.seconds for trial in found.trials)
     if found.best is None:
-        reason = next((trial.reason for trial in settled if trial.reason), "no trial finished within the budget")
+        reason = next(
+            (trial.reason for trial in settled if trial.reason),
+            "no trial finished within the budget",
+        )
         return Tuned(method, None, trials=len(settled), seconds=spent, reason=reason)
     return Tuned(method, found.best_config, found.best.settings, len(settled), spent)
 

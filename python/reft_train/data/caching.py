@@ -21,14 +21,20 @@ _FORMAT = 2  # of what is stored; part of every name
 _MANIFEST = "reft_train.json"  # written last: the digest of every other file
 
 
-def cached(build: Callable[[], datasets.Dataset], parts: Mapping[str, object], folder: Path | None = None) -> datasets.Dataset:
-    """The data set that ``build`` makes, from disk where it was made before; memory-mapped either way.
+def cached(
+    build: Callable[[], datasets.Dataset], parts: Mapping[str, object], folder: Path | None = None
+) -> datasets.Dataset:
+    """The data set that ``build`` makes, from disk where it was made before; memory-mapped either
+    way.
 
     Args:
-        parts: whatever the data depend on, as JSON: :func:`file_digest`, :func:`tokenizer_digest`, the task's name, limits.
-        folder: where data sets are kept, each in a folder of its own; ``tokenized`` under :func:`default_cache` when None.
+        parts: whatever the data depend on, as JSON: :func:`file_digest`, :func:`tokenizer_digest`,
+            the task's name, limits.
+        folder: where data sets are kept, each in a folder of its own; ``tokenized`` under
+            :func:`default_cache` when None.
 
-    A stored one that is damaged or half written is made again. Where nothing can be written a warning says so.
+    A stored one that is damaged or half written is made again. Where nothing can be written a
+    warning says so.
     """
     folder = default_cache() / "tokenized" if folder is None else folder
     named = json.dumps({"format": _FORMAT, **parts}, sort_keys=True)
@@ -56,7 +62,9 @@ def file_digest(path: Path) -> str:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of what decides a tokenizer's output: class, vocabulary and rules, special tokens, chat template, sides."""
+    """SHA-256 of what decides a tokenizer's output: class, vocabulary and rules, special tokens,
+    chat template, sides.
+    """
     settings = {
         "class": type(tokenizer).__name__,
         "rules": _rules(tokenizer),
@@ -73,11 +81,16 @@ def _rules(tokenizer: Any) -> object:
     if backend is not None:
         rules = json.loads(backend.to_str())
         # what the last call asked for, not part of the tokenizer
-        return {name: value for name, value in rules.items() if name not in ("truncation", "padding")}
+        return {
+            name: value for name, value in rules.items() if name not in ("truncation", "padding")
+        }
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(name) for name in tokenizer.save_vocabulary(folder)]
         vocabulary = {file.name: file_digest(file) for file in files}
-    return [vocabulary, {token: int(number) for token, number in tokenizer.get_added_vocab().items()}]
+    return [
+        vocabulary,
+        {token: int(number) for token, number in tokenizer.get_added_vocab().items()},
+    ]
 
 
 def _store(dataset: datasets.Dataset, path: Path) -> None:
@@ -86,7 +99,10 @@ def _store(dataset: datasets.Dataset, path: Path) -> None:
     try:
         whole = temporary / "data"
         dataset.save_to_disk(str(whole))
-        write_text(whole / _MANIFEST, json.dumps({file.name: file_digest(file) for file in sorted(whole.iterdir())}))
+        write_text(
+            whole / _MANIFEST,
+            json.dumps({file.name: file_digest(file) for file in sorted(whole.iterdir())}),
+        )
         if _load(path) is not None:
             return  # another process made the same meanwhile
         try:
@@ -99,7 +115,9 @@ def _store(dataset: datasets.Dataset, path: Path) -> None:
 
 
 def _load(path: Path) -> datasets.Dataset | None:
-    """The data set stored at ``path``; None where there is none, or where a file is not what was written."""
+    """The data set stored at ``path``; None where there is none, or where a file is not what was
+    written.
+    """
     import datasets
 
     try:

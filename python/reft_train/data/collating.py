@@ -26,7 +26,8 @@ def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tenso
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Causal items: ``input_ids``, ``attention_mask``, and ``labels`` where items have them (prompts to continue have none).
+    """Causal items: ``input_ids``, ``attention_mask``, and ``labels`` where items have them
+    (prompts to continue have none).
 
     Args:
         pad_id: fills ``input_ids``; labels are filled with -100.
@@ -59,7 +60,9 @@ class PaddingCollator:
 
 @dataclass(frozen=True)
 class Seq2SeqCollator(PaddingCollator):
-    """Encoder-decoder items: as :class:`PaddingCollator`, with labels padded apart, on the right."""
+    """Encoder-decoder items: as :class:`PaddingCollator`, with labels padded apart, on the
+    right.
+    """
 
     def __call__(self, items: Items) -> dict[str, Tensor]:
         batch = self._inputs(items)
@@ -70,12 +73,16 @@ class Seq2SeqCollator(PaddingCollator):
 
 @dataclass(frozen=True)
 class ClassificationCollator(PaddingCollator):
-    """Texts to classify: as :class:`PaddingCollator`, labels ``[B]``: int64 class numbers, or float32 numbers to predict."""
+    """Texts to classify: as :class:`PaddingCollator`, labels ``[B]``: int64 class numbers, or
+    float32 numbers to predict.
+    """
 
     def __call__(self, items: Items) -> dict[str, Tensor]:
         batch = self._inputs(items)
         if "labels" in items[0]:
             labels = [item["labels"] for item in items]
-            dtype = torch.float32 if any(isinstance(label, float) for label in labels) else torch.int64
+            dtype = (
+                torch.float32 if any(isinstance(label, float) for label in labels) else torch.int64
+            )
             batch["labels"] = torch.tensor(labels, dtype=dtype)
         return batch

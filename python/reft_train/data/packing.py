@@ -1,7 +1,8 @@
 """Several examples in one row, without padding between them.
 
-Position ids start at 0 again with each example, and there is no attention mask: that is how transformers' models know that
-tokens of different examples must not see each other, and how the engine finds each example's prompt.
+Position ids start at 0 again with each example, and there is no attention mask: that is how
+transformers' models know that tokens of different examples must not see each other, and how the
+engine finds each example's prompt.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ Items = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Causal items as ``input_ids``, ``labels`` and ``position_ids`` ``[n, T]``, T about ``row_length`` or less.
+    """Causal items as ``input_ids``, ``labels`` and ``position_ids`` ``[n, T]``, T about
+    ``row_length`` or less.
 
-    The longest example goes first, each into the emptiest row. A row's end is filled by a sequence of its own, which nothing
-    is learned from. The first label of each example is -100: models compare a token's logits with the next label, and an
-    example's first token does not follow from the one before. ``use_cache`` is False since a cache would hide the position
-    ids from the mask.
+    The longest example goes first, each into the emptiest row. A row's end is filled by a sequence
+    of its own, which nothing is learned from. The first label of each example is -100: models
+    compare a token's logits with the next label, and an example's first token does not follow from
+    the one before. ``use_cache`` is False since a cache would hide the position ids from the mask.
 
     Args:
-        row_length: tokens of a row to aim at: rows are shorter where shorter ones are full as well (:func:`packed_rows`),
-            and longer where examples do not divide evenly.
+        row_length: tokens of a row to aim at: rows are shorter where shorter ones are full as well
+            (:func:`packed_rows`), and longer where examples do not divide evenly.
         pad_id: fills the ends of rows.
-        flat: one row ``[1, M]`` without any filling, and the boundaries that flash attention asks for (``cu_seq_lens_q``,
-            ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k``).
+        flat: one row ``[1, M]`` without any filling, and the boundaries that flash attention asks
+            for (``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k``).
     """
 
     row_length: int
@@ -47,7 +49,11 @@ class PackingCollator:
             raise ValueError(f"row_length: got {self.row_length}, expected at least 1")
 
     def __call__(self, items: Items) -> dict[str, Any]:
-        rows = [list(range(len(items)))] if self.flat else packed_rows([len(i["input_ids"]) for i in items], self.row_length)
+        rows = (
+            [list(range(len(items)))]
+            if self.flat
+            else packed_rows([len(i["input_ids"]) for i in items], self.row_length)
+        )
         width = max(sum(len(items[i]["input_ids"]) for i in row) for row in rows)
         ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
@@ -62,16 +68,21 @@ class PackingCollator:
                 labels[number, start] = IGNORED
                 positions[number, place] = torch.arange(len(tokens))
                 start += len(tokens)
-            # to the engine the filling is a prompt: edits there are wasted work, seen by no other token and by no loss
+            # to the engine the filling is a prompt: edits there are wasted work, seen by no other
+            # token and by no loss
             positions[number, start:] = torch.arange(width - start)
         batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "use_cache": False}
-        return batch | _boundaries([len(item["input_ids"]) for item in items]) if self.flat else batch
+        return (
+            batch | _boundaries([len(item["input_ids"]) for item in items]) if self.flat else batch
+        )
 
 
 def packed_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Indices of the examples of each row: the shortest rows that are full but for ``FILLING``, or rows of ``row_length``.
+    """Indices of the examples of each row: the shortest rows that are full but for ``FILLING``, or
+    rows of ``row_length``.
 
-    Attention costs as much for a packed row as for one long example, so short examples go into short rows.
+    Attention costs as much for a packed row as for one long example, so short examples go into
+    short rows.
     """
     longest = balanced(lengths, -(-sum(lengths) // row_length))
     for each in _EXAMPLES_A_ROW:
@@ -98,7 +109,12 @@ def balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
 
 def _boundaries(lengths: Sequence[int]) -> dict[str, Any]:
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
 
 
 # ---- whether a model can
@@ -111,17 +127,20 @@ _PROBE_ROW = 17
 
 
 def check_model_packs(model: nn.Module, pad_id: int, flat: bool = False) -> None:
-    """Try whether a model keeps packed sequences apart: random ones, alone and packed, must have the same logits.
+    """Try whether a model keeps packed sequences apart: random ones, alone and packed, must have
+    the same logits.
 
-    With eps of the model's dtype, ``rounding`` = eps * max|logits|, and ``leak`` what the logits change by where a mask lets
-    every example see those before it, the largest difference allowed is
+    With eps of the model's dtype, ``rounding`` = eps * max|logits|, and ``leak`` what the logits
+    change by where a mask lets every example see those before it, the largest difference allowed is
 
-        sqrt(rounding * leak),   half way, in digits, between what rounding and what a leak would make of it
+        sqrt(rounding * leak),   half way, in digits, between what rounding and what a leak would
+                                 make of it
 
     Where rounding alone is as large as a leak nothing can be told, and the model is refused too.
 
     Args:
-        model: on its device, in the dtype it is trained in. Modes of its modules are as before afterwards.
+        model: on its device, in the dtype it is trained in. Modes of its modules are as before
+            afterwards.
         flat: as of :class:`PackingCollator`.
 
     Raises:
@@ -141,7 +160,10 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
         ids = [known[i] for i in torch.randint(len(known), (length,), generator=generator).tolist()]
         items.append({"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]})
     batch = PackingCollator(_PROBE_ROW, pad_id, flat)(items)
-    batch = {name: value.to(embedding.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    batch = {
+        name: value.to(embedding.device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
     try:
         packed = _logits(model, batch)
     except (TypeError, ValueError) as error:  # arguments that the model does not take
@@ -153,7 +175,11 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
     if packed is None or leaking is None:
         return False
     # some models give logits of more digits than they compute with
-    eps = max(torch.finfo(tensor.dtype).eps for tensor in (packed, embedding) if tensor.is_floating_point())
+    eps = max(
+        torch.finfo(tensor.dtype).eps
+        for tensor in (packed, embedding)
+        if tensor.is_floating_point()
+    )
     differences = []
     rows = [list(range(len(items)))] if flat else packed_rows(_PROBES, _PROBE_ROW)
     for number, row in enumerate(rows):
@@ -161,7 +187,10 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
         for index in row:
             place = slice(start, start + len(items[index]["input_ids"]))
             start = place.stop
-            alone = _logits(model, {name: batch[name][number : number + 1, place] for name in ("input_ids", "labels")})
+            alone = _logits(
+                model,
+                {name: batch[name][number : number + 1, place] for name in ("input_ids", "labels")},
+            )
             if alone is None:
                 return False
             found = (packed[number, place] - alone[0], leaking[number, place] - alone[0], alone[0])
@@ -175,7 +204,11 @@ def _logits(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
     """Logits of every token ``[B, T, V]``; None from a model that gives none."""
     logits = getattr(model(**arguments, return_dict=True), "logits", None)
     shape = arguments["input_ids"].shape
-    return logits if isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == shape else None
+    return (
+        logits
+        if isinstance(logits, Tensor) and logits.dim() == 3 and logits.shape[:2] == shape
+        else None
+    )
 
 
 def _refused(model: nn.Module) -> UserError:

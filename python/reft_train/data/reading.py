@@ -1,4 +1,6 @@
-"""Files of rows: .json (a list of objects), .jsonl, .csv, .tsv and .parquet, with errors that name the line or row."""
+"""Files of rows: .json (a list of objects), .jsonl, .csv, .tsv and .parquet, with errors that
+name the line or row.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,16 @@ def read_rows(path: Path, name: str = "--train") -> list[Row]:
 def iter_rows(path: Path, name: str = "--train") -> Iterator[Row]:
     """The rows of a file, one after another; only .json is read whole before the first.
 
-    JSON objects keep their types and Parquet its columns'; .csv and .tsv have a header and give strings. In .tsv nothing
-    is quoted, so that a field cannot hold a tab or a newline. Blank lines of .jsonl are skipped.
+    JSON objects keep their types and Parquet its columns'; .csv and .tsv have a header and give
+    strings. In .tsv nothing is quoted, so that a field cannot hold a tab or a newline. Blank lines
+    of .jsonl are skipped.
 
     Args:
         name: the argument that errors name.
 
     Raises:
-        UserError: no such file or an unknown suffix (at once); not UTF-8, malformed, or without a row (on the way).
+        UserError: no such file or an unknown suffix (at once); not UTF-8, malformed, or without a
+            row (on the way).
     """
     path = existing_file(path, name)
     return _at_least_one(_READERS[path.suffix.lower()](path, name), path, name)
@@ -42,11 +46,16 @@ def existing_file(path: Path, name: str) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"{name}: got {path}, which is a folder, expected a file{_nearby(path, '')}")
+        raise UserError(
+            f"{name}: got {path}, which is a folder, expected a file{_nearby(path, '')}"
+        )
     if path.suffix.lower() not in _READERS:
         raise UserError(f"{name}: got {path}, expected a file that ends in {', '.join(SUFFIXES)}")
     if not path.is_file():
-        raise UserError(f"{name}: got {path}, which does not exist, expected a file{_nearby(path.parent, path.name)}")
+        raise UserError(
+            f"{name}: got {path}, which does not exist, expected a "
+            f"file{_nearby(path.parent, path.name)}"
+        )
     return path
 
 
@@ -56,7 +65,11 @@ def _nearby(folder: Path, wanted: str) -> str:
     files = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in _READERS)
     close = difflib.get_close_matches(wanted, files, n=3)
     shown = close or files[:5]
-    return f" ({folder} holds {', '.join(shown)}{', ...' if len(files) > len(shown) else ''})" if shown else ""
+    return (
+        f" ({folder} holds {', '.join(shown)}{', ...' if len(files) > len(shown) else ''})"
+        if shown
+        else ""
+    )
 
 
 def _at_least_one(rows: Iterator[Row], path: Path, name: str) -> Iterator[Row]:
@@ -65,7 +78,9 @@ def _at_least_one(rows: Iterator[Row], path: Path, name: str) -> Iterator[Row]:
         for row in rows:
             yield row
     except OSError as error:
-        raise UserError(f"{name}: got {path}, which cannot be read ({error.strerror or error}), expected a file") from None
+        raise UserError(
+            f"{name}: got {path}, which cannot be read ({error.strerror or error}), expected a file"
+        ) from None
     if row is None:
         raise UserError(f"{name}: got {path} without a row, expected at least one")
 
@@ -77,14 +92,17 @@ def _lines(path: Path, name: str) -> Iterator[str]:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{name}: got line {number} of {path}, which is not UTF-8 ({error.reason} at byte {error.start + 1}), "
+                    f"{name}: got line {number} of {path}, which is not UTF-8 ({error.reason} at "
+                    f"byte {error.start + 1}), "
                     "expected UTF-8"
                 ) from None
 
 
 def _object(value: Any, where: str, name: str) -> Row:
     if not isinstance(value, dict):
-        raise UserError(f"{name}: got {where}, which is a {type(value).__name__}, expected an object")
+        raise UserError(
+            f"{name}: got {where}, which is a {type(value).__name__}, expected an object"
+        )
     return Row(value, where)
 
 
@@ -96,9 +114,13 @@ def _json(path: Path, name: str) -> Iterator[Row]:
         rows = json.loads(content)
     except json.JSONDecodeError as error:
         lines = " (one object on each line is .jsonl)" if error.msg == "Extra data" else ""
-        raise UserError(f"{name}: got {path}, which is not JSON ({error}), expected a list of objects{lines}") from None
+        raise UserError(
+            f"{name}: got {path}, which is not JSON ({error}), expected a list of objects{lines}"
+        ) from None
     if not isinstance(rows, list):
-        raise UserError(f"{name}: got {path}, which is a {type(rows).__name__}, expected a list of objects")
+        raise UserError(
+            f"{name}: got {path}, which is a {type(rows).__name__}, expected a list of objects"
+        )
     for number, row in enumerate(rows, start=1):
         yield _object(row, f"row {number} of {path}", name)
 
@@ -111,7 +133,9 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
                 reason = f"{error.msg}, column {error.colno}"
-                raise UserError(f"{name}: got {where}, which is not JSON ({reason}), expected an object") from None
+                raise UserError(
+                    f"{name}: got {where}, which is not JSON ({reason}), expected an object"
+                ) from None
             yield _object(value, where, name)
 
 
@@ -121,16 +145,24 @@ def _table(path: Path, name: str, **dialect: Any) -> Iterator[Row]:
         columns = next(reader, [])
         repeated = {column for column in columns if columns.count(column) > 1}
         if repeated:
-            raise UserError(f"{name}: got {path} with column {sorted(repeated)[0]!r} more than once, expected each once")
+            raise UserError(
+                f"{name}: got {path} with column {sorted(repeated)[0]!r} more than once, expected "
+                "each once"
+            )
         rows = (values for values in reader if values)  # a blank line is no row
         for number, values in enumerate(rows, start=1):
             where = f"row {number} of {path}"
             if len(values) != len(columns):
                 place = f"{where} (line {reader.line_num})"
-                raise UserError(f"{name}: got {len(values)} fields in {place}, expected the header's {len(columns)}")
+                raise UserError(
+                    f"{name}: got {len(values)} fields in {place}, expected the header's "
+                    f"{len(columns)}"
+                )
             yield Row(dict(zip(columns, values, strict=True)), where)
     except csv.Error as error:
-        raise UserError(f"{name}: got {path}, line {reader.line_num}: {error}, expected a table with a header") from None
+        raise UserError(
+            f"{name}: got {path}, line {reader.line_num}: {error}, expected a table with a header"
+        ) from None
 
 
 def _csv(path: Path, name: str) -> Iterator[Row]:
@@ -146,7 +178,9 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise UserError(f"{name}: got {path} without pyarrow to read it, expected pip install pyarrow") from None
+        raise UserError(
+            f"{name}: got {path} without pyarrow to read it, expected pip install pyarrow"
+        ) from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
@@ -156,7 +190,9 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
                     yield Row(fields, f"row {number} of {path}")
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{name}: got {path}, which is not Parquet ({reason}), expected a Parquet file") from None
+        raise UserError(
+            f"{name}: got {path}, which is not Parquet ({reason}), expected a Parquet file"
+        ) from None
 
 
 _READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}

@@ -1,4 +1,6 @@
-"""The order of examples: a function of a seed and an epoch alone, so that a resumed run sees what the first would have seen."""
+"""The order of examples: a function of a seed and an epoch alone, so that a resumed run sees
+what the first would have seen.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +49,14 @@ class ShuffledSampler(Sampler[int]):
 class GroupedSampler(ShuffledSampler):
     """Indices in random order, examples of similar length next to each other.
 
-    Shuffled indices are sorted by length in buckets of sixteen groups, the buckets cut into groups, and the groups shuffled.
-    What is left over, less than a group, is drawn at random and comes last.
+    Shuffled indices are sorted by length in buckets of sixteen groups, the buckets cut into groups,
+    and the groups shuffled. What is left over, less than a group, is drawn at random and comes
+    last.
 
     Args:
         lengths: tokens of each example.
-        group: examples of one optimizer step: batch size x accumulation steps x processes. A step is then as random as a
-            group, and its batches are of similar length on every process.
+        group: examples of one optimizer step: batch size x accumulation steps x processes. A step
+            is then as random as a group, and its batches are of similar length on every process.
         seed: with the epoch, decides the order.
     """
 
@@ -70,7 +73,10 @@ class GroupedSampler(ShuffledSampler):
         whole = self.count - self.count % self.group
         groups = []
         for start in range(0, whole, self.group * _BUCKET):
-            bucket = sorted(order[start : min(start + self.group * _BUCKET, whole)], key=self.lengths.__getitem__)
+            bucket = sorted(
+                order[start : min(start + self.group * _BUCKET, whole)],
+                key=self.lengths.__getitem__,
+            )
             groups += [bucket[i : i + self.group] for i in range(0, len(bucket), self.group)]
         rest = sorted(order[whole:], key=self.lengths.__getitem__)
         return iter([index for group in [*_shuffled(groups, generator), rest] for index in group])

@@ -1,4 +1,6 @@
-"""Which files a task trains on and is tested on: those named, or those of a folder; GLUE from the hub as well."""
+"""Which files a task trains on and is tested on: those named, or those of a folder; GLUE from
+the hub as well.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,19 @@ if TYPE_CHECKING:
     from reft_train.tasks.glue import Glue
 
 # training files that are not called by their task's name
-TRAINING_SETS = {"commonsense": "commonsense_170k", "math": "math_10k", "instruct": "alpaca_data_cleaned"}
+TRAINING_SETS = {
+    "commonsense": "commonsense_170k",
+    "math": "math_10k",
+    "instruct": "alpaca_data_cleaned",
+}
 GLUE_ON_THE_HUB = "nyu-mll/glue"
 
 
 @dataclass(frozen=True)
 class Files:
-    """What was found: ``train`` is None and ``tests`` empty where there is none and none was needed."""
+    """What was found: ``train`` is None and ``tests`` empty where there is none and none was
+    needed.
+    """
 
     train: Path | None
     tests: dict[str, Path] = field(default_factory=dict)
@@ -38,18 +46,19 @@ def find(
 ) -> Files:
     """The files of a task. A file that is named wins over the folder's.
 
-    In a folder a set's files are ``<data>/<set>/{train,test}.json`` (GLUE: ``validation`` instead of test), or directly
-    in ``<data>`` where it is the folder of the one set. Mixtures train on ``<data>/commonsense_170k.json``,
-    ``math_10k.json`` or ``alpaca_data_cleaned.json``, or on ``train.json`` in a folder of that name, and are tested on
-    those of their sets that are there. Any suffix of :data:`reading.SUFFIXES` will do, and a Parquet file can have the
-    name that the hub gives it, ``train-00000-of-00001.parquet``.
+    In a folder a set's files are ``<data>/<set>/{train,test}.json`` (GLUE: ``validation`` instead
+    of test), or directly in ``<data>`` where it is the folder of the one set. Mixtures train on
+    ``<data>/commonsense_170k.json``, ``math_10k.json`` or ``alpaca_data_cleaned.json``, or on
+    ``train.json`` in a folder of that name, and are tested on those of their sets that are there.
+    Any suffix of :data:`reading.SUFFIXES` will do, and a Parquet file can have the name that the
+    hub gives it, ``train-00000-of-00001.parquet``.
 
     Args:
         data, train, tests: of the command line. train_needed, tests_needed: what must be found.
 
     Raises:
-        UserError: no such file or folder, two files for one set, or something needed that is nowhere; the message names
-            the places looked at.
+        UserError: no such file or folder, two files for one set, or something needed that is
+            nowhere; the message names the places looked at.
     """
     if data is not None and not Path(data).is_dir():
         kind = "a file (--train and --test name files)" if Path(data).exists() else "not there"
@@ -60,11 +69,15 @@ def find(
     elif data is not None:
         train = _first(_training_places(task, Path(data)), train_needed)
     elif train_needed:
-        raise UserError(f"--train: got nothing for task {task.name}, expected a file, or a folder with --data")
+        raise UserError(
+            f"--train: got nothing for task {task.name}, expected a file, or a folder with --data"
+        )
     if data is not None and not named:
         named = _folder_tests(task, Path(data), tests_needed)
     if tests_needed and not named:
-        raise UserError(f"--test: got nothing for task {task.name}, expected a file, or a folder with --data")
+        raise UserError(
+            f"--test: got nothing for task {task.name}, expected a file, or a folder with --data"
+        )
     return Files(train, named)
 
 
@@ -100,10 +113,15 @@ def _folder_tests(task: Task, data: Path, needed: bool) -> dict[str, Path]:
 
 def _first(stems: Sequence[Path], needed: bool) -> Path | None:
     for stem in stems:
-        candidates = [stem.with_name(stem.name + suffix) for suffix in (*SUFFIXES, "-00000-of-00001.parquet")]
+        candidates = [
+            stem.with_name(stem.name + suffix) for suffix in (*SUFFIXES, "-00000-of-00001.parquet")
+        ]
         files = [path for path in candidates if path.is_file()]
         if len(files) > 1:
-            raise UserError(f"--data: got both {files[0]} and {files[1]}, expected one of them (--train and --test name files)")
+            raise UserError(
+                f"--data: got both {files[0]} and {files[1]}, expected one of them (--train and "
+                "--test name files)"
+            )
         if files:
             return files[0]
     if needed:
@@ -113,7 +131,10 @@ def _first(stems: Sequence[Path], needed: bool) -> Path | None:
 
 def _nothing(stems: Iterable[Path]) -> UserError:
     places = ", ".join(map(str, stems))
-    return UserError(f"--data: got a folder without a file for the task, expected one of {places} ({', '.join(SUFFIXES)})")
+    return UserError(
+        f"--data: got a folder without a file for the task, expected one of {places} "
+        f"({', '.join(SUFFIXES)})"
+    )
 
 
 def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
@@ -121,7 +142,11 @@ def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
     for path in tests:
         path = existing_file(path, "--test")
         # boolq/test.json is of boolq, and so is boolq.json
-        name = path.parent.name if path.stem == "test" and path.parent.name in task.test_sets else path.stem
+        name = (
+            path.parent.name
+            if path.stem == "test" and path.parent.name in task.test_sets
+            else path.stem
+        )
         if name in named:
             name = str(path)
         if name in named:
@@ -139,17 +164,23 @@ def hub_rows(task: Glue, split: str) -> list[Row]:
     Raises:
         UserError: whatever keeps the set from being loaded, most often that there is no network.
     """
-    local = f"a folder with {task.subset}/train.parquet and {task.subset}/{task.test_sets[0]}.parquet (or {_others()})"
+    local = (
+        f"a folder with {task.subset}/train.parquet and {task.subset}/{task.test_sets[0]}.parquet "
+        f"(or {_others()})"
+    )
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(f"--data: got none, and no datasets package to load GLUE with, expected it, or {local}") from None
+        raise UserError(
+            f"--data: got none, and no datasets package to load GLUE with, expected it, or {local}"
+        ) from None
     try:
         rows = load_dataset(GLUE_ON_THE_HUB, task.subset, split=split)
     except Exception as error:  # the hub's clients raise errors of many packages
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         raise UserError(
-            f"--data: got none, and {GLUE_ON_THE_HUB} {task.subset} does not load from the hub, as without a network "
+            f"--data: got none, and {GLUE_ON_THE_HUB} {task.subset} does not load from the hub, "
+            "as without a network "
             f"({reason}), expected {local}"
         ) from None
     place = f"{GLUE_ON_THE_HUB} {task.subset} {split}"

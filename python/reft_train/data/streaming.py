@@ -23,7 +23,9 @@ T = TypeVar("T")
 
 
 def shuffled(values: Iterable[T], buffer: int, generator: random.Random) -> Iterator[T]:
-    """``values`` in an order random within about ``buffer`` of them, which is how many are held; 1: as they come."""
+    """``values`` in an order random within about ``buffer`` of them, which is how many are held;
+    1: as they come.
+    """
     held: list[T] = []
     for value in values:
         if len(held) < buffer:
@@ -41,7 +43,8 @@ class StreamingRows(IterableDataset):
 
     An epoch is a function of the seed and its number alone.
 
-    Each worker of a data loader takes its share of rows. Processes are accelerate's business: it deals the items out.
+    Each worker of a data loader takes its share of rows. Processes are accelerate's business: it
+    deals the items out.
 
     Args:
         path: .jsonl, .csv, .tsv or .parquet, read row by row; .json works and is read whole.
@@ -53,7 +56,8 @@ class StreamingRows(IterableDataset):
         all_turns: of a conversation, an item for each answer instead of the last.
 
     Raises:
-        UserError: an argument out of range, no such file; while reading, no rows or one that the task refuses.
+        UserError: an argument out of range, no such file; while reading, no rows or one that the
+            task refuses.
     """
 
     def __init__(
@@ -78,7 +82,9 @@ class StreamingRows(IterableDataset):
         self.task, self.tokenizer, self.kind, self.max_length = task, tokenizer, kind, max_length
         self.seed, self.buffer = seed, buffer
         self.endless, self.all_turns = endless, all_turns
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that stay alive see it change
+        self._epoch = torch.zeros(
+            (), dtype=torch.int64
+        ).share_memory_()  # workers that stay alive see it change
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration is of; accelerate and transformers' Trainer call it."""

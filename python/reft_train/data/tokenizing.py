@@ -1,10 +1,13 @@
 """From a task's rows to token ids: what a model reads, and which of its tokens are learned.
 
-Prompt and target are tokenized apart and joined, so that a prompt's tokens are the same when its answer is generated:
+Prompt and target are tokenized apart and joined, so that a prompt's tokens are the same when its
+answer is generated:
 
     causal          prompt = BOS + text, labels -100;   target = text + EOS, learned
-    seq2seq         input_ids = the prompt with the tokenizer's special tokens;   labels = text + EOS
-    classification  input_ids = the tokenizer's own encoding of a text or a pair;   labels = a number
+    seq2seq         input_ids = the prompt with the tokenizer's special tokens;   labels = text +
+                    EOS
+    classification  input_ids = the tokenizer's own encoding of a text or a pair;   labels = a
+                    number
 """
 
 from __future__ import annotations
@@ -26,9 +29,11 @@ _CHUNK = 1000  # rows tokenized together, which fast tokenizers do on several th
 
 
 class Item(NamedTuple):
-    """One example as token ids; ``cut_prompt`` and ``cut_target`` are numbers of tokens that did not fit.
+    """One example as token ids; ``cut_prompt`` and ``cut_target`` are numbers of tokens that did
+    not fit.
 
-    ``lost``: of a prompt or a target that was cut, nothing is left but its special tokens (or a prompt's last token).
+    ``lost``: of a prompt or a target that was cut, nothing is left but its special tokens (or a
+    prompt's last token).
     """
 
     input_ids: list[int]
@@ -40,14 +45,18 @@ class Item(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """How many examples of a data set lost tokens, of prompts (or of texts to classify) and of targets."""
+    """How many examples of a data set lost tokens, of prompts (or of texts to classify) and of
+    targets.
+    """
 
     prompts: int
     targets: int
 
 
 class Specials(NamedTuple):
-    """What a tokenizer puts around a text: ids before it and after it, the id that ends an answer, the text of BOS."""
+    """What a tokenizer puts around a text: ids before it and after it, the id that ends an
+    answer, the text of BOS.
+    """
 
     before: list[int]
     after: list[int]
@@ -66,13 +75,19 @@ class Specials(NamedTuple):
         whole = tokenizer("a")["input_ids"]
         found = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
         if not found:
-            raise UserError(f"tokenizer: got a {type(tokenizer).__name__} that reads 'a' as {whole}, expected a token for it")
+            raise UserError(
+                f"tokenizer: got a {type(tokenizer).__name__} that reads 'a' as {whole}, expected "
+                "a token for it"
+            )
         before, after = whole[: found[0]], whole[found[0] + len(bare) :]
-        return cls(before, after, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.bos_token)
+        return cls(
+            before, after, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.bos_token
+        )
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that fills a row: the pad token's, or the EOS token's where there is none, since padding is not learned.
+    """The id that fills a row: the pad token's, or the EOS token's where there is none, since
+    padding is not learned.
 
     Raises:
         UserError: a tokenizer with neither.
@@ -80,14 +95,17 @@ def pad_id(tokenizer: Any) -> int:
     for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if found is not None:
             return found
-    raise UserError(f"tokenizer: got a {type(tokenizer).__name__} without a pad or EOS token, expected one of them")
+    raise UserError(
+        f"tokenizer: got a {type(tokenizer).__name__} without a pad or EOS token, expected one of "
+        "them"
+    )
 
 
 def causal(example: Example, tokenizer: Any, max_length: int, *, where: str | None = None) -> Item:
     """An example of a causal language model, at most ``max_length`` tokens.
 
-    The target is kept and the prompt is cut from the left, after its BOS; a target that does not fit beside one token of the
-    prompt is cut at its end, before its EOS.
+    The target is kept and the prompt is cut from the left, after its BOS; a target that does not
+    fit beside one token of the prompt is cut at its end, before its EOS.
 
     Args:
         where: tells a user which row it is.
@@ -99,14 +117,17 @@ def causal(example: Example, tokenizer: Any, max_length: int, *, where: str | No
 
 
 def seq2seq(example: Example, tokenizer: Any, max_length: int, *, where: str | None = None) -> Item:
-    """An example of an encoder-decoder, its prompt (cut from the left) and its target (cut at its end) ``max_length`` each.
+    """An example of an encoder-decoder, its prompt (cut from the left) and its target (cut at its
+    end) ``max_length`` each.
 
     Args, Raises: as :func:`causal`.
     """
     return _seq2seq([example], [where], tokenizer, Specials.of(tokenizer), max_length)[0]
 
 
-def classification(classified: Classified, tokenizer: Any, max_length: int, *, where: str | None = None) -> Item:
+def classification(
+    classified: Classified, tokenizer: Any, max_length: int, *, where: str | None = None
+) -> Item:
     """A text or a pair to classify; of a pair the longer text is cut first.
 
     Args, Raises: as :func:`causal`, without the EOS.
@@ -114,8 +135,11 @@ def classification(classified: Classified, tokenizer: Any, max_length: int, *, w
     return _classification([classified], [where], tokenizer, None, max_length)[0]
 
 
-def prompt_ids(prompts: Sequence[str], tokenizer: Any, max_length: int, kind: str = "causal") -> list[list[int]]:
-    """The tokens of prompts to generate from: those of training, each cut from the left to ``max_length`` of them.
+def prompt_ids(
+    prompts: Sequence[str], tokenizer: Any, max_length: int, kind: str = "causal"
+) -> list[list[int]]:
+    """The tokens of prompts to generate from: those of training, each cut from the left to
+    ``max_length`` of them.
 
     Raises:
         UserError: an empty prompt, or a ``max_length`` that leaves it no token.
@@ -128,35 +152,49 @@ def prompt_ids(prompts: Sequence[str], tokenizer: Any, max_length: int, kind: st
     return [_cut_left(before, body, max_length - len(after)) + after for before, body in bodies]
 
 
-def tokenize_rows(rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int) -> datasets.Dataset:
+def tokenize_rows(
+    rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int
+) -> datasets.Dataset:
     """Every row that is not lost (:class:`Item`) as a data set.
 
-    Its columns: ``input_ids``, ``labels``, ``length`` (of ``input_ids``), ``cut_prompt`` and ``cut_target``;
-    ``token_type_ids`` are there where the tokenizer gives them; :func:`count_cuts` counts what was cut.
+    Its columns: ``input_ids``, ``labels``, ``length`` (of ``input_ids``), ``cut_prompt`` and
+    ``cut_target``; ``token_type_ids`` are there where the tokenizer gives them; :func:`count_cuts`
+    counts what was cut.
 
     Raises:
-        UserError: no rows, all of them lost, a row that the task refuses, or one that :func:`causal` does.
+        UserError: no rows, all of them lost, a row that the task refuses, or one that
+            :func:`causal` does.
     """
     import datasets
 
     tokens = datasets.Sequence(datasets.Value("int32"))
     count = datasets.Value("int32")
-    number = datasets.Value("float64" if kind == "classification" and task.labels is None else "int64")
+    number = datasets.Value(
+        "float64" if kind == "classification" and task.labels is None else "int64"
+    )
     features = {
-        "input_ids": tokens, "labels": number if kind == "classification" else tokens, "length": count,
-        "cut_prompt": count, "cut_target": count,
-    }  # fmt: skip
+        "input_ids": tokens,
+        "labels": number if kind == "classification" else tokens,
+        "length": count,
+        "cut_prompt": count,
+        "cut_target": count,
+    }
     parts, read = [], 0
     for items in _chunks(rows, task, tokenizer, kind, max_length):
         read += len(items)
         items = [item for item in items if not item.lost]
         if not items:
             continue
-        columns = {name: [getattr(item, name) for item in items] for name in features if name != "length"}
+        columns = {
+            name: [getattr(item, name) for item in items] for name in features if name != "length"
+        }
         columns["length"] = [len(item.input_ids) for item in items]
         present = dict(features)
         if items[0].token_type_ids is not None:
-            columns["token_type_ids"], present["token_type_ids"] = [item.token_type_ids for item in items], tokens
+            columns["token_type_ids"], present["token_type_ids"] = (
+                [item.token_type_ids for item in items],
+                tokens,
+            )
         parts.append(datasets.Dataset.from_dict(columns, features=datasets.Features(present)))
     if not read:
         raise UserError("data: got no rows, expected at least one")
@@ -165,7 +203,9 @@ def tokenize_rows(rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, ma
     return datasets.concatenate_datasets(parts)
 
 
-def iter_items(rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int) -> Iterator[Item]:
+def iter_items(
+    rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int
+) -> Iterator[Item]:
     """An item of each row, the lost ones too, one at a time and as they are asked for."""
     for items in _chunks(rows, task, tokenizer, kind, max_length, chunk=1):
         yield from items
@@ -178,7 +218,10 @@ def count_cuts(dataset: datasets.Dataset) -> Cuts:
 
 def all_lost(max_length: int) -> UserError:
     """The error where no row is left to train on."""
-    return UserError(f"max_length: got {max_length}, which leaves no row both a prompt and an answer, expected more")
+    return UserError(
+        f"max_length: got {max_length}, which leaves no row both a prompt and an answer, expected "
+        "more"
+    )
 
 
 # ---- many at once
@@ -226,7 +269,9 @@ def _classification(examples, wheres, tokenizer, specials: None, max_length: int
     _check_length(max_length)
     items = []
     for classified, where in zip(examples, wheres, strict=True):
-        texts = (classified.text,) if classified.pair is None else (classified.text, classified.pair)
+        texts = (
+            (classified.text,) if classified.pair is None else (classified.text, classified.pair)
+        )
         encoded = tokenizer(*texts, verbose=False)
         full = len(encoded["input_ids"])
         if full == 0:
@@ -234,7 +279,9 @@ def _classification(examples, wheres, tokenizer, specials: None, max_length: int
         if full > max_length:
             encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length)
         cut = full - len(encoded["input_ids"])
-        items.append(Item(encoded["input_ids"], classified.label, encoded.get("token_type_ids"), cut))
+        items.append(
+            Item(encoded["input_ids"], classified.label, encoded.get("token_type_ids"), cut)
+        )
     return items
 
 
@@ -246,12 +293,20 @@ def _prompts_and_targets(examples, wheres, tokenizer, specials: Specials):
     return zip(prompts, _targets(examples, tokenizer, specials), strict=True)
 
 
-def _prompts(prompts: Sequence[str], wheres, tokenizer, specials: Specials) -> list[tuple[list[int], list[int]]]:
-    """Of each prompt, the special tokens before it and its text's; a BOS that a chat template wrote is not doubled."""
+def _prompts(
+    prompts: Sequence[str], wheres, tokenizer, specials: Specials
+) -> list[tuple[list[int], list[int]]]:
+    """Of each prompt, the special tokens before it and its text's; a BOS that a chat template
+    wrote is not doubled.
+    """
     found = []
     for prompt, where, body in zip(prompts, wheres, _encode(prompts, tokenizer), strict=True):
         before = specials.before
-        if specials.bos_text and prompt.startswith(specials.bos_text) and body[:1] == [specials.bos]:
+        if (
+            specials.bos_text
+            and prompt.startswith(specials.bos_text)
+            and body[:1] == [specials.bos]
+        ):
             before, body = body[:1], body[1:]
         if not prompt.strip() or not body:
             raise _empty("prompt", prompt, where)
@@ -261,24 +316,34 @@ def _prompts(prompts: Sequence[str], wheres, tokenizer, specials: Specials) -> l
 
 def _targets(examples: Sequence[Example], tokenizer, specials: Specials) -> list[list[int]]:
     if specials.eos is None:
-        raise UserError(f"tokenizer: got a {type(tokenizer).__name__} without an EOS token, expected one: it ends an answer")
+        raise UserError(
+            f"tokenizer: got a {type(tokenizer).__name__} without an EOS token, expected one: it "
+            "ends an answer"
+        )
     ids = _encode([e.target for e in examples], tokenizer)
     return [row if row[-1:] == [specials.eos] else [*row, specials.eos] for row in ids]
 
 
 def _encode(texts: Sequence[str], tokenizer) -> list[list[int]]:
-    return [list(ids) for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]]
+    return [
+        list(ids)
+        for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    ]
 
 
 def _cut_left(before: list[int], body: list[int], room: int) -> list[int]:
-    """``before + body`` in at most ``room`` tokens: the last ones of ``body`` go after the first ones of ``before``."""
+    """``before + body`` in at most ``room`` tokens: the last ones of ``body`` go after the first
+    ones of ``before``.
+    """
     before = before[:room]
     kept = room - len(before)
     return before + (body if len(body) <= kept else body[len(body) - kept :])
 
 
 def _lost(kept: int, before: int, cut: int) -> bool:
-    """Whether a prompt that was cut has lost its text: no more than its special tokens, or one token, is left."""
+    """Whether a prompt that was cut has lost its text: no more than its special tokens, or one
+    token, is left.
+    """
     return cut > 0 and kept <= max(before, 1)
 
 

@@ -1,12 +1,18 @@
-"""LoReFT in straightforward PyTorch: what one writes from the paper, and what reft_kernels is compared with.
+"""LoReFT in straightforward PyTorch: what one writes from the paper, and what reft_kernels is
+compared with.
 
-    y = h + R^T (W h + b - R h)    h: selected rows [N, d]; R, W: [r, d]; b: [r]          (arXiv:2404.03592, equation 2)
+    y = h + R^T (W h + b - R h)    h: selected rows [N, d]; R, W: [r, d]; b: [r]
+                                   (arXiv:2404.03592, equation 2)
 
-R is a linear layer's weight under ``torch.nn.utils.parametrizations.orthogonal``; forward hooks gather the selected
-rows, edit them and scatter them. It is kept fair: R is evaluated once for each edit (pyreft does it three times), rows
-are found once for each batch, and there is no d x d base matrix (``use_trivialization=False``). That last choice is
-also the parametrization of reft_kernels, so the two trainings can be compared step by step. It needs weight decay 0:
-decay would shrink the signs that it keeps in X's diagonal, and their truncation to integers would make R zero.
+R is a linear layer's weight under ``torch.nn.utils.parametrizations.orthogonal``; forward hooks
+gather the selected
+rows, edit them and scatter them. It is kept fair: R is evaluated once for each edit (pyreft does it
+three times), rows are found once for each batch, and there is no d x d base matrix
+(``use_trivialization=False``). That last choice is
+also the parametrization of reft_kernels, so the two trainings can be compared step by step. It
+needs weight decay 0:
+decay would shrink the signs that it keeps in X's diagonal, and their truncation to integers would
+make R zero.
 """
 
 from __future__ import annotations
@@ -27,7 +33,8 @@ def select_rows(spec: str, attention_mask: Tensor) -> Tensor:
     """Rows of ``hidden.reshape(-1, d)`` that a spec selects among the real tokens, int64 ``[N]``.
 
     Args:
-        spec: "all", "fN", "lM" or "fN+lM"; in the last, both counts are clamped to half the length, so that no row is
+        spec: "all", "fN", "lM" or "fN+lM"; in the last, both counts are clamped to half the length,
+            so that no row is
             selected twice. attention_mask: ``[B, T]``.
     """
     real = attention_mask.bool()
@@ -48,18 +55,23 @@ class TorchLoReFT(nn.Module):
     """One layer's edit, starting as the identity: W = R, b = 0.
 
     Args:
-        rotation: R at the start, ``[r, d]`` with orthonormal rows. use_trivialization: PyTorch's default, with its d x d base.
+        rotation: R at the start, ``[r, d]`` with orthonormal rows. use_trivialization: PyTorch's
+            default, with its d x d base.
     """
 
     def __init__(self, rotation: Tensor, *, use_trivialization: bool = False) -> None:
         super().__init__()
         rank, width = rotation.shape
         linear = nn.Linear(width, rank, bias=False)
-        self.rotate = orthogonal(linear, orthogonal_map="householder", use_trivialization=use_trivialization)
+        self.rotate = orthogonal(
+            linear, orthogonal_map="householder", use_trivialization=use_trivialization
+        )
         self.source = nn.Linear(width, rank)
         with torch.no_grad():
             self.rotate.weight = rotation
-            self.source.weight.copy_(self.rotate.weight)  # not rotation: the round trip through X costs an ulp
+            self.source.weight.copy_(
+                self.rotate.weight
+            )  # not rotation: the round trip through X costs an ulp
             self.source.bias.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -73,10 +85,13 @@ class HookedLoReFT(nn.Module):
 
     Args:
         model: the classifier; its head is trained besides. layers: numbers of the layers to edit.
-        rotations: R of each of them at the start, ``[L, r, d]``. positions: see :func:`select_rows`.
+        rotations: R of each of them at the start, ``[L, r, d]``. positions: see
+        :func:`select_rows`.
     """
 
-    def __init__(self, model: EncoderClassifier, layers: list[int], rotations: Tensor, positions: str) -> None:
+    def __init__(
+        self, model: EncoderClassifier, layers: list[int], rotations: Tensor, positions: str
+    ) -> None:
         super().__init__()
         self.model = model
         self.positions = positions
@@ -90,7 +105,9 @@ class HookedLoReFT(nn.Module):
         def edit_output(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple:
             hidden = output[0] if isinstance(output, tuple) else output
             flat = hidden.reshape(-1, hidden.shape[-1])
-            edited = flat.index_copy(0, self._rows, edit(flat.index_select(0, self._rows))).view_as(hidden)
+            edited = flat.index_copy(0, self._rows, edit(flat.index_select(0, self._rows))).view_as(
+                hidden
+            )
             return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
         return edit_output

@@ -1,4 +1,6 @@
-"""Token batches whose order depends on a seed and an epoch alone, so that every variant sees the same ones."""
+"""Token batches whose order depends on a seed and an epoch alone, so that every variant sees the
+same ones.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ BUCKET = 8  # batches sorted by length together: little padding, and still a ran
 
 
 class Batch(NamedTuple):
-    """``input_ids`` and ``attention_mask`` are int64 ``[B, T]``, padded on the right; ``labels`` int64 ``[B]``."""
+    """``input_ids`` and ``attention_mask`` are int64 ``[B, T]``, padded on the right; ``labels``
+    int64 ``[B]``.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -58,7 +62,9 @@ class Encoded:
         order = torch.randperm(len(self), generator=generator).tolist()
         batches = []
         for start in range(0, len(order), batch_size * BUCKET):
-            bucket = sorted(order[start : start + batch_size * BUCKET], key=lambda i: len(self.input_ids[i]))
+            bucket = sorted(
+                order[start : start + batch_size * BUCKET], key=lambda i: len(self.input_ids[i])
+            )
             batches += [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
         return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
 
@@ -68,4 +74,8 @@ def encode(tokenizer, examples: list[Example], labels: list[str], max_length: in
     number = {label: i for i, label in enumerate(labels)}
     ids = tokenizer([e.text for e in examples], truncation=True, max_length=max_length)["input_ids"]
     pad_id = tokenizer.pad_token_id
-    return Encoded([list(row) for row in ids], [number[e.label] for e in examples], 0 if pad_id is None else pad_id)
+    return Encoded(
+        [list(row) for row in ids],
+        [number[e.label] for e in examples],
+        0 if pad_id is None else pad_id,
+    )

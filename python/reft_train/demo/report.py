@@ -1,4 +1,6 @@
-"""The files that a run leaves behind: loss curves as PNG, a self-contained HTML report, the numbers as JSON."""
+"""The files that a run leaves behind: loss curves as PNG, a self-contained HTML report, the
+numbers as JSON.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def loss_curves(results: list[Result]) -> bytes:
         color, style = STYLES[result.name]
         steps = range(1, len(result.losses) + 1)
         axes.plot(steps, result.losses, color=color, alpha=0.15, linewidth=0.8)
-        axes.plot(steps, smoothed(result.losses), color=color, linestyle=style, label=TITLES[result.name])
+        axes.plot(
+            steps, smoothed(result.losses), color=color, linestyle=style, label=TITLES[result.name]
+        )
     axes.set(xlabel="step", ylabel="training loss (cross entropy)", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
@@ -38,7 +42,12 @@ def loss_curves(results: list[Result]) -> bytes:
 
 
 def render_html(
-    lines: list[tuple[str, ...]], notes: list[str], checks: list[str], dataset: Dataset, settings: Settings, png: bytes
+    lines: list[tuple[str, ...]],
+    notes: list[str],
+    checks: list[str],
+    dataset: Dataset,
+    settings: Settings,
+    png: bytes,
 ) -> str:
     """The report: everything in one file, no script and nothing to fetch."""
     train = Counter(example.label for example in dataset.train)
@@ -67,12 +76,18 @@ def write_report(
     dataset: Dataset,
     settings: Settings,
 ) -> list[Path]:
-    """Write ``loss.png``, ``report.html`` and ``results.json`` to ``folder``, each in one step; their paths."""
+    """Write ``loss.png``, ``report.html`` and ``results.json`` to ``folder``, each in one step;
+    their paths.
+    """
     png = loss_curves(results)
     numbers = {
         "settings": asdict(settings),
         "versions": versions(),
-        "data": {"description": dataset.description, "train": len(dataset.train), "held_out": len(dataset.held_out)},
+        "data": {
+            "description": dataset.description,
+            "train": len(dataset.train),
+            "held_out": len(dataset.held_out),
+        },
         "majority_accuracy": dataset.majority_accuracy,
         "results": [asdict(result) for result in results],
         "step_times": asdict(times),
@@ -80,6 +95,8 @@ def write_report(
     }
     return [
         write_bytes(folder / "loss.png", png),
-        write_text(folder / "report.html", render_html(lines, notes, checks, dataset, settings, png)),
+        write_text(
+            folder / "report.html", render_html(lines, notes, checks, dataset, settings, png)
+        ),
         write_text(folder / "results.json", json.dumps(numbers, indent=1)),
     ]

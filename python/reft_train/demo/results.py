@@ -10,7 +10,9 @@ from reft_train.memory import Peak
 
 @dataclass(frozen=True)
 class Result:
-    """One variant: trainable numbers, held-out accuracy, every step's loss, the training's seconds and memory."""
+    """One variant: trainable numbers, held-out accuracy, every step's loss, the training's
+    seconds and memory.
+    """
 
     name: str
     edit_count: int
@@ -33,7 +35,9 @@ class Result:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Median seconds of a step of the frozen reference and, by variant, of a step and of its ratio to the reference."""
+    """Median seconds of a step of the frozen reference and, by variant, of a step and of its
+    ratio to the reference.
+    """
 
     reference: float
     seconds: dict[str, float]

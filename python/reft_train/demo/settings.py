@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the demo, as ``python -m reft_train demo --help`` tells them; ``layers`` is resolved to numbers."""
+    """Settings of the demo, as ``python -m reft_train demo --help`` tells them; ``layers`` is
+    resolved to numbers.
+    """
 
     model: str
     layers: list[int]

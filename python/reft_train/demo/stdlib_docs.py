@@ -1,9 +1,11 @@
-"""Text found on every machine: the docstrings of the standard library, each labelled with the package it comes from.
+"""Text found on every machine: the docstrings of the standard library, each labelled with the
+package it comes from.
 
-Sources are parsed, never imported, so nothing runs and the text does not depend on what happens to be installed. Whole
-modules are held out: docstrings of one module resemble each other, and a split by row would let a model recognise the
-module. The packages' names (``email``, ``asyncio``) are replaced in every text by one neutral word, since the answer
-must not be written there.
+Sources are parsed, never imported, so nothing runs and the text does not depend on what happens to
+be installed. Whole
+modules are held out: docstrings of one module resemble each other, and a split by row would let a
+model recognise the module. The packages' names (``email``, ``asyncio``) are replaced in every text
+by one neutral word, since the answer must not be written there.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from reft_train.demo.datasets import Dataset, Example, deduplicate
 from reft_train.errors import UserError
 from reft_train.files import write_text
 
-# CPython's packages with at least ten documented modules, none of which holds most of the text, in 3.10 to 3.13: what is
-# learned from some of a package's modules can then tell something about the others. Some distributions lack idlelib.
+# CPython's packages with at least ten documented modules, none of which holds most of the text, in
+# 3.10 to 3.13: what is learned from some of a package's modules can then tell something about the
+# others. Some distributions lack idlelib.
 PACKAGES = ("asyncio", "email", "idlelib", "importlib", "multiprocessing", "unittest", "xml")
 MIN_WORDS = 5  # shorter ones ("Return the name.") say nothing about their package
 MAX_PER_MODULE = 150  # or one module's text would outweigh its package's others
@@ -37,7 +40,9 @@ _FORMAT = 1  # of the cache; part of its name, with what the text depends on
 
 
 def _docstrings(source: bytes) -> list[str]:
-    """Docstrings of a module, its classes and its functions, spacing made single; in the order of ``ast.walk``."""
+    """Docstrings of a module, its classes and its functions, spacing made single; in the order
+    of ``ast.walk``.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in somebody else's source
         tree = ast.parse(source)
@@ -51,7 +56,9 @@ def _mask(text: str, names: re.Pattern[str]) -> str:
 
 
 def extract(root: Path, packages: tuple[str, ...] = PACKAGES) -> list[Example]:
-    """Labelled docstrings of ``packages`` under ``root``, in a fixed order; ``source`` is the module's dotted name."""
+    """Labelled docstrings of ``packages`` under ``root``, in a fixed order; ``source`` is the
+    module's dotted name.
+    """
     names = re.compile(r"\b(?:" + "|".join(map(re.escape, packages)) + r")\b", re.IGNORECASE)
     examples = []
     for package in packages:
@@ -61,7 +68,11 @@ def extract(root: Path, packages: tuple[str, ...] = PACKAGES) -> list[Example]:
                 continue
             try:
                 texts = _docstrings(path.read_bytes())
-            except (SyntaxError, ValueError, OSError):  # a template or a damaged file: not text for us
+            except (
+                SyntaxError,
+                ValueError,
+                OSError,
+            ):  # a template or a damaged file: not text for us
                 continue
             kept = [text for text in texts if len(text.split()) >= MIN_WORDS][:MAX_PER_MODULE]
             source = ".".join(part for part in parts if part != "__init__")
@@ -72,8 +83,9 @@ def extract(root: Path, packages: tuple[str, ...] = PACKAGES) -> list[Example]:
 def held_out_modules(examples: list[Example]) -> set[str]:
     """Modules to hold out, from each package about a quarter of its text.
 
-    A package's modules are dealt, largest first, into four parts, each to the one that has least text; the part nearest to a
-    quarter is held out. Large and small modules are thus on both sides, where there are enough of them.
+    A package's modules are dealt, largest first, into four parts, each to the one that has least
+    text; the part nearest to a quarter is held out. Large and small modules are thus on both sides,
+    where there are enough of them.
     """
     held: set[str] = set()
     for label in sorted({example.label for example in examples}):
@@ -128,17 +140,23 @@ def load_stdlib(cache: Path | None = None, root: Path | None = None) -> Dataset:
         UserError: the library's sources are not there (a zipped or stripped interpreter).
     """
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
-    path = (default_cache() if cache is None else cache) / f"stdlib-docstrings-{_fingerprint(root)}.json"
+    path = (
+        default_cache() if cache is None else cache
+    ) / f"stdlib-docstrings-{_fingerprint(root)}.json"
     examples = _cached(path)
     if examples is None:
         examples = extract(root)
         with contextlib.suppress(OSError):  # without a cache the next start takes a second more
-            write_text(path, json.dumps([[e.text, e.label, e.source] for e in examples], ensure_ascii=False))
+            write_text(
+                path,
+                json.dumps([[e.text, e.label, e.source] for e in examples], ensure_ascii=False),
+            )
     examples = _usable(examples)
     labels = sorted({example.label for example in examples})
     if len(labels) < 2:
         raise UserError(
-            f"--data: got none, and the standard library in {root} has too few docstrings ({len(examples)}); "
+            f"--data: got none, and the standard library in {root} has too few docstrings "
+            f"({len(examples)}); "
             "expected its Python sources, or a file of your own"
         )
     train, held_out = split_by_module(examples)
@@ -146,8 +164,10 @@ def load_stdlib(cache: Path | None = None, root: Path | None = None) -> Dataset:
     modules = len({example.source for example in examples})
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     description = (
-        f"Docstrings of {len(labels)} packages of Python {version}'s standard library, labelled with the package: "
-        f"{len(train)} to train on and {len(held_out)} held out, from {len(held)} of {modules} modules. "
+        f"Docstrings of {len(labels)} packages of Python {version}'s standard library, labelled "
+        "with the package: "
+        f"{len(train)} to train on and {len(held_out)} held out, from {len(held)} of {modules} "
+        "modules. "
         f"No text occurs twice, and the packages' names in the texts are replaced by '{NEUTRAL}'."
     )
     return Dataset(train, held_out, labels, description)

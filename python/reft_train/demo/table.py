@@ -7,7 +7,15 @@ from reft_train.demo.results import Result, StepTimes
 from reft_train.demo.settings import Settings
 from reft_train.demo.variants import TITLES
 
-HEADER = ("", "trainable: edits", "head", "held-out accuracy", "step / frozen", "training", "peak memory")
+HEADER = (
+    "",
+    "trainable: edits",
+    "head",
+    "held-out accuracy",
+    "step / frozen",
+    "training",
+    "peak memory",
+)
 
 
 def rows(results: list[Result], times: StepTimes, dataset: Dataset) -> list[tuple[str, ...]]:
@@ -32,11 +40,15 @@ def rows(results: list[Result], times: StepTimes, dataset: Dataset) -> list[tupl
 def notes(results: list[Result], times: StepTimes, settings: Settings) -> list[str]:
     """What the columns mean: how each was measured."""
     return [
-        "step / frozen: a training step (forward, backward, optimizer) over the frozen model's own forward and "
-        f"input-gradient backward with the same head ({times.reference * 1e3:.0f} ms); medians of {times.rounds} "
-        f"interleaved rounds on {settings.device}, {settings.threads} CPU threads. With no edit no gradient enters the "
+        "step / frozen: a training step (forward, backward, optimizer) over the frozen model's "
+        "own forward and "
+        f"input-gradient backward with the same head ({times.reference * 1e3:.0f} ms); medians of "
+        f"{times.rounds} "
+        f"interleaved rounds on {settings.device}, {settings.threads} CPU threads. With no edit "
+        "no gradient enters the "
         "encoder; with them it stops at the first edited layer.",
-        f"peak memory: {results[0].memory.method}; in brackets, what training added to the loaded model.",
+        f"peak memory: {results[0].memory.method}; in brackets, what training added to the loaded "
+        "model.",
     ]
 
 

@@ -1,4 +1,6 @@
-"""Time per step of each variant over the frozen model's own: interleaved in one process, compared batch by batch."""
+"""Time per step of each variant over the frozen model's own: interleaved in one process,
+compared batch by batch.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,12 @@ WARMUP_ROUNDS = 3
 
 
 def _require_input_gradient(model: nn.Module) -> None:
-    """Let the embedding's output want a gradient, so that the backward runs through every frozen layer."""
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+    """Let the embedding's output want a gradient, so that the backward runs through every frozen
+    layer.
+    """
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.requires_grad_(True)
+    )
 
 
 def _stepper(variant: Variant, settings: Settings) -> Callable[[Batch], None]:
@@ -40,10 +46,12 @@ def _stepper(variant: Variant, settings: Settings) -> Callable[[Batch], None]:
 
 
 def measure(settings: Settings, data: Encoded, num_labels: int) -> StepTimes:
-    """Time training steps of all variants and of the reference: the frozen model's forward and input-gradient backward.
+    """Time training steps of all variants and of the reference: the frozen model's forward and
+    input-gradient backward.
 
-    The reference trains the same head. In each round every one of them takes a step on the same batch, in an order that
-    rotates; a ratio is the median over rounds of a variant's time over the reference's in the same round.
+    The reference trains the same head. In each round every one of them takes a step on the same
+    batch, in an order that rotates; a ratio is the median over rounds of a variant's time over the
+    reference's in the same round.
     """
     device = torch.device(settings.device)
     torch.set_num_threads(settings.threads)
@@ -64,7 +72,9 @@ def measure(settings: Settings, data: Encoded, num_labels: int) -> StepTimes:
                     times[name].append(elapsed)
             progress.update()
     ratios = {
-        name: statistics.median(own / base for own, base in zip(times[name], times[REFERENCE], strict=True))
+        name: statistics.median(
+            own / base for own, base in zip(times[name], times[REFERENCE], strict=True)
+        )
         for name in VARIANTS
     }
     seconds = {name: statistics.median(times[name]) for name in VARIANTS}

@@ -51,7 +51,9 @@ def train(variant: Variant, data: Encoded, settings: Settings) -> Trained:
         for epoch in range(settings.epochs):
             for indices in data.shuffled(settings.batch_size, settings.seed, epoch):
                 batch = data.collate(indices).to(device)
-                logits = variant.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+                logits = variant.model(
+                    input_ids=batch.input_ids, attention_mask=batch.attention_mask
+                )
                 loss = F.cross_entropy(logits, batch.labels)
                 optimizer.zero_grad()
                 loss.backward()
@@ -59,8 +61,12 @@ def train(variant: Variant, data: Encoded, settings: Settings) -> Trained:
                 scheduler.step()
                 losses.append(loss.item())
                 if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(f"{TITLES[variant.name]}: the loss is {losses[-1]} at step {len(losses)}")
-                progress.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False)
+                    raise FloatingPointError(
+                        f"{TITLES[variant.name]}: the loss is {losses[-1]} at step {len(losses)}"
+                    )
+                progress.set_postfix(
+                    loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False
+                )
                 progress.update()
     return Trained(losses, time.perf_counter() - started)
 

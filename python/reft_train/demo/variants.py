@@ -1,4 +1,6 @@
-"""The three things that are trained, from one start: the same head, and the same R, W = R and b = 0 in the edits."""
+"""The three things that are trained, from one start: the same head, and the same R, W = R and b
+= 0 in the edits.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ TITLES = {
 
 @dataclass
 class Variant:
-    """A model (token ids and mask in, logits out) and its trainable parameters: the edits' and the head's."""
+    """A model (token ids and mask in, logits out) and its trainable parameters: the edits' and
+    the head's.
+    """
 
     name: str
     model: nn.Module
@@ -32,7 +36,9 @@ class Variant:
     head: list[nn.Parameter]
 
     def groups(self, settings: Settings) -> list[dict]:
-        """Parameter groups for an optimizer. No decay: it would damage the plain baseline's R (see its module)."""
+        """Parameter groups for an optimizer. No decay: it would damage the plain baseline's R
+        (see its module).
+        """
         groups = [{"params": self.head, "lr": settings.head_lr}]
         if self.edits:
             groups.append({"params": self.edits, "lr": settings.lr})
@@ -52,7 +58,9 @@ class Variant:
 def starting_rotations(settings: Settings, width: int) -> Tensor:
     """R of each edited layer at the start, ``[L, r, d]`` fp32, a function of the seed."""
     generator = torch.Generator().manual_seed(settings.seed)
-    gaussian = torch.randn(len(settings.layers), width, settings.rank, dtype=torch.float64, generator=generator)
+    gaussian = torch.randn(
+        len(settings.layers), width, settings.rank, dtype=torch.float64, generator=generator
+    )
     return torch.linalg.qr(gaussian).Q.mT.to(torch.float32).contiguous()
 
 
@@ -83,7 +91,9 @@ def add_reft(model: EncoderClassifier, settings: Settings, rotations: Tensor) ->
     )
     peft_model = get_peft_model(model, config)
     (stack,) = (module for module in peft_model.modules() if isinstance(module, Intervention))
-    with torch.no_grad():  # another orthonormal R, still the identity: the baseline starts from the same one
+    with (
+        torch.no_grad()
+    ):  # another orthonormal R, still the identity: the baseline starts from the same one
         stack.set_R(rotations)
         stack.W.copy_(stack.R)
     return peft_model
@@ -109,7 +119,9 @@ def build(name: str, settings: Settings, num_labels: int) -> Variant:
     elif name != FROZEN:
         raise ValueError(f"name: got {name!r}, expected one of {', '.join(VARIANTS)}")
     model.to(settings.device)
-    named = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
+    named = [
+        (path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     head = [parameter for path, parameter in named if f"{HEAD}." in path]
     edits = [parameter for path, parameter in named if f"{HEAD}." not in path]
     return Variant(name, model, edits, head)

@@ -1,4 +1,6 @@
-"""One variant in a process of its own, so that its peak memory is its own: ``python -m reft_train.demo.worker PLAN``."""
+"""One variant in a process of its own, so that its peak memory is its own: ``python -m
+reft_train.demo.worker PLAN``.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,15 @@ RESULT, LOGITS, ADAPTER, DATA = "result.json", "logits.safetensors", "adapter", 
 
 
 def run_variant(name: str, settings: Settings, dataset: Dataset, folder: Path) -> Result:
-    """Train a variant, answer the held-out examples once, and write result, logits and reft_kernels' adapter."""
+    """Train a variant, answer the held-out examples once, and write result, logits and
+    reft_kernels' adapter.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(settings.threads)
     tokenizer = load_tokenizer(Path(settings.model))
     train_data, held_out = (
-        encode(tokenizer, part, dataset.labels, settings.max_length) for part in (dataset.train, dataset.held_out)
+        encode(tokenizer, part, dataset.labels, settings.max_length)
+        for part in (dataset.train, dataset.held_out)
     )
     variant = build(name, settings, len(dataset.labels))
     meter = PeakMeter(torch.device(settings.device))
@@ -44,7 +49,9 @@ def run_variant(name: str, settings: Settings, dataset: Dataset, folder: Path) -
         variant.model.save_pretrained(str(folder / ADAPTER))
         write_text(folder / ADAPTER / "labels.json", json.dumps(dataset.labels, ensure_ascii=False))
     right = accuracy(logits, held_out)
-    result = Result(name, variant.edit_count, variant.head_count, right, trained.losses, trained.seconds, memory)
+    result = Result(
+        name, variant.edit_count, variant.head_count, right, trained.losses, trained.seconds, memory
+    )
     write_text(folder / RESULT, result.to_json())
     return result
 
@@ -60,7 +67,9 @@ def run_isolated(name: str, settings: Settings, dataset: Dataset, folder: Path) 
     plan = {"name": name, "settings": asdict(settings), "folder": str(folder)}
     write_text(folder / "plan.json", json.dumps(plan))
     command = [sys.executable, "-m", "reft_train.demo.worker", str(folder / "plan.json")]
-    code = subprocess.run(command, env={**environment(), "HF_HUB_OFFLINE": "1"}, check=False).returncode
+    code = subprocess.run(
+        command, env={**environment(), "HF_HUB_OFFLINE": "1"}, check=False
+    ).returncode
     if code:
         raise RuntimeError(f"{TITLES[name]}: its process ended with exit code {code}")
     return Result.from_json((folder / RESULT).read_text(encoding="utf-8"))

@@ -1,1 +1,3 @@
-"""``doctor``: what is installed, whether a model and its settings fit this machine, and a trial of a few steps."""
+"""``doctor``: what is installed, whether a model and its settings fit this machine, and a trial
+of a few steps.
+"""

@@ -28,7 +28,11 @@ def add_parser(subparsers) -> None:
     summary = "check the installation, the memory that a model needs, and a few training steps"
     command = subparsers.add_parser("doctor", help=summary, description=DESCRIPTION)
     command.add_argument(
-        "--trial-steps", type=arguments.count(0), default=10, metavar="N", help="timed steps; 0: no trial (default: 10)"
+        "--trial-steps",
+        type=arguments.count(0),
+        default=10,
+        metavar="N",
+        help="timed steps; 0: no trial (default: 10)",
     )
     command.add_argument("--json", metavar="FILE", help="write everything to a file too")
     add_settings(command)
@@ -65,7 +69,9 @@ def _config(parsed: argparse.Namespace) -> RunConfig | None:
         stray = [name for name in given(parsed) if name != "task"]
         if stray or "task" in parsed:
             name = (stray or ["task"])[0].replace("_", "-")
-            raise UserError(f"--model: got none with --{name}, expected a model's folder or hub name")
+            raise UserError(
+                f"--model: got none with --{name}, expected a model's folder or hub name"
+            )
         return None
     return settings(parsed)
 
@@ -105,7 +111,9 @@ def _examine(config: RunConfig, steps: int, found: dict[str, Any]) -> int:
     return _try(config, task, steps, length, needed, found) if steps else 0
 
 
-def _try(config: RunConfig, task: Task, steps: int, length: int, needed: Any, found: dict[str, Any]) -> int:
+def _try(
+    config: RunConfig, task: Task, steps: int, length: int, needed: Any, found: dict[str, Any]
+) -> int:
     from dataclasses import asdict
 
     from reft_train.doctor.text import trial_lines

@@ -1,4 +1,6 @@
-"""What is installed, which devices there are, and which backend of reft_kernels serves which operator."""
+"""What is installed, which devices there are, and which backend of reft_kernels serves which
+operator.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,11 @@ NEEDED_FOR = {
 
 
 def environment() -> dict[str, Any]:
-    """Plain values: ``python``, ``platform``, ``packages``, ``devices``, ``threads``, ``instruction_set`` and ``backends``.
+    """Plain values: ``python``, ``platform``, ``packages``, ``devices``, ``threads``,
+    ``instruction_set`` and ``backends``.
 
-    ``backends`` has for each kind of device the backend that serves each operator and dtype, and why others are off.
+    ``backends`` has for each kind of device the backend that serves each operator and dtype, and
+    why others are off.
     """
     import torch
 
@@ -46,7 +50,10 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": cpu.instruction_set(),
-        "backends": {device: {"serving": env.serving(device), "off": env.unable(device)} for device, _ in devices},
+        "backends": {
+            device: {"serving": env.serving(device), "off": env.unable(device)}
+            for device, _ in devices
+        },
     }
 
 
@@ -56,6 +63,12 @@ def environment_lines(found: dict[str, Any]) -> list[str]:
 
     lines = [f"reft_kernels {found['reft_kernels']}, Python {found['python']}, {found['platform']}"]
     for name, version in found["packages"].items():
-        lines.append(f"  {name:<14}" + (f"{version}, needed for {NEEDED_FOR[name]}" if version == MISSING else version))
-    lines.append(f"  CPU: {found['cores']} cores, {found['threads']} threads, instruction set {found['instruction_set']}")
+        lines.append(
+            f"  {name:<14}"
+            + (f"{version}, needed for {NEEDED_FOR[name]}" if version == MISSING else version)
+        )
+    lines.append(
+        f"  CPU: {found['cores']} cores, {found['threads']} threads, instruction set "
+        f"{found['instruction_set']}"
+    )
     return lines + env.backend_lines()

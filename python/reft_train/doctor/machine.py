@@ -9,7 +9,10 @@ from reft_train.proc import MEMINFO, sizes
 
 _GROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
 )
 
 
@@ -38,7 +41,9 @@ def _cpu() -> Memory | None:
     for limit_path, used_path in _GROUPS:
         limit, used = _number(limit_path), _number(used_path)
         if limit is not None and used is not None and limit < memory.total:
-            return Memory(min(memory.free, max(0, limit - used)), limit, "the control group's limit")
+            return Memory(
+                min(memory.free, max(0, limit - used)), limit, "the control group's limit"
+            )
     return memory
 
 
@@ -54,4 +59,8 @@ def memory_of(device: str, spread: bool = False) -> Memory | None:
 
     numbers = range(torch.cuda.device_count()) if spread else [torch.cuda.current_device()]
     pairs = [torch.cuda.mem_get_info(number) for number in numbers]
-    return Memory(sum(free for free, _ in pairs), sum(total for _, total in pairs), f"CUDA, {len(pairs)} device(s)")
+    return Memory(
+        sum(free for free, _ in pairs),
+        sum(total for _, total in pairs),
+        f"CUDA, {len(pairs)} device(s)",
+    )

@@ -1,4 +1,6 @@
-"""The model and what is trained on it, without their weights: built from the configuration on PyTorch's meta device."""
+"""The model and what is trained on it, without their weights: built from the configuration on
+PyTorch's meta device.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from reft_train.tasks.base import Task
 
 @dataclass(frozen=True)
 class Widths:
-    """Numbers that a layer keeps for each token, and those of them that RMSNorm keeps in fp32; its linears' weights."""
+    """Numbers that a layer keeps for each token, and those of them that RMSNorm keeps in fp32;
+    its linears' weights.
+    """
 
     kept: int
     normed: int
@@ -29,10 +33,14 @@ class Skeleton:
     """A model without weights.
 
     Attributes:
-        adapted: the model with the method's parameters. kind: how it is used, as in :class:`reft_train.models.Loaded`.
-        base_numbers, base_bytes: of its parameters, and of these and buffers, before anything was added.
-        widths: of each layer, in a list for each of the model's stacks (encoder, decoder), before the method changed them.
-        hidden, vocabulary, heads, longest: of the configuration; ``longest`` None where it has no limit of tokens.
+        adapted: the model with the method's parameters. kind: how it is used, as in
+            :class:`reft_train.models.Loaded`.
+        base_numbers, base_bytes: of its parameters, and of these and buffers, before anything was
+            added.
+        widths: of each layer, in a list for each of the model's stacks (encoder, decoder), before
+            the method changed them.
+        hidden, vocabulary, heads, longest: of the configuration; ``longest`` None where it has no
+            limit of tokens.
         eager: attention is computed as written, scores kept.
     """
 
@@ -106,19 +114,27 @@ def _empty(config: RunConfig, hf_config: Any, kind: str, task: Task) -> nn.Modul
         with torch.device("meta"):
             model = getattr(transformers, models.class_of(config, kind))
             model = model.from_config(hf_config, dtype=models.weight_dtype(config), **options)
-            return MeanPooledClassifier(model, hf_config.num_labels, config.seed) if config.pooling == "mean" else model
+            return (
+                MeanPooledClassifier(model, hf_config.num_labels, config.seed)
+                if config.pooling == "mean"
+                else model
+            )
     except (ValueError, KeyError, ImportError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"model: got {config.model!r}, which cannot be built ({reason[:300]})") from None
+        raise UserError(
+            f"model: got {config.model!r}, which cannot be built ({reason[:300]})"
+        ) from None
 
 
 def build(config: RunConfig, task: Task) -> Skeleton:
     """The model of the settings and the method's parameters on it, from ``config.json`` alone.
 
-    A classification head is taken to be new; where a checkpoint lacks other modules too, they are trained besides.
+    A classification head is taken to be new; where a checkpoint lacks other modules too, they are
+    trained besides.
 
     Raises:
-        UserError: no such model, one that does not serve the task, or layers or components that it does not have.
+        UserError: no such model, one that does not serve the task, or layers or components that it
+            does not have.
     """
     hf_config = models.model_config(config)
     kind = models.kind_of(config, hf_config, task)
@@ -126,8 +142,15 @@ def build(config: RunConfig, task: Task) -> Skeleton:
     base = [*model.parameters(), *model.buffers()]
     text = hf_config.get_text_config() if hasattr(hf_config, "get_text_config") else hf_config
     widths = [[_widths(block) for block in blocks] for blocks in _block_lists(model)]
-    heads = [name for name in models.HEADS if hasattr(model, name)] if kind == models.CLASSIFICATION else []
-    numbers, size = sum(p.numel() for p in model.parameters()), sum(t.numel() * t.element_size() for t in base)
+    heads = (
+        [name for name in models.HEADS if hasattr(model, name)]
+        if kind == models.CLASSIFICATION
+        else []
+    )
+    numbers, size = (
+        sum(p.numel() for p in model.parameters()),
+        sum(t.numel() * t.element_size() for t in base),
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of initialisations that do nothing without memory
         adapted = methods.adapt(config, models.Loaded(model, None, kind, heads))

@@ -1,4 +1,6 @@
-"""A few real training steps on random tokens: time, memory, and whether the numbers stay finite and R orthonormal."""
+"""A few real training steps on random tokens: time, memory, and whether the numbers stay finite
+and R orthonormal.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +32,13 @@ class Trial:
     """What the steps gave; ``failure`` says in a line why they stopped, None when all is well.
 
     Attributes:
-        steps: timed training steps. length: tokens of an example. step_seconds, frozen_seconds: medians; the frozen model's
-            is of its own forward and backward on the same batch. ratio: median over steps of one over the other.
+        steps: timed training steps. length: tokens of an example. step_seconds, frozen_seconds:
+            medians; the frozen model's
+            is of its own forward and backward on the same batch. ratio: median over steps of one
+                over the other.
         peak: of the first steps, with the weights there already. losses: of all training steps.
-        orthonormality: max |R R^T - I| after the last one; None where there is no R. left_out: settings that a trial ignores.
+        orthonormality: max |R R^T - I| after the last one; None where there is no R. left_out:
+        settings that a trial ignores.
     """
 
     steps: int
@@ -52,11 +57,17 @@ class Trial:
 def _autocast(config: RunConfig, device: torch.device) -> contextlib.AbstractContextManager:
     if config.mixed_precision == "no":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision])
+    return torch.autocast(
+        device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[config.mixed_precision]
+    )
 
 
-def random_batch(config: RunConfig, kind: str, model_config: Any, length: int, generator: torch.Generator) -> dict[str, Any]:
-    """Random tokens without padding; a causal model learns the second half of them, an encoder a random class."""
+def random_batch(
+    config: RunConfig, kind: str, model_config: Any, length: int, generator: torch.Generator
+) -> dict[str, Any]:
+    """Random tokens without padding; a causal model learns the second half of them, an encoder a
+    random class.
+    """
     size, vocabulary = (config.batch_size, length), model_config.get_text_config().vocab_size
     tokens = torch.randint(vocabulary, size, generator=generator)
     if kind == models.CAUSAL:
@@ -72,7 +83,9 @@ def random_batch(config: RunConfig, kind: str, model_config: Any, length: int, g
 
 
 class _Steps:
-    """The model with its optimizer: a training step, and the frozen model's own forward and backward."""
+    """The model with its optimizer: a training step, and the frozen model's own forward and
+    backward.
+    """
 
     def __init__(self, config: RunConfig, task: Task, device: torch.device) -> None:
         loaded = models.load(config, task)
@@ -85,11 +98,15 @@ class _Steps:
         loaded.model.config.use_cache = False  # as Trainer has it
         if config.gradient_checkpointing:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # the new name is not there in transformers 4
+                warnings.simplefilter(
+                    "ignore", FutureWarning
+                )  # the new name is not there in transformers 4
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=config.lr, weight_decay=config.weight_decay
+        )
         self._wants_gradient = False
         embeddings = self.model.get_base_model().get_input_embeddings()
         embeddings.register_forward_hook(lambda module, inputs, output: self._leaf(output))
@@ -135,9 +152,11 @@ def _seconds(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]
 
 
 def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> Trial:
-    """Load, adapt and train for :data:`MEMORY_STEPS` steps under the memory meter and ``steps`` timed ones.
+    """Load, adapt and train for :data:`MEMORY_STEPS` steps under the memory meter and ``steps``
+    timed ones.
 
-    Each timed step has the frozen model's forward and backward on the same batch beside it, first or second by turns.
+    Each timed step has the frozen model's forward and backward on the same batch beside it, first
+    or second by turns.
 
     Raises:
         UserError: a model that cannot be loaded, or settings that it does not take.
@@ -151,14 +170,22 @@ def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> Trial:
         return _measured(config, task, steps, length, left_out)
     except UserError:  # bad input, not a failed step
         raise
-    except (RuntimeError, ValueError, TypeError, NotImplementedError, torch.OutOfMemoryError) as error:
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        NotImplementedError,
+        torch.OutOfMemoryError,
+    ) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return Trial(steps, length, left_out=left_out, failure=reason)
     finally:
         torch.set_num_threads(threads)
 
 
-def _measured(config: RunConfig, task: Task, steps: int, length: int, left_out: tuple[str, ...]) -> Trial:
+def _measured(
+    config: RunConfig, task: Task, steps: int, length: int, left_out: tuple[str, ...]
+) -> Trial:
     device = torch.device(models.pick_device(config))
     stepper = _Steps(config, task, device)
     generator = torch.Generator().manual_seed(config.seed)
@@ -168,7 +195,9 @@ def _measured(config: RunConfig, task: Task, steps: int, length: int, left_out: 
         made = random_batch(config, stepper.kind, base_config, length, generator)
         return {name: value.to(device) for name, value in made.items()}
 
-    short = random_batch(replace(config, batch_size=1), stepper.kind, base_config, min(length, 16), generator)
+    short = random_batch(
+        replace(config, batch_size=1), stepper.kind, base_config, min(length, 16), generator
+    )
     # libraries take memory of their own at first use
     stepper.frozen({name: value.to(device) for name, value in short.items()})
     meter = PeakMeter(device)

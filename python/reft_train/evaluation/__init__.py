@@ -1,1 +1,3 @@
-"""Scores of a model on test sets: answers generated or classes predicted, the task's rule applied, tables written."""
+"""Scores of a model on test sets: answers generated or classes predicted, the task's rule
+applied, tables written.
+"""

@@ -1,4 +1,6 @@
-"""A model run over many inputs without training: batches of similar length, shared out among processes, results in order."""
+"""A model run over many inputs without training: batches of similar length, shared out among
+processes, results in order.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ Result = TypeVar("Result")
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; each module's own mode comes back at the end.
 
-    Not inference mode: what a model keeps from one call to the next (rotary tables, say) must still serve training.
+    Not inference mode: what a model keeps from one call to the next (rotary tables, say) must still
+    serve training.
     """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -39,12 +42,15 @@ def run_batches(
     title: str,
     progress: bool = True,
 ) -> list[Result]:
-    """``forward`` over all inputs, in batches of neighbours by length, the longest first so that memory fails early.
+    """``forward`` over all inputs, in batches of neighbours by length, the longest first so that
+    memory fails early.
 
-    Under torch.distributed each process takes every n-th input, the same number of batches each, and all get all results.
+    Under torch.distributed each process takes every n-th input, the same number of batches each,
+    and all get all results.
 
     Args:
-        lengths: tokens of each input. forward: numbers of a batch's inputs in, one result for each out.
+        lengths: tokens of each input. forward: numbers of a batch's inputs in, one result for each
+            out.
 
     Returns:
         A result for each input, in the order of ``lengths``.
@@ -67,7 +73,8 @@ def run_batches(
             except torch.OutOfMemoryError:
                 longest = max(lengths[index] for index in batch)
                 raise UserError(
-                    f"eval_batch_size: got {batch_size}, which does not fit the GPU's memory with {longest} tokens a row, "
+                    f"eval_batch_size: got {batch_size}, which does not fit the GPU's memory with "
+                    f"{longest} tokens a row, "
                     "expected less"
                 ) from None
             found.update(zip(batch, results, strict=True))

@@ -20,9 +20,27 @@ if TYPE_CHECKING:
     from reft_train.tasks.base import Task
 
 SETTINGS = (
-    "model", "task", "data", "test", "test_rows", "max_length", "eval_batch_size", "max_new_tokens", "temperature", "top_p",
-    "num_beams", "seed", "architecture", "dtype", "quantization", "device", "device_map", "attention", "liger", "threads",
-)  # fmt: skip
+    "model",
+    "task",
+    "data",
+    "test",
+    "test_rows",
+    "max_length",
+    "eval_batch_size",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "num_beams",
+    "seed",
+    "architecture",
+    "dtype",
+    "quantization",
+    "device",
+    "device_map",
+    "attention",
+    "liger",
+    "threads",
+)
 CONFIG, ADAPTER, FROZEN = "config.yaml", "adapter", "none"
 DESCRIPTION = """Score an adapter on test sets: generate answers or predict classes, apply the task's rule, print a table with
 the average over sets. Writes scores.json, predictions/<set>.jsonl and, for instruct, alpaca_eval/<set>.json."""
@@ -30,7 +48,9 @@ the average over sets. Writes scores.json, predictions/<set>.jsonl and, for inst
 
 def add_parser(subparsers) -> None:
     """Add the command and its flags."""
-    command = subparsers.add_parser("eval", help="score a run, an adapter or a frozen model", description=DESCRIPTION)
+    command = subparsers.add_parser(
+        "eval", help="score a run, an adapter or a frozen model", description=DESCRIPTION
+    )
     text = "a run's output folder: settings and adapter are taken from there, other flags win"
     command.add_argument("--run", dest="run_folder", metavar="FOLDER", help=text)
     text = "adapter to score; none: the frozen model itself (default: that of --run)"
@@ -65,7 +85,9 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _check_run_model(parsed: argparse.Namespace, config: RunConfig) -> None:
-    """Refuse a run's model that is gone, or another one in its place; the frozen model alone may be any."""
+    """Refuse a run's model that is gone, or another one in its place; the frozen model alone may
+    be any.
+    """
     if parsed.run_folder is None:
         return
     from reft_train.methods import check_run_base
@@ -88,7 +110,10 @@ def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
     if parsed.run_folder is not None:
         path = Path(parsed.run_folder) / CONFIG
         if not path.is_file():
-            raise UserError(f"--run: got {parsed.run_folder}, without a {CONFIG}, expected a run's output folder")
+            raise UserError(
+                f"--run: got {parsed.run_folder}, without a {CONFIG}, expected a run's output "
+                "folder"
+            )
         layers.append(read_yaml(path))
     if parsed.config is not None:
         layers.append(read_yaml(parsed.config))
@@ -96,7 +121,9 @@ def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
     merged: dict[str, Any] = {}
     for layer in layers:
         if "data" in layer and "test" not in layer:
-            merged.pop("test", None)  # test files of the run would win over the folder that is asked for now
+            merged.pop(
+                "test", None
+            )  # test files of the run would win over the folder that is asked for now
         merged.update(layer)
     if not merged.get("model"):
         raise UserError("--model: got none, expected a model's folder or hub name, or --run FOLDER")
@@ -112,11 +139,17 @@ def resolve_adapter(parsed: argparse.Namespace) -> Path | None:
     if parsed.adapter == FROZEN:
         return None
     if parsed.adapter is None and parsed.run_folder is None:
-        raise UserError("--adapter: got nothing, expected an adapter's folder, none for the frozen model, or --run FOLDER")
+        raise UserError(
+            "--adapter: got nothing, expected an adapter's folder, none for the frozen model, or "
+            "--run FOLDER"
+        )
     folder = Path(parsed.run_folder) / ADAPTER if parsed.adapter is None else Path(parsed.adapter)
     if not (folder / "adapter_config.json").is_file():
         name = "--run" if parsed.adapter is None else "--adapter"
-        raise UserError(f"{name}: got {folder}, without an adapter_config.json, expected an adapter that a run saved")
+        raise UserError(
+            f"{name}: got {folder}, without an adapter_config.json, expected an adapter that a "
+            "run saved"
+        )
     return folder
 
 
@@ -155,7 +188,9 @@ def load_scored(config: RunConfig, task: Task, adapter: Path | None) -> Loaded:
     return loaded
 
 
-def _score(config: RunConfig, task: Task, sets: dict[str, list], adapter: Path | None, out: Path) -> int:
+def _score(
+    config: RunConfig, task: Task, sets: dict[str, list], adapter: Path | None, out: Path
+) -> int:
     import torch
     from accelerate import PartialState
 
@@ -170,12 +205,20 @@ def _score(config: RunConfig, task: Task, sets: dict[str, list], adapter: Path |
     if not PartialState().is_main_process:
         return 0
     about = {
-        "model": config.model, "adapter": None if adapter is None else str(adapter), "task": task.name,
-        "settings": {name: getattr(config, name) for name in SETTINGS if name not in ("model", "task")},
-    }  # fmt: skip
+        "model": config.model,
+        "adapter": None if adapter is None else str(adapter),
+        "task": task.name,
+        "settings": {
+            name: getattr(config, name) for name in SETTINGS if name not in ("model", "task")
+        },
+    }
     write_predictions(out, scores)
     if not task.metrics:
-        write_alpaca_eval(out, scores, Path(config.model).name if adapter is None else f"{Path(config.model).name}-reft")
+        write_alpaca_eval(
+            out,
+            scores,
+            Path(config.model).name if adapter is None else f"{Path(config.model).name}-reft",
+        )
         print("not scored here: the answers in alpaca_eval go to its judge", file=sys.stderr)
     write_scores(out, scores, about)
     print(render(scores))

@@ -1,4 +1,6 @@
-"""Answers to prompts: batched generation that gives each prompt the same answer whatever stands beside it in the batch."""
+"""Answers to prompts: batched generation that gives each prompt the same answer whatever stands
+beside it in the batch.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ class Decode:
     """How answers are generated.
 
     Attributes:
-        max_new_tokens: of an answer. max_total_tokens: of prompt and answer together; None for no limit.
-        temperature: 0 decodes greedily (or by beams); above, tokens are drawn. top_p: nucleus that is drawn from.
+        max_new_tokens: of an answer. max_total_tokens: of prompt and answer together; None for no
+            limit.
+        temperature: 0 decodes greedily (or by beams); above, tokens are drawn. top_p: nucleus that
+            is drawn from.
         num_beams: beams. seed: of the draws.
     """
 
@@ -55,31 +59,55 @@ class Decode:
     def answer_room(self, prompt: int) -> int:
         """Tokens that the answer to a prompt of so many tokens can have."""
         room = self.max_new_tokens
-        return room if self.max_total_tokens is None else max(0, min(room, self.max_total_tokens - prompt))
+        return (
+            room
+            if self.max_total_tokens is None
+            else max(0, min(room, self.max_total_tokens - prompt))
+        )
 
     def prompt_room(self, max_length: int) -> int:
-        """Tokens of a prompt: ``max_length``, or less, where the answer (or half of all tokens) would not fit beside it."""
+        """Tokens of a prompt: ``max_length``, or less, where the answer (or half of all tokens)
+        would not fit beside it.
+        """
         total = self.max_total_tokens
-        return max_length if total is None else min(max_length, total - min(self.max_new_tokens, total // 2))
+        return (
+            max_length
+            if total is None
+            else min(max_length, total - min(self.max_new_tokens, total // 2))
+        )
 
 
 def context_window(model: Any, kind: str) -> int | None:
-    """Tokens of prompt and answer that a causal model can hold, a trained prefix taken off; None where nothing says."""
+    """Tokens of prompt and answer that a causal model can hold, a trained prefix taken off; None
+    where nothing says.
+    """
     if kind != CAUSAL:
         return None
     config = _base(model).config.get_text_config()
-    window = next((size for name in ("max_position_embeddings", "n_positions") if (size := getattr(config, name, None))), None)
+    window = next(
+        (
+            size
+            for name in ("max_position_embeddings", "n_positions")
+            if (size := getattr(config, name, None))
+        ),
+        None,
+    )
     prefix = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     return None if window is None else max(2, window - prefix)
 
 
-def encode_prompts(prompts: Sequence[str], tokenizer: Any, kind: str, decode: Decode, max_length: int) -> list[list[int]]:
-    """The prompts' tokens as in training, cut from the left where they are longer than ``max_length`` or leave no room.
+def encode_prompts(
+    prompts: Sequence[str], tokenizer: Any, kind: str, decode: Decode, max_length: int
+) -> list[list[int]]:
+    """The prompts' tokens as in training, cut from the left where they are longer than
+    ``max_length`` or leave no room.
 
     Raises:
         UserError: an empty prompt.
     """
-    return prompt_ids(prompts, tokenizer, decode.prompt_room(max_length) if kind == CAUSAL else max_length, kind)
+    return prompt_ids(
+        prompts, tokenizer, decode.prompt_room(max_length) if kind == CAUSAL else max_length, kind
+    )
 
 
 def generate(
@@ -94,9 +122,9 @@ def generate(
 ) -> list[str]:
     """The model's answers, in the order of the prompts.
 
-    Prompts of a causal model are padded on the left, those of an encoder on the right. Greedy answers do not depend on the
-    batch; drawn ones are the same again with the same seed and batch size. Only what is generated is decoded, up to the end
-    token and without special tokens.
+    Prompts of a causal model are padded on the left, those of an encoder on the right. Greedy
+    answers do not depend on the batch; drawn ones are the same again with the same seed and batch
+    size. Only what is generated is decoded, up to the end token and without special tokens.
 
     Args:
         model: a transformers model or a PeftModel. kind: "causal" or "seq2seq". prompts: token ids.
@@ -114,18 +142,26 @@ def generate(
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         _base(model).generation_config.max_new_tokens = max(1, *rooms)
         output = model.generate(**inputs, synced_gpus=wait).cpu()
-        start = inputs["input_ids"].shape[1] if kind == CAUSAL else 1  # a decoder starts from a token of its own
+        start = (
+            inputs["input_ids"].shape[1] if kind == CAUSAL else 1
+        )  # a decoder starts from a token of its own
         rows = output[:, start:].tolist()
         return [_text(row[:room], ends, tokenizer) for row, room in zip(rows, rooms, strict=True)]
 
     lengths = [len(prompt) for prompt in prompts]
-    with evaluating(model), _decoding_by(model, tokenizer, decode, ends), _seeded(model, decode.seed):
+    with (
+        evaluating(model),
+        _decoding_by(model, tokenizer, decode, ends),
+        _seeded(model, decode.seed),
+    ):
         return run_batches(lengths, batch_size, forward, title, progress)
 
 
 def _text(tokens: list[int], ends: list[int], tokenizer: Any) -> str:
     end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return tokenizer.decode(
+        tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
 
 
 def _base(model: Any) -> Any:
@@ -133,7 +169,9 @@ def _base(model: Any) -> Any:
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, which training teaches, and the model's own."""
+    """The tokens that end an answer: the tokenizer's, which training teaches, and the model's
+    own.
+    """
     own = getattr(_base(model).generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
     return [token for token in dict.fromkeys([tokenizer.eos_token_id, *own]) if token is not None]
@@ -141,12 +179,19 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 @contextmanager
 def _decoding_by(model: Any, tokenizer: Any, decode: Decode, ends: list[int]) -> Iterator[None]:
-    """Replace the model's own habits (a repetition penalty, a temperature) by these settings for a while."""
+    """Replace the model's own habits (a repetition penalty, a temperature) by these settings for
+    a while.
+    """
     from transformers import GenerationConfig
 
     base = _base(model)
     before = base.generation_config
-    draws = {"do_sample": True, "temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}
+    draws = {
+        "do_sample": True,
+        "temperature": decode.temperature,
+        "top_p": decode.top_p,
+        "top_k": 0,
+    }
     base.generation_config = GenerationConfig(
         num_beams=decode.num_beams,
         use_cache=True,
@@ -172,5 +217,7 @@ def _seeded(model: Any, seed: int) -> Iterator[None]:
 
 
 def _is_sharded(model: Any) -> bool:
-    """Whether every process has to take part in each forward: FSDP or DeepSpeed ZeRO-3 hold parts of the weights."""
+    """Whether every process has to take part in each forward: FSDP or DeepSpeed ZeRO-3 hold
+    parts of the weights.
+    """
     return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())

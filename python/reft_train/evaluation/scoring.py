@@ -20,7 +20,8 @@ from reft_train.tasks.base import Row, Task
 
 @dataclass(frozen=True)
 class SetScore:
-    """Metrics of a set by name (fractions and correlations, the task's main one first), and its rows with their predictions.
+    """Metrics of a set by name (fractions and correlations, the task's main one first), and its
+    rows with their predictions.
 
     A task that is not scored here, such as ``instruct``, has no metrics.
     """
@@ -32,21 +33,30 @@ class SetScore:
 
 
 def score_set(
-    name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, *, progress: bool = True
+    name: str,
+    rows: Sequence[Row],
+    loaded: Loaded,
+    task: Task,
+    config: RunConfig,
+    *,
+    progress: bool = True,
 ) -> SetScore:
-    """Score a model on rows; neither their order nor the batch size matters to greedy answers and to classes.
+    """Score a model on rows; neither their order nor the batch size matters to greedy answers and
+    to classes.
 
     Args:
-        name: of the set. loaded: the model, adapted or not; it stays where it is and keeps its training mode.
+        name: of the set. loaded: the model, adapted or not; it stays where it is and keeps its
+            training mode.
         config: batch size, lengths and decoding.
 
     Returns:
-        The score. A prediction repeats its row's fields and adds ``index``, ``prediction`` and ``answer``, where answers
-        are generated ``generated`` and ``right`` (None where the task has no rule), and where there are classes
-        ``probabilities`` by label.
+        The score. A prediction repeats its row's fields and adds ``index``, ``prediction`` and
+        ``answer``, where answers are generated ``generated`` and ``right`` (None where the task has
+        no rule), and where there are classes ``probabilities`` by label.
 
     Raises:
-        UserError: no rows, a row that the task refuses, memory that does not suffice, or a model whose output is not finite.
+        UserError: no rows, a row that the task refuses, memory that does not suffice, or a model
+            whose output is not finite.
     """
     if not rows:
         raise UserError(f"test set {name}: got no rows, expected at least one")
@@ -54,27 +64,44 @@ def score_set(
     return score(name, rows, loaded, task, config, progress)
 
 
-def _answers(name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool) -> SetScore:
+def _answers(
+    name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
+) -> SetScore:
     examples = [task.example(row, loaded.tokenizer) for row in rows]
     decode = Decode.of(config, task.decoding, context_window(loaded.model, loaded.kind))
     texts = [example.prompt for example in examples]
     prompts = encode_prompts(texts, loaded.tokenizer, loaded.kind, decode, config.max_length)
     generated = generate(
-        loaded.model, loaded.tokenizer, loaded.kind, prompts, decode, config.eval_batch_size, progress, f"scoring {name}"
+        loaded.model,
+        loaded.tokenizer,
+        loaded.kind,
+        prompts,
+        decode,
+        config.eval_batch_size,
+        progress,
+        f"scoring {name}",
     )
     predictions = []
     for index, (example, text) in enumerate(zip(examples, generated, strict=True)):
         scored = task.score(text, example) if task.metrics else None
-        predictions.append({
-            **example.row, "index": index, "generated": text, "prediction": scored and scored.prediction,
-            "answer": example.answer, "right": scored and scored.right,
-        })  # fmt: skip
+        predictions.append(
+            {
+                **example.row,
+                "index": index,
+                "generated": text,
+                "prediction": scored and scored.prediction,
+                "answer": example.answer,
+                "right": scored and scored.right,
+            }
+        )
     right = sum(bool(prediction["right"]) for prediction in predictions)
     metrics = {task.metrics[0]: right / len(rows)} if task.metrics else {}
     return SetScore(name, metrics, len(rows), predictions)
 
 
-def _classes(name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool) -> SetScore:
+def _classes(
+    name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
+) -> SetScore:
     classified = [task.classified(row) for row in rows]
     items = []
     for text, row in zip(classified, rows, strict=True):
@@ -85,21 +112,32 @@ def _classes(name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config:
     model = loaded.model
 
     def forward(batch: list[int]) -> list[list[float]]:
-        inputs = {key: tensor.to(model.device) for key, tensor in collate([items[index] for index in batch]).items()}
+        inputs = {
+            key: tensor.to(model.device)
+            for key, tensor in collate([items[index] for index in batch]).items()
+        }
         return model(**inputs).logits.float().tolist()
 
     with evaluating(model):
         lengths = [len(item["input_ids"]) for item in items]
-        logits = torch.tensor(run_batches(lengths, config.eval_batch_size, forward, f"scoring {name}", progress))
+        logits = torch.tensor(
+            run_batches(lengths, config.eval_batch_size, forward, f"scoring {name}", progress)
+        )
     for finite, row in zip(logits.isfinite().all(-1).tolist(), rows, strict=True):
         if not finite:
             raise UserError(
-                f"model: got an output that is not finite for {row.where}, expected numbers; --dtype float32 may help"
+                f"model: got an output that is not finite for {row.where}, expected numbers; "
+                "--dtype float32 may help"
             )
     values = (logits.squeeze(-1) if task.labels is None else logits.argmax(-1)).tolist()
     metrics = task.measure(values, [text.label for text in classified])
     predictions: list[dict[str, Any]] = [
-        {**text.row, "index": index, "prediction": _label(value, task), "answer": _label(text.label, task)}
+        {
+            **text.row,
+            "index": index,
+            "prediction": _label(value, task),
+            "answer": _label(text.label, task),
+        }
         for index, (text, value) in enumerate(zip(classified, values, strict=True))
     ]
     if task.labels is not None:

@@ -1,4 +1,6 @@
-"""Scores of several sets as the paper's tables show them: one row a set, the average over sets below, in hundredths."""
+"""Scores of several sets as the paper's tables show them: one row a set, the average over sets
+below, in hundredths.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,11 @@ AVERAGE = "average"
 
 def average(scores: Sequence[SetScore]) -> dict[str, float]:
     """The mean over sets, each set counting once, of every metric that all of them have."""
-    shared = [name for name in scores[0].metrics if all(name in score.metrics for score in scores)] if scores else []
+    shared = (
+        [name for name in scores[0].metrics if all(name in score.metrics for score in scores)]
+        if scores
+        else []
+    )
     return {name: statistics.fmean(score.metrics[name] for score in scores) for name in shared}
 
 
@@ -23,7 +29,10 @@ def render(scores: Sequence[SetScore]) -> str:
     """The table as aligned text; the average is there where there are several sets."""
     names = list(dict.fromkeys(name for score in scores for name in score.metrics))
     lines = [("set", *names, "rows")]
-    lines += [(score.name, *(_shown(score.metrics.get(name)) for name in names), f"{score.count:,}") for score in scores]
+    lines += [
+        (score.name, *(_shown(score.metrics.get(name)) for name in names), f"{score.count:,}")
+        for score in scores
+    ]
     if len(scores) > 1 and names:
         means = average(scores)
         total = sum(score.count for score in scores)

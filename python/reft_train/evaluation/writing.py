@@ -1,4 +1,6 @@
-"""Scores and predictions as files: ``scores.json``, ``predictions/<set>.jsonl`` and ``alpaca_eval/<set>.json``."""
+"""Scores and predictions as files: ``scores.json``, ``predictions/<set>.jsonl`` and
+``alpaca_eval/<set>.json``.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ SCORES, PREDICTIONS, ALPACA_EVAL = "scores.json", "predictions", "alpaca_eval"
 
 
 def write_scores(folder: Path, scores: Sequence[SetScore], about: Mapping[str, Any]) -> Path:
-    """Write ``scores.json``: ``about``, then ``sets`` (metrics and number of rows of each) and their ``average``."""
+    """Write ``scores.json``: ``about``, then ``sets`` (metrics and number of rows of each) and
+    their ``average``.
+    """
     sets = {score.name: {**_numbers(score.metrics), "rows": score.count} for score in scores}
     content = {**about, "sets": sets, "average": _numbers(average(scores))}
     return write_text(folder / SCORES, json.dumps(content, indent=1, ensure_ascii=False))
@@ -29,7 +33,9 @@ def write_scores(folder: Path, scores: Sequence[SetScore], about: Mapping[str, A
 
 def write_predictions(folder: Path, scores: Sequence[SetScore]) -> Path:
     """Write ``predictions/<set>.jsonl``, one JSON object a row; predictions that were there go."""
-    return _write_folder(folder / PREDICTIONS, scores, ".jsonl", lambda score: "".join(map(_line, score.predictions)))
+    return _write_folder(
+        folder / PREDICTIONS, scores, ".jsonl", lambda score: "".join(map(_line, score.predictions))
+    )
 
 
 def write_alpaca_eval(folder: Path, scores: Sequence[SetScore], generator: str) -> Path:
@@ -42,14 +48,20 @@ def write_alpaca_eval(folder: Path, scores: Sequence[SetScore], generator: str) 
     from reft_train.tasks.instruct import alpaca_eval_rows
 
     def content(score: SetScore) -> str:
-        examples = [Example("", "", prediction["answer"], prediction) for prediction in score.predictions]
-        rows = alpaca_eval_rows(examples, [prediction["generated"] for prediction in score.predictions], generator)
+        examples = [
+            Example("", "", prediction["answer"], prediction) for prediction in score.predictions
+        ]
+        rows = alpaca_eval_rows(
+            examples, [prediction["generated"] for prediction in score.predictions], generator
+        )
         return json.dumps(rows, indent=1, ensure_ascii=False)
 
     return _write_folder(folder / ALPACA_EVAL, scores, ".json", content)
 
 
-def _write_folder(folder: Path, scores: Sequence[SetScore], suffix: str, content: Callable[[SetScore], str]) -> Path:
+def _write_folder(
+    folder: Path, scores: Sequence[SetScore], suffix: str, content: Callable[[SetScore], str]
+) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     whole = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")) / "new"
     try:
@@ -71,8 +83,12 @@ def file_name(name: str, taken: set[str]) -> str:
 
 
 def _numbers(metrics: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in metrics.items()}  # JSON has no NaN
+    return {
+        name: None if math.isnan(value) else value for name, value in metrics.items()
+    }  # JSON has no NaN
 
 
 def _line(prediction: Mapping[str, Any]) -> str:
-    return json.dumps(prediction, ensure_ascii=False, default=str) + "\n"  # Parquet has dates and more
+    return (
+        json.dumps(prediction, ensure_ascii=False, default=str) + "\n"
+    )  # Parquet has dates and more

@@ -1,4 +1,6 @@
-"""The curves of one run, drawn from its log: loss, learning rate, and how far R is from orthonormal."""
+"""The curves of one run, drawn from its log: loss, learning rate, and how far R is from
+orthonormal.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,17 @@ Series = list[tuple[int, float]]
 
 
 def series(log: Iterable[Mapping[str, Any]], name: str) -> Series:
-    """(step, value) pairs of the entries that have ``name``, by step; a resumed run's later entry for a step counts."""
+    """(step, value) pairs of the entries that have ``name``, by step; a resumed run's later
+    entry for a step counts.
+    """
     found: dict[int, float] = {}
     for entry in log:
         value, step = entry.get(name), entry.get("step")
-        if isinstance(value, int | float) and not isinstance(value, bool) and isinstance(step, int | float):
+        if (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and isinstance(step, int | float)
+        ):
             found[int(step)] = float(value)
     return sorted(found.items())
 
@@ -37,12 +45,14 @@ def _small_panel(axes: Any, points: Series, label: str, scale: str) -> None:
 
 
 def run_curves(log: Sequence[Mapping[str, Any]]) -> bytes:
-    """A PNG: training loss (raw faint, smoothed) and held-out loss; below, learning rate and orthonormality where logged.
+    """A PNG: training loss (raw faint, smoothed) and held-out loss; below, learning rate and
+    orthonormality where logged.
 
     Values that are not finite are left out.
     """
     training, held_out, rates, gaps = (
-        finite(series(log, name)) for name in ("loss", "eval_loss", "learning_rate", "orthonormality")
+        finite(series(log, name))
+        for name in ("loss", "eval_loss", "learning_rate", "orthonormality")
     )
     below = [
         (points, label, scale)
@@ -53,7 +63,9 @@ def run_curves(log: Sequence[Mapping[str, Any]]) -> bytes:
         if points
     ]
     figure = new_figure((8, 4.5 + 1.4 * len(below)))
-    grid = figure.subplots(1 + len(below), sharex=True, squeeze=False, height_ratios=[3.2] + [1] * len(below))
+    grid = figure.subplots(
+        1 + len(below), sharex=True, squeeze=False, height_ratios=[3.2] + [1] * len(below)
+    )
     panels = [row[0] for row in grid]
     loss = panels[0]
     if training:
@@ -61,12 +73,20 @@ def run_curves(log: Sequence[Mapping[str, Any]]) -> bytes:
         loss.plot(steps, values, color="#1f77b4", alpha=0.25, linewidth=0.8)
         loss.plot(steps, smoothed(values), color="#1f77b4", label="training, smoothed")
     if held_out:
-        loss.plot(*zip(*held_out, strict=True), color="#d62728", marker="o", markersize=3, label="held out")
+        loss.plot(
+            *zip(*held_out, strict=True),
+            color="#d62728",
+            marker="o",
+            markersize=3,
+            label="held out",
+        )
     if training or held_out:
         loss.set(ylabel="loss", yscale=_scale(value for _, value in training + held_out))
         loss.legend()
     else:
-        loss.text(0.5, 0.5, "no loss was logged", ha="center", va="center", transform=loss.transAxes)
+        loss.text(
+            0.5, 0.5, "no loss was logged", ha="center", va="center", transform=loss.transAxes
+        )
     loss.grid(alpha=0.3, which="both")
     for panel, (points, label, scale) in zip(panels[1:], below, strict=True):
         _small_panel(panel, points, label, scale)

@@ -1,4 +1,6 @@
-"""A run's report: ``loss.png`` and a self-contained ``report.html`` with figures, curves, settings and versions."""
+"""A run's report: ``loss.png`` and a self-contained ``report.html`` with figures, curves,
+settings and versions.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,27 @@ def _text(value: Any) -> str:
 
 def figures(outcome: Outcome) -> list[tuple[str, str]]:
     """What the run measured, as (name, value) lines."""
-    share = f" ({outcome.trainable / outcome.total:.4%} of the model's {outcome.total:,})" if outcome.total else ""
+    share = (
+        f" ({outcome.trainable / outcome.total:.4%} of the model's {outcome.total:,})"
+        if outcome.total
+        else ""
+    )
     lines = [("trained parameters", f"{outcome.trainable:,}{share}")]
     if outcome.head:
         lines.append(("trained parameters of the head", f"{outcome.head:,}"))
     lines += [
-        ("optimizer steps", f"{outcome.steps:,}" + (" (interrupted)" if outcome.interrupted else "")),
+        (
+            "optimizer steps",
+            f"{outcome.steps:,}" + (" (interrupted)" if outcome.interrupted else ""),
+        ),
         ("training time", f"{outcome.seconds:,.1f} s"),
         ("time of a step, median", f"{outcome.step_seconds:.4g} s"),
         ("tokens per second, padding excluded", f"{outcome.tokens_per_second:,.0f}"),
-        ("peak memory", f"{outcome.memory.peak:,.0f} MiB, {outcome.memory.before:,.0f} MiB of it before training"),
+        (
+            "peak memory",
+            f"{outcome.memory.peak:,.0f} MiB, {outcome.memory.before:,.0f} MiB of it before "
+            "training",
+        ),
     ]
     if outcome.orthonormality is not None:
         lines.append(("max |R Rᵀ − I| at the end", f"{outcome.orthonormality:.2e}"))
@@ -60,13 +73,18 @@ def _lost(log: Sequence[Mapping[str, Any]]) -> str:
     bad = [step for step, value in losses if not math.isfinite(value)]
     if not bad:
         return ""
-    return note(f"{len(bad)} of {len(losses)} logged losses are not finite, the first at step {bad[0]}; they are not drawn.")
+    return note(
+        f"{len(bad)} of {len(losses)} logged losses are not finite, the first at step {bad[0]}; "
+        "they are not drawn."
+    )
 
 
 def render_html(outcome: Outcome, log: Sequence[Mapping[str, Any]], png: bytes) -> str:
     """The report: everything in one file, no script and nothing to fetch."""
     config = outcome.config
-    title = f"{config.get('method', 'run')} on {config.get('model', 'a model')}: {config.get('task', '')}".rstrip(": ")
+    title = f"{config.get('method', 'run')} on {config.get('model', 'a model')}: {config.get('task', '')}".rstrip(
+        ": "
+    )
     caption = "Training loss as logged, faintly, and its moving average."
     if finite(series(log, "eval_loss")):
         caption += " The held-out loss is of training rows that were kept aside."
@@ -94,12 +112,14 @@ def render_html(outcome: Outcome, log: Sequence[Mapping[str, Any]], png: bytes) 
     return page(title, body)
 
 
-def write_run_report(folder: Path, outcome: Outcome, log: Sequence[Mapping[str, Any]]) -> list[Path]:
+def write_run_report(
+    folder: Path, outcome: Outcome, log: Sequence[Mapping[str, Any]]
+) -> list[Path]:
     """Write ``loss.png`` and ``report.html`` to ``folder``, each in one step.
 
     Args:
-        log: the entries of ``log.jsonl``; an empty one, of a run that was interrupted at once, gives a report too. Where it
-            has no losses those of ``outcome`` are drawn.
+        log: the entries of ``log.jsonl``; an empty one, of a run that was interrupted at once,
+            gives a report too. Where it has no losses those of ``outcome`` are drawn.
 
     Returns:
         The paths written.

@@ -23,7 +23,9 @@ _NOT_HERE = ("resume", "skip_test")
 
 
 def add_choice(add: Callable) -> None:
-    """Add what any search is told: by what it judges trials, and the seed of the sampler that proposes them."""
+    """Add what any search is told: by what it judges trials, and the seed of the sampler that
+    proposes them.
+    """
     add(
         "--objective",
         default="auto",
@@ -41,9 +43,17 @@ def add_choice(add: Callable) -> None:
 
 def add_parser(subparsers) -> None:
     """Add the command and its flags."""
-    command = subparsers.add_parser("search", help="choose hyperparameters on held-out training rows", description=DESCRIPTION)
+    command = subparsers.add_parser(
+        "search", help="choose hyperparameters on held-out training rows", description=DESCRIPTION
+    )
     add = command.add_argument_group("search").add_argument
-    add("--space", metavar="FILE", help="YAML: setting: {choices: [...]} or {low, high, log, step}; none: the method's default")
+    add(
+        "--space",
+        metavar="FILE",
+        help=(
+            "YAML: setting: {choices: [...]} or {low, high, log, step}; none: the method's default"
+        ),
+    )
     add(
         "--vary",
         nargs="+",
@@ -51,11 +61,26 @@ def add_parser(subparsers) -> None:
         metavar="NAME=VALUES",
         help="more of the same, such as 'rank=[4, 8]'; wins over --space",
     )
-    add("--trials", type=arguments.count(1), default=20, metavar="N", help="trials in all (default: 20)")
+    add(
+        "--trials",
+        type=arguments.count(1),
+        default=20,
+        metavar="N",
+        help="trials in all (default: 20)",
+    )
     add("--timeout", type=arguments.rate, metavar="SECONDS", help="end the search after so long")
     add_choice(add)
-    add("--pruner", choices=("median", "hyperband", "none"), default="median", help="ends hopeless trials (default: median)")
-    add("--storage", metavar="URL", help="optuna's storage (default: sqlite, search.db in the output folder)")
+    add(
+        "--pruner",
+        choices=("median", "hyperband", "none"),
+        default="median",
+        help="ends hopeless trials (default: median)",
+    )
+    add(
+        "--storage",
+        metavar="URL",
+        help="optuna's storage (default: sqlite, search.db in the output folder)",
+    )
     flags.add_settings(command, [name for name in FIELDS if name not in _NOT_HERE])
     command.set_defaults(run=run)
 
@@ -69,19 +94,25 @@ def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> dict[str, Ch
     from reft_train.search import space
 
     fixed = flags.given(parsed)
-    stated: dict[str, Choices | Range] = {} if parsed.space is None else space.read(parsed.space, config.method)
+    stated: dict[str, Choices | Range] = (
+        {} if parsed.space is None else space.read(parsed.space, config.method)
+    )
     if parsed.vary:
         stated.update(space.parse_flags(parsed.vary, config.method))
     for name in stated:
         if name in fixed:
             raise UserError(
-                f"--{name.replace('_', '-')}: got {fixed[name]!r}, but the search varies it, expected one of the two"
+                f"--{name.replace('_', '-')}: got {fixed[name]!r}, but the search varies it, "
+                "expected one of the two"
             )
     if parsed.space is not None:
         return stated
     default = {name: entry for name, entry in _default(config).items() if name not in fixed}
     if not {**default, **stated}:
-        raise UserError("--vary: got nothing to vary, expected settings such as 'lr={low: 1e-4, high: 1e-2, log: true}'")
+        raise UserError(
+            "--vary: got nothing to vary, expected settings such as 'lr={low: 1e-4, high: 1e-2, "
+            "log: true}'"
+        )
     return {**default, **stated}
 
 
@@ -91,7 +122,9 @@ def _default(config: RunConfig) -> dict[str, Choices | Range]:
     from reft_train.search.defaults import space_of
 
     hf_config = model_config(config)
-    return space_of(config, hf_config, kind_of(config, hf_config, tasks.get(config.task)) == CLASSIFICATION)
+    return space_of(
+        config, hf_config, kind_of(config, hf_config, tasks.get(config.task)) == CLASSIFICATION
+    )
 
 
 def needs_optuna() -> None:
@@ -105,7 +138,9 @@ def needs_optuna() -> None:
     if find_spec("optuna") is None:
         raise UserError("optuna: got no such package, expected it installed: pip install optuna")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("WORLD_SIZE: got more than one process, expected one: trials are run in turn")
+        raise UserError(
+            "WORLD_SIZE: got more than one process, expected one: trials are run in turn"
+        )
 
 
 def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
@@ -131,8 +166,15 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
     from reft_train.search.study import BEST, Plan, search
 
     plan = Plan(
-        config, space, objective, parsed.trials, parsed.timeout, parsed.storage, parsed.pruner, parsed.sampler_seed
-    )  # fmt: skip
+        config,
+        space,
+        objective,
+        parsed.trials,
+        parsed.timeout,
+        parsed.storage,
+        parsed.pruner,
+        parsed.sampler_seed,
+    )
     found = search(plan, train)
     report.write(found)
     print(report.text(found))
@@ -142,5 +184,8 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
     if found.best is None:
         print("no trial has finished; the reasons are above and in trials.json")
         return 1
-    print(f"best: trial {found.best.number}; train and test it with: reft-train run --config {plan.folder / BEST}")
+    print(
+        f"best: trial {found.best.number}; train and test it with: reft-train run --config "
+        f"{plan.folder / BEST}"
+    )
     return 0

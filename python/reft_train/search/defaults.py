@@ -7,7 +7,12 @@ from typing import Any
 from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.search.space import Choices, Range, varied
 
-LEARNING_RATES = {"lora": (2e-5, 2e-3), "dora": (2e-5, 2e-3), "prefix": (1e-3, 1e-1), "ia3": (5e-4, 5e-2)}
+LEARNING_RATES = {
+    "lora": (2e-5, 2e-3),
+    "dora": (2e-5, 2e-3),
+    "prefix": (1e-3, 1e-1),
+    "ia3": (5e-4, 5e-2),
+}
 """Two decades for each method, so that a trial covers as much of one as of another; the others' are ``REFT_RATES``."""
 REFT_RATES = (1e-4, 1e-2)
 _RANKS = (1, 2, 4, 8, 16, 32)
@@ -29,14 +34,18 @@ def layer_sets(hf_config: Any) -> Choices:
     """All layers, every second one, and four spread evenly (the paper's 2;10;18;26 in kind)."""
     depth = getattr(_text(hf_config), "num_hidden_layers", None) or 0
     sets: list[Any] = ["all"]
-    for numbers in (list(range(1, depth, 2)), sorted({depth * (2 * part + 1) // 8 for part in range(4)})):
+    for numbers in (
+        list(range(1, depth, 2)),
+        sorted({depth * (2 * part + 1) // 8 for part in range(4)}),
+    ):
         if 0 < len(numbers) < depth and numbers not in sets:
             sets.append(numbers)
     return Choices(tuple(sets))
 
 
 def space_of(config: RunConfig, hf_config: Any, encoder: bool) -> dict[str, Choices | Range]:
-    """Rank, layers, positions, learning rate, dropout and parametrization, as far as the method has them.
+    """Rank, layers, positions, learning rate, dropout and parametrization, as far as the method has
+    them.
 
     Args:
         hf_config: the model's configuration; it bounds ranks and layers.

@@ -38,7 +38,10 @@ class Objective:
         """
         plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         if self.name not in plain:
-            raise UserError(f"objective: got {self.name!r}, expected one of the held-out metrics: {', '.join(plain) or 'none'}")
+            raise UserError(
+                f"objective: got {self.name!r}, expected one of the held-out metrics: "
+                f"{', '.join(plain) or 'none'}"
+            )
         value = float(plain[self.name])
         if not math.isfinite(value):
             raise FloatingPointError(f"held-out {self.name} is {value}")
@@ -52,15 +55,18 @@ def held_out(config: RunConfig) -> None:
         UserError: so.
     """
     if not config.holds_out:
-        raise UserError("validation: got 0, expected held-out training rows to choose by, such as --validation 0.1")
+        raise UserError(
+            "validation: got 0, expected held-out training rows to choose by, such as "
+            "--validation 0.1"
+        )
 
 
 def resolve(config: RunConfig, wish: str = "auto") -> tuple[Objective, RunConfig]:
     """The objective, and the settings under which a run computes it.
 
     Args:
-        wish: a metric of the task, ``loss``, ``metric`` (the task's first), or ``auto``: the metric of a task with
-            classes or where ``select`` says so, else the loss.
+        wish: a metric of the task, ``loss``, ``metric`` (the task's first), or ``auto``: the metric
+            of a task with classes or where ``select`` says so, else the loss.
 
     Raises:
         UserError: no held-out rows, or no such metric.
@@ -68,9 +74,15 @@ def resolve(config: RunConfig, wish: str = "auto") -> tuple[Objective, RunConfig
     held_out(config)
     task = tasks.get(config.task)
     if wish == "auto":
-        wish = "metric" if task.metrics and (task.decoding is None or config.select == "metric") else LOSS
+        wish = (
+            "metric"
+            if task.metrics and (task.decoding is None or config.select == "metric")
+            else LOSS
+        )
     if wish == LOSS:
-        unseen = config.select == "none" and not config.validation  # GLUE's own held-out rows are read for selecting alone
+        unseen = (
+            config.select == "none" and not config.validation
+        )  # GLUE's own held-out rows are read for selecting alone
         return Objective(LOSS), config.replace(select="loss") if unseen else config
     if not task.metrics or wish not in ("metric", *task.metrics):
         expected = ", ".join(("loss", *task.metrics))

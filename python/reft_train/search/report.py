@@ -32,12 +32,21 @@ def lines(found: Search) -> list[tuple[str, ...]]:
     sign = 1 if objective.direction == "minimize" else -1
 
     def order(trial) -> tuple:
-        return (trial.value is None, 0.0 if trial.value is None else sign * trial.value, trial.number)
+        return (
+            trial.value is None,
+            0.0 if trial.value is None else sign * trial.value,
+            trial.number,
+        )
 
     rows = []
-    for trial in sorted((trial for trial in found.trials if trial.state not in ("waiting", "running")), key=order):
+    for trial in sorted(
+        (trial for trial in found.trials if trial.state not in ("waiting", "running")), key=order
+    ):
         value = "-" if trial.value is None else f"{trial.value:.4f}"
-        settings = (shown(trial.settings[name]) if name in trial.settings else "-" for name in found.plan.space)
+        settings = (
+            shown(trial.settings[name]) if name in trial.settings else "-"
+            for name in found.plan.space
+        )
         rows.append((str(trial.number), value, trial.state, f"{trial.seconds:.0f}", *settings))
     return rows
 
@@ -48,7 +57,9 @@ def text(found: Search) -> str:
 
 
 def importances(found: Search) -> dict[str, float]:
-    """Each setting's part in the spread of the values (PED-ANOVA); empty after fewer than four completed trials."""
+    """Each setting's part in the spread of the values (PED-ANOVA); empty after fewer than four
+    completed trials.
+    """
     import optuna
 
     complete = [trial for trial in found.trials if trial.value is not None]
@@ -69,7 +80,11 @@ def history_figure(found: Search) -> bytes:
     pick = min if found.plan.objective.direction == "minimize" else max
     axes.scatter(numbers, values, color="#1f77b4", label="trial")
     axes.step(
-        numbers, [pick(values[: end + 1]) for end in range(len(values))], where="post", color="#ff7f0e", label="best so far"
+        numbers,
+        [pick(values[: end + 1]) for end in range(len(values))],
+        where="post",
+        color="#ff7f0e",
+        label="best so far",
     )
     axes.set(xlabel="trial", ylabel=f"held-out {found.plan.objective.name}")
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -95,18 +110,37 @@ def write(found: Search) -> list[Path]:
     if any(trial.value is not None for trial in found.trials):
         png = history_figure(found)
         paths.append(write_bytes(folder / HISTORY, png))
-        pictures += "<h2>Values by trial</h2>" + html.image(png, "Held-out value of each trial and the best so far")
+        pictures += "<h2>Values by trial</h2>" + html.image(
+            png, "Held-out value of each trial and the best so far"
+        )
     parts = importances(found)
     if parts:
         png = importance_figure(parts)
         paths.append(write_bytes(folder / IMPORTANCE, png))
-        pictures += "<h2>Importance of the settings</h2>" + html.image(png, "Part of each setting in the spread of values")
-        pictures += html.note("PED-ANOVA over the completed trials; with few of them, a hint rather than a measurement.")
-    reasons = [(str(trial.number), trial.state, trial.reason) for trial in found.trials if trial.reason]
-    why = "<h2>Trials that ended early</h2>" + html.table(("trial", "state", "reason"), reasons) if reasons else ""
-    best = "no trial has finished" if found.best is None else f"best: trial {found.best.number}; its settings are in best.yaml"
+        pictures += "<h2>Importance of the settings</h2>" + html.image(
+            png, "Part of each setting in the spread of values"
+        )
+        pictures += html.note(
+            "PED-ANOVA over the completed trials; with few of them, a hint rather than a "
+            "measurement."
+        )
+    reasons = [
+        (str(trial.number), trial.state, trial.reason) for trial in found.trials if trial.reason
+    ]
+    why = (
+        "<h2>Trials that ended early</h2>" + html.table(("trial", "state", "reason"), reasons)
+        if reasons
+        else ""
+    )
+    best = (
+        "no trial has finished"
+        if found.best is None
+        else f"best: trial {found.best.number}; its settings are in best.yaml"
+    )
     facts = [(name, str(entry)) for name, entry in plain(found.plan.space).items()]
-    base = [(name, str(value)) for name, value in {**found.plan.config.to_dict(), **versions()}.items()]
+    base = [
+        (name, str(value)) for name, value in {**found.plan.config.to_dict(), **versions()}.items()
+    ]
     body = f"""<h1>Search: {escape(found.plan.config.method)} on {escape(found.plan.config.task)}</h1>
 <p>{escape(best)}. Chosen by held-out {escape(objective.name)} ({objective.direction}); no test set was read.</p>
 {html.table(header(found), lines(found))}{why}{pictures}

@@ -1,4 +1,6 @@
-"""What a search varies: for each setting its choices or its range, from a YAML file, from flags, or a method's default."""
+"""What a search varies: for each setting its choices or its range, from a YAML file, from flags,
+or a method's default.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,25 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 _OPTIMIZATION = (
-    "lr", "head_lr", "weight_decay", "warmup", "schedule", "max_grad_norm", "epochs", "max_steps", "batch_size",
-    "accumulation", "max_length",
-)  # fmt: skip
+    "lr",
+    "head_lr",
+    "weight_decay",
+    "warmup",
+    "schedule",
+    "max_grad_norm",
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "accumulation",
+    "max_length",
+)
 _REFT = ("layers", "positions", "share_weights", "component", "activation", "dropout", "init")
 _LORA = ("rank", "layers", "dropout", "lora_alpha", "lora_targets")
 _OF_METHOD: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(REFT_METHODS, ("rank", *_REFT)),
-    **dict.fromkeys(("loreft", "direft", "consreft", "lobireft"), ("rank", "parametrization", *_REFT)),
+    **dict.fromkeys(
+        ("loreft", "direft", "consreft", "lobireft"), ("rank", "parametrization", *_REFT)
+    ),
     "red": _REFT,
     "lora": _LORA,
     "dora": _LORA,
@@ -49,12 +62,16 @@ class Choices:
 
     def plain(self) -> dict[str, Any]:
         """As the YAML file says it."""
-        return {"choices": [list(value) if isinstance(value, list) else value for value in self.values]}
+        return {
+            "choices": [list(value) if isinstance(value, list) else value for value in self.values]
+        }
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from ``low`` to ``high``, both included; ``log``: evenly by magnitude; ``step``: low, low + step, ..."""
+    """Numbers from ``low`` to ``high``, both included; ``log``: evenly by magnitude; ``step``:
+    low, low + step, ...
+    """
 
     low: int | float
     high: int | float
@@ -71,7 +88,9 @@ class Range:
         """Whether ``value`` lies in the range, on a step where it has steps."""
         if not isinstance(value, type(self.low)) or not self.low <= value <= self.high:
             return False
-        return self.step is None or math.isclose((value - self.low) / self.step, round((value - self.low) / self.step))
+        return self.step is None or math.isclose(
+            (value - self.low) / self.step, round((value - self.low) / self.step)
+        )
 
     def plain(self) -> dict[str, Any]:
         """As the YAML file says it."""
@@ -98,7 +117,9 @@ def plain(space: Space) -> dict[str, dict[str, Any]]:
 
 
 def varied(method: str) -> tuple[str, ...]:
-    """The settings that a search can vary for a method. Data, seed and held-out rows are none: trials must be comparable."""
+    """The settings that a search can vary for a method. Data, seed and held-out rows are none:
+    trials must be comparable.
+    """
     return (*_OF_METHOD[method], *_OPTIMIZATION)
 
 
@@ -113,9 +134,13 @@ def read(path: str | Path, method: str) -> dict[str, Choices | Range]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"--space: got {path}, which does not exist, expected a YAML file") from None
+        raise UserError(
+            f"--space: got {path}, which does not exist, expected a YAML file"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--space: got {path}, which is not YAML ({' '.join(str(error).split())})") from None
+        raise UserError(
+            f"--space: got {path}, which is not YAML ({' '.join(str(error).split())})"
+        ) from None
     return parse(values, method, f"--space {path}")
 
 
@@ -135,22 +160,31 @@ def parse_flags(texts: Sequence[str], method: str) -> dict[str, Choices | Range]
         try:
             values[name.strip().replace("-", "_")] = yaml.safe_load(entry)
         except yaml.YAMLError:
-            raise UserError(f"--vary: got {text!r}, expected a list, or a mapping with low and high") from None
+            raise UserError(
+                f"--vary: got {text!r}, expected a list, or a mapping with low and high"
+            ) from None
     return parse(values, method, "--vary")
 
 
 def parse(values: Any, method: str, where: str) -> dict[str, Choices | Range]:
-    """A space from plain values: a setting's name with a list, ``{choices: [...]}`` or ``{low, high, log, step}``.
+    """A space from plain values: a setting's name with a list, ``{choices: [...]}`` or ``{low,
+    high, log, step}``.
 
     Raises:
-        UserError: no mapping, settings that the method does not have or a search cannot vary, values out of their range.
+        UserError: no mapping, settings that the method does not have or a search cannot vary,
+            values out of their range.
     """
     if not isinstance(values, Mapping) or not values:
-        raise UserError(f"{where}: got {values!r}, expected a mapping of settings to choices or ranges")
+        raise UserError(
+            f"{where}: got {values!r}, expected a mapping of settings to choices or ranges"
+        )
     possible = varied(method)
     for name in values:
         if name not in possible:
-            raise UserError(f"{where}: got {name!r}, expected settings that {method} can vary: {', '.join(possible)}")
+            raise UserError(
+                f"{where}: got {name!r}, expected settings that {method} can vary: "
+                f"{', '.join(possible)}"
+            )
     return {name: _entry(name, value, where) for name, value in values.items()}
 
 
@@ -159,9 +193,17 @@ def _entry(name: str, value: Any, where: str) -> Choices | Range:
         value = value["choices"]
     if isinstance(value, Sequence) and not isinstance(value, str):
         return _choices(name, value, where)
-    if isinstance(value, Mapping) and {"low", "high"} <= set(value) <= {"low", "high", "log", "step"}:
+    if isinstance(value, Mapping) and {"low", "high"} <= set(value) <= {
+        "low",
+        "high",
+        "log",
+        "step",
+    }:
         return _range(name, value, where)
-    raise UserError(f"{where}: {name}: got {value!r}, expected a list, {{choices: [...]}} or {{low, high, log, step}}")
+    raise UserError(
+        f"{where}: {name}: got {value!r}, expected a list, {{choices: [...]}} or "
+        f"{{low, high, log, step}}"
+    )
 
 
 def _choices(name: str, values: Sequence[Any], where: str) -> Choices:
@@ -170,7 +212,9 @@ def _choices(name: str, values: Sequence[Any], where: str) -> Choices:
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if not checked or len({str(stored(value)) for value in checked}) < len(checked):
-        raise UserError(f"{where}: {name}: got {list(values)!r}, expected one or more values, each once")
+        raise UserError(
+            f"{where}: {name}: got {list(values)!r}, expected one or more values, each once"
+        )
     return Choices(tuple(checked))
 
 
@@ -202,6 +246,10 @@ def _step(step: Any, whole: bool) -> int | float | None:
         number = None if isinstance(step, bool) else float(step)  # YAML reads 1e-4 as text
     except (TypeError, ValueError):
         return None
-    if number is None or not (math.isfinite(number) and number > 0) or (whole and number != int(number)):
+    if (
+        number is None
+        or not (math.isfinite(number) and number > 0)
+        or (whole and number != int(number))
+    ):
         return None
     return int(number) if whole else number

@@ -1,4 +1,6 @@
-"""The study behind a search: opened or begun anew, its interrupted trials queued again, its trials as plain records."""
+"""The study behind a search: opened or begun anew, its interrupted trials queued again, its
+trials as plain records.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,27 @@ DATABASE = "search.db"
 _NAME = "reft-train"
 # what does not change a trial's value, or is the search's own business
 _FREE = (
-    "output", "resume", "overwrite", "skip_test", "test", "test_rows", "workers", "threads", "cache", "keep", "log_every",
-    "save_every", "eval_batch_size",
-)  # fmt: skip
+    "output",
+    "resume",
+    "overwrite",
+    "skip_test",
+    "test",
+    "test_rows",
+    "workers",
+    "threads",
+    "cache",
+    "keep",
+    "log_every",
+    "save_every",
+    "eval_batch_size",
+)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial as reports show it; ``state`` is complete, pruned, failed, interrupted, running or waiting."""
+    """A trial as reports show it; ``state`` is complete, pruned, failed, interrupted, running or
+    waiting.
+    """
 
     number: int
     state: str
@@ -45,7 +60,13 @@ class Trial:
 
 
 def open_study(
-    config: RunConfig, space: Space, objective: Objective, storage: str | None, pruner: str, *, start: bool
+    config: RunConfig,
+    space: Space,
+    objective: Objective,
+    storage: str | None,
+    pruner: str,
+    *,
+    start: bool,
 ) -> optuna.Study:
     """The study of the settings' output folder, with interrupted trials queued again.
 
@@ -71,7 +92,9 @@ def open_study(
     except (SQLAlchemyError, ImportError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"--storage: got {url}, which cannot be used ({' '.join(str(error).split())[:200]})") from None
+        raise UserError(
+            f"--storage: got {url}, which cannot be used ({' '.join(str(error).split())[:200]})"
+        ) from None
     study.pruner = _pruner(pruner)
     if "identity" not in study.user_attrs:
         study.set_user_attr("identity", identity)
@@ -84,7 +107,9 @@ def open_study(
 
 
 def _create(backend: Any, name: str, objective: Objective) -> optuna.Study:
-    return optuna.create_study(storage=backend, study_name=name, direction=objective.direction, load_if_exists=True)
+    return optuna.create_study(
+        storage=backend, study_name=name, direction=objective.direction, load_if_exists=True
+    )
 
 
 def _pruner(name: str) -> optuna.pruners.BasePruner:
@@ -93,7 +118,11 @@ def _pruner(name: str) -> optuna.pruners.BasePruner:
 
 
 def _identity(config: RunConfig, space: Space, objective: Objective) -> dict[str, Any]:
-    settings = {name: value for name, value in config.to_dict().items() if name not in _FREE and name not in space}
+    settings = {
+        name: value
+        for name, value in config.to_dict().items()
+        if name not in _FREE and name not in space
+    }
     # through JSON, as the storage gives it back
     return json.loads(json.dumps({"objective": objective.name, "space": plain(space), **settings}))
 
@@ -101,12 +130,17 @@ def _identity(config: RunConfig, space: Space, objective: Objective) -> dict[str
 def _difference(old: dict[str, Any], new: dict[str, Any], folder: Path) -> str:
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     shown = "; ".join(f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in names[:3])
-    return f"output: got {folder}, which holds a search with other settings ({shown}), expected another folder or --overwrite"
+    return (
+        f"output: got {folder}, which holds a search with other settings ({shown}), expected "
+        "another folder or --overwrite"
+    )
 
 
 def _retry(study: optuna.Study, space: Space) -> None:
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)  # its process is gone: without a reason it counts as interrupted
+        study.tell(
+            trial.number, state=TrialState.FAIL
+        )  # its process is gone: without a reason it counts as interrupted
     known = trials(study, space)
     again = {trial.retries for trial in known}
     for frozen, trial in zip(study.get_trials(deepcopy=False), known, strict=True):
@@ -127,7 +161,10 @@ def _record(frozen: FrozenTrial, space: Space) -> Trial:
     settings = dict(frozen.params)
     for name, entry in space.items():
         if name in settings:
-            settings[name] = next((v for v in getattr(entry, "values", ()) if stored(v) == settings[name]), settings[name])
+            settings[name] = next(
+                (v for v in getattr(entry, "values", ()) if stored(v) == settings[name]),
+                settings[name],
+            )
     return Trial(
         number=frozen.number,
         state=state,

@@ -1,4 +1,6 @@
-"""The search itself: ask for a trial, train it, tell its held-out value; failures are recorded, interruptions mended."""
+"""The search itself: ask for a trial, train it, tell its held-out value; failures are recorded,
+interruptions mended.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,11 @@ class Plan:
 
     Attributes:
         config: settings of every trial, apart from what varies; ``output`` is the search's folder.
-        trials: how many in all, over all continuations; None: as many as the time allows.
-        timeout: seconds from now; a trial under way is then stopped, and taken up again when the search goes on.
-        storage: URL for optuna; None: a file in the output folder. start: try the settings' own values first.
+        trials: how many in all, over all continuations; None: as many as the time allows. timeout:
+        seconds from now; a trial under way is then stopped, and taken up again when the search goes
+        on.
+        storage: URL for optuna; None: a file in the output folder. start: try the settings' own
+            values first.
     """
 
     config: RunConfig
@@ -59,7 +63,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Search:
-    """A search as it stands: its trials, the best one (None: none finished), and whether Ctrl-C ended it."""
+    """A search as it stands: its trials, the best one (None: none finished), and whether Ctrl-C
+    ended it.
+    """
 
     plan: Plan
     trials: list[Trial]
@@ -72,28 +78,41 @@ class Search:
         """The best trial's settings, for a run in a folder ``best`` under the search's."""
         assert self.best is not None
         return self.plan.config.replace(
-            **self.best.settings, output=str(self.plan.folder / "best"), resume=False, overwrite=False
+            **self.best.settings,
+            output=str(self.plan.folder / "best"),
+            resume=False,
+            overwrite=False,
         )
 
 
 Clock = Callable[[], float]
 
 
-def search(plan: Plan, train: Train, say: Callable[[str], None] = print, clock: Clock = time.monotonic) -> Search:
+def search(
+    plan: Plan, train: Train, say: Callable[[str], None] = print, clock: Clock = time.monotonic
+) -> Search:
     """Run the trials that are missing, and write ``best.yaml`` and ``trials.json``.
 
-    A trial that fails (RuntimeError, which out-of-memory errors are, MemoryError, ArithmeticError, or a UserError once another
-    trial has worked) is recorded with its reason. The test sets are not read.
+    A trial that fails (RuntimeError, which out-of-memory errors are, MemoryError, ArithmeticError,
+    or a UserError once another trial has worked) is recorded with its reason. The test sets are not
+    read.
 
     Args:
-        train: ``train(config, callbacks=..., report=False)``, as :func:`reft_train.training.session.train`.
+        train: ``train(config, callbacks=..., report=False)``, as
+            :func:`reft_train.training.session.train`.
 
     Raises:
-        UserError: a folder or a storage that cannot be used, or what a trial refuses before any has worked.
+        UserError: a folder or a storage that cannot be used, or what a trial refuses before any has
+            worked.
     """
     _prepare(plan)
-    study = open_study(plan.config, plan.space, plan.objective, plan.storage, plan.pruner, start=plan.start)
-    write_text(plan.folder / MARKER, json.dumps({"objective": plan.objective.name, "space": plain(plan.space)}, indent=1))
+    study = open_study(
+        plan.config, plan.space, plan.objective, plan.storage, plan.pruner, start=plan.start
+    )
+    write_text(
+        plan.folder / MARKER,
+        json.dumps({"objective": plan.objective.name, "space": plain(plan.space)}, indent=1),
+    )
     deadline = None if plan.timeout is None else clock() + plan.timeout
     interrupted = False
     while not interrupted and not _over(plan, study, deadline, clock):
@@ -117,7 +136,9 @@ def _prepare(plan: Plan) -> None:
         raise UserError(f"output: got {folder}, which is a file, expected a folder")
     own = any((folder / name).is_file() for name in (MARKER, DATABASE))
     if folder.exists() and any(folder.iterdir()) and not own:
-        raise UserError(f"output: got {folder}, which holds other files than a search's, expected a new folder")
+        raise UserError(
+            f"output: got {folder}, which holds other files than a search's, expected a new folder"
+        )
     if plan.config.overwrite:
         shutil.rmtree(folder / "trials", ignore_errors=True)
         for name in (BEST, TRIALS):
@@ -126,7 +147,8 @@ def _prepare(plan: Plan) -> None:
 
 
 def _sampler(plan: Plan, study: optuna.Study) -> optuna.samplers.BaseSampler:
-    # seeded anew for each trial, so that a search that was interrupted tries what an uninterrupted one would have
+    # seeded anew for each trial, so that a search that was interrupted tries what an uninterrupted
+    # one would have
     seed = np.random.SeedSequence([plan.sampler_seed, _settled(plan, study)]).generate_state(1)[0]
     return optuna.samplers.TPESampler(seed=int(seed))
 
@@ -137,7 +159,12 @@ def trial_folder(plan: Plan, number: int) -> Path:
 
 
 def _trial(
-    plan: Plan, study: optuna.Study, train: Train, deadline: float | None, say: Callable[[str], None], clock: Clock
+    plan: Plan,
+    study: optuna.Study,
+    train: Train,
+    deadline: float | None,
+    say: Callable[[str], None],
+    clock: Clock,
 ) -> bool:
     """One trial, from asking to telling; whether it was interrupted."""
     study.sampler = _sampler(plan, study)
@@ -148,7 +175,11 @@ def _trial(
     value, reason, state = None, "", TrialState.FAIL
     try:
         config = plan.config.replace(
-            **settings, output=str(trial_folder(plan, trial.number)), skip_test=True, resume=False, overwrite=True
+            **settings,
+            output=str(trial_folder(plan, trial.number)),
+            skip_test=True,
+            resume=False,
+            overwrite=True,
         )
         outcome = train(config, callbacks=[watch], report=False)
         if not outcome.interrupted:
@@ -157,7 +188,9 @@ def _trial(
     except optuna.TrialPruned as error:
         reason, state, interrupted = str(error), TrialState.PRUNED, False
     except TimeUp:
-        interrupted = False  # the loop sees the deadline; without a reason the trial is taken up again
+        interrupted = (
+            False  # the loop sees the deadline; without a reason the trial is taken up again
+        )
     except KeyboardInterrupt:
         interrupted = True
     except UserError as error:
@@ -205,7 +238,9 @@ def describe(trial: Trial, objective: Objective) -> str:
 
 def _result(plan: Plan, study: optuna.Study, interrupted: bool) -> Search:
     known = trials(study, plan.space)
-    number = plan.objective.best({trial.number: trial.value for trial in known if trial.value is not None})
+    number = plan.objective.best(
+        {trial.number: trial.value for trial in known if trial.value is not None}
+    )
     return Search(plan, known, None if number is None else known[number], interrupted, study)
 
 

@@ -1,4 +1,6 @@
-"""The tasks by name: the paper's four benchmarks, each of their sets alone, and a user's own rows."""
+"""The tasks by name: the paper's four benchmarks, each of their sets alone, and a user's own
+rows.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,11 @@ from reft_train.tasks.base import Task
 def _tasks() -> dict[str, Task]:
     from reft_train.tasks import arithmetic, commonsense, glue, instruct, jsonl
 
-    return {task.name: task for part in (commonsense, arithmetic, instruct, glue, jsonl) for task in part.tasks()}
+    return {
+        task.name: task
+        for part in (commonsense, arithmetic, instruct, glue, jsonl)
+        for task in part.tasks()
+    }
 
 
 def names() -> list[str]:

@@ -1,6 +1,8 @@
-"""Arithmetic reasoning: seven sets in LLM-Adapters' layout, and the mixture that trains for all of them.
+"""Arithmetic reasoning: seven sets in LLM-Adapters' layout, and the mixture that trains for all of
+them.
 
-The prompt is Alpaca's, the target the worked solution in ``output``, and only the final answer is scored.
+The prompt is Alpaca's, the target the worked solution in ``output``, and only the final answer is
+scored.
 """
 
 from __future__ import annotations
@@ -17,31 +19,42 @@ SETS = ("MultiArith", "gsm8k", "SVAMP", "mawps", "AddSub", "AQuA", "SingleEq")
 class Arithmetic(Task):
     """One of the seven sets, or their mixture."""
 
-    def __init__(self, name: str, test_sets: tuple[str, ...], recipe: str = "math", max_new_tokens: int = 512) -> None:
+    def __init__(
+        self, name: str, test_sets: tuple[str, ...], recipe: str = "math", max_new_tokens: int = 512
+    ) -> None:
         self.name, self.test_sets, self.recipe = name, test_sets, recipe
         self.decoding = Decoding(max_new_tokens)
 
     def example(self, row: Row, tokenizer: object = None) -> Example:
-        """See :meth:`Task.example`. The published files leave ``input`` empty, and some of them ``output``, to be scored."""
+        """See :meth:`Task.example`. The published files leave ``input`` empty, and some of them
+        ``output``, to be scored.
+        """
         prompt = alpaca(fields.filled(row, "instruction"), fields.optional(row, "input"))
         return Example(prompt, fields.string(row, "output").strip(), fields.answer(row), row.fields)
 
     def score(self, generated: str, example: Example) -> Scored:
         """Compare what follows "### Response:", or all of the text where that does not occur.
 
-        The answer says how: a number is compared with the last number, within 1e-3; a letter A to E with the first of
-        these letters; anything else with the whole response, stripped.
+        The answer says how: a number is compared with the last number, within 1e-3; a letter A to E
+        with the first of these letters; anything else with the whole response, stripped.
         """
         text = answers.response(generated)
         number = answers.number(example.answer)
         if number is not None:
             prediction = answers.last_number(text)
             return Scored(prediction, answers.same_number(prediction, number))
-        prediction = answers.first_letter(text) if re.fullmatch("[A-E]", example.answer) else text.strip() or None
+        prediction = (
+            answers.first_letter(text)
+            if re.fullmatch("[A-E]", example.answer)
+            else text.strip() or None
+        )
         return Scored(prediction, prediction == example.answer)
 
 
 def tasks() -> list[Task]:
     """The mixture, then the sets; gsm8k alone has settings of its own."""
     alone = {"gsm8k": {"recipe": "gsm8k", "max_new_tokens": 256}}
-    return [Arithmetic("math", SETS), *(Arithmetic(name, (name,), **alone.get(name, {})) for name in SETS)]
+    return [
+        Arithmetic("math", SETS),
+        *(Arithmetic(name, (name,), **alone.get(name, {})) for name in SETS),
+    ]

@@ -1,4 +1,6 @@
-"""What a task is: rows of a file in, prompts and targets (or texts and labels) out, and the rule that scores an answer."""
+"""What a task is: rows of a file in, prompts and targets (or texts and labels) out, and the rule
+that scores an answer.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt to continue: ``target`` is learned (empty where a row has none), ``answer`` is what scoring compares with.
+    """A prompt to continue: ``target`` is learned (empty where a row has none), ``answer`` is what
+    scoring compares with.
 
     ``row`` is what prediction files repeat.
     """
@@ -30,7 +33,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Classified:
-    """A text, or a pair of texts, with a class number, or a number to predict where the task has no labels."""
+    """A text, or a pair of texts, with a class number, or a number to predict where the task has
+    no labels.
+    """
 
     text: str
     pair: str | None
@@ -40,7 +45,9 @@ class Classified:
 
 @dataclass(frozen=True)
 class Scored:
-    """One generated text under a task's rule: what was found in it (None: nothing) and whether that is right."""
+    """One generated text under a task's rule: what was found in it (None: nothing) and whether
+    that is right.
+    """
 
     prediction: str | None
     right: bool
@@ -59,8 +66,10 @@ class Task:
 
     Attributes:
         name: as the command line gives it. recipe: the named settings that are its defaults.
-        decoding: None where nothing is generated. labels: of classification; None where there are none.
-        test_sets: names of the files under a data folder that are reported, each ``<name>/test.json``.
+        decoding: None where nothing is generated. labels: of classification; None where there are
+        none.
+        test_sets: names of the files under a data folder that are reported, each
+            ``<name>/test.json``.
         metrics: names of what :meth:`measure` gives, the one that selects models first.
     """
 
@@ -107,6 +116,8 @@ class Task:
         """Find the answer in a generated text and compare it."""
         raise NotImplementedError(f"{self.name} is not scored by generation")
 
-    def measure(self, predictions: Sequence[int | float], references: Sequence[int | float]) -> dict[str, float]:
+    def measure(
+        self, predictions: Sequence[int | float], references: Sequence[int | float]
+    ) -> dict[str, float]:
         """The metrics of class numbers (or of numbers) against the right ones."""
         raise NotImplementedError(f"{self.name} has no class metrics")

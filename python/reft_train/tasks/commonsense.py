@@ -1,7 +1,8 @@
-"""Commonsense reasoning: eight multiple-choice sets in LLM-Adapters' layout, and the mixture that trains on all of them.
+"""Commonsense reasoning: eight multiple-choice sets in LLM-Adapters' layout, and the mixture that
+trains on all of them.
 
-The prompt is the instruction and a newline, the target "the correct answer is {answer}". A set alone has class numbers
-too, so that an encoder can learn it.
+The prompt is the instruction and a newline, the target "the correct answer is {answer}". A set
+alone has class numbers too, so that an encoder can learn it.
 """
 
 from __future__ import annotations
@@ -39,13 +40,18 @@ class Commonsense(Task):
         self.name, self.labels, self.test_sets = name, labels, test_sets
 
     def example(self, row: Row, tokenizer: object = None) -> Example:
-        """See :meth:`Task.example`. An ``input``, which the published files leave empty, follows on a line of its own."""
+        """See :meth:`Task.example`. An ``input``, which the published files leave empty, follows
+        on a line of its own.
+        """
         parts = [fields.filled(row, "instruction"), fields.optional(row, "input")]
         answer = fields.answer(row)
-        return Example("\n".join(filter(None, parts)) + "\n", answers.TRIGGER + answer, answer, row.fields)
+        return Example(
+            "\n".join(filter(None, parts)) + "\n", answers.TRIGGER + answer, answer, row.fields
+        )
 
     def classified(self, row: Row) -> Classified:
-        """The instruction without its last line ("Answer format: ..."), paired with the ``input`` if there is one.
+        """The instruction without its last line ("Answer format: ..."), paired with the ``input``
+        if there is one.
 
         Of boolq the question alone: the words before it are the same in every row.
         """
@@ -54,16 +60,22 @@ class Commonsense(Task):
         instruction = fields.filled(row, "instruction")
         answer = fields.answer(row)
         if answer not in self.labels:
-            raise UserError(f"{row.where}: answer: got {answer!r}, expected one of {', '.join(self.labels)}")
+            raise UserError(
+                f"{row.where}: answer: got {answer!r}, expected one of {', '.join(self.labels)}"
+            )
         text = _FORMAT_TAIL.sub("", instruction).removeprefix(_BOOLQ_HEAD) or instruction
-        return Classified(text, fields.optional(row, "input") or None, self.labels.index(answer), row.fields)
+        return Classified(
+            text, fields.optional(row, "input") or None, self.labels.index(answer), row.fields
+        )
 
     def score(self, generated: str, example: Example) -> Scored:
         """The text after "the correct answer is ", stripped, must be the answer exactly."""
         prediction = answers.after_trigger(generated)
         return Scored(prediction, prediction == example.answer)
 
-    def measure(self, predictions: Sequence[int | float], references: Sequence[int | float]) -> dict[str, float]:
+    def measure(
+        self, predictions: Sequence[int | float], references: Sequence[int | float]
+    ) -> dict[str, float]:
         """The fraction of right classes."""
         return {"accuracy": accuracy(predictions, references)}
 

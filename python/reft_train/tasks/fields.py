@@ -1,4 +1,6 @@
-"""Reading a row's fields: what is missing, misspelt, empty or of a wrong type is an error that names the row."""
+"""Reading a row's fields: what is missing, misspelt, empty or of a wrong type is an error that
+names the row.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,10 @@ def answer(row: Row, name: str = "answer", known: Sequence[str] = ADAPTERS) -> s
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError(f"{row.where}: {name}: got {described(given)}, expected a string, a number or a list of one of these")
+        raise UserError(
+            f"{row.where}: {name}: got {described(given)}, expected a string, a number or a list "
+            "of one of these"
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{row.where}: {name}: got {value}, expected a finite number")
     text = str(value).strip()
@@ -79,7 +84,10 @@ def missing(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> UserError:
     """The error that a field is not there, with the field that may have been meant for it."""
     close = _misspelt(row.fields, name, known, 0.6)
     meant = f" (did you mean {name!r} by {close!r}?)" if close else ""
-    return UserError(f"{row.where}: got fields {', '.join(map(str, row.fields)) or 'none'}, expected {name}{meant}")
+    return UserError(
+        f"{row.where}: got fields {', '.join(map(str, row.fields)) or 'none'}, expected "
+        f"{name}{meant}"
+    )
 
 
 def described(value: Any) -> str:
@@ -88,7 +96,9 @@ def described(value: Any) -> str:
     return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
 
 
-def _misspelt(fields: Mapping[str, Any], name: str, known: Sequence[str], likeness: float) -> str | None:
+def _misspelt(
+    fields: Mapping[str, Any], name: str, known: Sequence[str], likeness: float
+) -> str | None:
     others = {str(other).strip().casefold(): other for other in fields if other not in known}
     close = difflib.get_close_matches(name.casefold(), others, n=1, cutoff=likeness)
     return others[close[0]] if close else None

@@ -1,4 +1,6 @@
-"""GLUE: nine sets of sentences or pairs of them, learned as classes (STS-B: as a number) and measured as GLUE does."""
+"""GLUE: nine sets of sentences or pairs of them, learned as classes (STS-B: as a number) and
+measured as GLUE does.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ SETS = {
     "mrpc": _Set(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("accuracy", "f1")),
     "qqp": _Set(("question1", "question2"), ("not_duplicate", "duplicate"), ("accuracy", "f1")),
     "stsb": _Set(("sentence1", "sentence2"), None, ("pearson", "spearman")),
-    "mnli": _Set(("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), validation="validation_matched"),
+    "mnli": _Set(
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        validation="validation_matched",
+    ),
     "qnli": _Set(("question", "sentence"), _ENTAILMENT),
     "rte": _Set(("sentence1", "sentence2"), _ENTAILMENT),
     "wnli": _Set(("sentence1", "sentence2"), ("not_entailment", "entailment")),
@@ -53,7 +59,9 @@ class Glue(Task):
         known = (*self.text_fields, "label", "idx")
         texts = [fields.string(row, name, known) for name in self.text_fields]
         if not any(text.strip() for text in texts):  # QQP has a few pairs with one empty question
-            raise UserError(f"{row.where}: {' and '.join(self.text_fields)}: got no text, expected some")
+            raise UserError(
+                f"{row.where}: {' and '.join(self.text_fields)}: got no text, expected some"
+            )
         label = fields.answer(row, "label", known)
         number = self._class(label, row) if self.labels else self._similarity(label, row)
         return Classified(texts[0], texts[1] if len(texts) == 2 else None, number, row.fields)
@@ -75,17 +83,21 @@ class Glue(Task):
             raise UserError(f"{row.where}: label: got {label!r}, expected a number from 0 to 5")
         return value
 
-    def measure(self, predictions: Sequence[int | float], references: Sequence[int | float]) -> dict[str, float]:
+    def measure(
+        self, predictions: Sequence[int | float], references: Sequence[int | float]
+    ) -> dict[str, float]:
         """GLUE's metrics for the set: the paper reports the first of them.
 
-        CoLA: Matthews' correlation. MRPC and QQP: accuracy, F1. STS-B: Pearson's and Spearman's correlations.
+        CoLA: Matthews' correlation. MRPC and QQP: accuracy, F1. STS-B: Pearson's and Spearman's
+            correlations.
         The others: accuracy, MNLI's on its matched part.
         """
         return {name: MEASURES[name](predictions, references) for name in self.metrics}
 
 
 def validation_split(n: int, seed: int) -> tuple[list[int], list[int]]:
-    """A seeded split of ``n`` validation rows: those that choose the model, and those that are reported.
+    """A seeded split of ``n`` validation rows: those that choose the model, and those that are
+    reported.
 
     1,000 rows choose, or half of them (rounded down) where there are fewer than 5,000.
 
@@ -96,7 +108,10 @@ def validation_split(n: int, seed: int) -> tuple[list[int], list[int]]:
         UserError: fewer than 2 rows.
     """
     if n < 2:
-        raise UserError(f"validation: got {n} rows, expected at least 2: some to choose the model, the rest to report")
+        raise UserError(
+            f"validation: got {n} rows, expected at least 2: some to choose the model, the rest "
+            "to report"
+        )
     order = list(range(n))
     random.Random(seed).shuffle(order)
     count = 1000 if n >= 5000 else n // 2

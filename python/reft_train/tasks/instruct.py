@@ -1,4 +1,6 @@
-"""Instruction following: Alpaca's prompts; the answers go to a judge in ``alpaca_eval``'s format and are not scored here."""
+"""Instruction following: Alpaca's prompts; the answers go to a judge in ``alpaca_eval``'s format
+and are not scored here.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,14 @@ class Instruct(Task):
         return Example(prompt, output, output, row.fields)
 
 
-def alpaca_eval_rows(examples: Sequence[Example], outputs: Sequence[str], generator: str) -> list[dict[str, str]]:
+def alpaca_eval_rows(
+    examples: Sequence[Example], outputs: Sequence[str], generator: str
+) -> list[dict[str, str]]:
     """The rows that ``alpaca_eval --model_outputs`` reads.
 
     Args:
-        examples: of :class:`Instruct`. outputs: generated texts, one for each. generator: the model's name in the tables.
+        examples: of :class:`Instruct`. outputs: generated texts, one for each. generator: the
+            model's name in the tables.
 
     Returns:
         Rows of instruction, output, dataset (the row's own, else "alpaca_eval") and generator.

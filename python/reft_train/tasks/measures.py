@@ -9,13 +9,18 @@ Numbers = Sequence[int | float]
 
 def _checked(predictions: Numbers, references: Numbers) -> None:
     if len(predictions) != len(references) or not len(references):
-        raise ValueError(f"predictions: got {len(predictions)} for {len(references)} references, expected one for each")
+        raise ValueError(
+            f"predictions: got {len(predictions)} for {len(references)} references, expected one "
+            "for each"
+        )
 
 
 def accuracy(predictions: Numbers, references: Numbers) -> float:
     """The fraction of predictions that equal their reference."""
     _checked(predictions, references)
-    return sum(given == right for given, right in zip(predictions, references, strict=True)) / len(references)
+    return sum(given == right for given, right in zip(predictions, references, strict=True)) / len(
+        references
+    )
 
 
 def f1(predictions: Numbers, references: Numbers) -> float:
@@ -35,7 +40,9 @@ def matthews(predictions: Numbers, references: Numbers) -> float:
 
 
 def pearson(predictions: Numbers, references: Numbers) -> float:
-    """Pearson's correlation; 0 where either side is constant, for it then tells nothing of the other."""
+    """Pearson's correlation; 0 where either side is constant, for it then tells nothing of the
+    other.
+    """
     from scipy.stats import pearsonr
 
     return _correlation(pearsonr, predictions, references)
@@ -55,4 +62,10 @@ def _correlation(correlate, predictions: Numbers, references: Numbers) -> float:
     return float(correlate(predictions, references).statistic)
 
 
-MEASURES = {"accuracy": accuracy, "f1": f1, "matthews": matthews, "pearson": pearson, "spearman": spearman}
+MEASURES = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+}

@@ -1,10 +1,14 @@
-"""Prompt templates, to the character: an adapter is trained on them, so a change of one makes old adapters worse."""
+"""Prompt templates, to the character: an adapter is trained on them, so a change of one makes
+old adapters worse.
+"""
 
 from __future__ import annotations
 
-# Stanford Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca, train.py); the response follows the colon
+# Stanford Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca, train.py); the response
+# follows the colon
 ALPACA = (
-    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )

@@ -1,1 +1,3 @@
-"""Training: a session from settings to results, the Trainer that it drives, its checkpoints, callbacks and processes."""
+"""Training: a session from settings to results, the Trainer that it drives, its checkpoints,
+callbacks and processes.
+"""

@@ -27,15 +27,21 @@ def steps_in_all(config: RunConfig, examples: int | None, processes: int) -> int
 def _strategy(every: int | None, name: str, wanted: bool) -> dict[str, Any]:
     if not wanted:
         return {f"{name}_strategy": "no"}
-    return {f"{name}_strategy": "epoch"} if every is None else {f"{name}_strategy": "steps", f"{name}_steps": every}
+    return (
+        {f"{name}_strategy": "epoch"}
+        if every is None
+        else {f"{name}_strategy": "steps", f"{name}_steps": every}
+    )
 
 
-def training_arguments(config: RunConfig, output: Path, model: Any, examples: int | None, metric: str | None) -> Any:
+def training_arguments(
+    config: RunConfig, output: Path, model: Any, examples: int | None, metric: str | None
+) -> Any:
     """The arguments of a run.
 
     Args:
-        model: the PEFT model. examples: number of training examples, None for a stream.
-        metric: what the best checkpoint is chosen by, "loss" or a metric's name; None where none is chosen.
+        model: the PEFT model. examples: number of training examples, None for a stream. metric:
+        what the best checkpoint is chosen by, "loss" or a metric's name; None where none is chosen.
 
     Raises:
         UserError: settings that this machine or these packages cannot serve.
@@ -47,10 +53,17 @@ def training_arguments(config: RunConfig, output: Path, model: Any, examples: in
     if config.mixed_precision == "fp16" and device == "cpu":
         raise UserError("mixed_precision: got fp16 on a CPU, expected bf16 or no")
     if config.deepspeed is not None and find_spec("deepspeed") is None:
-        raise UserError(f"deepspeed: got {config.deepspeed}, expected none: deepspeed is not installed")
-    if metric is not None and config.save_every is not None and config.save_every != config.evaluate_every:
         raise UserError(
-            f"save_every: got {config.save_every} with select, expected evaluate_every, {config.evaluate_every}: "
+            f"deepspeed: got {config.deepspeed}, expected none: deepspeed is not installed"
+        )
+    if (
+        metric is not None
+        and config.save_every is not None
+        and config.save_every != config.evaluate_every
+    ):
+        raise UserError(
+            f"save_every: got {config.save_every} with select, expected evaluate_every, "
+            f"{config.evaluate_every}: "
             "the best checkpoint must have been evaluated"
         )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -64,11 +77,19 @@ def training_arguments(config: RunConfig, output: Path, model: Any, examples: in
     extra: dict[str, Any] = {}
     if metric is not None:
         name = f"eval_{metric}"
-        extra = {"load_best_model_at_end": True, "metric_for_best_model": name, "greater_is_better": metric != "loss"}
+        extra = {
+            "load_best_model_at_end": True,
+            "metric_for_best_model": name,
+            "greater_is_better": metric != "loss",
+        }
     if config.gradient_checkpointing:
         # the name changed in transformers 5.23
         fields = transformers.TrainingArguments.__dataclass_fields__
-        name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+        name = (
+            "activation_checkpointing"
+            if "activation_checkpointing" in fields
+            else "gradient_checkpointing"
+        )
         extra |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     arguments = transformers.TrainingArguments(
         output_dir=str(output),
@@ -80,7 +101,9 @@ def training_arguments(config: RunConfig, output: Path, model: Any, examples: in
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         warmup_steps=math.ceil(config.warmup * total),
-        lr_scheduler_type=config.schedule if config.schedule != "constant" else "constant_with_warmup",
+        lr_scheduler_type=config.schedule
+        if config.schedule != "constant"
+        else "constant_with_warmup",
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         bf16=config.mixed_precision == "bf16",
@@ -94,7 +117,9 @@ def training_arguments(config: RunConfig, output: Path, model: Any, examples: in
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         dataloader_num_workers=config.workers,
-        accelerator_config={"dispatch_batches": False},  # batches differ in width, so one process cannot deal them out
+        accelerator_config={
+            "dispatch_batches": False
+        },  # batches differ in width, so one process cannot deal them out
         dataloader_pin_memory=device == "cuda",
         report_to=["tensorboard"] if board else [],
         save_total_limit=None,
@@ -104,6 +129,7 @@ def training_arguments(config: RunConfig, output: Path, model: Any, examples: in
         **fsdp_arguments(config, model),
     )
     if arguments.device.type == "cpu" and arguments.device.index is not None:
-        # transformers 4 numbers the CPUs of several processes, and no optimizer can be loaded to "cpu:0"
+        # transformers 4 numbers the CPUs of several processes, and no optimizer can be loaded to
+        # "cpu:0"
         vars(arguments)["_setup_devices"] = torch.device("cpu")
     return arguments

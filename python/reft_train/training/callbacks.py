@@ -1,4 +1,6 @@
-"""What a run does beside its steps: a log that survives a kill, an orderly end on Ctrl-C, a stop on a loss that is NaN."""
+"""What a run does beside its steps: a log that survives a kill, an orderly end on Ctrl-C, a stop
+on a loss that is NaN.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class Journal(TrainerCallback):
-    """Appends each line of the log to ``log.jsonl``; on resuming, lines after the checkpoint are dropped first."""
+    """Appends each line of the log to ``log.jsonl``; on resuming, lines after the checkpoint are
+    dropped first.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,7 +38,9 @@ class Journal(TrainerCallback):
         lines = [json.dumps(entry) for entry in state.log_history if "train_runtime" not in entry]
         write_text(self.path, "".join(f"{line}\n" for line in lines))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Append the newest line."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a", encoding="utf-8") as file:
@@ -44,15 +50,21 @@ class Journal(TrainerCallback):
 class FiniteLoss(TrainerCallback):
     """Stops a run whose loss is no number any more."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Raise FloatingPointError, which names the step."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {state.global_step}; a lower lr or float32 may help")
+            raise FloatingPointError(
+                f"the loss is {loss} at step {state.global_step}; a lower lr or float32 may help"
+            )
 
 
 class Interrupt(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) ends the run after the present step, with a checkpoint; the second one at once."""
+    """The first Ctrl-C (or SIGTERM) ends the run after the present step, with a checkpoint; the
+    second one at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False
@@ -87,7 +99,9 @@ class Interrupt(TrainerCallback):
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Save after the epoch's evaluation where one ends here; elsewhere do nothing that an uninterrupted run would not."""
+        """Save after the epoch's evaluation where one ends here; elsewhere do nothing that an
+        uninterrupted run would not.
+        """
         if self.asked and state.global_step < state.max_steps:
             control.should_save = _ends_epoch(state)
             control.should_evaluate = control.should_evaluate and _ends_epoch(state)
@@ -99,14 +113,20 @@ def _ends_epoch(state: Any) -> bool:
 
 
 class Bookkeeping(TrainerCallback):
-    """Tells the trainer when an optimizer step is over, and what orders the examples which epoch begins."""
+    """Tells the trainer when an optimizer step is over, and what orders the examples which epoch
+    begins.
+    """
 
     def __init__(self, trainer: ReftTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch of sampler or stream: wrapped twice, as in a resumed run, engines do not reach them."""
-        order = self.trainer.sampler if self.trainer.sampler is not None else self.trainer.train_dataset
+        """Set the epoch of sampler or stream: wrapped twice, as in a resumed run, engines do not
+        reach them.
+        """
+        order = (
+            self.trainer.sampler if self.trainer.sampler is not None else self.trainer.train_dataset
+        )
         order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -115,7 +135,9 @@ class Bookkeeping(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar for the whole run: loss, tokens per second, held-out loss; on the first process only."""
+    """One bar for the whole run: loss, tokens per second, held-out loss; on the first process
+    only.
+    """
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -131,12 +153,16 @@ class Progress(TrainerCallback):
         """Move on by one."""
         self._bar.update()
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Show the newest numbers."""
         titles = {"loss": "loss", "tokens_per_second": "tokens/s", "eval_loss": "held out"}
         for name, title in titles.items():
             if logs and name in logs:
-                self._shown[title] = f"{logs[name]:.4g}" if name != "tokens_per_second" else f"{logs[name]:,.0f}"
+                self._shown[title] = (
+                    f"{logs[name]:.4g}" if name != "tokens_per_second" else f"{logs[name]:,.0f}"
+                )
         if self._bar is not None:
             self._bar.set_postfix(self._shown, refresh=False)
 
@@ -144,5 +170,7 @@ class Progress(TrainerCallback):
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:  # closed after an error, too, so that its message has a line of its own
+        if (
+            self._bar is not None
+        ):  # closed after an error, too, so that its message has a line of its own
             self._bar.close()

@@ -27,10 +27,12 @@ def _sync(path: Path) -> None:
 def publish(staged: Path, target: Path) -> None:
     """Make the folder ``staged`` the checkpoint ``target``: on the disk first, then under its name.
 
-    A step that is saved twice, before and after an evaluation, keeps its folder: the files go over the old ones one by one,
-    and since both are of the same step, any mixture of them is whole.
+    A step that is saved twice, before and after an evaluation, keeps its folder: the files go over
+    the old ones one by one, and since both are of the same step, any mixture of them is whole.
     """
-    files = sorted((path for path in staged.rglob("*") if path.is_file()), key=lambda path: path.name == _STATE)
+    files = sorted(
+        (path for path in staged.rglob("*") if path.is_file()), key=lambda path: path.name == _STATE
+    )
     for path in files:
         _sync(path)
     _sync(staged)
@@ -75,7 +77,9 @@ def last(folder: Path) -> Path | None:
         return None
     missing = [name for name in NEEDED if not (found[-1] / name).is_file()]
     if missing:
-        raise UserError(f"resume: got {found[-1]} without {', '.join(missing)}, expected a whole checkpoint")
+        raise UserError(
+            f"resume: got {found[-1]} without {', '.join(missing)}, expected a whole checkpoint"
+        )
     return found[-1]
 
 

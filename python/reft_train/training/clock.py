@@ -9,7 +9,8 @@ import torch
 
 
 class StepClock:
-    """``begin()`` and ``end()`` around each step; ``settle()`` where the device has been waited for anyway.
+    """``begin()`` and ``end()`` around each step; ``settle()`` where the device has been waited for
+    anyway.
 
     On CUDA a step is the time between two events on its stream, on the CPU that between two calls.
     """

@@ -1,4 +1,6 @@
-"""A run's folder: what is in it, whether a run may begin or go on there, and how an adapter gets into it whole."""
+"""A run's folder: what is in it, whether a run may begin or go on there, and how an adapter gets
+into it whole.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,26 @@ if TYPE_CHECKING:
 CONFIG, DATA, ADAPTER = "config.yaml", "data.sha256", "adapter"
 # what may differ between a run and its continuation
 _FREE = {
-    "resume", "overwrite", "output", "threads", "workers", "cache", "log_every", "keep", "skip_test", "test", "test_rows",
-    "eval_batch_size", "max_new_tokens", "temperature", "top_p", "num_beams", "data", "train", "device",
-}  # fmt: skip
+    "resume",
+    "overwrite",
+    "output",
+    "threads",
+    "workers",
+    "cache",
+    "log_every",
+    "keep",
+    "skip_test",
+    "test",
+    "test_rows",
+    "eval_batch_size",
+    "max_new_tokens",
+    "temperature",
+    "top_p",
+    "num_beams",
+    "data",
+    "train",
+    "device",
+}
 
 
 def check_output(config: RunConfig) -> Path | None:
@@ -46,11 +65,16 @@ def check_output(config: RunConfig) -> Path | None:
     if config.resume:
         found = last(output)
         if found is None:
-            raise UserError(f"resume: got {output}, which holds no checkpoint, expected a run that was begun")
+            raise UserError(
+                f"resume: got {output}, which holds no checkpoint, expected a run that was begun"
+            )
         _check_same(config, output)
         return found
     if not config.overwrite and (checkpoints(output) or (output / RESULTS).exists()):
-        raise UserError(f"output: got {output}, which holds a run, expected another folder, --resume or --overwrite")
+        raise UserError(
+            f"output: got {output}, which holds a run, expected another folder, --resume or "
+            "--overwrite"
+        )
     return None
 
 
@@ -63,9 +87,14 @@ def _check_same(config: RunConfig, output: Path) -> None:
         if name == "model":
             _check_model(config, value, output)
             continue
-        free = name in _FREE and not (name == "workers" and config.streaming)  # which deal out a stream's rows
+        free = name in _FREE and not (
+            name == "workers" and config.streaming
+        )  # which deal out a stream's rows
         if not free and own != value:
-            raise UserError(f"resume: got {name} {own!r}, but the run was begun with {value!r}, expected the same")
+            raise UserError(
+                f"resume: got {name} {own!r}, but the run was begun with {value!r}, expected the "
+                "same"
+            )
 
 
 def _check_model(config: RunConfig, begun: str, output: Path) -> None:
@@ -86,11 +115,14 @@ def check_same_data(rows: prepare.Rows, output: Path) -> None:
     except OSError:
         return  # killed before it was written, or taken away: nothing to compare with
     if begun != prepare.digest(rows):
-        raise UserError(f"resume: got other training rows than {output} was begun with, expected the same")
+        raise UserError(
+            f"resume: got other training rows than {output} was begun with, expected the same"
+        )
 
 
 def check_room(model: torch.nn.Module, config: RunConfig) -> None:
-    """Refuse a disk that cannot hold the run's checkpoints: parameters and two moments, each one more than are kept.
+    """Refuse a disk that cannot hold the run's checkpoints: parameters and two moments, each one
+    more than are kept.
 
     Raises:
         UserError: saying how much is free and how much is needed.
@@ -102,7 +134,8 @@ def check_room(model: torch.nn.Module, config: RunConfig) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"output: got {output} with {free / 2**20:.0f} MiB free, expected at least {needed / 2**20:.0f} MiB for checkpoints"
+            f"output: got {output} with {free / 2**20:.0f} MiB free, expected at least "
+            f"{needed / 2**20:.0f} MiB for checkpoints"
         )
 
 
@@ -132,4 +165,6 @@ def publish_adapter(trainer: ReftTrainer, output: Path) -> None:
 
 def resume_hint(config: RunConfig) -> str:
     """The command that goes on with a run."""
-    return shlex.join(["reft-train", "run", "--config", str(Path(config.output) / CONFIG), "--resume"])
+    return shlex.join(
+        ["reft-train", "run", "--config", str(Path(config.output) / CONFIG), "--resume"]
+    )

@@ -20,11 +20,15 @@ class Outcome:
     """A finished (or interrupted) training.
 
     Attributes:
-        config: the settings. trainable: numbers trained in the method, head excluded. head: numbers of a new head.
-        total: the frozen model's numbers. steps: optimizer steps. losses: (step, mean loss since the last line) pairs.
+        config: the settings. trainable: numbers trained in the method, head excluded. head: numbers
+            of a new head.
+        total: the frozen model's numbers. steps: optimizer steps. losses: (step, mean loss since
+            the last line) pairs.
         validation: metrics on held-out training rows, by name. tests: metrics of each test set.
-        seconds: of training. step_seconds: median of an optimizer step. tokens_per_second: real tokens, padding excluded.
-        orthonormality: max |R R^T - I| at the end; None where there is no R. interrupted: Ctrl-C came before the end.
+        seconds: of training. step_seconds: median of an optimizer step. tokens_per_second: real
+        tokens, padding excluded.
+        orthonormality: max |R R^T - I| at the end; None where there is no R. interrupted: Ctrl-C
+            came before the end.
     """
 
     config: dict[str, Any]
@@ -60,4 +64,7 @@ class Outcome:
             losses = [(int(step), float(loss)) for step, loss in fields["losses"]]
             return cls(**{**fields, "memory": Peak(**fields["memory"]), "losses": losses})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"run: got {folder}, without a readable {RESULTS} ({error}), expected a finished run") from None
+            raise UserError(
+                f"run: got {folder}, without a readable {RESULTS} ({error}), expected a finished "
+                "run"
+            ) from None

@@ -1,4 +1,6 @@
-"""From a run's settings to tokenized examples: rows found, read, split, tokenized, cached, and how to batch them."""
+"""From a run's settings to tokenized examples: rows found, read, split, tokenized, cached, and
+how to batch them.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _TRIED = 1000  # rows of a stream that are looked at before the training
 
 @dataclass
 class Rows:
-    """Rows of a run: to train on (None where they are streamed from ``stream``), held out, and of each test set."""
+    """Rows of a run: to train on (None where they are streamed from ``stream``), held out, and
+    of each test set.
+    """
 
     train: list[Row] | None
     held_out: list[Row] = field(default_factory=list)
@@ -36,7 +40,9 @@ class Rows:
 
 
 def _expanded(rows: Iterable[Row], config: RunConfig, task: Task) -> Iterator[Row]:
-    """The rows that are trained: of a conversation one for each answer, unless the last alone is wanted."""
+    """The rows that are trained: of a conversation one for each answer, unless the last alone is
+    wanted.
+    """
     for row in rows:
         yield from task.training_rows(row) if config.turns == "all" else [row]
 
@@ -50,7 +56,10 @@ def _split(rows: list[Row], validation: float, seed: int) -> tuple[list[Row], li
         return rows, []
     count = round(len(rows) * validation) if validation < 1 else int(validation)
     if not 0 < count < len(rows):
-        raise UserError(f"validation: got {validation:g} of {len(rows)} training rows, expected at least one on either side")
+        raise UserError(
+            f"validation: got {validation:g} of {len(rows)} training rows, expected at least one "
+            "on either side"
+        )
     order = list(range(len(rows)))
     random.Random(f"validation/{seed}").shuffle(order)
     held = set(order[:count])
@@ -62,7 +71,8 @@ def _path(name: str | None) -> Path | None:
 
 
 def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
-    """Read a run's rows. Held-out rows come from the training part (for GLUE, from a part of validation), never from a test.
+    """Read a run's rows. Held-out rows come from the training part (for GLUE, from a part of
+    validation), never from a test.
 
     Args:
         train: whether training rows are wanted; False for evaluation alone.
@@ -72,15 +82,27 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
     """
     tests_wanted = not config.skip_test
     if isinstance(task, Glue) and config.data is None and config.train is None and not config.test:
-        read = {"train": sources.hub_rows(task, "train") if train else [], "test": sources.hub_rows(task, task.test_sets[0])}
+        read = {
+            "train": sources.hub_rows(task, "train") if train else [],
+            "test": sources.hub_rows(task, task.test_sets[0]),
+        }
         found, tests = read["train"], {task.test_sets[0]: read["test"]}
     else:
         files = sources.find(
-            task, _path(config.data), _path(config.train), [Path(p) for p in config.test], train_needed=train,
+            task,
+            _path(config.data),
+            _path(config.train),
+            [Path(p) for p in config.test],
+            train_needed=train,
             tests_needed=not train,
-        )  # fmt: skip
+        )
         if train and config.streaming:
-            return Rows(None, [], _shortened(_tests(files.tests), config) if tests_wanted else {}, files.train)
+            return Rows(
+                None,
+                [],
+                _shortened(_tests(files.tests), config) if tests_wanted else {},
+                files.train,
+            )
         found = read_rows(files.train, "--train") if train else []
         tests = _tests(files.tests) if tests_wanted or isinstance(task, Glue) else {}
     held_out: list[Row] = []
@@ -121,10 +143,14 @@ def digest(rows: Rows) -> str:
 
 
 def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], name: str) -> Any:
-    """The rows as a data set of token ids, from the cache where the very same rows were tokenized before."""
+    """The rows as a data set of token ids, from the cache where the very same rows were
+    tokenized before.
+    """
 
     def build() -> Any:
-        return tokenizing.tokenize_rows(rows, task, loaded.tokenizer, loaded.kind, config.max_length)
+        return tokenizing.tokenize_rows(
+            rows, task, loaded.tokenizer, loaded.kind, config.max_length
+        )
 
     parts = {
         "rows": _digest(rows),
@@ -133,12 +159,15 @@ def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], na
         "kind": loaded.kind,
         "max_length": config.max_length,
     }
-    dataset = caching.cached(build, parts, None if config.cache is None else Path(config.cache) / "tokenized")
+    dataset = caching.cached(
+        build, parts, None if config.cache is None else Path(config.cache) / "tokenized"
+    )
     _say_lost(name, len(rows) - len(dataset), len(rows), config)
     cuts = tokenizing.count_cuts(dataset)
     if (cuts.prompts or cuts.targets) and is_first():
         print(
-            f"{name}: {cuts.prompts} of {len(dataset)} prompts cut from the left and {cuts.targets} targets cut at the end "
+            f"{name}: {cuts.prompts} of {len(dataset)} prompts cut from the left and "
+            f"{cuts.targets} targets cut at the end "
             f"to fit max_length {config.max_length}",
             file=sys.stderr,
         )
@@ -148,7 +177,8 @@ def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], na
 def _say_lost(name: str, lost: int, count: int, config: RunConfig) -> None:
     if lost and is_first():
         print(
-            f"{name}: {lost} of {count} dropped: max_length {config.max_length} leaves them no prompt or no answer",
+            f"{name}: {lost} of {count} dropped: max_length {config.max_length} leaves them no "
+            "prompt or no answer",
             file=sys.stderr,
         )
 
@@ -170,7 +200,8 @@ def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
     """A training file, read and tokenized while training; its first rows are tried before.
 
     Raises:
-        UserError: a row among them that the task refuses, or none that keeps a prompt and an answer.
+        UserError: a row among them that the task refuses, or none that keeps a prompt and an
+            answer.
     """
     tried = _expanded(islice(iter_rows(path, "--train"), _TRIED), config, task)
     items = tokenizing.iter_items(tried, task, loaded.tokenizer, loaded.kind, config.max_length)
@@ -179,16 +210,26 @@ def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
         raise tokenizing.all_lost(config.max_length)
     _say_lost("first training rows", sum(lost), len(lost), config)
     return streaming.StreamingRows(
-        path, task, loaded.tokenizer, loaded.kind, config.max_length, seed=config.seed, buffer=config.shuffle_buffer,
-        endless=True, all_turns=config.turns == "all",
-    )  # fmt: skip
+        path,
+        task,
+        loaded.tokenizer,
+        loaded.kind,
+        config.max_length,
+        seed=config.seed,
+        buffer=config.shuffle_buffer,
+        endless=True,
+        all_turns=config.turns == "all",
+    )
 
 
-def response_template(config: RunConfig, loaded: Loaded, task: Task, rows: Rows) -> list[int] | None:
-    """What ends a prompt in a chat, for the adapter to keep; None where the rows are no chats of a causal model.
+def response_template(
+    config: RunConfig, loaded: Loaded, task: Task, rows: Rows
+) -> list[int] | None:
+    """What ends a prompt in a chat, for the adapter to keep; None where the rows are no chats of a
+    causal model.
 
-    It must end every prompt that is looked at, and stand in no answer; else, and where the tokenizer's chat template has
-    none, a line says why and the labels tell where prompts end.
+    It must end every prompt that is looked at, and stand in no answer; else, and where the
+    tokenizer's chat template has none, a line says why and the labels tell where prompts end.
     """
     from reft_kernels.integrations.peft import from_chat_template
 
@@ -196,25 +237,36 @@ def response_template(config: RunConfig, loaded: Loaded, task: Task, rows: Rows)
         return None
     file_rows = iter_rows(rows.stream, "--train") if rows.train is None else rows.train
     tried = list(islice(_expanded(file_rows, config, task), _TRIED // 10))
-    if not tried or not all("messages" in row.fields for row in tried) or not loaded.tokenizer.chat_template:
+    if (
+        not tried
+        or not all("messages" in row.fields for row in tried)
+        or not loaded.tokenizer.chat_template
+    ):
         return None
     try:
         template = from_chat_template(loaded.tokenizer)
     except ValueError as error:
         return _without_template(" ".join(str(error).split()))
-    for row, item in zip(tried, tokenizing.iter_items(tried, task, loaded.tokenizer, CAUSAL, sys.maxsize), strict=True):
+    for row, item in zip(
+        tried,
+        tokenizing.iter_items(tried, task, loaded.tokenizer, CAUSAL, sys.maxsize),
+        strict=True,
+    ):
         prompt, ids, length = item.labels.count(tokenizing.IGNORED), item.input_ids, len(template)
         ends = [end for end in range(length, len(ids) + 1) if ids[end - length : end] == template]
         if not ends or ends[-1] > prompt:
             where = "ends inside the answer" if ends else "is not in the prompt"
-            return _without_template(f"{loaded.tokenizer.decode(template)!r} {where} of {row.where}")
+            return _without_template(
+                f"{loaded.tokenizer.decode(template)!r} {where} of {row.where}"
+            )
     return template
 
 
 def _without_template(reason: str) -> None:
     if is_first():
         print(
-            f"response_template: none ({reason}); the labels tell where prompts end in training, and scoring without labels "
+            f"response_template: none ({reason}); the labels tell where prompts end in training, "
+            "and scoring without labels "
             "needs prompt_lengths",
             file=sys.stderr,
         )
@@ -247,7 +299,9 @@ def collator(config: RunConfig, loaded: Loaded) -> Callable[[Sequence[dict]], di
         return collate
     if loaded.kind != CAUSAL:
         raise UserError(f"packing: got true with a {loaded.kind} model, expected a causal one")
-    flat = str(getattr(loaded.model.config, "_attn_implementation", "")).startswith("flash_attention")
+    flat = str(getattr(loaded.model.config, "_attn_implementation", "")).startswith(
+        "flash_attention"
+    )
     packing.check_model_packs(loaded.model, pad, flat)
     return packing.PackingCollator(config.packed_length or config.max_length, pad, flat)
 

@@ -1,4 +1,6 @@
-"""Several processes that train together: joined early, and ended together where one of them refuses its input."""
+"""Several processes that train together: joined early, and ended together where one of them
+refuses its input.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _TIMEOUT = timedelta(hours=2)  # while the first process tokenizes
 
 
 def join(config: RunConfig) -> None:
-    """Make the process group, where torchrun or accelerate launch started several processes; engines find it and use it."""
+    """Make the process group, where torchrun or accelerate launch started several processes;
+    engines find it and use it.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
@@ -30,7 +34,8 @@ def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
     """``prepare()``, if it succeeds in every process; ``prepare`` must not talk to the others.
 
     Args:
-        in_turn: the first process of each machine goes first; the others find what it left in caches.
+        in_turn: the first process of each machine goes first; the others find what it left in
+            caches.
 
     Raises:
         UserError: in the first process, whichever process refused. ReportedError: in the others.
@@ -49,7 +54,9 @@ def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
     finally:
         if in_turn and not waits:
             dist.barrier()
-    messages = [text for text in gathered(None if error is None else str(error)) if text is not None]
+    messages = [
+        text for text in gathered(None if error is None else str(error)) if text is not None
+    ]
     if not messages:
         return result
     raise (UserError if is_first() else ReportedError)(messages[0]) from error

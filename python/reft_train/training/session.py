@@ -28,7 +28,15 @@ from reft_train.training import prepare
 from reft_train.training.arguments import training_arguments
 from reft_train.training.callbacks import FiniteLoss, Interrupt, Journal, Progress
 from reft_train.training.checkpoints import sweep
-from reft_train.training.folder import CONFIG, DATA, check_output, check_room, check_same_data, clear, publish_adapter
+from reft_train.training.folder import (
+    CONFIG,
+    DATA,
+    check_output,
+    check_room,
+    check_same_data,
+    clear,
+    publish_adapter,
+)
 from reft_train.training.outcome import Outcome
 from reft_train.training.processes import join, together
 from reft_train.training.sharding import engine_environment, gather_to_generate
@@ -38,21 +46,31 @@ from reft_train.training.trainer import ReftTrainer, orthonormality
 def _counts(model: Any, loaded: Loaded) -> tuple[int, int, int]:
     """Numbers trained in the method and in the head, and the frozen model's."""
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    head = sum(count for name, count in trained.items() if any(f".{part}." in name for part in loaded.heads))
+    head = sum(
+        count
+        for name, count in trained.items()
+        if any(f".{part}." in name for part in loaded.heads)
+    )
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return sum(trained.values()) - head, head, frozen
 
 
 def _class_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
     def measure(prediction: Any) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        logits = (
+            prediction.predictions[0]
+            if isinstance(prediction.predictions, tuple)
+            else prediction.predictions
+        )
         given = logits.squeeze(-1) if task.labels is None else logits.argmax(-1)
         return task.measure(given.tolist(), prediction.label_ids.tolist())
 
     return measure
 
 
-def _scorer(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row]) -> Callable[[Any], dict[str, float]]:
+def _scorer(
+    config: RunConfig, loaded: Loaded, task: Task, rows: list[Row]
+) -> Callable[[Any], dict[str, float]]:
     def score(model: Any) -> dict[str, float]:
         bare = Loaded(model, loaded.tokenizer, loaded.kind, loaded.heads)
         return score_set("held out", rows, bare, task, config, progress=False).metrics
@@ -61,10 +79,14 @@ def _scorer(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row]) -> C
 
 
 def quiet() -> None:
-    """Leave the terminal to the run's own bar: no bars for reading a model or writing a cache, no notes between libraries."""
+    """Leave the terminal to the run's own bar: no bars for reading a model or writing a cache,
+    no notes between libraries.
+    """
     import datasets
 
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    warnings.filterwarnings(
+        "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
+    )
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
 
@@ -74,17 +96,26 @@ def _threads(config: RunConfig) -> None:
         torch.set_num_threads(config.threads)
 
 
-def train(config: RunConfig, *, callbacks: Sequence[transformers.TrainerCallback] = (), report: bool = True) -> Outcome:
-    """Train an adapter as ``config`` says and leave it, the log, the numbers and a report in ``config.output``.
+def train(
+    config: RunConfig,
+    *,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
+    report: bool = True,
+) -> Outcome:
+    """Train an adapter as ``config`` says and leave it, the log, the numbers and a report in
+    ``config.output``.
 
     Args:
-        callbacks: more of them, for a search that prunes, say. report: write figures and the HTML page.
+        callbacks: more of them, for a search that prunes, say. report: write figures and the HTML
+            page.
 
     Returns:
-        The outcome; ``interrupted`` where Ctrl-C or SIGTERM ended it early, with a checkpoint to go on from.
+        The outcome; ``interrupted`` where Ctrl-C or SIGTERM ended it early, with a checkpoint to go
+        on from.
 
     Raises:
-        UserError: bad input, found before anything is written. FloatingPointError: the loss is no number.
+        UserError: bad input, found before anything is written. FloatingPointError: the loss is no
+            number.
     """
     join(config)
     with engine_environment(config):
@@ -97,7 +128,9 @@ def _read(config: RunConfig) -> tuple[Task, Path | None, prepare.Rows, Loaded, C
     if config.select == "metric" and not rows.held_out:
         raise UserError("select: got 'metric' without held-out rows, expected validation")
     if config.select == "metric" and not task.metrics:
-        raise UserError(f"select: got 'metric' with {task.name}, which is not scored here, expected loss")
+        raise UserError(
+            f"select: got 'metric' with {task.name}, which is not scored here, expected loss"
+        )
     loaded = load(config, task)
     if checkpoint is not None:
         check_base(loaded.model.config, checkpoint)
@@ -105,30 +138,49 @@ def _read(config: RunConfig) -> tuple[Task, Path | None, prepare.Rows, Loaded, C
     return task, checkpoint, rows, loaded, prepare.collator(config, loaded)
 
 
-def _tokenized(config: RunConfig, task: Task, rows: prepare.Rows, loaded: Loaded) -> tuple[Any, Any]:
+def _tokenized(
+    config: RunConfig, task: Task, rows: prepare.Rows, loaded: Loaded
+) -> tuple[Any, Any]:
     for test in rows.tests.values():
         prepare.check_rows(test, loaded, task)
     if rows.train is None:
         examples: Any = prepare.stream(config, loaded, task, rows.stream)
     else:
         examples = prepare.tokenized(config, loaded, task, rows.train, "training rows")
-    return examples, prepare.tokenized(config, loaded, task, rows.held_out, "held-out rows") if rows.held_out else None
+    return examples, prepare.tokenized(
+        config, loaded, task, rows.held_out, "held-out rows"
+    ) if rows.held_out else None
 
 
-def _adapted(config: RunConfig, task: Task, rows: prepare.Rows, loaded: Loaded, count: int | None, metric: str | None) -> Any:
+def _adapted(
+    config: RunConfig,
+    task: Task,
+    rows: prepare.Rows,
+    loaded: Loaded,
+    count: int | None,
+    metric: str | None,
+) -> Any:
     model = adapt(config, loaded, prepare.response_template(config, loaded, task, rows))
     check_room(model, config)
     return model, training_arguments(config, Path(config.output), model, count, metric)
 
 
-def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback], report: bool) -> Outcome:
+def _train(
+    config: RunConfig, callbacks: Sequence[transformers.TrainerCallback], report: bool
+) -> Outcome:
     _threads(config)
     quiet()
     output = Path(config.output)
     task, checkpoint, rows, loaded, collate = together(lambda: _read(config))
     examples, held_out = together(lambda: _tokenized(config, task, rows, loaded), in_turn=True)
     count = None if rows.train is None else len(examples)
-    metric = task.metrics[0] if config.select == "metric" else "loss" if config.select == "loss" else None
+    metric = (
+        task.metrics[0]
+        if config.select == "metric"
+        else "loss"
+        if config.select == "loss"
+        else None
+    )
     model, arguments = together(lambda: _adapted(config, task, rows, loaded, count, metric))
     if arguments.should_save:
         sweep(output)
@@ -151,7 +203,8 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
         callbacks=[FiniteLoss(), Journal(output / LOG), progress, interrupt, *callbacks],
     )
     if loaded.kind == CLASSIFICATION:
-        # such models take num_items_in_batch and ignore it, and Trainer would then sum the means of micro-batches and processes
+        # such models take num_items_in_batch and ignore it, and Trainer would then sum the means of
+        # micro-batches and processes
         trainer.model_accepts_loss_kwargs = False
     numbers = _counts(model, loaded)
     if arguments.should_save:
@@ -174,13 +227,17 @@ def _train(config: RunConfig, callbacks: Sequence[transformers.TrainerCallback],
         head=numbers[1],
         total=numbers[2],
         steps=trainer.state.global_step,
-        losses=[(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        losses=[
+            (entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry
+        ],
         seconds=seconds,
         step_seconds=trainer.clock.median(),
         tokens_per_second=trainer.tokens * arguments.world_size / seconds,
         memory=memory,
         validation={} if interrupted else _validation(trainer, metric),
-        tests={} if interrupted else _score_tests(trainer, config, loaded, task, rows.tests, output),
+        tests={}
+        if interrupted
+        else _score_tests(trainer, config, loaded, task, rows.tests, output),
         orthonormality=error,
         interrupted=interrupted,
         versions=versions(),
@@ -201,11 +258,18 @@ def _validation(trainer: ReftTrainer, metric: str | None) -> dict[str, float]:
     if metric is not None and trainer.state.best_global_step:
         chosen = next(entry for entry in lines if entry["step"] == trainer.state.best_global_step)
     speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "step")
-    return {name.removeprefix("eval_"): value for name, value in chosen.items() if name not in speed}
+    return {
+        name.removeprefix("eval_"): value for name, value in chosen.items() if name not in speed
+    }
 
 
 def _score_tests(
-    trainer: ReftTrainer, config: RunConfig, loaded: Loaded, task: Task, tests: dict[str, list[Row]], output: Path
+    trainer: ReftTrainer,
+    config: RunConfig,
+    loaded: Loaded,
+    task: Task,
+    tests: dict[str, list[Row]],
+    output: Path,
 ) -> dict[str, dict[str, float]]:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     gather_to_generate(model)

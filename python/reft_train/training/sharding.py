@@ -1,4 +1,6 @@
-"""FSDP2 for a model with edits: how to ask the engines for it, the edits' own units, and what is saved of a sharded model."""
+"""FSDP2 for a model with edits: how to ask the engines for it, the edits' own units, and what is
+saved of a sharded model.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,14 @@ def wanted(config: RunConfig) -> bool:
 
 @contextmanager
 def engine_environment(config: RunConfig) -> Iterator[None]:
-    """Where engines read their settings from while a run lasts; the next run in this process finds what this one found."""
-    before = {name: value for name, value in os.environ.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    """Where engines read their settings from while a run lasts; the next run in this process
+    finds what this one found.
+    """
+    before = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("ACCELERATE_", "FSDP_"))
+    }
     if wanted(config):
         os.environ.update(_SETTINGS)
     try:
@@ -44,21 +52,36 @@ def engine_environment(config: RunConfig) -> Iterator[None]:
 
 
 def _block_classes(model: Any) -> list[str]:
-    """Names of the classes whose modules are units; not of those around the embedding, which accelerate makes a unit itself."""
-    named = {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+    """Names of the classes whose modules are units; not of those around the embedding, which
+    accelerate makes a unit itself.
+    """
+    named = {
+        name
+        for module in model.modules()
+        for name in getattr(module, "_no_split_modules", None) or ()
+    }
     embedding = model.get_input_embeddings()
-    found = {type(m).__name__ for m in model.modules() if all(part is not embedding for part in m.modules())}
+    found = {
+        type(m).__name__
+        for m in model.modules()
+        if all(part is not embedding for part in m.modules())
+    }
     return sorted(named & found)
 
 
 def _tied_elsewhere(model: Any) -> bool:
-    """Whether a parameter has more owners than the embedding and the output layer, the pair that accelerate keeps together."""
+    """Whether a parameter has more owners than the embedding and the output layer, the pair that
+    accelerate keeps together.
+    """
     pair = (model.get_input_embeddings(), model.get_output_embeddings())
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
-    return any(len(group) > 1 and any(all(m is not part for part in pair) for m in group) for group in owners.values())
+    return any(
+        len(group) > 1 and any(all(m is not part for part in pair) for m in group)
+        for group in owners.values()
+    )
 
 
 def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
@@ -70,16 +93,25 @@ def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
     if not wanted(config):
         return {}
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise UserError("fsdp: got true in a single process, expected torchrun or accelerate launch with several")
+        raise UserError(
+            "fsdp: got true in a single process, expected torchrun or accelerate launch with "
+            "several"
+        )
     base = model.get_base_model()
     blocks = _block_classes(base)
     if not blocks:
-        raise UserError(f"fsdp: got true with {type(base).__name__}, whose blocks transformers does not name")
+        raise UserError(
+            f"fsdp: got true with {type(base).__name__}, whose blocks transformers does not name"
+        )
     if config.method == "prefix":
-        raise UserError("fsdp: got true with method prefix, expected another method: PEFT does not save sharded prompts")
+        raise UserError(
+            "fsdp: got true with method prefix, expected another method: PEFT does not save "
+            "sharded prompts"
+        )
     if _tied_elsewhere(base):
         raise UserError(
-            f"fsdp: got true with {type(base).__name__}, which ties more than its first and last layer, expected false"
+            f"fsdp: got true with {type(base).__name__}, which ties more than its first and last "
+            "layer, expected false"
         )
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(blocks)
     settings = {
@@ -93,7 +125,9 @@ def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
 
 
 def shard_on_cpus(accelerator: Any, arguments: Any) -> None:
-    """Have accelerate shard on CPUs as on accelerators; by itself it would take DDP there and say nothing."""
+    """Have accelerate shard on CPUs as on accelerators; by itself it would take DDP there and
+    say nothing.
+    """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -108,37 +142,51 @@ def shard_on_cpus(accelerator: Any, arguments: Any) -> None:
 def shard_stacks(model: nn.Module) -> None:
     """Shard every stack of edits as a unit of its own, before the rest of ``model`` is.
 
-    A stack's call builds the weights of all layers and its gradients come after the whole backward, so it belongs to no
-    layer's unit. It computes in float32 whatever the rest does: R built from rounded parameters is not orthonormal. What is
-    sharded already stays as it is.
+    A stack's call builds the weights of all layers and its gradients come after the whole backward,
+    so it belongs to no layer's unit. It computes in float32 whatever the rest does: R built from
+    rounded parameters is not orthonormal. What is sharded already stays as it is.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     # edits read what a stack returns and never write to it
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning)
-    policy = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    warnings.filterwarnings(
+        "ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning
+    )
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for stack in list(model.modules()):
         if isinstance(stack, Intervention) and not isinstance(stack, FSDPModule):
             fully_shard(stack, mp_policy=policy)
 
 
 def gather_to_generate(model: nn.Module) -> None:
-    """Have a sharded model's ``generate`` gather weights as its forward does; transformers 4 leaves that out."""
+    """Have a sharded model's ``generate`` gather weights as its forward does; transformers 4
+    leaves that out.
+    """
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-    if isinstance(model, FSDPModule) and "generate" not in vars(model) and hasattr(model, "generate"):
+    if (
+        isinstance(model, FSDPModule)
+        and "generate" not in vars(model)
+        and hasattr(model, "generate")
+    ):
         register_fsdp_forward_method(model, "generate")
 
 
 def forget_built(model: nn.Module) -> None:
-    """Have stacks build their weights anew: what is loaded into shards leaves no trace in what a stack compares."""
+    """Have stacks build their weights anew: what is loaded into shards leaves no trace in what a
+    stack compares.
+    """
     for stack in model.modules():
         if isinstance(stack, Intervention):
             stack.train(stack.training)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """A sharded model's trained parameters and its buffers, whole and on the CPU; every rank must call it."""
+    """A sharded model's trained parameters and its buffers, whole and on the CPU; every rank
+    must call it.
+    """
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {}
     for name, tensor in model.state_dict().items():

@@ -17,13 +17,16 @@ def summary(outcome: Outcome) -> str:
     share = outcome.trainable / max(1, outcome.total)
     head = f" and {outcome.head:,} in the head" if outcome.head else ""
     lines = [
-        f"{TITLES[outcome.config['method']]}: {outcome.trainable:,} trained numbers ({share:.4%} of the model){head}",
+        f"{TITLES[outcome.config['method']]}: {outcome.trainable:,} trained numbers ({share:.4%} "
+        f"of the model){head}",
         f"{outcome.steps:,} steps in {outcome.seconds:.0f} s: {outcome.step_seconds:.3g} s a step, "
-        f"{outcome.tokens_per_second:,.0f} tokens a second, peak memory {outcome.memory.peak:,.0f} MiB",
+        f"{outcome.tokens_per_second:,.0f} tokens a second, peak memory "
+        f"{outcome.memory.peak:,.0f} MiB",
     ]
     if outcome.losses:
         lines.append(
-            f"training loss {outcome.losses[0][1]:.4g} at step {outcome.losses[0][0]}, {outcome.losses[-1][1]:.4g} at the end"
+            f"training loss {outcome.losses[0][1]:.4g} at step {outcome.losses[0][0]}, "
+            f"{outcome.losses[-1][1]:.4g} at the end"
         )
     if outcome.orthonormality is not None:
         lines.append(f"max |R Rᵀ - I| = {outcome.orthonormality:.1e}")

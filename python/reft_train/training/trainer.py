@@ -1,4 +1,6 @@
-"""transformers' Trainer with what ReFT adds: seeded order, one build of R a step, two learning rates, whole checkpoints."""
+"""transformers' Trainer with what ReFT adds: seeded order, one build of R a step, two learning
+rates, whole checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,13 @@ from reft_train.training.callbacks import Bookkeeping
 from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
 from reft_train.training.clock import StepClock
 from reft_train.training.held_out import held_out
-from reft_train.training.sharding import forget_built, gather_to_generate, shard_on_cpus, shard_stacks, trained_state
+from reft_train.training.sharding import (
+    forget_built,
+    gather_to_generate,
+    shard_on_cpus,
+    shard_stacks,
+    trained_state,
+)
 
 
 class _Counted:
@@ -38,12 +46,16 @@ class _Counted:
 
     def __call__(self, features: Sequence[dict]) -> dict:
         batch = self.collate(features)
-        batch["token_count"] = sum(len(feature["input_ids"]) for feature in features)  # not a tensor: reading one waits
+        batch["token_count"] = sum(
+            len(feature["input_ids"]) for feature in features
+        )  # not a tensor: reading one waits
         return batch
 
 
 def orthonormality(model: nn.Module) -> float | None:
-    """max |R R^T - I| over every R of a model; None where there is none. On a sharded model every rank must call it."""
+    """max |R R^T - I| over every R of a model; None where there is none. On a sharded model
+    every rank must call it.
+    """
     worst = None
     for stack in model.modules():
         if isinstance(stack, Intervention) and stack.orthonormal:
@@ -77,7 +89,9 @@ class ReftTrainer(transformers.Trainer):
         callbacks: Sequence[transformers.TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(data_collator=_Counted(collate), callbacks=[Bookkeeping(self), *callbacks], **kwargs)
+        super().__init__(
+            data_collator=_Counted(collate), callbacks=[Bookkeeping(self), *callbacks], **kwargs
+        )
         for display in (ProgressCallback, PrinterCallback):
             self.remove_callback(display)
         self.sampler = sampler
@@ -94,8 +108,11 @@ class ReftTrainer(transformers.Trainer):
         self._loss_steps = 0
         several = self.args.gradient_accumulation_steps > 1
         edits = any(isinstance(module, Intervention) for module in self.model.modules())
-        # DeepSpeed keeps gradients to itself, before a build shared by several backwards could give them
-        self._shared = share_build(self.model) if several and edits and not self.is_deepspeed_enabled else None
+        # DeepSpeed keeps gradients to itself, before a build shared by several backwards could give
+        # them
+        self._shared = (
+            share_build(self.model) if several and edits and not self.is_deepspeed_enabled else None
+        )
 
     def close(self) -> None:
         """Give the model back as it came: each forward builds R again."""
@@ -116,7 +133,9 @@ class ReftTrainer(transformers.Trainer):
         return self.sampler
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """AdamW (or what the arguments say) over a few groups: edits and head, each with and without decay."""
+        """AdamW (or what the arguments say) over a few groups: edits and head, each with and
+        without decay.
+        """
         if self.is_fsdp_enabled:
             shard_stacks(self.model)  # the engine takes the optimizer's parameters from here on
         if self.optimizer is None:
@@ -147,7 +166,9 @@ class ReftTrainer(transformers.Trainer):
         return super()._prepare_inputs(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer's; after the last forward of an optimizer step R's gradients go to its parameters, in one build."""
+        """As Trainer's; after the last forward of an optimizer step R's gradients go to its
+        parameters, in one build.
+        """
         self.clock.begin()
         loss = super().training_step(*args, **kwargs)
         self._loss = self._loss + loss.detach().float()
@@ -173,16 +194,25 @@ class ReftTrainer(transformers.Trainer):
             now = time.perf_counter()
             if self._logged is not None:
                 seconds, tokens = now - self._logged[0], self.tokens - self._logged[1]
-                logs["tokens_per_second"] = round(tokens * self.args.world_size / max(seconds, 1e-9), 1)
+                logs["tokens_per_second"] = round(
+                    tokens * self.args.world_size / max(seconds, 1e-9), 1
+                )
             self._logged = (now, self.tokens)
             error = orthonormality(self.model)
             if error is not None:
                 logs["orthonormality"] = error
         super().log(logs, *args)
 
-    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The held-out loss, and the task's own metrics of classes, or where the run selects by them."""
-        dataset, shifted = dataloader.dataset, not getattr(self.model.config, "is_encoder_decoder", False)
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
+        """The held-out loss, and the task's own metrics of classes, or where the run selects by
+        them.
+        """
+        dataset, shifted = (
+            dataloader.dataset,
+            not getattr(self.model.config, "is_encoder_decoder", False),
+        )
         wanted = self.compute_metrics is not None
 
         def step(inputs: dict) -> tuple:
@@ -193,21 +223,34 @@ class ReftTrainer(transformers.Trainer):
             return loss.detach(), outputs["logits"] if wanted else None
 
         with evaluating(self.model):
-            loss, logits = held_out(step, dataset, self.data_collator, self.args.eval_batch_size, shifted, self.args.device)
+            loss, logits = held_out(
+                step,
+                dataset,
+                self.data_collator,
+                self.args.eval_batch_size,
+                shifted,
+                self.args.device,
+            )
         metrics = {"loss": loss}
         if wanted:
             labels = torch.tensor([example["labels"] for example in dataset])
-            metrics |= self.compute_metrics(EvalPrediction(torch.stack(logits).numpy(), labels.numpy()))
+            metrics |= self.compute_metrics(
+                EvalPrediction(torch.stack(logits).numpy(), labels.numpy())
+            )
         if self.score is not None:
             gather_to_generate(self.model)
             metrics |= self.score(self.model)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(dataset))
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=named, num_samples=len(dataset)
+        )
 
     # ---- checkpoints
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As Trainer's; the first line of the log after a resume counts the steps before it, too."""
+        """As Trainer's; the first line of the log after a resume counts the steps before it,
+        too.
+        """
         if resume_from_checkpoint is not None:
             saved = json.loads((Path(resume_from_checkpoint) / LOSS).read_text(encoding="utf-8"))
             losses, rank = saved["losses"], self.args.process_index
@@ -225,15 +268,21 @@ class ReftTrainer(transformers.Trainer):
         return str(Path(folder) / STAGING) if self._staging else folder
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint aside and put it in its place in one step, so that a kill leaves the previous one whole."""
+        """Write a checkpoint aside and put it in its place in one step, so that a kill leaves
+        the previous one whole.
+        """
         folder = Path(self._get_output_dir())
         try:
             self._write_checkpoint(folder, *args, **kwargs)
         except Exception as error:
             shutil.rmtree(folder / STAGING, ignore_errors=True)
-            if isinstance(error, OSError | SafetensorError) or "inline_container" in str(error):  # torch's own writer
+            if isinstance(error, OSError | SafetensorError) or "inline_container" in str(
+                error
+            ):  # torch's own writer
                 reason = " ".join(str(error).split())
-                raise UserError(f"output: got {folder}, where no checkpoint can be written ({reason})") from error
+                raise UserError(
+                    f"output: got {folder}, where no checkpoint can be written ({reason})"
+                ) from error
             raise
         self.accelerator.wait_for_everyone()
 
@@ -251,7 +300,10 @@ class ReftTrainer(transformers.Trainer):
             if best.exists() or best.name == name:
                 self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
-            write_text(folder / STAGING / name / LOSS, json.dumps({"losses": losses, "steps": self._loss_steps}))
+            write_text(
+                folder / STAGING / name / LOSS,
+                json.dumps({"losses": losses, "steps": self._loss_steps}),
+            )
             self.state.save_to_json(str(folder / STAGING / name / "trainer_state.json"))
             publish(folder / STAGING / name, folder / name)
             rotate(folder, self.keep, self.state.best_model_checkpoint)
@@ -272,4 +324,8 @@ class ReftTrainer(transformers.Trainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_adapter(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), folder, state_dict)
+            save_adapter(
+                self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
+                folder,
+                state_dict,
+            )

@@ -1,4 +1,5 @@
-"""ReFT as a PEFT method: ``get_peft_model(model, ReftConfig(...))``, and everything PEFT does with a model after that.
+"""ReFT as a PEFT method: ``get_peft_model(model, ReftConfig(...))``, and everything PEFT does with
+a model after that.
 
 Importing this module registers the method, so import it before loading a saved adapter too.
 """

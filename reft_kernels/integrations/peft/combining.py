@@ -1,7 +1,9 @@
-"""ReFT on a model that has adapters of another method, such as LoRA: what may be combined, and which adapters are whose.
+"""ReFT on a model that has adapters of another method, such as LoRA: what may be combined, and
+which adapters are whose.
 
-PEFT keeps one table of configurations for a model, shared by every tuner on it. ReFT attaches to the model itself, under any
-``PeftModel``, so that both methods' weights keep the names under which PEFT saves and loads them.
+PEFT keeps one table of configurations for a model, shared by every tuner on it. ReFT attaches to
+the model itself, under any ``PeftModel``, so that both methods' weights keep the names under which
+PEFT saves and loads them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, delete_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from reft_kernels.integrations.peft.layer import HOLDER, ReftLayer
+from reft_kernels.integrations.peft.layer import CONTAINER, ReftLayer
 from reft_kernels.integrations.peft.register import REFT
 
 ORDER = (
@@ -26,9 +28,11 @@ ORDER = (
 
 
 class AdapterConfigs(dict):
-    """A model's configurations by adapter name, refusing a tuner of another method around a ReFT model.
+    """A model's configurations by adapter name, refusing a tuner of another method around a ReFT
+    model.
 
-    Such a tuner would save its weights, and ReFT's, under names that do not load on the model alone.
+    Such a tuner would save its weights, and ReFT's, under names that do not load on the model
+    alone.
     """
 
     def update(self, other: Mapping[str, PeftConfig]) -> None:
@@ -40,7 +44,8 @@ class AdapterConfigs(dict):
         for name, config in other.items():
             if config.peft_type != REFT:
                 raise ValueError(
-                    f"adapter {name!r}: {_method(config)} cannot be attached to a model with ReFT adapters, since PEFT would "
+                    f"adapter {name!r}: {_method(config)} cannot be attached to a model with ReFT "
+                    "adapters, since PEFT would "
                     f"save neither so that it loads again; {ORDER}"
                 )
         super().update(other)
@@ -75,7 +80,9 @@ def innermost(model: nn.Module) -> nn.Module:
         for name, config in configs.items() if isinstance(configs, Mapping) else ():
             reason = None if config.peft_type == REFT else _why_alone(config)
             if reason is not None:
-                raise ValueError(f"adapter {name!r}: {_method(config)} cannot be combined with ReFT: {reason}")
+                raise ValueError(
+                    f"adapter {name!r}: {_method(config)} cannot be combined with ReFT: {reason}"
+                )
         if not isinstance(model, PeftModel | PeftMixedModel):
             return model
         model = model.base_model.model
@@ -93,16 +100,21 @@ def check_new(configs: Mapping[str, PeftConfig], name: str, config: PeftConfig) 
     other = configs.get(name)
     if other is not None and other.peft_type != REFT:  # ReFT's own is replaced, as PEFT does
         raise ValueError(
-            f"adapter_name: {name!r} is already an adapter of this model ({_method(other)}); pass another name, as in "
+            f"adapter_name: {name!r} is already an adapter of this model ({_method(other)}); pass "
+            "another name, as in "
             "get_peft_model(model, config, adapter_name='reft') or "
             "PeftModel.from_pretrained(model, folder, adapter_name='reft')"
         )
     for other_name, other in configs.items():
-        both = set(getattr(other, "modules_to_save", None) or ()) & set(config.modules_to_save or ())
+        both = set(getattr(other, "modules_to_save", None) or ()) & set(
+            config.modules_to_save or ()
+        )
         if other.peft_type != REFT and both:
             raise ValueError(
-                f"modules_to_save: {sorted(both)} belong to adapter {other_name!r} ({_method(other)}) already, and only one "
-                f"adapter can train a module in full; leave them to that one (with a task_type of SEQ_CLS or TOKEN_CLS PEFT "
+                f"modules_to_save: {sorted(both)} belong to adapter {other_name!r} "
+                f"({_method(other)}) already, and only one "
+                "adapter can train a module in full; leave them to that one (with a task_type of "
+                "SEQ_CLS or TOKEN_CLS PEFT "
                 "adds the head by itself: leave task_type out of the ReftConfig)"
             )
 
@@ -123,7 +135,9 @@ def share_configs(model: nn.Module, tuner: BaseTuner, wrapped: nn.Module) -> Non
 
 def other_layers(model: nn.Module) -> list[BaseTunerLayer]:
     """The tuner layers of other methods."""
-    return [m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer)]
+    return [
+        m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer)
+    ]
 
 
 def auxiliary(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
@@ -133,7 +147,12 @@ def auxiliary(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
 
 def other_active(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[str]:
     """The active adapters of other methods, in the order of ``configs``."""
-    active = {name for layer in other_layers(model) for name in layer.active_adapters if name in held(layer)}
+    active = {
+        name
+        for layer in other_layers(model)
+        for name in layer.active_adapters
+        if name in held(layer)
+    }
     return [name for name, config in configs.items() if name in active and config.peft_type != REFT]
 
 
@@ -149,10 +168,14 @@ def without_weights(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list
         found |= held(layer)
     for module in auxiliary(model):
         found |= set(module._adapters)
-    return [name for name, config in configs.items() if config.peft_type != REFT and name not in found]
+    return [
+        name for name, config in configs.items() if config.peft_type != REFT and name not in found
+    ]
 
 
-def set_active(model: nn.Module, configs: Mapping[str, PeftConfig], names: Iterable[str], inference_mode: bool) -> list[str]:
+def set_active(
+    model: nn.Module, configs: Mapping[str, PeftConfig], names: Iterable[str], inference_mode: bool
+) -> list[str]:
     """Make adapters active, each in place of its own method's; other methods keep theirs.
 
     Returns:
@@ -170,7 +193,9 @@ def set_active(model: nn.Module, configs: Mapping[str, PeftConfig], names: Itera
     for method in methods:
         kind = PEFT_TYPE_TO_TUNER_MAPPING[method].tuner_layer_cls
         for layer in [m for m in model.modules() if isinstance(m, kind)]:
-            layer.set_adapter([n for n in names if configs[n].peft_type == method], inference_mode=inference_mode)
+            layer.set_adapter(
+                [n for n in names if configs[n].peft_type == method], inference_mode=inference_mode
+            )
     for module in auxiliary(model):
         mine = [name for name in names if name in module._adapters]
         if mine or set(module.active_adapters) & replaced:
@@ -180,7 +205,13 @@ def set_active(model: nn.Module, configs: Mapping[str, PeftConfig], names: Itera
 
 def all_active(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[str]:
     """Every active adapter of a model, ReFT's first."""
-    reft = {n: None for m in model.modules() if isinstance(m, ReftLayer) for n in m.active_adapters if n in held(m)}
+    reft = {
+        n: None
+        for m in model.modules()
+        if isinstance(m, ReftLayer)
+        for n in m.active_adapters
+        if n in held(m)
+    }
     return [*reft, *other_active(model, configs)]
 
 
@@ -201,5 +232,7 @@ def trainable_of_the_base(model: nn.Module) -> list[nn.Parameter]:
         if not n.startswith(("base_layer.", "original_module."))
     }
     return [
-        p for n, p in model.named_parameters() if p.requires_grad and id(p) not in adapters and not n.startswith(f"{HOLDER}.")
+        p
+        for n, p in model.named_parameters()
+        if p.requires_grad and id(p) not in adapters and not n.startswith(f"{CONTAINER}.")
     ]

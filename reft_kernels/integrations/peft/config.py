@@ -32,48 +32,78 @@ def _is_count(value: object) -> bool:
 
 @dataclasses.dataclass
 class ReftConfig(PeftConfig):
-    """Configuration of a ReFT adapter: h + R^T (W h + b - R h) at chosen tokens of chosen layers, and its family.
+    """Configuration of a ReFT adapter: h + R^T (W h + b - R h) at chosen tokens of chosen layers,
+    and its family.
 
     Args:
         layers: "all" or a list of layer numbers.
         rank: r, 1 to 256.
-        positions: tokens to edit: "f7+l7" (first and last n of the prompt), "f3", "l1", "prompt" or "all".
+        positions: tokens to edit: "f7+l7" (first and last n of the prompt), "f3", "l1", "prompt" or
+            "all".
         share_weights: False gives first and last positions their own weights ("fN+lM" only).
-        pyreft_positions: count first and last tokens as pyreft's ReftDataset classes do: without the prompt's last token, and
-            never more than half of the rest. The paper's script counts the last token, as False does.
-        response_template: what stands right before a response, such as a chat template's assistant header: token ids, a
-            list of alternatives (each of them token ids), or ``(text, tokenizer)``. A prompt ends after its last occurrence,
-            in training, scoring and generation alike. Saved as token ids. See :func:`from_chat_template`.
+        pyreft_positions: count first and last tokens as pyreft's ReftDataset classes do: without
+        the prompt's last token, and never more than half of the rest. The paper's script counts the
+        last token, as False does.
+        response_template: what stands right before a response, such as a chat template's assistant
+            header: token ids, a list of alternatives (each of them token ids), or ``(text,
+            tokenizer)``. A prompt ends after its last occurrence, in training, scoring and
+            generation alike. Saved as token ids. See :func:`from_chat_template`.
         intervention: loreft, direft, nodireft, noreft, consreft, lobireft or red.
         component: what to edit: a role such as "block_output", or a module path such as
             "model.layers.{layer}.mlp"; see :mod:`reft_kernels.model.components`.
         activation: linear, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
         dropout: probability with which an entry of the edit is dropped in training.
         parametrization: of R: householder or cayley.
-        init: "identity" (the model is unchanged at the start) or "orthogonal"; None: identity where the intervention has one.
-        embed_dim: width of the component, where neither the model's configuration nor its weights tell it.
+        init: "identity" (the model is unchanged at the start) or "orthogonal"; None: identity where
+            the intervention has one.
+        embed_dim: width of the component, where neither the model's configuration nor its weights
+            tell it.
         modules_to_save: modules trained and saved in full besides, such as a classification head.
 
     Raises:
         ValueError, TypeError: a value out of range, naming the argument.
     """
 
-    layers: str | list[int] = dataclasses.field(default="all", metadata={"help": '"all" or a list of layer numbers'})
+    layers: str | list[int] = dataclasses.field(
+        default="all", metadata={"help": '"all" or a list of layer numbers'}
+    )
     rank: int = dataclasses.field(default=8, metadata={"help": "Rank of the edited subspace"})
-    positions: str = dataclasses.field(default="f7+l7", metadata={"help": 'Tokens to edit, such as "f7+l7"'})
-    share_weights: bool = dataclasses.field(default=True, metadata={"help": "Same weights for first and last positions"})
-    pyreft_positions: bool = dataclasses.field(default=False, metadata={"help": "Count positions as pyreft's ReftDataset does"})
+    positions: str = dataclasses.field(
+        default="f7+l7", metadata={"help": 'Tokens to edit, such as "f7+l7"'}
+    )
+    share_weights: bool = dataclasses.field(
+        default=True, metadata={"help": "Same weights for first and last positions"}
+    )
+    pyreft_positions: bool = dataclasses.field(
+        default=False, metadata={"help": "Count positions as pyreft's ReftDataset does"}
+    )
     response_template: list | None = dataclasses.field(
         default=None, metadata={"help": "Token ids after whose last occurrence the response starts"}
     )
-    intervention: str = dataclasses.field(default="loreft", metadata={"help": "Member of the family"})
-    component: str = dataclasses.field(default="block_output", metadata={"help": "Role or module path to edit"})
-    activation: str = dataclasses.field(default="linear", metadata={"help": "Activation of the learned projection"})
-    dropout: float = dataclasses.field(default=0.0, metadata={"help": "Dropout of the edit in training"})
-    parametrization: str = dataclasses.field(default="householder", metadata={"help": "householder or cayley"})
-    init: str | None = dataclasses.field(default="identity", metadata={"help": "identity or orthogonal"})
-    embed_dim: int | None = dataclasses.field(default=None, metadata={"help": "Width of the component, where unknown"})
-    modules_to_save: list[str] | None = dataclasses.field(default=None, metadata={"help": "Modules trained in full"})
+    intervention: str = dataclasses.field(
+        default="loreft", metadata={"help": "Member of the family"}
+    )
+    component: str = dataclasses.field(
+        default="block_output", metadata={"help": "Role or module path to edit"}
+    )
+    activation: str = dataclasses.field(
+        default="linear", metadata={"help": "Activation of the learned projection"}
+    )
+    dropout: float = dataclasses.field(
+        default=0.0, metadata={"help": "Dropout of the edit in training"}
+    )
+    parametrization: str = dataclasses.field(
+        default="householder", metadata={"help": "householder or cayley"}
+    )
+    init: str | None = dataclasses.field(
+        default="identity", metadata={"help": "identity or orthogonal"}
+    )
+    embed_dim: int | None = dataclasses.field(
+        default=None, metadata={"help": "Width of the component, where unknown"}
+    )
+    modules_to_save: list[str] | None = dataclasses.field(
+        default=None, metadata={"help": "Modules trained in full"}
+    )
 
     # PEFT matches modules by name; this method finds its components itself
     target_modules: ClassVar[str] = DUMMY_TARGET_MODULES
@@ -90,9 +120,14 @@ class ReftConfig(PeftConfig):
             raise ValueError(f"rank: got {self.rank!r}, expected an integer from 1 to {MAX_RANK}")
         spec = positions_module.parse(self.positions)
         if not self.share_weights and not (spec.first and spec.last):
-            raise ValueError(f"share_weights: got False with positions {self.positions!r}, expected positions 'fN+lM'")
+            raise ValueError(
+                f"share_weights: got False with positions {self.positions!r}, expected positions "
+                "'fN+lM'"
+            )
         if not isinstance(self.pyreft_positions, bool):
-            raise ValueError(f"pyreft_positions: got {self.pyreft_positions!r}, expected True or False")
+            raise ValueError(
+                f"pyreft_positions: got {self.pyreft_positions!r}, expected True or False"
+            )
         if self.pyreft_positions:
             spec.as_pyreft()
         if self.response_template is not None:
@@ -107,14 +142,22 @@ class ReftConfig(PeftConfig):
         if self.init is not None:
             _one_of("init", self.init, INITS)
         if self.embed_dim is not None and (not _is_count(self.embed_dim) or self.embed_dim < 1):
-            raise ValueError(f"embed_dim: got {self.embed_dim!r}, expected a positive integer or None")
+            raise ValueError(
+                f"embed_dim: got {self.embed_dim!r}, expected a positive integer or None"
+            )
 
     def _checked_layers(self) -> list[int]:
         layers = self.layers
         if isinstance(layers, range | tuple | set):
             layers = sorted(layers) if isinstance(layers, set) else list(layers)
-        if not isinstance(layers, list) or not layers or not all(_is_count(n) and n >= 0 for n in layers):
-            raise ValueError(f"layers: got {self.layers!r}, expected 'all' or a list of layer numbers")
+        if (
+            not isinstance(layers, list)
+            or not layers
+            or not all(_is_count(n) and n >= 0 for n in layers)
+        ):
+            raise ValueError(
+                f"layers: got {self.layers!r}, expected 'all' or a list of layer numbers"
+            )
         if len(set(layers)) < len(layers):
             raise ValueError(f"layers: got {self.layers!r}, expected each layer number once")
         return layers
@@ -133,14 +176,20 @@ class ReftConfig(PeftConfig):
         return PositionRule(self.spec, not self.share_weights, alternatives)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs) -> ReftConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
+    ) -> ReftConfig:
         """As :meth:`peft.PeftConfig.from_pretrained`."""
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(
+            pretrained_model_name_or_path, subfolder=subfolder, **kwargs
+        )
         config.awaits_weights = True
         config.folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         return config
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As :meth:`peft.PeftConfig.save_pretrained`; the folder's model card says how to load the adapter."""
+        """As :meth:`peft.PeftConfig.save_pretrained`; the folder's model card says how to load
+        the adapter.
+        """
         super().save_pretrained(save_directory, **kwargs)
         saving.write_card(Path(save_directory), self)

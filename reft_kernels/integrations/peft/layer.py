@@ -1,4 +1,6 @@
-"""The adapters of one model as PEFT sees them: tuner layers that hold the stacked parameters of one width."""
+"""The adapters of one model as PEFT sees them: tuner layers that hold the stacked parameters of one
+width.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,15 @@ from torch import nn
 from reft_kernels.interventions import Intervention
 from reft_kernels.model import Editor
 
-HOLDER = "representation_edits"
-"""Name of the child that an edited model gets. PEFT skips modules whose path contains the method's prefix, so this must not."""
+CONTAINER = "representation_edits"
+"""Name of the child module added to an edited model. It must not contain the method's prefix:
+PEFT skips modules whose path does."""
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
-    """The stacked interventions of one width, one for each adapter: a tuner layer without a base layer."""
+    """The stacked interventions of one width, one for each adapter: a tuner layer without a base
+    layer.
+    """
 
     adapter_layer_names = ("reft_stack",)
 
@@ -40,7 +45,9 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.editor.enabled = enabled
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Drop an adapter; where it was active the first of the others takes its place, and with the last the hooks go."""
+        """Drop an adapter; where it was active the first of the others takes its place, and with
+        the last the hooks go.
+        """
         self.editor.remove(adapter_name)
         if adapter_name in self.reft_stack:
             del self.reft_stack[adapter_name]
@@ -49,17 +56,25 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name != adapter_name]
         if not active and self.editor.adapters:
             active = [min(self.editor.adapters)]
-            warnings.warn(f"adapter {adapter_name!r} was active and is deleted; {active[0]!r} is active now", stacklevel=2)
+            warnings.warn(
+                f"adapter {adapter_name!r} was active and is deleted; {active[0]!r} is active now",
+                stacklevel=2,
+            )
         self.set_adapter(active)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not possible in place: see :meth:`ReftTuner.merge_and_unload`."""
-        raise ValueError("merge_adapter: ReFT edits are not weights of a base layer; merge_and_unload merges what is exact")
+        raise ValueError(
+            "merge_adapter: ReFT edits are not weights of a base layer; merge_and_unload merges "
+            "what is exact"
+        )
 
     def unmerge(self) -> None:
         """Nothing is ever merged in place."""
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         """Move an adapter that was loaded onto its model's device; its dtype stays."""
         if adapter_name not in self.reft_stack:
             return
@@ -72,13 +87,17 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         return ", ".join(self.reft_stack)
 
 
-class Holder(nn.Module):
-    """The child of an edited model under which its adapters live: one :class:`ReftLayer` for each width."""
+class AdapterContainer(nn.Module):
+    """The child of an edited model under which its adapters live: one :class:`ReftLayer` for each
+    width.
+    """
 
     def __init__(self, editor: Editor) -> None:
         super().__init__()
         self.editor = editor
-        self.frozen: list[nn.Parameter] = []  # what the first adapter froze, for an adapter that has to be taken back
+        self.frozen: list[
+            nn.Parameter
+        ] = []  # what the first adapter froze, for an adapter that has to be taken back
 
     def layer(self, width: int) -> ReftLayer:
         """The layer of a width, made when first asked for."""
@@ -87,7 +106,10 @@ class Holder(nn.Module):
             layer = ReftLayer(self.editor)
             first = next(iter(self.children()), None)
             if first is not None:
-                layer._active_adapter, layer._disable_adapters = first._active_adapter, first._disable_adapters
+                layer._active_adapter, layer._disable_adapters = (
+                    first._active_adapter,
+                    first._disable_adapters,
+                )
             self.add_module(name, layer)
         return self._modules[name]
 
@@ -108,13 +130,17 @@ class Holder(nn.Module):
         }
 
 
-def find_holder(model: nn.Module) -> tuple[str, Holder] | None:
-    """The holder of a model's adapters, and its path."""
-    return next(((name, m) for name, m in model.named_modules() if isinstance(m, Holder)), None)
+def find_container(model: nn.Module) -> tuple[str, AdapterContainer] | None:
+    """The container of a model's adapters, and its path."""
+    return next(
+        ((name, m) for name, m in model.named_modules() if isinstance(m, AdapterContainer)), None
+    )
 
 
 def _device_of(model: nn.Module) -> torch.device:
     """Where a model's own first parameter is, adapters apart."""
-    tensors: Any = (p for name, p in model.named_parameters() if not name.startswith(f"{HOLDER}."))
+    tensors: Any = (
+        p for name, p in model.named_parameters() if not name.startswith(f"{CONTAINER}.")
+    )
     first = next(tensors, None)
     return torch.device("cpu") if first is None or first.is_meta else first.device

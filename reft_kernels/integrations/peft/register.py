@@ -1,4 +1,6 @@
-"""PEFT's list of methods is an enum: this adds ours to it at run time, without touching PEFT's source."""
+"""PEFT's list of methods is an enum: this adds ours to it at run time, without touching PEFT's
+source.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +36,11 @@ def register(config_class: type, tuner_class: type) -> None:
     """
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(REFT)
     if known is None:
-        register_peft_method(name=NAME, config_cls=config_class, model_cls=tuner_class, prefix=PREFIX)
+        register_peft_method(
+            name=NAME, config_cls=config_class, model_cls=tuner_class, prefix=PREFIX
+        )
     elif known is not config_class:
-        raise ImportError(f"PEFT has another method called {NAME!r} ({known.__module__}); reft_kernels cannot register its own")
+        raise ImportError(
+            f"PEFT has another method called {NAME!r} ({known.__module__}); reft_kernels cannot "
+            "register its own"
+        )

@@ -1,4 +1,6 @@
-"""What stands around PEFT's saving and loading of an adapter folder: the model card's section, and refusing what is damaged."""
+"""What stands around PEFT's saving and loading of an adapter folder: the model card's section, and
+refusing what is damaged.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,15 @@ from torch import nn
 
 from reft_kernels.conversion.files import read_bin, read_safetensors
 from reft_kernels.integrations.peft import combining
-from reft_kernels.integrations.peft.layer import find_holder
+from reft_kernels.integrations.peft.layer import find_container
 
 CARD = "README.md"
 HEADING = "## Load this ReFT adapter"
 SECTION = f"""{HEADING}
 
-Install the package `reft_kernels`; PEFT and transformers then load this folder like any other adapter. Where
-`TORCH_DEVICE_BACKEND_AUTOLOAD=0` is set, PEFT stops with `KeyError: 'REFT'` unless the first line is run before:
+Install the package `reft_kernels`; PEFT and transformers then load this folder like any other
+adapter. With `TORCH_DEVICE_BACKEND_AUTOLOAD=0`, run the first line before PEFT loads the folder;
+otherwise PEFT raises `KeyError: 'REFT'`.
 
 ```python
 import reft_kernels.integrations.peft
@@ -27,7 +30,9 @@ model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")
 
 
 def write_card(folder: Path, config: PeftConfig) -> None:
-    """Add to a folder's model card how to load the adapter, once; what the card says already stays."""
+    """Add to a folder's model card how to load the adapter, once; what the card says already
+    stays.
+    """
     path = folder / CARD
     if path.exists():
         with path.open(encoding="utf-8", newline="") as file:  # line ends stay as they are
@@ -57,7 +62,8 @@ def check_weights(config: PeftConfig) -> None:
         read_bin(folder / WEIGHTS_NAME)
     else:
         raise ValueError(
-            f"{folder}: got {CONFIG_NAME} without {SAFETENSORS_WEIGHTS_NAME}; the adapter was not saved completely"
+            f"{folder}: got {CONFIG_NAME} without {SAFETENSORS_WEIGHTS_NAME}; the adapter was not "
+            "saved completely"
         )
 
 
@@ -65,18 +71,21 @@ def check_complete(model: nn.Module, adapter_name: str) -> None:
     """Refuse to save where another adapter's weights, or these, would be lost.
 
     Raises:
-        ValueError: an adapter without layers, or a ``PeftModel`` around the one that ReFT attached to.
+        ValueError: an adapter without layers, or a ``PeftModel`` around the one that ReFT attached
+            to.
     """
-    found = find_holder(model)
+    found = find_container(model)
     path = "" if found is None else found[0]
     if path.split(".").count("base_model") > 1:
         raise ValueError(
-            f"adapter {adapter_name!r}: another PeftModel stands around the model with ReFT, so that what is saved would not "
+            f"adapter {adapter_name!r}: another PeftModel stands around the model with ReFT, so "
+            "that what is saved would not "
             f"load again; {combining.ORDER}"
         )
     lost = combining.without_weights(model, model.peft_config)
     if lost:
         raise ValueError(
-            f"adapter {lost[0]!r} has no weights in this model any more, as after merge_and_unload; call "
+            f"adapter {lost[0]!r} has no weights in this model any more, as after "
+            "merge_and_unload; call "
             f"delete_adapter({lost[0]!r}), and save the merged base model besides"
         )

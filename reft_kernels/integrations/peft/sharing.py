@@ -1,10 +1,12 @@
-"""Gradient accumulation with one build of R for each optimizer step, for a PEFT model however it is wrapped."""
+"""Gradient accumulation with one build of R for each optimizer step, for a PEFT model however it
+is wrapped.
+"""
 
 from __future__ import annotations
 
 from torch import nn
 
-from reft_kernels.integrations.peft.layer import Holder
+from reft_kernels.integrations.peft.layer import AdapterContainer
 from reft_kernels.model.accumulation import SharedBuild
 
 
@@ -22,12 +24,14 @@ def share_build(model: nn.Module) -> SharedBuild:
                 optimizer.zero_grad()
 
     Args:
-        model: a model with ReFT adapters, or whatever wraps one (``PeftModel``, ``DistributedDataParallel``, a compiled model).
+        model: a model with ReFT adapters, or whatever wraps one (``PeftModel``,
+            ``DistributedDataParallel``, a compiled model).
 
     Raises:
-        ValueError: no ReFT adapter, or several edited models, or one that shares its builds already.
+        ValueError: no ReFT adapter, or several edited models, or one that shares its builds
+            already.
     """
-    editors = [m.editor for m in model.modules() if isinstance(m, Holder)]
+    editors = [m.editor for m in model.modules() if isinstance(m, AdapterContainer)]
     if len(editors) != 1:
         raise ValueError(f"model: got {len(editors)} models with ReFT adapters, expected one")
     (editor,) = editors

@@ -1,9 +1,12 @@
-"""pyreft's and pyvene's intervention classes on the fused operators: change the import, keep the script.
+"""pyreft's and pyvene's intervention classes on the fused operators: change the import, keep the
+script.
 
-    from reft_kernels.integrations.pyreft import LoreftIntervention     # instead of: from pyreft import LoreftIntervention
+    from reft_kernels.integrations.pyreft import LoreftIntervention     # instead of: from pyreft
+    import LoreftIntervention
 
-The classes go into ``pyreft.ReftConfig`` and ``pyreft.get_reft_model`` unchanged, and their state dicts load into the originals
-and back. Importing this package needs pyvene and transformers, not pyreft.
+The classes go into ``pyreft.ReftConfig`` and ``pyreft.get_reft_model`` unchanged, and their state
+dicts load into the originals and back. Importing this package needs pyvene and transformers, not
+pyreft.
 """
 
 from reft_kernels.integrations.pyreft.fused import FusedIntervention
@@ -19,9 +22,17 @@ from reft_kernels.integrations.pyreft.interventions import (
 from reft_kernels.integrations.pyreft.rotate import RotateLayer
 
 __all__ = [
-    "LoreftIntervention", "NoreftIntervention", "ConsreftIntervention", "LobireftIntervention", "DireftIntervention",
-    "NodireftIntervention", "LowRankRotatedSpaceIntervention", "FusedIntervention", "RotateLayer", "accelerate_pyreft",
-]  # fmt: skip
+    "LoreftIntervention",
+    "NoreftIntervention",
+    "ConsreftIntervention",
+    "LobireftIntervention",
+    "DireftIntervention",
+    "NodireftIntervention",
+    "LowRankRotatedSpaceIntervention",
+    "FusedIntervention",
+    "RotateLayer",
+    "accelerate_pyreft",
+]
 
 
 def __getattr__(name: str):

@@ -1,9 +1,10 @@
 """pyreft's unit locations as rows, and what a slot that stands twice means to its gradient.
 
-pyreft gathers the slots of ``locations [B, P]``, edits them and scatters them back. Slots of an example may coincide (padding
-slots all point at column 0). They then write one value, so the edit happens once; but the gradient of a scatter gives each of
-the k slots the whole gradient of that row, so that its edit counts k times: both the parameters' gradient and what goes on to
-the layers below are k times those of one edit.
+pyreft gathers the slots of ``locations [B, P]``, edits them and scatters them back. Slots of an
+example may coincide (padding slots all point at column 0). They then write one value, so the edit
+happens once; but the gradient of a scatter gives each of
+the k slots the whole gradient of that row, so that its edit counts k times: both the parameters'
+gradient and what goes on to the layers below are k times those of one edit.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from reft_kernels.checks import describe, mark_rows
 
 
 class Repeated(NamedTuple):
-    """The rows that several slots share: example, column and number of slots, int64 ``[K]`` each."""
+    """The rows that several slots share: example, column and number of slots, int64 ``[K]``
+    each.
+    """
 
     examples: Tensor
     columns: Tensor
@@ -37,25 +40,35 @@ class Selected(NamedTuple):
 
 
 class Locations:
-    """The columns ``[B, P]`` that an intervention edits in one call; rows are built once for each shape of hidden state.
+    """The columns ``[B, P]`` that an intervention edits in one call; rows are built once for each
+    shape of hidden state.
 
     Args:
-        columns: nested lists or an integer tensor ``[B, P]``, non-negative. beams: the hidden state may hold a multiple of B
-            sequences, each example's side by side (beam search, several returned sequences).
+        columns: nested lists or an integer tensor ``[B, P]``, non-negative. beams: the hidden state
+            may hold a multiple of B sequences, each example's side by side (beam search, several
+            returned sequences).
 
     Raises:
-        TypeError: entries that are not integers. ValueError: another shape, or lists of different lengths.
+        TypeError: entries that are not integers. ValueError: another shape, or lists of different
+            lengths.
     """
 
     def __init__(self, columns: Sequence[Sequence[int]] | Tensor, beams: bool) -> None:
         try:
             found = torch.as_tensor(columns, device="cpu")
         except (TypeError, ValueError) as error:
-            raise ValueError(f"unit_locations: expected [batch][positions], rectangular: {error}") from None
+            raise ValueError(
+                f"unit_locations: expected [batch][positions], rectangular: {error}"
+            ) from None
         if found.dim() != 2:
-            raise ValueError(f"unit_locations: got {describe(found)} for one intervention, expected [batch][positions]")
+            raise ValueError(
+                f"unit_locations: got {describe(found)} for one intervention, expected "
+                "[batch][positions]"
+            )
         if found.numel() and (found.dtype.is_floating_point or found.dtype == torch.bool):
-            raise TypeError(f"unit_locations: got positions of dtype {found.dtype}, expected integers")
+            raise TypeError(
+                f"unit_locations: got positions of dtype {found.dtype}, expected integers"
+            )
         self.columns = found.to(torch.int64)
         self.beams = beams
         self._known: dict[tuple[int, int, torch.device], Selected] = {}
@@ -77,12 +90,18 @@ class Locations:
         columns, given = self.columns, self.columns.shape[0]
         if given != batch:
             if not (self.beams and given and batch % given == 0):
-                raise ValueError(f"unit_locations: got positions for {given} examples, expected {batch}, the batch")
+                raise ValueError(
+                    f"unit_locations: got positions for {given} examples, expected {batch}, the "
+                    "batch"
+                )
             columns = columns.repeat_interleave(batch // given, dim=0)
         if columns.numel():
             low, high = (int(v) for v in torch.aminmax(columns))
             if low < 0 or high >= width:
-                raise ValueError(f"unit_locations: got positions from {low} to {high}, expected them in [0, {width})")
+                raise ValueError(
+                    f"unit_locations: got positions from {low} to {high}, expected them in [0, "
+                    f"{width})"
+                )
         examples = torch.arange(batch).unsqueeze(1)
         rows, slots = torch.unique(columns + examples * width, return_counts=True)
         several = slots > 1
@@ -96,24 +115,34 @@ class Locations:
 
 
 def read_locations(nested: Sequence[Any], count: int, beams: bool) -> list[Locations | None]:
-    """Locations of ``count`` interventions from ``[interventions][batch][positions]``; None edits every position.
+    """Locations of ``count`` interventions from ``[interventions][batch][positions]``; None edits
+    every position.
 
-    Equal entries (pyreft passes the same positions for each layer) share one object, and so their rows.
+    Equal entries (pyreft passes the same positions for each layer) share one object, and so their
+    rows.
 
     Raises:
         TypeError, ValueError: as :class:`Locations`, or fewer entries than interventions.
     """
     if not isinstance(nested, Sequence | Tensor):
-        raise TypeError(f"unit_locations: got {describe(nested)}, expected [interventions][batch][positions]")
+        raise TypeError(
+            f"unit_locations: got {describe(nested)}, expected [interventions][batch][positions]"
+        )
     if len(nested) < count:
-        raise ValueError(f"unit_locations: got positions for {len(nested)} interventions, expected {count}")
+        raise ValueError(
+            f"unit_locations: got positions for {len(nested)} interventions, expected {count}"
+        )
     seen: list[tuple[Any, Locations]] = []
     found: list[Locations | None] = []
     for entry in nested[:count]:
         if entry is None:
             found.append(None)
             continue
-        same = (known for other, known in seen if entry is other or (isinstance(entry, list) and entry == other))
+        same = (
+            known
+            for other, known in seen
+            if entry is other or (isinstance(entry, list) and entry == other)
+        )
         locations = next(same, None)
         if locations is None:
             locations = Locations(entry, beams)
@@ -123,7 +152,9 @@ def read_locations(nested: Sequence[Any], count: int, beams: bool) -> list[Locat
 
 
 class _CountSlots(torch.autograd.Function):
-    """The identity, whose backward multiplies the gradient of each shared row by its number of slots."""
+    """The identity, whose backward multiplies the gradient of each shared row by its number of
+    slots.
+    """
 
     @staticmethod
     def forward(ctx, hidden, examples, columns, slots):
@@ -134,7 +165,7 @@ class _CountSlots(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        may_overwrite = ownership.owned(grad)
+        may_overwrite = ownership.is_sole_owner(grad)
         examples, columns, slots = ctx.saved_tensors
         out = grad if may_overwrite else grad.clone()
         out[examples, columns] *= slots.unsqueeze(1)
@@ -142,7 +173,9 @@ class _CountSlots(torch.autograd.Function):
 
 
 def count_slots(hidden: Tensor, repeated: Repeated | None) -> Tensor:
-    """After an edit in place: make its gradient count each shared row once for each of its slots, as a scatter's does."""
+    """After an edit in place: make its gradient count each shared row once for each of its
+    slots, as a scatter's does.
+    """
     if repeated is None or not (torch.is_grad_enabled() and hidden.requires_grad):
         return hidden
     return _CountSlots.apply(hidden, *repeated)

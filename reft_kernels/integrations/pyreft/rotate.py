@@ -1,7 +1,9 @@
-"""R as pyreft's ``rotate_layer``: a module with a ``weight`` [d, r] of orthonormal columns, and its checkpoint form.
+"""R as pyreft's ``rotate_layer``: a module with a ``weight`` [d, r] of orthonormal columns, and its
+checkpoint form.
 
-pyreft parametrizes it by ``torch.nn.utils.parametrizations.orthogonal``: weight = base @ H(original) with a dense d x d base.
-Here the base is r reflectors, and the map the engine's: the same curve through the same start, without the d x d matrix.
+pyreft parametrizes it by ``torch.nn.utils.parametrizations.orthogonal``: weight = base @
+H(original) with a dense d x d base. Here the base is r reflectors, and the map the engine's: the
+same curve through the same start, without the d x d matrix.
 """
 
 from __future__ import annotations
@@ -16,29 +18,37 @@ from reft_kernels.parametrization import _checked_orthonormal, base_point, build
 
 
 def weight_of_parametrization(original: Tensor, base: Tensor, where: str) -> Tensor:
-    """The weight ``[d, r]`` that torch's parametrization makes of original ``[d, r]`` and base ``[d, d]``; on the CPU."""
+    """The weight ``[d, r]`` that torch's parametrization makes of original ``[d, r]`` and base
+    ``[d, d]``; on the CPU.
+    """
     return evaluate(original.cpu(), base.cpu(), where)
 
 
 def parametrization_of_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """original ``[d, r]`` and base ``[d, d]`` that show exactly ``weight [d, r]``; base is H0 of :class:`RotateLayer`.
+    """original ``[d, r]`` and base ``[d, d]`` that show exactly ``weight [d, r]``; base is H0 of
+    :class:`RotateLayer`.
 
-    So an original that loads them walks the same curve under the same updates of its free parameter.
+    So an original that loads them walks the same curve under the same updates of its free
+    parameter.
     """
     original, base = state(weight.cpu())
     return original.to(weight.device), base.to(weight.device)
 
 
 class RotateLayer(nn.Module):
-    """x -> x weight, weight ``[d, r]`` = R^T with orthonormal columns whatever an optimizer does to its free X ``[d, r]``.
+    """x -> x weight, weight ``[d, r]`` = R^T with orthonormal columns whatever an optimizer does to
+    its free X ``[d, r]``.
 
-    weight = R0^T + H0 (F(X) - F(0)) F(0)[:r] diag(signs), the Householder map around the base point R0 (see
-    :mod:`reft_kernels.orthonormal`); X starts at zero, so a weight that is set is kept bit for bit, and weight decay pulls R
-    towards R0. X and R stay in fp32 when the module is cast to half precision. Not in the state dict: X; it holds what torch's
-    own parametrization would, so that pyreft and pyvene can load it (X then starts anew from zero).
+    weight = R0^T + H0 (F(X) - F(0)) F(0)[:r] diag(signs), the Householder map around the base point
+    R0 (see :mod:`reft_kernels.orthonormal`); X starts at zero, so a weight that is set is kept bit
+    for bit, and weight decay pulls R
+    towards R0. X and R stay in fp32 when the module is cast to half precision. Not in the state
+    dict: X; it holds what torch's own parametrization would, so that pyreft and pyvene can load it
+    (X then starts anew from zero).
 
     Args:
-        n: d. m: r, 1 to min(d, 256). same_random_draws: draw also what the original draws to complete its base.
+        n: d. m: r, 1 to min(d, 256). same_random_draws: draw also what the original draws to
+            complete its base.
     """
 
     def __init__(self, n: int, m: int, *, same_random_draws: bool = False) -> None:
@@ -59,7 +69,9 @@ class RotateLayer(nn.Module):
             ValueError: another shape, or columns that are not orthonormal.
         """
         if weight.shape != self.X.shape:
-            raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {tuple(self.X.shape)}")
+            raise ValueError(
+                f"{name}: got shape {tuple(weight.shape)}, expected {tuple(self.X.shape)}"
+            )
         R = weight.detach().to(accumulation_dtype(self.X.dtype)).mT
         _checked_orthonormal(R, name)
         for part, value in base_point(R)._asdict().items():
@@ -68,14 +80,22 @@ class RotateLayer(nn.Module):
         self._built = None
 
     def _build(self, W: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return build("householder", self.X, W, base=BasePoint(self.base_R, self.base_reflectors, self.base_signs))
+        return build(
+            "householder",
+            self.X,
+            W,
+            base=BasePoint(self.base_R, self.base_reflectors, self.base_signs),
+        )
 
     def build(self, W: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """R ``[r, d]`` in fp32 and, given W ``[r, d]``, D = W - R, in one launch; kept while no graph is needed.
+        """R ``[r, d]`` in fp32 and, given W ``[r, d]``, D = W - R, in one launch; kept while no
+        graph is needed.
 
         Without gradients they are built again only after X, W or the base changed.
         """
-        graph = torch.is_grad_enabled() and (self.X.requires_grad or (W is not None and W.requires_grad))
+        graph = torch.is_grad_enabled() and (
+            self.X.requires_grad or (W is not None and W.requires_grad)
+        )
         if graph or torch.compiler.is_compiling():
             self._built = None
             return self._build(W)
@@ -84,13 +104,18 @@ class RotateLayer(nn.Module):
         if not any(t.is_inference() for t in tensors):
             key = tuple((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
         if self._built is None or key is None or self._built[0] != key:
-            with torch.inference_mode(False), torch.no_grad():  # normal tensors: a later backward may save them
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # normal tensors: a later backward may save them
                 self._built = (key, self._build(W))
         return self._built[1]
 
     @property
     def weight(self) -> Tensor:
-        """R^T ``[d, r]`` in fp32, differentiable with respect to X; a tensor of its own, which may be changed."""
+        """R^T ``[d, r]`` in fp32, differentiable with respect to X; a tensor of its own, which
+        may be changed.
+        """
         return self.build()[0].mT.clone(memory_format=torch.contiguous_format)
 
     @weight.setter
@@ -121,7 +146,9 @@ class RotateLayer(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         with torch.no_grad():
-            destination[prefix + ORIGINAL], destination[prefix + BASE] = parametrization_of_weight(self.weight)
+            destination[prefix + ORIGINAL], destination[prefix + BASE] = parametrization_of_weight(
+                self.weight
+            )
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -134,7 +161,11 @@ class RotateLayer(nn.Module):
         if weight is not None:
             self.set_weight(weight, prefix + "weight")
         elif strict:
-            missing_keys.extend(prefix + name for name, part in zip((ORIGINAL, BASE), parts, strict=True) if part is None)
+            missing_keys.extend(
+                prefix + name
+                for name, part in zip((ORIGINAL, BASE), parts, strict=True)
+                if part is None
+            )
         if strict:
             unexpected_keys.extend(own)
 

@@ -1,9 +1,12 @@
-"""pyreft's interventions as the engine's edits: which function computes each, and their rotations all at once.
+"""pyreft's interventions as the engine's edits: which function computes each, and their rotations
+all at once.
 
 pyreft keeps R as a tall matrix with orthonormal columns, parametrized as base @ H(X) diag(signs) by
-``torch.nn.utils.parametrizations.orthogonal``: H(X) is what :func:`reft_kernels.householder` builds, for all layers in one
-call, so that one product with the base remains of the three evaluations that pyreft makes. The gradient reaches the same ``X``
-(``rotate_layer.parametrizations.weight.original``). This package's classes of the same names are understood too.
+``torch.nn.utils.parametrizations.orthogonal``: H(X) is what :func:`reft_kernels.householder`
+builds, for all layers in one call, so that one product with the base remains of the three
+evaluations that pyreft makes. The gradient reaches the same ``X``
+(``rotate_layer.parametrizations.weight.original``). This package's classes of the same names are
+understood too.
 """
 
 from __future__ import annotations
@@ -26,43 +29,65 @@ from transformers.activations import ACT2FN
 from reft_kernels import functional
 from reft_kernels.activations import canonical_activation
 from reft_kernels.autograd import apply_edit
-from reft_kernels.checks import check_edit, row_count
+from reft_kernels.checks import check_edit, num_rows_of
 from reft_kernels.integrations.pyreft.interventions import ReftIntervention
 from reft_kernels.integrations.torch_orthogonal import householder_chain, rotations
 
 Edit = Callable[..., Tensor]
-"""``edit(hidden, *, rows, inplace)``: a function of :mod:`reft_kernels.functional` with its weights."""
+"""``edit(hidden, *, rows, inplace)``: a function of :mod:`reft_kernels.functional` with weights."""
 
 _ACTIVATIONS = {
     type(ACT2FN[name]): canonical_activation(name)
     for name in (
-        "linear", "relu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "silu", "swish", "tanh", "sigmoid",
+        "linear",
+        "relu",
+        "gelu",
+        "gelu_new",
+        "gelu_fast",
+        "gelu_pytorch_tanh",
+        "silu",
+        "swish",
+        "tanh",
+        "sigmoid",
     )
     if name in ACT2FN
-}  # fmt: skip
+}
 
 
 def _loreft(own: LoreftIntervention, R: Tensor) -> Edit:
     source = own.learned_source
-    return functools.partial(functional.loreft, R=R, W=source.weight, b=source.bias, activation=activation_of(own))
+    return functools.partial(
+        functional.loreft, R=R, W=source.weight, b=source.bias, activation=activation_of(own)
+    )
 
 
 def _direft(own: DireftIntervention, R: Tensor) -> Edit:
     source = own.learned_source
-    return functools.partial(functional.direft, R=R, W=source.weight, b=source.bias, activation=activation_of(own))
+    return functools.partial(
+        functional.direft, R=R, W=source.weight, b=source.bias, activation=activation_of(own)
+    )
 
 
 def _noreft(own: NoreftIntervention, R: None) -> Edit:
     source, proj = own.learned_source, own.proj_layer
     return functools.partial(
-        functional.noreft, W2=proj.weight, W1=source.weight, b=source.bias, b2=proj.bias, activation=activation_of(own)
+        functional.noreft,
+        W2=proj.weight,
+        W1=source.weight,
+        b=source.bias,
+        b2=proj.bias,
+        activation=activation_of(own),
     )
 
 
 def _nodireft(own: NodireftIntervention, R: None) -> Edit:
     source = own.learned_source  # the bias of proj_layer is not used by pyreft either
     return functools.partial(
-        functional.nodireft, W2=own.proj_layer.weight, W1=source.weight, b=source.bias, activation=activation_of(own)
+        functional.nodireft,
+        W2=own.proj_layer.weight,
+        W1=source.weight,
+        b=source.bias,
+        activation=activation_of(own),
     )
 
 
@@ -78,19 +103,44 @@ def _drop_in(own: ReftIntervention, R: None) -> Edit:
     scale = own.subspace_coeff
     weights = own.edit_weights()
     if scale is not None:
-        scale = torch.as_tensor(scale, dtype=torch.float32, device=weights.write.device).expand(weights.write.shape[0])
-    return functools.partial(_edit_by_weights, **weights._asdict(), scale=scale, activation=activation_of(own))
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=weights.write.device).expand(
+            weights.write.shape[0]
+        )
+    return functools.partial(
+        _edit_by_weights, **weights._asdict(), scale=scale, activation=activation_of(own)
+    )
 
 
 def _edit_by_weights(
-    hidden: Tensor, *, read: Tensor | None, read_bias: Tensor, write: Tensor, subtract_bias: Tensor | None, subtract: bool,
-    scale: Tensor | None, activation: str, rows: Tensor | None = None, inplace: bool = False,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    *,
+    read: Tensor | None,
+    read_bias: Tensor,
+    write: Tensor,
+    subtract_bias: Tensor | None,
+    subtract_projection: bool,
+    scale: Tensor | None,
+    activation: str,
+    rows: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
     matrices = {"write": write} if read is None else {"write": write, "read": read}
     check_edit(hidden, matrices, {"read_bias": read_bias}, rows, activation, None, None)
-    count = row_count(hidden) if rows is None else rows.shape[0]
+    count = num_rows_of(hidden) if rows is None else rows.shape[0]
     coeff = None if scale is None else scale.expand(count, -1)
-    return apply_edit(hidden, rows, None, read, read_bias, write, subtract_bias, coeff, subtract, activation, inplace)
+    return apply_edit(
+        hidden,
+        rows,
+        None,
+        read,
+        read_bias,
+        write,
+        subtract_bias,
+        coeff,
+        subtract_projection,
+        activation,
+        inplace,
+    )
 
 
 SHIPPED: dict[type[nn.Module], Callable[..., Edit]] = {
@@ -122,7 +172,8 @@ def activation_of(intervention: nn.Module) -> str:
         return "linear"
     if type(act_fn) not in _ACTIVATIONS:
         raise ValueError(
-            f"act_fn: got {type(act_fn).__name__}, expected what transformers' ACT2FN gives for linear, relu, gelu, gelu_new, "
+            f"act_fn: got {type(act_fn).__name__}, expected what transformers' ACT2FN gives for "
+            "linear, relu, gelu, gelu_new, "
             "silu, tanh or sigmoid"
         )
     return _ACTIVATIONS[type(act_fn)]
@@ -132,13 +183,16 @@ def check_intervention(key: str, intervention: nn.Module) -> None:
     """Refuse what :func:`edits_of` cannot serve.
 
     Raises:
-        TypeError: a class of neither pyreft nor this package, or one with a forward of its own. ValueError: another activation.
+        TypeError: a class of neither pyreft nor this package, or one with a forward of its own.
+            ValueError: another activation.
     """
     if _maker(intervention) is None:
         names = ", ".join(cls.__name__ for cls in SHIPPED)
         raise TypeError(
-            f"reft_model: intervention {key!r} is {type(intervention).__module__}.{type(intervention).__qualname__}, expected "
-            f"one of pyreft's {names}, this package's class of that name, or a subclass with its forward"
+            f"reft_model: intervention {key!r} is "
+            f"{type(intervention).__module__}.{type(intervention).__qualname__}, expected "
+            f"one of pyreft's {names}, this package's class of that name, or a subclass with its "
+            "forward"
         )
     try:
         activation_of(intervention)
@@ -149,8 +203,8 @@ def check_intervention(key: str, intervention: nn.Module) -> None:
 def _rotations(layers: Iterable[nn.Module]) -> list[Tensor]:
     """R ``[r, d]`` of each rotate layer, differentiable, in fp32 (fp64 for fp64 parameters).
 
-    Layers of one shape share one householder call. Another parametrization (torch takes the matrix exponential for a square
-    R, r = d) or none is evaluated as it stands, once.
+    Layers of one shape share one householder call. Another parametrization (torch takes the matrix
+    exponential for a square R, r = d) or none is evaluated as it stands, once.
     """
     layers = list(layers)
     found: dict[int, Tensor] = {}
@@ -164,7 +218,8 @@ def _rotations(layers: Iterable[nn.Module]) -> list[Tensor]:
             groups.setdefault((X.shape, X.dtype, X.device), []).append(index)
     for members in groups.values():
         X = torch.stack([chains[i].original for i in members])
-        # torch truncates the diagonal to integers, so that weight decay makes zeros of the signs: pyreft's numbers are kept
+        # torch truncates the diagonal to integers, so that weight decay makes zeros of the signs:
+        # pyreft's numbers are kept
         signs = X.detach().diagonal(dim1=-2, dim2=-1).int()
         found |= zip(members, rotations([chains[i] for i in members], X, signs), strict=True)
     return [found[i] for i in range(len(layers))]
@@ -174,7 +229,8 @@ def edits_of(interventions: Mapping[str, nn.Module]) -> dict[str, Edit]:
     """The edit of each intervention, by key, with its present weights; all rotations in one build.
 
     Raises:
-        TypeError, ValueError: as :func:`check_intervention`, where an intervention was replaced since.
+        TypeError, ValueError: as :func:`check_intervention`, where an intervention was replaced
+            since.
     """
     for key, own in interventions.items():
         check_intervention(key, own)
@@ -185,7 +241,8 @@ def edits_of(interventions: Mapping[str, nn.Module]) -> dict[str, Edit]:
 
 
 def dropout_of(intervention: nn.Module) -> nn.Module | None:
-    """An intervention's dropout, which acts on the whole edited state h + delta; None where it is off.
+    """An intervention's dropout, which acts on the whole edited state h + delta; None where it is
+    off.
 
     Its own training flag decides: pyreft's ``train`` and ``eval`` reach the base model alone.
     """

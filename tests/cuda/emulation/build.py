@@ -2,8 +2,8 @@
 
     python tests/cuda/emulation/build.py [--arch 800|900]
 
-The library stands in for ``_native_cuda.so``: ``REFT_KERNELS_CUDA_LIBRARY`` names it, and it serves CPU tensors. The programs
-need no PyTorch; the sanitizers see the kernels, not the machine.
+The library stands in for ``_native_cuda.so``: ``REFT_KERNELS_CUDA_LIBRARY`` names it, and it serves
+CPU tensors. The programs need no PyTorch; the sanitizers see the kernels, not the machine.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ _RULES = [
 ]
 
 
-def _rules(target: Path, objects: Path, arch: int, kernels: list[Path], sanitizer: str, torch: Path | None) -> list[str]:
+def _rules(
+    target: Path, objects: Path, arch: int, kernels: list[Path], sanitizer: str, torch: Path | None
+) -> list[str]:
     """``kernels``: sources that see the emulated CUDA language; the machine is linked to them."""
-    includes = " ".join(f"-I{native._escape(folder)}" for folder in (HERE / "include", HERE, KERNELS))
+    includes = " ".join(
+        f"-I{native._escape(folder)}" for folder in (HERE / "include", HERE, KERNELS)
+    )
     common = f"{_FLAGS} -DREFT_EMULATED_ARCH={arch} {includes}"
     checked = _SANITIZERS[sanitizer]
     told = f" -DREFT_EMULATION_{sanitizer[0].upper()}SAN" if sanitizer else ""
@@ -52,7 +56,9 @@ def _rules(target: Path, objects: Path, arch: int, kernels: list[Path], sanitize
 
     def add(source: Path, flags: str) -> None:
         built.append(native._escape(objects / f"{source.stem}-{source.parent.name}.o"))
-        lines.extend([f"build {built[-1]}: compile {native._escape(source)}", f"  flags = {common} {flags}"])
+        lines.extend(
+            [f"build {built[-1]}: compile {native._escape(source)}", f"  flags = {common} {flags}"]
+        )
 
     for source in kernels:
         add(source, f"{checked} {_KERNEL_FLAGS} -D__CUDA_ARCH__={arch}")
@@ -80,16 +86,20 @@ def build_library(arch: int, folder: Path = ROOT / "build" / "emulation") -> Pat
     """The operator library of the emulated kernels, for compute capability ``arch / 100``.
 
     Raises:
-        native.BuildError: ninja, a C++17 compiler or torch's headers are missing, or a compilation failed.
+        native.BuildError: ninja, a C++17 compiler or torch's headers are missing, or a compilation
+            failed.
     """
     objects = folder / f"library-{arch}"
     target = objects / f"_emulated_cuda_{arch}.so"
     kernels = sorted(KERNELS.glob("*.cu"))
-    return _locked(target, _rules(target, objects, arch, kernels, "", native.torch_folder()), objects)
+    return _locked(
+        target, _rules(target, objects, arch, kernels, "", native.torch_folder()), objects
+    )
 
 
 def build_program(source: Path, arch: int, sanitizer: str, folder: Path, *, kernels: bool) -> Path:
-    """A program of ``source`` and the machine, with ``kernels`` of csrc/cuda too; ``sanitizer``: none, address or thread.
+    """A program of ``source`` and the machine, with ``kernels`` of csrc/cuda too; ``sanitizer``:
+    none, address or thread.
 
     Raises:
         native.BuildError: ninja or a C++17 compiler is missing, or a compilation failed.
@@ -102,5 +112,7 @@ def build_program(source: Path, arch: int, sanitizer: str, folder: Path, *, kern
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Build the emulated CUDA library.")
-    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, default=900, help="compute capability, times 100")
+    parser.add_argument(
+        "--arch", type=int, choices=ARCHITECTURES, default=900, help="compute capability, times 100"
+    )
     print(build_library(parser.parse_args().arch))

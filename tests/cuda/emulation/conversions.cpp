@@ -1,5 +1,6 @@
-// What the stand-ins of CUDA's half-precision types make of numbers: fp32 bit patterns on stdin, on stdout for each the bits of
-// its bf16 and fp16, and then the fp32 bits of every bf16 and every fp16.
+// What the stand-ins of CUDA's half-precision types make of numbers: fp32 bit patterns on stdin, on
+// stdout for each the bits of its bf16 and fp16, and then the fp32 bits of every bf16 and every
+// fp16.
 #include <stdio.h>
 #include <string.h>
 

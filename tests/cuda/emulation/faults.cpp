@@ -1,9 +1,10 @@
-// Kernels with one fault each, and sound ones: what the emulation and the sanitizers must report, and what they must not.
+// Kernels with one fault each, and sound ones: what the emulation and the sanitizers must report,
+// and what they must not.
 //
 //     faults name-of-a-case
 //
-// Ends with 0 where the launch succeeded and the output is what the host computes, with 3 where the output is another, with 4
-// where the launch failed; a sanitizer ends the process in its own way.
+// Ends with 0 where the launch succeeded and the output is what the host computes, with 3 where the
+// output is another, with 4 where the launch failed; a sanitizer ends the process in its own way.
 #include <cooperative_groups.h>
 #include <stdio.h>
 #include <string.h>
@@ -56,7 +57,8 @@ __global__ void warp_barrier(float* out) {
   float* shared = dynamic_shared<float>();
   shared[thread()] = float(thread() ^ 1);
   __syncwarp();
-  out[blockIdx.x * kThreads + threadIdx.x] = float(kThreads - 1 - thread()) + 0.0f * shared[thread() ^ 1];
+  out[blockIdx.x * kThreads + threadIdx.x] =
+      float(kThreads - 1 - thread()) + 0.0f * shared[thread() ^ 1];
 }
 
 __global__ void blocks_write_one_place(float* out) {
@@ -211,7 +213,8 @@ int run(const Case& chosen) {
 
 int main(int count, char** arguments) {
   const std::string order = count > 2 ? arguments[2] : "forward";
-  emulation::set_order(order == "forward" ? emulation::Order::kForward : emulation::Order::kReverse, 0);
+  emulation::set_order(order == "forward" ? emulation::Order::kForward : emulation::Order::kReverse,
+                       0);
   for (const Case& each : kCases)
     if (count > 1 && strcmp(each.name, arguments[1]) == 0) return run(each);
   printf("no such case\n");

@@ -9,11 +9,11 @@
 #include <vector>
 
 #ifdef REFT_EMULATION_ASAN
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
+#  include <sanitizer/asan_interface.h>
+#  include <sanitizer/common_interface_defs.h>
 #endif
 #ifdef REFT_EMULATION_TSAN
-#include <sanitizer/tsan_interface.h>
+#  include <sanitizer/tsan_interface.h>
 extern "C" void __tsan_write_range(void* memory, unsigned long bytes);
 #endif
 
@@ -21,7 +21,9 @@ namespace emulation {
 namespace {
 
 constexpr size_t kStack = 256 * 1024;
-constexpr size_t kColours = 128, kColourBytes = 320;  // stacks that begin at one offset share a few sets of the caches
+constexpr size_t kColours = 128,
+                 kColourBytes =
+                     320;  // stacks that begin at one offset share a few sets of the caches
 
 struct Stack {
   char* memory;
@@ -79,7 +81,8 @@ void start(Fiber& fiber, size_t number, void (*entry)()) {
   unpoison(memory, kStack);
 #if defined(__x86_64__)
   auto top = reinterpret_cast<uintptr_t*>(memory + fiber.size);
-  *--top = 0;  // where entry would return to; at its first instruction the stack is 8 bytes off a multiple of 16
+  *--top = 0;  // where entry would return to; at its first instruction the stack is 8 bytes off a
+               // multiple of 16
   *--top = reinterpret_cast<uintptr_t>(entry);
   fiber.stack_pointer = top - 6;
 #else
@@ -155,7 +158,8 @@ void freed(void*, size_t) {}
 #endif
 
 void* map_memory(size_t bytes) {
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) {
     perror("emulation: mmap");
     abort();

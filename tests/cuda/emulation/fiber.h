@@ -4,7 +4,7 @@
 #include <stddef.h>
 
 #if !defined(__x86_64__)
-#include <ucontext.h>
+#  include <ucontext.h>
 #endif
 
 namespace emulation {
@@ -21,14 +21,15 @@ struct Fiber {
   void* sanitizer = nullptr;   // ThreadSanitizer's own fiber
 };
 
-// Prepares `fiber` to run `entry` on stack `number` of the pool when it is first switched to; `entry` never returns. To
-// ThreadSanitizer all fibers of a number are one thread.
+// Prepares `fiber` to run `entry` on stack `number` of the pool when it is first switched to;
+// `entry` never returns. To ThreadSanitizer all fibers of a number are one thread.
 void start(Fiber& fiber, size_t number, void (*entry)());
-void adopt(Fiber& fiber);          // the caller's own stack
+void adopt(Fiber& fiber);  // the caller's own stack
 void switch_to(Fiber& from, Fiber& to, bool from_ends = false);
-void arrived(Fiber& fiber);        // the first thing that a new fiber calls
+void arrived(Fiber& fiber);  // the first thing that a new fiber calls
 
-// Happens-before edges; they do nothing without ThreadSanitizer. An object is a number that is not used again.
+// Happens-before edges; they do nothing without ThreadSanitizer. An object is a number that is not
+// used again.
 constexpr bool kRaces =
 #ifdef REFT_EMULATION_TSAN
     true;
@@ -38,9 +39,9 @@ constexpr bool kRaces =
 void release(size_t object);
 void acquire(size_t object);
 size_t new_object();
-void forget_objects();             // all of them are in the past
+void forget_objects();  // all of them are in the past
 
-void* map_memory(size_t bytes);    // whole pages, zero
+void* map_memory(size_t bytes);  // whole pages, zero
 void unmap_memory(void* memory, size_t bytes);
 void poison(void* memory, size_t bytes);
 void unpoison(void* memory, size_t bytes);

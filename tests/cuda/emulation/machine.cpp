@@ -27,9 +27,10 @@ namespace emulation {
 namespace {
 
 constexpr unsigned kWarpLanes = 32;
-constexpr size_t kAlignment = 16;      // of dynamic shared memory
+constexpr size_t kAlignment = 16;       // of dynamic shared memory
 constexpr unsigned char kGuard = 0xa5;  // before and behind it
-constexpr size_t kIdentities = 2048;    // of threads that end in one launch, for ThreadSanitizer, whose time grows with them
+constexpr size_t kIdentities =
+    2048;  // of threads that end in one launch, for ThreadSanitizer, whose time grows with them
 
 // Threads that wait for one another: consecutive ones of those that are resident.
 struct Scope {
@@ -78,26 +79,36 @@ std::minstd_rand generator;
 unsigned char fill_byte = 0xff;
 
 size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
-// On either side of a block's shared memory, where nobody may go; ThreadSanitizer's time grows with it.
+// On either side of a block's shared memory, where nobody may go; ThreadSanitizer's time grows with
+// it.
 size_t fence() { return kRaces ? page() : 64 * page(); }
 size_t round_up(size_t a, size_t b) { return (a + b - 1) / b * b; }
-unsigned threads_of_block() { return machine.grid.threads.x * machine.grid.threads.y * machine.grid.threads.z; }
+unsigned threads_of_block() {
+  return machine.grid.threads.x * machine.grid.threads.y * machine.grid.threads.z;
+}
 
 const char* name(Wait kind) {
   switch (kind) {
-    case Wait::kBlock: return "__syncthreads()";
-    case Wait::kCluster: return "this_cluster().sync()";
-    case Wait::kGrid: return "this_grid().sync()";
-    case Wait::kWarp: return "a warp's shuffle or __syncwarp()";
-    case Wait::kEnded: return "the kernel's end";
-    default: return "nothing";
+    case Wait::kBlock:
+      return "__syncthreads()";
+    case Wait::kCluster:
+      return "this_cluster().sync()";
+    case Wait::kGrid:
+      return "this_grid().sync()";
+    case Wait::kWarp:
+      return "a warp's shuffle or __syncwarp()";
+    case Wait::kEnded:
+      return "the kernel's end";
+    default:
+      return "nothing";
   }
 }
 
 std::string who(const Thread& thread) {
   const uint3& block = machine.blocks[thread.block].index;
   char text[96];
-  snprintf(text, sizeof text, "thread %u of block (%u, %u, %u)", thread.number, block.x, block.y, block.z);
+  snprintf(text, sizeof text, "thread %u of block (%u, %u, %u)", thread.number, block.x, block.y,
+           block.z);
   return text;
 }
 
@@ -140,7 +151,8 @@ void next(bool ends) {
 void wake(Scope& scope) {
   for (unsigned k = 0; k < scope.count; ++k) {
     // taken from the back
-    const unsigned at = order == Order::kReverse ? scope.first + k : scope.first + scope.count - 1 - k;
+    const unsigned at =
+        order == Order::kReverse ? scope.first + k : scope.first + scope.count - 1 - k;
     machine.threads[at].waits = Wait::kNothing;
     machine.ready.push_back(&machine.threads[at]);
   }
@@ -153,9 +165,10 @@ void wait_at(Scope& scope, Wait kind, Site site, bool together, bool orders, Las
   if (scope.arrived == 0) {
     scope.site = site;
     if (orders) scope.object = new_object();
-  } else if (together && (scope.site.line != site.line || strcmp(scope.site.file, site.file) != 0)) {
-    report("divergent %s: %s is at %s:%d, another at %s:%d", name(kind), who(thread).c_str(), site.file, site.line,
-           scope.site.file, scope.site.line);
+  } else if (together &&
+             (scope.site.line != site.line || strcmp(scope.site.file, site.file) != 0)) {
+    report("divergent %s: %s is at %s:%d, another at %s:%d", name(kind), who(thread).c_str(),
+           site.file, site.line, scope.site.file, scope.site.line);
     fail();
   }
   const size_t object = scope.object;
@@ -172,12 +185,14 @@ void wait_at(Scope& scope, Wait kind, Site site, bool together, bool orders, Las
 }
 
 void check_guards(const Block& block) {
-  const unsigned char *end = block.shared + machine.grid.shared, *last = block.mapping + block.mapped - fence();
+  const unsigned char *end = block.shared + machine.grid.shared,
+                      *last = block.mapping + block.mapped - fence();
   const unsigned char* first = block.mapping + fence();
   const auto spoiled = [](unsigned char byte) { return byte != kGuard; };
-  if (std::any_of(first, const_cast<const unsigned char*>(block.shared), spoiled) || std::any_of(end, last, spoiled)) {
-    report("block (%u, %u, %u) wrote outside its %zu bytes of dynamic shared memory", block.index.x, block.index.y,
-           block.index.z, machine.grid.shared);
+  if (std::any_of(first, const_cast<const unsigned char*>(block.shared), spoiled) ||
+      std::any_of(end, last, spoiled)) {
+    report("block (%u, %u, %u) wrote outside its %zu bytes of dynamic shared memory", block.index.x,
+           block.index.y, block.index.z, machine.grid.shared);
     machine.failed = true;
   }
 }
@@ -229,7 +244,8 @@ void allot(Block& block) {
 
 void place(unsigned first_block) {
   const Grid& grid = machine.grid;
-  const unsigned count = threads_of_block(), warps = (count + kWarpLanes - 1) / kWarpLanes, together = unsigned(grid.together);
+  const unsigned count = threads_of_block(), warps = (count + kWarpLanes - 1) / kWarpLanes,
+                 together = unsigned(grid.together);
   machine.blocks.resize(together);
   machine.threads.resize(size_t(together) * count);
   machine.warps.assign(size_t(together) * warps, Scope());
@@ -240,17 +256,20 @@ void place(unsigned first_block) {
   for (unsigned b = 0; b < together; ++b) {
     Block& block = machine.blocks[b];
     const unsigned at = first_block + b;
-    block.index = {at % grid.blocks.x, at / grid.blocks.x % grid.blocks.y, at / grid.blocks.x / grid.blocks.y};
+    block.index = {at % grid.blocks.x, at / grid.blocks.x % grid.blocks.y,
+                   at / grid.blocks.x / grid.blocks.y};
     block.ended = 0;
     block.scope = {b * count, count, 0, {}, 0};
     allot(block);
     for (unsigned w = 0; w < warps; ++w)
-      machine.warps[b * warps + w] = {b * count + w * kWarpLanes, std::min(kWarpLanes, count - w * kWarpLanes), 0, {}, 0};
+      machine.warps[b * warps + w] = {
+          b * count + w * kWarpLanes, std::min(kWarpLanes, count - w * kWarpLanes), 0, {}, 0};
     for (unsigned t = 0; t < count; ++t) {
       Thread& thread = machine.threads[b * count + t];
       thread.number = t;
       thread.block = b;
-      thread.index = {t % grid.threads.x, t / grid.threads.x % grid.threads.y, t / grid.threads.x / grid.threads.y};
+      thread.index = {t % grid.threads.x, t / grid.threads.x % grid.threads.y,
+                      t / grid.threads.x / grid.threads.y};
       start(thread.fiber, machine.first_stack + b * count + t, entry);
     }
   }
@@ -265,12 +284,15 @@ void report_deadlock() {
     const auto count = std::count_if(machine.threads.begin(), machine.threads.end(), at_it);
     text += text.empty() ? "" : "; ";
     text += std::to_string(count) + " at " + name(kind) + " (" + who(*first);
-    text += kind == Wait::kEnded ? ")" : std::string(", ") + first->site.file + ":" + std::to_string(first->site.line) + ")";
+    text += kind == Wait::kEnded ? ")"
+                                 : std::string(", ") + first->site.file + ":" +
+                                       std::to_string(first->site.line) + ")";
   }
   report("divergent threads, none can go on: %s", text.c_str());
 }
 
-// Threads that are gone keep their identity for a while, so that later blocks' races with them are seen.
+// Threads that are gone keep their identity for a while, so that later blocks' races with them are
+// seen.
 void retire() {
   if (!kRaces) return;
   machine.first_stack += machine.threads.size();
@@ -298,7 +320,9 @@ bool run_together(unsigned first_block) {
 // A fault of a kernel ends its launch, not the process.
 void on_fault(int number, siginfo_t* info, void*) {
   const auto at = static_cast<unsigned char*>(info->si_addr);
-  const auto holds = [at](const Block& block) { return at >= block.mapping && at < block.mapping + block.mapped; };
+  const auto holds = [at](const Block& block) {
+    return at >= block.mapping && at < block.mapping + block.mapped;
+  };
   const auto owner = std::find_if(machine.blocks.begin(), machine.blocks.end(), holds);
   const std::string thread = who(*machine.current);
   if (number == SIGILL)
@@ -306,11 +330,11 @@ void on_fault(int number, siginfo_t* info, void*) {
   else if (owner == machine.blocks.end())
     report("%s touched address %p", thread.c_str(), static_cast<void*>(at));
   else if (owner->ended == threads_of_block())
-    report("%s touched shared memory of block (%u, %u, %u), which has ended", thread.c_str(), owner->index.x, owner->index.y,
-           owner->index.z);
+    report("%s touched shared memory of block (%u, %u, %u), which has ended", thread.c_str(),
+           owner->index.x, owner->index.y, owner->index.z);
   else
-    report("%s touched memory outside the dynamic shared memory of block (%u, %u, %u)", thread.c_str(), owner->index.x,
-           owner->index.y, owner->index.z);
+    report("%s touched memory outside the dynamic shared memory of block (%u, %u, %u)",
+           thread.c_str(), owner->index.x, owner->index.y, owner->index.z);
   fail();
 }
 
@@ -337,15 +361,18 @@ class Faults {
 void barrier(Wait kind, Site site) {
   Thread& thread = *machine.current;
   if (kind == Wait::kGrid && !machine.grid.cooperative) {
-    report("%s is at %s:%d, %s of a launch that is not cooperative", who(thread).c_str(), site.file, site.line, name(kind));
+    report("%s is at %s:%d, %s of a launch that is not cooperative", who(thread).c_str(), site.file,
+           site.line, name(kind));
     fail();
   }
   if (kind == Wait::kCluster && kArch < 900) {
-    report("%s is at %s:%d, %s on a chip that has no clusters", who(thread).c_str(), site.file, site.line, name(kind));
+    report("%s is at %s:%d, %s on a chip that has no clusters", who(thread).c_str(), site.file,
+           site.line, name(kind));
     fail();
   }
   const bool block = kind == Wait::kBlock || (kind == Wait::kCluster && !machine.grid.cluster);
-  wait_at(block ? machine.blocks[thread.block].scope : machine.group, kind, site, kind == Wait::kBlock, true, [] {});
+  wait_at(block ? machine.blocks[thread.block].scope : machine.group, kind, site,
+          kind == Wait::kBlock, true, [] {});
 }
 
 static Scope& warp_of(unsigned mask, Site site) {
@@ -353,14 +380,16 @@ static Scope& warp_of(unsigned mask, Site site) {
   const unsigned warps = (threads_of_block() + kWarpLanes - 1) / kWarpLanes;
   Scope& warp = machine.warps[thread.block * warps + thread.number / kWarpLanes];
   if (mask != 0xffffffffu || warp.count != kWarpLanes) {
-    report("%s is at %s:%d with mask %08x in a warp of %u lanes, full ones are emulated", who(thread).c_str(), site.file,
-           site.line, mask, warp.count);
+    report("%s is at %s:%d with mask %08x in a warp of %u lanes, full ones are emulated",
+           who(thread).c_str(), site.file, site.line, mask, warp.count);
     fail();
   }
   return warp;
 }
 
-void sync_warp(unsigned mask, Site site) { wait_at(warp_of(mask, site), Wait::kWarp, site, true, true, [] {}); }
+void sync_warp(unsigned mask, Site site) {
+  wait_at(warp_of(mask, site), Wait::kWarp, site, true, true, [] {});
+}
 
 uint32_t shuffle_xor(unsigned mask, uint32_t bits, int lane_mask, Site site) {
   Thread& thread = *machine.current;
@@ -372,7 +401,8 @@ uint32_t shuffle_xor(unsigned mask, uint32_t bits, int lane_mask, Site site) {
     Thread* lanes = &machine.threads[warp.first];
     for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
       if (lanes[lane].lane_mask != lane_mask || unsigned(lane_mask) >= kWarpLanes) {
-        report("lanes of one shuffle at %s:%d give masks %d and %d", site.file, site.line, lanes[lane].lane_mask, lane_mask);
+        report("lanes of one shuffle at %s:%d give masks %d and %d", site.file, site.line,
+               lanes[lane].lane_mask, lane_mask);
         fail();
       }
       lanes[lane].received = lanes[lane ^ unsigned(lane_mask)].value;
@@ -385,10 +415,11 @@ void* remote_shared(void* own, unsigned rank, Site site) {
   const Thread& thread = *machine.current;
   const Block& block = machine.blocks[thread.block];
   const auto address = static_cast<unsigned char*>(own);
-  if (kArch < 900 || !machine.grid.cluster || rank >= unsigned(machine.grid.together) || address < block.shared ||
-      address >= block.shared + machine.grid.shared) {
-    report("%s maps %p to rank %u at %s:%d: not in its shared memory, or no such block in its cluster", who(thread).c_str(),
-           own, rank, site.file, site.line);
+  if (kArch < 900 || !machine.grid.cluster || rank >= unsigned(machine.grid.together) ||
+      address < block.shared || address >= block.shared + machine.grid.shared) {
+    report(
+        "%s maps %p to rank %u at %s:%d: not in its shared memory, or no such block in its cluster",
+        who(thread).c_str(), own, rank, site.file, site.line);
     fail();
   }
   return machine.blocks[rank].shared + (address - block.shared);
@@ -411,11 +442,14 @@ bool run(const Grid& grid) {
   blockDim = grid.threads;
   adopt(machine.host);
   machine.end_object = new_object();
-  std::vector<unsigned> groups(size_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z / unsigned(grid.together));
+  std::vector<unsigned> groups(size_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z /
+                               unsigned(grid.together));
   std::iota(groups.begin(), groups.end(), 0u);
   if (order == Order::kReverse) std::reverse(groups.begin(), groups.end());
   if (order == Order::kRandom) std::shuffle(groups.begin(), groups.end(), generator);
-  const auto run_group = [&](unsigned group) { return run_together(group * unsigned(grid.together)); };
+  const auto run_group = [&](unsigned group) {
+    return run_together(group * unsigned(grid.together));
+  };
   const bool done = std::all_of(groups.begin(), groups.end(), run_group);
   acquire(machine.end_object);
   for (Block& block : machine.spent) unmap_memory(block.mapping, block.mapped);

@@ -27,9 +27,10 @@ void schedule(std::string order, int64_t seed) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(reft_kernels_cuda, m) {
-  m.def("emulated() -> int");                           // the compute capability, times 100
-  m.def("launches() -> int");                           // kernels since the process started
-  m.def("schedule(str order, int seed) -> ()");         // of the emulated threads: forward, reverse or random
+  m.def("emulated() -> int");                    // the compute capability, times 100
+  m.def("launches() -> int");                    // kernels since the process started
+  m.def("schedule(str order, int seed) -> ()");  // of the emulated threads: forward, reverse or
+                                                 // random
   if (const char* order = getenv("REFT_EMULATION_ORDER")) schedule(order, 0);
 }
 

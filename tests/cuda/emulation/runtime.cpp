@@ -26,7 +26,8 @@ size_t shared_limit(const void* kernel) {
 
 bool fits(const dim3& blocks, const dim3& threads) {
   const auto some = [](const dim3& size) { return size.x > 0 && size.y > 0 && size.z > 0; };
-  const bool near = blocks.x <= 0x7fffffffu && blocks.y <= 65535 && blocks.z <= 65535 && threads.z <= 64;
+  const bool near =
+      blocks.x <= 0x7fffffffu && blocks.y <= 65535 && blocks.z <= 65535 && threads.z <= 64;
   return some(blocks) && some(threads) && near &&
          uint64_t(threads.x) * threads.y * threads.z <= uint64_t(emulation::kMaxThreads);
 }
@@ -38,7 +39,9 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) { return remember(device == 0 ? cudaSuccess : cudaErrorInvalidValue); }
+cudaError_t cudaSetDevice(int device) {
+  return remember(device == 0 ? cudaSuccess : cudaErrorInvalidValue);
+}
 
 cudaError_t cudaGetLastError() {
   const cudaError_t error = last_error;
@@ -48,14 +51,18 @@ cudaError_t cudaGetLastError() {
 
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    default: return last_report.c_str();
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    default:
+      return last_report.c_str();
   }
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (attribute != cudaDevAttrMultiProcessorCount || device != 0) return remember(cudaErrorInvalidValue);
+  if (attribute != cudaDevAttrMultiProcessorCount || device != 0)
+    return remember(cudaErrorInvalidValue);
   *value = emulation::kProcessors;
   return cudaSuccess;
 }
@@ -89,9 +96,11 @@ void report(const char* format, ...) {
   fprintf(stderr, "emulation: %s\n", text);
 }
 
-cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(const void*), const void* arguments) {
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*body)(const void*),
+                   const void* arguments) {
   const auto refuse = [](cudaError_t error) { return remember(error); };
-  Grid grid = {config.gridDim, config.blockDim, config.dynamicSmemBytes, 1, false, false, body, arguments};
+  Grid grid = {config.gridDim, config.blockDim, config.dynamicSmemBytes, 1, false, false,
+               body,           arguments};
   dim3 cluster;
   for (unsigned k = 0; k < config.numAttrs; ++k) {
     const cudaLaunchAttribute& attribute = config.attrs[k];
@@ -99,27 +108,32 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
       grid.cooperative = attribute.val.cooperative != 0;
     } else {
       grid.cluster = true;
-      cluster = dim3(attribute.val.clusterDim.x, attribute.val.clusterDim.y, attribute.val.clusterDim.z);
+      cluster =
+          dim3(attribute.val.clusterDim.x, attribute.val.clusterDim.y, attribute.val.clusterDim.z);
     }
   }
   if (!fits(grid.blocks, grid.threads)) {
-    report("a launch of %u x %u x %u blocks of %u threads", grid.blocks.x, grid.blocks.y, grid.blocks.z, grid.threads.x);
+    report("a launch of %u x %u x %u blocks of %u threads", grid.blocks.x, grid.blocks.y,
+           grid.blocks.z, grid.threads.x);
     return refuse(cudaErrorInvalidConfiguration);
   }
   if (grid.shared > shared_limit(kernel)) {
-    report("a launch with %zu bytes of dynamic shared memory, the kernel is granted %zu", grid.shared, shared_limit(kernel));
+    report("a launch with %zu bytes of dynamic shared memory, the kernel is granted %zu",
+           grid.shared, shared_limit(kernel));
     return refuse(cudaErrorInvalidValue);
   }
-  const bool valid = kArch >= 900 && cluster.x > 0 && cluster.x <= unsigned(kMaxCluster) && cluster.y == 1 &&
-                     cluster.z == 1 && grid.blocks.x % cluster.x == 0;
+  const bool valid = kArch >= 900 && cluster.x > 0 && cluster.x <= unsigned(kMaxCluster) &&
+                     cluster.y == 1 && cluster.z == 1 && grid.blocks.x % cluster.x == 0;
   if (grid.cluster && !valid) {
     report("a launch of %u blocks in clusters of %u", grid.blocks.x, cluster.x);
     return refuse(cudaErrorInvalidConfiguration);
   }
   if (grid.cluster) grid.together = int(cluster.x);
   const uint64_t blocks = uint64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
-  if (grid.cooperative && blocks > uint64_t(kProcessors)) {  // as if one block filled a multiprocessor
-    report("a cooperative launch of %llu blocks on %d processors", static_cast<unsigned long long>(blocks), kProcessors);
+  if (grid.cooperative &&
+      blocks > uint64_t(kProcessors)) {  // as if one block filled a multiprocessor
+    report("a cooperative launch of %llu blocks on %d processors",
+           static_cast<unsigned long long>(blocks), kProcessors);
     return refuse(cudaErrorCooperativeLaunchTooLarge);
   }
   if (grid.cooperative) grid.together = int(blocks);

@@ -1,9 +1,11 @@
-// Runs every host function of csrc/cuda over small but telling shapes, for the sanitizers: no PyTorch, no reference.
+// Runs every host function of csrc/cuda over small but telling shapes, for the sanitizers: no
+// PyTorch, no reference.
 //
 //     sanitized [--once] [part of a case's name]...
 //
-// A case runs in every order of the threads, and with shared memory that holds other bytes when a block starts: its outputs
-// must be finite, written whole, and the same bits each time. With --once it runs in one order.
+// A case runs in every order of the threads, and with shared memory that holds other bytes when a
+// block starts: its outputs must be finite, written whole, and the same bits each time. With --once
+// it runs in one order.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -37,10 +39,12 @@ size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 // Elements in one allocation of exactly their size, so that AddressSanitizer sees its ends.
 class Buffer {
  public:
-  Buffer(Dtype dtype, size_t count) : dtype_(dtype), bytes_(count * size_of(dtype)), data_(count ? malloc(bytes_) : nullptr) {
+  Buffer(Dtype dtype, size_t count)
+      : dtype_(dtype), bytes_(count * size_of(dtype)), data_(count ? malloc(bytes_) : nullptr) {
     poison();
   }
-  Buffer(const Buffer& other) : dtype_(other.dtype_), bytes_(other.bytes_), data_(bytes_ ? malloc(bytes_) : nullptr) {
+  Buffer(const Buffer& other)
+      : dtype_(other.dtype_), bytes_(other.bytes_), data_(bytes_ ? malloc(bytes_) : nullptr) {
     if (bytes_ != 0) memcpy(data_, other.data_, bytes_);
   }
   Buffer& operator=(const Buffer&) = delete;
@@ -60,7 +64,8 @@ class Buffer {
   }
   float get(size_t at) const {
     if (dtype_ == Dtype::kFloat32) return static_cast<const float*>(data_)[at];
-    if (dtype_ == Dtype::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data_)[at]);
+    if (dtype_ == Dtype::kBFloat16)
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(data_)[at]);
     return __half2float(static_cast<const __half*>(data_)[at]);
   }
   size_t count() const { return bytes_ / size_of(dtype_); }
@@ -86,28 +91,39 @@ struct Edit {
   int total, rows, d, rank, sets;
   Dtype dtype, weights;
   int gap;  // of the hidden state's rows, in elements
-  bool read, subtract, bias, coeff, in_place, gradient_of_hidden, gradient_of_weights;
+  bool read, subtract_projection, bias, coeff, in_place, gradient_of_hidden, gradient_of_weights;
   Activation activation;
 };
 
 constexpr Dtype kF = Dtype::kFloat32, kB = Dtype::kBFloat16, kH = Dtype::kFloat16;
 constexpr Activation kLin = Activation::kLinear;
 const Edit kEdits[] = {
-    {"one row a block", 14, 9, 72, 5, 1, kF, kF, 0, true, true, true, false, false, true, true, kLin},
-    {"one row a block, bf16, sets", 14, 9, 64, 8, 3, kB, kF, 0, true, true, true, true, false, true, true, Activation::kGelu},
-    {"odd d, in place", 14, 9, 37, 3, 2, kH, kH, 0, true, false, true, true, true, true, true, Activation::kSilu},
+    {"one row a block", 14, 9, 72, 5, 1, kF, kF, 0, true, true, true, false, false, true, true,
+     kLin},
+    {"one row a block, bf16, sets", 14, 9, 64, 8, 3, kB, kF, 0, true, true, true, true, false, true,
+     true, Activation::kGelu},
+    {"odd d, in place", 14, 9, 37, 3, 2, kH, kH, 0, true, false, true, true, true, true, true,
+     Activation::kSilu},
     {"odd stride", 14, 9, 48, 5, 1, kB, kB, 3, true, true, true, false, true, true, true, kLin},
     {"d = 1", 14, 9, 1, 1, 1, kF, kF, 0, true, true, false, false, false, true, true, kLin},
-    {"more vectors than warps", 14, 7, 72, 17, 1, kB, kB, 8, true, true, true, true, false, true, true, Activation::kTanh},
-    {"rank 33", 10, 5, 40, 33, 2, kF, kF, 0, true, true, true, true, false, true, true, Activation::kRelu},
-    {"rank 256", 4, 2, 264, 256, 1, kH, kF, 0, true, true, true, false, true, true, true, Activation::kSigmoid},
+    {"more vectors than warps", 14, 7, 72, 17, 1, kB, kB, 8, true, true, true, true, false, true,
+     true, Activation::kTanh},
+    {"rank 33", 10, 5, 40, 33, 2, kF, kF, 0, true, true, true, true, false, true, true,
+     Activation::kRelu},
+    {"rank 256", 4, 2, 264, 256, 1, kH, kF, 0, true, true, true, false, true, true, true,
+     Activation::kSigmoid},
     {"no read", 14, 9, 40, 4, 1, kF, kF, 0, false, true, true, true, false, true, true, kLin},
     {"constant", 14, 9, 40, 4, 1, kF, kF, 0, false, false, true, true, false, true, true, kLin},
-    {"no gradient of the hidden state", 14, 9, 40, 4, 1, kF, kF, 0, true, true, true, true, false, false, true, kLin},
-    {"no gradient of weights", 14, 9, 40, 20, 2, kF, kF, 0, true, true, true, true, true, true, false, Activation::kGeluTanh},
-    {"four rows a block", 300, 269, 24, 3, 1, kF, kF, 0, true, true, true, false, true, true, true, kLin},
-    {"four rows a block, sets", 300, 269, 40, 18, 3, kB, kB, 0, true, true, true, true, false, true, true, Activation::kGelu},
-    {"two columns a thread", 9, 6, 8192, 3, 1, kB, kF, 0, true, true, true, true, true, true, true, kLin},
+    {"no gradient of the hidden state", 14, 9, 40, 4, 1, kF, kF, 0, true, true, true, true, false,
+     false, true, kLin},
+    {"no gradient of weights", 14, 9, 40, 20, 2, kF, kF, 0, true, true, true, true, true, true,
+     false, Activation::kGeluTanh},
+    {"four rows a block", 300, 269, 24, 3, 1, kF, kF, 0, true, true, true, false, true, true, true,
+     kLin},
+    {"four rows a block, sets", 300, 269, 40, 18, 3, kB, kB, 0, true, true, true, true, false, true,
+     true, Activation::kGelu},
+    {"two columns a thread", 9, 6, 8192, 3, 1, kB, kF, 0, true, true, true, true, true, true, true,
+     kLin},
 };
 
 struct Map {
@@ -135,8 +151,9 @@ struct Schedule {
   unsigned seed;
   unsigned char fill;
 };
-const Schedule kSchedules[] = {
-    {emulation::Order::kForward, 0, 0xff}, {emulation::Order::kReverse, 0, 0x3e}, {emulation::Order::kRandom, 7, 0xff}};
+const Schedule kSchedules[] = {{emulation::Order::kForward, 0, 0xff},
+                               {emulation::Order::kReverse, 0, 0x3e},
+                               {emulation::Order::kRandom, 7, 0xff}};
 
 void require(bool held, const std::string& name, const char* what) {
   if (held) return;
@@ -167,34 +184,42 @@ void repeat(const std::string& name, const std::function<std::vector<Buffer>()>&
       continue;
     }
     for (size_t k = 0; k < found.size(); ++k)
-      require(found[k].bytes() == 0 || memcmp(found[k].data(), first[k].data(), found[k].bytes()) == 0, name,
-              "the order of the threads, or what shared memory held before, changes an output");
+      require(
+          found[k].bytes() == 0 || memcmp(found[k].data(), first[k].data(), found[k].bytes()) == 0,
+          name, "the order of the threads, or what shared memory held before, changes an output");
   }
 }
 
 void run_edit(const Edit& c) {
-  const int r = c.rank, stride = c.d + c.gap, count = small_count(c.subtract, c.activation == kLin), padded = padded_rank(r);
+  const int r = c.rank, stride = c.d + c.gap,
+            count = small_count(c.subtract_projection, c.activation == kLin),
+            padded = padded_rank(r);
   const size_t vectors = size_t(c.sets) * r, n = size_t(c.rows), total = size_t(c.total) * stride;
   const float scale = 1.0f / sqrtf(float(c.d));
   const Buffer hidden = random(c.dtype, total, 1), grad = random(c.dtype, total, 1);
-  const Buffer read = random(c.weights, c.read ? vectors * c.d : 0, scale), write = random(c.weights, vectors * c.d, scale);
+  const Buffer read = random(c.weights, c.read ? vectors * c.d : 0, scale),
+               write = random(c.weights, vectors * c.d, scale);
   const Buffer read_bias = random(c.weights, c.bias ? vectors : 0, 0.1f);
-  const Buffer subtract_bias = random(kF, c.bias && c.subtract ? vectors : 0, 0.1f);
+  const Buffer subtract_bias = random(kF, c.bias && c.subtract_projection ? vectors : 0, 0.1f);
   const Buffer coeff = random(kF, c.coeff ? n * r : 0, 1);
   std::vector<int32_t> rows(n), sets(n);
   for (size_t k = 0; k < n; ++k) {
     rows[k] = k % 4 == 1 ? -1 : int32_t(c.total - 1 - k);
     sets[k] = rows[k] < 0 ? 12345 : int32_t(generator() % unsigned(c.sets));
   }
-  const Selection selection = {rows.data(), c.sets > 1 ? sets.data() : nullptr, c.rows, c.d, r, c.sets};
+  const Selection selection = {rows.data(), c.sets > 1 ? sets.data() : nullptr, c.rows, c.d, r,
+                               c.sets};
 
   repeat(c.name, [&] {
     const Buffer source(hidden), upstream(grad);
-    Buffer out(c.in_place ? source : hidden), kept(c.dtype, n * c.d), u(kF, n * r), z(kF, n * r), small(kF, n * count * padded);
+    Buffer out(c.in_place ? source : hidden), saved_input(c.dtype, n * c.d), u(kF, n * r),
+        z(kF, n * r), small(kF, n * count * padded);
     Buffer grad_coeff(kF, c.coeff ? n * r : 0), grad_hidden(grad);
     const bool weights = c.gradient_of_weights;
-    Buffer grad_read(kF, weights && c.read ? vectors * c.d : 0), grad_write(kF, weights ? vectors * c.d : 0);
-    Buffer grad_read_bias(kF, weights ? vectors : 0), grad_subtract_bias(kF, weights && c.subtract ? vectors : 0);
+    Buffer grad_read(kF, weights && c.read ? vectors * c.d : 0),
+        grad_write(kF, weights ? vectors * c.d : 0);
+    Buffer grad_read_bias(kF, weights ? vectors : 0),
+        grad_subtract_bias(kF, weights && c.subtract_projection ? vectors : 0);
 
     EditForward forward = {};
     forward.selection = selection;
@@ -208,10 +233,10 @@ void run_edit(const Edit& c) {
     forward.read_bias = read_bias.any();
     forward.subtract_bias = subtract_bias.any();
     forward.coeff = coeff.any();
-    forward.kept = kept.data();
+    forward.saved_input = saved_input.data();
     forward.u = u.floats();
     forward.z = c.activation == kLin ? nullptr : z.floats();
-    forward.subtract = c.subtract;
+    forward.subtract_projection = c.subtract_projection;
     forward.activation = c.activation;
     launched(edit_forward(forward, nullptr), c.name);
 
@@ -235,7 +260,7 @@ void run_edit(const Edit& c) {
     gradient.dtype = c.dtype;
     gradient.grad = delta.grad;
     gradient.out = c.gradient_of_hidden ? grad_hidden.data() : nullptr;
-    gradient.kept = kept.data();
+    gradient.saved_input = saved_input.data();
     gradient.grad_stride = gradient.out_stride = stride;
     gradient.kept_stride = c.d;
     gradient.read = read.any();
@@ -245,11 +270,12 @@ void run_edit(const Edit& c) {
     gradient.grad_read_bias = grad_read_bias.floats();
     gradient.grad_write = grad_write.floats();
     gradient.grad_subtract_bias = grad_subtract_bias.floats();
-    gradient.subtract = c.subtract;
+    gradient.subtract_projection = c.subtract_projection;
     gradient.linear = c.activation == kLin;
     launched(edit_gradient(gradient, nullptr), c.name);
-    std::vector<Buffer> found{out, kept, u, small, grad_coeff, grad_hidden, grad_read, grad_read_bias, grad_write,
-                              grad_subtract_bias};
+    std::vector<Buffer> found{out,        saved_input,       u,         small,
+                              grad_coeff, grad_hidden,       grad_read, grad_read_bias,
+                              grad_write, grad_subtract_bias};
     if (c.activation != kLin) found.push_back(z);
     return found;
   });
@@ -259,7 +285,8 @@ void run_map(const Map& c) {
   const int layers = c.layers, d = c.d, r = c.rank;
   const size_t tall = size_t(layers) * d * r;
   Buffer X = random(kF, tall, 0.3f / sqrtf(float(d)));
-  const Buffer base = random(kF, c.base ? tall : 0, 0.1f), point = random(kF, c.base ? tall : 0, 0.1f), W = random(kF, tall, 1);
+  const Buffer base = random(kF, c.base ? tall : 0, 0.1f),
+               point = random(kF, c.base ? tall : 0, 0.1f), W = random(kF, tall, 1);
   const Buffer grad_R = random(kF, tall, 1), grad_D = random(kF, tall, 1);
   Buffer signs(kF, size_t(layers) * r);
   for (size_t k = 0; k < signs.count(); ++k) signs.put(k, k % 3 == 1 ? -1.0f : 1.0f);
@@ -268,15 +295,34 @@ void run_map(const Map& c) {
       for (int j = i; j < r; ++j) X.put((size_t(layer) * d + i) * r + j, NAN);
 
   repeat(c.name, [&] {
-    Buffer R(kF, tall), D(kF, c.W ? tall : 0), aux(kF, size_t(layers) * (c.base ? 2 : 1) * r * r), grad_X(kF, tall);
-    BuildForward forward = {layers, d, r, c.cayley, X.floats(), c.signs ? signs.floats() : nullptr, base.floats(),
-                            point.floats(), c.W ? W.floats() : nullptr, R.floats(), D.floats(), aux.floats()};
+    Buffer R(kF, tall), D(kF, c.W ? tall : 0), aux(kF, size_t(layers) * (c.base ? 2 : 1) * r * r),
+        grad_X(kF, tall);
+    BuildForward forward = {layers,
+                            d,
+                            r,
+                            c.cayley,
+                            X.floats(),
+                            c.signs ? signs.floats() : nullptr,
+                            base.floats(),
+                            point.floats(),
+                            c.W ? W.floats() : nullptr,
+                            R.floats(),
+                            D.floats(),
+                            aux.floats()};
     BuildPlan plan = {};
     launched(build_forward_plan(layers, d, r, &plan), c.name);
     const Buffer scratch(kF, size_t(plan.scratch_bytes) / sizeof(float));
     launched(build_forward(forward, plan, scratch.data(), nullptr), c.name);
-    BuildBackward backward = {layers, d, r, c.cayley, c.grad_R ? grad_R.floats() : nullptr,
-                              c.grad_D ? grad_D.floats() : nullptr, X.floats(), forward.signs, base.floats(), aux.floats(),
+    BuildBackward backward = {layers,
+                              d,
+                              r,
+                              c.cayley,
+                              c.grad_R ? grad_R.floats() : nullptr,
+                              c.grad_D ? grad_D.floats() : nullptr,
+                              X.floats(),
+                              forward.signs,
+                              base.floats(),
+                              aux.floats(),
                               grad_X.floats()};
     launched(build_backward_plan(layers, d, r, &plan), c.name);
     const Buffer again(kF, size_t(plan.scratch_bytes) / sizeof(float));
@@ -302,6 +348,7 @@ int main(int count, char** arguments) {
     if (chosen(edit.name)) run_edit(edit);
   for (const Map& map : kMaps)
     if (chosen(map.name)) run_map(map);
-  printf("%d cases, %lld launches, %d failures\n", ran, static_cast<long long>(emulation::launches()), failures);
+  printf("%d cases, %lld launches, %d failures\n", ran,
+         static_cast<long long>(emulation::launches()), failures);
   return failures == 0 && ran > 0 ? 0 : 1;
 }

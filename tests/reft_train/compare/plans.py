@@ -1,4 +1,6 @@
-"""Comparisons for tests: three methods, a learning rate to choose, and tested runs that take no time."""
+"""Comparisons for tests: three methods, a learning rate to choose, and tested runs that take no
+time.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,13 @@ class FakeFinal:
     """A tested run, better by a hundredth with each seed above 42; ``seen`` are its settings.
 
     Args:
-        failing: (method, seed) pairs that fail. interrupted: number of the call in which Ctrl-C comes.
+        failing: (method, seed) pairs that fail. interrupted: number of the call in which Ctrl-C
+            comes.
     """
 
-    def __init__(self, failing: tuple[tuple[str, int], ...] = (), interrupted: int | None = None) -> None:
+    def __init__(
+        self, failing: tuple[tuple[str, int], ...] = (), interrupted: int | None = None
+    ) -> None:
         self.failing, self.interrupted = failing, interrupted
         self.seen: list[RunConfig] = []
 
@@ -44,7 +49,13 @@ class FakeFinal:
 
 def plan(folder: Path, **fields: Any) -> Plan:
     """Three methods, two trials, two seeds, in ``folder``."""
-    values = {"methods": METHODS, "objective": Objective("accuracy"), "seeds": (42, 43), "trials": 2, **fields}
+    values = {
+        "methods": METHODS,
+        "objective": Objective("accuracy"),
+        "seeds": (42, 43),
+        "trials": 2,
+        **fields,
+    }
     return Plan(config(folder), **values)
 
 

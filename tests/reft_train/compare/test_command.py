@@ -19,14 +19,32 @@ def parsed(*arguments: str):
 @pytest.fixture
 def flags(tmp_path, tiny_llama):
     """Two methods, one trial and two seeds on a tiny model."""
-    return ["--model", str(tiny_llama), "--task", "boolq", "--validation", "0.5", "--output", str(tmp_path / "c"),
-            "--methods", "loreft", "lora", "--budget-trials", "1", "--seeds", "42", "43"]  # fmt: skip
+    return [
+        "--model",
+        str(tiny_llama),
+        "--task",
+        "boolq",
+        "--validation",
+        "0.5",
+        "--output",
+        str(tmp_path / "c"),
+        "--methods",
+        "loreft",
+        "lora",
+        "--budget-trials",
+        "1",
+        "--seeds",
+        "42",
+        "43",
+    ]
 
 
 def test_a_comparison_prints_a_line_for_each_method(flags, capsys):
     assert command.run(parsed(*flags), FakeTrain(), FakeFinal()) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [sum(line.startswith(f"{title} ") for line in lines) for title in ("LoReFT", "LoRA")] == [1, 1]
+    assert [
+        sum(line.startswith(f"{title} ") for line in lines) for title in ("LoReFT", "LoRA")
+    ] == [1, 1]
 
 
 def test_a_failed_run_is_told_by_the_exit_code(flags):
@@ -55,7 +73,9 @@ def test_a_budget_is_in_trials_or_in_seconds(flags, more, trials, seconds):
     assert (found.trials, found.seconds) == (trials, seconds)
 
 
-@pytest.mark.parametrize(("task", "methods"), [("boolq", DEFAULT), ("glue/rte", (*DEFAULT, "head"))])
+@pytest.mark.parametrize(
+    ("task", "methods"), [("boolq", DEFAULT), ("glue/rte", (*DEFAULT, "head"))]
+)
 def test_the_default_methods_of_a_task(flags, task, methods):
     assert command.resolve_plan(parsed(*flags[:2], "--task", task, *flags[4:8])).methods == methods
 

@@ -60,7 +60,10 @@ def test_runs_without_test_sets_are_shown_by_their_held_out_value(tmp_path):
             return finished(config, 0.5, tests={})
 
     done = run(plan(tmp_path / "c"), None, Untested())
-    assert done.rows[0].test is None and report.line(done.rows[0], 2)[1:3] == ("-", "0.5000 ± 0.0000")
+    assert done.rows[0].test is None and report.line(done.rows[0], 2)[1:3] == (
+        "-",
+        "0.5000 ± 0.0000",
+    )
     assert report.figure(done) is not None
 
 

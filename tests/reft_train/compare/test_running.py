@@ -1,4 +1,6 @@
-"""A comparison: equal budgets, choice on held-out rows alone, runs in turn, nothing done twice, nothing dropped."""
+"""A comparison: equal budgets, choice on held-out rows alone, runs in turn, nothing done twice,
+nothing dropped.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +42,19 @@ def test_a_failed_trial_counts_in_the_budget(tmp_path):
 def test_every_method_tries_the_same_points_of_the_same_space(tmp_path):
     train = FakeTrain()
     run(plan(tmp_path / "c"), train)
-    tried = {method: [config.lr for config in train.seen if config.method == method] for method in METHODS}
+    tried = {
+        method: [config.lr for config in train.seen if config.method == method]
+        for method in METHODS
+    }
     assert tried["loreft"] == tried["lora"] == tried["ia3"]
 
 
 def test_tuning_never_scores_a_test_set_and_the_final_runs_do(tmp_path):
     train, final = FakeTrain(), FakeFinal()
     run(plan(tmp_path / "c"), train, final)
-    assert all(config.skip_test for config in train.seen) and not any(config.skip_test for config in final.seen)
+    assert all(config.skip_test for config in train.seen) and not any(
+        config.skip_test for config in final.seen
+    )
 
 
 def test_the_final_runs_have_the_best_held_out_settings(tmp_path):
@@ -62,15 +69,22 @@ def test_runs_alternate_between_methods_and_another_one_begins_each_seed(tmp_pat
     final = FakeFinal()
     run(plan(tmp_path / "c"), None, final)
     assert [(config.method, config.seed) for config in final.seen] == [
-        ("loreft", 42), ("lora", 42), ("ia3", 42), ("lora", 43), ("ia3", 43), ("loreft", 43),
-    ]  # fmt: skip
+        ("loreft", 42),
+        ("lora", 42),
+        ("ia3", 42),
+        ("lora", 43),
+        ("ia3", 43),
+        ("loreft", 43),
+    ]
 
 
 def test_a_row_has_mean_and_deviation_over_seeds(tmp_path):
     found = run(plan(tmp_path / "c"))
     first, second = (found.outcomes["lora", seed].tests["test"]["accuracy"] for seed in (42, 43))
     row = found.rows[1]
-    assert row.test.mean == pytest.approx((first + second) / 2, rel=1e-12)  # one rounding of a mean of two
+    assert row.test.mean == pytest.approx(
+        (first + second) / 2, rel=1e-12
+    )  # one rounding of a mean of two
     assert row.test.deviation == pytest.approx(abs(first - second) / 2**0.5, rel=1e-9)
 
 
@@ -90,7 +104,12 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(tmp_path):
         run(plan(tmp_path / "c"), None, FakeFinal(interrupted=2))
     final = FakeFinal()
     run(plan(tmp_path / "c"), None, final)
-    assert [(config.method, config.seed) for config in final.seen] == [("ia3", 42), ("lora", 43), ("ia3", 43), ("loreft", 43)]
+    assert [(config.method, config.seed) for config in final.seen] == [
+        ("ia3", 42),
+        ("lora", 43),
+        ("ia3", 43),
+        ("loreft", 43),
+    ]
 
 
 def test_an_interrupted_search_ends_the_comparison(tmp_path):
@@ -113,19 +132,36 @@ def test_a_run_with_other_settings_is_run_again(tmp_path):
     run(plan(tmp_path / "c", trials=1))
     final = FakeFinal()
     found = run(plan(tmp_path / "c", trials=4), None, final)
-    changed = {row.method for row in found.rows if found.outcomes[row.method, 42].config["lr"] == row.varied["lr"]}
+    changed = {
+        row.method
+        for row in found.rows
+        if found.outcomes[row.method, 42].config["lr"] == row.varied["lr"]
+    }
     assert changed == set(METHODS) and len(final.seen) == 6
 
 
 def test_a_method_that_the_model_refuses_is_shown_as_not_available(tmp_path):
-    found = run(plan(tmp_path / "c"), FakeTrain(before=refuse("lora", UserError("method lora: no such modules"))))
-    assert [row.status for row in found.rows] == ["ok", "not available: method lora: no such modules", "ok"]
+    found = run(
+        plan(tmp_path / "c"),
+        FakeTrain(before=refuse("lora", UserError("method lora: no such modules"))),
+    )
+    assert [row.status for row in found.rows] == [
+        "ok",
+        "not available: method lora: no such modules",
+        "ok",
+    ]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes"), TypeError("shapes"), AttributeError("shapes"), KeyError("shapes")])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("shapes"), TypeError("shapes"), AttributeError("shapes"), KeyError("shapes")],
+)
 def test_a_method_that_breaks_is_shown_as_failed(tmp_path, error):
     found = run(plan(tmp_path / "c"), FakeTrain(before=refuse("lora", error)))
-    assert found.rows[1].status == f"failed: {type(error).__name__}: {error}" and found.rows[2].status == "ok"
+    assert (
+        found.rows[1].status == f"failed: {type(error).__name__}: {error}"
+        and found.rows[2].status == "ok"
+    )
 
 
 def test_bad_input_that_every_method_refuses_is_bad_input(tmp_path):
@@ -138,7 +174,10 @@ def test_bad_input_that_every_method_refuses_is_bad_input(tmp_path):
 
 def test_a_seed_that_fails_is_counted(tmp_path):
     found = run(plan(tmp_path / "c"), None, FakeFinal(failing=(("lora", 43),)))
-    assert found.rows[1].status == "1 of 2 seeds failed: out of memory" and found.rows[1].test.count == 1
+    assert (
+        found.rows[1].status == "1 of 2 seeds failed: out of memory"
+        and found.rows[1].test.count == 1
+    )
 
 
 def test_a_budget_in_seconds_is_less_by_what_was_spent(tmp_path, monkeypatch):
@@ -156,7 +195,8 @@ def test_a_budget_in_seconds_is_less_by_what_was_spent(tmp_path, monkeypatch):
     def before(config, call):
         raise RuntimeError("out of memory")
 
-    # no trial can begin without time, so each method is left without settings, and the second comparison finds less time
+    # no trial can begin without time, so each method is left without settings, and the second
+    # comparison finds less time
     run(plan(tmp_path / "c", trials=None, seconds=0.2), FakeTrain(before=before))
     run(plan(tmp_path / "c", trials=None, seconds=0.2), FakeTrain(before=before))
     assert spent[:3] == [0.2] * 3 and all(left < 0.2 for left in spent[3:])

@@ -1,4 +1,6 @@
-"""Tokenized data on disk: made once, named by everything they depend on, and made again where they are damaged."""
+"""Tokenized data on disk: made once, named by everything they depend on, and made again where
+they are damaged.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "dataset_info.json", "state.json", "reft_train.json"])
+@pytest.mark.parametrize(
+    "name", ["data-00000-of-00001.arrow", "dataset_info.json", "state.json", "reft_train.json"]
+)
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_file_is_noticed_and_the_data_made_again(tmp_path, name, damage):
     build = _Build()
@@ -72,7 +76,9 @@ def test_a_damaged_file_is_noticed_and_the_data_made_again(tmp_path, name, damag
 
 def test_files_that_a_map_puts_beside_the_data_do_no_harm(tmp_path):
     build = _Build()
-    cached(build, PARTS, tmp_path).map(lambda row: {"length": len(row["input_ids"])}, load_from_cache_file=False)
+    cached(build, PARTS, tmp_path).map(
+        lambda row: {"length": len(row["input_ids"])}, load_from_cache_file=False
+    )
     (folder,) = tmp_path.iterdir()
     assert list(folder.glob("cache-*"))
     cached(build, PARTS, tmp_path)
@@ -113,7 +119,9 @@ def _cache_at_once(folder, barrier, answers):
 def test_processes_at_once_do_not_break_one_another(tmp_path):
     context = multiprocessing.get_context("fork")
     barrier, answers = context.Barrier(3), context.Queue()
-    processes = [context.Process(target=_cache_at_once, args=(tmp_path, barrier, answers)) for _ in range(3)]
+    processes = [
+        context.Process(target=_cache_at_once, args=(tmp_path, barrier, answers)) for _ in range(3)
+    ]
     for process in processes:
         process.start()
     assert [answers.get(timeout=60) for _ in processes] == [ROWS] * 3

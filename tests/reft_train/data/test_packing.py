@@ -1,4 +1,6 @@
-"""Packed rows: examples side by side that do not see one another, with the loss and gradients of padded ones."""
+"""Packed rows: examples side by side that do not see one another, with the loss and gradients of
+padded ones.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,13 @@ import torch
 import transformers
 from peft import get_peft_model
 from reft_train.data.collating import PaddingCollator
-from reft_train.data.packing import FILLING, PackingCollator, balanced, check_model_packs, packed_rows
+from reft_train.data.packing import (
+    FILLING,
+    PackingCollator,
+    balanced,
+    check_model_packs,
+    packed_rows,
+)
 from reft_train.errors import UserError
 
 from reft_kernels.integrations.peft import ReftConfig
@@ -30,7 +38,9 @@ def _items(lengths=(11, 5, 17, 4, 8), seed=0):
 def _sequences(batch):
     """(ids, labels) of each sequence of a packed batch, cut where the position ids start again."""
     found = []
-    for ids, labels, positions in zip(batch["input_ids"], batch["labels"], batch["position_ids"], strict=True):
+    for ids, labels, positions in zip(
+        batch["input_ids"], batch["labels"], batch["position_ids"], strict=True
+    ):
         starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
         for start, stop in zip(starts, starts[1:], strict=False):
             assert positions[start:stop].tolist() == list(range(stop - start))
@@ -55,11 +65,19 @@ def _width(lengths, rows):
 
 @pytest.mark.parametrize(
     "lengths, rows",
-    [([8] * 12, 12), ([38, 41, 35, 40, 36, 39, 37, 38] * 4, 16), ([9, 3] * 8, 8), ([400, 9, 8, 7], 1), ([], 0)],
+    [
+        ([8] * 12, 12),
+        ([38, 41, 35, 40, 36, 39, 37, 38] * 4, 16),
+        ([9, 3] * 8, 8),
+        ([400, 9, 8, 7], 1),
+        ([], 0),
+    ],
 )
 def test_rows_are_the_shortest_ones_that_are_full(lengths, rows):
     found = packed_rows(lengths, 512)
-    assert len(found) == rows and sorted(index for row in found for index in row) == list(range(len(lengths)))
+    assert len(found) == rows and sorted(index for row in found for index in row) == list(
+        range(len(lengths))
+    )
     if lengths:
         assert rows * _width(lengths, found) <= (1 + FILLING) * sum(lengths)
 
@@ -88,7 +106,12 @@ def test_the_longest_goes_first_into_the_emptiest_row():
 
 
 def test_there_is_no_mask_and_no_cache():
-    assert set(PackingCollator(16, PAD)(_items())) == {"input_ids", "labels", "position_ids", "use_cache"}
+    assert set(PackingCollator(16, PAD)(_items())) == {
+        "input_ids",
+        "labels",
+        "position_ids",
+        "use_cache",
+    }
     assert PackingCollator(16, PAD)(_items())["use_cache"] is False
 
 
@@ -108,7 +131,9 @@ def test_rows_of_no_length_are_refused():
 
 
 def _qwen2():
-    config = transformers.Qwen2Config(**COMMON, **SPECIAL, intermediate_size=64, num_key_value_heads=2)
+    config = transformers.Qwen2Config(
+        **COMMON, **SPECIAL, intermediate_size=64, num_key_value_heads=2
+    )
     return transformers.Qwen2ForCausalLM(config).eval()
 
 
@@ -119,9 +144,9 @@ def _reft(family="llama", **settings):
     return model
 
 
-PACKING = {name: lambda name=name: make(name) for name in ("llama", "qwen3", "gemma3", "neox", "gpt2")} | {
-    "qwen2": _qwen2, "llama with ReFT": _reft,
-}  # fmt: skip
+PACKING = {
+    name: lambda name=name: make(name) for name in ("llama", "qwen3", "gemma3", "neox", "gpt2")
+} | {"qwen2": _qwen2, "llama with ReFT": _reft}
 
 
 @BOTH
@@ -165,7 +190,12 @@ class _Leaking(torch.nn.Module):
         return self.inner.get_input_embeddings()
 
     def forward(self, input_ids, position_ids=None, attention_mask=None, **kwargs):
-        return self.inner(input_ids, attention_mask=torch.ones_like(input_ids), position_ids=position_ids, **kwargs)
+        return self.inner(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            position_ids=position_ids,
+            **kwargs,
+        )
 
 
 class _NotANumber(_Leaking):
@@ -175,18 +205,23 @@ class _NotANumber(_Leaking):
         return outputs
 
 
-@pytest.mark.parametrize("make_model, name", [
-    (lambda: make("bert"), "BertForSequenceClassification"),
-    (_masked_bert, "BertForMaskedLM"),
-    (_headless_bert, "BertModel"),
-    (lambda: make("bloom"), "BloomForCausalLM"),
-    (lambda: make("t5"), "T5ForConditionalGeneration"),
-    (_Leaking, "_Leaking"),
-    (_NotANumber, "_NotANumber"),
-    (lambda: _reft("bloom"), "BloomForCausalLM"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make_model, name",
+    [
+        (lambda: make("bert"), "BertForSequenceClassification"),
+        (_masked_bert, "BertForMaskedLM"),
+        (_headless_bert, "BertModel"),
+        (lambda: make("bloom"), "BloomForCausalLM"),
+        (lambda: make("t5"), "T5ForConditionalGeneration"),
+        (_Leaking, "_Leaking"),
+        (_NotANumber, "_NotANumber"),
+        (lambda: _reft("bloom"), "BloomForCausalLM"),
+    ],
+)
 def test_a_model_that_does_not_pack_is_refused_by_its_name(make_model, name):
-    with pytest.raises(UserError, match=f"--packing: got a {name}, which does not keep packed sequences apart"):
+    with pytest.raises(
+        UserError, match=f"--packing: got a {name}, which does not keep packed sequences apart"
+    ):
         check_model_packs(make_model(), PAD)
 
 
@@ -199,7 +234,9 @@ def test_the_check_leaves_modes_and_randomness_alone(family, refused):
         check_model_packs(model, PAD)
     except UserError:
         assert refused
-    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in model.modules()] == modes and torch.equal(
+        torch.get_rng_state(), state
+    )
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -210,21 +247,33 @@ def _summed_loss_and_gradients(model, batch):
     model.zero_grad()
     loss = model(**batch, num_items_in_batch=1).loss
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad
+    }
 
 
 @BOTH
-@pytest.mark.parametrize("settings", [
-    {}, {"share_weights": False}, {"positions": "l1"}, {"positions": "all"}, {"pyreft_positions": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"share_weights": False},
+        {"positions": "l1"},
+        {"positions": "all"},
+        {"pyreft_positions": True},
+    ],
+)
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_packed_and_padded_batches_have_the_same_loss_and_gradients(family, settings, flat):
     model = _reft(family, **settings).double()
     items = _items()
     loss, gradients = _summed_loss_and_gradients(model, PackingCollator(16, PAD, flat)(items))
     padded_loss, padded = _summed_loss_and_gradients(model, PaddingCollator(PAD)(items))
-    # the loss is computed in fp32 whatever the model's dtype, so its rounding is what the two may differ by
+    # the loss is computed in fp32 whatever the model's dtype, so its rounding is what the two may
+    # differ by
     torch.testing.assert_close(loss.float(), padded_loss.float())
     assert gradients.keys() == padded.keys() and any(g.abs().max() > 0 for g in gradients.values())
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient.float(), padded[name].float(), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            gradient.float(), padded[name].float(), msg=lambda text, name=name: f"{name}: {text}"
+        )

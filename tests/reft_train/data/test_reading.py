@@ -41,7 +41,14 @@ def test_all_kinds_of_files_give_the_same_rows(suffix, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "where"), [(".json", "row 2"), (".jsonl", "line 3"), (".csv", "row 2"), (".tsv", "row 2"), (".parquet", "row 2")]
+    ("suffix", "where"),
+    [
+        (".json", "row 2"),
+        (".jsonl", "line 3"),
+        (".csv", "row 2"),
+        (".tsv", "row 2"),
+        (".parquet", "row 2"),
+    ],
 )
 def test_a_row_knows_where_it_stands(suffix, where, tmp_path):
     path = written(tmp_path, suffix)
@@ -81,15 +88,35 @@ def test_a_row_is_read_before_the_next_one(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"a": 1}\n{"a": }\n', r"got line 2 of .*a\.jsonl, which is not JSON \(Expecting value, column 7\)"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": }\n',
+            r"got line 2 of .*a\.jsonl, which is not JSON \(Expecting value, column 7\)",
+        ),
         ("a.jsonl", '{"a": 1}\n\n[1]\n', r"got line 3 of .*, which is a list, expected an object"),
-        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"got line 2 of .*, which is not UTF-8 \(invalid start byte at byte 8\)"),
+        (
+            "a.jsonl",
+            b'{"a": 1}\n{"a": "\xff"}\n',
+            r"got line 2 of .*, which is not UTF-8 \(invalid start byte at byte 8\)",
+        ),
         ("a.json", '[{"a": 1}, 2]', r"got row 2 of .*a\.json, which is a int, expected an object"),
         ("a.json", '{"a": 1}', r"which is a dict, expected a list of objects"),
-        ("a.json", '[{"a": 1}\n', r"which is not JSON \(.*line 2 column 1.*\), expected a list of objects$"),
-        ("a.json", '{"a": 1}\n{"a": 2}\n', r"expected a list of objects \(one object on each line is \.jsonl\)"),
+        (
+            "a.json",
+            '[{"a": 1}\n',
+            r"which is not JSON \(.*line 2 column 1.*\), expected a list of objects$",
+        ),
+        (
+            "a.json",
+            '{"a": 1}\n{"a": 2}\n',
+            r"expected a list of objects \(one object on each line is \.jsonl\)",
+        ),
         ("a.json", b'[{"a":\n"\xe9"}]', r"got line 2 of .*, which is not UTF-8"),
-        ("a.csv", "a,b\n1\n", r"got 1 fields in row 1 of .*a\.csv \(line 2\), expected the header's 2"),
+        (
+            "a.csv",
+            "a,b\n1\n",
+            r"got 1 fields in row 1 of .*a\.csv \(line 2\), expected the header's 2",
+        ),
         ("a.csv", "a,b\n1,2\n\n1,2,3\n", r"got 3 fields in row 2 of .* \(line 4\)"),
         ("a.csv", "a,a\n1,2\n", r"with column 'a' more than once"),
         ("a.csv", 'a,b\n1,"2\n', r"line 2: unexpected end of data"),
@@ -117,23 +144,32 @@ def test_a_missing_file_is_told_what_the_folder_holds(tmp_path):
     with pytest.raises(UserError) as caught:
         iter_rows(tmp_path / "trian.json")
     assert str(caught.value) == (
-        f"--train: got {tmp_path / 'trian.json'}, which does not exist, expected a file ({tmp_path} holds train.json)"
+        f"--train: got {tmp_path / 'trian.json'}, which does not exist, expected a file "
+        f"({tmp_path} holds train.json)"
     )
 
 
 def test_a_missing_folder_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"which does not exist, expected a file \(there is no folder .*none either\)"):
+    with pytest.raises(
+        UserError,
+        match=r"which does not exist, expected a file \(there is no folder .*none either\)",
+    ):
         iter_rows(tmp_path / "none" / "train.json")
 
 
 def test_a_folder_is_no_file(tmp_path):
     for number in range(7):
         write(tmp_path / f"{number}.json", "[]")
-    with pytest.raises(UserError, match=r"which is a folder, expected a file \(.* holds 0.json, 1.json, .*4.json, \.\.\.\)"):
+    with pytest.raises(
+        UserError,
+        match=r"which is a folder, expected a file \(.* holds 0.json, 1.json, .*4.json, \.\.\.\)",
+    ):
         iter_rows(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rows.pkl", "rows.pt", "rows.txt", "rows"])
 def test_an_unknown_suffix_is_not_opened(name, tmp_path):
-    with pytest.raises(UserError, match=r"expected a file that ends in \.json, \.jsonl, \.csv, \.tsv, \.parquet$"):
+    with pytest.raises(
+        UserError, match=r"expected a file that ends in \.json, \.jsonl, \.csv, \.tsv, \.parquet$"
+    ):
         iter_rows(write(tmp_path / name, "x"))

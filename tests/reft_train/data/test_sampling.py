@@ -1,4 +1,6 @@
-"""Orders of examples: complete, a function of seed and epoch, and the same when a run is resumed through accelerate."""
+"""Orders of examples: complete, a function of seed and epoch, and the same when a run is resumed
+through accelerate.
+"""
 
 from __future__ import annotations
 
@@ -74,14 +76,21 @@ def test_a_group_has_examples_of_similar_length():
     groups = [[lengths[i] for i in order[start : start + GROUP]] for start in range(0, 492, GROUP)]
     padded = sum(max(group) * len(group) for group in groups)
     plain = list(_shuffled())
-    unsorted = [[lengths[i] for i in plain[start : start + GROUP]] for start in range(0, 492, GROUP)]
+    unsorted = [
+        [lengths[i] for i in plain[start : start + GROUP]] for start in range(0, 492, GROUP)
+    ]
     # padding that is left, against what batches drawn without grouping have
-    assert padded - sum(map(sum, groups)) < (sum(max(g) * len(g) for g in unsorted) - sum(map(sum, unsorted))) / 4
+    assert (
+        padded - sum(map(sum, groups))
+        < (sum(max(g) * len(g) for g in unsorted) - sum(map(sum, unsorted))) / 4
+    )
 
 
 def test_groups_come_in_no_order_of_length():
     lengths, order = _lengths(500), list(_grouped())
-    longest = [max(lengths[i] for i in order[start : start + GROUP]) for start in range(0, 192, GROUP)]
+    longest = [
+        max(lengths[i] for i in order[start : start + GROUP]) for start in range(0, 192, GROUP)
+    ]
     rising = sum(a < b for a, b in pairwise(longest))
     assert 0 < rising < len(longest) - 1
 
@@ -100,8 +109,12 @@ def test_a_group_of_nothing_is_refused():
 
 
 def _loader(sampler, processes, index):
-    loader = DataLoader(list(range(len(sampler))), batch_sampler=BatchSampler(sampler, BATCH, drop_last=False))
-    return prepare_data_loader(loader, device=torch.device("cpu"), num_processes=processes, process_index=index)
+    loader = DataLoader(
+        list(range(len(sampler))), batch_sampler=BatchSampler(sampler, BATCH, drop_last=False)
+    )
+    return prepare_data_loader(
+        loader, device=torch.device("cpu"), num_processes=processes, process_index=index
+    )
 
 
 def _epochs(sampler, loader, epochs):
@@ -142,4 +155,6 @@ def test_a_resumed_run_sees_the_rest_of_its_epoch(make, processes, index):
 def test_processes_share_a_group():
     order = list(_grouped())
     first = [_uninterrupted(_grouped, 2, index, 1)[0][:2] for index in range(2)]
-    assert sorted(i for process in first for batch in process for i in batch) == sorted(order[:GROUP])
+    assert sorted(i for process in first for batch in process for i in batch) == sorted(
+        order[:GROUP]
+    )

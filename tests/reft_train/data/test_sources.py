@@ -37,7 +37,11 @@ def test_what_is_not_named_comes_from_the_folder(tmp_path):
 def test_a_set_is_found_in_its_folder_or_as_the_folder(suffix, tmp_path):
     train = touch(tmp_path / "piqa" / f"train{suffix}")
     test = touch(tmp_path / "piqa" / f"test{suffix}")
-    assert find(tasks.get("piqa"), tmp_path) == find(tasks.get("piqa"), tmp_path / "piqa") == Files(train, {"piqa": test})
+    assert (
+        find(tasks.get("piqa"), tmp_path)
+        == find(tasks.get("piqa"), tmp_path / "piqa")
+        == Files(train, {"piqa": test})
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,14 +78,24 @@ def test_a_plain_pair_of_files_serves_any_task(name, tmp_path):
 @pytest.mark.parametrize(("name", "split"), [("rte", "validation"), ("mnli", "validation_matched")])
 @pytest.mark.parametrize("ending", [".parquet", ".tsv", "-00000-of-00001.parquet"])
 def test_glue_in_a_folder(name, split, ending, tmp_path):
-    train, validation = touch(tmp_path / name / f"train{ending}"), touch(tmp_path / name / f"{split}{ending}")
+    train, validation = (
+        touch(tmp_path / name / f"train{ending}"),
+        touch(tmp_path / name / f"{split}{ending}"),
+    )
     touch(tmp_path / name / "test.parquet")
     expected = Files(train, {split: validation})
-    assert find(tasks.get(f"glue/{name}"), tmp_path) == find(tasks.get(f"glue/{name}"), tmp_path / name) == expected
+    assert (
+        find(tasks.get(f"glue/{name}"), tmp_path)
+        == find(tasks.get(f"glue/{name}"), tmp_path / name)
+        == expected
+    )
 
 
 def test_named_test_files_take_their_sets_names(tmp_path):
-    paths = [touch(tmp_path / place) for place in ("boolq/test.json", "piqa.json", "a/own.json", "b/own.json", "x/test.json")]
+    paths = [
+        touch(tmp_path / place)
+        for place in ("boolq/test.json", "piqa.json", "a/own.json", "b/own.json", "x/test.json")
+    ]
     found = find(tasks.get("commonsense"), tests=paths, train_needed=False).tests
     assert list(found) == ["boolq", "piqa", "own", str(paths[3]), "test"]
     assert list(found.values()) == paths
@@ -103,9 +117,15 @@ def test_nothing_found_names_the_places(tmp_path):
     assert all(str(tmp_path / name / "test") in str(caught.value) for name in SETS)
 
 
-@pytest.mark.parametrize(("options", "argument"), [({}, "--train"), ({"train_needed": False, "tests_needed": True}, "--test")])
+@pytest.mark.parametrize(
+    ("options", "argument"),
+    [({}, "--train"), ({"train_needed": False, "tests_needed": True}, "--test")],
+)
 def test_without_a_folder_files_must_be_named(options, argument):
-    with pytest.raises(UserError, match=f"{argument}: got nothing for task boolq, expected a file, or a folder with --data"):
+    with pytest.raises(
+        UserError,
+        match=f"{argument}: got nothing for task boolq, expected a file, or a folder with --data",
+    ):
         find(tasks.get("boolq"), **options)
 
 
@@ -115,28 +135,47 @@ def test_what_is_not_needed_may_be_missing(tmp_path):
 
 def test_two_files_for_one_set_are_an_error(tmp_path):
     touch(tmp_path / "boolq" / "train.json", tmp_path / "boolq" / "train.csv")
-    with pytest.raises(UserError, match="--data: got both .*train.json and .*train.csv, expected one of them"):
+    with pytest.raises(
+        UserError, match="--data: got both .*train.json and .*train.csv, expected one of them"
+    ):
         find(tasks.get("boolq"), tmp_path)
 
 
 def test_the_data_folder_must_be_one(tmp_path):
-    with pytest.raises(UserError, match="--data: got .*none, which is not there, expected a folder"):
+    with pytest.raises(
+        UserError, match="--data: got .*none, which is not there, expected a folder"
+    ):
         find(tasks.get("boolq"), tmp_path / "none")
-    with pytest.raises(UserError, match=r"--data: got .*a.json, which is a file \(--train and --test name files\)"):
+    with pytest.raises(
+        UserError, match=r"--data: got .*a.json, which is a file \(--train and --test name files\)"
+    ):
         find(tasks.get("boolq"), touch(tmp_path / "a.json"))
 
 
-@pytest.mark.parametrize(("argument", "options"), [("--train", {"train": "x.json"}), ("--test", {"tests": ["x.json"]})])
+@pytest.mark.parametrize(
+    ("argument", "options"), [("--train", {"train": "x.json"}), ("--test", {"tests": ["x.json"]})]
+)
 def test_a_named_file_must_exist(argument, options):
     with pytest.raises(UserError, match=f"{argument}: got x.json, which does not exist"):
         find(tasks.get("boolq"), **options)
 
 
-@needs("boolq/train.json", "boolq/test.json", "piqa/test.json", "gsm8k/test.json", "SVAMP/test.json", "AQuA/test.json")
+@needs(
+    "boolq/train.json",
+    "boolq/test.json",
+    "piqa/test.json",
+    "gsm8k/test.json",
+    "SVAMP/test.json",
+    "AQuA/test.json",
+)
 def test_the_published_layout():
     assert find(tasks.get("boolq"), data_folder()).train == data_folder() / "boolq" / "train.json"
-    assert {"boolq", "piqa"} <= set(find(tasks.get("commonsense"), data_folder(), train_needed=False).tests)
-    assert {"gsm8k", "SVAMP", "AQuA"} <= set(find(tasks.get("math"), data_folder(), train_needed=False).tests)
+    assert {"boolq", "piqa"} <= set(
+        find(tasks.get("commonsense"), data_folder(), train_needed=False).tests
+    )
+    assert {"gsm8k", "SVAMP", "AQuA"} <= set(
+        find(tasks.get("math"), data_folder(), train_needed=False).tests
+    )
 
 
 def test_rows_from_the_hub(monkeypatch):
@@ -154,7 +193,9 @@ def test_rows_from_the_hub(monkeypatch):
     assert rows[1].where == "row 2 of nyu-mll/glue cola validation"
 
 
-@pytest.mark.parametrize("error", [ConnectionError("Couldn't reach\nthe Hub"), RuntimeError("x"), ValueError("y")])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("Couldn't reach\nthe Hub"), RuntimeError("x"), ValueError("y")]
+)
 def test_no_network_is_one_line_that_says_how_to_do_without(error, monkeypatch):
     datasets = pytest.importorskip("datasets")
 
@@ -171,5 +212,7 @@ def test_no_network_is_one_line_that_says_how_to_do_without(error, monkeypatch):
 
 def test_no_datasets_package_is_one_line_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="--data: got none, and no datasets package to load GLUE with"):
+    with pytest.raises(
+        UserError, match="--data: got none, and no datasets package to load GLUE with"
+    ):
         hub_rows(tasks.get("glue/cola"), "train")

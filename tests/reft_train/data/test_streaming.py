@@ -1,4 +1,6 @@
-"""Streams of rows: complete, shared out without overlap, repeatable, and never held in memory whole."""
+"""Streams of rows: complete, shared out without overlap, repeatable, and never held in memory
+whole.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def _loader(stream, **settings):
 
 def test_items_are_those_of_the_tokenized_data_set(path):
     rows = [Row({"number": n}, "") for n in range(COUNT)]
-    dataset = tokenize_rows(rows, _Count(), TOKENIZER, "causal", 32).select_columns(["input_ids", "labels"])
+    dataset = tokenize_rows(rows, _Count(), TOKENIZER, "causal", 32).select_columns(
+        ["input_ids", "labels"]
+    )
     assert list(_stream(path, buffer=1)) == list(dataset)
 
 
@@ -84,14 +88,20 @@ def test_a_buffer_holds_no_more_than_its_size(buffer):
 
 
 def test_a_file_of_any_size_can_be_begun(path, monkeypatch):
-    monkeypatch.setattr(streaming, "iter_rows", lambda path, name: (Row({"number": n}, "") for n in itertools.count()))
+    monkeypatch.setattr(
+        streaming,
+        "iter_rows",
+        lambda path, name: (Row({"number": n}, "") for n in itertools.count()),
+    )
     assert len([item for item, _ in zip(_stream(path), range(3), strict=False)]) == 3
 
 
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_share_the_rows_and_hear_of_epochs(path, persistent):
     stream = _stream(path)
-    loader = _loader(stream, num_workers=2, persistent_workers=persistent, multiprocessing_context="fork")
+    loader = _loader(
+        stream, num_workers=2, persistent_workers=persistent, multiprocessing_context="fork"
+    )
     epochs = []
     for epoch in range(2):
         stream.set_epoch(epoch)
@@ -102,7 +112,12 @@ def test_workers_share_the_rows_and_hear_of_epochs(path, persistent):
 
 def _prepared(stream, processes, index):
     return prepare_data_loader(
-        _loader(stream), torch.device("cpu"), processes, index, put_on_device=False, dispatch_batches=False
+        _loader(stream),
+        torch.device("cpu"),
+        processes,
+        index,
+        put_on_device=False,
+        dispatch_batches=False,
     )
 
 

@@ -1,10 +1,21 @@
-"""Token ids of prompts and targets: what is learned, what is cut, and what special tokens stand where."""
+"""Token ids of prompts and targets: what is learned, what is cut, and what special tokens stand
+where.
+"""
 
 from __future__ import annotations
 
 import pytest
 from reft_train.data import tokenizing
-from reft_train.data.tokenizing import IGNORED, causal, classification, count_cuts, pad_id, prompt_ids, seq2seq, tokenize_rows
+from reft_train.data.tokenizing import (
+    IGNORED,
+    causal,
+    classification,
+    count_cuts,
+    pad_id,
+    prompt_ids,
+    seq2seq,
+    tokenize_rows,
+)
 from reft_train.errors import UserError
 from reft_train.tasks.base import Classified, Example, Row, Task
 
@@ -53,7 +64,10 @@ def test_the_target_and_its_eos_are_learned_and_the_prompt_is_not(bos):
     prompt, target = _ids(tokenizer, EXAMPLE.prompt), _ids(tokenizer, EXAMPLE.target)
     item = causal(EXAMPLE, tokenizer, 512)
     assert item.input_ids == [*before, *prompt, *target, tokenizer.eos_token_id]
-    assert item.labels == [IGNORED] * (len(before) + len(prompt)) + [*target, tokenizer.eos_token_id]
+    assert item.labels == [IGNORED] * (len(before) + len(prompt)) + [
+        *target,
+        tokenizer.eos_token_id,
+    ]
     assert (item.cut_prompt, item.cut_target) == (0, 0)
 
 
@@ -82,7 +96,9 @@ def test_a_target_longer_than_the_limit_leaves_one_token_of_prompt_and_keeps_its
 def test_every_limit_is_kept_and_both_parts_are_there(limit):
     item = causal(EXAMPLE, _llama(), limit)
     assert len(item.input_ids) == len(item.labels) <= limit
-    assert item.labels[0] == IGNORED and item.labels[-1] == item.input_ids[-1] == _llama().eos_token_id
+    assert (
+        item.labels[0] == IGNORED and item.labels[-1] == item.input_ids[-1] == _llama().eos_token_id
+    )
 
 
 def test_an_eos_that_the_target_ends_with_is_not_doubled():
@@ -109,7 +125,10 @@ def test_the_prompt_has_the_same_tokens_when_its_answer_is_generated():
 def test_a_prompt_to_generate_from_is_cut_from_the_left():
     tokenizer = _llama()
     (whole,) = prompt_ids([EXAMPLE.prompt], tokenizer, 512)
-    assert prompt_ids([EXAMPLE.prompt, "one"], tokenizer, 5) == [whole[:1] + whole[-4:], *prompt_ids(["one"], tokenizer, 5)]
+    assert prompt_ids([EXAMPLE.prompt, "one"], tokenizer, 5) == [
+        whole[:1] + whole[-4:],
+        *prompt_ids(["one"], tokenizer, 5),
+    ]
     with pytest.raises(UserError, match="max_length: got 0, expected at least 1"):
         prompt_ids([EXAMPLE.prompt], tokenizer, 0)
 
@@ -182,11 +201,15 @@ def test_padding_falls_back_to_eos():
         pad_id(tokenizer)
 
 
-@pytest.mark.parametrize("kind, encode, family", [("causal", causal, "llama"), ("seq2seq", seq2seq, "t5")])
+@pytest.mark.parametrize(
+    "kind, encode, family", [("causal", causal, "llama"), ("seq2seq", seq2seq, "t5")]
+)
 def test_rows_become_the_items_that_single_examples_do(monkeypatch, kind, encode, family):
     monkeypatch.setattr(tokenizing, "_CHUNK", 3)  # the last chunk is not full
     tokenizer = tokenizer_of(family)
-    fields = [{"prompt": "what is the answer? " * n, "target": "yes " * (10 - n)} for n in range(1, 9)]
+    fields = [
+        {"prompt": "what is the answer? " * n, "target": "yes " * (10 - n)} for n in range(1, 9)
+    ]
     dataset = tokenize_rows(_rows(fields), _Continue(), tokenizer, kind, 24)
     items = [encode(Example(row["prompt"], row["target"], ""), tokenizer, 24) for row in fields]
     assert dataset["input_ids"][:] == [item.input_ids for item in items]
@@ -227,7 +250,9 @@ def test_what_is_kept_has_text_of_both(encode, family, limit):
 
 def test_rows_that_are_all_lost_are_refused():
     fields = [{"prompt": "what", "target": "yes " * 60}]
-    with pytest.raises(UserError, match="max_length: got 8, which leaves no row both a prompt and an answer"):
+    with pytest.raises(
+        UserError, match="max_length: got 8, which leaves no row both a prompt and an answer"
+    ):
         tokenize_rows(_rows(fields), _Continue(), _llama(), "causal", 8)
 
 
@@ -237,24 +262,42 @@ def test_labels_are_class_numbers_or_numbers_to_predict(labels, values):
     task.labels = labels
     rows = _rows([{"text": "yes", "pair": "no", "label": value} for value in values])
     dataset = tokenize_rows(rows, task, tokenizer_of("bert"), "classification", 24)
-    assert dataset["labels"][:] == values and [type(v) for v in dataset["labels"]] == [type(v) for v in values]
+    assert dataset["labels"][:] == values and [type(v) for v in dataset["labels"]] == [
+        type(v) for v in values
+    ]
     assert dataset["token_type_ids"][0] == tokenizer_of("bert")("yes", "no")["token_type_ids"]
 
 
 def test_a_tokenizer_without_types_gives_no_column_of_them():
-    dataset = tokenize_rows(_rows([{"text": "yes", "label": 1}]), _Classify(), tokenizer_of("llama"), "classification", 24)
+    dataset = tokenize_rows(
+        _rows([{"text": "yes", "label": 1}]),
+        _Classify(),
+        tokenizer_of("llama"),
+        "classification",
+        24,
+    )
     assert "token_type_ids" not in dataset.column_names
 
 
-@pytest.mark.parametrize("fields, message", [
-    ([], "data: got no rows"),
-    ([{"prompt": "what", "target": "a"}, {"prompt": "", "target": "a"}], "prompt of row 1 of train.json: got ''"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ([], "data: got no rows"),
+        (
+            [{"prompt": "what", "target": "a"}, {"prompt": "", "target": "a"}],
+            "prompt of row 1 of train.json: got ''",
+        ),
+    ],
+)
 def test_rows_that_cannot_be_read_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
         tokenize_rows(_rows(fields), _Continue(), _llama(), "causal", 24)
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match="kind: got 'masked', expected one of causal, seq2seq, classification"):
-        tokenize_rows(_rows([{"prompt": "what", "target": "a"}]), _Continue(), _llama(), "masked", 24)
+    with pytest.raises(
+        UserError, match="kind: got 'masked', expected one of causal, seq2seq, classification"
+    ):
+        tokenize_rows(
+            _rows([{"prompt": "what", "target": "a"}]), _Continue(), _llama(), "masked", 24
+        )

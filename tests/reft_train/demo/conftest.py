@@ -1,4 +1,6 @@
-"""Small things to train on: a standard library of a few modules, and a random BERT with its tokenizer."""
+"""Small things to train on: a standard library of a few modules, and a random BERT with its
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,10 @@ def sentence(topic: list[str], number: int) -> str:
     """A docstring-like sentence, distinct for each number."""
     picked = [topic[(number + step) % len(topic)] for step in range(4)]
     filler = [WORDS[(7 * number + 3 * step) % len(WORDS)] for step in range(4)]
-    return " ".join(picked + filler) + f" {'the ' * (number // len(WORDS))}{WORDS[number % len(WORDS)]}"
+    return (
+        " ".join(picked + filler)
+        + f" {'the ' * (number // len(WORDS))}{WORDS[number % len(WORDS)]}"
+    )
 
 
 TOPICS = {
@@ -27,7 +32,9 @@ TOPICS = {
 
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
-    """A folder that looks like a standard library: three packages of six modules of six docstrings."""
+    """A folder that looks like a standard library: three packages of six modules of six
+    docstrings.
+    """
     root = tmp_path / "lib"
     for package, topic in TOPICS.items():
         folder = root / package
@@ -51,13 +58,21 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=64, **names
+    ).save_pretrained(folder)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=64, hidden_dropout_prob=0.1,
-    )  # fmt: skip
+        vocab_size=len(vocabulary),
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.1,
+    )
     BertModel(config).save_pretrained(folder)
     return folder

@@ -1,4 +1,6 @@
-"""The plain implementation: its rows, the identity at the start, an orthonormal R, one hook for each layer."""
+"""The plain implementation: its rows, the identity at the start, an orthonormal R, one hook for
+each layer.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def test_edit_starts_as_the_identity_and_is_the_formula():
         edit.source.bias.normal_()
     R, W, b = edit.rotate.weight, edit.source.weight, edit.source.bias
     torch.testing.assert_close(edit(hidden), hidden + (hidden @ W.T + b - hidden @ R.T) @ R)
-    torch.testing.assert_close(edit(hidden), reft_kernels.loreft(hidden, R.contiguous(), W, b), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        edit(hidden), reft_kernels.loreft(hidden, R.contiguous(), W, b), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_given_rotation_is_kept_and_stays_orthonormal_in_training():
@@ -76,7 +80,9 @@ def test_one_hook_for_each_edited_layer_and_no_effect_at_the_start(hooked, mask)
     given = hooked(input_ids=ids, attention_mask=mask)
     for layer in layers_of(hooked.model.encoder):
         layer._forward_hooks.clear()
-    torch.testing.assert_close(given, hooked(input_ids=ids, attention_mask=mask), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        given, hooked(input_ids=ids, attention_mask=mask), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_only_selected_rows_change(hooked, mask):
@@ -84,8 +90,12 @@ def test_only_selected_rows_change(hooked, mask):
         hooked.edits[1].source.bias.fill_(1.0)
     seen = {}
     layer = layers_of(hooked.model.encoder)[1]
-    layer.register_forward_hook(lambda module, args, output: seen.update(after=output), prepend=False)
-    layer.register_forward_hook(lambda module, args, output: seen.update(before=output), prepend=True)
+    layer.register_forward_hook(
+        lambda module, args, output: seen.update(after=output), prepend=False
+    )
+    layer.register_forward_hook(
+        lambda module, args, output: seen.update(before=output), prepend=True
+    )
     hooked(input_ids=torch.randint(5, 20, mask.shape), attention_mask=mask)
     changed = (seen["after"] != seen["before"]).any(-1).flatten().nonzero().squeeze(1)
     assert changed.tolist() == select_rows("f1+l1", mask).tolist()
@@ -94,5 +104,7 @@ def test_only_selected_rows_change(hooked, mask):
 def test_gradients_reach_every_edit_and_the_head_alone(hooked, mask):
     hooked(input_ids=torch.randint(5, 20, mask.shape), attention_mask=mask).sum().backward()
     trainable = [name for name, p in hooked.named_parameters() if p.requires_grad]
-    assert sorted(trainable) == sorted(name for name, p in hooked.named_parameters() if p.grad is not None)
+    assert sorted(trainable) == sorted(
+        name for name, p in hooked.named_parameters() if p.grad is not None
+    )
     assert not any("encoder" in name for name in trainable) and len(trainable) == 2 * 3 + 2

@@ -11,7 +11,12 @@ from reft_train.errors import UserError
 
 
 def entry(number: int, answer="yes") -> dict:
-    return {"instruction": f"Question {number}?", "input": "", "output": "the correct answer is x", "answer": answer}
+    return {
+        "instruction": f"Question {number}?",
+        "input": "",
+        "output": "the correct answer is x",
+        "answer": answer,
+    }
 
 
 def write(path, content) -> str:
@@ -20,7 +25,9 @@ def write(path, content) -> str:
 
 
 def test_llm_adapters_json(tmp_path):
-    rows = [entry(n, "true" if n % 2 else ["false"]) for n in range(40)] + [{**entry(99, "true"), "input": "More."}]
+    rows = [entry(n, "true" if n % 2 else ["false"]) for n in range(40)] + [
+        {**entry(99, "true"), "input": "More."}
+    ]
     dataset = load_file(write(tmp_path / "train.json", rows), seed=0)
     assert dataset.labels == ["false", "true"]
     assert len(dataset.train) + len(dataset.held_out) == 41
@@ -56,7 +63,10 @@ def test_duplicates_keep_the_first_and_contradictions_go():
 
 
 def test_json_round_trip_and_majority():
-    train, held_out = [Example("a", "x", "m"), Example("b", "y")], [Example("c", "x"), Example("é", "y")]
+    train, held_out = (
+        [Example("a", "x", "m"), Example("b", "y")],
+        [Example("c", "x"), Example("é", "y")],
+    )
     dataset = Dataset(train, held_out, ["x", "y"], "d")
     assert Dataset.from_json(dataset.to_json()) == dataset
     assert dataset.majority_accuracy == 0.5
@@ -67,18 +77,38 @@ BAD = {
     "other ending": ("rows.txt", "text,label", "ends in .json or .csv"),
     "empty file": ("rows.csv", " \n", "is empty"),
     "header alone": ("rows.csv", "text,label\n", "without a row"),
-    "missing column": ("rows.csv", "text,kind\na,b\n", r"got columns text, kind .* expected text and label"),
+    "missing column": (
+        "rows.csv",
+        "text,kind\na,b\n",
+        r"got columns text, kind .* expected text and label",
+    ),
     "empty label": ("rows.csv", "text,label\na,x\nb,\n", "row 2 .* without label"),
     "short row": ("rows.csv", "label,text\nx,a\ny\n", "row 2 .* without text"),
     "one label": ("rows.csv", "text,label\na,x\nb,x\n", "one label, 'x'"),
-    "only contradictions": ("rows.csv", "text,label\na,x\na,y\n", "no text that has a single label"),
-    "single row of a label": ("rows.csv", "text,label\na,x\nb,x\nc,y\n", "one distinct text labelled 'y'"),
+    "only contradictions": (
+        "rows.csv",
+        "text,label\na,x\na,y\n",
+        "no text that has a single label",
+    ),
+    "single row of a label": (
+        "rows.csv",
+        "text,label\na,x\nb,x\nc,y\n",
+        "one distinct text labelled 'y'",
+    ),
     "not utf-8": ("rows.csv", b"text,label\n\xff\xfe,x\n", "cannot be read"),
     "malformed json": ("rows.json", '[{"instruction"', "not JSON"),
     "json object": ("rows.json", '{"a": 1}', "got a JSON dict .* expected a list"),
     "json of strings": ("rows.json", '["a"]', "entry 1 .* with str"),
-    "json without answer": ("rows.json", '[{"instruction": "q", "output": "o"}]', "entry 1 .* instruction, output"),
-    "json with empty answer": ("rows.json", '[{"instruction": "q", "answer": null}]', "entry 1 .* without answer"),
+    "json without answer": (
+        "rows.json",
+        '[{"instruction": "q", "output": "o"}]',
+        "entry 1 .* instruction, output",
+    ),
+    "json with empty answer": (
+        "rows.json",
+        '[{"instruction": "q", "answer": null}]',
+        "entry 1 .* without answer",
+    ),
     "empty json list": ("rows.json", "[]", "without a row"),
 }
 

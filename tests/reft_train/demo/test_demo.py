@@ -21,7 +21,14 @@ from reft_train.demo.variants import KERNELS, TORCH, VARIANTS, build
 from reft_train.errors import UserError
 from reft_train.files import check_folder
 
-SMALL = {"epochs": 1, "rank": 2, "timing-steps": 3, "batch-size": 16, "max-length": 24, "device": "cpu"}
+SMALL = {
+    "epochs": 1,
+    "rank": 2,
+    "timing-steps": 3,
+    "batch-size": 16,
+    "max-length": 24,
+    "device": "cpu",
+}
 FLAGS = [f"--{name}={value}" for name, value in SMALL.items()]
 
 
@@ -32,12 +39,25 @@ def parse(*flags):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("--rank", "0"), ("--rank", "257"), ("--rank", "x"), ("--epochs", "0"), ("--seed", "-1"), ("--batch-size", "0"),
-        ("--lr", "0"), ("--lr", "nan"), ("--lr", "fast"), ("--max-length", "2"), ("--timing-steps", "1"),
-        ("--device", "tpu"), ("--positions", "f0"), ("--positions", "middle"),
-        ("--layers", "0;x"), ("--layers", "1;1"), ("--layers", ""),
+        ("--rank", "0"),
+        ("--rank", "257"),
+        ("--rank", "x"),
+        ("--epochs", "0"),
+        ("--seed", "-1"),
+        ("--batch-size", "0"),
+        ("--lr", "0"),
+        ("--lr", "nan"),
+        ("--lr", "fast"),
+        ("--max-length", "2"),
+        ("--timing-steps", "1"),
+        ("--device", "tpu"),
+        ("--positions", "f0"),
+        ("--positions", "middle"),
+        ("--layers", "0;x"),
+        ("--layers", "1;1"),
+        ("--layers", ""),
     ],
-)  # fmt: skip
+)
 def test_bad_flag_values_name_flag_and_value(flag, value, capsys):
     with pytest.raises(SystemExit) as stop:
         parse(f"{flag}={value}")
@@ -64,13 +84,22 @@ def test_flags_that_the_model_decides_about(tiny_model, tmp_path, monkeypatch):
             demo.resolve_settings(parse("--model", tiny_model, *flags))
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device: got cuda"):
-            demo.resolve_settings(parse("--model", tiny_model, "--max-length", 24, "--device", "cuda"))
+            demo.resolve_settings(
+                parse("--model", tiny_model, "--max-length", 24, "--device", "cuda")
+            )
     with pytest.raises(UserError, match="--out: got .* is a file"):
         check_folder(tmp_path / "file" / "out", "--out")
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny_model, capsys):
-    flags = ["--model", str(tiny_model), "--out", str(tmp_path / "out"), "--data", str(tmp_path / "no.csv")]
+    flags = [
+        "--model",
+        str(tiny_model),
+        "--out",
+        str(tmp_path / "out"),
+        "--data",
+        str(tmp_path / "no.csv"),
+    ]
     assert main(["demo", *FLAGS, *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("reft_train demo: error: --data: got ") and error.count("\n") == 1
@@ -84,7 +113,10 @@ def test_specs_are_made_canonical():
 
 
 def test_help_does_not_need_torch():
-    code = "import sys; sys.modules['torch'] = None; from reft_train.__main__ import main; main(['demo', '--help'])"
+    code = (
+        "import sys; sys.modules['torch'] = None; from reft_train.__main__ import main; "
+        "main(['demo', '--help'])"
+    )
     paths = os.pathsep.join(sys.path)
     command, environment = [sys.executable, "-c", code], {"PYTHONPATH": paths}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -95,7 +127,9 @@ def test_the_two_loreft_trainings_coincide(tiny_model, library, tmp_path):
     dataset = load_stdlib(tmp_path / "cache", library)
     flags = ["--model", tiny_model, *FLAGS, "--positions", "f3+l3", "--lr", "1e-2"]
     settings = demo.resolve_settings(parse(*flags))
-    data = encode(load_tokenizer(Path(settings.model)), dataset.train, dataset.labels, settings.max_length)
+    data = encode(
+        load_tokenizer(Path(settings.model)), dataset.train, dataset.labels, settings.max_length
+    )
     runs, counts = {}, {}
     for name in VARIANTS:
         variant = build(name, settings, len(dataset.labels))
@@ -103,7 +137,10 @@ def test_the_two_loreft_trainings_coincide(tiny_model, library, tmp_path):
         runs[name] = training.train(variant, data, settings).losses
     assert counts[TORCH] == counts[KERNELS] == (2 * (2 * 24 * 2 + 2), 3 * 24 + 3)
     assert runs[TORCH] == pytest.approx(runs[KERNELS], abs=2e-5)
-    assert runs["frozen"][0] == pytest.approx(runs[KERNELS][0], abs=1e-5) and runs["frozen"] != runs[KERNELS]
+    assert (
+        runs["frozen"][0] == pytest.approx(runs[KERNELS][0], abs=1e-5)
+        and runs["frozen"] != runs[KERNELS]
+    )
 
 
 def test_whole_run_on_a_tiny_model(tiny_model, library, tmp_path, capsys):
@@ -113,13 +150,23 @@ def test_whole_run_on_a_tiny_model(tiny_model, library, tmp_path, capsys):
     for _ in range(2):  # the second replaces what the first wrote
         assert experiment.run_demo(settings, dataset, out, isolate=False) == 0
     printed = capsys.readouterr().out
-    assert "predictions bit-identical" in printed and "LoReFT, reft_kernels" in printed and "step / frozen" in printed
+    assert (
+        "predictions bit-identical" in printed
+        and "LoReFT, reft_kernels" in printed
+        and "step / frozen" in printed
+    )
     assert sorted(os.listdir(out)) == ["adapter", "loss.png", "report.html", "results.json"]
-    assert {"adapter_config.json", "adapter_model.safetensors", "labels.json"} <= set(os.listdir(out / "adapter"))
-    assert [r["name"] for r in json.loads((out / "results.json").read_text())["results"]] == list(VARIANTS)
+    assert {"adapter_config.json", "adapter_model.safetensors", "labels.json"} <= set(
+        os.listdir(out / "adapter")
+    )
+    assert [r["name"] for r in json.loads((out / "results.json").read_text())["results"]] == list(
+        VARIANTS
+    )
 
 
-def test_an_adapter_that_does_not_come_back_the_same_is_reported(tiny_model, library, tmp_path, capsys, monkeypatch):
+def test_an_adapter_that_does_not_come_back_the_same_is_reported(
+    tiny_model, library, tmp_path, capsys, monkeypatch
+):
     dataset = load_stdlib(tmp_path / "cache", library)
     settings = demo.resolve_settings(parse("--model", tiny_model, *FLAGS))
     monkeypatch.setattr(experiment, "load_reft", lambda model, folder: model)  # forgets the adapter
@@ -141,6 +188,8 @@ def test_a_process_that_fails_is_reported(tiny_model, library, tmp_path, capfd):
     dataset = load_stdlib(tmp_path / "cache", library)
     settings = demo.resolve_settings(parse("--model", tiny_model, *FLAGS))
     broken = replace(settings, model=str(tmp_path / "gone"))
-    with pytest.raises(RuntimeError, match="LoReFT, reft_kernels: its process ended with exit code 1"):
+    with pytest.raises(
+        RuntimeError, match="LoReFT, reft_kernels: its process ended with exit code 1"
+    ):
         worker.run_isolated(KERNELS, broken, dataset, tmp_path / "there")
     assert "gone" in capfd.readouterr().err

@@ -1,4 +1,6 @@
-"""What a run leaves behind: files written in one step, a table that lines up, a report that needs nothing else."""
+"""What a run leaves behind: files written in one step, a table that lines up, a report that
+needs nothing else.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from reft_train.memory import Peak, PeakMeter
 from reft_train.reporting.plots import smoothed
 
 SETTINGS = Settings("model", [0, 1], 4, "all", 1, 0, 1e-3, 1e-2, 8, 16, "cpu", 2, 5)
-DATASET = Dataset([Example("a", "<x>"), Example("b", "y")], [Example("c", "<x>")], ["<x>", "y"], "two <texts>")
+DATASET = Dataset(
+    [Example("a", "<x>"), Example("b", "y")], [Example("c", "<x>")], ["<x>", "y"], "two <texts>"
+)
 TIMES = StepTimes(0.1, dict.fromkeys(VARIANTS, 0.12), dict.fromkeys(VARIANTS, 1.2), 5)
 PEAK = Peak(500.0, 612.5, "measured somehow")
 RESULTS = [Result(name, 1234, 56, 0.75, [2.0, 1.0, 0.5], 3.25, PEAK) for name in VARIANTS]
@@ -39,11 +43,15 @@ def test_report_is_self_contained_and_escaped(tmp_path):
     table = rows(RESULTS, TIMES, DATASET)
     captions = notes(RESULTS, TIMES, SETTINGS)
     checks = ["a <check>"]
-    png, html, numbers = write_report(tmp_path / "out", RESULTS, TIMES, table, captions, checks, DATASET, SETTINGS)
+    png, html, numbers = write_report(
+        tmp_path / "out", RESULTS, TIMES, table, captions, checks, DATASET, SETTINGS
+    )
     assert png.read_bytes().startswith(b"\x89PNG")
     page = html.read_text()
     assert "data:image/png;base64," in page and "http" not in page
-    assert "two &lt;texts&gt;" in page and "a &lt;check&gt;" in page and "<td>&lt;x&gt;</td>" in page
+    assert (
+        "two &lt;texts&gt;" in page and "a &lt;check&gt;" in page and "<td>&lt;x&gt;</td>" in page
+    )
     assert json.loads(numbers.read_text())["results"][0]["losses"] == [2.0, 1.0, 0.5]
     assert sorted(os.listdir(tmp_path / "out")) == ["loss.png", "report.html", "results.json"]
 

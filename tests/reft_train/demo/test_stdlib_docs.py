@@ -16,7 +16,9 @@ def real(tmp_path_factory):
 
 
 def test_this_interpreter_has_enough_text(real):
-    assert set(real.labels) <= set(stdlib_docs.PACKAGES) and len(real.labels) >= 6  # idlelib may be absent
+    assert (
+        set(real.labels) <= set(stdlib_docs.PACKAGES) and len(real.labels) >= 6
+    )  # idlelib may be absent
     assert len(real.train) > 1000 and len(real.held_out) > 200
     for part in (real.train, real.held_out):
         assert {example.label for example in part} == set(real.labels)
@@ -63,7 +65,11 @@ def test_a_damaged_cache_is_made_again(tmp_path, library):
 
 def test_a_cache_that_cannot_be_written_does_not_matter(tmp_path, library):
     (tmp_path / "file").write_text("")
-    assert stdlib_docs.load_stdlib(tmp_path / "file" / "cache", library).labels == ["asyncio", "email", "xml"]
+    assert stdlib_docs.load_stdlib(tmp_path / "file" / "cache", library).labels == [
+        "asyncio",
+        "email",
+        "xml",
+    ]
 
 
 def test_extraction_skips_tests_short_texts_and_broken_files(tmp_path):
@@ -78,7 +84,9 @@ def test_extraction_skips_tests_short_texts_and_broken_files(tmp_path):
         (tmp_path / path).write_text(source)
     examples = stdlib_docs.extract(tmp_path)
     # the texts of xml.a and email.c are equal once masked, so no label for them is right
-    assert [(e.text, e.source) for e in examples] == [("This module would fail if somebody imported it.", "xml.boom")]
+    assert [(e.text, e.source) for e in examples] == [
+        ("This module would fail if somebody imported it.", "xml.boom")
+    ]
 
 
 def test_a_stripped_library_is_refused(tmp_path):

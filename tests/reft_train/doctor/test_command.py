@@ -1,4 +1,6 @@
-"""The command tells what is there, refuses bad input, and ends with 1 where memory or trial say so."""
+"""The command tells what is there, refuses bad input, and ends with 1 where memory or trial say
+so.
+"""
 
 from __future__ import annotations
 
@@ -35,26 +37,78 @@ def test_a_model_is_estimated_and_tried(tiny_llama, tmp_path, capsys, method):
     assert main(["doctor", "--model", str(tiny_llama), *SMALL, *flags]) == 0
     found = _strict(path)
     tried = found["trial"]
-    assert found["verdict"].startswith("fits") and tried["failure"] is None and "all is well" in capsys.readouterr().out
-    assert len(tried["losses"]) == trial.MEMORY_STEPS + 2 and all(map(math.isfinite, tried["losses"]))
-    assert tried["tokens_per_second"] == pytest.approx(2 * 16 / tried["step_seconds"]) and tried["ratio"] > 0
+    assert (
+        found["verdict"].startswith("fits")
+        and tried["failure"] is None
+        and "all is well" in capsys.readouterr().out
+    )
+    assert len(tried["losses"]) == trial.MEMORY_STEPS + 2 and all(
+        map(math.isfinite, tried["losses"])
+    )
+    assert (
+        tried["tokens_per_second"] == pytest.approx(2 * 16 / tried["step_seconds"])
+        and tried["ratio"] > 0
+    )
     assert (tried["orthonormality"] is None) == (method == "lora")
 
 
-@pytest.mark.parametrize("folder, task", [("tiny_t5", "gsm8k"), ("tiny_bert", "glue/cola"), ("tiny_bert", "glue/stsb")])
+@pytest.mark.parametrize(
+    "folder, task", [("tiny_t5", "gsm8k"), ("tiny_bert", "glue/cola"), ("tiny_bert", "glue/stsb")]
+)
 def test_other_architectures_are_tried_too(request, folder, task):
     flags = ["--trial-steps", "1", "--gradient-checkpointing"]
-    assert main(["doctor", "--model", str(request.getfixturevalue(folder)), *SMALL, "--task", task, *flags]) == 0
+    assert (
+        main(
+            [
+                "doctor",
+                "--model",
+                str(request.getfixturevalue(folder)),
+                *SMALL,
+                "--task",
+                task,
+                *flags,
+            ]
+        )
+        == 0
+    )
 
 
 def test_no_trial_where_none_is_wanted(tiny_llama, tmp_path):
     path = tmp_path / "found.json"
-    assert main(["doctor", "--model", str(tiny_llama), *SMALL, "--trial-steps", "0", "--json", str(path)]) == 0
+    assert (
+        main(
+            [
+                "doctor",
+                "--model",
+                str(tiny_llama),
+                *SMALL,
+                "--trial-steps",
+                "0",
+                "--json",
+                str(path),
+            ]
+        )
+        == 0
+    )
     assert "trial" not in _strict(path) and _strict(path)["estimate"]["length"] == 16
 
 
 def test_a_length_that_the_model_does_not_read_is_cut_and_told(tiny_llama, capsys):
-    assert main(["doctor", "--model", str(tiny_llama), *SMALL, "--max-length", "4096", "--trial-steps", "0"]) == 0
+    assert (
+        main(
+            [
+                "doctor",
+                "--model",
+                str(tiny_llama),
+                *SMALL,
+                "--max-length",
+                "4096",
+                "--trial-steps",
+                "0",
+            ]
+        )
+        == 0
+    )
     assert "the model reads 512 tokens, fewer than --max-length 4096" in capsys.readouterr().out
 
 
@@ -62,13 +116,31 @@ def test_too_little_memory_ends_with_1_and_a_hint(tiny_llama, monkeypatch, capsy
     monkeypatch.setattr(machine, "_cpu", lambda: Memory(10, 20, "a test"))
     assert main(["doctor", "--model", str(tiny_llama), *SMALL]) == 1
     text = capsys.readouterr().out
-    assert "does not fit: " in text and "hint: --gradient-checkpointing" in text and "trial:" not in text
+    assert (
+        "does not fit: " in text
+        and "hint: --gradient-checkpointing" in text
+        and "trial:" not in text
+    )
 
 
 def test_a_loss_that_is_not_finite_fails_the_trial(tiny_llama, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(trial._Steps, "train", lambda self, batch: math.nan)
     path = tmp_path / "found.json"
-    assert main(["doctor", "--model", str(tiny_llama), *SMALL, "--trial-steps", "1", "--json", str(path)]) == 1
+    assert (
+        main(
+            [
+                "doctor",
+                "--model",
+                str(tiny_llama),
+                *SMALL,
+                "--trial-steps",
+                "1",
+                "--json",
+                str(path),
+            ]
+        )
+        == 1
+    )
     assert "FAILED: the loss is nan at step 1" in capsys.readouterr().out
     assert _strict(path)["trial"]["losses"] == [None] * 3
 

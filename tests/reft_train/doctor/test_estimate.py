@@ -1,4 +1,6 @@
-"""The estimate counts what the real model has, and its activations follow what autograd really keeps."""
+"""The estimate counts what the real model has, and its activations follow what autograd really
+keeps.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,12 @@ def test_a_head_is_counted_beside_the_method(tiny_bert, method):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"dtype": "bfloat16"}, {"layers": [1], "rank": 2}, {"positions": "f1+l1", "share_weights": False}]
+    "settings",
+    [
+        {"dtype": "bfloat16"},
+        {"layers": [1], "rank": 2},
+        {"positions": "f1+l1", "share_weights": False},
+    ],
 )
 def test_settings_change_the_counts_as_in_the_real_model(tiny_llama, settings):
     config = _config(tiny_llama, **settings)
@@ -82,11 +89,19 @@ def _kept(config: RunConfig) -> int:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    batch = random_batch(config, loaded.kind, loaded.model.config, config.max_length, torch.Generator().manual_seed(0))
+    batch = random_batch(
+        config,
+        loaded.kind,
+        loaded.model.config,
+        config.max_length,
+        torch.Generator().manual_seed(0),
+    )
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(**batch)
     vocabulary = loaded.model.config.vocab_size
-    return sum(t.untyped_storage().nbytes() for t in kept.values() if vocabulary not in t.shape[-1:])
+    return sum(
+        t.untyped_storage().nbytes() for t in kept.values() if vocabulary not in t.shape[-1:]
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,16 +116,22 @@ def _kept(config: RunConfig) -> int:
         ("tiny_bert", "glue/cola", {}),
     ],
 )
-def test_activations_are_within_a_factor_of_two_of_what_autograd_keeps(request, folder, task, settings):
+def test_activations_are_within_a_factor_of_two_of_what_autograd_keeps(
+    request, folder, task, settings
+):
     # two: a batch half as large is the smallest step that the command advises
     config = _config(request.getfixturevalue(folder), task, **settings)
     found, real = saved_bytes(config, build(config, tasks.get(task))), _kept(config)
     assert real / 2 <= found <= real * 2, f"{found} estimated, {real} kept"
 
 
-@pytest.mark.parametrize("name, values", [("batch_size", [1, 2, 8]), ("max_length", [16, 64, 256]), ("rank", [1, 4, 16])])
+@pytest.mark.parametrize(
+    "name, values", [("batch_size", [1, 2, 8]), ("max_length", [16, 64, 256]), ("rank", [1, 4, 16])]
+)
 def test_more_of_a_setting_needs_more_memory(tiny_llama, name, values):
-    totals = [estimate(_config(tiny_llama, **{name: value}), tasks.get("gsm8k")).total for value in values]
+    totals = [
+        estimate(_config(tiny_llama, **{name: value}), tasks.get("gsm8k")).total for value in values
+    ]
     assert all(less < more for less, more in pairwise(totals))
 
 
@@ -133,7 +154,10 @@ def test_quantized_weights_are_smaller_and_the_output_layer_stays(tiny_llama):
 
 
 def test_remedies_that_fit_come_with_their_flags(tiny_llama):
-    config, task = _config(tiny_llama, batch_size=16, accumulation=2, gradient_checkpointing=True), tasks.get("gsm8k")
+    config, task = (
+        _config(tiny_llama, batch_size=16, accumulation=2, gradient_checkpointing=True),
+        tasks.get("gsm8k"),
+    )
     skeleton = build(config, task)
     room = estimate(config.replace(batch_size=4), task, skeleton).total
     ((flags, found),) = remedies(config, task, skeleton, room, cuda=False)
@@ -143,12 +167,17 @@ def test_remedies_that_fit_come_with_their_flags(tiny_llama):
 def test_remedies_that_do_not_fit_are_told_where_none_does(tiny_llama):
     config, task = _config(tiny_llama), tasks.get("gsm8k")
     found = list(remedies(config, task, build(config, task), 1, cuda=False))
-    assert [flags for flags, _ in found] == ["--gradient-checkpointing", "--batch-size 1 --accumulation 8"]
+    assert [flags for flags, _ in found] == [
+        "--gradient-checkpointing",
+        "--batch-size 1 --accumulation 8",
+    ]
 
 
 def test_no_weights_are_read(tiny_llama, tmp_path):
     (tmp_path / "config.json").write_text((tiny_llama / "config.json").read_text())
-    assert estimate(_config(tmp_path), tasks.get("gsm8k")) == estimate(_config(tiny_llama), tasks.get("gsm8k"))
+    assert estimate(_config(tmp_path), tasks.get("gsm8k")) == estimate(
+        _config(tiny_llama), tasks.get("gsm8k")
+    )
 
 
 def test_a_layer_that_is_not_there_is_refused(tiny_llama):

@@ -12,12 +12,27 @@ from reft_train.models import load
 
 from tests.reft_train.tiny import shake
 
-CAPITALS = ("one two three", "four", "five six seven eight nine ten eleven twelve", "a b", "true or false?", "x", "y z")
+CAPITALS = (
+    "one two three",
+    "four",
+    "five six seven eight nine ten eleven twelve",
+    "a b",
+    "true or false?",
+    "x",
+    "y z",
+)
 
 
 def settings(model, **values):
     """Settings of a small evaluation on a CPU."""
-    small = {"task": "boolq", "rank": 2, "layers": "all", "device": "cpu", "max_new_tokens": 6, "max_length": 96}
+    small = {
+        "task": "boolq",
+        "rank": 2,
+        "layers": "all",
+        "device": "cpu",
+        "max_new_tokens": 6,
+        "max_length": 96,
+    }
     return build({"model": str(model), **small, **values})
 
 

@@ -30,12 +30,18 @@ def _work(rank: int, processes: int, port: int, model: str, out: str, batch_size
     rows = [Row({"prompt": text, "completion": "x"}, "row") for text in CAPITALS]
     calls = []
     replaced = loaded.model.generate
-    loaded.model.generate = lambda **inputs: calls.append(len(inputs["input_ids"])) or replaced(**inputs)
+    loaded.model.generate = lambda **inputs: (
+        calls.append(len(inputs["input_ids"])) or replaced(**inputs)
+    )
     address = f"tcp://127.0.0.1:{port}"
     if processes > 1:
-        torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=processes)
+        torch.distributed.init_process_group(
+            "gloo", init_method=address, rank=rank, world_size=processes
+        )
     config = config.replace(eval_batch_size=batch_size)
-    predictions = score_set("here", rows, loaded, tasks.get("jsonl"), config, progress=False).predictions
+    predictions = score_set(
+        "here", rows, loaded, tasks.get("jsonl"), config, progress=False
+    ).predictions
     if processes > 1:
         torch.distributed.destroy_process_group()
     with open(os.path.join(out, f"{processes}-{rank}.json"), "w") as file:
@@ -46,7 +52,9 @@ def _work(rank: int, processes: int, port: int, model: str, out: str, batch_size
 def test_every_process_has_every_prediction_after_its_share_of_forwards(tiny_llama, tmp_path):
     _work(0, 1, 0, str(tiny_llama), str(tmp_path), 2)
     multiprocessing.spawn(_work, (2, _free_port(), str(tiny_llama), str(tmp_path), 2), nprocs=2)
-    alone, *shared = [json.loads((tmp_path / name).read_text()) for name in ("1-0.json", "2-0.json", "2-1.json")]
+    alone, *shared = [
+        json.loads((tmp_path / name).read_text()) for name in ("1-0.json", "2-0.json", "2-1.json")
+    ]
     assert alone[1] == [2, 2, 2, 1]
     # seven rows: four each, one of them twice, so that every process does two forwards
     assert [calls for _, calls in shared] == [[2, 2], [2, 2]]

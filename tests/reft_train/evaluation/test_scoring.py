@@ -1,4 +1,6 @@
-"""Scores of a set: right answers counted, classes measured, whatever the batch size and the order of rows."""
+"""Scores of a set: right answers counted, classes measured, whatever the batch size and the
+order of rows.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from tests.reft_train.evaluation.conftest import CAPITALS, adapted
 
 
 def rows_of(fields):
-    return [Row(values, f"row {number} of test.json") for number, values in enumerate(fields, start=1)]
+    return [
+        Row(values, f"row {number} of test.json") for number, values in enumerate(fields, start=1)
+    ]
 
 
 def score(rows, loaded, config, task=None, **changes):
@@ -28,8 +32,12 @@ def score(rows, loaded, config, task=None, **changes):
 def own_words(tiny_llama):
     """Settings, a model, and rows to which its greedy answers are right in three cases of seven."""
     config, loaded = adapted(tiny_llama, task="jsonl")
-    said = score(rows_of({"prompt": prompt, "completion": "?"} for prompt in CAPITALS), loaded, config).predictions
-    targets = [line["generated"] if number < 3 else "no such words" for number, line in enumerate(said)]
+    said = score(
+        rows_of({"prompt": prompt, "completion": "?"} for prompt in CAPITALS), loaded, config
+    ).predictions
+    targets = [
+        line["generated"] if number < 3 else "no such words" for number, line in enumerate(said)
+    ]
     rows = rows_of({"prompt": p, "completion": t} for p, t in zip(CAPITALS, targets, strict=True))
     return config, loaded, rows
 
@@ -73,7 +81,8 @@ def classes(task, count=9):
     values = ["true", "false"] if task == "boolq" else [0, 1] if task == "glue/rte" else [0.5, 4.0]
     texts = {"boolq": ("instruction",)}.get(task, ("sentence1", "sentence2"))
     rows = [
-        {**{name: f"{name} {'word ' * number}" for name in texts}, label: values[number % 3 % 2]} for number in range(count)
+        {**{name: f"{name} {'word ' * number}" for name in texts}, label: values[number % 3 % 2]}
+        for number in range(count)
     ]
     return rows_of({**row, **({"input": ""} if task == "boolq" else {})} for row in rows)
 
@@ -89,8 +98,12 @@ def test_classes_are_what_the_logits_of_a_text_alone_say(task, tiny_bert):
     for row in rows:
         text = chosen.classified(row)
         with torch.no_grad():
-            logits = loaded.model(**loaded.tokenizer(text.text, text.pair, return_tensors="pt")).logits[0]
-        expected.append(logits.item() if chosen.labels is None else chosen.labels[int(logits.argmax())])
+            logits = loaded.model(
+                **loaded.tokenizer(text.text, text.pair, return_tensors="pt")
+            ).logits[0]
+        expected.append(
+            logits.item() if chosen.labels is None else chosen.labels[int(logits.argmax())]
+        )
         probabilities.append(None if chosen.labels is None else logits.softmax(-1))
     given = [line["prediction"] for line in result.predictions]
     assert given == expected and len(set(given)) > 1  # not one answer to everything
@@ -106,7 +119,10 @@ def test_class_metrics_compare_with_the_rows_labels(tiny_bert):
     config, loaded = adapted(tiny_bert, task="glue/rte", positions="f1")
     result = score(classes("glue/rte"), loaded, config)
     right = sum(line["prediction"] == line["answer"] for line in result.predictions)
-    assert result.metrics == {"accuracy": right / 9} and result.predictions[0]["answer"] == "entailment"
+    assert (
+        result.metrics == {"accuracy": right / 9}
+        and result.predictions[0]["answer"] == "entailment"
+    )
 
 
 def test_an_output_that_is_not_finite_is_refused_with_its_row(tiny_bert):
@@ -115,7 +131,9 @@ def test_an_output_that_is_not_finite_is_refused_with_its_row(tiny_bert):
         for name, parameter in loaded.model.named_parameters():
             if name.endswith("classifier.modules_to_save.default.bias"):
                 parameter.fill_(float("nan"))
-    with pytest.raises(UserError, match="model: got an output that is not finite for row 1 of test.json"):
+    with pytest.raises(
+        UserError, match="model: got an output that is not finite for row 1 of test.json"
+    ):
         score(classes("glue/rte"), loaded, config)
 
 

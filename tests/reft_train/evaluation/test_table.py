@@ -27,14 +27,23 @@ def test_a_single_set_has_no_average_row():
 
 
 def test_the_average_is_over_metrics_that_all_sets_have():
-    mixed = [SetScore("a", {"accuracy": 0.2, "f1": 1.0}, 1, []), SetScore("b", {"accuracy": 0.4}, 3, [])]
+    mixed = [
+        SetScore("a", {"accuracy": 0.2, "f1": 1.0}, 1, []),
+        SetScore("b", {"accuracy": 0.4}, 3, []),
+    ]
     assert average(mixed) == {"accuracy": (0.2 + 0.4) / 2}
     assert "-" in render(mixed).splitlines()[2]
 
 
 def test_sets_without_metrics_show_their_rows():
-    assert render([SetScore("alpaca_eval", {}, 3, [])]).splitlines() == ["set          rows", "alpaca_eval     3"]
+    assert render([SetScore("alpaca_eval", {}, 3, [])]).splitlines() == [
+        "set          rows",
+        "alpaca_eval     3",
+    ]
 
 
 def test_a_metric_that_is_undefined_is_a_dash():
-    assert render([SetScore("stsb", {"pearson": math.nan}, 2, [])]).splitlines()[1] == "stsb        -     2"
+    assert (
+        render([SetScore("stsb", {"pearson": math.nan}, 2, [])]).splitlines()[1]
+        == "stsb        -     2"
+    )

@@ -7,11 +7,19 @@ import json
 import math
 
 from reft_train.evaluation.scoring import SetScore
-from reft_train.evaluation.writing import file_name, write_alpaca_eval, write_predictions, write_scores
+from reft_train.evaluation.writing import (
+    file_name,
+    write_alpaca_eval,
+    write_predictions,
+    write_scores,
+)
 
 
 def lines(*texts):
-    return [{"instruction": text, "output": "", "generated": f" {text}! ", "answer": ""} for text in texts]
+    return [
+        {"instruction": text, "output": "", "generated": f" {text}! ", "answer": ""}
+        for text in texts
+    ]
 
 
 def test_scores_hold_what_they_are_of_each_set_and_the_average(tmp_path):
@@ -32,10 +40,12 @@ def test_a_metric_that_is_undefined_is_null(tmp_path):
 def test_predictions_are_a_line_a_row_and_replace_those_of_before(tmp_path):
     write_predictions(tmp_path, [SetScore("old", {}, 1, lines("x"))])
     folder = write_predictions(tmp_path, [SetScore("boolq", {}, 2, lines("größe", "b"))])
-    assert [path.name for path in folder.iterdir()] == ["boolq.jsonl"] and [path.name for path in tmp_path.iterdir()] == [
-        "predictions"
-    ]
-    assert [json.loads(line) for line in (folder / "boolq.jsonl").read_text().splitlines()] == lines("größe", "b")
+    assert [path.name for path in folder.iterdir()] == ["boolq.jsonl"] and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["predictions"]
+    assert [
+        json.loads(line) for line in (folder / "boolq.jsonl").read_text().splitlines()
+    ] == lines("größe", "b")
 
 
 def test_values_that_json_does_not_know_are_written_as_text(tmp_path):
@@ -54,4 +64,9 @@ def test_sets_that_are_called_by_a_path_get_files_of_their_own():
 def test_alpaca_eval_rows_hold_instruction_and_stripped_answer(tmp_path):
     folder = write_alpaca_eval(tmp_path, [SetScore("alpaca_eval", {}, 1, lines("count"))], "tiny")
     (row,) = json.loads((folder / "alpaca_eval.json").read_text())
-    assert row == {"instruction": "count", "output": "count!", "dataset": "alpaca_eval", "generator": "tiny"}
+    assert row == {
+        "instruction": "count",
+        "output": "count!",
+        "dataset": "alpaca_eval",
+        "generator": "tiny",
+    }

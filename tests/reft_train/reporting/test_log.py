@@ -1,4 +1,6 @@
-"""A run's log is read as far as it was written, and numbers are written as JSON that every reader takes."""
+"""A run's log is read as far as it was written, and numbers are written as JSON that every
+reader takes.
+"""
 
 from __future__ import annotations
 
@@ -49,4 +51,8 @@ def test_an_absent_log_is_refused(tmp_path):
 def test_numbers_that_are_not_finite_become_null():
     text = dumps({"a": float("nan"), "b": [float("inf"), 1.5], "c": {"d": (float("-inf"), "NaN")}})
     refuse = pytest.fail
-    assert json.loads(text, parse_constant=refuse) == {"a": None, "b": [None, 1.5], "c": {"d": [None, "NaN"]}}
+    assert json.loads(text, parse_constant=refuse) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": {"d": [None, "NaN"]},
+    }

@@ -1,4 +1,6 @@
-"""A run's report stands alone, escapes what it shows and is written for runs that ended early too."""
+"""A run's report stands alone, escapes what it shows and is written for runs that ended early
+too.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,11 @@ class _Tags(HTMLParser):
 
 def test_two_files_are_written(tmp_path):
     paths = write_run_report(tmp_path / "run", OUTCOME, LOG)
-    assert [path.name for path in paths] == sorted(os.listdir(tmp_path / "run")) == ["loss.png", "report.html"]
+    assert (
+        [path.name for path in paths]
+        == sorted(os.listdir(tmp_path / "run"))
+        == ["loss.png", "report.html"]
+    )
     assert paths[0].read_bytes().startswith(b"\x89PNG")
 
 
@@ -73,11 +79,24 @@ def test_the_page_fetches_nothing_and_has_no_script():
 
 @pytest.mark.parametrize(
     "shown",
-    ["1,234 (0.1234% of the model&#x27;s 1,000,000)", "<td>56</td>", "<td>20</td>", "12.5 s", "0.625 s", "4,321",
-     "612 MiB, 500 MiB of it before training", "measured somehow", "2.50e-07", "<td>accuracy</td><td>0.75</td>",
-     "<th>f1</th>", "<td>boolq</td><td>0.5</td><td>0.25</td>", "<td>piqa</td><td>1</td><td></td>",
-     "<td>lora_alpha</td><td>none</td>", "<td>torch</td><td>9.9</td>"],
-)  # fmt: skip
+    [
+        "1,234 (0.1234% of the model&#x27;s 1,000,000)",
+        "<td>56</td>",
+        "<td>20</td>",
+        "12.5 s",
+        "0.625 s",
+        "4,321",
+        "612 MiB, 500 MiB of it before training",
+        "measured somehow",
+        "2.50e-07",
+        "<td>accuracy</td><td>0.75</td>",
+        "<th>f1</th>",
+        "<td>boolq</td><td>0.5</td><td>0.25</td>",
+        "<td>piqa</td><td>1</td><td></td>",
+        "<td>lora_alpha</td><td>none</td>",
+        "<td>torch</td><td>9.9</td>",
+    ],
+)
 def test_the_page_shows_each_figure(shown):
     assert shown in render_html(OUTCOME, LOG, b"png")
 
@@ -94,24 +113,37 @@ def test_hostile_texts_are_escaped_wherever_they_stand():
     text = render_html(outcome, LOG, b"png")
     assert "script" not in _Tags(text).tags and HOSTILE not in text
     title, settings, others = 2 * 3, 3 + 2, 1 + 1 + 2 + 2
-    assert text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;&#x27;&quot;") == title + settings + others
+    assert (
+        text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;&#x27;&quot;")
+        == title + settings + others
+    )
 
 
 def test_a_picture_s_description_is_escaped():
-    assert 'alt="&quot;&gt;"' in image(b"", '">') and "<title>&lt;" in page("<", "") and "&lt;" in table(("<",), [])
+    assert (
+        'alt="&quot;&gt;"' in image(b"", '">')
+        and "<title>&lt;" in page("<", "")
+        and "&lt;" in table(("<",), [])
+    )
 
 
 def test_a_run_that_was_interrupted_at_once_has_a_report(tmp_path):
-    outcome = replace(OUTCOME, steps=0, losses=[], interrupted=True, validation={}, tests={}, orthonormality=None)
+    outcome = replace(
+        OUTCOME, steps=0, losses=[], interrupted=True, validation={}, tests={}, orthonormality=None
+    )
     png, html = write_run_report(tmp_path, outcome, [])
     assert png.stat().st_size > 0
     text = html.read_text()
-    assert "Interrupted before the end." in text and "Test sets" not in text and "max |R" not in text
+    assert (
+        "Interrupted before the end." in text and "Test sets" not in text and "max |R" not in text
+    )
 
 
 def test_losses_of_the_outcome_are_drawn_where_the_log_has_none(tmp_path):
     png, _ = write_run_report(tmp_path, OUTCOME, [])
-    assert png.read_bytes() == run_curves([{"step": step, "loss": loss} for step, loss in OUTCOME.losses])
+    assert png.read_bytes() == run_curves(
+        [{"step": step, "loss": loss} for step, loss in OUTCOME.losses]
+    )
 
 
 def test_losses_that_are_not_finite_are_told_and_not_drawn(tmp_path):
@@ -134,7 +166,9 @@ def test_the_later_entry_of_a_step_counts():
 
 @pytest.mark.parametrize("values", [[0.0, 0.0], [-1.0, 2.0], [1.0]])
 def test_values_that_have_no_logarithm_are_drawn(values):
-    log = [{"step": step, "loss": value, "orthonormality": value} for step, value in enumerate(values)]
+    log = [
+        {"step": step, "loss": value, "orthonormality": value} for step, value in enumerate(values)
+    ]
     assert run_curves(log).startswith(b"\x89PNG")
 
 
@@ -152,5 +186,14 @@ def test_figures_name_the_head_only_where_there_is_one():
 
 def test_versions_name_what_results_depend_on():
     found = versions()
-    assert {"python", "torch", "triton", "transformers", "peft", "accelerate", "datasets", "reft_kernels"} <= found.keys()
+    assert {
+        "python",
+        "torch",
+        "triton",
+        "transformers",
+        "peft",
+        "accelerate",
+        "datasets",
+        "reft_kernels",
+    } <= found.keys()
     assert all(found.values())

@@ -18,8 +18,18 @@ def parsed(*arguments: str):
 @pytest.fixture
 def flags(tmp_path, tiny_llama):
     """A small search on a tiny model."""
-    return ["--model", str(tiny_llama), "--task", "boolq", "--validation", "0.5", "--output", str(tmp_path / "s"),
-            "--trials", "5"]  # fmt: skip
+    return [
+        "--model",
+        str(tiny_llama),
+        "--task",
+        "boolq",
+        "--validation",
+        "0.5",
+        "--output",
+        str(tmp_path / "s"),
+        "--trials",
+        "5",
+    ]
 
 
 def test_a_search_prints_its_best_trial_and_how_to_use_it(flags, capsys, tmp_path):
@@ -29,7 +39,14 @@ def test_a_search_prints_its_best_trial_and_how_to_use_it(flags, capsys, tmp_pat
 
 def test_a_search_leaves_its_report_and_figures(flags, tmp_path):
     command.run(parsed(*flags), FakeTrain())
-    for name in ("report.html", "history.png", "importance.png", "trials.json", "best.yaml", "search.db"):
+    for name in (
+        "report.html",
+        "history.png",
+        "importance.png",
+        "trials.json",
+        "best.yaml",
+        "search.db",
+    ):
         assert (tmp_path / "s" / name).stat().st_size > 0
 
 
@@ -71,7 +88,10 @@ def test_a_setting_that_a_flag_gives_is_not_varied(flags):
 
 
 def test_a_flag_joins_the_default_space(flags):
-    assert space_of([*flags, "--vary", "warmup=[0, 0.1]"]) == {**space_of(flags), "warmup": Choices((0.0, 0.1))}
+    assert space_of([*flags, "--vary", "warmup=[0, 0.1]"]) == {
+        **space_of(flags),
+        "warmup": Choices((0.0, 0.1)),
+    }
 
 
 def test_a_file_replaces_the_default_space(flags, tmp_path):

@@ -27,7 +27,9 @@ def test_the_objective_is_one_that_the_run_computes(tmp_path, task, select, wish
 
 
 def test_glue_without_a_split_of_its_own_selects_by_the_loss_to_have_it(tmp_path):
-    objective, settings = resolve(config(tmp_path, task="glue/rte", select="none", validation=0.0), "loss")
+    objective, settings = resolve(
+        config(tmp_path, task="glue/rte", select="none", validation=0.0), "loss"
+    )
     assert (objective.name, settings.select) == ("loss", "loss")
 
 

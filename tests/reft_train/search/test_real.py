@@ -1,4 +1,6 @@
-"""A search and a comparison with real trainings of a tiny model, each tested run in a process of its own."""
+"""A search and a comparison with real trainings of a tiny model, each tested run in a process of
+its own.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,30 @@ def flags(tmp_path, tiny_llama):
     """One epoch over sixteen rows, eight of them held out from twenty-four."""
     answers = [("true", "false")[number % 2] for number in range(24)]
     rows = [
-        {"instruction": f"Is {number} even?", "input": "", "output": f"the correct answer is {answer}", "answer": answer}
+        {
+            "instruction": f"Is {number} even?",
+            "input": "",
+            "output": f"the correct answer is {answer}",
+            "answer": answer,
+        }
         for number, answer in enumerate(answers)
     ]
     for name, part in (("train", rows), ("test", rows[:4])):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
-    values = {"model": tiny_llama, "task": "boolq", "train": tmp_path / "train.json", "test": tmp_path / "test.json",
-              "validation": 8, "epochs": 1, "batch-size": 8, "accumulation": 1, "max-length": 128, "max-new-tokens": 2,
-              "cache": tmp_path / "cache", "output": tmp_path / "out"}  # fmt: skip
+    values = {
+        "model": tiny_llama,
+        "task": "boolq",
+        "train": tmp_path / "train.json",
+        "test": tmp_path / "test.json",
+        "validation": 8,
+        "epochs": 1,
+        "batch-size": 8,
+        "accumulation": 1,
+        "max-length": 128,
+        "max-new-tokens": 2,
+        "cache": tmp_path / "cache",
+        "output": tmp_path / "out",
+    }
     return [text for name, value in values.items() for text in (f"--{name}", str(value))]
 
 
@@ -32,7 +50,10 @@ def test_a_search_chooses_the_lowest_held_out_loss(flags, tmp_path):
     numbers = json.loads((tmp_path / "out" / "trials.json").read_text())
     losses = [trial["value"] for trial in numbers["trials"]]
     assert losses[numbers["best"]] == min(losses)
-    assert build(read_yaml(tmp_path / "out" / "best.yaml")).lr == numbers["trials"][numbers["best"]]["settings"]["lr"]
+    assert (
+        build(read_yaml(tmp_path / "out" / "best.yaml")).lr
+        == numbers["trials"][numbers["best"]]["settings"]["lr"]
+    )
 
 
 def test_a_comparison_tests_each_method_and_names_the_one_that_cannot_run(flags, tmp_path):

@@ -16,11 +16,15 @@ LLAMA_7B = SimpleNamespace(hidden_size=4096, num_hidden_layers=32)
 
 
 def test_a_list_is_short_for_choices():
-    assert parse({"rank": [4, 8]}, "loreft", "test") == parse({"rank": {"choices": [4, 8]}}, "loreft", "test")
+    assert parse({"rank": [4, 8]}, "loreft", "test") == parse(
+        {"rank": {"choices": [4, 8]}}, "loreft", "test"
+    )
 
 
 def test_a_range_of_whole_numbers_stays_whole():
-    assert parse({"rank": {"low": 2, "high": 8, "step": 2}}, "loreft", "test") == {"rank": Range(2, 8, step=2)}
+    assert parse({"rank": {"low": 2, "high": 8, "step": 2}}, "loreft", "test") == {
+        "rank": Range(2, 8, step=2)
+    }
 
 
 def test_a_range_takes_numbers_that_yaml_reads_as_text(tmp_path):
@@ -49,7 +53,10 @@ def test_a_flag_says_what_the_file_says():
         ({"rank": [4, 400]}, "rank: got 400, expected a number from 1 to 256"),
         ({"layers": ["upper"]}, "layers: got 'upper', expected 'all' or a list"),
         ({"positions": {"low": "f1", "high": "f3"}}, "expected choices: this setting is no number"),
-        ({"share_weights": {"low": False, "high": True}}, "expected choices: this setting is no number"),
+        (
+            {"share_weights": {"low": False, "high": True}},
+            "expected choices: this setting is no number",
+        ),
         ({"lr": {"low": 1e-2, "high": 1e-4}}, "expected low < high"),
         ({"dropout": {"low": 0, "high": 0.1, "log": True}}, "low > 0 with log"),
         ({"lr": {"low": 1e-4, "high": 1e-2, "log": "yes"}}, "expected log true or false"),
@@ -84,13 +91,17 @@ def test_layers_are_stored_as_text_and_come_back_as_numbers():
 
 
 def test_a_space_reads_as_it_is_written():
-    space = {"layers": Choices(("all", [0, 2])), "lr": Range(1e-4, 1e-2, log=True), "rank": Range(2, 8, step=2)}
+    space = {
+        "layers": Choices(("all", [0, 2])),
+        "lr": Range(1e-4, 1e-2, log=True),
+        "rank": Range(2, 8, step=2),
+    }
     assert parse(plain(space), "loreft", "test") == space
 
 
 @pytest.mark.parametrize(
     ("value", "held"), [(2, True), (5, False), (8, True), (9, False), (2.0, False)]
-)  # fmt: skip
+)
 def test_a_range_holds_its_steps_alone(value, held):
     assert Range(2, 8, step=2).holds(value) is held
 
@@ -100,9 +111,16 @@ def test_the_default_varies_what_loreft_has(tmp_path):
     assert set(found) == {"lr", "rank", "layers", "positions", "dropout", "parametrization"}
 
 
-@pytest.mark.parametrize(("method", "names"), [("red", {"lr", "layers", "positions", "dropout"}), ("ia3", {"lr"}),
-                                               ("lora", {"lr", "rank", "layers", "dropout"}), ("head", {"lr"}),
-                                               ("prefix", {"lr", "prefix_tokens"})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("red", {"lr", "layers", "positions", "dropout"}),
+        ("ia3", {"lr"}),
+        ("lora", {"lr", "rank", "layers", "dropout"}),
+        ("head", {"lr"}),
+        ("prefix", {"lr", "prefix_tokens"}),
+    ],
+)
 def test_the_default_leaves_out_what_a_method_does_not_have(tmp_path, method, names):
     assert set(space_of(config(tmp_path, method=method), LLAMA_7B, encoder=False)) == names
 

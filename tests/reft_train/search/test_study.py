@@ -76,12 +76,20 @@ def test_the_best_settings_make_a_run_that_is_tested(tmp_path):
     found = run(plan(tmp_path / "s"), train)
     again = build(read_yaml(tmp_path / "s" / "best.yaml"))
     assert again == found.best_config
-    assert (again.lr, again.rank, again.skip_test) == (found.best.settings["lr"], found.best.settings["rank"], False)
+    assert (again.lr, again.rank, again.skip_test) == (
+        found.best.settings["lr"],
+        found.best.settings["rank"],
+        False,
+    )
 
 
 def test_layers_come_back_from_the_best_settings_as_numbers(tmp_path):
     found = run(plan(tmp_path / "s", space={"layers": Choices(([0, 2], [1, 3]))}), FakeTrain())
-    assert build(read_yaml(tmp_path / "s" / "best.yaml")).layers == found.best.settings["layers"] in ([0, 2], [1, 3])
+    assert (
+        build(read_yaml(tmp_path / "s" / "best.yaml")).layers
+        == found.best.settings["layers"]
+        in ([0, 2], [1, 3])
+    )
 
 
 def test_only_the_best_trial_keeps_weights_and_checkpoints(tmp_path):
@@ -105,7 +113,13 @@ def test_the_interrupted_trial_is_taken_up_again_under_a_new_number(tmp_path):
     train = FakeTrain(before=stop_at(2, KeyboardInterrupt))
     run(plan(tmp_path / "s"), train)
     found = run(plan(tmp_path / "s"), train)
-    assert [trial.state for trial in found.trials] == ["complete", "complete", "interrupted", "complete", "complete"]
+    assert [trial.state for trial in found.trials] == [
+        "complete",
+        "complete",
+        "interrupted",
+        "complete",
+        "complete",
+    ]
     assert found.trials[3].retries == 2 and found.trials[3].settings == found.trials[2].settings
 
 
@@ -117,7 +131,13 @@ def test_a_killed_trial_is_taken_up_again(tmp_path):
     with pytest.raises(Killed):
         run(plan(tmp_path / "s"), train)
     found = run(plan(tmp_path / "s"), train)
-    assert [trial.state for trial in found.trials] == ["complete", "complete", "interrupted", "complete", "complete"]
+    assert [trial.state for trial in found.trials] == [
+        "complete",
+        "complete",
+        "interrupted",
+        "complete",
+        "complete",
+    ]
 
 
 def test_a_training_that_ends_at_an_interruption_ends_the_search(tmp_path):
@@ -137,11 +157,16 @@ def test_a_finished_search_trains_nothing_more(tmp_path):
 def test_more_trials_go_on_from_those_there_are(tmp_path):
     train = FakeTrain()
     run(plan(tmp_path / "s", trials=2), train)
-    assert [trial.number for trial in run(plan(tmp_path / "s", trials=3), train).trials] == [0, 1, 2]
+    assert [trial.number for trial in run(plan(tmp_path / "s", trials=3), train).trials] == [
+        0,
+        1,
+        2,
+    ]
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("CUDA out of memory"), FloatingPointError("the loss is nan"), MemoryError("no")]
+    "error",
+    [RuntimeError("CUDA out of memory"), FloatingPointError("the loss is nan"), MemoryError("no")],
 )
 def test_a_failed_trial_is_recorded_and_the_search_goes_on(tmp_path, error):
     def before(config, call):
@@ -193,7 +218,9 @@ def test_a_trial_is_not_pruned_at_its_end(tmp_path):
 
 def test_time_that_is_up_stops_the_trial_under_way(tmp_path):
     clock = Clock()
-    found = run(plan(tmp_path / "s", trials=None, timeout=25.0), FakeTrain(before=clock.tick), clock=clock)
+    found = run(
+        plan(tmp_path / "s", trials=None, timeout=25.0), FakeTrain(before=clock.tick), clock=clock
+    )
     assert [trial.state for trial in found.trials] == ["complete", "complete", "interrupted"]
     assert not found.interrupted
 
@@ -255,5 +282,7 @@ def test_the_numbers_are_written_as_json(tmp_path):
     found = run(plan(tmp_path / "s"), FakeTrain())
     numbers = json.loads((tmp_path / "s" / "trials.json").read_text())
     assert numbers["best"] == found.best.number and numbers["objective"] == "accuracy"
-    assert [trial["value"] for trial in numbers["trials"]] == [trial.value for trial in found.trials]
+    assert [trial["value"] for trial in numbers["trials"]] == [
+        trial.value for trial in found.trials
+    ]
     assert set(numbers["trials"][0]["settings"]) == set(SPACE)

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from reft_train.tasks.answers import after_trigger, first_letter, last_number, number, response, same_number
+from reft_train.tasks.answers import (
+    after_trigger,
+    first_letter,
+    last_number,
+    number,
+    response,
+    same_number,
+)
 
 
 @pytest.mark.parametrize(
@@ -13,7 +20,10 @@ from reft_train.tasks.answers import after_trigger, first_letter, last_number, n
         ("the correct answer is  solution2 \n", "solution2"),
         ("well, the correct answer is true", "true"),
         ("the correct answer is true.", "true."),
-        ("the correct answer is true the correct answer is false", "true the correct answer is false"),
+        (
+            "the correct answer is true the correct answer is false",
+            "true the correct answer is false",
+        ),
         ("The correct answer is true", None),
         ("the correct answer is", None),
         ("the correct answer is \n", None),
@@ -71,7 +81,12 @@ def test_the_first_capital_a_to_e_counts_even_inside_a_word(text, found):
 
 @pytest.mark.parametrize(
     ("text", "found"),
-    [("prompt ### Response: 4 ### Response: 5", " 4 ### Response: 5"), ("plain", "plain"), ("### Response:", ""), ("", "")],
+    [
+        ("prompt ### Response: 4 ### Response: 5", " 4 ### Response: 5"),
+        ("plain", "plain"),
+        ("### Response:", ""),
+        ("", ""),
+    ],
 )
 def test_a_response_is_what_follows_the_first_heading(text, found):
     assert response(text) == found
@@ -79,7 +94,16 @@ def test_a_response_is_what_follows_the_first_heading(text, found):
 
 @pytest.mark.parametrize(
     ("answer", "value"),
-    [("8.0", 8.0), ("-3", -3.0), ("1,234.5", 1234.5), ("$3", 3.0), ("12 %", 12.0), ("+4", 4.0), ("7.", 7.0), (".5", 0.5)],
+    [
+        ("8.0", 8.0),
+        ("-3", -3.0),
+        ("1,234.5", 1234.5),
+        ("$3", 3.0),
+        ("12 %", 12.0),
+        ("+4", 4.0),
+        ("7.", 7.0),
+        (".5", 0.5),
+    ],
 )
 def test_an_answer_with_its_unit_is_a_number(answer, value):
     assert number(answer) == value
@@ -91,7 +115,8 @@ def test_any_other_answer_is_no_number(answer):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "right"), [("2.0005", True), ("1.9995", True), ("2.002", False), ("-2", False), (None, False)]
+    ("prediction", "right"),
+    [("2.0005", True), ("1.9995", True), ("2.002", False), ("-2", False), (None, False)],
 )
 def test_numbers_are_the_same_within_a_thousandth(prediction, right):
     assert same_number(prediction, 2.0) is right

@@ -16,7 +16,9 @@ from tests.reft_train.real_data import data_folder, needs
 
 def row(**fields) -> Row:
     return Row(
-        {"instruction": "2 + 2?", "input": "", "output": "\nA: It is 4. ", "answer": "4.0"} | fields, "row 17 of train.json"
+        {"instruction": "2 + 2?", "input": "", "output": "\nA: It is 4. ", "answer": "4.0"}
+        | fields,
+        "row 17 of train.json",
     )
 
 
@@ -27,12 +29,15 @@ def scored(generated: str, answer: object):
 
 def real(name: str, count: int):
     task = tasks.get(name)
-    return task, [task.example(each) for each in read_rows(data_folder() / name / "test.json")[:count]]
+    return task, [
+        task.example(each) for each in read_rows(data_folder() / name / "test.json")[:count]
+    ]
 
 
 def test_the_prompt_is_alpacas_without_an_input():
     assert tasks.get("math").example(row()).prompt == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n"
         "### Instruction:\n2 + 2?\n\n### Response:"
     )
 
@@ -51,14 +56,19 @@ def test_a_misspelt_field_is_suggested():
     with pytest.raises(UserError) as caught:
         tasks.get("math").example(Row(fields, "row 17 of train.json"))
     assert str(caught.value) == (
-        "row 17 of train.json: got fields instruction, outptu, answer, expected output (did you mean 'output' by 'outptu'?)"
+        "row 17 of train.json: got fields instruction, outptu, answer, expected output (did you "
+        "mean 'output' by 'outptu'?)"
     )
 
 
 def test_a_missing_field_without_a_likeness_is_named():
     with pytest.raises(UserError) as caught:
-        tasks.get("math").example(Row({"instruction": "2 + 2?", "output": "4"}, "row 17 of train.json"))
-    assert str(caught.value) == "row 17 of train.json: got fields instruction, output, expected answer"
+        tasks.get("math").example(
+            Row({"instruction": "2 + 2?", "output": "4"}, "row 17 of train.json")
+        )
+    assert (
+        str(caught.value) == "row 17 of train.json: got fields instruction, output, expected answer"
+    )
 
 
 @pytest.mark.parametrize("name", ["Input", "inputs", "inptu "])
@@ -94,7 +104,8 @@ def test_the_answer_says_how_a_response_is_read(generated, answer, prediction, r
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe", "new_tokens"), [("math", "math", 512), ("gsm8k", "gsm8k", 256), ("AQuA", "math", 512)]
+    ("name", "recipe", "new_tokens"),
+    [("math", "math", 512), ("gsm8k", "gsm8k", 256), ("AQuA", "math", 512)],
 )
 def test_gsm8k_alone_has_settings_of_its_own(name, recipe, new_tokens):
     task = tasks.get(name)
@@ -102,9 +113,11 @@ def test_gsm8k_alone_has_settings_of_its_own(name, recipe, new_tokens):
 
 
 def test_the_mixture_reports_all_sets():
-    assert tuple(tasks.get("math").test_sets) == SETS == (
-        "MultiArith", "gsm8k", "SVAMP", "mawps", "AddSub", "AQuA", "SingleEq",
-    )  # fmt: skip
+    assert (
+        tuple(tasks.get("math").test_sets)
+        == SETS
+        == ("MultiArith", "gsm8k", "SVAMP", "mawps", "AddSub", "AQuA", "SingleEq")
+    )
 
 
 # the files' outputs are a model's solutions, and many of them end in a wrong answer
@@ -119,11 +132,11 @@ def test_the_mixture_reports_all_sets():
 def test_published_solutions_are_as_right_as_their_final_answers(name, count, right, without):
     task, examples = real(name, count)
     found = [task.score(example.target, example) for example in examples]
-    assert (len(found), sum(each.right for each in found), sum(each.prediction is None for each in found)) == (
-        count,
-        right,
-        without,
-    )
+    assert (
+        len(found),
+        sum(each.right for each in found),
+        sum(each.prediction is None for each in found),
+    ) == (count, right, without)
 
 
 @pytest.mark.parametrize(
@@ -136,8 +149,15 @@ def test_published_solutions_are_as_right_as_their_final_answers(name, count, ri
 )
 def test_the_number_found_in_a_published_solution_is_the_one_it_states(name, stated, odd):
     task, examples = real(name, 500)
-    endings = [(example, re.search(r"The answer is (-?\$?[\d,.]*\d)\.?$", example.target)) for example in examples]
-    statements = [(task.score(example.target, example).prediction, match[1]) for example, match in endings if match]
+    endings = [
+        (example, re.search(r"The answer is (-?\$?[\d,.]*\d)\.?$", example.target))
+        for example in examples
+    ]
+    statements = [
+        (task.score(example.target, example).prediction, match[1])
+        for example, match in endings
+        if match
+    ]
     differ = [text for found, text in statements if float(found) != float(re.sub("[$,]", "", text))]
     assert (len(statements), differ) == (stated, odd)
 
@@ -145,7 +165,11 @@ def test_the_number_found_in_a_published_solution_is_the_one_it_states(name, sta
 @needs("AQuA/test.json")
 def test_the_first_letter_in_a_published_solution_is_often_not_the_one_it_states():
     task, examples = real("AQuA", 254)
-    statements = [(example, re.search(r"The answer is \(([A-E])\)", example.target)) for example in examples]
+    statements = [
+        (example, re.search(r"The answer is \(([A-E])\)", example.target)) for example in examples
+    ]
     statements = [(example, match[1]) for example, match in statements if match]
-    same = [task.score(example.target, example).prediction == letter for example, letter in statements]
+    same = [
+        task.score(example.target, example).prediction == letter for example, letter in statements
+    ]
     assert (len(same), sum(same)) == (251, 203)

@@ -11,11 +11,17 @@ from reft_train.tasks.commonsense import SETS
 
 from tests.reft_train.real_data import data_folder, needs
 
-QUESTION = "Please answer the following question with true or false, question: is it?\n\nAnswer format: true/false"
+QUESTION = (
+    "Please answer the following question with true or false, question: is it?\n\nAnswer format: "
+    "true/false"
+)
 
 
 def row(**fields) -> Row:
-    return Row({"instruction": QUESTION, "input": "", "output": "ignored", "answer": "true"} | fields, "row 3 of a.json")
+    return Row(
+        {"instruction": QUESTION, "input": "", "output": "ignored", "answer": "true"} | fields,
+        "row 3 of a.json",
+    )
 
 
 def test_a_prompt_is_the_instruction_and_a_newline():
@@ -29,7 +35,9 @@ def test_an_input_follows_the_instruction():
     assert tasks.get("commonsense").example(row(input="More.")).prompt == QUESTION + "\nMore.\n"
 
 
-@pytest.mark.parametrize(("answer", "text"), [(["true"], "true"), (" true ", "true"), (3, "3"), (2.5, "2.5")])
+@pytest.mark.parametrize(
+    ("answer", "text"), [(["true"], "true"), (" true ", "true"), (3, "3"), (2.5, "2.5")]
+)
 def test_an_answer_may_be_a_string_a_number_or_a_list_of_one(answer, text):
     assert tasks.get("commonsense").example(row(answer=answer)).answer == text
 
@@ -54,7 +62,10 @@ def test_a_bad_field_is_named_with_its_row(fields, message):
     assert str(caught.value).startswith(f"row 3 of a.json: {message}")
 
 
-@pytest.mark.parametrize(("generated", "right"), [("the correct answer is true", True), ("the correct answer is true.", False)])
+@pytest.mark.parametrize(
+    ("generated", "right"),
+    [("the correct answer is true", True), ("the correct answer is true.", False)],
+)
 def test_scoring_wants_the_answer_exactly(generated, right):
     task = tasks.get("boolq")
     assert task.score(generated, task.example(row())).right is right
@@ -79,13 +90,17 @@ def test_a_classified_text_leaves_out_what_all_rows_share():
     assert tasks.get("boolq").classified(row(input="Passage.")).pair == "Passage."
 
 
-@pytest.mark.parametrize("text", ["Answer format: true/false", "Say it. Answer format: as you like", "No format"])
+@pytest.mark.parametrize(
+    "text", ["Answer format: true/false", "Say it. Answer format: as you like", "No format"]
+)
 def test_a_text_is_whole_where_the_answer_format_cannot_be_cut(text):
     assert tasks.get("boolq").classified(row(instruction=text)).text == text
 
 
 def test_a_label_outside_the_set_is_an_error():
-    with pytest.raises(UserError, match="row 3 of a.json: answer: got 'maybe', expected one of true, false"):
+    with pytest.raises(
+        UserError, match="row 3 of a.json: answer: got 'maybe', expected one of true, false"
+    ):
         tasks.get("boolq").classified(row(answer="maybe"))
 
 
@@ -108,7 +123,10 @@ def test_accuracy_wants_a_prediction_for_each_reference(predictions, references)
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=needs(path)) for path in ("boolq/train.json", "boolq/test.json", "piqa/test.json")],
+    [
+        pytest.param(path, marks=needs(path))
+        for path in ("boolq/train.json", "boolq/test.json", "piqa/test.json")
+    ],
 )
 def test_every_published_output_is_the_target_and_is_right(path):
     task = tasks.get(path.split("/")[0])

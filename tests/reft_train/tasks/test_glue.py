@@ -43,7 +43,9 @@ def test_labels_stand_in_the_order_of_their_published_numbers():
 @pytest.mark.parametrize("label", [-1, 3, "maybe", "-1", 1.5, "01"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_label_outside_the_set_is_an_error(name, label):
-    with pytest.raises(UserError, match=f"row 2 of train.tsv: label: got '{label}', expected one of 0 "):
+    with pytest.raises(
+        UserError, match=f"row 2 of train.tsv: label: got '{label}', expected one of 0 "
+    ):
         tasks.get(f"glue/{name}").classified(row(name, label))
 
 
@@ -90,12 +92,17 @@ def test_one_empty_text_of_a_pair_is_allowed_and_two_are_not():
 
 
 def test_a_misspelt_column_is_suggested():
-    with pytest.raises(UserError, match=r"expected sentence \(did you mean 'sentence' by 'Sentence'\?\)"):
+    with pytest.raises(
+        UserError, match=r"expected sentence \(did you mean 'sentence' by 'Sentence'\?\)"
+    ):
         tasks.get("glue/cola").classified(Row({"Sentence": "x", "label": 0}, WHERE))
 
 
 def test_metrics_by_hand():
-    predictions, references = [1, 1, 0, 0, 1], [1, 0, 0, 1, 1]  # 2 true positives, 1 of each other kind
+    predictions, references = (
+        [1, 1, 0, 0, 1],
+        [1, 0, 0, 1, 1],
+    )  # 2 true positives, 1 of each other kind
     assert tasks.get("glue/sst2").measure(predictions, references) == {"accuracy": 0.6}
     assert tasks.get("glue/mrpc").measure(predictions, references) == {"accuracy": 0.6, "f1": 2 / 3}
     (found,) = tasks.get("glue/cola").measure(predictions, references).values()
@@ -111,7 +118,10 @@ def test_correlations_of_a_line_and_of_a_curve():
     assert found["spearman"] == pytest.approx(1.0, rel=16 * math.ulp(1.0))
 
 
-@pytest.mark.parametrize(("name", "metrics"), [("stsb", ["pearson", "spearman"]), ("cola", ["matthews"]), ("mrpc", ["f1"])])
+@pytest.mark.parametrize(
+    ("name", "metrics"),
+    [("stsb", ["pearson", "spearman"]), ("cola", ["matthews"]), ("mrpc", ["f1"])],
+)
 @pytest.mark.filterwarnings("error")
 def test_a_prediction_that_never_changes_scores_zero(name, metrics):
     found = tasks.get(f"glue/{name}").measure([0, 0, 0], [0, 1, 1])
@@ -123,7 +133,9 @@ def test_mnli_is_reported_on_its_matched_part():
     assert tuple(tasks.get("glue/rte").test_sets) == ("validation",)
 
 
-@pytest.mark.parametrize(("rows", "choose"), [(2, 1), (277, 138), (4999, 2499), (5000, 1000), (9815, 1000)])
+@pytest.mark.parametrize(
+    ("rows", "choose"), [(2, 1), (277, 138), (4999, 2499), (5000, 1000), (9815, 1000)]
+)
 def test_a_thousand_rows_choose_or_half_of_few(rows, choose):
     first, second = validation_split(rows, seed=0)
     assert len(first) == choose
@@ -142,7 +154,11 @@ def test_one_row_cannot_be_split():
 
 def test_an_unknown_task_is_told_the_names():
     with pytest.raises(
-        UserError, match=r"task: got 'glue/colla' \(did you mean 'glue/cola'\?\), expected one of commonsense, boolq"
+        UserError,
+        match=(
+            r"task: got 'glue/colla' \(did you mean 'glue/cola'\?\), expected one of commonsense, "
+            r"boolq"
+        ),
     ):
         tasks.get("glue/colla")
 

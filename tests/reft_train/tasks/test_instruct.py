@@ -1,4 +1,6 @@
-"""Instruction following: Alpaca's two prompts to the character, and the file for ``alpaca_eval``."""
+"""Instruction following: Alpaca's two prompts to the character, and the file for
+``alpaca_eval``.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +14,29 @@ WHERE = "row 1 of a.json"
 
 
 def example(**fields):
-    return tasks.get("instruct").example(Row({"instruction": "Name {one}.", "output": "\nRed "} | fields, WHERE))
+    return tasks.get("instruct").example(
+        Row({"instruction": "Name {one}.", "output": "\nRed "} | fields, WHERE)
+    )
 
 
 def test_the_prompt_without_an_input():
-    assert example().prompt == example(input="").prompt == example(input=None).prompt == example(input=" \n").prompt == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-        "### Instruction:\nName {one}.\n\n### Response:"
-    )  # fmt: skip
+    assert (
+        example().prompt
+        == example(input="").prompt
+        == example(input=None).prompt
+        == example(input=" \n").prompt
+        == (
+            "Below is an instruction that describes a task. Write a response that appropriately "
+            "completes the request.\n\n"
+            "### Instruction:\nName {one}.\n\n### Response:"
+        )
+    )
 
 
 def test_the_prompt_with_an_input():
     assert example(input="{a}, {b}").prompt == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. "
+        "Below is an instruction that describes a task, paired with an input that provides "
+        "further context. "
         "Write a response that appropriately completes the request.\n\n"
         "### Instruction:\nName {one}.\n\n### Input:\n{a}, {b}\n\n### Response:"
     )
@@ -51,10 +63,24 @@ def test_it_is_not_scored():
 
 
 def test_rows_for_alpaca_eval():
-    rows = alpaca_eval_rows([example(dataset="koala"), example(output="")], [" Blue\n", "x ### Response: Green"], "tiny-reft")
+    rows = alpaca_eval_rows(
+        [example(dataset="koala"), example(output="")],
+        [" Blue\n", "x ### Response: Green"],
+        "tiny-reft",
+    )
     assert rows == [
-        {"instruction": "Name {one}.", "output": "Blue", "dataset": "koala", "generator": "tiny-reft"},
-        {"instruction": "Name {one}.", "output": "Green", "dataset": "alpaca_eval", "generator": "tiny-reft"},
+        {
+            "instruction": "Name {one}.",
+            "output": "Blue",
+            "dataset": "koala",
+            "generator": "tiny-reft",
+        },
+        {
+            "instruction": "Name {one}.",
+            "output": "Green",
+            "dataset": "alpaca_eval",
+            "generator": "tiny-reft",
+        },
     ]
 
 

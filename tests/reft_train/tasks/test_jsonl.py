@@ -13,7 +13,8 @@ from tests.reft_train.tiny import tokenizer_of
 WHERE = "line 4 of own.jsonl"
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' and not loop.first %}"
-    "{{ raise_exception('system comes first') }}{% endif %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{{ raise_exception('system comes first') }}{% endif %}[{{ m.role }}] {{ m.content }}\n{% "
+    "endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
 USER, ASSISTANT = {"role": "user", "content": "Hi?"}, {"role": "assistant", "content": " Hello. "}
@@ -41,8 +42,22 @@ def test_prompt_and_completion_are_taken_as_they_are():
 
 
 def test_messages_take_the_chat_template_and_the_last_is_the_target(tokenizer):
-    found = example({"messages": [{"role": "system", "content": "Be brief."}, USER, ASSISTANT, USER, ASSISTANT]}, tokenizer)
-    assert found.prompt == "[system] Be brief.\n[user] Hi?\n[assistant]  Hello. \n[user] Hi?\n[assistant] "
+    found = example(
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                USER,
+                ASSISTANT,
+                USER,
+                ASSISTANT,
+            ]
+        },
+        tokenizer,
+    )
+    assert (
+        found.prompt
+        == "[system] Be brief.\n[user] Hi?\n[assistant]  Hello. \n[user] Hi?\n[assistant] "
+    )
     assert (found.target, found.answer) == (" Hello. ", "Hello.")
 
 
@@ -55,7 +70,9 @@ def test_a_start_token_that_only_the_template_writes_is_kept():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tokenizer_of("llama")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A", pair="$A $B", special_tokens=[]
+    )
     tokenizer.chat_template = TEMPLATE
     found = example({"messages": [USER, ASSISTANT]}, tokenizer)
     assert found.prompt == "<s>[user] Hi?\n[assistant] "
@@ -69,20 +86,28 @@ def test_every_turn_is_a_row_to_train(tokenizer):
     assert [len(part.fields["messages"]) for part in rows] == [3, 5]
     assert [part.where for part in rows] == [f"{WHERE}, turn 1", f"{WHERE}, turn 2"]
     assert [part.fields["id"] for part in rows] == [7, 7]
-    assert task.example(rows[1], tokenizer).prompt.startswith(task.example(rows[0], tokenizer).prompt)
+    assert task.example(rows[1], tokenizer).prompt.startswith(
+        task.example(rows[0], tokenizer).prompt
+    )
     for fields in ({"messages": [USER, ASSISTANT]}, {"prompt": "a", "completion": "b"}):
         assert task.training_rows(Row(fields, WHERE)) == [Row(fields, WHERE)]
 
 
 @pytest.mark.parametrize("messages", [[USER, USER], [ASSISTANT, USER]])
 def test_a_conversation_without_an_answer_is_named(messages):
-    with pytest.raises(UserError, match="line 4 of own.jsonl: messages: got none of role 'assistant'"):
+    with pytest.raises(
+        UserError, match="line 4 of own.jsonl: messages: got none of role 'assistant'"
+    ):
         tasks.get("jsonl").training_rows(Row({"messages": messages}, WHERE))
 
 
-@pytest.mark.parametrize("given", [None, tokenizer_of("llama")], ids=["no tokenizer", "no template"])
+@pytest.mark.parametrize(
+    "given", [None, tokenizer_of("llama")], ids=["no tokenizer", "no template"]
+)
 def test_messages_need_a_chat_template(given):
-    with pytest.raises(UserError, match="line 4 of own.jsonl: messages: got a tokenizer without a chat template"):
+    with pytest.raises(
+        UserError, match="line 4 of own.jsonl: messages: got a tokenizer without a chat template"
+    ):
         example({"messages": [USER, ASSISTANT]}, given)
 
 
@@ -99,27 +124,45 @@ def test_messages_need_a_chat_template(given):
             [USER, {"role": "assistant", "contents": "x"}],
             "message 2: got fields role, contents, expected content .did you mean",
         ),
-        ([{"role": "user", "content": [{"text": "x"}]}, ASSISTANT], "message 1: content: got .*list.*, expected a string"),
-        (["Hi?", ASSISTANT], "message 1: got 'Hi.' .str., expected an object with role and content"),
+        (
+            [{"role": "user", "content": [{"text": "x"}]}, ASSISTANT],
+            "message 1: content: got .*list.*, expected a string",
+        ),
+        (
+            ["Hi?", ASSISTANT],
+            "message 1: got 'Hi.' .str., expected an object with role and content",
+        ),
         ([ASSISTANT], "messages: got .*, expected a list of at least two"),
         ("Hi?", "messages: got 'Hi.' .str., expected a list of at least two"),
-        ([USER, {"role": "system", "content": "x"}, ASSISTANT], r"template refuses \(system comes first\)"),
+        (
+            [USER, {"role": "system", "content": "x"}, ASSISTANT],
+            r"template refuses \(system comes first\)",
+        ),
     ],
 )
 def test_a_chat_that_cannot_be_learned_is_named(messages, message, tokenizer):
-    with pytest.raises(UserError, match=f"line 4 of own.jsonl: .*{message}|line 4 of own.jsonl: {message}"):
+    with pytest.raises(
+        UserError, match=f"line 4 of own.jsonl: .*{message}|line 4 of own.jsonl: {message}"
+    ):
         example({"messages": messages}, tokenizer)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"promt": "a", "completion": "b"}, "got fields promt, completion, expected prompt .did you mean 'prompt' by 'promt'"),
+        (
+            {"promt": "a", "completion": "b"},
+            "got fields promt, completion, expected prompt .did you mean 'prompt' by 'promt'",
+        ),
         (
             {"instruction": "a", "outptu": "b"},
             "got fields instruction, outptu, expected output .did you mean 'output' by 'outptu'",
         ),
-        ({"text": "a"}, "got fields text, expected messages, or prompt and completion, or instruction and output"),
+        (
+            {"text": "a"},
+            "got fields text, expected messages, or prompt and completion, or instruction and "
+            "output",
+        ),
         ({}, "got fields none, expected messages"),
         ({"prompt": " ", "completion": "b"}, "prompt: got no text"),
         ({"prompt": "a", "completion": 4}, "completion: got 4 .int., expected a string"),
@@ -132,8 +175,11 @@ def test_a_bad_row_is_named(fields, message):
 
 
 @pytest.mark.parametrize(
-    ("generated", "prediction", "right"), [("Paris\n", "Paris", True), ("paris", "paris", False), (" ", None, False)]
+    ("generated", "prediction", "right"),
+    [("Paris\n", "Paris", True), ("paris", "paris", False), (" ", None, False)],
 )
 def test_the_whole_text_must_match(generated, prediction, right):
-    scored = tasks.get("jsonl").score(generated, example({"prompt": "Capital?", "completion": " Paris"}))
+    scored = tasks.get("jsonl").score(
+        generated, example({"prompt": "Capital?", "completion": " Paris"})
+    )
     assert (scored.prediction, scored.right) == (prediction, right)

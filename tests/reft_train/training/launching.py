@@ -25,13 +25,19 @@ def prompts(count: int) -> list[dict]:
     """Prompts and completions of many lengths."""
     draw = random.Random(0)
     answers = ("yes he has 12", "no", "true is the answer")
-    return [{"prompt": "how many apples " * draw.randint(1, 6), "completion": draw.choice(answers)} for _ in range(count)]
+    return [
+        {"prompt": "how many apples " * draw.randint(1, 6), "completion": draw.choice(answers)}
+        for _ in range(count)
+    ]
 
 
 def sentences(count: int) -> list[dict]:
     """Rows of sst2."""
     draw = random.Random(0)
-    return [{"sentence": "she has apples " * draw.randint(1, 6), "label": draw.randint(0, 1)} for _ in range(count)]
+    return [
+        {"sentence": "she has apples " * draw.randint(1, 6), "label": draw.randint(0, 1)}
+        for _ in range(count)
+    ]
 
 
 def settings(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
@@ -41,19 +47,45 @@ def settings(folder: Path, model: Path, **changes: Any) -> dict[str, Any]:
         write_rows(train, prompts(30))
         write_rows(test, prompts(5))
     common = {
-        "task": "jsonl", "model": str(model), "train": str(train), "test": [str(test)], "cache": str(folder / "cache"),
-        "device": "cpu", "rank": 4, "max_length": 64, "max_new_tokens": 4, "log_every": 1, "validation": 6, "epochs": 2,
-        "batch_size": 2, "accumulation": 2, "lr": 5e-2, "save_every": 2, "evaluate_every": 2, "keep": 9, "skip_test": True,
-    }  # fmt: skip
+        "task": "jsonl",
+        "model": str(model),
+        "train": str(train),
+        "test": [str(test)],
+        "cache": str(folder / "cache"),
+        "device": "cpu",
+        "rank": 4,
+        "max_length": 64,
+        "max_new_tokens": 4,
+        "log_every": 1,
+        "validation": 6,
+        "epochs": 2,
+        "batch_size": 2,
+        "accumulation": 2,
+        "lr": 5e-2,
+        "save_every": 2,
+        "evaluate_every": 2,
+        "keep": 9,
+        "skip_test": True,
+    }
     return {**common, **changes}
 
 
 def launch(program: list[str], launcher: tuple[str, ...] = TORCHRUN) -> subprocess.CompletedProcess:
     """Run a program (``-m module`` or a file, and its arguments) in two processes."""
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     return subprocess.run(
-        [sys.executable, "-m", *launcher, *program], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", *launcher, *program],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 

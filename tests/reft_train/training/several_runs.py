@@ -1,6 +1,8 @@
-"""A program for launchers: trainings one after another in the same processes, since starting those takes longer.
+"""A program for launchers: trainings one after another in the same processes, since starting those
+takes longer.
 
-Its argument is a JSON file, a list of settings. ``interrupt_at`` in them: Ctrl-C reaches the first process in that step.
+Its argument is a JSON file, a list of settings. ``interrupt_at`` in them: Ctrl-C reaches the first
+process in that step.
 """
 
 from __future__ import annotations

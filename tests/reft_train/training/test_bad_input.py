@@ -36,7 +36,9 @@ def test_a_model_folder_that_is_not_there(refused, tmp_path):
 
 def test_a_folder_that_is_no_model(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert f"model: got {tmp_path / 'empty'}, expected a folder with config.json" in refused(tmp_path / "empty")
+    assert f"model: got {tmp_path / 'empty'}, expected a folder with config.json" in refused(
+        tmp_path / "empty"
+    )
 
 
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -56,7 +58,9 @@ def test_a_model_without_a_file(absent, refused, tiny_llama, tmp_path):
 def test_a_model_of_an_unknown_type(refused, tiny_llama, tmp_path):
     model = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
     values = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    (model / "config.json").write_text(json.dumps(values | {"model_type": "no-such-type"}), encoding="utf-8")
+    (model / "config.json").write_text(
+        json.dumps(values | {"model_type": "no-such-type"}), encoding="utf-8"
+    )
     assert refused(model).startswith(f"model: got '{model}', which cannot be loaded")
 
 
@@ -64,7 +68,9 @@ def test_a_hub_name_without_a_network(refused, monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert refused("nobody/no-such-model").startswith("model: got 'nobody/no-such-model', which cannot be loaded")
+    assert refused("nobody/no-such-model").startswith(
+        "model: got 'nobody/no-such-model', which cannot be loaded"
+    )
 
 
 @pytest.mark.parametrize(
@@ -78,7 +84,10 @@ def test_a_hub_name_without_a_network(refused, monkeypatch):
         ({"component": "no_such_part"}, "component"),
         ({"train": "no-such-file.jsonl"}, "--train: got no-such-file.jsonl, which does not exist"),
         ({"validation": 8}, "validation: got 8 of 8 training rows"),
-        ({"task": "commonsense", "data": "no-such-folder"}, "--data: got no-such-folder, which is not there"),
+        (
+            {"task": "commonsense", "data": "no-such-folder"},
+            "--data: got no-such-folder, which is not there",
+        ),
         ({"lora_targets": ["no_such_module"], "method": "lora"}, "no_such_module"),
         ({"deepspeed": "no-such.json"}, "deepspeed: got no-such.json"),
         ({"mixed_precision": "fp16"}, "mixed_precision: got fp16 on a CPU"),
@@ -108,7 +117,10 @@ def test_generating_with_an_encoder(refused, tiny_bert):
 
 
 ROWS = [
-    ({"instruktion": "a", "output": "b"}, "expected instruction (did you mean 'instruction' by 'instruktion'?)"),
+    (
+        {"instruktion": "a", "output": "b"},
+        "expected instruction (did you mean 'instruction' by 'instruktion'?)",
+    ),
     ({"instruction": "a", "outputt": "b"}, "expected output (did you mean 'output' by 'outputt'?)"),
     ({"instruction": " ", "output": "b"}, "instruction: got no text, expected some"),
     ({"instruction": 3, "output": "b"}, "instruction: got 3 (int), expected a string"),
@@ -117,7 +129,9 @@ ROWS = [
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["read", "streamed"])
-@pytest.mark.parametrize("row, complaint", ROWS, ids=[next(iter(row)) + str(i) for i, (row, _) in enumerate(ROWS)])
+@pytest.mark.parametrize(
+    "row, complaint", ROWS, ids=[next(iter(row)) + str(i) for i, (row, _) in enumerate(ROWS)]
+)
 def test_a_wrong_row_is_named(row, complaint, streaming, refused, tiny_llama, tmp_path):
     rows = [*instructions(4), row, *instructions(4)]
     path = write_rows(tmp_path / "wrong.jsonl", rows)
@@ -127,7 +141,9 @@ def test_a_wrong_row_is_named(row, complaint, streaming, refused, tiny_llama, tm
 
 
 def test_a_wrong_row_of_a_test_set_is_found_before_the_training(refused, tiny_llama, tmp_path):
-    path = write_rows(tmp_path / "test.jsonl", [*instructions(2), {"instruction": "", "output": "b"}])
+    path = write_rows(
+        tmp_path / "test.jsonl", [*instructions(2), {"instruction": "", "output": "b"}]
+    )
     assert f"line 3 of {path}: instruction: got no text" in refused(tiny_llama, test=[path])
 
 
@@ -149,11 +165,16 @@ def test_a_long_prompt_is_cut_and_counted(tiny_llama, tmp_path, capfd):
     rows = [*instructions(3), {"instruction": "how many " * 400, "output": "He has 3"}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     assert run(tiny_llama, tmp_path / "run", train=path, skip_test=True, max_length=96) == 0
-    text = "training rows: 1 of 4 prompts cut from the left and 0 targets cut at the end to fit max_length 96"
+    text = (
+        "training rows: 1 of 4 prompts cut from the left and 0 targets cut at the end to fit "
+        "max_length 96"
+    )
     assert text in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("more", [{}, {"streaming": True, "max_steps": 2}], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "more", [{}, {"streaming": True, "max_steps": 2}], ids=["whole", "streamed"]
+)
 def test_rows_that_lose_their_prompt_are_dropped_and_counted(more, tiny_llama, tmp_path, capfd):
     rows = [*instructions(5), {"instruction": "how many", "output": "He has 3 " * 200}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
@@ -185,9 +206,14 @@ def test_a_checkpoint_of_another_model_is_refused_on_resuming(tiny_llama, tmp_pa
     before = adapter_bytes(tmp_path / "run" / "adapter")
     shutil.rmtree(model)
     save_llama(model)
-    values = json.loads((model / "config.json").read_text(encoding="utf-8")) | {"num_hidden_layers": 1}
+    values = json.loads((model / "config.json").read_text(encoding="utf-8")) | {
+        "num_hidden_layers": 1
+    }
     (model / "config.json").write_text(json.dumps(values), encoding="utf-8")
     assert run(model, tmp_path / "run", train=path, skip_test=True, resume=True) == 2
     line = capfd.readouterr().err.splitlines()[-1]
-    assert "with num_hidden_layers 1, but" in line and "was trained on a model with num_hidden_layers 2" in line
+    assert (
+        "with num_hidden_layers 1, but" in line
+        and "was trained on a model with num_hidden_layers 2" in line
+    )
     assert adapter_bytes(tmp_path / "run" / "adapter") == before

@@ -63,7 +63,9 @@ def test_only_the_last_answer_is_trained_where_it_is_wanted(more, chat_model, tm
         assert not stream.all_turns
     else:
         assert Outcome.load(tmp_path / "run").steps == 1
-        assert all(len(row.fields["messages"]) == 4 for row in prepare.find_rows(config, task).train)
+        assert all(
+            len(row.fields["messages"]) == 4 for row in prepare.find_rows(config, task).train
+        )
 
 
 def test_a_stream_has_an_item_for_each_answer(chat_model, tmp_path):
@@ -81,7 +83,10 @@ def test_a_conversation_is_whole_on_one_side_of_the_split(chat_model, tmp_path):
     config = build({"model": str(chat_model), "task": "jsonl", "train": str(rows), "validation": 2})
     found = prepare.find_rows(config, tasks.get("jsonl"))
     assert (len(found.train), len(found.held_out)) == (12, 4)
-    first = [{row.fields["messages"][0]["content"] for row in part} for part in (found.train, found.held_out)]
+    first = [
+        {row.fields["messages"][0]["content"] for row in part}
+        for part in (found.train, found.held_out)
+    ]
     assert not first[0] & first[1]
 
 
@@ -89,10 +94,16 @@ def test_the_adapter_is_right_without_labels(finished, chat_model):
     tokenizer = chat_tokenizer()
     assert kept_template(finished) == [from_chat_template(tokenizer)]
     config = build(read_yaml(finished / "config.yaml"))
-    model = PeftModel.from_pretrained(load(config, tasks.get("jsonl")).model, str(finished / "adapter")).eval()
+    model = PeftModel.from_pretrained(
+        load(config, tasks.get("jsonl")).model, str(finished / "adapter")
+    ).eval()
     messages = conversations(1)[0]["messages"]
-    ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt").input_ids
-    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(
+        tokenizer.apply_chat_template(messages, tokenize=False), return_tensors="pt"
+    ).input_ids
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], tokenize=False, add_generation_prompt=True
+    )
     length = len(tokenizer(prompt).input_ids)
     with torch.no_grad():
         told = model(input_ids=ids, prompt_lengths=[length]).logits

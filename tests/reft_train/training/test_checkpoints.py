@@ -26,11 +26,17 @@ DIED, PASSED = 9, 7
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def die_at(count: int, folder: Path) -> None:
-    """From now on this process counts what it does to files below ``folder``, and dies before its ``count``-th act."""
+    """From now on this process counts what it does to files below ``folder``, and dies before
+    its ``count``-th act.
+    """
     left = count
 
     def act(half: Path | None = None) -> None:
@@ -42,13 +48,20 @@ def die_at(count: int, folder: Path) -> None:
             os._exit(DIED)
 
     def audit(event: str, arguments: tuple) -> None:
-        if event in EVENTS and isinstance(arguments[0], str | os.PathLike) and str(folder) in str(arguments[0]):
-            writes = event != "open" or (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if (
+            event in EVENTS
+            and isinstance(arguments[0], str | os.PathLike)
+            and str(folder) in str(arguments[0])
+        ):
+            writes = event != "open" or (
+                isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+            )
             if writes:
                 act()
 
     def halved(function: Callable, place: int) -> Callable:
-        # these write from C++ and Rust, where no audit reaches: they die with half a file on the disk
+        # these write from C++ and Rust, where no audit reaches: they die with half a file on the
+        # disk
         def write(*arguments, **options):
             result = function(*arguments, **options)
             act(Path(arguments[place]))
@@ -66,7 +79,9 @@ def die_at(count: int, folder: Path) -> None:
 
 
 class Fork(TrainerCallback):
-    """Before the save of ``step`` it forks children that go on into it and die there, one act later each, until one passes."""
+    """Before the save of ``step`` it forks children that go on into it and die there, one act
+    later each, until one passes.
+    """
 
     def __init__(self, step: int, output: Path) -> None:
         self.step, self.output = step, output
@@ -130,23 +145,37 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(keep, argument
     assert len(names) > 20 and set(names) == set(expected) and names == sorted(names)
     for name, left in zip(names, fork.left, strict=True):
         assert left.keys() == expected[name].keys()
-        # the numbers of Python's own generator, which each child finds further on, are in the states of the generators
-        assert [file for file in left if left[file] != expected[name][file] and file != "rng_state.pth"] == []
-        assert all(zipfile.ZipFile(io.BytesIO(left[file])).testzip() is None for file in left if file.endswith((".pt", ".pth")))
-    assert expected["checkpoint-1"].keys() == expected["checkpoint-2"].keys() > set(checkpoints.NEEDED)
+        # the numbers of Python's own generator, which each child finds further on, are in the
+        # states of the generators
+        assert [
+            file for file in left if left[file] != expected[name][file] and file != "rng_state.pth"
+        ] == []
+        assert all(
+            zipfile.ZipFile(io.BytesIO(left[file])).testzip() is None
+            for file in left
+            if file.endswith((".pt", ".pth"))
+        )
+    assert (
+        expected["checkpoint-1"].keys() == expected["checkpoint-2"].keys() > set(checkpoints.NEEDED)
+    )
 
 
 def test_what_a_killed_save_left_is_swept_and_the_run_goes_on(arguments, tmp_path):
     trained(arguments(tmp_path / "whole"))
     trained(arguments(tmp_path / "run", max_steps=3))
     shutil.rmtree(tmp_path / "run" / "checkpoint-3")
-    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / ".saving" / "checkpoint-3")
+    shutil.copytree(
+        tmp_path / "run" / "checkpoint-2", tmp_path / "run" / ".saving" / "checkpoint-3"
+    )
     (tmp_path / "run" / ".saving" / "checkpoint-3" / "optimizer.pt").write_bytes(b"half")
     trained(arguments(tmp_path / "run", max_steps=3, resume=True))
     assert [path.name for path in (tmp_path / "run").glob(".*")] == []
     expected, found = (contents(tmp_path / name / "checkpoint-3") for name in ("whole", "run"))
     differing = [name for name in expected if expected[name] != found[name]]
-    assert found.keys() == expected.keys() and set(differing) <= {"trainer_state.json", "rng_state.pth"}
+    assert found.keys() == expected.keys() and set(differing) <= {
+        "trainer_state.json",
+        "rng_state.pth",
+    }
 
 
 def checkpoint_of(folder: Path, text: str) -> Path:
@@ -174,7 +203,10 @@ def test_a_kill_while_a_step_is_saved_a_second_time_leaves_every_file_there(tmp_
         assert len(found) == len(checkpoints.NEEDED) + 1
         count += 1
     assert status == PASSED and count > 10
-    assert all(value.startswith("new") for value in found.values()) and not (run_folder / ".saving").exists()
+    assert (
+        all(value.startswith("new") for value in found.values())
+        and not (run_folder / ".saving").exists()
+    )
 
 
 class Full(TrainerCallback):
@@ -189,27 +221,40 @@ class Full(TrainerCallback):
 
 
 @pytest.mark.parametrize("limit", [700, 2500, 4000])
-def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(limit, tiny_llama, tmp_path, monkeypatch, capfd):
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
+    limit, tiny_llama, tmp_path, monkeypatch, capfd
+):
     rows = write_rows(tmp_path / "rows.jsonl", instructions(24))
     monkeypatch.setattr(session, "train", partial(session.train, callbacks=[Full(2, limit)]))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        code = run(tiny_llama, tmp_path / "run", train=rows, save_every=1, skip_test=True, log_every=100)
+        code = run(
+            tiny_llama, tmp_path / "run", train=rows, save_every=1, skip_test=True, log_every=100
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     lines = capfd.readouterr().err.rstrip("\n").splitlines()
     assert code == 2
-    assert lines[-1].startswith(f"reft_train run: error: output: got {tmp_path / 'run'}, where no checkpoint can be written")
+    assert lines[-1].startswith(
+        f"reft_train run: error: output: got {tmp_path / 'run'}, where no checkpoint can be written"
+    )
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1"]
-    assert list((tmp_path / "run").glob(".*")) == [] and checkpoints.last(tmp_path / "run") is not None
+    assert (
+        list((tmp_path / "run").glob(".*")) == [] and checkpoints.last(tmp_path / "run") is not None
+    )
 
 
-def test_a_disk_without_room_for_the_checkpoints_is_refused_before(tiny_llama, tmp_path, monkeypatch, capfd):
+def test_a_disk_without_room_for_the_checkpoints_is_refused_before(
+    tiny_llama, tmp_path, monkeypatch, capfd
+):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
     rows = write_rows(tmp_path / "rows.jsonl", instructions(8))
     assert run(tiny_llama, tmp_path / "run", train=rows, skip_test=True) == 2
-    assert "with 1 MiB free, expected at least" in capfd.readouterr().err and not (tmp_path / "run").exists()
+    assert (
+        "with 1 MiB free, expected at least" in capfd.readouterr().err
+        and not (tmp_path / "run").exists()
+    )
 
 
 # ---- finding and thinning out
@@ -219,13 +264,21 @@ def test_checkpoints_are_ordered_by_number_and_nothing_else_is_taken_for_one(tmp
     for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "adapter", ".saving"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-11").write_text("a file")
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    assert checkpoints.checkpoints(tmp_path / "nothing") == [] and checkpoints.last(tmp_path / "nothing") is None
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [
+        "checkpoint-9",
+        "checkpoint-10",
+    ]
+    assert (
+        checkpoints.checkpoints(tmp_path / "nothing") == []
+        and checkpoints.last(tmp_path / "nothing") is None
+    )
 
 
 def test_a_checkpoint_that_lacks_a_file_is_refused(tmp_path):
     (checkpoint_of(tmp_path / "checkpoint-3", "a") / "scheduler.pt").unlink()
-    with pytest.raises(UserError, match="checkpoint-3 without scheduler.pt, expected a whole checkpoint"):
+    with pytest.raises(
+        UserError, match="checkpoint-3 without scheduler.pt, expected a whole checkpoint"
+    ):
         checkpoints.last(tmp_path)
 
 

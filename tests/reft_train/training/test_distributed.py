@@ -12,7 +12,14 @@ from reft_train.training.outcome import Outcome
 from reft_train.training.session import train
 from safetensors.torch import load_file
 
-from tests.reft_train.training.launching import column, launch, prompts, sentences, settings, write_rows
+from tests.reft_train.training.launching import (
+    column,
+    launch,
+    prompts,
+    sentences,
+    settings,
+    write_rows,
+)
 
 pytestmark = pytest.mark.slow
 ENGINES = ("ddp", "fsdp")
@@ -20,14 +27,22 @@ CASES = {
     "tied": {"packing": True, "skip_test": False, "weight_decay": 0.1},
     "untied": {"share_weights": False, "gradient_checkpointing": True, "select": "loss"},
     "free": {"method": "nodireft", "gradient_checkpointing": True},
-    "classes": {"task": "glue/sst2", "head_lr": 1e-2, "select": "metric", "dropout": 0.0, "warmup": 0.0},
+    "classes": {
+        "task": "glue/sst2",
+        "head_lr": 1e-2,
+        "select": "metric",
+        "dropout": 0.0,
+        "warmup": 0.0,
+    },
 }
 INTERRUPTED = 3
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, tiny_llama, tiny_bert) -> Path:
-    """A folder of runs ``ENGINE-CASE``: "one" process, "ddp" and "fsdp" of two, and of these ``-resumed`` ones."""
+    """A folder of runs ``ENGINE-CASE``: "one" process, "ddp" and "fsdp" of two, and of these
+    ``-resumed`` ones.
+    """
     folder = tmp_path_factory.mktemp("distributed")
     write_rows(folder / "sst2/train.jsonl", sentences(24))
     write_rows(folder / "sst2/validation.jsonl", sentences(12))
@@ -45,7 +60,15 @@ def runs(tmp_path_factory, tiny_llama, tiny_bert) -> Path:
         output = str(folder / f"{engine}-resumed")
         several += [case("untied", engine, output=output, interrupt_at=INTERRUPTED)]
         several += [case("untied", engine, output=output, resume=True)]
-        several += [case("tied", engine, output=str(folder / f"{engine}-bf16"), mixed_precision="bf16", epochs=1)]
+        several += [
+            case(
+                "tied",
+                engine,
+                output=str(folder / f"{engine}-bf16"),
+                mixed_precision="bf16",
+                epochs=1,
+            )
+        ]
     (folder / "several.json").write_text(json.dumps(several))
     done = launch([str(Path(__file__).parent / "several_runs.py"), str(folder / "several.json")])
     assert done.returncode == 0, done.stderr[-6000:]
@@ -59,7 +82,9 @@ def _adapter(run: Path) -> dict[str, torch.Tensor]:
 def _same_column(one: Path, two: Path, name: str) -> None:
     first, second = column(one, name), column(two, name)
     assert first and [step for step, _ in first] == [step for step, _ in second]
-    torch.testing.assert_close(torch.tensor([v for _, v in second]), torch.tensor([v for _, v in first]))
+    torch.testing.assert_close(
+        torch.tensor([v for _, v in second]), torch.tensor([v for _, v in first])
+    )
 
 
 @pytest.mark.parametrize("quantity", ["loss", "grad_norm", "eval_loss", "learning_rate"])
@@ -123,8 +148,13 @@ def test_edits_stay_orthonormal_in_bf16(runs, engine):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_bf16_processes_follow_the_float32_run(runs, engine):
-    """To bf16's rounding, while the schedule is the same: in the first step, before anything is learned."""
-    (_, plain), (_, rounded) = column(runs / "one-tied", "loss")[0], column(runs / f"{engine}-bf16", "loss")[0]
+    """To bf16's rounding, while the schedule is the same: in the first step, before anything is
+    learned.
+    """
+    (_, plain), (_, rounded) = (
+        column(runs / "one-tied", "loss")[0],
+        column(runs / f"{engine}-bf16", "loss")[0],
+    )
     assert rounded != plain and abs(rounded - plain) <= torch.finfo(torch.bfloat16).eps * plain
 
 
@@ -139,23 +169,45 @@ def _config(path: Path, **values) -> str:
 
 
 def test_accelerate_launches_a_sharded_run(tmp_path, tiny_llama):
-    """As ``accelerate launch --use_fsdp``; on CPUs accelerate starts several processes in no other way without MPI."""
+    """As ``accelerate launch --use_fsdp``; on CPUs accelerate starts several processes in no
+    other way without MPI.
+    """
     output = tmp_path / "run"
-    config = _config(tmp_path / "run.yaml", **settings(tmp_path, tiny_llama, output=str(output), epochs=1))
-    launcher = ("accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2",
-                "--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no",
-                "--dynamo_backend", "no")  # fmt: skip
+    config = _config(
+        tmp_path / "run.yaml", **settings(tmp_path, tiny_llama, output=str(output), epochs=1)
+    )
+    launcher = (
+        "accelerate.commands.launch",
+        "--use_fsdp",
+        "--fsdp_version",
+        "2",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--main_process_port",
+        "0",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    )
     done = launch(["-m", "reft_train", "run", "--config", config], launcher)
     assert done.returncode == 0, done.stderr[-6000:]
     assert done.stdout.count(f"written: {output}") == 1
-    assert (output / "report.html").is_file() and (output / "checkpoint-2/rng_state_1.pth").is_file()
+    assert (output / "report.html").is_file() and (
+        output / "checkpoint-2/rng_state_1.pth"
+    ).is_file()
     assert (output / "checkpoint-2/pytorch_model_fsdp.bin").is_file()
 
 
 def test_bad_input_is_said_once_and_ends_every_process(tmp_path, tiny_llama):
     rows = write_rows(tmp_path / "bad.jsonl", [*prompts(3), {"prompt": "no completion"}])
     config = _config(
-        tmp_path / "run.yaml", **settings(tmp_path, tiny_llama, output=str(tmp_path / "run"), train=str(rows), validation=0)
+        tmp_path / "run.yaml",
+        **settings(
+            tmp_path, tiny_llama, output=str(tmp_path / "run"), train=str(rows), validation=0
+        ),
     )
     done = launch(["-m", "reft_train", "run", "--config", config])
     assert done.returncode == 1  # torchrun's own

@@ -1,4 +1,6 @@
-"""A run whose base model has moved: it is said where it was, and the new place must hold the same model."""
+"""A run whose base model has moved: it is said where it was, and the new place must hold the
+same model.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,12 @@ def test_the_new_place_serves(moved, command, recorded):
 @pytest.mark.parametrize("command", ["eval", "resume"])
 @pytest.mark.parametrize(
     ("name", "was", "value"),
-    [("model_type", "llama", "mistral"), ("hidden_size", 32, 64), ("num_hidden_layers", 2, 3), ("vocab_size", None, 500)],
+    [
+        ("model_type", "llama", "mistral"),
+        ("hidden_size", 32, 64),
+        ("num_hidden_layers", 2, 3),
+        ("vocab_size", None, 500),
+    ],
 )
 def test_another_model_is_refused(moved, command, name, was, value, tmp_path, capsys):
     output, _, _ = moved
@@ -91,6 +98,8 @@ def test_another_model_is_refused(moved, command, name, was, value, tmp_path, ca
 
 
 def test_the_sizes_of_a_multimodal_model_are_its_texts():
-    found = identity(Gemma3Config(text_config={"hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 99}))
+    found = identity(
+        Gemma3Config(text_config={"hidden_size": 48, "num_hidden_layers": 3, "vocab_size": 99})
+    )
     assert found["model_type"] == "gemma3"
     assert (found["hidden_size"], found["num_hidden_layers"], found["vocab_size"]) == (48, 3, 99)

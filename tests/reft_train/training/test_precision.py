@@ -1,4 +1,6 @@
-"""Mixed precision, quantization, recomputation and compilation train what plain float32 trains, as near as they can."""
+"""Mixed precision, quantization, recomputation and compilation train what plain float32 trains,
+as near as they can.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def needs(package: str):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama):
-    """A function: settings that differ from a short float32 run's in, its outcome out; each run is trained once."""
+    """A function: settings that differ from a short float32 run's in, its outcome out; each run
+    is trained once.
+    """
     folder = tmp_path_factory.mktemp("precision")
     known: dict[str, Outcome] = {}
 
@@ -30,7 +34,9 @@ def run(tmp_path_factory, tiny_llama):
         name = "-".join([model.name, *(f"{key}={value}" for key, value in changes.items())])
         if name not in known:
             output = str(folder / "runs" / name)
-            given = settings(folder, model, output=output, epochs=1, validation=0, evaluate_every=None, **changes)
+            given = settings(
+                folder, model, output=output, epochs=1, validation=0, evaluate_every=None, **changes
+            )
             known[name] = train(build(given), report=False)
         return known[name]
 
@@ -42,7 +48,9 @@ def _losses(outcome: Outcome) -> torch.Tensor:
 
 
 def _assert_near(outcome: Outcome, plain: Outcome, unit: float) -> None:
-    """Losses within ``unit``, the rounding of the narrower format, relative; one rounding moves a loss by less than that."""
+    """Losses within ``unit``, the rounding of the narrower format, relative; one rounding moves
+    a loss by less than that.
+    """
     torch.testing.assert_close(_losses(outcome), _losses(plain), rtol=unit, atol=0.0)
 
 
@@ -79,9 +87,13 @@ def test_compiling_changes_no_loss(run):
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
-def test_deepspeed_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, tiny_llama):
+def test_deepspeed_that_is_not_installed_is_refused_before_anything_is_written(
+    tmp_path, tiny_llama
+):
     given = settings(tmp_path, tiny_llama, output=str(tmp_path / "run"), deepspeed="zero2.json")
-    with pytest.raises(UserError, match="deepspeed: got zero2.json, expected none: deepspeed is not installed"):
+    with pytest.raises(
+        UserError, match="deepspeed: got zero2.json, expected none: deepspeed is not installed"
+    ):
         train(build(given), report=False)
     assert not (tmp_path / "run").exists()
 
@@ -89,7 +101,9 @@ def test_deepspeed_that_is_not_installed_is_refused_before_anything_is_written(t
 @pytest.fixture(scope="module")
 def wide_llama(tmp_path_factory):
     """A Llama whose layers are whole blocks of 64, as 4-bit formats ask."""
-    return tiny.save_llama(tmp_path_factory.mktemp("wide-llama"), hidden_size=64, intermediate_size=128)
+    return tiny.save_llama(
+        tmp_path_factory.mktemp("wide-llama"), hidden_size=64, intermediate_size=128
+    )
 
 
 @needs("bitsandbytes")
@@ -107,10 +121,14 @@ def test_liger_kernels_change_no_loss(run):
     if not torch.cuda.is_available():
         pytest.skip("Liger kernels need a GPU")
     plain = run(device="cuda", dtype="float32")
-    torch.testing.assert_close(_losses(run(device="cuda", dtype="float32", liger=True)), _losses(plain))
+    torch.testing.assert_close(
+        _losses(run(device="cuda", dtype="float32", liger=True)), _losses(plain)
+    )
 
 
 @pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
 def test_liger_kernels_that_are_not_installed_are_refused(run):
-    with pytest.raises(UserError, match="liger: got true, expected false: liger-kernel is not installed"):
+    with pytest.raises(
+        UserError, match="liger: got true, expected false: liger-kernel is not installed"
+    ):
         run(liger=True)

@@ -1,4 +1,6 @@
-"""A run that is interrupted or killed and resumed is the run that was not: the same losses, the same adapter bit for bit."""
+"""A run that is interrupted or killed and resumed is the run that was not: the same losses, the
+same adapter bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,16 @@ from reft_train.training.outcome import Outcome
 from reft_train.training.session import train
 from transformers import TrainerCallback
 
-from tests.reft_train.runs import adapter_bytes, boolq, command, in_process, instructions, logged, run, write_rows
+from tests.reft_train.runs import (
+    adapter_bytes,
+    boolq,
+    command,
+    in_process,
+    instructions,
+    logged,
+    run,
+    write_rows,
+)
 
 
 class Killed(BaseException):
@@ -60,31 +71,55 @@ def dropping(tmp_path_factory, tiny_llama, tiny_bert):
     for kind, model in {"causal": tiny_llama, "encoder": tiny_bert}.items():
         folders[kind] = Path(shutil.copytree(model, tmp_path_factory.mktemp("dropping") / kind))
         path = folders[kind] / "config.json"
-        rates = dict.fromkeys(("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.1)
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | rates), encoding="utf-8")
+        rates = dict.fromkeys(
+            ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"), 0.1
+        )
+        path.write_text(
+            json.dumps(json.loads(path.read_text(encoding="utf-8")) | rates), encoding="utf-8"
+        )
     return folders
 
 
 # 22 rows: six micro-batches of four, the last one short, three steps an epoch
 CASES = {
     "packed": ("causal", {"epochs": 3, "packing": True, "save_every": 2}),
-    "uneven": ("causal", {"epochs": 3, "batch_size": 3, "accumulation": 3, "save_every": 2, "group_by_length": False}),
-    "streamed": ("causal", {"max_steps": 9, "streaming": True, "shuffle_buffer": 6, "save_every": 2}),
+    "uneven": (
+        "causal",
+        {
+            "epochs": 3,
+            "batch_size": 3,
+            "accumulation": 3,
+            "save_every": 2,
+            "group_by_length": False,
+        },
+    ),
+    "streamed": (
+        "causal",
+        {"max_steps": 9, "streaming": True, "shuffle_buffer": 6, "save_every": 2},
+    ),
     "encoder": ("encoder", {"epochs": 3, "task": "boolq", "save_every": 2}),
     "epochs": ("encoder", {"epochs": 3, "task": "boolq"}),
     "selected": ("encoder", {"epochs": 4, "task": "boolq", "validation": 6, "select": "metric"}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
 def case(request, dropping, tmp_path_factory):
-    """A way to run one case: its arguments for an output folder, and the folder of its uninterrupted run."""
+    """A way to run one case: its arguments for an output folder, and the folder of its
+    uninterrupted run.
+    """
     kind, settings = CASES[request.param]
     folder = tmp_path_factory.mktemp(request.param)
     rows = write_rows(folder / "rows.jsonl", boolq(22) if kind == "encoder" else instructions(22))
 
     def arguments(output: Path, **more) -> list[str]:
-        fixed = {"train": rows, "dropout": 0.1, "skip_test": True, "log_every": 4, "cache": folder / "cache"}
+        fixed = {
+            "train": rows,
+            "dropout": 0.1,
+            "skip_test": True,
+            "log_every": 4,
+            "cache": folder / "cache",
+        }
         return command(dropping[kind], output, **fixed, **settings, **more)
 
     assert trained(arguments(folder / "whole")) is not None
@@ -96,11 +131,15 @@ def same_run(output: Path, whole: Path) -> None:
     assert logged(output, "eval_loss") == logged(whole, "eval_loss")
     assert Outcome.load(output).losses == Outcome.load(whole).losses
     assert adapter_bytes(output / "adapter") == adapter_bytes(whole / "adapter")
-    assert [path.name for path in checkpoints(output)][-1] == [path.name for path in checkpoints(whole)][-1]
+    assert [path.name for path in checkpoints(output)][-1] == [
+        path.name for path in checkpoints(whole)
+    ][-1]
 
 
 @pytest.mark.parametrize("case", CASES, indirect=True)
-@pytest.mark.parametrize("step", [3, 5])  # the end of an epoch, and within one and between two lines of the log
+@pytest.mark.parametrize(
+    "step", [3, 5]
+)  # the end of an epoch, and within one and between two lines of the log
 def test_an_interrupted_run_goes_on_exactly(case, step, tmp_path):
     arguments, whole = case
     stopped = trained(arguments(tmp_path / "run"), At(step, interrupt))
@@ -141,10 +180,19 @@ def wait_for(condition, process, seconds: float = 240) -> None:
 def test_signals_end_a_process_and_its_command_goes_on_exactly(dropping, tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", instructions(22))
     settings = {
-        "train": rows, "dropout": 0.1, "skip_test": True, "max_steps": 60, "save_every": 10, "threads": 1, "log_every": 7,
-    }  # fmt: skip
+        "train": rows,
+        "dropout": 0.1,
+        "skip_test": True,
+        "max_steps": 60,
+        "save_every": 10,
+        "threads": 1,
+        "log_every": 7,
+    }
     outputs = {name: tmp_path / f"the {name} run" for name in ("interrupted", "killed")}
-    processes = {name: in_process(command(dropping["causal"], output, **settings)) for name, output in outputs.items()}
+    processes = {
+        name: in_process(command(dropping["causal"], output, **settings))
+        for name, output in outputs.items()
+    }
     try:
         wait_for(lambda: checkpoints(outputs["interrupted"]), processes["interrupted"])
         processes["interrupted"].send_signal(signal.SIGINT)
@@ -154,10 +202,19 @@ def test_signals_end_a_process_and_its_command_goes_on_exactly(dropping, tmp_pat
     finally:
         for process in processes.values():
             process.kill()
-    assert processes["interrupted"].returncode == 130 and processes["killed"].returncode == -signal.SIGKILL
+    assert (
+        processes["interrupted"].returncode == 130
+        and processes["killed"].returncode == -signal.SIGKILL
+    )
     words = {
-        "interrupted": shlex.split(texts["interrupted"].splitlines()[-1].partition("to go on: ")[2]),
-        "killed": ["reft-train", *command(dropping["causal"], outputs["killed"], **settings), "--resume"],
+        "interrupted": shlex.split(
+            texts["interrupted"].splitlines()[-1].partition("to go on: ")[2]
+        ),
+        "killed": [
+            "reft-train",
+            *command(dropping["causal"], outputs["killed"], **settings),
+            "--resume",
+        ],
     }
     assert words["interrupted"][0] == "reft-train"
     whole = tmp_path / "whole"
@@ -174,15 +231,30 @@ def test_signals_end_a_process_and_its_command_goes_on_exactly(dropping, tmp_pat
 def begun(tmp_path_factory, tiny_llama):
     """The settings of a run that was stopped at its second step."""
     folder = tmp_path_factory.mktemp("begun")
-    settings = {"train": write_rows(folder / "rows.jsonl", instructions(16)), "epochs": 4, "skip_test": True}
+    settings = {
+        "train": write_rows(folder / "rows.jsonl", instructions(16)),
+        "epochs": 4,
+        "skip_test": True,
+    }
     assert trained(command(tiny_llama, folder / "run", **settings), At(2, interrupt)).interrupted
     return folder / "run", settings
 
 
 CHANGES = {
-    "lr": 0.02, "rank": 3, "method": "direft", "batch_size": 2, "accumulation": 1, "seed": 1, "epochs": 5, "dropout": 0.1,
-    "max_length": 32, "packing": True, "positions": "f1", "validation": 2.0, "train_rows": 9,
-}  # fmt: skip
+    "lr": 0.02,
+    "rank": 3,
+    "method": "direft",
+    "batch_size": 2,
+    "accumulation": 1,
+    "seed": 1,
+    "epochs": 5,
+    "dropout": 0.1,
+    "max_length": 32,
+    "packing": True,
+    "positions": "f1",
+    "validation": 2.0,
+    "train_rows": 9,
+}
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -205,7 +277,10 @@ def test_other_data_is_refused_on_resuming(begun, tiny_llama, capsys, tmp_path):
 def test_a_folder_that_holds_a_run_is_refused(begun, tiny_llama, capsys):
     output, settings = begun
     assert run(tiny_llama, output, **settings) == 2
-    assert "which holds a run, expected another folder, --resume or --overwrite" in capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "which holds a run, expected another folder, --resume or --overwrite"
+        in capsys.readouterr().err.splitlines()[-1]
+    )
 
 
 def test_there_must_be_something_to_resume(tiny_llama, tmp_path, capsys):
@@ -222,18 +297,36 @@ def test_overwriting_starts_clean(begun, tiny_llama, tmp_path):
     (used / "report.html").write_text("old")
     assert run(tiny_llama, used, **{**settings, "epochs": 1}, overwrite=True) == 0
     assert run(tiny_llama, tmp_path / "fresh", **{**settings, "epochs": 1}) == 0
-    assert sorted(path.name for path in used.iterdir()) == sorted(path.name for path in (tmp_path / "fresh").iterdir())
+    assert sorted(path.name for path in used.iterdir()) == sorted(
+        path.name for path in (tmp_path / "fresh").iterdir()
+    )
     assert logged(used) == logged(tmp_path / "fresh")
     assert adapter_bytes(used / "adapter") == adapter_bytes(tmp_path / "fresh" / "adapter")
 
 
 def test_the_hint_is_a_command_for_any_folder_name(begun):
     output, _ = begun
-    config = settings_of(parser().parse_args(["run", "--config", str(output / "config.yaml"), "--output", "a b/it's"]))
-    assert shlex.split(resume_hint(config)) == ["reft-train", "run", "--config", "a b/it's/config.yaml", "--resume"]
+    config = settings_of(
+        parser().parse_args(
+            ["run", "--config", str(output / "config.yaml"), "--output", "a b/it's"]
+        )
+    )
+    assert shlex.split(resume_hint(config)) == [
+        "reft-train",
+        "run",
+        "--config",
+        "a b/it's/config.yaml",
+        "--resume",
+    ]
 
 
 def test_the_settings_that_are_kept_ask_neither_to_resume_nor_to_overwrite(begun):
     values = read_yaml(begun[0] / "config.yaml")
-    assert values["resume"] is False and values["overwrite"] is False and values["output"] == str(begun[0])
-    assert dump_yaml(settings_of(parser().parse_args(["run", "--config", str(begun[0] / "config.yaml")])))
+    assert (
+        values["resume"] is False
+        and values["overwrite"] is False
+        and values["output"] == str(begun[0])
+    )
+    assert dump_yaml(
+        settings_of(parser().parse_args(["run", "--config", str(begun[0] / "config.yaml")]))
+    )

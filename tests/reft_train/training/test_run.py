@@ -1,4 +1,6 @@
-"""Whole runs of the command: what they leave, that every method trains, and that what is left is what was trained."""
+"""Whole runs of the command: what they leave, that every method trains, and that what is left is
+what was trained.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,15 @@ from safetensors.torch import load_file
 from tests.reft_train.runs import adapter_bytes, boolq, instructions, logged, run, write_rows
 
 KINDS = ("causal", "seq2seq", "classification")
-FILES = ("config.yaml", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "log.jsonl", "results.json",
-         "loss.png", "report.html")  # fmt: skip
+FILES = (
+    "config.yaml",
+    "adapter/adapter_model.safetensors",
+    "adapter/adapter_config.json",
+    "log.jsonl",
+    "results.json",
+    "loss.png",
+    "report.html",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +44,10 @@ def finished(tmp_path_factory, tiny_llama, tiny_t5, tiny_bert):
         "classification": (tiny_bert, {"task": "boolq", "data": folder / "data"}),
     }
     outputs = {kind: folder / kind for kind in KINDS}
-    codes = {kind: run(model, outputs[kind], report=True, **settings) for kind, (model, settings) in given.items()}
+    codes = {
+        kind: run(model, outputs[kind], report=True, **settings)
+        for kind, (model, settings) in given.items()
+    }
     assert codes == dict.fromkeys(KINDS, 0)
     return outputs
 
@@ -83,10 +95,16 @@ def test_a_reloaded_adapter_gives_the_logits_of_the_last_checkpoint_bit_for_bit(
 
 
 def test_predictions_are_scored_one_line_a_row(finished):
-    lines = (finished["classification"] / "predictions" / "boolq.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (
+        (finished["classification"] / "predictions" / "boolq.jsonl")
+        .read_text(encoding="utf-8")
+        .splitlines()
+    )
     rows = [json.loads(line) for line in lines]
     right = sum(row["prediction"] == row["answer"] for row in rows) / len(rows)
-    assert len(rows) == 6 and Outcome.load(finished["classification"]).tests["boolq"] == {"accuracy": right}
+    assert len(rows) == 6 and Outcome.load(finished["classification"]).tests["boolq"] == {
+        "accuracy": right
+    }
 
 
 # ---- methods
@@ -103,22 +121,45 @@ def start_of(output) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_method_trains(kind, method, tmp_path, capsys, request):
-    model = request.getfixturevalue({"causal": "tiny_llama", "seq2seq": "tiny_t5", "classification": "tiny_bert"}[kind])
+    model = request.getfixturevalue(
+        {"causal": "tiny_llama", "seq2seq": "tiny_t5", "classification": "tiny_bert"}[kind]
+    )
     task, rows = ("boolq", boolq(8)) if kind == "classification" else ("jsonl", instructions(8))
     output = tmp_path / "run"
-    settings = {"task": task, "method": method, "train": write_rows(tmp_path / "rows.json", rows), "max_steps": 3, "warmup": 0}
+    settings = {
+        "task": task,
+        "method": method,
+        "train": write_rows(tmp_path / "rows.json", rows),
+        "max_steps": 3,
+        "warmup": 0,
+    }
     code = run(model, output, skip_test=True, **settings)
     if (kind, method) in LACKING:
-        assert code == 2 and f"method: got {method!r}" in capsys.readouterr().err and not output.exists()
+        assert (
+            code == 2
+            and f"method: got {method!r}" in capsys.readouterr().err
+            and not output.exists()
+        )
         return
     assert code == 0
     outcome = Outcome.load(output)
-    assert len(outcome.losses) == 3 and all(loss == loss and abs(loss) < float("inf") for _, loss in outcome.losses)
+    assert len(outcome.losses) == 3 and all(
+        loss == loss and abs(loss) < float("inf") for _, loss in outcome.losses
+    )
     saved, first = load_file(output / "adapter" / "adapter_model.safetensors"), start_of(output)
-    assert first.keys() and sum(v.numel() for v in saved.values()) >= sum(v.numel() for v in first.values())
+    assert first.keys() and sum(v.numel() for v in saved.values()) >= sum(
+        v.numel() for v in first.values()
+    )
     assert trained_values(outcome) == sum(value.numel() for value in first.values())
-    moved = {name.replace(".default", "").replace(".modules_to_save", ""): value for name, value in first.items()}
-    same = [name for name, value in saved.items() if name in moved and torch.equal(moved[name].cpu(), value)]
+    moved = {
+        name.replace(".default", "").replace(".modules_to_save", ""): value
+        for name, value in first.items()
+    }
+    same = [
+        name
+        for name, value in saved.items()
+        if name in moved and torch.equal(moved[name].cpu(), value)
+    ]
     assert same == []
 
 
@@ -154,7 +195,9 @@ def test_packing_changes_the_batches(tiny_llama, tmp_path, rows, monkeypatch):
         return batch
 
     monkeypatch.setattr(PackingCollator, "__call__", noted)
-    losses(tiny_llama, tmp_path / "packed", train=rows, packing=True, packed_length=128, batch_size=8)
+    losses(
+        tiny_llama, tmp_path / "packed", train=rows, packing=True, packed_length=128, batch_size=8
+    )
     assert any(made < given for given, made in shapes)
 
 
@@ -166,14 +209,20 @@ def test_lengths_are_grouped_unless_it_is_turned_off(tiny_llama, tmp_path, rows)
 
 def test_a_stream_goes_on_over_the_end_of_its_file(tiny_llama, tmp_path, rows):
     # 24 rows are three steps of eight
-    found = losses(tiny_llama, tmp_path / "run", train=rows, streaming=True, max_steps=7, shuffle_buffer=5)
+    found = losses(
+        tiny_llama, tmp_path / "run", train=rows, streaming=True, max_steps=7, shuffle_buffer=5
+    )
     assert len(found) == 7 and Outcome.load(tmp_path / "run").steps == 7
 
 
-def test_a_stream_without_shuffling_learns_what_the_file_in_its_order_teaches(tiny_llama, tmp_path, rows, monkeypatch):
+def test_a_stream_without_shuffling_learns_what_the_file_in_its_order_teaches(
+    tiny_llama, tmp_path, rows, monkeypatch
+):
     from reft_train.data.sampling import ShuffledSampler
 
-    streamed = losses(tiny_llama, tmp_path / "stream", train=rows, streaming=True, max_steps=3, shuffle_buffer=1)
+    streamed = losses(
+        tiny_llama, tmp_path / "stream", train=rows, streaming=True, max_steps=3, shuffle_buffer=1
+    )
     monkeypatch.setattr(ShuffledSampler, "__iter__", lambda self: iter(range(self.count)))
     read = losses(tiny_llama, tmp_path / "read", train=rows, max_steps=3, group_by_length=False)
     assert streamed == read
@@ -183,14 +232,28 @@ def test_a_stream_without_shuffling_learns_what_the_file_in_its_order_teaches(ti
 
 
 @pytest.mark.parametrize("select", ["loss", "metric"])
-def test_the_best_checkpoint_is_published_bit_for_bit(select, tiny_llama, tmp_path, rows, monkeypatch):
+def test_the_best_checkpoint_is_published_bit_for_bit(
+    select, tiny_llama, tmp_path, rows, monkeypatch
+):
     from reft_train.tasks.base import Scored
     from reft_train.tasks.jsonl import Jsonl
 
     # a metric that changes from step to step, whatever the model says
-    monkeypatch.setattr(Jsonl, "score", lambda self, text, example: Scored(text, hash(text + example.prompt) % 3 == 0))
+    monkeypatch.setattr(
+        Jsonl,
+        "score",
+        lambda self, text, example: Scored(text, hash(text + example.prompt) % 3 == 0),
+    )
     output = tmp_path / "run"
-    settings = {"validation": 8, "evaluate_every": 1, "keep": 1, "max_steps": 5, "lr": 0.3, "warmup": 0, "schedule": "constant"}
+    settings = {
+        "validation": 8,
+        "evaluate_every": 1,
+        "keep": 1,
+        "max_steps": 5,
+        "lr": 0.3,
+        "warmup": 0,
+        "schedule": "constant",
+    }
     assert run(tiny_llama, output, train=rows, select=select, skip_test=True, **settings) == 0
     name, better = ("eval_loss", min) if select == "loss" else ("eval_exact_match", max)
     scored = logged(output, name)
@@ -198,13 +261,19 @@ def test_the_best_checkpoint_is_published_bit_for_bit(select, tiny_llama, tmp_pa
     assert len(scored) == 5
     assert adapter_bytes(output / "adapter") == adapter_bytes(output / f"checkpoint-{best}")
     assert Outcome.load(output).validation[name.removeprefix("eval_")] == dict(scored)[best]
-    assert [path.name for path in checkpoints(output)] == sorted({f"checkpoint-{best}", "checkpoint-5"})
+    assert [path.name for path in checkpoints(output)] == sorted(
+        {f"checkpoint-{best}", "checkpoint-5"}
+    )
 
 
 def test_without_selection_the_last_step_is_published(tiny_llama, tmp_path, rows):
-    assert run(tiny_llama, tmp_path / "run", train=rows, epochs=2, save_every=2, skip_test=True) == 0
+    assert (
+        run(tiny_llama, tmp_path / "run", train=rows, epochs=2, save_every=2, skip_test=True) == 0
+    )
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-6"]
-    assert adapter_bytes(tmp_path / "run" / "adapter") == adapter_bytes(tmp_path / "run" / "checkpoint-6")
+    assert adapter_bytes(tmp_path / "run" / "adapter") == adapter_bytes(
+        tmp_path / "run" / "checkpoint-6"
+    )
 
 
 def head_and_rest(output) -> tuple[dict, dict]:
@@ -221,13 +290,19 @@ def test_a_head_has_a_learning_rate_of_its_own(tiny_bert, tmp_path):
         assert run(tiny_bert, output, head_lr=lr, **settings) == 0
     heads, edits = zip(*(head_and_rest(output) for output in outputs.values()), strict=True)
     still, slow, fast = heads
-    assert all(not torch.equal(slow[name], fast[name]) and not torch.equal(still[name], slow[name]) for name in still)
+    assert all(
+        not torch.equal(slow[name], fast[name]) and not torch.equal(still[name], slow[name])
+        for name in still
+    )
     assert all(torch.equal(edits[0][name], other[name]) for other in edits[1:] for name in edits[0])
 
 
 def test_weight_decay_keeps_r_orthonormal(tiny_llama, tmp_path, rows):
     output = tmp_path / "run"
-    assert run(tiny_llama, output, train=rows, epochs=4, weight_decay=10.0, lr=0.05, skip_test=True) == 0
+    assert (
+        run(tiny_llama, output, train=rows, epochs=4, weight_decay=10.0, lr=0.05, skip_test=True)
+        == 0
+    )
     # Householder products in float32: rounding grows as rank x eps, with room for sqrt(hidden) sums
     bound = 2 * 32**0.5 * torch.finfo(torch.float32).eps
     assert all(error <= bound for _, error in logged(output, "orthonormality"))

@@ -44,10 +44,18 @@ def test_r_is_built_once_an_optimizer_step(accumulation, tiny_llama, tmp_path, r
     built = []
 
     def count(module: torch.nn.Module, arguments: tuple) -> None:
-        if isinstance(module, Intervention) and torch.is_grad_enabled():  # the log measures R without gradients
+        if (
+            isinstance(module, Intervention) and torch.is_grad_enabled()
+        ):  # the log measures R without gradients
             built.append(module)
 
-    settings = {"train": rows, "accumulation": accumulation, "batch_size": 2, "max_steps": 3, "skip_test": True}
+    settings = {
+        "train": rows,
+        "accumulation": accumulation,
+        "batch_size": 2,
+        "max_steps": 3,
+        "skip_test": True,
+    }
     with register_module_forward_pre_hook(count):
         assert run(tiny_llama, tmp_path / "run", **settings) == 0
     assert len(built) == 3
@@ -72,10 +80,29 @@ class Memory(TrainerCallback):
 @pytest.mark.slow  # a thousand steps
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="no /proc/self/statm")
 def test_memory_is_flat_over_a_thousand_steps(tiny_llama, tmp_path, rows):
-    # files, pools and threads reach their size in the first hundreds of steps; the second half is what a long run repeats
+    # files, pools and threads reach their size in the first hundreds of steps; the second half is
+    # what a long run repeats
     memory = Memory((500, 1000))
-    settings = {"train": rows, "max_steps": 1000, "batch_size": 1, "accumulation": 1, "max_length": 16, "positions": "f1+l1"}
-    trained(command(tiny_llama, tmp_path / "run", skip_test=True, save_every=2000, log_every=2000, **settings), memory)
+    settings = {
+        "train": rows,
+        "max_steps": 1000,
+        "batch_size": 1,
+        "accumulation": 1,
+        "max_length": 16,
+        "positions": "f1+l1",
+    }
+    trained(
+        command(
+            tiny_llama,
+            tmp_path / "run",
+            skip_test=True,
+            save_every=2000,
+            log_every=2000,
+            **settings,
+        ),
+        memory,
+    )
     assert memory.tensors[0] == memory.tensors[1]
-    # a step that keeps anything keeps a tensor with its storage and Python objects, over 1 KiB; the step's time is 40 bytes
+    # a step that keeps anything keeps a tensor with its storage and Python objects, over 1 KiB; the
+    # step's time is 40 bytes
     assert memory.resident[1] - memory.resident[0] < 500 * 1024

@@ -11,7 +11,8 @@ struct cluster_group {
   }
 
   template <class T>
-  T* map_shared_rank(T* own, unsigned rank, const char* file = __builtin_FILE(), int line = __builtin_LINE()) const {
+  T* map_shared_rank(T* own, unsigned rank, const char* file = __builtin_FILE(),
+                     int line = __builtin_LINE()) const {
     return static_cast<T*>(emulation::remote_shared(own, rank, {file, line}));
   }
 };

@@ -12,13 +12,16 @@
 
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
-// weak: `extern __shared__` compiles; a static __shared__ array, which would silently be a thread's own, does not
+// weak: `extern __shared__` compiles; a static __shared__ array, which would silently be a thread's
+// own, does not
 #define __shared__ __attribute__((weak))
-// `extern __shared__ T dynamic_arena[]` then declares a pointer to an array, and the name alone is what it points to
+// `extern __shared__ T dynamic_arena[]` then declares a pointer to an array, and the name alone is
+// what it points to
 #define dynamic_arena (*dynamic_arena)
 
 namespace reft_cuda {
-extern unsigned char dynamic_arena[];  // the running block's dynamic shared memory; machine.cpp sets it
+extern unsigned char
+    dynamic_arena[];  // the running block's dynamic shared memory; machine.cpp sets it
 }
 
 extern uint3 threadIdx, blockIdx;
@@ -35,12 +38,13 @@ inline void __syncthreads(const char* file = __builtin_FILE(), int line = __buil
   emulation::barrier(emulation::Wait::kBlock, {file, line});
 }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
   emulation::sync_warp(mask, {file, line});
 }
 
-inline float __shfl_xor_sync(
-    unsigned mask, float value, int lane_mask, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask,
+                             const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   bits = emulation::shuffle_xor(mask, bits, lane_mask, {file, line});
@@ -59,12 +63,14 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 }
 
 template <class... Expected, class... Actual>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...), Actual&&... actual) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Expected...),
+                               Actual&&... actual) {
   static_assert((sizeof(Expected) + ... + 0) <= 4096, "a kernel's parameters take at most 4 KiB");
   using Arguments = std::tuple<void (*)(Expected...), std::remove_cv_t<Expected>...>;
   const Arguments arguments(kernel, std::forward<Actual>(actual)...);
   const auto body = [](const void* given) {
-    std::apply([](auto function, const auto&... each) { function(each...); }, *static_cast<const Arguments*>(given));
+    std::apply([](auto function, const auto&... each) { function(each...); },
+               *static_cast<const Arguments*>(given));
   };
   return emulation::launch(*config, reinterpret_cast<const void*>(kernel), body, &arguments);
 }

@@ -1,4 +1,5 @@
-// Stands in for the CUDA runtime's host interface: what csrc/cuda uses of it, implemented by runtime.cpp.
+// Stands in for the CUDA runtime's host interface: what csrc/cuda uses of it, implemented by
+// runtime.cpp.
 #pragma once
 
 #include <stddef.h>
@@ -28,7 +29,10 @@ struct dim3 {
 
 typedef struct CUstream_st* cudaStream_t;
 
-enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative = 2, cudaLaunchAttributeClusterDimension = 4 };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeCooperative = 2,
+  cudaLaunchAttributeClusterDimension = 4
+};
 
 union cudaLaunchAttributeValue {
   struct {

@@ -1,0 +1,76 @@
+"""What a call costs beside time: launches, and the most memory it holds at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.autograd import DeviceType
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from reft_kernels import host_memory
+
+if TYPE_CHECKING:
+    from benchmarks.harness import Call
+
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+
+
+class _Operators(TorchDispatchMode):
+    """Counts operators that do work: no views, no bare allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        if name not in _FREE and not func.is_view:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches(call: Call, device: str) -> int:
+    """Kernels, copies and fills on a GPU; on a CPU operators, views and bare allocations left
+    out.
+    """
+    with call.context():
+        prepared = call.before()
+        if device == "cpu":
+            with _Operators() as operators:
+                call.run(prepared)
+            return operators.count
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call.run(prepared)
+            torch.cuda.synchronize()
+        return sum(event.device_type == DeviceType.CUDA for event in profile.events())
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """The most memory allocated at once above what stood before the call, by PyTorch's own
+    allocators.
+    """
+    with call.context():
+        prepared = call.before()
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            call.run(prepared)
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated() - before
+        pool = host_memory.limit()
+        host_memory.set_limit(0)  # the profiler would not see what comes from it
+        try:
+            with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True) as profile:
+                kept = call.run(prepared)
+        finally:
+            host_memory.set_limit(pool)
+    held = most = 0
+    for event in sorted(profile.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]" and event.device_type() == DeviceType.CPU:
+            held += event.nbytes()
+            most = max(most, held)
+    del kept
+    return most

@@ -1,0 +1,127 @@
+"""Suite 2: what does a LoReFT edit of f1+l1 to f16+l16 of each prompt cost, and does the sequence
+length matter?
+
+The hidden state is [batch * T, d]; a provider edits the selected rows and hands on a hidden state
+with all other rows as they were. "the rows alone" is the same edit by reft_kernels of a hidden
+state that holds nothing else: what the work itself costs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import reft_kernels
+from benchmarks import edits
+from benchmarks.harness import Call, Case, Provider, Settings, Verdict, sets_for
+from reft_kernels import positions
+
+TITLE = "Edit of selected rows"
+ABOUT = "f1+l1 to f16+l16 of each prompt, in place, whatever the sequence length"
+DTYPES = (torch.float32, torch.bfloat16)
+LENGTHS = (128, 512, 2048, 8192)
+BATCHES = (1, 8, 64)
+COUNTS = (1, 7, 16)
+ALONE = "the rows alone"
+BASE = {"cpu": (8, 512, 7), "cuda": (32, 512, 7)}
+WIDTH, RANK = 4096, 8
+
+
+def shapes(settings: Settings) -> list[tuple[int, int, int]]:
+    """(batch, T, k of fk+lk): a star around the base shape, and the longest sequence with the
+    largest batch that fits.
+    """
+    if settings.quick:
+        return [(2, 64, 2)]
+    batch, length, count = BASE[settings.device]
+    found = [
+        (batch, length, count),
+        *((batch, t, count) for t in LENGTHS),
+        *((n, length, count) for n in BATCHES),
+    ]
+    return list(dict.fromkeys([*found, *((batch, length, k) for k in COUNTS)]))
+
+
+def _gathered(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor) -> Tensor:
+    """Clone, gather, edit, scatter: what a hook does that must not change its input."""
+    out = h.clone()
+    out[rows] = edits.eager_unfolded(h[rows], R, W, b)
+    return out
+
+
+def _gathered_in_place(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor) -> Tensor:
+    """Gather, edit folded, scatter into the same tensor: PyTorch's best."""
+    return h.index_copy_(0, rows, edits.eager_folded(h.index_select(0, rows), R, W, b))
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Every batch, length and number of positions."""
+    device = settings.device
+    d, rank = (128, 4) if settings.quick else (WIDTH, RANK)
+    for dtype in DTYPES[:1] if settings.quick else DTYPES:
+        for batch, length, count in shapes(settings):
+            torch.manual_seed(0)
+            torch.compiler.reset()
+            sets = min(8, sets_for(batch * length * d * dtype.itemsize, device))
+            problems = edits.draw(batch * length, d, rank, dtype, device, sets)
+            spec = f"f{count}+l{count}"
+            rows = positions.resolve(spec, [length] * batch, length, device=device)
+            shape = {"batch": batch, "T": length, "positions": spec, "d": d, "r": rank}
+            yield _case(problems, rows, shape, device)
+
+
+def _case(
+    problems: list[edits.Problem], rows: Tensor, shape: dict[str, object], device: str
+) -> Case:
+    weights, wide = problems[0].weights, rows.long()
+    d, dtype = problems[0].hidden.shape[1], problems[0].hidden.dtype
+    alone = [problem.hidden[wide] for problem in problems]
+    gate = edits.Gate(edits.Problem(alone[0].clone(), torch.empty(0), weights), backward=False)
+
+    def check(edit: edits.Edit) -> Verdict:
+        hidden = problems[0].hidden.index_copy(
+            0, wide, gate.problem.hidden
+        )  # what was timed before has edited it in place
+        out = edit(hidden.clone(), *weights)
+        rest = torch.ones(hidden.shape[0], dtype=torch.bool, device=device).index_fill(
+            0, wide, False
+        )
+        if not torch.equal(out[rest], hidden[rest]):
+            raise RuntimeError("a row that is not selected was changed")
+        return gate(lambda *_: out[wide])
+
+    def provider(
+        edit: edits.Edit, hidden: list[Tensor], backend: str | None = None, **call: bool
+    ) -> Provider:
+        def prepare(k: int) -> Call:
+            def run(_: object) -> Tensor:
+                with torch.no_grad():
+                    return edit(hidden[k], *weights)
+
+            return edits.forced(backend, Call(run, **call), hidden[k])
+
+        own = hidden is not alone
+        return Provider(prepare, check=(lambda: edits.under(backend, check, edit)) if own else None)
+
+    all_hidden = [problem.hidden for problem in problems]
+    inplace = functools.partial(reft_kernels.loreft, inplace=True)
+    providers = {ALONE: provider(inplace, alone)}
+    for name, backend in edits.backends(device).items():
+        providers[name] = provider(functools.partial(inplace, rows=rows), all_hidden, backend)
+    compiled = torch.compile(_gathered_in_place, dynamic=False)
+    providers["eager, clone and scatter"] = provider(
+        functools.partial(_gathered, rows=wide), all_hidden
+    )
+    providers["eager, in place"] = provider(
+        functools.partial(_gathered_in_place, rows=wide), all_hidden
+    )
+    providers["torch.compile, in place"] = provider(
+        functools.partial(compiled, rows=wide), all_hidden, countable=False
+    )
+    moved = edits.least_bytes(rows.numel(), d, weights[0].shape[0], dtype, "forward")
+    return Case(
+        "edit_selected_rows", "forward", shape, dtype, providers, ALONE, len(problems), moved, alone
+    )

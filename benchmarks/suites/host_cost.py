@@ -1,0 +1,85 @@
+"""Suite 6: how many microseconds does a call of each public function cost on the host, and how many
+launches?
+
+Tensors are small, so that little but the host is left: 14 rows of 64, rank 4. On a GPU the column
+``host_us`` is the answer, on a CPU the time is. ``forward`` is without gradients; ``both`` is
+forward and backward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import reft_kernels as rk
+from benchmarks import edits
+from benchmarks.harness import Call, Case, Provider, Settings
+
+TITLE = "Host cost"
+ABOUT = "microseconds and launches of one call of each public function on small tensors"
+ROWS, WIDTH, RANK = 14, 64, 4
+OWN, REFERENCE, EAGER = "reft_kernels", "reft_kernels, torch backend", "eager, unfolded"
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Every function, forward and with its gradients."""
+    torch.manual_seed(0)
+    for name, (function, tensors) in _functions(settings.device).items():
+        for mode in ("forward", "both"):
+            yield _case(name, function, tensors, mode)
+    yield _resolve(settings.device)
+
+
+def _functions(device: str) -> dict[str, tuple[Callable[..., Tensor], list[Tensor]]]:
+    h, X = torch.randn(ROWS, WIDTH, device=device), torch.randn(WIDTH, RANK, device=device) / 8
+    R, W, b = edits.weights(WIDTH, RANK, device)
+    W2, scale, bias = (
+        torch.randn_like(W),
+        torch.randn(WIDTH, device=device),
+        torch.randn(WIDTH, device=device),
+    )
+    return {
+        "loreft": (rk.loreft, [h, R, W, b]),
+        "direft": (rk.direft, [h, R, W, b]),
+        "nodireft": (rk.nodireft, [h, W2, W, b]),
+        "noreft": (rk.noreft, [h, W2, W, b]),
+        "consreft": (rk.consreft, [h, R, b]),
+        "lobireft": (rk.lobireft, [h, R, b]),
+        "red": (rk.red, [h, scale, bias]),
+        "householder": (rk.householder, [X]),
+        "cayley": (rk.cayley, [X]),
+    }
+
+
+def _case(name: str, function: Callable[..., Tensor], tensors: list[Tensor], mode: str) -> Case:
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    with torch.no_grad():
+        grad = torch.randn_like(function(*tensors))
+
+    def provider(function: Callable[..., Tensor], backend: str | None = None) -> Provider:
+        def forward(_: object) -> Tensor:
+            with torch.no_grad():
+                return function(*tensors)
+
+        run = (
+            forward
+            if mode == "forward"
+            else lambda _: torch.autograd.grad(function(*leaves), leaves, grad)
+        )
+        return Provider(lambda _: edits.forced(backend, Call(run), tensors[0]))
+
+    providers = {OWN: provider(function), REFERENCE: provider(function, "torch")}
+    if name == "loreft":
+        providers[EAGER] = provider(edits.eager_unfolded)
+    return Case("host_cost", mode, {"function": name}, torch.float32, providers, REFERENCE)
+
+
+def _resolve(device: str) -> Case:
+    resolve = functools.partial(rk.positions.resolve, "f7+l7", [32] * 8, 64, device=device)
+    providers = {OWN: Provider(lambda _: Call(lambda _: resolve(), capturable=False))}
+    return Case(
+        "host_cost", "forward", {"function": "positions.resolve"}, torch.int32, providers, OWN
+    )

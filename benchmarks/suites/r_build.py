@@ -1,0 +1,139 @@
+"""Suite 3: what does it cost to build R with orthonormal rows, and its gradient, for one layer and
+for 32 in one call?
+
+``torch.nn.utils.parametrizations.orthogonal`` is what pyreft uses; it works on the d x d
+completion. "householder_product" is PyTorch's bare kernel on the d x r reflectors, without the
+completion: the strongest that PyTorch offers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import reft_kernels
+from benchmarks.harness import Call, Case, Provider, Settings, Verdict
+from reft_kernels import dispatch
+
+TITLE = "Build of R"
+ABOUT = (
+    "orthonormal rows by Householder or Cayley, one layer and 32 stacked, forward and with the "
+    "gradient"
+)
+SHAPES = (
+    (1, 768, 8),
+    (1, 2048, 8),
+    (1, 4096, 8),
+    (1, 4096, 32),
+    (1, 8192, 8),
+    (32, 4096, 8),
+    (32, 4096, 1),
+)
+BASELINE = "parametrizations.orthogonal"
+ONE_LAYER = "reft_kernels householder, one layer"
+ORTHONORMAL = 1e-6
+
+
+def cases(settings: Settings) -> Iterator[Case]:
+    """Every shape, forward and with the gradient."""
+    for layers, d, rank in ((1, 256, 4), (4, 256, 4)) if settings.quick else SHAPES:
+        for mode in ("forward", "both"):
+            torch.manual_seed(0)
+            yield case(layers, d, rank, mode, settings.device)
+
+
+def _product(X: Tensor) -> Tensor:
+    """PyTorch's kernel on the reflectors that reft_kernels takes from X: the columns below the
+    diagonal, ones on it.
+    """
+    lower = X.tril(-1)
+    return torch.linalg.householder_product(lower, 2 / (1 + lower.square().sum(-2))).mT
+
+
+def case(layers: int, d: int, rank: int, mode: str, device: str) -> Case:
+    """One shape and mode."""
+    X = torch.randn(layers, d, rank, device=device) / d**0.5
+    G = torch.randn(layers, rank, d, device=device)
+
+    def provider(
+        function: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor]
+    ) -> Provider:
+        def prepare(_: int) -> Call:
+            leaf = X.clone().requires_grad_()
+
+            def forward(_: object) -> Tensor:
+                with torch.no_grad():
+                    return function(leaf)
+
+            return Call(
+                forward
+                if mode == "forward"
+                else lambda _: torch.autograd.grad(function(leaf), leaf, G)
+            )
+
+        return Provider(prepare, check=lambda: _check(function, exact, X, G))
+
+    providers = {
+        "reft_kernels householder": provider(reft_kernels.householder, _product),
+        "reft_kernels cayley": provider(reft_kernels.cayley, _cayley),
+        "householder_product": provider(_product, _product),
+        BASELINE: Provider(
+            lambda _: _orthogonal(layers, d, rank, mode, device),
+            check=lambda: _check_orthogonal(d, rank),
+        ),
+    }
+    baseline = BASELINE
+    if layers > 1:  # PyTorch takes one matrix after the other: one layer's time, as often
+        del providers[BASELINE], providers["householder_product"]
+        baseline = ONE_LAYER
+        providers[ONE_LAYER] = case(1, d, rank, mode, device).providers["reft_kernels householder"]
+    shape = {"layers": layers, "d": d, "r": rank}
+    moved = 2 * X.nbytes if mode == "forward" else 5 * X.nbytes
+    return Case("r_build", mode, shape, X.dtype, providers, baseline, 1, moved, rounds=11)
+
+
+def _orthogonal(layers: int, d: int, rank: int, mode: str, device: str) -> Call:
+    """The parametrization with its defaults; the weight is [d, rank] with orthonormal columns."""
+    linear = torch.nn.Linear(rank, d, bias=False, device=device)
+    torch.nn.utils.parametrizations.orthogonal(linear)
+    leaf, grad = linear.parametrizations.weight.original, torch.randn(d, rank, device=device)
+
+    def forward(_: object) -> Tensor:
+        with torch.no_grad():
+            return linear.weight
+
+    return Call(
+        forward if mode == "forward" else lambda _: torch.autograd.grad(linear.weight, leaf, grad)
+    )
+
+
+def _check_orthogonal(d: int, rank: int) -> Verdict:
+    linear = torch.nn.Linear(rank, d, bias=False)
+    torch.nn.utils.parametrizations.orthogonal(linear)
+    return Verdict(reft_kernels.orthonormality_error(linear.weight.detach().mT), 1e-4)
+
+
+def _cayley(X: Tensor) -> Tensor:
+    """The reference backend's map; the tests hold it to the dense definition."""
+    with dispatch.backend("torch"):
+        return reft_kernels.cayley(X)
+
+
+def _check(
+    function: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor], X: Tensor, G: Tensor
+) -> Verdict:
+    """Rows orthonormal, values and gradient those of fp64."""
+
+    def both(f: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        leaf = X.to(dtype).requires_grad_()
+        R = f(leaf)
+        return R.detach(), torch.autograd.grad(R, leaf, G.to(dtype))[0]
+
+    pairs = zip(both(function, X.dtype), both(exact, torch.float64), strict=True)
+    errors = [float((own.double() - right).abs().max() / right.abs().max()) for own, right in pairs]
+    error = reft_kernels.orthonormality_error(function(X))
+    if error > ORTHONORMAL:
+        return Verdict(error, ORTHONORMAL)
+    return Verdict(max(errors), 256 * torch.finfo(X.dtype).eps)

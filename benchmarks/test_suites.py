@@ -1,0 +1,45 @@
+"""For developers: every suite's quick cases under pytest-benchmark, a group a case and a benchmark
+a provider.
+
+pytest benchmarks --benchmark-only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from benchmarks import harness, suites
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _providers() -> Iterator[object]:
+    settings = harness.Settings(DEVICE, quick=True)
+    for name in suites.NAMES:
+        for case in getattr(suites.load(name), "cases", lambda _: ())(settings):
+            group = f"{name} {case.mode} {case.label}"
+            for provider in case.providers:
+                yield pytest.param(
+                    group, case.providers[provider], id=f"{group} {provider}".replace(" ", "-")
+                )
+
+
+@pytest.mark.parametrize(("group", "provider"), _providers())
+def test_question(benchmark, group, provider):
+    benchmark.group = group
+    try:
+        verdict = provider.check() if provider.check else None
+        call = provider.prepare(0)
+    except harness.Absent as reason:
+        pytest.skip(str(reason))
+    assert verdict is None or verdict.error <= verdict.allowed
+
+    def run(prepared: object) -> None:
+        call.run(prepared)
+        harness.synchronize(DEVICE)
+
+    with call.context():
+        benchmark.pedantic(run, setup=lambda: ((call.before(),), {}), rounds=5, warmup_rounds=1)

@@ -1,0 +1,112 @@
+"""The trainer_thread: one step a call, everything in one thread, errors told, an end that leaves
+nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.trainer_thread import TrainerThread
+
+
+class _Training:
+    """What of a Trainer the trainer_thread meets; ``last`` steps, of which the one of that
+    number fails.
+    """
+
+    def __init__(self, last: int = 100, fails: int = 0) -> None:
+        self.last, self.fails = last, fails
+        self.state, self.begun, self.ended = SimpleNamespace(global_step=0), 0, 0
+        self.seen: list[tuple[threading.Thread, int]] = []
+        self.trainer_thread = TrainerThread(self._context)
+
+    @contextlib.contextmanager
+    def _context(self, callback):
+        self.begun += 1
+        self.callback = callback
+        try:
+            yield self
+        finally:
+            self.ended += 1
+
+    def train(self) -> None:
+        control = SimpleNamespace(should_training_stop=False)
+        while self.state.global_step < self.last and not control.should_training_stop:
+            self.state.global_step += 1
+            if self.state.global_step == self.fails:
+                raise FloatingPointError("the loss is nan")
+            self.seen.append((threading.current_thread(), torch.get_num_threads()))
+            self.callback.on_step_end(None, self.state, control)
+
+
+@pytest.fixture
+def training():
+    made = _Training()
+    yield made
+    made.trainer_thread.close()
+
+
+def test_a_call_is_one_step(training):
+    counts = []
+    for _ in range(3):
+        training.trainer_thread.step()
+        counts.append(training.state.global_step)
+    assert counts == [1, 2, 3] and training.begun == 1
+
+
+def test_tasks_and_steps_share_a_thread_with_the_callers_number_of_threads(training):
+    task = lambda: (threading.current_thread(), torch.get_num_threads())  # noqa: E731
+    before = training.trainer_thread.do(task)
+    training.trainer_thread.step()
+    assert {before, training.trainer_thread.do(task), *training.seen} == {before}
+    assert before[0] is not threading.current_thread() and before[1] == torch.get_num_threads()
+
+
+def test_closing_ends_training_and_thread_and_a_step_begins_anew(training):
+    training.trainer_thread.step()
+    thread = training.seen[0][0]
+    training.trainer_thread.close()
+    assert not thread.is_alive() and (
+        training.begun,
+        training.ended,
+        training.state.global_step,
+    ) == (1, 1, 1)
+    training.trainer_thread.step()
+    assert training.begun == 2
+
+
+def test_closing_without_a_training_begins_none(training):
+    training.trainer_thread.do(int)
+    training.trainer_thread.close()
+    training.trainer_thread.close()
+    assert training.begun == 0
+
+
+def test_a_failing_task_does_not_end_the_training(training):
+    training.trainer_thread.step()
+    with pytest.raises(ZeroDivisionError):
+        training.trainer_thread.do(lambda: 1 / 0)
+    training.trainer_thread.step()
+    assert training.begun == 1 and training.state.global_step == 2
+
+
+def test_what_the_training_raises_is_raised_by_the_step():
+    training = _Training(fails=2)
+    training.trainer_thread.step()
+    with pytest.raises(FloatingPointError, match="the loss is nan"):
+        training.trainer_thread.step()
+    assert training.ended == 1
+    training.trainer_thread.close()
+
+
+def test_a_training_that_is_over_is_told():
+    training = _Training(last=1)
+    training.trainer_thread.step()
+    with pytest.raises(RuntimeError, match="over after 1 steps"):
+        training.trainer_thread.step()
+    training.trainer_thread.close()

@@ -1,0 +1,61 @@
+"""A module held to the error budget: its parameters become leaves beside the hidden state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from tests import budget
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def draws(backend: str, device: str) -> int:
+    """Draws of one budget check; the Triton interpreter is slow."""
+    return 2 if (backend, device) == ("triton", "cpu") else 6
+
+
+def check(
+    make: Callable[[], tuple[nn.Module, dict[str, Tensor], dict, Callable[..., Tensor]]],
+    dtype: torch.dtype,
+    *,
+    inplace: bool = False,
+    draws: int,
+) -> None:
+    """``make`` gives a module, differentiable inputs (the first is edited), fixed arguments and the
+    plain formula.
+
+    The formula takes the inputs and the module's parameters by name.
+    """
+
+    def draw() -> budget.Draw:
+        module, inputs, fixed, formula = make()
+        parameters = {k: p.detach().clone() for k, p in module.named_parameters()}
+        names = list(inputs)
+
+        def engine(**leaves):
+            given = [leaves.pop(name) for name in names]
+            given[0] = given[0].clone() if inplace else given[0]
+            out = torch.func.functional_call(
+                module, leaves, tuple(given), {**fixed, "inplace": inplace}
+            )
+            assert not inplace or out is given[0]
+            return out
+
+        return budget.Draw({**inputs, **parameters}, engine, formula)
+
+    budget.check(draw, dtype, draws=draws)
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """Away from the initial values, so that nothing is zero."""
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(0.3 * torch.randn(p.shape).to(p))
+    return module
+
+
+def rows(device: str, *values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
