@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-full test-transformers4 test-gpu lint bench bench-transformers4 clean
+.PHONY: demo test test-full test-transformers4 test-gpu lint typecheck coverage wheel docs bench bench-transformers4 clean
 
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
@@ -25,7 +25,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-full: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -m "full or not full" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --full $(ARGS)
 
 # every test that needs a GPU, in one command
 test-gpu: $(VENV)/.installed
@@ -43,12 +43,31 @@ $(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py benchm
 	touch $@
 
 test-transformers4: $(VENV)-transformers4/.installed
-	$(VENV)-transformers4/bin/python -m pytest -n 2 tests/model tests/integrations tests/conversion/test_adapterhub.py \
-		--ignore-glob='*test_pyreft_[!a]*' --ignore=tests/integrations/test_pyreft_accelerate.py $(ARGS)
+	$(VENV)-transformers4/bin/python -m pytest -n 2 -m transformers4 $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+
+# the checks of mypy; its configuration is in pyproject.toml
+typecheck: $(VENV)/.installed
+	$(BIN)/python -m mypy
+
+coverage: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+# one wheel for every Python 3, with the native libraries in it: dist/*.whl needs no compiler where it is installed
+wheel: $(VENV)/.installed
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# the documentation as a site, in site/; an environment of its own, since it reads the sources and imports none of them
+$(VENV)-docs/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --constraint constraints.txt mkdocs mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
+docs: $(VENV)-docs/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/python -m mkdocs build --strict $(ARGS)
 
 # every suite that this machine can answer; raw rows under benchmarks/results/, one page that shows them all
 bench: $(VENV)/.installed
@@ -61,4 +80,4 @@ bench-transformers4: $(VENV)-transformers4/.installed
 	$(VENV)-transformers4/bin/python -m benchmarks.run --csv --only training_step --match llama-1024x4 $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers4 build *.egg-info .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-transformers4 build dist site *.egg-info .coverage .mypy_cache .pytest_cache .hypothesis .ruff_cache

@@ -1,11 +1,10 @@
-"""Write the table of figures in the README from the newest raw rows of every device.
+"""Write the tables of figures in docs/measured.md from the newest raw rows of every device.
 
     python -m benchmarks.readme [--check]
 
 What stands between the markers ``<!-- figures -->`` and ``<!-- /figures -->`` is replaced.
-``--check`` writes nothing and tells
-by its exit status whether the README is up to date: 0 yes, 1 no. 2: no markers, or rows that cannot
-be read.
+``--check`` writes nothing and tells by its exit status whether the page is up to date: 0 yes, 1 no.
+2: no markers, or rows that cannot be read.
 
 A suite is shown by few cases, chosen by their shape alone: :data:`PICKED` says which.
 """
@@ -13,6 +12,7 @@ A suite is shown by few cases, chosen by their shape alone: :data:`PICKED` says 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +24,7 @@ from benchmarks.compare import Behind
 from benchmarks.page import NO_GPU, without_gpu
 from benchmarks.rows import RESULTS, Row
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "measured.md"
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
 MOST_LOSSES = 12
 MODES = {
@@ -112,12 +112,13 @@ PICKED: dict[str, Callable[[Sequence[Case]], list[Case]]] = {
 
 
 def _times(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f}"
+    # three digits that count, never in the notation with an exponent
     return (
-        f"1/{1 / value:,.0f}"
-        if 0 < value < 0.01
-        else f"{value:,.0f}"
-        if value >= 100
-        else f"{value:.3g}"
+        f"{value:.3g}"
+        if value >= 1e-4 or value <= 0
+        else f"{value:.{2 - math.floor(math.log10(value))}f}"
     )
 
 
@@ -142,20 +143,22 @@ def _figure(row: Row) -> str:
     return _times(row.ratio) + (f" ({clone:.0%} of clone)" if clone is not None else "")
 
 
-def _joined(figures: Sequence[str]) -> str:
-    return figures[0] if len(set(figures)) == 1 else " / ".join(figures)
-
-
 def _title(row: Row) -> str:
     return suites.load(row.suite).TITLE + MODES.get(row.mode, f", {row.mode}")
 
 
-def _line(group: Sequence[Case]) -> str:
-    """A table row for cases that differ in their dtype alone."""
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+
+def _table(group: Sequence[Case]) -> list[str]:
+    """A heading and a table for cases of one suite, device, mode and baseline: a row for each case
+    and dtype.
+    """
     first = group[0][0]
-    by_name = [{row.provider: row for row in case} for case in group]
-    names = list(dict.fromkeys(name for found in by_name for name in found))
+    names = list(dict.fromkeys(row.provider for case in group for row in case))
     standing = {row.provider for case in group for row in compare.chosen(case)}
+    own = [name for name in names if name in standing]
     others = [
         name
         for name in names
@@ -164,28 +167,31 @@ def _line(group: Sequence[Case]) -> str:
         and name != "torch.clone"
         and not (compare.OURS in standing and name.startswith(compare.OURS))
     ]
-
-    def told(name: str, short: bool) -> str:
-        figures = _joined([_figure(found[name]) if name in found else "-" for found in by_name])
-        said = name.removeprefix(compare.OURS).strip(" ,") if short else name
-        return f"{said} {figures}".strip()
-
-    own = "; ".join(f"**{told(name, True)}**" for name in names if name in standing)
-    base = [found.get(first.baseline) for found in by_name]
-    times = _joined(["-" if row is None else _time(row) for row in base])
-    shape = first.shape + (
-        f" {first.allocator}" if first.allocator not in ("cuda", "malloc") else ""
-    )
-    dtypes = " / ".join(case[0].dtype for case in group)
-    cells = (
-        _title(first),
-        f"{shape}, {dtypes}",
-        first.device,
-        f"{first.baseline}: {times}",
-        own,
-        "; ".join(told(name, False) for name in others),
-    )
-    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+    shown = [first.baseline, *(name for name in own if name != first.baseline), *others]
+    lines = [
+        f"### {_title(first)}",
+        "",
+        f"Device {first.device}; time over that of: {first.baseline}.",
+        "",
+        _row(["case", "dtype", *shown]),
+        f"|{'---|' * (2 + len(shown))}",
+    ]
+    for case in group:
+        found = {row.provider: row for row in case}
+        row = case[0]
+        shape = row.shape + (f" {row.allocator}" if row.allocator not in ("cuda", "malloc") else "")
+        cells = [shape, row.dtype]
+        for name in shown:
+            if name not in found:
+                cells.append("-")
+            elif name == first.baseline:
+                cells.append(_time(found[name]))
+            else:
+                cells.append(
+                    f"**{_figure(found[name])}**" if name in standing else _figure(found[name])
+                )
+        lines.append(_row(cells))
+    return [*lines, ""]
 
 
 def _lines(devices: dict[str, list[Row]]) -> list[str]:
@@ -195,11 +201,9 @@ def _lines(devices: dict[str, list[Row]]) -> list[str]:
             own = list(compare.cases(row for row in found if row.suite == suite))
             groups: dict[tuple[str, ...], list[Case]] = {}
             for case in pick(own) if own else []:
-                row = case[0]
-                groups.setdefault((row.mode, row.shape, row.allocator, row.baseline), []).append(
-                    case
-                )
-            lines += [_line(group) for group in groups.values()]
+                groups.setdefault((case[0].mode, case[0].baseline), []).append(case)
+            for group in groups.values():
+                lines += _table(group)
     return lines
 
 
@@ -245,58 +249,46 @@ def figures(devices: dict[str, list[Row]]) -> str:
     Raises:
         ValueError: rows of a suite that does not exist.
     """
-    lines = _lines(devices)
-    text = [
-        "Time over the baseline's in the same rounds: below 1 is faster. Values with slashes "
-        "follow the dtypes.",
-        "",
-    ]
-    if lines:
-        text += [
-            "| suite | case | device | baseline | reft_kernels | others |",
-            "|---|---|---|---|---|---|",
-            *lines,
-            "",
-        ]
-    text += _losses(devices)
+    text = [*_lines(devices), "### Where others are faster", "", *_losses(devices)]
     missing = [f"- {suites.load(name).TITLE}: {NO_GPU}" for name in without_gpu(devices)]
-    return "\n".join([*text, *([""] if missing else []), *missing])
+    return "\n".join([*text, *(["", "### Not measured", ""] if missing else []), *missing])
 
 
-def filled(readme: str, content: str) -> str:
-    """``readme`` with ``content`` between the markers.
+def filled(page: str, content: str) -> str:
+    """``page`` with ``content`` between the markers.
 
     Raises:
         ValueError: not exactly one pair of markers.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
-    if not begin or not end or readme.count(BEGIN) != 1 or readme.count(END) != 1:
+    if not begin or not end or page.count(BEGIN) != 1 or page.count(END) != 1:
         raise ValueError(f"markers: expected one {BEGIN} and after it one {END}")
     return f"{before}{BEGIN}\n{content}\n{END}{after}"
 
 
-def main(argv: list[str] | None = None, readme: Path = README, results: Path = RESULTS) -> int:
+def main(argv: list[str] | None = None, page: Path = PAGE, results: Path = RESULTS) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.readme", description="Write the README's table of figures."
+        prog="python -m benchmarks.readme",
+        description="Write the tables of figures in docs/measured.md.",
     )
     parser.add_argument(
         "--check",
         action="store_true",
-        help="write nothing, exit with 1 when the README is out of date",
+        help="write nothing, exit with 1 when the page is out of date",
     )
     args = parser.parse_args(argv)
     try:
-        old = readme.read_bytes().decode()
+        old = page.read_bytes().decode()
         new = filled(old, figures(compare.devices(results)))
         if new != old and not args.check:
-            write_text(readme, new)
+            write_text(page, new)
     except compare.UNREADABLE as reason:
         print(f"readme: {reason}", file=sys.stderr)
         return 2
     if args.check and new != old:
         print(
-            f"readme: {readme.name} does not show the newest rows; run python -m benchmarks.readme",
+            f"readme: {page.name} does not show the newest rows; run python -m benchmarks.readme",
             file=sys.stderr,
         )
         return 1

@@ -123,10 +123,12 @@ def convert(
     text.
 
     Args:
-        to, form: "pyreft", "adapterhub" or "peft"; ``form``, the source's, is found out where it is
-            None.
-        options: what the source does not say, or the user says instead. force: replace a folder
-            that is not empty.
+        source: the adapter's folder.
+        target: the folder to write.
+        to: the format to write: "pyreft", "adapterhub" or "peft".
+        form: the source's format; None: it is found out.
+        options: what the source does not say, or the user says instead.
+        force: replace a folder that is not empty.
 
     Returns:
         The neutral form, whose ``notes`` say what to know.

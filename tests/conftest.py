@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -21,6 +23,10 @@ from reft_kernels.dispatch import interpreting
 torch.set_num_threads(1)
 
 _INTEGER_POISON = 0x5A5A5A5A
+_ON_MODELS = [
+    Path(__file__).parent / name for name in ("model", "integrations")
+]  # what depends on transformers' own modules
+_FULL = pytest.StashKey[bool]()
 
 
 def _targets() -> list:
@@ -32,7 +38,9 @@ def _targets() -> list:
     if triton and interpreting():
         targets.append(pytest.param(("triton", "cpu"), id="triton-cpu"))
     if dispatch.unsupported_reason("cuda", "edit", "cpu", torch.float32) is None:
-        targets.append(pytest.param(("cuda", "cpu"), id="cuda-emulated"))
+        targets.append(
+            pytest.param(("cuda", "cpu"), id="cuda-emulated", marks=pytest.mark.emulated)
+        )
     if torch.cuda.is_available():
         targets += [
             pytest.param((name, "cuda"), id=f"{name}-cuda", marks=pytest.mark.gpu)
@@ -107,6 +115,30 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("reft_kernels")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="run the exhaustive tests, marked full, too"
+    )
+
+
 def pytest_configure(config):
-    if not config.option.markexpr:
-        config.option.markexpr = "not full"
+    # an expression that names the marker decides by itself
+    config.stash[_FULL] = (
+        config.option.full or re.search(r"\bfull\b", config.option.markexpr) is not None
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        on_models = any(item.path.is_relative_to(folder) for folder in _ON_MODELS)
+        if on_models and item.get_closest_marker("transformers5") is None:
+            item.add_marker("transformers4")
+    left_out = (
+        []
+        if config.stash[_FULL]
+        else [item for item in items if item.get_closest_marker("full") is not None]
+    )
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item.get_closest_marker("full") is None]

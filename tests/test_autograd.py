@@ -11,7 +11,7 @@ import reft_kernels as rk
 from tests import inputs
 from tests.inputs import Case
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("poison")]
 
 CASE = Case((2, 5), 12, 3, rows=4, activation="gelu")
 

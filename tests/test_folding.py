@@ -16,6 +16,8 @@ from reft_kernels import interventions
 from reft_kernels.folding import fold, merge_linear
 from tests import budget, plain
 
+pytestmark = pytest.mark.engine
+
 D, R, L = 20, 3, 2
 SINGLE = {
     name: getattr(rk, cls.__name__.removeprefix("Stacked"))

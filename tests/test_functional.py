@@ -16,7 +16,7 @@ from reft_kernels.activations import ACTIVATIONS
 from tests import budget, inputs, plain
 from tests.inputs import Case
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("poison")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 REPRESENTATIVE = [

@@ -23,7 +23,7 @@ FAMILY = [name for name in SINGLE if name != "red"]
 ORTHONORMAL = ["loreft", "direft", "consreft", "lobireft"]
 D, R, L = 12, 3, 2
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("poison")]
 
 
 class Calls(TorchDispatchMode):

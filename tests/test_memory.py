@@ -11,6 +11,8 @@ import reft_kernels as rk
 from tests import inputs
 from tests.inputs import Case
 
+pytestmark = pytest.mark.engine
+
 M, D, R = 24, 20, 3
 
 

@@ -9,6 +9,8 @@ import reft_kernels as rk
 from reft_kernels import ops
 from reft_kernels.parametrization import base_point
 
+pytestmark = pytest.mark.engine
+
 M, N, D, R, S = 7, 4, 9, 3, 2
 
 

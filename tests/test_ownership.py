@@ -15,7 +15,7 @@ from reft_kernels import ownership
 from tests import inputs
 from tests.inputs import Case
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("poison")]
 
 D = 12
 CASES = {"rows": Case((2, 5), D, 3, rows=4), "all": Case((2, 5), D, 3)}

@@ -11,7 +11,7 @@ import reft_kernels as rk
 from reft_kernels.parametrization import INVERSES, build
 from tests import budget, plain
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("poison")]
 
 ENGINE = {"householder": rk.householder, "cayley": rk.cayley}
 NAMES = sorted(ENGINE)

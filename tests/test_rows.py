@@ -11,7 +11,7 @@ import reft_kernels as rk
 from tests import budget, inputs, plain
 from tests.inputs import Case
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("poison")]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SELECTED = Case((2, 8), 21, 3, rows=6, coeff=True, activation="gelu")

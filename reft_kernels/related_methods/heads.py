@@ -143,10 +143,12 @@ class LoFiT(_HeadEdit):
     the start, so that the model is unchanged.
 
     Args:
-        num_heads, head_dim: of the attention. heads: the K heads to edit, in ascending order in the
-            parameters; None: all.
-        stage: "tune" or "select". dtype: of the parameters, fp32 when None. device: of the
-            parameters.
+        num_heads: of the attention.
+        head_dim: of the attention.
+        heads: the K heads to edit, in ascending order in the parameters; None: all.
+        stage: "tune" or "select".
+        dtype: of the parameters, fp32 when None.
+        device: of the parameters.
 
     Raises:
         ValueError: an argument out of range.
@@ -211,8 +213,13 @@ class JoLA(_HeadEdit):
     :meth:`expected_open` is the penalty on open gates.
 
     Args:
-        num_heads, head_dim, heads, dtype, device: as :class:`LoFiT`. temperature: beta. stretch:
-            (low, high).
+        num_heads: as :class:`LoFiT`.
+        head_dim: as :class:`LoFiT`.
+        heads: as :class:`LoFiT`.
+        temperature: beta.
+        stretch: (low, high).
+        dtype: as :class:`LoFiT`.
+        device: as :class:`LoFiT`.
 
     Raises:
         ValueError: an argument out of range.

@@ -1,6 +1,4 @@
-"""The README's figures: generated from the newest rows, told when stale, losing cases beside
-winning ones.
-"""
+"""The figures of docs/measured.md: generated from the newest rows, told when stale, losing cases beside winning ones."""
 
 from __future__ import annotations
 
@@ -21,8 +19,8 @@ def _titles(monkeypatch):
 
 @pytest.fixture
 def place(tmp_path):
-    """A README with empty markers, and a folder of results."""
-    path = tmp_path / "README.md"
+    """A page with empty markers, and a folder of results."""
+    path = tmp_path / "measured.md"
     path.write_bytes(f"# Name\n\n{BEGIN}\n{END}\n\nlast line, \u00e9\n".encode())
     return path, write(tmp_path / "results", edits())
 
@@ -34,10 +32,21 @@ def _figures(*found) -> list[str]:
     return readme.figures(devices).splitlines()
 
 
+def _tables(lines: list[str]) -> list[tuple[str, list[list[str]]]]:
+    """Each heading that has a table, with the table's cells, its head first."""
+    found: list[tuple[str, list[list[str]]]] = []
+    for line in lines:
+        if line.startswith("### "):
+            found.append((line.removeprefix("### "), []))
+        elif line.startswith("| "):
+            found[-1][1].append([cell.strip() for cell in line.split("|")[1:-1]])
+    return [(heading, cells) for heading, cells in found if cells]
+
+
 def _table(lines: list[str]) -> list[list[str]]:
-    return [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")
-    ][1:]
+    """The rows of the only table, without its head."""
+    ((_, cells),) = _tables(lines)
+    return cells[1:]
 
 
 def test_check_detects_a_stale_table_and_writing_is_idempotent(place, capsys):
@@ -55,7 +64,7 @@ def test_check_detects_a_stale_table_and_writing_is_idempotent(place, capsys):
     write(results, edits(when="2026-03-01T00:00:00Z", median_ms=7.0))
     assert readme.main(["--check"], *place) == 1
     assert readme.main([], *place) == 0 and path.read_bytes() != first
-    assert [entry.name for entry in path.parent.iterdir() if entry.is_file()] == ["README.md"]
+    assert [entry.name for entry in path.parent.iterdir() if entry.is_file()] == ["measured.md"]
 
 
 def test_a_figure_edited_by_hand_is_stale(place):
@@ -90,29 +99,48 @@ def test_unreadable_rows(place, capsys):
 
 
 def test_winning_and_losing_figures_stand_in_one_line():
-    (line,) = _table(_figures(*edits()))
+    lines = _figures(*edits())
+    ((heading, (head, line)),) = _tables(lines)
+    assert heading == "Title of edit_all_rows, forward"
+    assert "Device some-cpu-2-threads; time over that of: eager, unfolded." in lines
+    assert head == [
+        "case",
+        "dtype",
+        "eager, unfolded",
+        "reft_kernels",
+        "torch.compile, folded",
+        "pyreft",
+    ]
     assert line == [
-        "Title of edit_all_rows, forward",
-        "rows=4096 d=4096 r=8, float32",
-        "some-cpu-2-threads",
-        "eager, unfolded: 4 ms",
+        "rows=4096 d=4096 r=8",
+        "float32",
+        "4 ms",
         "**0.5 (50% of clone)**",
-        "torch.compile, folded 0.312; pyreft absent",
+        "0.312",
+        "absent",
     ]
 
 
-def test_dtypes_share_a_line_and_devices_do_not():
+def test_dtypes_have_lines_and_devices_have_tables_of_their_own():
     half = [row(median=1.0, ratio=0.25, clone_fraction=0.5, dtype="bfloat16")]
-    lines = _table(_figures(*edits(), *half, *edits(**GPU)))
-    assert [line[2] for line in lines] == ["some-cpu-2-threads", "some-gpu"]
-    assert (
-        lines[0][1].endswith("float32 / bfloat16")
-        and lines[0][4] == "**0.5 (50% of clone) / 0.25 (50% of clone)**"
-    )
-    assert (
-        lines[0][3] == "eager, unfolded: 4 ms / -"
-        and lines[0][5] == "torch.compile, folded 0.312 / -; pyreft absent / -"
-    )
+    tables = _tables(_figures(*edits(), *half, *edits(**GPU)))
+    assert [len(cells) for _, cells in tables] == [3, 2]
+    assert tables[0][1][1][1:4] == ["float32", "4 ms", "**0.5 (50% of clone)**"]
+    assert tables[0][1][2] == [
+        "rows=4096 d=4096 r=8",
+        "bfloat16",
+        "-",
+        "**0.25 (50% of clone)**",
+        "-",
+        "-",
+    ]
+
+
+def test_no_cell_has_a_slash():
+    for _, cells in _tables(
+        readme.PAGE.read_text(encoding="utf-8").partition(BEGIN)[2].splitlines()
+    ):
+        assert not [cell for line in cells for cell in line if "/" in cell]
 
 
 def test_losing_cases_are_listed():
@@ -150,7 +178,7 @@ def test_failing_where_others_do_not_is_listed():
         line.endswith("reft_kernels has no time (wrong: error 1), eager, unfolded has one")
         for line in lines
     )
-    assert _table(lines)[0][4] == "**wrong**"
+    assert _table(lines)[0][3] == "**wrong**"
 
 
 def test_gpu_not_measured():
@@ -163,12 +191,10 @@ def test_gpu_not_measured():
 
 
 def _shapes(suite: str, mode: str, *shapes: str) -> list[str]:
-    lines = _table(
-        _figures(
-            *(row(median=1.0, ratio=1.0, suite=suite, mode=mode, shape=shape) for shape in shapes)
-        )
+    found = _figures(
+        *(row(median=1.0, ratio=1.0, suite=suite, mode=mode, shape=shape) for shape in shapes)
     )
-    return [line[1].removesuffix(", float32") for line in lines]
+    return [line[0] for _, cells in _tables(found) for line in cells[1:]]
 
 
 @pytest.mark.parametrize("mode", ["forward", "inside"])
@@ -230,14 +256,11 @@ def test_packing_shows_every_distribution_beside_padding():
         }
         lines += [row("padding", 4.0, ratio=1.0, **case), row("packing", 2.0, ratio=0.5, **case)]
     shown = _table(_figures(*lines))
-    assert [line[1] for line in shown] == [
-        "batch=32 lengths=boolq, float32",
-        "batch=32 lengths=questions, float32",
-    ]
-    assert all(line[3:] == ["padding: 4 ms", "", "packing 0.5"] for line in shown)
+    assert [line[0] for line in shown] == ["batch=32 lengths=boolq", "batch=32 lengths=questions"]
+    assert all(line[1:] == ["float32", "4 ms", "0.5"] for line in shown)
 
 
-def test_very_small_ratios_are_read_as_fractions():
+def test_very_small_ratios_have_three_digits():
     case = {
         "suite": "r_build",
         "mode": "both",
@@ -248,9 +271,14 @@ def test_very_small_ratios_are_read_as_fractions():
         row("reft_kernels householder", 0.05, ratio=1 / 3700, **case),
         row(case["baseline"], 185.0, ratio=1.0, **case),
     ]
-    (line,) = _table(_figures(*found))
-    assert line[3:5] == ["parametrizations.orthogonal: 185 ms", "**householder 1/3,700**"]
+    ((_, (head, line)),) = _tables(_figures(*found))
+    assert head[2:] == [case["baseline"], "reft_kernels householder"] and line[2:] == [
+        "185 ms",
+        "**0.00027**",
+    ]
+    assert readme._times(1 / 45678) == "0.0000219"
 
 
 def test_bars_in_names_do_not_end_cells():
-    assert _table(_figures(*edits(), row("a|b", 3.0, ratio=0.75)))[0][5].endswith("a&#124;b 0.75")
+    ((_, (head, line)),) = _tables(_figures(*edits(), row("a|b", 3.0, ratio=0.75)))
+    assert (head[-1], line[-1]) == ("a&#124;b", "0.75")

@@ -15,6 +15,8 @@ from tests.conversion import folders
 from tests.conversion.exact_edit import exact, ids
 from tests.model.families import make, shake, within
 
+pytestmark = pytest.mark.transformers4
+
 adapters = pytest.importorskip(
     "adapters", reason="adapters (AdapterHub) is not installed; it needs transformers 4.57"
 )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -30,7 +32,14 @@ def _copy(tmp_path: Path) -> Path:
     """The sources alone, as a user would have them."""
     target = tmp_path / "project"
     target.mkdir()
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
+    for name in (
+        "setup.py",
+        "reft_kernels_autoload.py",
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+    ):
         shutil.copy(ROOT / name, target)
     for name in ("csrc", "reft_kernels", "python"):
         shutil.copytree(
@@ -60,6 +69,75 @@ def _wheel(
     return done, sorted(out.glob("*.whl")) if out.exists() else []
 
 
+CLEAN = """
+import sys
+import torch, reft_kernels as rk
+from reft_kernels import cpu
+
+rk.set_backend("cpu")
+hidden, X, W, b = torch.zeros(3, 8), torch.randn(8, 2), torch.randn(2, 8), torch.ones(2)
+rows = rk.positions.from_indices(torch.tensor([[1]]), 3)
+R = rk.householder(X)
+edited = rk.loreft(hidden, R, W, b, rows=rows)
+torch.testing.assert_close(edited[1], b @ R)
+assert not edited[0].any() and not edited[2].any()
+print(rk.__file__, cpu.LIBRARY)
+"""
+
+
+def _clean_environment(folder: Path) -> Path:
+    """Its interpreter: an environment of its own, which sees torch and what torch needs, and no package of this project."""
+    done = _run(sys.executable, "-m", "venv", "--without-pip", folder)
+    assert done.returncode == 0, done.stderr
+    python = folder / "bin" / "python"
+    site = Path(
+        _run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip()
+    )
+    own = {"reft_kernels", "reft_train", "reft_kernels_autoload.py"}
+    for place in {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}:
+        for entry in place.iterdir():
+            another = (
+                not entry.name.startswith(("reft_kernels-", "__editable__"))
+                and entry.suffix != ".pth"
+            )
+            if another and entry.name not in own:
+                (site / entry.name).symlink_to(entry)
+    return python
+
+
+@pytest.mark.slow
+def test_make_wheel_builds_what_installs_without_a_compiler(tmp_path):
+    """The wheel of `make wheel`, installed by pip into a clean environment whose PATH has no compiler, and one edit."""
+    project = _copy(tmp_path)
+    shutil.copy(ROOT / "Makefile", project)
+    recipe = re.search(
+        r"^wheel:.*\n\t(.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    command = recipe[1].replace("$(BIN)/python", sys.executable).split()
+    built = _run(*command, cwd=project, REFT_KERNELS_BUILD_CUDA="0")
+    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    (wheel,) = (project / "dist").glob("*.whl")
+    python = _clean_environment(tmp_path / "clean")
+    bare = {
+        "PATH": str(python.parent),
+        "CXX": "no-such-compiler",
+        "PYTHONPATH": None,
+        "REFT_KERNELS_BACKEND": None,
+    }
+    before = _run(python, "-c", "import reft_kernels", cwd=tmp_path, **bare)
+    assert before.returncode != 0 and "ModuleNotFoundError" in before.stderr
+    installed = _run(
+        python, "-m", "pip", "install", "--no-index", "--no-deps", wheel, cwd=tmp_path, **bare
+    )
+    assert installed.returncode == 0, installed.stderr[-3000:]
+    ran = _run(python, "-c", CLEAN, cwd=tmp_path, **bare)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    module, library = (Path(part) for part in ran.stdout.split())
+    assert module.is_relative_to(tmp_path / "clean") and library == module.parent / "_native_cpu.so"
+    command = _run(python.parent / "reft-train", "--help", cwd=tmp_path, **bare)
+    assert command.returncode == 0 and "compare" in command.stdout, command.stderr
+
+
 @pytest.mark.slow
 def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path):
     done, wheels = _wheel(_copy(tmp_path), tmp_path / "wheels", REFT_KERNELS_BUILD_CUDA="0")
@@ -73,7 +151,10 @@ def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path
         for p in (ROOT / "python" / "reft_train").rglob("*.py")
     }
     kept = {name for name in names if ".dist-info/" not in name}
-    assert kept == modules | {"reft_kernels/_native_cpu.so"}
+    typed = {f"{package}/py.typed" for package in ("reft_kernels", "reft_train")}
+    assert kept == modules | typed | {"reft_kernels/_native_cpu.so", "reft_kernels_autoload.py"}
+    (license,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
+    assert zipfile.ZipFile(wheel).read(license) == (ROOT / "LICENSE").read_bytes()
     # and it works from where it is unpacked, in a process that has never seen this checkout
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     use = "import torch, reft_kernels as rk; from reft_kernels import cpu; rk.set_backend('cpu')\n"

@@ -30,6 +30,7 @@ _WHY_NOT = (
     else "needs a CUDA GPU"
 )
 pytestmark = [
+    pytest.mark.kernels,
     *([] if EMULATED else [pytest.mark.gpu]),
     pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)),
     pytest.mark.usefixtures("poison", "_forced"),
@@ -88,10 +89,31 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("activation", ["linear", "gelu"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", EDITS.values(), ids=EDITS.keys())
-@pytest.mark.parametrize("name", plain.MEMBERS)
+def _edits() -> list:
+    """Every member, case, dtype and activation; most of them are left out of the emulation's default set."""
+    found = []
+    for name, case, dtype, activation in itertools.product(
+        plain.MEMBERS, EDITS, DTYPES, ("linear", "gelu")
+    ):
+        kept = (name, activation, dtype) in (
+            ("noreft", "gelu", torch.bfloat16),
+            ("loreft", "linear", torch.float32),
+        )
+        marks = () if kept else pytest.mark.emulation_full
+        found.append(
+            pytest.param(
+                name,
+                EDITS[case],
+                dtype,
+                activation,
+                id=f"{name}-{case}-{dtype}-{activation}",
+                marks=marks,
+            )
+        )
+    return found
+
+
+@pytest.mark.parametrize(("name", "case", "dtype", "activation"), _edits())
 def test_error_budget(name, case, dtype, activation):
     case = case._replace(activation=activation)
     budget.check(lambda: inputs.draw(name, case, dtype, DEVICE), dtype)
@@ -343,18 +365,21 @@ def _grads(layers, d, r):
 @pytest.mark.parametrize("base", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_outputs_and_gradient(name, shape, base):
     _check(name, [(_build_inputs(*shape, base=base), _grads(*shape)) for _ in range(2)])
 
 
 @pytest.mark.parametrize("r", [2, 4, 7, 9, 15, 17, 24, 31, 63, 64, 65, 128, 255])
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_ranks_of_the_maps(name, r):
     _check(name, [(_build_inputs(2, 300, r, base=True), _grads(2, 300, r)) for _ in range(2)])
 
 
 @pytest.mark.parametrize("shape", [(24, 3), (2, 40, 8), (1, 1024, 8)], ids=str)
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_equals_the_definition(name, shape):
     """householder is torch.linalg.householder_product, cayley the d x d transform: forward and
     gradient, in the budget.
@@ -369,6 +394,7 @@ def test_equals_the_definition(name, shape):
 
 @pytest.mark.parametrize(("signs", "W"), list(itertools.product([False, True], repeat=2)))
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_without_signs_or_W(name, signs, W):
     grad_R, grad_D = _grads(2, 19, 3)
     _check(name, [(_build_inputs(2, 19, 3, signs=signs, W=W), (grad_R, grad_D if W else None))])
@@ -378,6 +404,7 @@ def test_without_signs_or_W(name, signs, W):
     "present", [(True, False), (False, True), (False, False)], ids=["R", "D", "none"]
 )
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_gradients_that_are_none(name, present):
     grads = [t if given else None for t, given in zip(_grads(2, 21, 4), present, strict=True)]
     for base in (False, True):
@@ -386,12 +413,14 @@ def test_gradients_that_are_none(name, present):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_half_precision_X(name, dtype):
     _check(name, [(_build_inputs(3, 37, 5, dtype=dtype), _grads(3, 37, 5)) for _ in range(2)])
 
 
 @pytest.mark.parametrize("shape", [(2, 40, 4), (1, 4096, 8), (1, 700, 48)], ids=str)
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_strided_inputs_and_two_runs_are_bit_identical_for_the_maps(name, shape):
     given, grads = _build_inputs(*shape, base=True), _grads(*shape)
     first = _both(cuda, name, given, grads)
@@ -406,6 +435,7 @@ def test_strided_inputs_and_two_runs_are_bit_identical_for_the_maps(name, shape)
 @_emulation_alone
 @pytest.mark.parametrize("shape", [(2, 40, 4), (1, 4096, 8), (1, 700, 48)], ids=str)
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_the_order_of_threads_changes_no_bit_of_the_maps(name, shape):
     given, grads = _build_inputs(*shape, base=True), _grads(*shape)
     first, *others = _in_each_order(lambda: _both(cuda, name, given, grads))
@@ -414,6 +444,7 @@ def test_the_order_of_threads_changes_no_bit_of_the_maps(name, shape):
 
 @pytest.mark.parametrize("shape", [(2, 33, 4), (1, 2048, 8), (1, 600, 40)], ids=str)
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_zero_X_is_exactly_the_base_point(name, shape):
     X, signs, base, point, W = _build_inputs(*shape, base=True)
     R, D, _ = getattr(cuda, name)(torch.zeros_like(X), signs, base, point, W)
@@ -424,6 +455,7 @@ def test_zero_X_is_exactly_the_base_point(name, shape):
 @pytest.mark.parametrize("r", [1, 8, 32, 64])
 @pytest.mark.parametrize("scale", [0.3, math.sqrt(8192)])
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_orthonormal_rows_at_d_8192(name, scale, r):
     R, _, _ = getattr(cuda, name)(
         *_build_inputs(1, 8192, r, scale=scale / math.sqrt(8192), W=False)
@@ -432,6 +464,7 @@ def test_orthonormal_rows_at_d_8192(name, scale, r):
 
 
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_entries_that_are_not_read(name):
     """On and above the diagonal of the top block: any value, NaN too."""
     given, grads = _build_inputs(2, 21, 4), _grads(2, 21, 4)
@@ -446,6 +479,7 @@ def test_entries_that_are_not_read(name):
 
 
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_no_layers(name):
     X = torch.zeros(0, 8, 2, device=DEVICE)
     R, D, aux = getattr(cuda, name)(X, None, None, None, None)
@@ -455,6 +489,7 @@ def test_no_layers(name):
 
 @pytest.mark.parametrize("shape", [(32, 256, 8), (1, 4096, 8), (1, 600, 40)], ids=str)
 @pytest.mark.parametrize("name", MAPS)
+@pytest.mark.maps
 def test_one_launch_for_all_layers(name, shape):
     given, grads = _build_inputs(*shape), _grads(*shape)
     aux = getattr(cuda, name)(*given)[2]

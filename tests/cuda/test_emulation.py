@@ -24,26 +24,8 @@ from tests.cuda.emulation import build
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "build" / "emulation"
-KERNELS = "tests/cuda/test_cuda_kernels.py"
-ENGINE = [
-    f"tests/{name}.py"
-    for name in (
-        "test_functional",
-        "test_ops",
-        "test_autograd",
-        "test_parametrization",
-        "test_ownership",
-        "test_memory",
-        "test_rows",
-        "test_interventions",
-        "test_folding",
-    )
-]
-MAPS = (
-    "maps or outputs_and_gradient or equals_the_definition or without_signs or that_are_none or "
-    "half_precision_X or zero_X "
-    "or orthonormal_rows or not_read or no_layers or one_launch"
-)
+# the tests of the kernels, and those directly in tests/; markers choose among them
+KERNELS, ENGINE = "tests/cuda", "tests"
 MAP_CASES = ("householder", "cayley")  # of sanitized.cpp
 
 
@@ -68,7 +50,8 @@ def _emulated(arch: int, *command: str, **environment: str) -> subprocess.Comple
 
 
 def _tests(arch: int, *selection: str, **environment: str) -> None:
-    options = ("-x", "-p", "no:cacheprovider", "-p", "no:xdist")
+    # of the folder that is named, nothing below it is collected
+    options = ("-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "norecursedirs=*")
     done = _emulated(arch, "-m", "pytest", *options, *selection, **environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout
@@ -79,24 +62,18 @@ def _tests(arch: int, *selection: str, **environment: str) -> None:
 
 @pytest.mark.slow
 def test_kernels_with_clusters():
-    _tests(
-        900,
-        KERNELS,
-        "-k",
-        "not test_error_budget[ or (noreft and gelu and bfloat16) or (loreft and linear and "
-        "float32)",
-    )
+    _tests(900, KERNELS, "-m", "kernels and not emulation_full")
 
 
 @pytest.mark.slow
 def test_kernels_with_a_cooperative_grid():
-    _tests(800, KERNELS, "-k", MAPS)
+    _tests(800, KERNELS, "-m", "kernels and maps")
 
 
 @pytest.mark.slow
 def test_engine():
     """... with threads in random order."""
-    _tests(900, *ENGINE, "-k", "cuda-emulated", REFT_EMULATION_ORDER="random")
+    _tests(900, ENGINE, "-m", "engine and emulated", REFT_EMULATION_ORDER="random")
 
 
 @pytest.mark.full
@@ -104,14 +81,8 @@ def test_engine():
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 @pytest.mark.parametrize("arch", build.ARCHITECTURES)
 def test_everything(arch, order):
-    _tests(
-        arch,
-        KERNELS,
-        *ENGINE,
-        "-k",
-        "test_cuda_kernels or cuda-emulated",
-        REFT_EMULATION_ORDER=order,
-    )
+    _tests(arch, KERNELS, "-m", "kernels", REFT_EMULATION_ORDER=order)
+    _tests(arch, ENGINE, "-m", "engine and emulated", REFT_EMULATION_ORDER=order)
 
 
 # ---- which tensors the emulation serves

@@ -18,6 +18,8 @@ from reft_kernels.integrations.pyreft.locations import Locations  # noqa: E402
 from tests.integrations.pyreft_models import CLASSES, RANK, build, hold, inputs, step, tied, untied  # noqa: E402
 from tests.model.families import BATCH, BLOCKS, LAYERS, LENGTH, WIDTH, blocks, make  # noqa: E402
 
+pytestmark = pytest.mark.transformers5
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", CLASSES)

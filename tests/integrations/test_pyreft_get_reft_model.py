@@ -30,6 +30,8 @@ from tests.integrations.pyreft_pairs import (
 from tests.integrations.pyreft_pairs import reft_model as build
 from tests.model.families import within
 
+pytestmark = pytest.mark.transformers5
+
 
 def _train(reft_model, optimizer, steps=3):
     inputs, options = model_inputs()

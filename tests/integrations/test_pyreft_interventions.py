@@ -32,6 +32,8 @@ from tests.integrations.pyreft_pairs import (
 )
 from tests.model.families import within
 
+pytestmark = pytest.mark.transformers5
+
 
 def _free_parameters(name):
     """Shapes of what is trained beside R."""

@@ -12,6 +12,8 @@ from reft_kernels import positions
 from reft_kernels.integrations.peft import ReftConfig
 from tests.model.families import make, shake
 
+pytestmark = pytest.mark.transformers5
+
 dataset = pytest.importorskip(
     "pyreft.dataset", reason="the package pyreft is not installed", exc_type=ImportError
 )

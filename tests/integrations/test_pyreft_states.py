@@ -13,6 +13,8 @@ import torch
 from reft_kernels import orthonormality_error
 from tests.integrations.pyreft_pairs import ALL, D, drop_in, moved, ours, pair, r, theirs, weight_of
 
+pytestmark = pytest.mark.transformers5
+
 
 @pytest.mark.parametrize("d", [D, r])  # torch takes another map for a square R
 @pytest.mark.parametrize("name", ALL)

@@ -7,6 +7,8 @@ import torch
 
 from tests.integrations.pyreft_pairs import D, drop_in, moved, ours, pair, r
 
+pytestmark = pytest.mark.transformers5
+
 
 def _notebook(own, base, subspaces, scale=None):
     """LoReFT on chosen columns as pyreft's notebooks write it, example by example."""

@@ -419,9 +419,10 @@ def accelerate_pyreft(reft_model: IntervenableModel) -> Acceleration:
         restores at its end.
 
     Raises:
-        TypeError: not such a model, or an intervention of another class. ValueError: accelerated
-        already, an activation that the engine does not have, or a mode, unit, component or link
-        that it does not serve. Nothing has then been changed.
+        TypeError: not such a model, or an intervention of another class. Nothing has then been
+            changed.
+        ValueError: accelerated already, an activation that the engine does not have, or a mode,
+            unit, component or link that it does not serve. Nothing has then been changed.
 
     Source: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024, equations 2 and
     3; pyreft 0.1, pyvene 0.1.8.
