@@ -12,9 +12,15 @@ from reft_kernels import (
     ops,  # noqa: F401  (declares the operators)
     ownership,
 )
+from reft_kernels.arguments import EditWeights, RedWeights, Selection
 from reft_kernels.checks import check_writable
 
-_op = torch.ops.reft_kernels
+_edit, _edit_ = torch.ops.reft_kernels.edit.default, torch.ops.reft_kernels.edit_.default
+_edit_backward = torch.ops.reft_kernels.edit_backward.default
+_edit_backward_ = torch.ops.reft_kernels.edit_backward_.default
+_red, _red_ = torch.ops.reft_kernels.red.default, torch.ops.reft_kernels.red_.default
+_red_backward = torch.ops.reft_kernels.red_backward.default
+_red_backward_ = torch.ops.reft_kernels.red_backward_.default
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
@@ -66,8 +72,10 @@ def _edit_without_graph(hidden: Tensor, in_place_op, *args) -> Tensor:
     return hidden
 
 
-def _to(grad: Tensor | None, dtype: torch.dtype | None, wanted: bool) -> Tensor | None:
-    return grad.to(dtype) if wanted and grad is not None else None
+def _to(grad: Tensor, dtype: torch.dtype, wanted: bool) -> Tensor | None:
+    if not wanted:
+        return None
+    return grad if grad.dtype is dtype else grad.to(dtype)
 
 
 class _Edit(torch.autograd.Function):
@@ -99,11 +107,11 @@ class _Edit(torch.autograd.Function):
             True,
         )
         if inplace:
-            saved_input, u, z = _edit_rows_of(hidden, _op.edit_, *args)
+            saved_input, u, z = _edit_rows_of(hidden, _edit_, *args)
             ctx.mark_dirty(hidden)
             out = hidden
         else:
-            out, saved_input, u, z = _op.edit(_as_rows(hidden), *args)
+            out, saved_input, u, z = _edit(_as_rows(hidden), *args)
             out = _shaped(out, hidden)
         # over all rows the backward rebuilds the input from the output, which the next layer keeps
         # anyway
@@ -111,7 +119,8 @@ class _Edit(torch.autograd.Function):
             out if rows is None else saved_input, u, z, rows, weight_ids, read, write, coeff
         )
         ctx.settings = (subtract_projection, activation)
-        ctx.bias_dtypes = tuple(None if t is None else t.dtype for t in (read_bias, subtract_bias))
+        ctx.read_bias_dtype = None if read_bias is None else read_bias.dtype
+        ctx.subtract_bias_dtype = None if subtract_bias is None else subtract_bias.dtype
         return out
 
     @staticmethod
@@ -135,10 +144,10 @@ class _Edit(torch.autograd.Function):
             activation,
         )
         if needs[0] and may_overwrite:
-            grads = _edit_rows_of(grad, _op.edit_backward_, *args, need_weights)
+            grads = _edit_rows_of(grad, _edit_backward_, *args, need_weights)
             grad_hidden = grad
         else:
-            grad_hidden, *grads = _op.edit_backward(_as_rows(grad), *args, needs[0], need_weights)
+            grad_hidden, *grads = _edit_backward(_as_rows(grad), *args, needs[0], need_weights)
             grad_hidden = _shaped(grad_hidden, grad) if needs[0] else None
         grad_read, grad_read_bias, grad_write, grad_subtract_bias, grad_coeff = grads
         return (
@@ -146,9 +155,9 @@ class _Edit(torch.autograd.Function):
             None,
             None,
             _to(grad_read, None if read is None else read.dtype, needs[3]),
-            _to(grad_read_bias, ctx.bias_dtypes[0], needs[4]),
+            _to(grad_read_bias, ctx.read_bias_dtype, needs[4]),
             _to(grad_write, write.dtype, needs[5]),
-            _to(grad_subtract_bias, ctx.bias_dtypes[1], needs[6]),
+            _to(grad_subtract_bias, ctx.subtract_bias_dtype, needs[6]),
             _to(grad_coeff, None if coeff is None else coeff.dtype, needs[7]),
             None,
             None,
@@ -161,11 +170,11 @@ class _Red(torch.autograd.Function):
     def forward(ctx, hidden, rows, weight_ids, scale, bias, inplace):
         args = (rows, weight_ids, scale, bias, True)
         if inplace:
-            saved_input = _edit_rows_of(hidden, _op.red_, *args)
+            saved_input = _edit_rows_of(hidden, _red_, *args)
             ctx.mark_dirty(hidden)
             out = hidden
         else:
-            out, saved_input = _op.red(_as_rows(hidden), *args)
+            out, saved_input = _red(_as_rows(hidden), *args)
             out = _shaped(out, hidden)
             saved_input = hidden if rows is None else saved_input
         ctx.save_for_backward(saved_input, rows, weight_ids, scale)
@@ -181,10 +190,10 @@ class _Red(torch.autograd.Function):
         need_weights = needs[3] or needs[4]
         args = (_as_rows(saved_input), rows, weight_ids, scale)
         if needs[0] and may_overwrite:
-            grad_scale, grad_bias = _edit_rows_of(grad, _op.red_backward_, *args, need_weights)
+            grad_scale, grad_bias = _edit_rows_of(grad, _red_backward_, *args, need_weights)
             grad_hidden = grad
         else:
-            grad_hidden, grad_scale, grad_bias = _op.red_backward(
+            grad_hidden, grad_scale, grad_bias = _red_backward(
                 _as_rows(grad), *args, needs[0], need_weights
             )
             grad_hidden = _shaped(grad_hidden, grad) if needs[0] else None
@@ -195,8 +204,25 @@ class _Red(torch.autograd.Function):
         return grad_hidden, None, None, grad_scale, grad_bias, None
 
 
+def operators_check(hidden: Tensor) -> bool:
+    """Whether the operators check all that a call of theirs with ``hidden`` needs, so that nobody
+    else has to.
+
+    Not on a GPU, where they do not wait for the values of ``rows``, nor while a compiler traces.
+    """
+    return (
+        isinstance(hidden, Tensor)
+        and hidden.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+    )
+
+
 def _needs_graph(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _copied_back(hidden: Tensor, out: Tensor) -> Tensor:
@@ -210,21 +236,11 @@ def _copied_back(hidden: Tensor, out: Tensor) -> Tensor:
 
 
 def apply_edit(
-    hidden: Tensor,
-    rows: Tensor | None,
-    weight_ids: Tensor | None,
-    read: Tensor | None,
-    read_bias: Tensor | None,
-    write: Tensor,
-    subtract_bias: Tensor | None,
-    coeff: Tensor | None,
-    subtract_projection: bool,
-    activation: str,
-    inplace: bool,
+    hidden: Tensor, weights: EditWeights, chosen: Selection, activation: str, inplace: bool
 ) -> Tensor:
-    """The general edit with its gradient; arguments as the operator ``reft_kernels::edit``,
-    already checked.
-    """
+    """The general edit with its gradient; ``activation`` by its canonical name."""
+    read, read_bias, write, subtract_bias, subtract_projection = weights
+    rows, weight_ids, coeff = chosen
     args = (
         rows,
         weight_ids,
@@ -236,7 +252,7 @@ def apply_edit(
         subtract_projection,
         activation,
     )
-    graph = _needs_graph(hidden, read, read_bias, write, subtract_bias, coeff)
+    graph = _needs_graph(hidden, write, read, read_bias, subtract_bias, coeff)
     if inplace:
         check_writable(hidden, graph)
     if graph:
@@ -245,19 +261,13 @@ def apply_edit(
         ownership.calibrate()
         return _Edit.apply(hidden, *args, inplace)
     if inplace:
-        return _edit_without_graph(hidden, _op.edit_, *args, False)
-    return _op.edit(_as_rows(hidden), *args, False)[0].view(hidden.shape)
+        return _edit_without_graph(hidden, _edit_, *args, False)
+    return _edit(_as_rows(hidden), *args, False)[0].view(hidden.shape)
 
 
-def apply_red(
-    hidden: Tensor,
-    rows: Tensor | None,
-    weight_ids: Tensor | None,
-    scale: Tensor,
-    bias: Tensor,
-    inplace: bool,
-) -> Tensor:
-    """RED with its gradient; arguments already checked."""
+def apply_red(hidden: Tensor, weights: RedWeights, chosen: Selection, inplace: bool) -> Tensor:
+    """RED with its gradient; it takes no ``coeff``."""
+    (scale, bias), (rows, weight_ids, _) = weights, chosen
     graph = _needs_graph(hidden, scale, bias)
     if inplace:
         check_writable(hidden, graph)
@@ -272,5 +282,5 @@ def apply_red(
         ownership.calibrate()
         return _Red.apply(hidden, rows, weight_ids, scale, bias, inplace)
     if inplace:
-        return _edit_without_graph(hidden, _op.red_, rows, weight_ids, scale, bias, False)
-    return _op.red(_as_rows(hidden), rows, weight_ids, scale, bias, False)[0].view(hidden.shape)
+        return _edit_without_graph(hidden, _red_, rows, weight_ids, scale, bias, False)
+    return _red(_as_rows(hidden), rows, weight_ids, scale, bias, False)[0].view(hidden.shape)

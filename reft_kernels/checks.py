@@ -122,6 +122,36 @@ def mark_rows(rows: Tensor, num_rows: int) -> Tensor:
     return rows
 
 
+def _is_known(index: Tensor, attribute: str, limit: int) -> bool:
+    """Whether ``index`` is as it was when its values were found to lie below ``limit``."""
+    known = getattr(index, attribute, None)
+    return known is not None and known[0] <= limit and known[1] == _version(index)
+
+
+def assert_range(name: str, index: Tensor, low: int, high: int) -> None:
+    """Have the device assert that ``index`` lies in ``[low, high)``, without waiting; once for each
+    tensor.
+
+    A tensor that :func:`check_row_values` knows needs none. Nothing is added to a CUDA graph that
+    is being captured.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or index.numel() == 0
+        or torch.cuda.is_current_stream_capturing()
+    ):
+        return
+    asserted = getattr(index, "_reft_asserted", None)
+    if _is_known(index, "_reft_checked", high) or asserted == (low, high, _version(index)):
+        return
+    least, most = torch.aminmax(index)
+    torch._assert_async(
+        (least >= low) & (most < high), f"{name}: expected numbers in [{low}, {high})"
+    )
+    if not index.is_inference():
+        index._reft_asserted = (low, high, index._version)
+
+
 def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
     """Refuse row numbers out of range or repeated; one synchronisation the first time a GPU tensor
     is seen, none after.
@@ -131,8 +161,7 @@ def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
     """
     if torch.compiler.is_compiling() or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
         return rows
-    known = getattr(rows, "_reft_checked", None)
-    if known is not None and known[0] <= num_rows and known[1] == _version(rows):
+    if _is_known(rows, "_reft_checked", num_rows):
         return rows
     if rows.numel():
         low, high = (int(v) for v in torch.stack(torch.aminmax(rows)).tolist())
@@ -162,8 +191,7 @@ def check_weight_id_values(weight_ids: Tensor, sets: int, name: str = "weight_id
         weight_ids.is_cuda and torch.cuda.is_current_stream_capturing()
     ):
         return
-    known = getattr(weight_ids, "_reft_checked", None)
-    if known is not None and known[0] <= sets and known[1] == _version(weight_ids):
+    if _is_known(weight_ids, "_reft_checked", sets):
         return
     if weight_ids.numel():
         low, high = (int(v) for v in torch.stack(torch.aminmax(weight_ids)).tolist())

@@ -3,6 +3,10 @@
 ``REFT_KERNELS_BACKEND=triton|cuda|cpu|torch`` forces a backend: forced and unable raises. Unset,
 the first able backend of the device's preference list serves, and a choice that costs speed is said
 once, as a warning.
+
+The operators are registered from Python for every device, with this table behind them, and from the
+native library for CPU tensors. While another backend than ``cpu`` is forced, the library hands its
+calls on to the table.
 """
 
 from __future__ import annotations
@@ -46,8 +50,9 @@ class BackendError(RuntimeError):
 
 _lock = threading.Lock()
 _forced: str | None = None
-_table: dict[tuple[str, str, torch.dtype], Callable] = {}
+_table: dict[tuple[str, str, torch.dtype], Callable | None] = {}
 _warned: set[str] = set()
+_native = None  # reft_kernels.cpu, once its library is loaded
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -71,6 +76,30 @@ def set_backend(name: str | None) -> None:
     with _lock:
         _forced = _checked(name, "backend")
         _table.clear()
+        if _native is not None:
+            _native.serve(_is_native())
+
+
+def load_native() -> None:
+    """Load the native CPU library where there is one, before any thread can be in a call of an
+    operator.
+    """
+    global _native
+    module = importlib.import_module(_MODULES["cpu"])
+    if module.load():
+        with _lock:
+            _native = module
+            _native.serve(_is_native())
+
+
+def _is_native() -> bool:
+    """Whether the ``cpu`` backend serves CPU tensors; it does so for every operator and dtype,
+    or for none.
+    """
+    try:
+        return choose("edit", "cpu", torch.float32)[0] == "cpu"
+    except BackendError:  # the calls say it
+        return False
 
 
 @contextlib.contextmanager
@@ -144,19 +173,22 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, di
     raise BackendError(f"no backend serves {operator} on {device_type} {dtype}: {passed_over}")
 
 
-def select(operator: str, tensor: torch.Tensor) -> Callable:
-    """The function that computes ``operator`` for ``tensor``'s device and dtype; decided once,
-    then a dictionary lookup.
+def select(operator: str, tensor: torch.Tensor) -> Callable | None:
+    """The function that computes ``operator`` for ``tensor``'s device and dtype; decided once, then
+    a dictionary lookup.
+
+    None stands for the ``cpu`` backend, which is called by way of PyTorch's dispatcher.
     """
     key = (operator, tensor.device.type, tensor.dtype)
-    function = _table.get(key)
-    if function is None:
-        function = _resolve(key)
-    return function
+    try:
+        return _table[key]
+    except KeyError:
+        return _resolve(key)
 
 
-def _resolve(key: tuple[str, str, torch.dtype]) -> Callable:
+def _resolve(key: tuple[str, str, torch.dtype]) -> Callable | None:
     operator, device_type, dtype = key
+    forced = _forced
     name, passed_over = choose(operator, device_type, dtype)
     for other, reason in passed_over.items():
         if other not in _warned and not (
@@ -167,9 +199,10 @@ def _resolve(key: tuple[str, str, torch.dtype]) -> Callable:
                 f"reft_kernels: backend {other!r} is off ({reason}); {name!r} serves instead",
                 stacklevel=3,
             )
-    function = getattr(importlib.import_module(_MODULES[name]), operator)
+    function = None if name == "cpu" else getattr(importlib.import_module(_MODULES[name]), operator)
     with _lock:
-        _table[key] = function
+        if _forced == forced:  # else another thread has changed it meanwhile
+            _table[key] = function
     return function
 
 

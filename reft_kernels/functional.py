@@ -23,11 +23,16 @@ and appendix.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
-from reft_kernels.autograd import apply_edit, apply_red
+from reft_kernels.activations import ACTIVATIONS, canonical_activation
+from reft_kernels.arguments import EditWeights, RedWeights, Selection
+from reft_kernels.autograd import apply_edit, apply_red, operators_check
 from reft_kernels.checks import check_edit, check_red
 from reft_kernels.deprecation import renamed_argument
+from reft_kernels.ops import restored
 from reft_kernels.parametrization import cayley, householder
 
 __all__ = [
@@ -41,6 +46,56 @@ __all__ = [
     "householder",
     "cayley",
 ]
+
+
+class _Names(NamedTuple):
+    """What a function calls its weights, for its errors; ``read`` is None where it has none."""
+
+    write: str
+    read: str | None
+    read_bias: str
+
+
+_READS_W, _READS_W1, _CONSTANT = (
+    _Names("R", "W", "b"),
+    _Names("W2", "W1", "b"),
+    _Names("R", None, "s"),
+)
+
+
+def _check(
+    names: _Names, hidden: Tensor, weights: EditWeights, chosen: Selection, activation: str
+) -> None:
+    """Say what is wrong in the function's words."""
+    matrices, biases = {names.write: weights.write}, {names.read_bias: weights.read_bias}
+    if names.read is not None:
+        matrices[names.read] = weights.read
+    if weights.subtract_bias is not None:
+        biases["b2"] = weights.subtract_bias
+    check_edit(hidden, matrices, biases, chosen.rows, activation, chosen.coeff, chosen.weight_ids)
+
+
+def _edit(
+    names: _Names,
+    hidden: Tensor,
+    weights: EditWeights,
+    chosen: Selection,
+    activation: str | None,
+    inplace: bool,
+) -> Tensor:
+    """One edit. The operators check their arguments; what is wrong is then said again, in the
+    function's words.
+    """
+    if activation not in ACTIVATIONS:
+        activation = canonical_activation(activation)
+    missing = weights.read_bias is None or (weights.read is None and names.read is not None)
+    if missing or not operators_check(hidden):
+        _check(names, hidden, weights, chosen, activation)
+    try:
+        return apply_edit(hidden, weights, chosen, activation, inplace)
+    except Exception as error:
+        _check(names, hidden, weights, chosen, activation)
+        raise restored(error) from None
 
 
 def loreft(
@@ -61,8 +116,8 @@ def loreft(
     """
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    activation = check_edit(hidden, {"R": R, "W": W}, {"b": b}, rows, activation, coeff, weight_ids)
-    return apply_edit(hidden, rows, weight_ids, W, b, R, None, coeff, True, activation, inplace)
+    weights, chosen = EditWeights(W, b, R, None, True), Selection(rows, weight_ids, coeff)
+    return _edit(_READS_W, hidden, weights, chosen, activation, inplace)
 
 
 def direft(
@@ -81,8 +136,8 @@ def direft(
     """DiReFT, the ablation of LoReFT: h + R^T act(W h + b); shapes as :func:`loreft`."""
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    activation = check_edit(hidden, {"R": R, "W": W}, {"b": b}, rows, activation, coeff, weight_ids)
-    return apply_edit(hidden, rows, weight_ids, W, b, R, None, coeff, False, activation, inplace)
+    weights, chosen = EditWeights(W, b, R, None, False), Selection(rows, weight_ids, coeff)
+    return _edit(_READS_W, hidden, weights, chosen, activation, inplace)
 
 
 def nodireft(
@@ -101,10 +156,8 @@ def nodireft(
     """NodiReFT (the paper's "DiReFT"): h + W2^T act(W1 h + b); W1, W2 ``[r, d]``, unconstrained."""
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    activation = check_edit(
-        hidden, {"W2": W2, "W1": W1}, {"b": b}, rows, activation, coeff, weight_ids
-    )
-    return apply_edit(hidden, rows, weight_ids, W1, b, W2, None, coeff, False, activation, inplace)
+    weights, chosen = EditWeights(W1, b, W2, None, False), Selection(rows, weight_ids, coeff)
+    return _edit(_READS_W1, hidden, weights, chosen, activation, inplace)
 
 
 def noreft(
@@ -126,11 +179,8 @@ def noreft(
     """
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    biases = {"b": b} if b2 is None else {"b": b, "b2": b2}
-    activation = check_edit(
-        hidden, {"W2": W2, "W1": W1}, biases, rows, activation, coeff, weight_ids
-    )
-    return apply_edit(hidden, rows, weight_ids, W1, b, W2, b2, coeff, True, activation, inplace)
+    weights, chosen = EditWeights(W1, b, W2, b2, True), Selection(rows, weight_ids, coeff)
+    return _edit(_READS_W1, hidden, weights, chosen, activation, inplace)
 
 
 def consreft(
@@ -148,8 +198,8 @@ def consreft(
     """ConsReFT: h + R^T (act(s) - R h), a constant source; R ``[r, d]``, s ``[r]``."""
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    activation = check_edit(hidden, {"R": R}, {"s": s}, rows, activation, coeff, weight_ids)
-    return apply_edit(hidden, rows, weight_ids, None, s, R, None, coeff, True, activation, inplace)
+    weights, chosen = EditWeights(None, s, R, None, True), Selection(rows, weight_ids, coeff)
+    return _edit(_CONSTANT, hidden, weights, chosen, activation, inplace)
 
 
 def lobireft(
@@ -167,8 +217,8 @@ def lobireft(
     """LobiReFT: h + R^T act(s), a constant write; R ``[r, d]``, s ``[r]``."""
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    activation = check_edit(hidden, {"R": R}, {"s": s}, rows, activation, coeff, weight_ids)
-    return apply_edit(hidden, rows, weight_ids, None, s, R, None, coeff, False, activation, inplace)
+    weights, chosen = EditWeights(None, s, R, None, False), Selection(rows, weight_ids, coeff)
+    return _edit(_CONSTANT, hidden, weights, chosen, activation, inplace)
 
 
 def red(
@@ -188,5 +238,10 @@ def red(
     """
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    check_red(hidden, scale, bias, rows, weight_ids)
-    return apply_red(hidden, rows, weight_ids, scale, bias, inplace)
+    if not operators_check(hidden):
+        check_red(hidden, scale, bias, rows, weight_ids)
+    try:
+        return apply_red(hidden, RedWeights(scale, bias), Selection(rows, weight_ids), inplace)
+    except Exception as error:
+        check_red(hidden, scale, bias, rows, weight_ids)
+        raise restored(error) from None

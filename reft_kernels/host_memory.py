@@ -70,9 +70,16 @@ def set_limit(mib: int) -> None:
 
 @functools.cache
 def _native():
-    """The pool's operators, once there is an output for it."""
+    """The pool's operators, once the library that has it is loaded."""
     torch.ops.reft_kernels_cpu.set_pool_limit(limit() << 20)
     return torch.ops.reft_kernels_cpu
+
+
+def start() -> None:
+    """Tell the native library its pool's limit: its operators take large outputs from the pool
+    themselves.
+    """
+    _native()
 
 
 def _serves(tensor: Tensor) -> bool:

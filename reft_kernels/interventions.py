@@ -11,35 +11,19 @@ launch; its gradients come back through one stacked backward.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from reft_kernels.activations import activate, canonical_activation
-from reft_kernels.autograd import apply_edit, apply_red
+from reft_kernels.arguments import EditWeights, RedWeights, Selection
+from reft_kernels.autograd import apply_edit, apply_red, operators_check
 from reft_kernels.checks import check_edit, check_red
 from reft_kernels.deprecation import renamed_argument
+from reft_kernels.ops import restored
 from reft_kernels.parametrization import INVERSES, MAX_RANK, PARAMETRIZATIONS, build
 
 INITS = ("identity", "orthogonal")
-
-
-class EditWeights(NamedTuple):
-    """What one layer's edit consumes: the arguments of the general operator."""
-
-    read: Tensor | None
-    read_bias: Tensor | None
-    write: Tensor
-    subtract_bias: Tensor | None
-    subtract_projection: bool
-
-
-class RedWeights(NamedTuple):
-    """What one layer's RED consumes."""
-
-    scale: Tensor
-    bias: Tensor
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
@@ -291,20 +275,8 @@ class Intervention(nn.Module):
         """Edit ``hidden [..., d]`` with one layer's built weights; arguments as in
         :mod:`functional`, not checked.
         """
-        coeff = self._dropout_coeff(hidden, rows, coeff)
-        return apply_edit(
-            hidden,
-            rows,
-            weight_ids,
-            weights.read,
-            weights.read_bias,
-            weights.write,
-            weights.subtract_bias,
-            coeff,
-            weights.subtract_projection,
-            self.activation,
-            inplace,
-        )
+        chosen = Selection(rows, weight_ids, self._dropout_coeff(hidden, rows, coeff))
+        return apply_edit(hidden, weights, chosen, self.activation, inplace)
 
     def _check(self, hidden: Tensor, weights, rows, weight_ids, coeff) -> None:
         matrices = (
@@ -351,10 +323,15 @@ class Intervention(nn.Module):
             weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
         self._check_sets(weight_ids)
         (weights,) = self.build()
-        self._check(hidden, weights, rows, weight_ids, coeff)
-        return self.edit(
-            hidden, weights, rows=rows, weight_ids=weight_ids, coeff=coeff, inplace=inplace
-        )
+        if not operators_check(hidden):
+            self._check(hidden, weights, rows, weight_ids, coeff)
+        try:
+            return self.edit(
+                hidden, weights, rows=rows, weight_ids=weight_ids, coeff=coeff, inplace=inplace
+            )
+        except Exception as error:
+            self._check(hidden, weights, rows, weight_ids, coeff)  # says it in this module's words
+            raise restored(error) from None
 
     def extra_repr(self) -> str:
         text = (
@@ -494,7 +471,7 @@ class RED(Intervention):
         """Edit ``hidden [..., d]`` with one layer's weights; RED takes no ``coeff``."""
         if coeff is not None:
             raise ValueError("coeff: got a tensor, expected None: RED has no subspace")
-        return apply_red(hidden, rows, weight_ids, weights.scale, weights.bias, inplace)
+        return apply_red(hidden, weights, Selection(rows, weight_ids), inplace)
 
     def _check(self, hidden: Tensor, weights: RedWeights, rows, weight_ids, coeff) -> None:
         check_red(hidden, weights.scale, weights.bias, rows, weight_ids)

@@ -4,8 +4,9 @@
 guards the operators themselves, which a program can also call as ``torch.ops.reft_kernels.*``.
 Shapes, dtypes and devices are checked in the implementations and in the fakes. The values of
 ``rows`` and ``weight_ids`` are checked by the implementations on the CPU, once for each tensor
-(:func:`reft_kernels.checks.check_row_values` remembers); elsewhere reading them would wait for the
-device.
+(:func:`reft_kernels.checks.check_row_values` remembers). On a GPU reading them would wait for the
+device: there the device itself asserts their range, once for each tensor that the public functions
+have not checked.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from reft_kernels.activations import ACTIVATIONS
 from reft_kernels.checks import (
     HIDDEN_DTYPES,
+    assert_range,
     check_row_values,
     check_weight_id_values,
     describe,
@@ -41,6 +43,19 @@ def _check_place(name: str, tensor: Tensor, like: Tensor) -> None:
         _refuse(ValueError, name, tensor, f"{like.device}, as the others")
     if tensor.layout is not torch.strided:
         _refuse(ValueError, name, tensor, f"layout torch.strided, not {tensor.layout}")
+
+
+def _check_apart(op: str, written: Tensor, **others: Tensor | None) -> None:
+    """Refuse an argument that lies in the memory which the call writes to, where both are dense."""
+    if not written.is_contiguous():
+        return
+    begin, size = written.data_ptr(), written.nbytes
+    for name, other in others.items():
+        offset = size if other is None else other.data_ptr() - begin
+        if offset >= size or (offset < 0 and offset + other.nbytes <= 0) or not other.numel():
+            continue
+        if other.is_contiguous():
+            _refuse(ValueError, f"{op}: {name}", other, "memory apart from what is written")
 
 
 def _check_hidden(name: str, hidden: Tensor, in_place: bool) -> None:
@@ -84,15 +99,20 @@ def _check_selection(
     """Returns N, the number of entries."""
     count = hidden.shape[0]
     values = not traced and hidden.device.type == "cpu"
+    asserted = not traced and hidden.device.type == "cuda"
     if rows is not None:
         _check_index(f"{op}: rows", rows, None, hidden)
         if values:
             check_row_values(rows, count, f"{op}: rows")
+        elif asserted:
+            assert_range(f"{op}: rows", rows, -1, count)
         count = rows.shape[0]
     if weight_ids is not None:
         _check_index(f"{op}: weight_ids", weight_ids, count, hidden)
         if values:
             check_weight_id_values(weight_ids, sets, f"{op}: weight_ids")
+        elif asserted:
+            assert_range(f"{op}: weight_ids", weight_ids, 0, sets)
     return count
 
 
@@ -150,6 +170,18 @@ def _check_edit(op: str, in_place: bool) -> Callable[..., None]:
         count = _check_selection(op, hidden, rows, weight_ids, shape[0], traced)
         if coeff is not None:
             _check_float(f"{op}: coeff", coeff, (count, shape[-2]), hidden)
+        if in_place and not traced:
+            _check_apart(
+                op,
+                hidden,
+                rows=rows,
+                weight_ids=weight_ids,
+                read=read,
+                read_bias=read_bias,
+                write=write,
+                subtract_bias=subtract_bias,
+                coeff=coeff,
+            )
 
     return check
 
@@ -182,6 +214,19 @@ def _check_edit_backward(op: str, in_place: bool) -> Callable[..., None]:
         _check_exact(f"{op}: saved_input", saved_input, (count, grad.shape[1]), grad.dtype, grad)
         _check_exact(f"{op}: u", u, small, acc, grad)
         _check_exact(f"{op}: z", z, (0,) if activation == "linear" else small, acc, grad)
+        if in_place and not traced:
+            _check_apart(
+                op,
+                grad,
+                saved_input=saved_input,
+                u=u,
+                z=z,
+                rows=rows,
+                weight_ids=weight_ids,
+                read=read,
+                write=write,
+                coeff=coeff,
+            )
 
     return check
 
@@ -199,6 +244,8 @@ def _check_red(op: str, in_place: bool) -> Callable[..., None]:
         _check_scale(op, hidden, scale, weight_ids)
         _check_float(f"{op}: bias", bias, scale.shape, hidden)
         _check_selection(op, hidden, rows, weight_ids, scale.shape[0], traced)
+        if in_place and not traced:
+            _check_apart(op, hidden, rows=rows, weight_ids=weight_ids, scale=scale, bias=bias)
 
     return check
 
@@ -209,6 +256,10 @@ def _check_red_backward(op: str, in_place: bool) -> Callable[..., None]:
         _check_scale(op, grad, scale, weight_ids)
         count = _check_selection(op, grad, rows, weight_ids, scale.shape[0], traced)
         _check_exact(f"{op}: saved_input", saved_input, (count, grad.shape[1]), grad.dtype, grad)
+        if in_place and not traced:
+            _check_apart(
+                op, grad, saved_input=saved_input, rows=rows, weight_ids=weight_ids, scale=scale
+            )
 
     return check
 

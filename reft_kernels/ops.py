@@ -20,6 +20,10 @@ are empty tensors, so that every operator has a fixed arity.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -72,7 +76,8 @@ _library = torch.library.Library("reft_kernels", "DEF")
 
 
 # ---- implementations: allocate what is out of place, then call the backend that serves this device
-# and dtype
+# and dtype; of the cpu
+# ---- backend the native library does both (csrc/cpu/registration.cpp)
 
 
 def _output_like(tensor: Tensor, rows: Tensor | None) -> Tensor:
@@ -83,16 +88,17 @@ def _output_like(tensor: Tensor, rows: Tensor | None) -> Tensor:
     return out if rows is None else out.copy_(tensor)
 
 
-def _edit(hidden: Tensor, rows: Tensor | None, *args):
+def _edit(backend: Callable, hidden: Tensor, rows: Tensor | None, *args):
     out = _output_like(hidden, rows)
-    return out, *dispatch.select("edit", hidden)(hidden, out, rows, *args)
+    return out, *backend(hidden, out, rows, *args)
 
 
-def _edit_(hidden: Tensor, *args):
-    return dispatch.select("edit", hidden)(hidden, hidden, *args)
+def _edit_(backend: Callable, hidden: Tensor, *args):
+    return backend(hidden, hidden, *args)
 
 
 def _edit_backward(
+    backend: Callable,
     grad: Tensor,
     saved_input,
     u,
@@ -108,7 +114,7 @@ def _edit_backward(
     need_weights,
 ):
     out = _output_like(grad, rows) if need_hidden else None
-    grads = dispatch.select("edit_backward", grad)(
+    grads = backend(
         grad,
         out,
         saved_input,
@@ -126,41 +132,35 @@ def _edit_backward(
     return (grad.new_empty(0) if out is None else out), *grads
 
 
-def _edit_backward_(grad: Tensor, *args):
-    return dispatch.select("edit_backward", grad)(grad, grad, *args)
+def _edit_backward_(backend: Callable, grad: Tensor, *args):
+    return backend(grad, grad, *args)
 
 
-def _red(hidden: Tensor, rows: Tensor | None, weight_ids, scale, bias, save):
+def _red(backend: Callable, hidden: Tensor, rows: Tensor | None, weight_ids, scale, bias, save):
     out = _output_like(hidden, rows)
     # out of place over all rows the caller still holds the input: keep no copy of it
-    saved_input = dispatch.select("red", hidden)(
-        hidden, out, rows, weight_ids, scale, bias, save and rows is not None
-    )
+    saved_input = backend(hidden, out, rows, weight_ids, scale, bias, save and rows is not None)
     return out, saved_input
 
 
-def _red_(hidden: Tensor, *args):
-    return dispatch.select("red", hidden)(hidden, hidden, *args)
+def _red_(backend: Callable, hidden: Tensor, *args):
+    return backend(hidden, hidden, *args)
 
 
-def _red_backward(grad: Tensor, saved_input, rows, weight_ids, scale, need_hidden, need_weights):
+def _red_backward(
+    backend: Callable, grad: Tensor, saved_input, rows, weight_ids, scale, need_hidden, need_weights
+):
     out = _output_like(grad, rows) if need_hidden else None
-    grads = dispatch.select("red_backward", grad)(
-        grad, out, saved_input, rows, weight_ids, scale, need_weights
-    )
+    grads = backend(grad, out, saved_input, rows, weight_ids, scale, need_weights)
     return (grad.new_empty(0) if out is None else out), *grads
 
 
-def _red_backward_(grad: Tensor, *args):
-    return dispatch.select("red_backward", grad)(grad, grad, *args)
+def _red_backward_(backend: Callable, grad: Tensor, *args):
+    return backend(grad, grad, *args)
 
 
-def _build(name: str):
-    return lambda X, *args: dispatch.select(name, X)(X, *args)
-
-
-def _build_backward(name: str):
-    return lambda grad_R, grad_D, X, *args: dispatch.select(name, X)(grad_R, grad_D, X, *args)
+def _build(backend: Callable, *args):
+    return backend(*args)
 
 
 # ---- fakes: shapes and dtypes only
@@ -283,29 +283,90 @@ def _build_backward_fake(grad_R, grad_D, X, signs, base, aux):
     return torch.empty_like(X, memory_format=torch.contiguous_format)
 
 
-_IMPLEMENTATIONS = {
-    "edit": (_edit, _edit_fake),
-    "edit_": (_edit_, _edit__fake),
-    "edit_backward": (_edit_backward, _edit_backward_fake),
-    "edit_backward_": (_edit_backward_, _edit_backward__fake),
-    "red": (_red, _red_fake),
-    "red_": (_red_, _red__fake),
-    "red_backward": (_red_backward, _red_backward_fake),
-    "red_backward_": (_red_backward_, _red_backward__fake),
-    "householder": (_build("householder"), _build_fake),
-    "householder_backward": (_build_backward("householder_backward"), _build_backward_fake),
-    "cayley": (_build("cayley"), _build_fake),
-    "cayley_backward": (_build_backward("cayley_backward"), _build_backward_fake),
+class _Operator(NamedTuple):
+    """How an operator is made: by ``implementation(backend, *arguments)``, with ``backend`` the
+    function that :func:`dispatch.select` gives for ``kind`` and the argument at ``like``."""
+
+    implementation: Callable
+    fake: Callable
+    kind: str
+    like: int = 0
+
+
+_OPERATORS = {
+    "edit": _Operator(_edit, _edit_fake, "edit"),
+    "edit_": _Operator(_edit_, _edit__fake, "edit"),
+    "edit_backward": _Operator(_edit_backward, _edit_backward_fake, "edit_backward"),
+    "edit_backward_": _Operator(_edit_backward_, _edit_backward__fake, "edit_backward"),
+    "red": _Operator(_red, _red_fake, "red"),
+    "red_": _Operator(_red_, _red__fake, "red"),
+    "red_backward": _Operator(_red_backward, _red_backward_fake, "red_backward"),
+    "red_backward_": _Operator(_red_backward_, _red_backward__fake, "red_backward"),
+    "householder": _Operator(_build, _build_fake, "householder"),
+    "householder_backward": _Operator(_build, _build_backward_fake, "householder_backward", like=2),
+    "cayley": _Operator(_build, _build_fake, "cayley"),
+    "cayley_backward": _Operator(_build, _build_backward_fake, "cayley_backward", like=2),
 }
+
+
+def _by_backend(name: str, operator: _Operator) -> Callable:
+    """The operator as the backend of its tensors computes it."""
+    overload = getattr(torch.ops.reft_kernels, name).default
+    implementation, _, kind, like = operator
+
+    def computed(*args):
+        backend = dispatch.select(kind, args[like])
+        return overload(*args) if backend is None else implementation(backend, *args)
+
+    return computed
+
+
+_raised = (
+    threading.local()
+)  # error: of this thread's last call that the native library handed on and that failed
+
+
+def restored(error: Exception) -> Exception:
+    """``error``, or the exception that it stands for: through the native library an exception
+    passes without its type.
+    """
+    known, _raised.error = getattr(_raised, "error", None), None
+    return known if known is not None and str(known) == str(error) else error
+
+
+def _handed_on(implementation: Callable, results: int) -> Callable:
+    """``implementation`` for the native library, which raises a plain exception with the text of
+    what is raised here.
+    """
+
+    def called(*args):
+        try:
+            return implementation(*args)
+        except Exception as error:
+            _raised.error = error
+            torch.ops.reft_kernels_cpu.refuse(
+                isinstance(error, (TypeError, ValueError)), str(error)
+            )
+            nothing = tuple(torch.empty(0) for _ in range(results))
+            return nothing if results > 1 else nothing[0]
+
+    return called
+
+
+_handed = torch.library.Library("reft_kernels_python", "DEF")
 
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _implementation, _fake = _IMPLEMENTATIONS[_name]
-    _library.impl(
-        _name, operator_checks.guarded(_name, _schema, _implementation), "CompositeExplicitAutograd"
+    _operator = _OPERATORS[_name]
+    _implementation = operator_checks.guarded(_name, _schema, _by_backend(_name, _operator))
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _handed.define(_name + _schema)
+    _handed.impl(
+        _name,
+        _handed_on(_implementation, _schema.partition("->")[2].count("Tensor")),
+        "CompositeExplicitAutograd",
     )
-    torch.library.register_fake(
-        f"reft_kernels::{_name}",
-        operator_checks.guarded(_name, _schema, _fake, traced=True),
-        lib=_library,
-    )
+    _fake = operator_checks.guarded(_name, _schema, _operator.fake, traced=True)
+    torch.library.register_fake(f"reft_kernels::{_name}", _fake, lib=_library)
+
+dispatch.load_native()

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reft_kernels import (
-    ops,  # noqa: F401  (declares the operators)
-    orthonormal,
-)
+from reft_kernels import ops, orthonormal
 from reft_kernels.dtypes import accumulation_dtype
 from reft_kernels.orthonormal import MAX_RANK, PARAMETRIZATIONS, BasePoint
 
@@ -117,14 +114,17 @@ def build(
     lead = X.shape[:-2]
     flat = X.reshape(-1, d, r)
     signs = base.signs if base is not None else signs
-    R, D = _Build.apply(
-        parametrization,
+    arguments = (
         flat,
         None if signs is None else signs.reshape(-1, r),
         None if base is None else base.reflectors.reshape(-1, d, r),
         None if base is None else base.R.reshape(-1, r, d),
         None if W is None else W.reshape(-1, r, d),
     )
+    try:
+        R, D = _Build.apply(parametrization, *arguments)
+    except RuntimeError as error:
+        raise ops.restored(error) from None
     return R.view(*lead, r, d), (None if W is None else D.view(*lead, r, d))
 
 

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 import reft_kernels as rk
-from reft_kernels import dispatch
+from reft_kernels import cpu, dispatch
 from reft_kernels.dispatch import interpreting
 
 torch.set_num_threads(1)
@@ -101,6 +101,14 @@ def poison(monkeypatch):
         (torch.Tensor, "new_empty_strided"),
     ]:
         monkeypatch.setattr(holder, name, _poisoned(getattr(holder, name)))
+    native = cpu.instruction_set() is not None
+    if native:
+        torch.ops.reft_kernels_cpu.spoil(
+            True
+        )  # as for the outputs that the native library makes itself
+    yield
+    if native:
+        torch.ops.reft_kernels_cpu.spoil(False)
 
 
 hypothesis.settings.register_profile(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 import reft_kernels as rk
-from reft_kernels import dispatch
+from reft_kernels import cpu, dispatch, ops, reference
 from reft_kernels.dispatch import OPERATORS, BackendError
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +113,51 @@ def test_falling_back_is_said_once(monkeypatch):
 
 def test_every_backend_has_every_operator(backend, device):
     for operator in OPERATORS:
-        assert callable(dispatch.select(operator, torch.ones(1, device=device)))
+        function = dispatch.select(operator, torch.ones(1, device=device))
+        assert _is_native(operator) if function is None else callable(function)
+
+
+def _is_native(operator: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"reft_kernels::{operator}", "CPU")
+
+
+@pytest.mark.skipif(
+    cpu.instruction_set() is None, reason="the native library of this package is not built here"
+)
+def test_the_native_kernels_are_the_operators_while_they_serve(monkeypatch):
+    """No Python runs then: neither the table nor the door."""
+    call = torch.ones(1, 2), None, None, torch.ones(2), torch.ones(2), False
+    assert all(map(_is_native, ops.SCHEMAS))
+    selected = []
+    monkeypatch.setattr(dispatch, "select", lambda *key: selected.append(key) or reference.red)
+    for name, handed_on in (("cpu", 0), ("torch", 1), (None, 1)):
+        with rk.backend(name):
+            assert torch.ops.reft_kernels.red(*call)[0].tolist() == [[2.0, 2.0]]
+        assert len(selected) == handed_on
+
+
+@pytest.mark.skipif(
+    cpu.instruction_set() is None, reason="the native library of this package is not built here"
+)
+def test_backends_are_forced_while_others_run():
+    """Every call is served by one backend or the other."""
+    hidden, scale = torch.randn(64, 32), torch.randn(32)
+    want = scale * hidden + scale
+    done = threading.Event()
+
+    def work(_) -> bool:
+        right = True
+        while not done.is_set():
+            right &= torch.allclose(rk.red(hidden, scale, scale), want)
+        return right
+
+    with rk.backend(None), ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(work, i) for i in range(3)]
+        for _ in range(300):
+            rk.set_backend("torch")
+            rk.set_backend("cpu")
+        done.set()
+        assert all(r.result() for r in running)
 
 
 def test_the_environment_forces():

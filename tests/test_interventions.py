@@ -415,13 +415,10 @@ def test_red_has_no_activation_dropout_or_coeff():
         rk.RED(8)(torch.randn(2, 8), coeff=torch.ones(2, 1))
 
 
-def test_wrong_hidden_is_refused_before_anything_runs():
-    module = rk.LoReFT(D, R)
-    module.build()
-    with (
-        Calls() as calls,
-        pytest.raises(ValueError, match=r"^write: got shape \(3, 12\), expected \[r, 11\]"),
-    ):
-        module(torch.randn(4, D - 1))
-    assert not any(n.startswith("edit") for n in calls.engine)
+def test_wrong_hidden_is_refused_before_anything_is_written():
+    module, hidden = rk.LoReFT(D, R), torch.randn(4, D - 1)
+    before = hidden.clone()
+    with pytest.raises(ValueError, match=r"^write: got shape \(3, 12\), expected \[r, 11\]"):
+        module(hidden, inplace=True)
+    assert torch.equal(hidden, before)
     assert checks.num_rows_of(torch.zeros(2, 3, D)) == 6

@@ -1,308 +1,412 @@
-// What the operators of registration.cpp ask of their arguments: everything that a kernel presumes
-// of memory it touches. Kernels trust shapes, dtypes, strides, row numbers and set numbers; a call
-// that breaks one throws before any is entered.
+// What the operators of registration.cpp ask of their arguments, before anything is allocated or
+// written: what the operators mean and everything that a kernel presumes of the memory it touches.
+// The words are those of reft_kernels/operator_checks.py, which guards the other backends. A
+// refusal is std::invalid_argument, which PyTorch raises as ValueError.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <initializer_list>
-#include <optional>
+#include <limits>
+#include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "edit.h"
 
 namespace reft {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 using Sizes = std::initializer_list<int64_t>;
 
 constexpr int64_t kMaxRank = 256;  // kernels hold one row's coefficients in arrays of this size
+constexpr const char* kActivations[] = {"linear", "relu", "gelu",   "gelu_tanh",
+                                        "silu",   "tanh", "sigmoid"};
+constexpr const char* kFloatingNames =
+    "torch.float32, torch.bfloat16, torch.float16, torch.float64";
 
-inline bool has_sizes(const Tensor& tensor, Sizes sizes) {
-  if (tensor.dim() != int64_t(sizes.size())) return false;
-  int64_t i = 0;
-  for (int64_t size : sizes)
-    if (tensor.sizes()[i++] != size) return false;
-  return true;
-}
-
-inline std::string text(Sizes sizes) {
-  std::string out = "[";
-  for (int64_t size : sizes) out += (out.size() > 1 ? ", " : "") + std::to_string(size);
-  return out + "]";
+// PyTorch's number of a tensor's dtype.
+inline int32_t code_of(const Tensor& tensor) {
+  int32_t code = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  return code;
 }
 
-inline bool is_floating(ScalarType dtype) {
-  return dtype == ScalarType::Float || dtype == ScalarType::Double ||
-         dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+// The numbers of the dtypes that are served, asked for once.
+struct Codes {
+  int32_t float32 = aoti_torch_dtype_float32(), float64 = aoti_torch_dtype_float64();
+  int32_t bfloat16 = aoti_torch_dtype_bfloat16(), float16 = aoti_torch_dtype_float16();
+  int32_t int32 = aoti_torch_dtype_int32();
+};
+inline const Codes kCodes;
+
+inline bool is_floating(int32_t code) {
+  return code == kCodes.float32 || code == kCodes.bfloat16 || code == kCodes.float16 ||
+         code == kCodes.float64;
 }
 
-// The dtype of sums over `dtype`.
-inline ScalarType sum_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+// The dtype of sums over a dtype.
+inline int32_t sum_code(int32_t code) {
+  return code == kCodes.float64 ? kCodes.float64 : kCodes.float32;
 }
 
-inline void check_sizes(const char* name, const Tensor& tensor, Sizes sizes) {
-  STD_TORCH_CHECK(has_sizes(tensor, sizes), "reft_kernels_cpu: ", name, ": expected shape ",
-                  text(sizes));
+// ---- what an error says
+
+inline std::string joined(const int64_t* numbers, int64_t count) {
+  std::string out = "(";
+  for (int64_t i = 0; i < count; ++i) out += (i ? ", " : "") + std::to_string(numbers[i]);
+  return out + (count == 1 ? ",)" : ")");
+}
+inline std::string joined(Sizes sizes) { return joined(sizes.begin(), int64_t(sizes.size())); }
+
+inline std::string dtype_name(int32_t code) {
+  const std::pair<int32_t, const char*> known[] = {
+      {kCodes.float32, "float32"},
+      {kCodes.float64, "float64"},
+      {kCodes.bfloat16, "bfloat16"},
+      {kCodes.float16, "float16"},
+      {kCodes.int32, "int32"},
+      {aoti_torch_dtype_int64(), "int64"},
+      {aoti_torch_dtype_int16(), "int16"},
+      {aoti_torch_dtype_int8(), "int8"},
+      {aoti_torch_dtype_uint8(), "uint8"},
+      {aoti_torch_dtype_bool(), "bool"},
+      {aoti_torch_dtype_complex64(), "complex64"},
+      {aoti_torch_dtype_complex128(), "complex128"},
+      {aoti_torch_dtype_float8_e4m3fn(), "float8_e4m3fn"},
+      {aoti_torch_dtype_float8_e5m2(), "float8_e5m2"},
+  };
+  for (const auto& [number, name] : known)
+    if (number == code) return std::string("torch.") + name;
+  return "another dtype";
 }
 
-// A contiguous tensor of one dtype.
-inline void check_dense(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype) {
-  check_sizes(name, tensor, sizes);
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "reft_kernels_cpu: ", name, ": wrong dtype");
-  STD_TORCH_CHECK(tensor.is_contiguous(), "reft_kernels_cpu: ", name,
-                  ": expected a contiguous tensor");
-}
-inline void check_dense(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype) {
-  if (tensor) check_dense(name, *tensor, sizes, dtype);
+inline std::string described(const Tensor& tensor) {
+  return "shape " + joined(tensor.sizes().data(), tensor.dim()) + ", " +
+         dtype_name(code_of(tensor)) + ", cpu";
 }
 
-// A weight: contiguous, of any of the dtypes.
-inline void check_weight(const char* name, const Tensor& tensor, Sizes sizes) {
-  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), "reft_kernels_cpu: ", name,
-                  ": expected float32, float64, bfloat16 or float16");
-  check_dense(name, tensor, sizes, tensor.scalar_type());
-}
-inline void check_weight(const char* name, const Optional& tensor, Sizes sizes) {
-  if (tensor) check_weight(name, *tensor, sizes);
-}
+// ---- checks of one argument
 
-// Whether each row's channels are consecutive.
-inline bool has_rows(const Tensor& tensor) {
-  return tensor.stride(1) == 1 || tensor.sizes()[1] <= 1 || tensor.sizes()[0] == 0;
-}
+// The arguments of one call, under the operator's name.
+class Door {
+ public:
+  explicit Door(const char* op) : op_(op) {}
 
-// Rows [count, d] of one dtype with consecutive channels; those that are written to lie apart.
-inline void check_rows(const char* name, const Tensor& tensor, Sizes sizes, ScalarType dtype,
-                       bool written) {
-  check_sizes(name, tensor, sizes);
-  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "reft_kernels_cpu: ", name, ": wrong dtype");
-  STD_TORCH_CHECK(has_rows(tensor), "reft_kernels_cpu: ", name, ": expected consecutive channels");
-  STD_TORCH_CHECK(!written || tensor.sizes()[0] <= 1 || tensor.stride(0) >= tensor.sizes()[1],
-                  "reft_kernels_cpu: ", name, ": expected rows that share no memory");
-}
-inline void check_rows(const char* name, const Optional& tensor, Sizes sizes, ScalarType dtype,
-                       bool written) {
-  if (tensor) check_rows(name, *tensor, sizes, dtype, written);
-}
-
-inline void check_hidden(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.sizes()[1] >= 1, "reft_kernels_cpu: ", name,
-                  ": expected [M, d] with d >= 1");
-  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), "reft_kernels_cpu: ", name,
-                  ": expected float32, float64, bfloat16 or float16");
-  check_rows(name, tensor, {tensor.sizes()[0], tensor.sizes()[1]}, tensor.scalar_type(), false);
-}
-
-// int32 entries, each in [low, high).
-inline void check_numbers(const char* name, const Optional& tensor, int64_t length, int64_t low,
-                          int64_t high) {
-  if (!tensor) return;
-  check_dense(name, *tensor, {length}, ScalarType::Int);
-  const int32_t* entries = static_cast<const int32_t*>(tensor->data_ptr());
-  bool inside = true;
-  for (int64_t n = 0; n < length; ++n) inside &= entries[n] >= low && entries[n] < high;
-  STD_TORCH_CHECK(inside, "reft_kernels_cpu: ", name, ": got a number outside [", low, ", ", high,
-                  ")");
-}
-
-// The entries of a call; returns how many.
-inline int64_t check_selection(int64_t all_rows, const Optional& rows, const Optional& weight_ids,
-                               int64_t sets) {
-  int64_t count = all_rows;
-  if (rows) {
-    STD_TORCH_CHECK(rows->dim() == 1, "reft_kernels_cpu: rows: expected [N]");
-    count = rows->sizes()[0];
-    check_numbers("rows", rows, count, -1, all_rows);
+  [[noreturn]] void say(const char* name, const std::string& text) const {
+    throw std::invalid_argument(std::string(op_) + ": " + name + ": " + text);
   }
-  check_numbers("weight_ids", weight_ids, count, 0, sets);
+  [[noreturn]] void refuse(const char* name, const Tensor& got, const std::string& expected) const {
+    say(name, "got " + described(got) + ", expected " + expected);
+  }
+
+  // None passes the dispatcher where the schema asks for a tensor.
+  void given(const char* name, const Tensor& tensor) const {
+    if (!tensor.defined()) say(name, "got NoneType None, expected a tensor");
+  }
+
+  void sizes(const char* name, const Tensor& tensor, Sizes expected, const char* more = "") const {
+    const int64_t dims = tensor.dim();
+    if (dims == int64_t(expected.size()) &&
+        std::equal(expected.begin(), expected.end(), tensor.sizes().data()))
+      return;
+    refuse(name, tensor, "shape " + joined(expected) + more);
+  }
+
+  // A weight, or a gradient or a coefficient that the caller made.
+  void floating(const char* name, const Tensor& tensor, Sizes expected) const {
+    sizes(name, tensor, expected);
+    if (!is_floating(code_of(tensor)))
+      refuse(name, tensor, std::string("one of ") + kFloatingNames);
+  }
+  void floating(const char* name, const Optional& tensor, Sizes expected) const {
+    if (tensor) floating(name, *tensor, expected);
+  }
+
+  // A tensor that the forward made: its dtype is fixed.
+  void exact(const char* name, const Tensor& tensor, Sizes expected, int32_t code) const {
+    given(name, tensor);
+    if (code_of(tensor) != code)
+      refuse(name, tensor, dtype_name(code) + ", as the forward returned it");
+    sizes(name, tensor, expected, ", as the forward returned it");
+  }
+
+  // Hidden states [M, d] or their gradient.
+  void hidden(const char* name, const Tensor& tensor, bool written) const {
+    given(name, tensor);
+    if (!is_floating(code_of(tensor)))
+      refuse(name, tensor, std::string("one of ") + kFloatingNames);
+    if (tensor.dim() != 2 || tensor.sizes()[1] < 1) refuse(name, tensor, "[M, d] with d >= 1");
+    if (!written) return;
+    const int64_t sizes[] = {tensor.sizes()[0], tensor.sizes()[1]},
+                  strides[] = {tensor.stride(0), tensor.stride(1)};
+    const bool apart =
+        (sizes[0] <= 1 || strides[0] > 0) && (sizes[1] <= 1 || strides[1] > 0) &&
+        (sizes[0] <= 1 || sizes[1] <= 1 || strides[0] > (sizes[1] - 1) * strides[1] ||
+         strides[1] > (sizes[0] - 1) * strides[0]);
+    if (!apart && sizes[0] > 0)
+      refuse(name, tensor, "no elements at one address (strides " + joined(strides, 2) + ")");
+  }
+
+  // Refuses an argument that lies in the memory which the call writes to, where both are dense.
+  void apart(const Tensor& written, const char* name, const Tensor& other) const {
+    const int64_t bytes = other.numel() * int64_t(other.element_size());
+    const char *first = static_cast<const char*>(written.data_ptr()),
+               *second = static_cast<const char*>(other.data_ptr());
+    const int64_t written_bytes = written.numel() * int64_t(written.element_size());
+    if (bytes == 0 || second >= first + written_bytes || second + bytes <= first) return;
+    if (written.is_contiguous() && other.is_contiguous())
+      refuse(name, other, "memory apart from what is written");
+  }
+  void apart(const Tensor& written, const char* name, const Optional& other) const {
+    if (other) apart(written, name, *other);
+  }
+
+  Activation activation(const std::string& name) const {
+    for (int i = 0; i < int(std::size(kActivations)); ++i)
+      if (name == kActivations[i]) return Activation(i);
+    std::string expected;
+    for (const char* known : kActivations)
+      expected += (expected.empty() ? "" : ", ") + std::string(known);
+    say("activation", "got '" + std::string(name.c_str()) + "', expected one of " + expected);
+  }
+
+  // Sizes of write, [r, d] or with weight_ids [S, r, d].
+  struct Weights {
+    int64_t sets, r, d;
+    bool with_sets;
+    template <class Check>
+    void matrix(const Check& check) const {
+      with_sets ? check(Sizes{sets, r, d}) : check(Sizes{r, d});
+    }
+    template <class Check>
+    void vector(const Check& check) const {
+      with_sets ? check(Sizes{sets, r}) : check(Sizes{r});
+    }
+  };
+  Weights write(const Tensor& write, const Optional& weight_ids, int64_t d) const {
+    given("write", write);
+    const bool with_sets = weight_ids.has_value();
+    const int64_t dims = with_sets ? 3 : 2;
+    if (write.dim() != dims || write.sizes()[dims - 1] != d || (with_sets && write.sizes()[0] < 1))
+      refuse("write", write,
+             (with_sets ? "[S, r, " : "[r, ") + std::to_string(d) +
+                 (with_sets ? "] (with" : "] (no") + " weight_ids)");
+    const int64_t r = write.sizes()[dims - 2];
+    if (r < 1 || r > kMaxRank) refuse("write", write, "rank 1 <= r <= " + std::to_string(kMaxRank));
+    if (!is_floating(code_of(write)))
+      refuse("write", write, std::string("one of ") + kFloatingNames);
+    return {with_sets ? write.sizes()[0] : 1, r, d, with_sets};
+  }
+
+  // scale [d], or [S, d] with weight_ids; returns S.
+  int64_t scale(const Tensor& scale, const Optional& weight_ids, int64_t d) const {
+    given("scale", scale);
+    if (!weight_ids) return floating("scale", scale, {d}), 1;
+    if (scale.dim() != 2 || scale.sizes()[0] < 1)
+      refuse("scale", scale, "[S, " + std::to_string(d) + "] (with weight_ids)");
+    return floating("scale", scale, {scale.sizes()[0], d}), scale.sizes()[0];
+  }
+
+  // rows and weight_ids, with their values; returns N and makes both contiguous.
+  int64_t selection(int64_t all_rows, Optional& rows, Optional& weight_ids, int64_t sets) const {
+    int64_t count = all_rows;
+    if (rows) {
+      index("rows", *rows, -1);
+      count = rows->sizes()[0];
+      row_values(static_cast<const int32_t*>(rows->data_ptr()), count, all_rows);
+    }
+    if (weight_ids) {
+      index("weight_ids", *weight_ids, count);
+      set_values(static_cast<const int32_t*>(weight_ids->data_ptr()), count, sets);
+    }
+    return count;
+  }
+
+ private:
+  void index(const char* name, Tensor& index, int64_t length) const {
+    if (code_of(index) != kCodes.int32) refuse(name, index, "torch.int32");
+    if (index.dim() != 1 || (length >= 0 && index.sizes()[0] != length))
+      refuse(name, index, "shape [" + (length < 0 ? "N" : std::to_string(length)) + "]");
+    if (!index.is_contiguous()) index = torch::stable::contiguous(index);
+  }
+
+  static std::string range(int32_t low, int32_t high) {
+    return "got values from " + std::to_string(low) + " to " + std::to_string(high);
+  }
+
+  // Each in [0, limit) and distinct, or -1; numbers that ascend are seen to be distinct at once.
+  void row_values(const int32_t* rows, int64_t count, int64_t limit) const {
+    if (count == 0) return;
+    int32_t low = rows[0], high = rows[0], last = -1;
+    bool ascending = true;
+    for (int64_t n = 0; n < count; ++n) {
+      low = std::min(low, rows[n]), high = std::max(high, rows[n]);
+      if (rows[n] >= 0) ascending &= rows[n] > last, last = rows[n];
+    }
+    if (low < -1 || high >= limit)
+      say("rows", range(low, high) + ", expected row numbers in [0, " + std::to_string(limit) +
+                      "), or -1 to skip an entry");
+    if (ascending) return;
+    std::vector<bool> seen(size_t(high) + 1);
+    int32_t repeated = std::numeric_limits<int32_t>::max();
+    for (int64_t n = 0; n < count; ++n) {
+      if (rows[n] < 0) continue;
+      if (seen[size_t(rows[n])]) repeated = std::min(repeated, rows[n]);
+      seen[size_t(rows[n])] = true;
+    }
+    if (repeated != std::numeric_limits<int32_t>::max())
+      say("rows", "row " + std::to_string(repeated) +
+                      " stands more than once, expected each row at most once");
+  }
+
+  void set_values(const int32_t* weight_ids, int64_t count, int64_t sets) const {
+    if (count == 0) return;
+    const auto [low, high] = std::minmax_element(weight_ids, weight_ids + count);
+    if (*low < 0 || *high >= sets)
+      say("weight_ids",
+          range(*low, *high) + ", expected set numbers in [0, " + std::to_string(sets) + ")");
+  }
+
+  const char* op_;
+};
+
+// ---- checks of a call
+
+// What a checked call works on.
+struct EditSizes {
+  int64_t count, r, d;
+  Activation activation;
+};
+
+inline EditSizes check(const Door& door, EditCall& call, bool in_place) {
+  door.hidden("hidden", call.hidden, in_place);
+  const int64_t all_rows = call.hidden.sizes()[0], d = call.hidden.sizes()[1];
+  const Activation activation = door.activation(call.activation);
+  const Door::Weights weights = door.write(call.write, call.weight_ids, d);
+  weights.matrix([&](Sizes sizes) { door.floating("read", call.read, sizes); });
+  weights.vector([&](Sizes sizes) { door.floating("read_bias", call.read_bias, sizes); });
+  if (call.subtract_bias && !call.subtract_projection)
+    door.refuse("subtract_bias", *call.subtract_bias, "None without subtract_projection");
+  weights.vector([&](Sizes sizes) { door.floating("subtract_bias", call.subtract_bias, sizes); });
+  const int64_t count = door.selection(all_rows, call.rows, call.weight_ids, weights.sets);
+  door.floating("coeff", call.coeff, {count, weights.r});
+  if (in_place) {
+    door.apart(call.hidden, "rows", call.rows),
+        door.apart(call.hidden, "weight_ids", call.weight_ids);
+    door.apart(call.hidden, "read", call.read),
+        door.apart(call.hidden, "read_bias", call.read_bias);
+    door.apart(call.hidden, "write", call.write),
+        door.apart(call.hidden, "subtract_bias", call.subtract_bias);
+    door.apart(call.hidden, "coeff", call.coeff);
+  }
+  return {count, weights.r, d, activation};
+}
+
+inline EditSizes check(const Door& door, EditBackwardCall& call, bool in_place) {
+  door.hidden("grad", call.grad, in_place);
+  const int64_t all_rows = call.grad.sizes()[0], d = call.grad.sizes()[1];
+  const Activation activation = door.activation(call.activation);
+  const Door::Weights weights = door.write(call.write, call.weight_ids, d);
+  weights.matrix([&](Sizes sizes) { door.floating("read", call.read, sizes); });
+  const int64_t count = door.selection(all_rows, call.rows, call.weight_ids, weights.sets),
+                r = weights.r;
+  const int32_t dtype = code_of(call.grad), sums = sum_code(dtype);
+  door.floating("coeff", call.coeff, {count, r});
+  door.exact("saved_input", call.saved_input, {count, d}, dtype);
+  door.exact("u", call.u, {count, r}, sums);
+  if (activation == Activation::linear)
+    door.exact("z", call.z, {0}, sums);
+  else
+    door.exact("z", call.z, {count, r}, sums);
+  if (in_place) {
+    door.apart(call.grad, "saved_input", call.saved_input), door.apart(call.grad, "u", call.u),
+        door.apart(call.grad, "z", call.z);
+    door.apart(call.grad, "rows", call.rows), door.apart(call.grad, "weight_ids", call.weight_ids);
+    door.apart(call.grad, "read", call.read), door.apart(call.grad, "write", call.write);
+    door.apart(call.grad, "coeff", call.coeff);
+  }
+  return {count, r, d, activation};
+}
+
+inline void same_as_scale(const Door& door, const char* name, const Tensor& tensor,
+                          const Tensor& scale) {
+  door.given(name, tensor);
+  if (scale.dim() == 1)
+    door.floating(name, tensor, {scale.sizes()[0]});
+  else
+    door.floating(name, tensor, {scale.sizes()[0], scale.sizes()[1]});
+}
+
+// Returns N.
+inline int64_t check(const Door& door, RedCall& call, bool in_place) {
+  door.hidden("hidden", call.hidden, in_place);
+  const int64_t all_rows = call.hidden.sizes()[0], d = call.hidden.sizes()[1];
+  const int64_t sets = door.scale(call.scale, call.weight_ids, d);
+  same_as_scale(door, "bias", call.bias, call.scale);
+  const int64_t count = door.selection(all_rows, call.rows, call.weight_ids, sets);
+  if (in_place) {
+    door.apart(call.hidden, "rows", call.rows),
+        door.apart(call.hidden, "weight_ids", call.weight_ids);
+    door.apart(call.hidden, "scale", call.scale), door.apart(call.hidden, "bias", call.bias);
+  }
   return count;
 }
 
-// write [r, d], or [S, r, d] with weight_ids, beside hidden states of d channels.
-inline void check_write(const Tensor& write, bool with_sets, int64_t d) {
-  const int64_t dims = with_sets ? 3 : 2;
-  STD_TORCH_CHECK(
-      write.dim() == dims && write.sizes()[dims - 1] == d && (!with_sets || write.sizes()[0] >= 1),
-      "reft_kernels_cpu: write: expected [r, d], or [S, r, d] with weight_ids, d = ", d);
-  const int64_t r = write.sizes()[dims - 2];
-  STD_TORCH_CHECK(r >= 1 && r <= kMaxRank, "reft_kernels_cpu: write: got rank ", r,
-                  ", expected 1 to ", kMaxRank);
+// Returns N.
+inline int64_t check(const Door& door, RedBackwardCall& call, bool in_place) {
+  door.hidden("grad", call.grad, in_place);
+  const int64_t all_rows = call.grad.sizes()[0], d = call.grad.sizes()[1];
+  const int64_t sets = door.scale(call.scale, call.weight_ids, d);
+  const int64_t count = door.selection(all_rows, call.rows, call.weight_ids, sets);
+  door.exact("saved_input", call.saved_input, {count, d}, code_of(call.grad));
+  if (in_place) {
+    door.apart(call.grad, "saved_input", call.saved_input),
+        door.apart(call.grad, "rows", call.rows);
+    door.apart(call.grad, "weight_ids", call.weight_ids),
+        door.apart(call.grad, "scale", call.scale);
+  }
+  return count;
 }
 
-inline void check_activation(int64_t activation) {
-  STD_TORCH_CHECK(activation >= 0 && activation <= 6, "reft_kernels_cpu: activation: got ",
-                  activation, ", expected 0 to 6");
-}
-
-// Sizes of the weights of an edit: sets is 1 and has no dimension of its own without weight_ids.
-struct EditSizes {
-  EditSizes(const Tensor& write, const Optional& weight_ids, int64_t channels)
-      : with_sets(weight_ids.has_value()), d(channels) {
-    check_write(write, with_sets, d);
-    sets = with_sets ? write.sizes()[0] : 1;
-    r = write.sizes()[with_sets ? 1 : 0];
-  }
-  template <class Check>
-  void matrix(const Check& check) const {
-    with_sets ? check(Sizes{sets, r, d}) : check(Sizes{r, d});
-  }
-  template <class Check>
-  void vector(const Check& check) const {
-    with_sets ? check(Sizes{sets, r}) : check(Sizes{r});
-  }
-  bool with_sets;
-  int64_t sets = 1, r = 0, d;
+// Sizes of a map's X [layers, d, r].
+struct MapSizes {
+  int64_t layers, d, r;
 };
 
-inline void check_edit(const Tensor& source, const Tensor& out, const Optional& rows,
-                       const Optional& weight_ids, const Optional& read, const Optional& read_bias,
-                       const Tensor& write, const Optional& subtract_bias, const Optional& coeff,
-                       int64_t activation, const Optional& saved_input, const Optional& u,
-                       const Optional& z) {
-  check_hidden("source", source);
-  const int64_t all_rows = source.sizes()[0], d = source.sizes()[1];
-  const ScalarType dtype = source.scalar_type(), sums = sum_dtype(dtype);
-  check_rows("out", out, {all_rows, d}, dtype, true);
-  check_activation(activation);
-  const EditSizes sizes(write, weight_ids, d);
-  sizes.matrix([&](Sizes s) { check_weight("write", write, s), check_weight("read", read, s); });
-  sizes.vector([&](Sizes s) {
-    check_weight("read_bias", read_bias, s), check_weight("subtract_bias", subtract_bias, s);
-  });
-  const int64_t count = check_selection(all_rows, rows, weight_ids, sizes.sets), r = sizes.r;
-  check_weight("coeff", coeff, {count, r});
-  check_rows("saved_input", saved_input, {count, d}, dtype, true);
-  check_dense("u", u, {count, r}, sums);
-  check_dense("z", z, {count, r}, sums);
+inline MapSizes check_map(const Door& door, const Tensor& X, const Optional& signs,
+                          const Optional& base) {
+  door.given("X", X);
+  if (!is_floating(code_of(X))) door.refuse("X", X, std::string("one of ") + kFloatingNames);
+  if (X.dim() != 3 || X.sizes()[2] < 1 || X.sizes()[2] > kMaxRank || X.sizes()[2] > X.sizes()[1])
+    door.refuse("X", X, "[L, d, r] with 1 <= r <= min(d, " + std::to_string(kMaxRank) + ")");
+  const MapSizes sizes{X.sizes()[0], X.sizes()[1], X.sizes()[2]};
+  door.floating("signs", signs, {sizes.layers, sizes.r});
+  door.floating("base", base, {sizes.layers, sizes.d, sizes.r});
+  return sizes;
 }
 
-inline void check_edit_backward(const Tensor& grad, const Optional& out, const Tensor& saved_input,
-                                const Tensor& u, const Optional& z, const Optional& rows,
-                                const Optional& weight_ids, const Optional& read,
-                                const Tensor& write, const Optional& coeff,
-                                bool subtract_projection, int64_t activation,
-                                const Optional& grad_read, const Optional& grad_read_bias,
-                                const Optional& grad_write, const Optional& grad_subtract_bias,
-                                const Optional& grad_coeff) {
-  check_hidden("grad", grad);
-  const int64_t all_rows = grad.sizes()[0], d = grad.sizes()[1];
-  const ScalarType dtype = grad.scalar_type(), sums = sum_dtype(dtype);
-  check_rows("out", out, {all_rows, d}, dtype, true);
-  check_activation(activation);
-  const EditSizes sizes(write, weight_ids, d);
-  sizes.matrix([&](Sizes s) {
-    check_weight("write", write, s), check_weight("read", read, s);
-    check_dense("grad_read", grad_read, s, sums), check_dense("grad_write", grad_write, s, sums);
-  });
-  sizes.vector([&](Sizes s) {
-    check_dense("grad_read_bias", grad_read_bias, s, sums);
-    check_dense("grad_subtract_bias", grad_subtract_bias, s, sums);
-  });
-  STD_TORCH_CHECK(!grad_write || !read || grad_read,
-                  "reft_kernels_cpu: grad_read: expected beside grad_write and read");
-  STD_TORCH_CHECK(grad_write || !(grad_read || grad_read_bias || grad_subtract_bias),
-                  "reft_kernels_cpu: grad_write: expected beside the other gradients of weights");
-  STD_TORCH_CHECK(
-      subtract_projection || !grad_subtract_bias,
-      "reft_kernels_cpu: grad_subtract_bias: expected none without subtract_projection");
-  const int64_t count = check_selection(all_rows, rows, weight_ids, sizes.sets), r = sizes.r;
-  check_weight("coeff", coeff, {count, r});
-  check_dense("grad_coeff", grad_coeff, {count, r}, sums);
-  STD_TORCH_CHECK(coeff || !grad_coeff,
-                  "reft_kernels_cpu: grad_coeff: expected none without coeff");
-  if (grad_write) check_rows("saved_input", saved_input, {count, d}, dtype, false);
-  check_dense("u", u, {count, r}, sums);
-  STD_TORCH_CHECK(activation == 0 || z, "reft_kernels_cpu: z: expected with an activation");
-  if (activation != 0) check_dense("z", z, {count, r}, sums);
+inline MapSizes check(const Door& door, const BuildCall& call) {
+  const MapSizes sizes = check_map(door, call.X, call.signs, call.base);
+  if (call.base_point && !call.base)
+    door.refuse("base_point", *call.base_point, "[L, r, d] with base, else None");
+  if (call.base && !call.base_point)
+    door.say("base_point", "got NoneType None, expected [L, r, d] with base, else None");
+  door.floating("base_point", call.base_point, {sizes.layers, sizes.r, sizes.d});
+  door.floating("W", call.W, {sizes.layers, sizes.r, sizes.d});
+  return sizes;
 }
 
-// scale [d], or [S, d] with weight_ids; returns S.
-inline int64_t check_scale(const char* name, const Tensor& scale, const Optional& weight_ids,
-                           int64_t d) {
-  if (!weight_ids) return check_weight(name, scale, {d}), 1;
-  STD_TORCH_CHECK(scale.dim() == 2 && scale.sizes()[0] >= 1, "reft_kernels_cpu: ", name,
-                  ": expected [S, d] with weight_ids");
-  return check_weight(name, scale, {scale.sizes()[0], d}), scale.sizes()[0];
-}
-
-inline void check_red(const Tensor& source, const Tensor& out, const Optional& rows,
-                      const Optional& weight_ids, const Tensor& scale, const Tensor& bias,
-                      const Optional& saved_input) {
-  check_hidden("source", source);
-  const int64_t all_rows = source.sizes()[0], d = source.sizes()[1];
-  check_rows("out", out, {all_rows, d}, source.scalar_type(), true);
-  const int64_t sets = check_scale("scale", scale, weight_ids, d);
-  STD_TORCH_CHECK(check_scale("bias", bias, weight_ids, d) == sets,
-                  "reft_kernels_cpu: bias: expected as many sets as in scale");
-  const int64_t count = check_selection(all_rows, rows, weight_ids, sets);
-  check_rows("saved_input", saved_input, {count, d}, source.scalar_type(), true);
-}
-
-inline void check_red_backward(const Tensor& grad, const Optional& out, const Tensor& saved_input,
-                               const Optional& rows, const Optional& weight_ids,
-                               const Tensor& scale, const Optional& grad_scale,
-                               const Optional& grad_bias) {
-  check_hidden("grad", grad);
-  const int64_t all_rows = grad.sizes()[0], d = grad.sizes()[1];
-  const ScalarType sums = sum_dtype(grad.scalar_type());
-  check_rows("out", out, {all_rows, d}, grad.scalar_type(), true);
-  const int64_t sets = check_scale("scale", scale, weight_ids, d);
-  const int64_t count = check_selection(all_rows, rows, weight_ids, sets);
-  STD_TORCH_CHECK(bool(grad_scale) == bool(grad_bias),
-                  "reft_kernels_cpu: grad_scale and grad_bias: expected both or none");
-  if (!grad_scale) return;
-  check_rows("saved_input", saved_input, {count, d}, grad.scalar_type(), false);
-  if (weight_ids) {
-    check_dense("grad_scale", grad_scale, {sets, d}, sums),
-        check_dense("grad_bias", grad_bias, {sets, d}, sums);
-  } else {
-    check_dense("grad_scale", grad_scale, {d}, sums),
-        check_dense("grad_bias", grad_bias, {d}, sums);
-  }
-}
-
-// X [L, d, r] of a map, in the dtype that all its tensors share, with its signs and base.
-inline ScalarType check_map(const Tensor& X, const Optional& signs, const Optional& base) {
-  STD_TORCH_CHECK(X.dim() == 3, "reft_kernels_cpu: X: expected [L, d, r]");
-  const int64_t layers = X.sizes()[0], d = X.sizes()[1], r = X.sizes()[2];
-  STD_TORCH_CHECK(r >= 1 && r <= kMaxRank && r <= d, "reft_kernels_cpu: X: got rank ", r,
-                  ", expected 1 to min(d, ", kMaxRank, ")");
-  const ScalarType dtype = sum_dtype(X.scalar_type());
-  check_dense("X", X, {layers, d, r}, dtype);
-  check_dense("signs", signs, {layers, r}, dtype);
-  check_dense("base", base, {layers, d, r}, dtype);
-  return dtype;
-}
-
-inline void check_build(const Tensor& X, const Optional& signs, const Optional& base,
-                        const Optional& base_point, const Optional& W, const Tensor& R,
-                        const Optional& D, const Tensor& aux) {
-  const ScalarType dtype = check_map(X, signs, base);
-  const int64_t layers = X.sizes()[0], d = X.sizes()[1], r = X.sizes()[2];
-  STD_TORCH_CHECK(bool(base) == bool(base_point),
-                  "reft_kernels_cpu: base and base_point: expected both or none");
-  STD_TORCH_CHECK(bool(W) == bool(D), "reft_kernels_cpu: W and D: expected both or none");
-  check_dense("base_point", base_point, {layers, r, d}, dtype);
-  check_dense("W", W, {layers, r, d}, dtype);
-  check_dense("R", R, {layers, r, d}, dtype);
-  check_dense("D", D, {layers, r, d}, dtype);
-  check_dense("aux", aux, {layers, base ? 2 : 1, r, r}, dtype);
-}
-
-inline void check_build_backward(const Optional& grad_R, const Optional& grad_D, const Tensor& X,
-                                 const Optional& signs, const Optional& base, const Tensor& aux,
-                                 const Tensor& grad_X) {
-  const ScalarType dtype = check_map(X, signs, base);
-  const int64_t layers = X.sizes()[0], d = X.sizes()[1], r = X.sizes()[2];
-  check_dense("grad_R", grad_R, {layers, r, d}, dtype);
-  check_dense("grad_D", grad_D, {layers, r, d}, dtype);
-  check_dense("aux", aux, {layers, base ? 2 : 1, r, r}, dtype);
-  check_dense("grad_X", grad_X, {layers, d, r}, dtype);
+inline MapSizes check(const Door& door, const BuildBackwardCall& call) {
+  const MapSizes sizes = check_map(door, call.X, call.signs, call.base);
+  door.floating("grad_R", call.grad_R, {sizes.layers, sizes.r, sizes.d});
+  door.floating("grad_D", call.grad_D, {sizes.layers, sizes.r, sizes.d});
+  door.exact("aux", call.aux, {sizes.layers, call.base ? 2 : 1, sizes.r, sizes.r},
+             sum_code(code_of(call.X)));
+  return sizes;
 }
 
 }  // namespace reft

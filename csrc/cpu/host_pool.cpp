@@ -20,6 +20,7 @@ struct Block {
   size_t bytes;
 };
 
+constexpr size_t kSmallest = size_t(16) << 20;  // malloc keeps and reuses smaller blocks itself
 constexpr size_t kHugePage = size_t(2) << 20;
 constexpr size_t kMostWaste =
     8;  // a kept block serves when an eighth of it, at most, would lie idle
@@ -86,6 +87,12 @@ class Pool {
     shrink(bytes);
   }
 
+  bool serves(size_t bytes) {
+    if (bytes < kSmallest) return false;
+    const std::lock_guard<std::mutex> guard(lock_);
+    return limit_ > 0;
+  }
+
   PoolBytes bytes() {
     const std::lock_guard<std::mutex> guard(lock_);
     return {used_bytes_, kept_bytes_};
@@ -117,6 +124,7 @@ Pool& pool() {
 
 void* pool_take(size_t bytes) { return pool().take(bytes); }
 void pool_give(void* block) { pool().give(block); }
+bool pool_serves(size_t bytes) { return pool().serves(bytes); }
 void pool_limit(size_t bytes) { pool().limit(bytes); }
 PoolBytes pool_bytes() { return pool().bytes(); }
 

@@ -13,6 +13,10 @@ void* pool_take(size_t bytes);
 // system.
 void pool_give(void* block);
 
+// Whether an output of so many bytes is to come from the pool: there is one, and malloc would map
+// the block anew.
+bool pool_serves(size_t bytes);
+
 // How much may be kept; what is over it goes to the system, the longest kept first. 0 keeps
 // nothing.
 void pool_limit(size_t bytes);

@@ -435,6 +435,7 @@ void build_forward(const BuildForward<T>& arguments, Map map) {
 
 template <class T>
 void build_backward(const BuildBackward<T>& arguments, Map map) {
+  if (arguments.layers == 0) return;  // grad_X has no memory
   if (arguments.grad_R == nullptr && arguments.grad_D == nullptr) {
     memset(arguments.grad_X, 0, size_t(arguments.layers * arguments.d * arguments.r) * sizeof(T));
     return;

@@ -1,14 +1,17 @@
-// The CPU kernels as private PyTorch operators (reft_kernels_cpu::*), through the stable ABI: one
-// build serves many releases. Outputs are allocated by the caller. Every operator checks
-// (argument_checks.h) what its kernel presumes of shapes, dtypes, strides, row numbers and set
-// numbers, so that a wrong call throws and touches no memory that is not its own; the values that
-// callers give names to are checked by reft_kernels before, with errors in its words.
+// The CPU kernels as PyTorch operators, through the stable ABI: one build serves many releases. The
+// operators that reft_kernels declares (reft_kernels/ops.py) are implemented here for the dispatch
+// key CPU; what is about the library itself lies under reft_kernels_cpu. Every operator checks its
+// arguments (argument_checks.h), so that a wrong call throws before anything is written. While
+// another backend is forced (`serve`), calls go on to Python (reft_kernels_python, of the same
+// schemas).
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
+#include <cstring>
 #include <exception>
 #include <mutex>
 #include <new>
@@ -18,6 +21,7 @@
 #include <vector>
 
 #include "argument_checks.h"
+#include "arguments.h"
 #include "host_pool.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -43,197 +47,123 @@ void out_of_memory() { throw std::bad_alloc(); }
 
 namespace {
 
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::float32;
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      STD_TORCH_CHECK(
-          false, "reft_kernels_cpu: got a dtype that is not float32, float64, bfloat16 or float16");
-  }
+using torch::headeronly::ScalarType;
+
+// Inside an operator nothing is recorded for autograd.
+class NoGrad {
+ public:
+  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad(const NoGrad&) = delete;
+  NoGrad& operator=(const NoGrad&) = delete;
+
+ private:
+  bool before_;
+};
+
+// ---- calls of other backends
+
+std::atomic<bool> serving{false};
+
+// What Python has to say against the call of this thread: an exception does not cross the stable
+// ABI with its type.
+struct Refusal {
+  bool said = false, of_arguments = false;
+  std::string text;
+};
+thread_local Refusal refusal;
+
+// While these kernels do not serve, Python does; the stack then holds its results.
+bool served_elsewhere(const char* op, StableIValue* stack, uint64_t outputs) {
+  if (serving.load(std::memory_order_relaxed)) return false;
+  refusal = {};
+  const std::string name = std::string("reft_kernels_python::") + op;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), "", stack, TORCH_ABI_VERSION));
+  if (!refusal.said) return true;
+  for (uint64_t i = 0; i < outputs; ++i)
+    torch::stable::detail::to<Tensor>(stack[i]);  // let go of what came instead
+  const Refusal why = std::move(refusal);
+  refusal = {};
+  if (why.of_arguments) throw std::invalid_argument(why.text);
+  throw std::runtime_error(why.text);
 }
 
-Typed typed(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.is_contiguous(), "reft_kernels_cpu: weights must be contiguous");
-  return {tensor.data_ptr(), dtype_of(tensor)};
+// ---- tensors as the kernels take them
+
+Dtype dtype_of(const Tensor& tensor) {
+  const int32_t code = code_of(tensor);
+  if (code == kCodes.float32) return Dtype::float32;
+  if (code == kCodes.bfloat16) return Dtype::bfloat16;
+  if (code == kCodes.float16) return Dtype::float16;
+  STD_TORCH_CHECK(
+      code == kCodes.float64,
+      "reft_kernels_cpu: got a dtype that is not float32, float64, bfloat16 or float16");
+  return Dtype::float64;
 }
+
+Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+void make_dense(Tensor& tensor) {
+  if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
+}
+void make_dense(Optional& tensor) {
+  if (tensor) make_dense(*tensor);
+}
+
+// Rows [M, d] with consecutive channels; a copy only where they are not.
+Tensor with_rows(const Tensor& tensor) {
+  return tensor.stride(1) == 1 || tensor.sizes()[1] <= 1 ? tensor
+                                                         : torch::stable::contiguous(tensor);
+}
+
+Typed typed(const Tensor& tensor) { return {tensor.data_ptr(), dtype_of(tensor)}; }
 Typed typed(const Optional& tensor) { return tensor ? typed(*tensor) : Typed{}; }
 
-Rows rows_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && has_rows(tensor),
-                  "reft_kernels_cpu: hidden states must be [M, d] with consecutive channels");
-  return {tensor.data_ptr(), tensor.stride(0)};
-}
-Rows rows_of(const Optional& tensor) { return tensor ? rows_of(*tensor) : Rows{}; }
+Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0)}; }
 
+// An output's memory; null where the output is empty, which the kernels take as not wanted.
+template <class T = void>
+T* pointer(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
 template <class T = void>
 T* pointer(const Optional& tensor) {
-  return tensor ? static_cast<T*>(tensor->data_ptr()) : nullptr;
+  return tensor ? pointer<T>(*tensor) : nullptr;
 }
 
-Selection selection_of(int64_t all_rows, const Optional& rows, const Optional& weight_ids,
+Selection selection_of(int64_t entries, const Optional& rows, const Optional& weight_ids,
                        int64_t sets) {
   Selection s;
-  s.entries = rows ? rows->numel() : all_rows;
+  s.entries = entries;
   s.rows = pointer<const int32_t>(rows);
   s.weight_ids = pointer<const int32_t>(weight_ids);
   s.sets = weight_ids ? sets : 1;
   return s;
 }
 
-EditWeights edit_weights(const Optional& read, const Optional& read_bias, const Tensor& write,
-                         const Optional& subtract_bias, const Optional& coeff,
-                         bool subtract_projection, int64_t activation) {
-  EditWeights w;
-  int64_t dims = write.dim();
-  w.d = write.sizes()[dims - 1];
-  w.r = write.sizes()[dims - 2];
-  w.read = typed(read);
-  w.read_bias = typed(read_bias);
-  w.write = typed(write);
-  w.subtract_bias = typed(subtract_bias);
-  w.coeff = typed(coeff);
-  w.subtract_projection = subtract_projection;
-  w.activation = static_cast<Activation>(activation);
-  return w;
+// ---- outputs
+
+std::atomic<bool> spoiled{false};  // for tests: outputs are NaN until they are written
+
+Tensor empty(Sizes sizes, int32_t code) {
+  int64_t strides[4], count = 1;
+  for (int64_t i = int64_t(sizes.size()) - 1; i >= 0; --i)
+    strides[i] = count, count *= sizes.begin()[i];
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      int64_t(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0, &made));
+  const Tensor out(made);
+  if (spoiled && count)
+    memset(out.data_ptr(), 0xff, size_t(count) * aoti_torch_dtype_element_size(code));
+  return out;
 }
 
-void edit(Tensor source, Tensor out, Optional rows, Optional weight_ids, Optional read,
-          Optional read_bias, Tensor write, Optional subtract_bias, Optional coeff,
-          bool subtract_projection, int64_t activation, Optional saved_input, Optional u,
-          Optional z) {
-  check_edit(source, out, rows, weight_ids, read, read_bias, write, subtract_bias, coeff,
-             activation, saved_input, u, z);
-  EditForward e;
-  e.selection = selection_of(source.sizes()[0], rows, weight_ids, write.sizes()[0]);
-  e.weights =
-      edit_weights(read, read_bias, write, subtract_bias, coeff, subtract_projection, activation);
-  e.source = rows_of(source);
-  e.out = rows_of(out);
-  e.saved_input = rows_of(saved_input);
-  e.u = pointer(u);
-  e.z = pointer(z);
-  kernels().edit[int(dtype_of(source))](e);
+// An output that is empty where it is not wanted.
+Tensor empty_if(bool wanted, Sizes sizes, int32_t code) {
+  return wanted ? empty(sizes, code) : empty({0}, code);
 }
-
-void edit_backward(Tensor grad, Optional out, Tensor saved_input, Tensor u, Optional z,
-                   Optional rows, Optional weight_ids, Optional read, Tensor write, Optional coeff,
-                   bool subtract_projection, int64_t activation, Optional grad_read,
-                   Optional grad_read_bias, Optional grad_write, Optional grad_subtract_bias,
-                   Optional grad_coeff) {
-  check_edit_backward(grad, out, saved_input, u, z, rows, weight_ids, read, write, coeff,
-                      subtract_projection, activation, grad_read, grad_read_bias, grad_write,
-                      grad_subtract_bias, grad_coeff);
-  EditBackward e;
-  e.selection = selection_of(grad.sizes()[0], rows, weight_ids, write.sizes()[0]);
-  e.weights =
-      edit_weights(read, std::nullopt, write, std::nullopt, coeff, subtract_projection, activation);
-  e.grad = rows_of(grad);
-  e.out = rows_of(out);
-  if (grad_write) e.saved_input = rows_of(saved_input);
-  e.u = u.data_ptr();
-  e.z = pointer(z);
-  e.grad_read = pointer(grad_read);
-  e.grad_read_bias = pointer(grad_read_bias);
-  e.grad_write = pointer(grad_write);
-  e.grad_subtract_bias = pointer(grad_subtract_bias);
-  e.grad_coeff = pointer(grad_coeff);
-  kernels().edit_backward[int(dtype_of(grad))](e);
-}
-
-void red(Tensor source, Tensor out, Optional rows, Optional weight_ids, Tensor scale, Tensor bias,
-         Optional saved_input) {
-  check_red(source, out, rows, weight_ids, scale, bias, saved_input);
-  RedForward e;
-  e.selection = selection_of(source.sizes()[0], rows, weight_ids, scale.sizes()[0]);
-  e.d = source.sizes()[1];
-  e.scale = typed(scale);
-  e.bias = typed(bias);
-  e.source = rows_of(source);
-  e.out = rows_of(out);
-  e.saved_input = rows_of(saved_input);
-  kernels().red[int(dtype_of(source))](e);
-}
-
-void red_backward(Tensor grad, Optional out, Tensor saved_input, Optional rows, Optional weight_ids,
-                  Tensor scale, Optional grad_scale, Optional grad_bias) {
-  check_red_backward(grad, out, saved_input, rows, weight_ids, scale, grad_scale, grad_bias);
-  RedBackward e;
-  e.selection = selection_of(grad.sizes()[0], rows, weight_ids, scale.sizes()[0]);
-  e.d = grad.sizes()[1];
-  e.scale = typed(scale);
-  e.grad = rows_of(grad);
-  e.out = rows_of(out);
-  if (grad_scale) e.saved_input = rows_of(saved_input);
-  e.grad_scale = pointer(grad_scale);
-  e.grad_bias = pointer(grad_bias);
-  kernels().red_backward[int(dtype_of(grad))](e);
-}
-
-template <class T>
-BuildForward<T> build_forward(const Tensor& X, const Optional& signs, const Optional& base,
-                              const Optional& base_point, const Optional& W, const Tensor& R,
-                              const Optional& D, const Tensor& aux) {
-  return {X.sizes()[0],
-          X.sizes()[1],
-          X.sizes()[2],
-          static_cast<const T*>(X.data_ptr()),
-          pointer<const T>(signs),
-          pointer<const T>(base),
-          pointer<const T>(base_point),
-          pointer<const T>(W),
-          static_cast<T*>(R.data_ptr()),
-          pointer<T>(D),
-          static_cast<T*>(aux.data_ptr())};
-}
-
-template <class T>
-BuildBackward<T> build_backward(const Optional& grad_R, const Optional& grad_D, const Tensor& X,
-                                const Optional& signs, const Optional& base, const Tensor& aux,
-                                const Tensor& grad_X) {
-  return {X.sizes()[0],
-          X.sizes()[1],
-          X.sizes()[2],
-          pointer<const T>(grad_R),
-          pointer<const T>(grad_D),
-          static_cast<const T*>(X.data_ptr()),
-          pointer<const T>(signs),
-          pointer<const T>(base),
-          static_cast<const T*>(aux.data_ptr()),
-          static_cast<T*>(grad_X.data_ptr())};
-}
-
-// One operator of the R build in both dtypes; the name is the kernels' member of the table.
-#define REFT_BUILD_OPERATOR(name)                                                                 \
-  void name(Tensor X, Optional signs, Optional base, Optional base_point, Optional W, Tensor R,   \
-            Optional D, Tensor aux) {                                                             \
-    check_build(X, signs, base, base_point, W, R, D, aux);                                        \
-    if (dtype_of(X) == Dtype::float64)                                                            \
-      kernels().build_double.name(                                                                \
-          build_forward<double>(X, signs, base, base_point, W, R, D, aux));                       \
-    else                                                                                          \
-      kernels().build_float.name(build_forward<float>(X, signs, base, base_point, W, R, D, aux)); \
-  }                                                                                               \
-  void name##_backward(Optional grad_R, Optional grad_D, Tensor X, Optional signs, Optional base, \
-                       Tensor aux, Tensor grad_X) {                                               \
-    check_build_backward(grad_R, grad_D, X, signs, base, aux, grad_X);                            \
-    if (dtype_of(X) == Dtype::float64)                                                            \
-      kernels().build_double.name##_backward(                                                     \
-          build_backward<double>(grad_R, grad_D, X, signs, base, aux, grad_X));                   \
-    else                                                                                          \
-      kernels().build_float.name##_backward(                                                      \
-          build_backward<float>(grad_R, grad_D, X, signs, base, aux, grad_X));                    \
-  }
-
-REFT_BUILD_OPERATOR(householder)
-REFT_BUILD_OPERATOR(cayley)
-#undef REFT_BUILD_OPERATOR
 
 // An uninitialised contiguous tensor of like's shape and dtype, whose memory goes back to the pool.
 Tensor pooled_like(Tensor like) {
@@ -257,6 +187,328 @@ Tensor pooled_like(Tensor like) {
   }
 }
 
+// A contiguous output as `like`: a copy where only some rows will be written, uninitialised where
+// all will.
+Tensor output_like(const Tensor& like, bool some_rows) {
+  const int64_t rows = like.sizes()[0], d = like.sizes()[1];
+  Tensor out = pool_serves(size_t(rows * d) * like.element_size())
+                   ? pooled_like(like)
+                   : empty({rows, d}, code_of(like));
+  if (some_rows) torch::stable::copy_(out, like);
+  return out;
+}
+
+// What a call writes to: `out`, or a copy of it with consecutive channels that is brought back.
+class Target {
+ public:
+  explicit Target(const Tensor& out) : out_(out), rows_(with_rows(out)) {}
+  const Tensor& rows() const { return rows_; }
+  void bring_back() {
+    if (rows_.get() != out_.get()) torch::stable::copy_(out_, rows_);
+  }
+
+ private:
+  Tensor out_, rows_;
+};
+
+// ---- edits
+
+struct EditSaved {
+  Tensor saved_input, u, z;
+};
+
+EditSaved run(EditCall& call, const EditSizes& sizes, const Tensor& source, const Tensor& out) {
+  const int32_t code = code_of(source), sums = sum_code(code);
+  EditSaved saved{
+      empty_if(call.save && call.rows, {sizes.count, sizes.d}, code),
+      empty_if(call.save, {sizes.count, sizes.r}, sums),
+      empty_if(call.save && sizes.activation != Activation::linear, {sizes.count, sizes.r}, sums)};
+  make_dense(call.read), make_dense(call.read_bias), make_dense(call.write);
+  make_dense(call.subtract_bias), make_dense(call.coeff);
+  EditForward e;
+  e.selection = selection_of(sizes.count, call.rows, call.weight_ids, call.write.sizes()[0]);
+  e.weights.d = sizes.d, e.weights.r = sizes.r;
+  e.weights.read = typed(call.read), e.weights.read_bias = typed(call.read_bias);
+  e.weights.write = typed(call.write), e.weights.subtract_bias = typed(call.subtract_bias);
+  e.weights.coeff = typed(call.coeff);
+  e.weights.subtract_projection = call.subtract_projection, e.weights.activation = sizes.activation;
+  e.source = rows_of(source), e.out = rows_of(out);
+  e.saved_input = {pointer(saved.saved_input), sizes.d};
+  e.u = pointer(saved.u), e.z = pointer(saved.z);
+  kernels().edit[int(dtype_of(source))](e);
+  return saved;
+}
+
+void edit(StableIValue* stack, uint64_t, uint64_t outputs) {
+  if (served_elsewhere("edit", stack, outputs)) return;
+  EditCall call{Reader(stack)};
+  const NoGrad guard;
+  const EditSizes sizes = check(Door("edit"), call, false);
+  const Tensor source = with_rows(call.hidden), out = output_like(source, call.rows.has_value());
+  const EditSaved saved = run(call, sizes, source, out);
+  give(stack, out, saved.saved_input, saved.u, saved.z);
+}
+
+void edit_in_place(StableIValue* stack, uint64_t, uint64_t outputs) {
+  if (served_elsewhere("edit_", stack, outputs)) return;
+  EditCall call{Reader(stack)};
+  const NoGrad guard;
+  const EditSizes sizes = check(Door("edit_"), call, true);
+  Target target(call.hidden);
+  const EditSaved saved = run(call, sizes, target.rows(), target.rows());
+  target.bring_back();
+  give(stack, saved.saved_input, saved.u, saved.z);
+}
+
+struct EditGradients {
+  Tensor read, read_bias, write, subtract_bias, coeff;
+};
+
+// out null: the gradient of the hidden state is not wanted.
+EditGradients run(EditBackwardCall& call, const EditSizes& sizes, const Tensor& grad,
+                  const Tensor* out) {
+  const int32_t sums = sum_code(code_of(grad));
+  const int64_t sets = call.weight_ids ? call.write.sizes()[0] : 1, r = sizes.r, d = sizes.d;
+  const auto matrix = [&](bool wanted) {
+    return call.weight_ids ? empty_if(wanted, {sets, r, d}, sums) : empty_if(wanted, {r, d}, sums);
+  };
+  const auto vector = [&](bool wanted) {
+    return call.weight_ids ? empty_if(wanted, {sets, r}, sums) : empty_if(wanted, {r}, sums);
+  };
+  const bool weights = call.need_weights;
+  EditGradients grads{matrix(weights && call.read), vector(weights), matrix(weights),
+                      vector(weights && call.subtract_projection),
+                      empty_if(call.coeff.has_value(), {sizes.count, r}, sums)};
+  make_dense(call.read), make_dense(call.write), make_dense(call.coeff), make_dense(call.u),
+      make_dense(call.z);
+  const Tensor saved_input = weights ? with_rows(call.saved_input) : call.saved_input;
+  EditBackward e;
+  e.selection = selection_of(sizes.count, call.rows, call.weight_ids, sets);
+  e.weights.d = d, e.weights.r = r;
+  e.weights.read = typed(call.read), e.weights.write = typed(call.write),
+  e.weights.coeff = typed(call.coeff);
+  e.weights.subtract_projection = call.subtract_projection, e.weights.activation = sizes.activation;
+  e.grad = rows_of(grad);
+  if (out) e.out = rows_of(*out);
+  if (weights) e.saved_input = rows_of(saved_input);
+  e.u = call.u.data_ptr();
+  e.z = sizes.activation == Activation::linear ? nullptr : call.z.data_ptr();
+  e.grad_read = pointer(grads.read), e.grad_read_bias = pointer(grads.read_bias);
+  e.grad_write = pointer(grads.write), e.grad_subtract_bias = pointer(grads.subtract_bias);
+  e.grad_coeff = pointer(grads.coeff);
+  kernels().edit_backward[int(dtype_of(grad))](e);
+  return grads;
+}
+
+void edit_backward(StableIValue* stack, uint64_t, uint64_t outputs) {
+  if (served_elsewhere("edit_backward", stack, outputs)) return;
+  EditBackwardCall call(Reader(stack), false);
+  const NoGrad guard;
+  const EditSizes sizes = check(Door("edit_backward"), call, false);
+  const Tensor grad = with_rows(call.grad);
+  const Tensor out =
+      call.need_hidden ? output_like(grad, call.rows.has_value()) : empty({0}, code_of(grad));
+  const EditGradients grads = run(call, sizes, grad, call.need_hidden ? &out : nullptr);
+  give(stack, out, grads.read, grads.read_bias, grads.write, grads.subtract_bias, grads.coeff);
+}
+
+void edit_backward_in_place(StableIValue* stack, uint64_t, uint64_t outputs) {
+  if (served_elsewhere("edit_backward_", stack, outputs)) return;
+  EditBackwardCall call(Reader(stack), true);
+  const NoGrad guard;
+  const EditSizes sizes = check(Door("edit_backward_"), call, true);
+  Target target(call.grad);
+  const EditGradients grads = run(call, sizes, target.rows(), &target.rows());
+  target.bring_back();
+  give(stack, grads.read, grads.read_bias, grads.write, grads.subtract_bias, grads.coeff);
+}
+
+// ---- RED
+
+Tensor run(RedCall& call, int64_t count, bool save, const Tensor& source, const Tensor& out) {
+  const int64_t d = source.sizes()[1];
+  const Tensor saved_input = empty_if(save, {count, d}, code_of(source));
+  make_dense(call.scale), make_dense(call.bias);
+  RedForward e;
+  e.selection = selection_of(count, call.rows, call.weight_ids, call.scale.sizes()[0]);
+  e.d = d;
+  e.scale = typed(call.scale), e.bias = typed(call.bias);
+  e.source = rows_of(source), e.out = rows_of(out);
+  e.saved_input = {pointer(saved_input), d};
+  kernels().red[int(dtype_of(source))](e);
+  return saved_input;
+}
+
+void red(StableIValue* stack, uint64_t, uint64_t outputs) {
+  if (served_elsewhere("red", stack, outputs)) return;
+  RedCall call{Reader(stack)};
+  const NoGrad guard;
+  const int64_t count = check(Door("red"), call, false);
+  const Tensor source = with_rows(call.hidden), out = output_like(source, call.rows.has_value());
+  // over all rows the caller still holds the input: no copy of it is saved_input
+  give(stack, out, run(call, count, call.save && call.rows, source, out));
+}
+
+void red_in_place(StableIValue* stack, uint64_t, uint64_t outputs) {
+  if (served_elsewhere("red_", stack, outputs)) return;
+  RedCall call{Reader(stack)};
+  const NoGrad guard;
+  const int64_t count = check(Door("red_"), call, true);
+  Target target(call.hidden);
+  const Tensor saved_input = run(call, count, call.save, target.rows(), target.rows());
+  target.bring_back();
+  give(stack, saved_input);
+}
+
+struct RedGradients {
+  Tensor scale, bias;
+};
+
+RedGradients run(RedBackwardCall& call, int64_t count, const Tensor& grad, const Tensor* out) {
+  const int64_t d = grad.sizes()[1], sets = call.weight_ids ? call.scale.sizes()[0] : 1;
+  const int32_t sums = sum_code(code_of(grad));
+  const auto like_scale = [&] {
+    return call.weight_ids ? empty_if(call.need_weights, {sets, d}, sums)
+                           : empty_if(call.need_weights, {d}, sums);
+  };
+  RedGradients grads{like_scale(), like_scale()};
+  make_dense(call.scale);
+  const Tensor saved_input = call.need_weights ? with_rows(call.saved_input) : call.saved_input;
+  RedBackward e;
+  e.selection = selection_of(count, call.rows, call.weight_ids, sets);
+  e.d = d;
+  e.scale = typed(call.scale);
+  e.grad = rows_of(grad);
+  if (out) e.out = rows_of(*out);
+  if (call.need_weights) e.saved_input = rows_of(saved_input);
+  e.grad_scale = pointer(grads.scale), e.grad_bias = pointer(grads.bias);
+  kernels().red_backward[int(dtype_of(grad))](e);
+  return grads;
+}
+
+void red_backward(StableIValue* stack, uint64_t, uint64_t outputs) {
+  if (served_elsewhere("red_backward", stack, outputs)) return;
+  RedBackwardCall call(Reader(stack), false);
+  const NoGrad guard;
+  const int64_t count = check(Door("red_backward"), call, false);
+  const Tensor grad = with_rows(call.grad);
+  const Tensor out =
+      call.need_hidden ? output_like(grad, call.rows.has_value()) : empty({0}, code_of(grad));
+  const RedGradients grads = run(call, count, grad, call.need_hidden ? &out : nullptr);
+  give(stack, out, grads.scale, grads.bias);
+}
+
+void red_backward_in_place(StableIValue* stack, uint64_t, uint64_t outputs) {
+  if (served_elsewhere("red_backward_", stack, outputs)) return;
+  RedBackwardCall call(Reader(stack), true);
+  const NoGrad guard;
+  const int64_t count = check(Door("red_backward_"), call, true);
+  Target target(call.grad);
+  const RedGradients grads = run(call, count, target.rows(), &target.rows());
+  target.bring_back();
+  give(stack, grads.scale, grads.bias);
+}
+
+// ---- the build of R
+
+// A contiguous tensor of another dtype, itself where it is one.
+Tensor converted(const Tensor& tensor, int32_t code) {
+  if (code_of(tensor) == code) return dense(tensor);
+  const ScalarType dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(code));
+  return dense(torch::stable::to(tensor, dtype));
+}
+Optional converted(const Optional& tensor, int32_t code) {
+  return tensor ? Optional(converted(*tensor, code)) : std::nullopt;
+}
+
+template <class T>
+void launch(const BuildCall& call, const MapSizes& sizes, void (*kernel)(const BuildForward<T>&),
+            const Tensor& R, const Tensor& D, const Tensor& aux) {
+  kernel({sizes.layers, sizes.d, sizes.r, pointer<const T>(call.X), pointer<const T>(call.signs),
+          pointer<const T>(call.base), pointer<const T>(call.base_point), pointer<const T>(call.W),
+          pointer<T>(R), call.W ? pointer<T>(D) : nullptr, pointer<T>(aux)});
+}
+
+template <class T>
+void launch(const BuildBackwardCall& call, const MapSizes& sizes,
+            void (*kernel)(const BuildBackward<T>&), const Tensor& grad_X) {
+  kernel({sizes.layers, sizes.d, sizes.r, pointer<const T>(call.grad_R),
+          pointer<const T>(call.grad_D), pointer<const T>(call.X), pointer<const T>(call.signs),
+          pointer<const T>(call.base), pointer<const T>(call.aux), pointer<T>(grad_X)});
+}
+
+// The kernels of one map in both dtypes.
+struct Map {
+  const char *name, *backward_name;
+  void (*BuildKernels<float>::*in_float)(const BuildForward<float>&);
+  void (*BuildKernels<double>::*in_double)(const BuildForward<double>&);
+  void (*BuildKernels<float>::*backward_in_float)(const BuildBackward<float>&);
+  void (*BuildKernels<double>::*backward_in_double)(const BuildBackward<double>&);
+};
+
+constexpr Map kHouseholder = {"householder",
+                              "householder_backward",
+                              &BuildKernels<float>::householder,
+                              &BuildKernels<double>::householder,
+                              &BuildKernels<float>::householder_backward,
+                              &BuildKernels<double>::householder_backward};
+constexpr Map kCayley = {"cayley",
+                         "cayley_backward",
+                         &BuildKernels<float>::cayley,
+                         &BuildKernels<double>::cayley,
+                         &BuildKernels<float>::cayley_backward,
+                         &BuildKernels<double>::cayley_backward};
+
+template <const Map& map>
+void build(StableIValue* stack, uint64_t, uint64_t outputs) {
+  if (served_elsewhere(map.name, stack, outputs)) return;
+  BuildCall call{Reader(stack)};
+  const NoGrad guard;
+  const MapSizes sizes = check(Door(map.name), call);
+  const auto [layers, d, r] = sizes;
+  const int32_t sums = sum_code(code_of(call.X));
+  const Tensor R = empty({layers, r, d}, sums),
+               D = empty_if(call.W.has_value(), {layers, r, d}, sums);
+  const Tensor aux = empty({layers, call.base ? 2 : 1, r, r}, sums);
+  call.X = converted(call.X, sums), call.signs = converted(call.signs, sums),
+  call.base = converted(call.base, sums);
+  call.base_point = converted(call.base_point, sums), call.W = converted(call.W, sums);
+  if (sums == kCodes.float64)
+    launch<double>(call, sizes, kernels().build_double.*map.in_double, R, D, aux);
+  else
+    launch<float>(call, sizes, kernels().build_float.*map.in_float, R, D, aux);
+  give(stack, R, D, aux);
+}
+
+template <const Map& map>
+void build_backward(StableIValue* stack, uint64_t, uint64_t outputs) {
+  if (served_elsewhere(map.backward_name, stack, outputs)) return;
+  BuildBackwardCall call{Reader(stack)};
+  const NoGrad guard;
+  const MapSizes sizes = check(Door(map.backward_name), call);
+  const int32_t code = code_of(call.X), sums = sum_code(code);
+  const Tensor grad_X = empty({sizes.layers, sizes.d, sizes.r}, sums);
+  call.X = converted(call.X, sums), call.signs = converted(call.signs, sums),
+  call.base = converted(call.base, sums);
+  call.grad_R = converted(call.grad_R, sums), call.grad_D = converted(call.grad_D, sums);
+  call.aux = converted(call.aux, sums);
+  if (sums == kCodes.float64)
+    launch<double>(call, sizes, kernels().build_double.*map.backward_in_double, grad_X);
+  else
+    launch<float>(call, sizes, kernels().build_float.*map.backward_in_float, grad_X);
+  give(stack, converted(grad_X, code));
+}
+
+// ---- the library
+
+void serve(bool wanted) { serving = wanted; }
+
+void refuse(bool of_arguments, std::string text) {
+  refusal = {true, of_arguments, std::move(text)};
+}
+
+void spoil(bool wanted) { spoiled = wanted; }
+
 void set_pool_limit(int64_t bytes) { pool_limit(size_t(bytes)); }
 
 std::tuple<int64_t, int64_t> held_by_pool() {
@@ -274,43 +526,25 @@ std::string isa_refusal(std::string name) {
 }  // namespace
 }  // namespace reft
 
+STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, m) {
+  m.impl("edit", reft::edit);
+  m.impl("edit_", reft::edit_in_place);
+  m.impl("edit_backward", reft::edit_backward);
+  m.impl("edit_backward_", reft::edit_backward_in_place);
+  m.impl("red", reft::red);
+  m.impl("red_", reft::red_in_place);
+  m.impl("red_backward", reft::red_backward);
+  m.impl("red_backward_", reft::red_backward_in_place);
+  m.impl("householder", reft::build<reft::kHouseholder>);
+  m.impl("householder_backward", reft::build_backward<reft::kHouseholder>);
+  m.impl("cayley", reft::build<reft::kCayley>);
+  m.impl("cayley_backward", reft::build_backward<reft::kCayley>);
+}
+
 STABLE_TORCH_LIBRARY(reft_kernels_cpu, m) {
-  m.def(
-      "edit(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? weight_ids, Tensor? read, Tensor? "
-      "read_bias, Tensor write, "
-      "Tensor? subtract_bias, Tensor? coeff, bool subtract_projection, int activation, Tensor(b!)? "
-      "saved_input, Tensor(c!)? u, Tensor(d!)? z) "
-      "-> ()");
-  m.def(
-      "edit_backward(Tensor grad, Tensor(a!)? out, Tensor saved_input, Tensor u, Tensor? z, "
-      "Tensor? rows, Tensor? weight_ids, "
-      "Tensor? read, Tensor write, Tensor? coeff, bool subtract_projection, int activation, "
-      "Tensor(b!)? grad_read, "
-      "Tensor(c!)? grad_read_bias, Tensor(d!)? grad_write, Tensor(e!)? grad_subtract_bias, "
-      "Tensor(f!)? grad_coeff) -> ()");
-  m.def(
-      "red(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? weight_ids, Tensor scale, Tensor "
-      "bias, Tensor(b!)? saved_input) -> ()");
-  m.def(
-      "red_backward(Tensor grad, Tensor(a!)? out, Tensor saved_input, Tensor? rows, Tensor? "
-      "weight_ids, Tensor scale, "
-      "Tensor(b!)? grad_scale, Tensor(c!)? grad_bias) -> ()");
-  m.def(
-      "householder(Tensor X, Tensor? signs, Tensor? base, Tensor? base_point, Tensor? W, "
-      "Tensor(a!) R, Tensor(b!)? D, "
-      "Tensor(c!) aux) -> ()");
-  m.def(
-      "householder_backward(Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, "
-      "Tensor aux, "
-      "Tensor(a!) grad_X) -> ()");
-  m.def(
-      "cayley(Tensor X, Tensor? signs, Tensor? base, Tensor? base_point, Tensor? W, Tensor(a!) R, "
-      "Tensor(b!)? D, "
-      "Tensor(c!) aux) -> ()");
-  m.def(
-      "cayley_backward(Tensor? grad_R, Tensor? grad_D, Tensor X, Tensor? signs, Tensor? base, "
-      "Tensor aux, Tensor(a!) grad_X) "
-      "-> ()");
+  m.def("serve(bool wanted) -> ()");
+  m.def("refuse(bool of_arguments, str text) -> ()");
+  m.def("spoil(bool wanted) -> ()");
   m.def("pooled_like(Tensor like) -> Tensor");
   m.def("set_pool_limit(int bytes) -> ()");
   m.def("held_by_pool() -> (int used, int saved_input)");
@@ -320,17 +554,12 @@ STABLE_TORCH_LIBRARY(reft_kernels_cpu, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cpu, CPU, m) {
   m.impl("pooled_like", TORCH_BOX(&reft::pooled_like));
-  m.impl("edit", TORCH_BOX(&reft::edit));
-  m.impl("edit_backward", TORCH_BOX(&reft::edit_backward));
-  m.impl("red", TORCH_BOX(&reft::red));
-  m.impl("red_backward", TORCH_BOX(&reft::red_backward));
-  m.impl("householder", TORCH_BOX(&reft::householder));
-  m.impl("householder_backward", TORCH_BOX(&reft::householder_backward));
-  m.impl("cayley", TORCH_BOX(&reft::cayley));
-  m.impl("cayley_backward", TORCH_BOX(&reft::cayley_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cpu, CompositeExplicitAutograd, m) {
+  m.impl("serve", TORCH_BOX(&reft::serve));
+  m.impl("refuse", TORCH_BOX(&reft::refuse));
+  m.impl("spoil", TORCH_BOX(&reft::spoil));
   m.impl("set_pool_limit", TORCH_BOX(&reft::set_pool_limit));
   m.impl("held_by_pool", TORCH_BOX(&reft::held_by_pool));
   m.impl("isa", TORCH_BOX(&reft::isa));

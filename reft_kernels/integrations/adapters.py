@@ -34,8 +34,9 @@ from adapters.configuration import ReftConfig
 from adapters.methods.reft import ReftLayer, ReftModule
 from torch import Tensor, nn
 
-from reft_kernels import ownership
+from reft_kernels import arguments, ownership
 from reft_kernels.activations import canonical_activation
+from reft_kernels.arguments import RedWeights
 from reft_kernels.autograd import apply_red
 from reft_kernels.checks import mark_rows
 from reft_kernels.dtypes import accumulation_dtype
@@ -206,7 +207,12 @@ class _Units(Intervention):
             count, self.embed_dim
         )
         own = mark_rows(torch.arange(count, device=hidden.device, dtype=torch.int32), count)
-        return apply_red(edited, rows, own, kept, torch.zeros_like(kept), inplace)
+        return apply_red(
+            edited,
+            RedWeights(kept, torch.zeros_like(kept)),
+            arguments.Selection(rows, own),
+            inplace,
+        )
 
 
 # ---- rows

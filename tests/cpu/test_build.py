@@ -298,7 +298,9 @@ _SELECTED = [
 ]
 
 
-def _sanitized(tmp_path: Path, *selection: str) -> None:
+@pytest.fixture(scope="module")
+def sanitizers(tmp_path_factory) -> dict[str, str]:
+    """The environment of a process whose native library is one with sanitizers; built once."""
     compiler = os.environ.get("CXX", "g++")
     runtimes = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
@@ -306,6 +308,7 @@ def _sanitized(tmp_path: Path, *selection: str) -> None:
         if not os.path.isabs(found):
             pytest.skip(f"{compiler} has no {name}")
         runtimes.append(found)
+    folder = tmp_path_factory.mktemp("sanitized")
     built = _run(
         sys.executable,
         BUILD,
@@ -314,33 +317,41 @@ def _sanitized(tmp_path: Path, *selection: str) -> None:
         "--isa",
         cpu.instruction_set() or "portable",
         "--out",
-        tmp_path,
+        folder,
         "--objects",
-        tmp_path / "objects",
+        folder / "objects",
     )
     assert built.returncode == 0, built.stderr
-    done = _run(
-        sys.executable,
-        "-c",
-        SANITIZED,
-        *selection,
-        REFT_KERNELS_CPU_LIBRARY=str(tmp_path / "_native_cpu.so"),
-        LD_PRELOAD=" ".join(runtimes),
-        ASAN_OPTIONS="detect_leaks=0",  # Python's own memory at exit is not ours
-        UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
-        OMP_WAIT_POLICY="passive",
-    )
+    return {
+        "REFT_KERNELS_CPU_LIBRARY": str(folder / "_native_cpu.so"),
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own memory at exit is not ours
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "OMP_WAIT_POLICY": "passive",
+    }
+
+
+def _sanitized(environment: dict[str, str], *selection: str) -> None:
+    done = _run(sys.executable, "-c", SANITIZED, *selection, **environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
 
 
 @pytest.mark.slow
-def test_address_and_undefined_behaviour_sanitizers_find_nothing(tmp_path):
-    _sanitized(tmp_path, *_SELECTED, "-k", "not torch-cpu and not triton-cpu")
+def test_address_and_undefined_behaviour_sanitizers_find_nothing(sanitizers):
+    _sanitized(sanitizers, *_SELECTED, "-k", "not torch-cpu and not triton-cpu")
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing_in_mutated_calls(sanitizers):
+    """The last line that a dead process leaves names the case."""
+    fuzz = ("-m", "tests.fuzz_operators", "--backend", "cpu", "--first", "50000", "--cases", "1500")
+    done = _run(sys.executable, *fuzz, **sanitizers, OMP_NUM_THREADS="1")
+    assert done.returncode == 0 and "ends" in done.stdout, (done.stdout[-300:], done.stderr[:3000])
 
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_sanitizers_find_nothing_in_any_cpu_test(tmp_path):
+def test_sanitizers_find_nothing_in_any_cpu_test(sanitizers):
     files = (
         "test_ops",
         "test_functional",
@@ -350,4 +361,4 @@ def test_sanitizers_find_nothing_in_any_cpu_test(tmp_path):
         "test_rows",
     )
     selection = [f"tests/{name}.py" for name in files] + ["tests/cpu/test_threads.py"]
-    _sanitized(tmp_path, *selection, "-k", "not torch-cpu and not triton-cpu and not opcheck")
+    _sanitized(sanitizers, *selection, "-k", "not torch-cpu and not triton-cpu and not opcheck")

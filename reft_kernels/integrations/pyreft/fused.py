@@ -11,6 +11,7 @@ import torch
 from pyvene import IntervenableModel
 from torch import Tensor, nn
 
+from reft_kernels.arguments import Selection
 from reft_kernels.autograd import apply_edit
 from reft_kernels.checks import HIDDEN_DTYPES, describe, mark_rows, num_rows_of
 from reft_kernels.conversion.orthogonal_state import BASE, ORIGINAL
@@ -126,19 +127,7 @@ class FusedIntervention:
         ):  # keeps the rows for backward, so that the output may be changed and edits may be large
             count = num_rows_of(base)
             rows = mark_rows(torch.arange(count, dtype=torch.int32, device=base.device), count)
-        return apply_edit(
-            base,
-            rows,
-            None,
-            weights.read,
-            weights.read_bias,
-            weights.write,
-            weights.subtract_bias,
-            coeff,
-            weights.subtract_projection,
-            activation,
-            False,
-        )
+        return apply_edit(base, weights, Selection(rows, None, coeff), activation, False)
 
     # ---- checkpoints
 

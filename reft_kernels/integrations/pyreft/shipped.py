@@ -28,6 +28,7 @@ from transformers.activations import ACT2FN
 
 from reft_kernels import functional
 from reft_kernels.activations import canonical_activation
+from reft_kernels.arguments import EditWeights, Selection
 from reft_kernels.autograd import apply_edit
 from reft_kernels.checks import check_edit, num_rows_of
 from reft_kernels.integrations.pyreft.interventions import ReftIntervention
@@ -128,19 +129,8 @@ def _edit_by_weights(
     check_edit(hidden, matrices, {"read_bias": read_bias}, rows, activation, None, None)
     count = num_rows_of(hidden) if rows is None else rows.shape[0]
     coeff = None if scale is None else scale.expand(count, -1)
-    return apply_edit(
-        hidden,
-        rows,
-        None,
-        read,
-        read_bias,
-        write,
-        subtract_bias,
-        coeff,
-        subtract_projection,
-        activation,
-        inplace,
-    )
+    weights = EditWeights(read, read_bias, write, subtract_bias, subtract_projection)
+    return apply_edit(hidden, weights, Selection(rows, None, coeff), activation, inplace)
 
 
 SHIPPED: dict[type[nn.Module], Callable[..., Edit]] = {
