@@ -378,7 +378,9 @@ def test_an_inference_tensor_is_asserted_each_time(assertions):
 
 def test_every_operator_on_a_gpu_has_its_numbers_asserted(monkeypatch):
     asked = []
-    monkeypatch.setattr(door, "assert_range", lambda *args: asked.append((args[0], *args[2:])))
+    monkeypatch.setattr(
+        operator_checks, "assert_range", lambda *args: asked.append((args[0], *args[2:]))
+    )
 
     class OnGpu(torch.Tensor):
         device = torch.device("cuda", 0)

@@ -49,7 +49,7 @@ struct EditCall {
         write(in.tensor()),
         subtract_bias(in.optional()),
         coeff(in.optional()),
-        subtract(in.flag()),
+        subtract_projection(in.flag()),
         activation(in.text()),
         save(in.flag()) {}
   Tensor hidden;
@@ -73,7 +73,7 @@ struct EditBackwardCall {
         read(in.optional()),
         write(in.tensor()),
         coeff(in.optional()),
-        subtract(in.flag()),
+        subtract_projection(in.flag()),
         activation(in.text()),
         need_hidden(in_place || in.flag()),
         need_weights(in.flag()) {}
