@@ -29,6 +29,26 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return ``value``; raise ValueError if it is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+    return value
+
+
+def check_count(name: str, value: int, low: int, high: int | None) -> int:
+    """Return ``value``; raise ValueError unless it is an int in [low, high] (None: no limit)."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < low
+        or (high is not None and value > high)
+    ):
+        bounds = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+        raise ValueError(f"{name}: got {value!r}, expected {bounds}")
+    return value
+
+
 def _check_hidden(hidden: Tensor) -> None:
     if not isinstance(hidden, Tensor):
         raise TypeError(f"hidden: got {describe(hidden)}, expected a tensor [..., d]")

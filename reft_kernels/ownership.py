@@ -24,7 +24,7 @@ _lock = threading.Lock()
 def _counts(grad: Tensor) -> tuple[int, int, int]:
     """Return the tensor, Python object and storage reference counts of ``grad``."""
     return (
-        grad._use_count(),
+        grad._use_count(),  # type: ignore[attr-defined]  # missing from PyTorch's type stubs
         sys.getrefcount(grad),
         torch._C._storage_Use_Count(grad.untyped_storage()._cdata),
     )

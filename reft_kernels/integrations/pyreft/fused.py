@@ -12,11 +12,11 @@ from pyvene import IntervenableModel
 from torch import Tensor, nn
 
 from reft_kernels.autograd import apply_edit
-from reft_kernels.checks import HIDDEN_DTYPES, describe, mark_rows, num_rows_of
+from reft_kernels.checks import HIDDEN_DTYPES, check_count, describe, mark_rows, num_rows_of
 from reft_kernels.conversion.orthogonal_state import BASE, ORIGINAL
 from reft_kernels.integrations.pyreft.rotate import RotateLayer, weight_of_parametrization
 from reft_kernels.integrations.pyreft.subspaces import coefficients
-from reft_kernels.interventions import EditWeights, _check_count
+from reft_kernels.interventions import EditWeights
 from reft_kernels.parametrization import MAX_RANK, _checked_orthonormal
 
 SETTINGS = "reft_kernels"  # where a state dict's metadata holds dropout and act_fn
@@ -50,8 +50,8 @@ class FusedIntervention:
         for name in ("embed_dim", "low_rank_dimension"):
             if kwargs.get(name) is None:
                 raise ValueError(f"{name}: got None, expected an integer")
-        self._width = _check_count("embed_dim", int(kwargs["embed_dim"]), 1, None)
-        self._rank = _check_count(
+        self._width = check_count("embed_dim", int(kwargs["embed_dim"]), 1, None)
+        self._rank = check_count(
             "low_rank_dimension", kwargs["low_rank_dimension"], 1, min(self._width, MAX_RANK)
         )
         self._given = {

@@ -1,0 +1,27 @@
+"""Weights that one layer's edit uses."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class EditWeights(NamedTuple):
+    """Weights of a low-rank edit, y = x + B^T (act(A x + c) - (B x + p)).
+
+    With weight sets, every tensor has a leading dimension S.
+    """
+
+    read: Tensor | None  # A [r, d]; None for 0
+    read_bias: Tensor | None  # c [r]; None for 0
+    write: Tensor  # B [r, d]
+    subtract_bias: Tensor | None  # p [r]; None for 0
+    subtract_projection: bool  # whether B x is subtracted
+
+
+class RedWeights(NamedTuple):
+    """Weights of RED, y = scale * x + bias."""
+
+    scale: Tensor  # [d], or [S, d] with weight sets
+    bias: Tensor  # same shape as scale
