@@ -166,7 +166,7 @@ def _build(
     base: Tensor | None,
     point: Tensor | None,
     W: Tensor | None,
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulation_dtype(X.dtype)
     r = X.shape[-1]
     F = _MAPS[name](X.to(acc))
@@ -196,8 +196,8 @@ def _build_backward(
     X: Tensor,
     signs: Tensor | None,
     base: Tensor | None,
-    aux,
-):
+    aux: Tensor,
+) -> Tensor:
     acc = accumulation_dtype(X.dtype)
     dtype, r = X.dtype, X.shape[-1]
     if grad_R is None and grad_D is None:
@@ -236,7 +236,7 @@ def _build_backward(
 
 def householder(
     X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the Householder map; see the module documentation.
 
     Args:
@@ -255,7 +255,12 @@ def householder(
 
 
 def householder_backward(
-    grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
+    grad_R: Tensor | None,
+    grad_D: Tensor | None,
+    X: Tensor,
+    signs: Tensor | None,
+    base: Tensor | None,
+    aux: Tensor,
 ) -> Tensor:
     """Compute the gradient of X for :func:`householder`.
 
@@ -273,7 +278,7 @@ def householder_backward(
 
 def cayley(
     X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the Cayley map.
 
     Arguments and results are those of :func:`householder`, with C in place of T in ``aux``.
@@ -282,7 +287,12 @@ def cayley(
 
 
 def cayley_backward(
-    grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
+    grad_R: Tensor | None,
+    grad_D: Tensor | None,
+    X: Tensor,
+    signs: Tensor | None,
+    base: Tensor | None,
+    aux: Tensor,
 ) -> Tensor:
     """Compute the gradient of X for :func:`cayley`.
 
