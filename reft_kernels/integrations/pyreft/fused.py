@@ -158,7 +158,7 @@ class FusedIntervention(nn.Module):
         """
         return lambda: None
 
-    def state_dict(  # type: ignore[override]  # without the deprecated positional arguments
+    def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
         """Return a state dict in the format of the original class.

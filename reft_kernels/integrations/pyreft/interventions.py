@@ -174,7 +174,7 @@ class LoreftIntervention(_Rotated):
             return EditWeights(D, source.bias, R, None, False)
         return EditWeights(source.weight, source.bias, self.rotate_layer.build()[0], None, True)
 
-    def state_dict(  # type: ignore[override]  # without the deprecated positional arguments
+    def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
         """Return a state dict in the format of the original class.
