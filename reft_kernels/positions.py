@@ -201,21 +201,21 @@ def prompt_rows(
         counts = [available.clamp(max=n) for n in (spec.first, spec.last)]
         ends = (starts + lengths).unsqueeze(1)
         columns = torch.cat([starts.unsqueeze(1) + steps[0], ends - counts[1] + steps[1]], dim=1)
-        chosen = torch.cat([steps[0] < counts[0], steps[1] < counts[1]], dim=1)
+        selected = torch.cat([steps[0] < counts[0], steps[1] < counts[1]], dim=1)
         columns = columns - offset
-        chosen = chosen & (columns >= 0) & (columns < width)
+        selected = selected & (columns >= 0) & (columns < width)
     else:
         columns = torch.arange(width, device=device).expand(batch, width)
         if spec.kind == "prompt":
             absolute = columns + offset
-            chosen = (absolute >= starts.unsqueeze(1)) & (
+            selected = (absolute >= starts.unsqueeze(1)) & (
                 absolute < (starts + lengths).unsqueeze(1)
             )
         else:
-            chosen = (
+            selected = (
                 torch.ones_like(columns, dtype=torch.bool) if token_mask is None else token_mask
             )
-    rows = torch.where(chosen, base + columns, -1).to(torch.int32).flatten()
+    rows = torch.where(selected, base + columns, -1).to(torch.int32).flatten()
     return mark_rows(rows, batch * width)
 
 

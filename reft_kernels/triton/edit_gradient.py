@@ -257,9 +257,8 @@ def gradient_kernel(
     are None if ONE_CHUNK is set. See :func:`launch_gradient`.
     """
     FOLD: tl.constexpr = SUBTRACT and LINEAR
-    SECOND: tl.constexpr = (
-        SUBTRACT and not LINEAR
-    )  # ddelta differs from dz and has a product of its own
+    # Whether ddelta differs from dz, which needs separate products
+    SECOND: tl.constexpr = SUBTRACT and not LINEAR
     block = tl.program_id(0)
     chunk = tl.program_id(1)
     s = tl.program_id(2)

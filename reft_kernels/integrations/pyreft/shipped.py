@@ -54,60 +54,68 @@ _ACTIVATIONS = {
 }
 
 
-def _loreft(own: LoreftIntervention, R: Tensor) -> Edit:
-    source = own.learned_source
+def _loreft(intervention: LoreftIntervention, R: Tensor) -> Edit:
+    source = intervention.learned_source
     return functools.partial(
-        functional.loreft, R=R, W=source.weight, b=source.bias, activation=activation_of(own)
+        functional.loreft,
+        R=R,
+        W=source.weight,
+        b=source.bias,
+        activation=activation_of(intervention),
     )
 
 
-def _direft(own: DireftIntervention, R: Tensor) -> Edit:
-    source = own.learned_source
+def _direft(intervention: DireftIntervention, R: Tensor) -> Edit:
+    source = intervention.learned_source
     return functools.partial(
-        functional.direft, R=R, W=source.weight, b=source.bias, activation=activation_of(own)
+        functional.direft,
+        R=R,
+        W=source.weight,
+        b=source.bias,
+        activation=activation_of(intervention),
     )
 
 
-def _noreft(own: NoreftIntervention, R: None) -> Edit:
-    source, proj = own.learned_source, own.proj_layer
+def _noreft(intervention: NoreftIntervention, R: None) -> Edit:
+    source, proj = intervention.learned_source, intervention.proj_layer
     return functools.partial(
         functional.noreft,
         W2=proj.weight,
         W1=source.weight,
         b=source.bias,
         b2=proj.bias,
-        activation=activation_of(own),
+        activation=activation_of(intervention),
     )
 
 
-def _nodireft(own: NodireftIntervention, R: None) -> Edit:
-    source = own.learned_source  # like pyreft, this does not use the bias of proj_layer
+def _nodireft(intervention: NodireftIntervention, R: None) -> Edit:
+    source = intervention.learned_source  # like pyreft, this does not use the bias of proj_layer
     return functools.partial(
         functional.nodireft,
-        W2=own.proj_layer.weight,
+        W2=intervention.proj_layer.weight,
         W1=source.weight,
         b=source.bias,
-        activation=activation_of(own),
+        activation=activation_of(intervention),
     )
 
 
-def _consreft(own: ConsreftIntervention, R: Tensor) -> Edit:
-    return functools.partial(functional.consreft, R=R, s=own.learned_source)
+def _consreft(intervention: ConsreftIntervention, R: Tensor) -> Edit:
+    return functools.partial(functional.consreft, R=R, s=intervention.learned_source)
 
 
-def _lobireft(own: LobireftIntervention, R: Tensor) -> Edit:
-    return functools.partial(functional.lobireft, R=R, s=own.learned_source)
+def _lobireft(intervention: LobireftIntervention, R: Tensor) -> Edit:
+    return functools.partial(functional.lobireft, R=R, s=intervention.learned_source)
 
 
-def _drop_in(own: ReftIntervention, R: None) -> Edit:
-    scale = own.subspace_coeff
-    weights = own.edit_weights()
+def _drop_in(intervention: ReftIntervention, R: None) -> Edit:
+    scale = intervention.subspace_coeff
+    weights = intervention.edit_weights()
     if scale is not None:
         scale = torch.as_tensor(scale, dtype=torch.float32, device=weights.write.device).expand(
             weights.write.shape[0]
         )
     return functools.partial(
-        _edit_by_weights, **weights._asdict(), scale=scale, activation=activation_of(own)
+        _edit_by_weights, **weights._asdict(), scale=scale, activation=activation_of(intervention)
     )
 
 
