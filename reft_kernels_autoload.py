@@ -1,12 +1,12 @@
-"""Makes PEFT know ReFT adapters in programs that never import reft_kernels.
+"""Registers the ReFT method with PEFT in programs that do not import reft_kernels.
 
-PyTorch calls :func:`watch_peft` at the end of ``import torch``: it is an entry point of the group
-``torch.backends``, which ``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns off. PEFT's table of methods is
-then given a default: the first configuration of type REFT that is looked up imports
-``reft_kernels.integrations.peft``. Until then nothing else is imported.
+PyTorch calls :func:`watch_peft` at the end of ``import torch``, through the entry point group
+``torch.backends`` (disabled by ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``). It installs an import hook
+that replaces PEFT's table of configuration classes by a :class:`MethodTable`, which imports
+``reft_kernels.integrations.peft`` when the method REFT is first looked up.
 
-This is a module of its own, beside the package, because it is imported while torch still is: it may
-import neither torch nor ``reft_kernels``.
+This module is imported while torch is still being imported. It is therefore separate from the
+package and must import neither torch nor ``reft_kernels``.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ TABLE = "PEFT_TYPE_TO_CONFIG_MAPPING"
 
 
 class MethodTable(dict):
-    """PEFT's configuration classes by method, with ReFT's loaded when it is first looked up.
+    """PEFT's table of configuration classes, which loads the ReFT entry on first lookup.
 
     Raises:
-        ImportError: ReFT is looked up and reft_kernels cannot be imported.
-        KeyError: as a dict.
+        ImportError: If ReFT is looked up and reft_kernels cannot be imported.
+        KeyError: If another method is looked up that the table does not contain.
     """
 
     def __missing__(self, key: str) -> type:
@@ -43,7 +43,7 @@ class MethodTable(dict):
 
 
 class _Loader:
-    """The loader of PEFT's module, with the table replaced once the module has run."""
+    """Wraps the loader of ``peft.mapping`` and replaces the table after the module is executed."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -55,9 +55,8 @@ class _Loader:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = (
-            self._loader
-        )  # reloads and inspection see PEFT's own
+        # Restore the original loader, so that importlib.reload and inspect use it
+        module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         table = getattr(module, TABLE, None)
         if isinstance(table, dict):
@@ -73,12 +72,10 @@ class _Loader:
 
 
 class _Finder:
-    """Finds PEFT's module as the other finders do, and gives it our loader; every other module
-    is theirs.
-    """
+    """Meta path finder that wraps the loader of ``peft.mapping`` and ignores other modules."""
 
     def __init__(self) -> None:
-        self._searching = threading.local()  # another finder may ask us in turn
+        self._searching = threading.local()  # guards against recursion through other finders
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != MODULE or getattr(self._searching, "now", False):
@@ -100,11 +97,10 @@ class _Finder:
 
 
 def watch_peft() -> None:
-    """Have PEFT's table of methods replaced when PEFT is imported; calling it again changes
-    nothing.
+    """Install the import hook; further calls have no effect.
 
-    The finder stays: taking it out while another thread walks ``sys.meta_path`` would make that
-    thread skip a finder.
+    The hook is never removed: removing it while another thread iterates over ``sys.meta_path``
+    would make that thread skip a finder.
     """
     if not any(type(finder) is _Finder for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -111,7 +111,7 @@ def _candidates(
 
 
 def _edit_cases(settings: Settings) -> Iterator[Case]:
-    edit, edit_backward = _kernels("edit"), _kernels("edit_backward")
+    edit, delta, gradient = (_kernels(f"edit{part}") for part in ("", "_delta", "_gradient"))
     shapes = (
         [(64, 64, 4)]
         if settings.quick
@@ -125,8 +125,8 @@ def _edit_cases(settings: Settings) -> Iterator[Case]:
             shape = {"rows": count, "d": d, "r": rank}
             for module, heuristic, mode in (
                 (edit, "edit_config", "forward"),
-                (edit_backward, "delta_config", "backward"),
-                (edit_backward, "gradient_config", "backward"),
+                (delta, "delta_config", "backward"),
+                (gradient, "gradient_config", "backward"),
             ):
                 gate = edits.Gate(problems[0], backward=mode == "backward")
                 own = edits.provider(reft_kernels.loreft, problems, mode, gate)
@@ -149,7 +149,7 @@ def _edit_cases(settings: Settings) -> Iterator[Case]:
 
 
 def _build_cases(settings: Settings) -> Iterator[Case]:
-    orthonormal = _kernels("orthonormal")
+    orthonormal_launch = _kernels("orthonormal_launch")
     for layers, d, rank in (
         [(2, 64, 4)]
         if settings.quick
@@ -159,7 +159,7 @@ def _build_cases(settings: Settings) -> Iterator[Case]:
             torch.manual_seed(0)
             case = r_build.case(layers, d, rank, mode, settings.device)
             own = case.providers["reft_kernels householder"]
-            providers = _candidates(orthonormal, "build_config", own.prepare, own.check)
+            providers = _candidates(orthonormal_launch, "build_config", own.prepare, own.check)
             shape = case.shape | {"heuristic": "build_config"}
             yield dataclasses.replace(
                 case, suite="tuning", shape=shape, providers=providers, baseline=PRESENT

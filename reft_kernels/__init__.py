@@ -1,7 +1,7 @@
-"""reft_kernels: representation finetuning (ReFT) at the speed of the frozen model.
+"""Fused kernels for representation finetuning (ReFT).
 
-Importing this package needs torch alone; kernels are loaded when an operator first runs on a device
-they serve.
+Importing this package requires only torch. A backend's kernels are loaded when an operator first
+runs on a device that the backend supports.
 """
 
 from reft_kernels import positions

@@ -1,4 +1,4 @@
-"""Activations of the edit: names, values and derivatives, in plain PyTorch."""
+"""Names, values and derivatives of the activation functions of an edit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import math
 import torch
 
 ACTIVATIONS = ("linear", "relu", "gelu", "gelu_tanh", "silu", "tanh", "sigmoid")
-"""The activations that every backend implements. ``gelu`` is the erf form, ``gelu_tanh`` the tanh
-approximation."""
+"""Activations implemented by every backend.
+
+``gelu`` is the exact (erf) form and ``gelu_tanh`` is the tanh approximation.
+"""
 
 _ALIASES = {
     "identity": "linear",
@@ -23,11 +25,17 @@ _GELU_CUBIC = 0.044715
 
 
 def canonical_activation(name: str | None) -> str:
-    """Return the canonical name of an activation; ``None`` and the Hugging Face ``ACT2FN`` aliases
-    are understood.
+    """Return the canonical name of an activation.
+
+    Args:
+        name: A name from :data:`ACTIVATIONS`, a Hugging Face ``ACT2FN`` alias, or None for linear.
+            Case is ignored.
+
+    Returns:
+        A name from :data:`ACTIVATIONS`.
 
     Raises:
-        ValueError: ``name`` is not an activation of the engine.
+        ValueError: If ``name`` is not a known activation.
     """
     if name is None:
         return "linear"
@@ -39,7 +47,7 @@ def canonical_activation(name: str | None) -> str:
 
 
 def activate(z: torch.Tensor, activation: str) -> torch.Tensor:
-    """act(z), elementwise, in z's dtype."""
+    """Return act(z), computed elementwise in the dtype of ``z``."""
     if activation == "linear":
         return z
     if activation == "relu":
@@ -58,7 +66,7 @@ def activate(z: torch.Tensor, activation: str) -> torch.Tensor:
 
 
 def activation_derivative(z: torch.Tensor, activation: str) -> torch.Tensor:
-    """act'(z), elementwise, in z's dtype; relu'(0) = 0 as in PyTorch."""
+    """Return act'(z), computed elementwise in the dtype of ``z``; relu'(0) is 0, as in PyTorch."""
     if activation == "linear":
         return torch.ones_like(z)
     if activation == "relu":

@@ -1,8 +1,8 @@
-"""What the operators return, allocated: shapes and dtypes in one place for every backend and for
-the fakes.
+"""Allocation of operator outputs.
 
-An output that a call does not need is an empty tensor of its own (operators have a fixed arity and
-no aliases).
+All backends and the fake (meta) implementations allocate their outputs here, so that shapes and
+dtypes agree. Operators return a fixed number of tensors and no aliases; an output that a call does
+not need is a new tensor of shape ``[0]``.
 """
 
 from __future__ import annotations
@@ -14,19 +14,32 @@ from reft_kernels.dtypes import accumulation_dtype
 
 
 def num_selected_rows(hidden: Tensor, rows: Tensor | None) -> int:
-    """N: how many entries a call works on."""
+    """Return N, the number of rows that a call processes, skipped entries included."""
     return hidden.shape[0] if rows is None else rows.shape[0]
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """Weights and small per-row tensors are read as dense rows."""
+    """Return ``tensor`` in contiguous layout, copied only if needed; None for None."""
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 def edit_saved(
     hidden: Tensor, rows: Tensor | None, write: Tensor, activation: str, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``saved_input [N, d]``, ``u`` and ``z [N, r]`` of an edit."""
+    """Allocate the tensors that an edit saves for its backward pass.
+
+    Args:
+        hidden: ``[M, d]``.
+        rows: int32 ``[N]`` or None.
+        write: ``[r, d]`` or ``[S, r, d]``.
+        activation: Canonical activation name.
+        save: Whether a backward pass will follow.
+
+    Returns:
+        ``saved_input [N, d]`` in the dtype of ``hidden`` (only with ``rows``), and ``u`` and ``z``
+        ``[N, r]`` in the accumulation dtype (``z`` only for a nonlinear activation). Without
+        ``save`` all three are empty.
+    """
     n, acc = num_selected_rows(hidden, rows), accumulation_dtype(hidden.dtype)
     small = (n, write.shape[-2])
     return (
@@ -45,34 +58,50 @@ def edit_gradients(
     subtract_projection: bool,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of read, read_bias, write, subtract_bias (as the weights) and coeff ``[N, r]``."""
+    """Allocate the gradients of an edit, in the accumulation dtype.
+
+    Returns:
+        Gradients of ``read``, ``read_bias``, ``write`` and ``subtract_bias``, shaped like the
+        weights, and of ``coeff``, ``[N, r]``. The gradient of an absent argument is empty, as are
+        all weight gradients without ``need_weights``.
+    """
     acc = accumulation_dtype(grad.dtype)
 
-    def like(shape: tuple[int, ...], wanted: bool) -> Tensor:
-        return grad.new_empty(shape if wanted else (0,), dtype=acc)
+    def allocate(shape: tuple[int, ...], needed: bool) -> Tensor:
+        return grad.new_empty(shape if needed else (0,), dtype=acc)
 
     return (
-        like(write.shape, need_weights and read is not None),
-        like(write.shape[:-1], need_weights),
-        like(write.shape, need_weights),
-        like(write.shape[:-1], need_weights and subtract_projection),
-        like((num_selected_rows(grad, rows), write.shape[-2]), coeff is not None),
+        allocate(write.shape, need_weights and read is not None),
+        allocate(write.shape[:-1], need_weights),
+        allocate(write.shape, need_weights),
+        allocate(write.shape[:-1], need_weights and subtract_projection),
+        allocate((num_selected_rows(grad, rows), write.shape[-2]), coeff is not None),
     )
 
 
 def red_saved_input(hidden: Tensor, rows: Tensor | None, save: bool) -> Tensor:
-    """``saved_input [N, d]`` of RED."""
+    """Allocate the input rows ``[N, d]`` that RED saves for its backward pass, or ``[0]``."""
     return hidden.new_empty((num_selected_rows(hidden, rows), hidden.shape[1]) if save else (0,))
 
 
 def red_gradients(grad: Tensor, scale: Tensor, need_weights: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of scale and bias, as scale."""
+    """Allocate the gradients of RED's ``scale`` and ``bias``, both shaped like ``scale``."""
     shape, acc = scale.shape if need_weights else (0,), accumulation_dtype(grad.dtype)
     return grad.new_empty(shape, dtype=acc), grad.new_empty(shape, dtype=acc)
 
 
 def build(X: Tensor, base: Tensor | None, W: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """R ``[L, r, d]``, D of the same shape with W, and aux ``[L, 1, r, r]`` (2 with a base)."""
+    """Allocate the outputs of the ``householder`` and ``cayley`` operators.
+
+    Args:
+        X: ``[L, d, r]``.
+        base: ``[L, d, r]`` or None.
+        W: ``[L, r, d]`` or None.
+
+    Returns:
+        R ``[L, r, d]``; D ``[L, r, d]``, empty without ``W``; and aux ``[L, 1, r, r]``, or
+        ``[L, 2, r, r]`` with ``base``. All are in the accumulation dtype.
+    """
     layers, d, r = X.shape
     acc = accumulation_dtype(X.dtype)
     return (
@@ -83,5 +112,5 @@ def build(X: Tensor, base: Tensor | None, W: Tensor | None) -> tuple[Tensor, Ten
 
 
 def no_build_gradient(X: Tensor) -> Tensor:
-    """dL/dX ``[L, d, r]`` where neither R nor D has a gradient."""
+    """Return a zero dL/dX ``[L, d, r]``, for a backward pass in which R and D have no gradient."""
     return torch.zeros_like(X, memory_format=torch.contiguous_format)

@@ -1,6 +1,4 @@
-"""Arguments that travel together, as named tuples: what an edit consumes beside the hidden
-state.
-"""
+"""Arguments of an edit that travel together."""
 
 from __future__ import annotations
 
@@ -10,25 +8,28 @@ from torch import Tensor
 
 
 class EditWeights(NamedTuple):
-    """What one layer's edit consumes: the arguments of the general operator."""
+    """Weights of a low-rank edit, y = x + B^T (act(A x + c) - (B x + p)).
 
-    read: Tensor | None
-    read_bias: Tensor | None
-    write: Tensor
-    subtract_bias: Tensor | None
-    subtract: bool
+    With weight sets, every tensor has a leading dimension S.
+    """
+
+    read: Tensor | None  # A [r, d]; None for 0
+    read_bias: Tensor | None  # c [r]; None for 0
+    write: Tensor  # B [r, d]
+    subtract_bias: Tensor | None  # p [r]; None for 0
+    subtract_projection: bool  # whether B x is subtracted
 
 
 class RedWeights(NamedTuple):
-    """What one layer's RED consumes."""
+    """Weights of RED, y = scale * x + bias."""
 
-    scale: Tensor
-    bias: Tensor
+    scale: Tensor  # [d], or [S, d] with weight sets
+    bias: Tensor  # same shape as scale
 
 
-class Selection(NamedTuple):
-    """Which rows an edit works on, and with which weight set and coefficients each."""
+class RowSelection(NamedTuple):
+    """The rows that an edit changes, with the weight set and the coefficients of each."""
 
-    rows: Tensor | None = None
-    weight_ids: Tensor | None = None
-    coeff: Tensor | None = None
+    rows: Tensor | None = None  # int32 [N], -1 skips; None for all rows
+    weight_ids: Tensor | None = None  # int32 [N]; None for a single weight set
+    coeff: Tensor | None = None  # [N, r]; None for 1

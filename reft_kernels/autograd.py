@@ -12,7 +12,7 @@ from reft_kernels import (
     ops,  # noqa: F401  (declares the operators)
     ownership,
 )
-from reft_kernels.arguments import EditWeights, RedWeights, Selection
+from reft_kernels.arguments import EditWeights, RedWeights, RowSelection
 from reft_kernels.checks import check_writable
 
 _edit, _edit_ = torch.ops.reft_kernels.edit.default, torch.ops.reft_kernels.edit_.default
@@ -236,7 +236,7 @@ def _copied_back(hidden: Tensor, out: Tensor) -> Tensor:
 
 
 def apply_edit(
-    hidden: Tensor, weights: EditWeights, chosen: Selection, activation: str, inplace: bool
+    hidden: Tensor, weights: EditWeights, chosen: RowSelection, activation: str, inplace: bool
 ) -> Tensor:
     """The general edit with its gradient; ``activation`` by its canonical name."""
     read, read_bias, write, subtract_bias, subtract_projection = weights
@@ -265,7 +265,7 @@ def apply_edit(
     return _edit(_as_rows(hidden), *args, False)[0].view(hidden.shape)
 
 
-def apply_red(hidden: Tensor, weights: RedWeights, chosen: Selection, inplace: bool) -> Tensor:
+def apply_red(hidden: Tensor, weights: RedWeights, chosen: RowSelection, inplace: bool) -> Tensor:
     """RED with its gradient; it takes no ``coeff``."""
     (scale, bias), (rows, weight_ids, _) = weights, chosen
     graph = _needs_graph(hidden, scale, bias)

@@ -1,7 +1,9 @@
-"""Argument checks of the public functions: metadata only, so they cost no synchronisation.
+"""Argument checks of the public functions.
 
-Row numbers are values, so they are checked once for each tensor and remembered on it; the tensors
-that :mod:`reft_kernels.positions` builds are right by construction and come marked.
+Shapes, dtypes and devices are checked on every call; this needs no synchronization. The values of
+``rows`` and ``weight_ids`` are checked once per tensor, and the result is stored in the tensor's
+``_reft_checked`` attribute. Tensors built by :mod:`reft_kernels.positions` are valid by
+construction and are marked as checked when they are created.
 """
 
 from __future__ import annotations
@@ -13,13 +15,38 @@ from reft_kernels.activations import canonical_activation
 from reft_kernels.orthonormal import MAX_RANK
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_CHECKED = "_reft_checked"  # tensor attribute: (num_rows, version) of the last value check
 
 
 def describe(value: object) -> str:
-    """A value as an error message shows it: shape, dtype and device of a tensor, else its type."""
+    """Format a value for an error message.
+
+    Returns:
+        The shape, dtype and device of a tensor; the type and ``repr`` of any other value.
+    """
     if isinstance(value, Tensor):
         return f"shape {tuple(value.shape)}, {value.dtype}, {value.device}"
     return f"{type(value).__name__} {value!r}"
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """Return ``value``; raise ValueError if it is not one of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
+    return value
+
+
+def check_count(name: str, value: int, low: int, high: int | None) -> int:
+    """Return ``value``; raise ValueError unless it is an int in [low, high] (None: no limit)."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < low
+        or (high is not None and value > high)
+    ):
+        bounds = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+        raise ValueError(f"{name}: got {value!r}, expected {bounds}")
+    return value
 
 
 def _check_hidden(hidden: Tensor) -> None:
@@ -48,18 +75,25 @@ def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], hidden: Ten
 
 
 def has_shared_elements(tensor: Tensor) -> bool:
-    """Whether the tensor is expanded: elements of it lie at one address."""
+    """Return whether ``tensor`` is expanded, so that several of its elements share memory."""
     return 0 in tensor.stride() and any(
         stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
 
 
 def check_writable(hidden: Tensor, graph: bool) -> None:
-    """Refuse, before anything is written, an in-place edit that autograd would refuse afterwards.
+    """Check that ``hidden`` may be edited in place.
+
+    Autograd reports these errors only after the operator has written to the tensor, so they are
+    checked here first. Nothing is checked while ``torch.compile`` traces.
+
+    Args:
+        hidden: The tensor to edit.
+        graph: Whether the edit will be recorded for a backward pass.
 
     Raises:
-        ValueError: ``hidden`` is expanded; or ``graph`` (a gradient will be needed) and it is a
-            leaf that requires grad, a view of one, a view that autograd cannot rebase, or an
+        ValueError: If ``hidden`` is expanded, or if ``graph`` is true and ``hidden`` is a leaf that
+            requires grad, a view of such a leaf, a view that autograd cannot rebase, or an
             inference tensor.
     """
     if torch.compiler.is_compiling():
@@ -72,7 +106,8 @@ def check_writable(hidden: Tensor, graph: bool) -> None:
     elif graph and hidden.is_leaf and hidden.requires_grad:
         reason = "a leaf that requires grad"
     elif graph and hidden._is_view():
-        if hidden._base.is_leaf and hidden._base.requires_grad:
+        base = hidden._base
+        if base is not None and base.is_leaf and base.requires_grad:
             reason = "a view of a leaf that requires grad"
         elif (
             torch._C._autograd._get_creation_meta(hidden) != torch._C._autograd.CreationMeta.DEFAULT
@@ -88,7 +123,7 @@ def check_writable(hidden: Tensor, graph: bool) -> None:
 
 
 def num_rows_of(hidden: Tensor) -> int:
-    """M of ``hidden.view(-1, d)``."""
+    """Return M, the number of rows of ``hidden.view(-1, d)``."""
     return hidden.numel() // hidden.shape[-1]
 
 
@@ -109,31 +144,36 @@ def _check_index(name: str, index: Tensor, hidden: Tensor, length: int | None) -
 
 
 def _version(index: Tensor) -> int:
-    """Counts in-place changes; inference tensors do not, so only marks that builders made are
-    trusted there.
-    """
+    """Return the tensor's version counter, or -1 for an inference tensor, which has none."""
     return -1 if index.is_inference() else index._version
 
 
 def mark_rows(rows: Tensor, num_rows: int) -> Tensor:
-    """Record on ``rows`` that its values are distinct and lie in [-1, num_rows)."""
+    """Mark ``rows`` as checked.
+
+    Args:
+        rows: int32 tensor whose values lie in [-1, ``num_rows``) and, apart from -1, are distinct.
+        num_rows: Exclusive upper bound of the values.
+
+    Returns:
+        ``rows`` itself.
+    """
     if not torch.compiler.is_compiling():
-        rows._reft_checked = (num_rows, _version(rows))
+        setattr(rows, _CHECKED, (num_rows, _version(rows)))
     return rows
 
 
-def _is_known(index: Tensor, attribute: str, limit: int) -> bool:
-    """Whether ``index`` is as it was when its values were found to lie below ``limit``."""
-    known = getattr(index, attribute, None)
-    return known is not None and known[0] <= limit and known[1] == _version(index)
+def _is_marked(index: Tensor, limit: int) -> bool:
+    """Return whether ``index`` was checked against ``limit`` or less and is unchanged since."""
+    mark = getattr(index, _CHECKED, None)
+    return mark is not None and mark[0] <= limit and mark[1] == _version(index)
 
 
 def assert_range(name: str, index: Tensor, low: int, high: int) -> None:
-    """Have the device assert that ``index`` lies in ``[low, high)``, without waiting; once for each
-    tensor.
+    """Assert on the device, without synchronizing, that ``index`` lies in ``[low, high)``.
 
-    A tensor that :func:`check_row_values` knows needs none. Nothing is added to a CUDA graph that
-    is being captured.
+    Each tensor is asserted once. Tensors that :func:`check_row_values` has checked are skipped, and
+    so is every call while a CUDA graph is captured.
     """
     if (
         torch.compiler.is_compiling()
@@ -142,7 +182,7 @@ def assert_range(name: str, index: Tensor, low: int, high: int) -> None:
     ):
         return
     asserted = getattr(index, "_reft_asserted", None)
-    if _is_known(index, "_reft_checked", high) or asserted == (low, high, _version(index)):
+    if _is_marked(index, high) or asserted == (low, high, _version(index)):
         return
     least, most = torch.aminmax(index)
     torch._assert_async(
@@ -153,15 +193,26 @@ def assert_range(name: str, index: Tensor, low: int, high: int) -> None:
 
 
 def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
-    """Refuse row numbers out of range or repeated; one synchronisation the first time a GPU tensor
-    is seen, none after.
+    """Check that row numbers are in range and distinct.
+
+    Synchronizes the first time a given GPU tensor is checked. Nothing is checked while
+    ``torch.compile`` traces or a CUDA graph is captured.
+
+    Args:
+        rows: int32 ``[N]``; -1 marks an entry to skip.
+        num_rows: Exclusive upper bound of the row numbers.
+        name: Argument name for error messages.
+
+    Returns:
+        ``rows`` itself, marked as checked unless it is an inference tensor.
 
     Raises:
-        ValueError: an entry below -1 or at least ``num_rows``, or one that stands twice.
+        ValueError: If an entry is below -1 or at least ``num_rows``, or if a row number other than
+            -1 occurs more than once.
     """
     if torch.compiler.is_compiling() or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
         return rows
-    if _is_known(rows, "_reft_checked", num_rows):
+    if _is_marked(rows, num_rows):
         return rows
     if rows.numel():
         low, high = (int(v) for v in torch.stack(torch.aminmax(rows)).tolist())
@@ -181,17 +232,21 @@ def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
 
 
 def check_weight_id_values(weight_ids: Tensor, sets: int, name: str = "weight_ids") -> None:
-    """Refuse set numbers out of range; a tensor once seen is remembered, as by
-    :func:`check_row_values`.
+    """Check that weight set numbers are in range; cached like :func:`check_row_values`.
+
+    Args:
+        weight_ids: int32 ``[N]``.
+        sets: S, the number of weight sets.
+        name: Argument name for error messages.
 
     Raises:
-        ValueError: an entry below 0 or at least ``sets``.
+        ValueError: If an entry is below 0 or at least ``sets``.
     """
     if torch.compiler.is_compiling() or (
         weight_ids.is_cuda and torch.cuda.is_current_stream_capturing()
     ):
         return
-    if _is_known(weight_ids, "_reft_checked", sets):
+    if _is_marked(weight_ids, sets):
         return
     if weight_ids.numel():
         low, high = (int(v) for v in torch.stack(torch.aminmax(weight_ids)).tolist())
@@ -206,6 +261,10 @@ def check_weight_id_values(weight_ids: Tensor, sets: int, name: str = "weight_id
 def _check_selection(
     hidden: Tensor, rows: Tensor | None, weight_ids: Tensor | None, sets: int | None
 ) -> int:
+    """Check ``rows`` and ``weight_ids``; return the number of selected rows.
+
+    ``sets`` is the number of weight sets; it is not None when ``weight_ids`` is not None.
+    """
     total = num_rows_of(hidden)
     count = total
     if rows is not None:
@@ -213,6 +272,7 @@ def _check_selection(
         check_row_values(rows, total)
         count = rows.shape[0]
     if weight_ids is not None:
+        assert sets is not None
         _check_index("weight_ids", weight_ids, hidden, count)
         check_weight_id_values(weight_ids, sets)
     return count
@@ -227,8 +287,25 @@ def check_edit(
     coeff: Tensor | None,
     weight_ids: Tensor | None,
 ) -> str:
-    """Check one edit's arguments; the first weight fixes r (and S). Returns the activation's
-    canonical name.
+    """Check the arguments of a low-rank edit.
+
+    Args:
+        hidden: ``[..., d]``.
+        weights: Matrices by argument name, each ``[r, d]`` or ``[S, r, d]``. The first one
+            determines r and S.
+        biases: Vectors by argument name, each ``[r]`` or ``[S, r]``.
+        rows: int32 ``[N]`` or None.
+        activation: Name or alias of an activation; None means linear.
+        coeff: ``[N, r]`` or None.
+        weight_ids: int32 ``[N]`` or None. The weights have a dimension S if and only if it is
+            given.
+
+    Returns:
+        The canonical name of the activation.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape, device or values.
     """
     _check_hidden(hidden)
     activation = canonical_activation(activation)
@@ -259,7 +336,12 @@ def check_edit(
 def check_red(
     hidden: Tensor, scale: Tensor, bias: Tensor, rows: Tensor | None, weight_ids: Tensor | None
 ) -> None:
-    """Check the arguments of :func:`reft_kernels.red`."""
+    """Check the arguments of :func:`reft_kernels.red`.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape, device or values.
+    """
     _check_hidden(hidden)
     d = hidden.shape[-1]
     if not isinstance(scale, Tensor):

@@ -1,21 +1,25 @@
-"""``python -m reft_kernels.convert SRC DST --to pyreft|adapterhub|peft``: a saved ReFT adapter,
-from one framework to another.
+"""Converts a saved ReFT adapter from one framework to another.
 
-SRC is a folder of pyreft, of AdapterHub's ``adapters`` or of our PEFT tuner, told by its files. DST
-comes whole or not at all.
+    python -m reft_kernels.convert SRC DST --to pyreft|adapterhub|peft
 
-What is exact. W, b and R arrive bit for bit in pyreft and AdapterHub folders, up to the rounding of
-W and b to the target's dtype (bf16 by pyreft's rule, unless the source held another; ``--dtype``
-says). The R of a PEFT folder of ours is what its model has on this machine's CPU. Into our PEFT
-folder W and b arrive bit for bit too, but R as free parameters X, found in fp64
-and rounded: R(X) differs from the source's R by fp32 rounding (max |dR| 1e-8 to 3e-8 for d from 64
-to 8192, about half of its entries equal). What DST cannot hold to the bit goes beside it into
-``reft_exact.safetensors`` (see :mod:`reft_kernels.conversion.exact`), so that A to B to A gives
-back A's R, W, b and X bit for bit as long as B's weights have not changed. Without that file,
-pyreft to AdapterHub and back is still exact.
+SRC is a folder written by pyreft, by AdapterHub's ``adapters`` or by the PEFT tuner of this
+package; its format is detected from its files. DST is written completely or not at all.
 
-What the target cannot express is refused by name: exit code 2, one line, DST untouched. Files are
-loaded without executing anything in them.
+Exactness:
+
+* pyreft and AdapterHub folders hold W, b and R bit for bit, except that W and b are rounded to the
+  target's dtype. For pyreft this is bf16 unless the source used another dtype; ``--dtype``
+  overrides it. The R of a PEFT folder is evaluated on the CPU of this machine.
+* PEFT folders of this package hold W and b bit for bit. R is stored as unconstrained parameters X,
+  computed in fp64 and rounded to fp32. R(X) differs from the source's R by fp32 rounding: by at
+  most 1e-8 to 3e-8 for d from 64 to 8192.
+* What DST cannot hold exactly is written to ``reft_exact.safetensors`` in DST (see
+  :mod:`reft_kernels.conversion.exact`). A conversion and its reverse then restore R, W, b and X bit
+  for bit, unless the weights were changed in between. pyreft to AdapterHub and back is exact
+  without that file.
+
+Settings that the target cannot express are an error: exit code 2, a one-line message, and DST
+unchanged. Loading a file executes no code from it.
 """
 
 from __future__ import annotations
@@ -46,24 +50,24 @@ FORMATS: dict[str, ModuleType] = {
 
 
 def detect(folder: Path) -> str:
-    """The format of a folder, by its files.
+    """Return the format of a folder, determined from its files.
 
     Raises:
-        ConversionError: no folder, or none of the formats.
+        ConversionError: If ``folder`` is not a folder, or matches no format or several.
     """
     if not folder.is_dir():
         raise ConversionError(f"{folder}: is not a folder")
-    found = [name for name, form in FORMATS.items() if form.matches(folder)]
-    if len(found) != 1:
+    matching = [name for name, form in FORMATS.items() if form.matches(folder)]
+    if len(matching) != 1:
         files = (
             "intkey_*.bin (pyreft), or adapter_config.json with 'peft_type' (peft) or 'config' "
             "(adapterhub)"
         )
         raise ConversionError(
-            f"{folder}: is {' and '.join(found) or 'no known format'}; expected {files}; --from "
+            f"{folder}: is {' and '.join(matching) or 'no known format'}; expected {files}; --from "
             "tells"
         )
-    return found[0]
+    return matching[0]
 
 
 def _read(folder: Path, form: str, options: Options) -> Adapter:
@@ -78,7 +82,7 @@ def _read(folder: Path, form: str, options: Options) -> Adapter:
         RuntimeError,
         TypeError,
         ValueError,
-    ) as error:  # a setting of a foreign type
+    ) as error:  # a setting has an unexpected type
         raise ConversionError(
             f"{folder}: malformed {form} folder: {type(error).__name__} {error}"
         ) from None
@@ -87,11 +91,15 @@ def _read(folder: Path, form: str, options: Options) -> Adapter:
 
 
 def load(folder: Path, form: str, options: Options) -> Adapter:
-    """The adapter in a folder of a known format, with what ``reft_exact.safetensors`` adds and what
-    the user says instead.
+    """Read an adapter.
+
+    Args:
+        folder: The folder of the adapter; ``reft_exact.safetensors`` in it is applied.
+        form: Its format, "pyreft", "adapterhub" or "peft".
+        options: Settings that replace those of the folder.
 
     Raises:
-        ConversionError: the folder cannot be read or converted.
+        ConversionError: If the folder cannot be read or converted.
     """
     adapter = _read(folder, form, options)
     exact.restore(folder, adapter)
@@ -105,7 +113,8 @@ def load(folder: Path, form: str, options: Options) -> Adapter:
     except ValueError as error:
         raise ConversionError(str(error)) from None
     if options.component is not None:
-        adapter.details.pop(adapterhub_folder.NAME, None)  # its path is the former component's
+        # It contains the path of the previous component
+        adapter.details.pop(adapterhub_folder.NAME, None)
     check(adapter)
     return adapter
 
@@ -119,22 +128,22 @@ def convert(
     options: Options | None = None,
     force: bool = False,
 ) -> Adapter:
-    """Convert the adapter in the folder ``source`` into a new folder ``target``; see the module's
-    text.
+    """Convert a saved adapter; see the module documentation.
 
     Args:
-        source: the adapter's folder.
-        target: the folder to write.
-        to: the format to write: "pyreft", "adapterhub" or "peft".
-        form: the source's format; None: it is found out.
-        options: what the source does not say, or the user says instead.
-        force: replace a folder that is not empty.
+        source: The folder to read.
+        target: The folder to write.
+        to: Format of ``target``: "pyreft", "adapterhub" or "peft".
+        form: Format of ``source``; detected if None.
+        options: Settings that ``source`` does not contain, or that replace its settings.
+        force: Replace ``target`` if it is a folder that is not empty.
 
     Returns:
-        The neutral form, whose ``notes`` say what to know.
+        The adapter in the common form. Its ``notes`` are messages for the user.
 
     Raises:
-        ConversionError: anything that cannot be read or expressed; ``target`` is then as it was.
+        ConversionError: If the adapter cannot be read or expressed in the target format. ``target``
+            is then unchanged.
     """
     source, target, options = Path(source), Path(target), options or Options()
     for name in (to, form):
@@ -154,6 +163,7 @@ def convert(
 
 
 def _layers(text: str) -> str | list[int]:
+    """Parse the value of ``--layers``."""
     if text == "all":
         return text
     try:
@@ -179,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         "--from",
         dest="form",
         choices=[*FORMATS],
-        help="the format of SRC (default: told by its files)",
+        help="the format of SRC (default: detected from its files)",
     )
     parser.add_argument(
         "--layers", type=_layers, help="'all' or the layers to convert, such as 3,9,18"
@@ -222,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 with one line on stderr."""
+    """Run the command; return 0, or 2 after an error, which is printed as one line on stderr."""
     parsed = _parser().parse_args(arguments)
     options = Options(
         **{field.name: getattr(parsed, field.name) for field in dataclasses.fields(Options)}

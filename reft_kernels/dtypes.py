@@ -1,4 +1,4 @@
-"""The one rule of dtypes: in what the engine sums."""
+"""Accumulation dtype for each input dtype."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import torch
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which sums over ``dtype`` values are carried: fp64 stays, everything else is
-    fp32.
+    """Return the dtype in which sums of ``dtype`` values are accumulated.
+
+    This is fp64 for fp64 and fp32 for every other dtype.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32

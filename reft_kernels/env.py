@@ -1,5 +1,7 @@
-"""``python -m reft_kernels.env``: what is installed, and which backend serves which operator,
-and why not another.
+"""Environment report: ``python -m reft_kernels.env``.
+
+Prints installed versions, devices, the backend selected for each operator and dtype, and why the
+other backends are not available.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def installed(package: str) -> str:
-    """A package's version, or ``not installed``."""
+    """Return the version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -26,19 +28,20 @@ def installed(package: str) -> str:
 
 
 def devices() -> list[tuple[str, str]]:
-    """The kinds of device that there are, each with a description."""
-    found = [
+    """Return the available device types, each with a description."""
+    result = [
         ("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     ]
     if torch.cuda.is_available():
         names = sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
-        found.append(("cuda", f"{torch.cuda.device_count()} x {', '.join(names)}"))
-    return found
+        result.append(("cuda", f"{torch.cuda.device_count()} x {', '.join(names)}"))
+    return result
 
 
 def serving(device: str) -> dict[str, dict[str, str]]:
-    """For each operator the backend that serves it on a kind of device, by dtype; ``none`` where
-    there is none.
+    """Return the backend selected on a device type: ``{operator: {dtype: backend}}``.
+
+    Where no backend is available, its name is "none".
     """
 
     def name(operator: str, dtype: torch.dtype) -> str:
@@ -54,7 +57,7 @@ def serving(device: str) -> dict[str, dict[str, str]]:
 
 
 def unable(device: str) -> dict[str, str]:
-    """The backends that are off on a kind of device, each with the reason."""
+    """Return the backends that are unavailable on a device type, each with the reason."""
     reasons = {
         name: dispatch.unsupported_reason(name, "edit", device, torch.float32)
         for name in dispatch.BACKENDS
@@ -63,9 +66,7 @@ def unable(device: str) -> dict[str, str]:
 
 
 def report() -> str:
-    """The environment as text: versions, devices, and for each device the serving backend of
-    every operator.
-    """
+    """Return the report as text: versions, devices and the backend of each operator."""
     lines = [
         f"reft_kernels {__version__}, Python {platform.python_version()} on {platform.system()} "
         f"{platform.machine()}"
@@ -75,7 +76,7 @@ def report() -> str:
 
 
 def backend_lines() -> list[str]:
-    """The part of :func:`report` after the versions."""
+    """Return the lines of :func:`report` that follow the versions."""
     forced = dispatch.forced_backend()
     lines = [f"  {dispatch.ENVIRONMENT_VARIABLE}: {forced or 'not set (automatic)'}"]
     lines.append(f"  TRITON_INTERPRET: {'on' if dispatch.interpreting() else 'off'}")
@@ -105,7 +106,7 @@ def backend_lines() -> list[str]:
 
 
 def _failures(device: str) -> list[str]:
-    """Why an operator has no backend at all: the first such error."""
+    """Return the first error of an operator that has no backend; an empty list if there is none."""
     for operator in dispatch.OPERATORS:
         for dtype in _DTYPES:
             try:

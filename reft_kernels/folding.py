@@ -1,6 +1,4 @@
-"""Folding an edit into what a serving engine precomputes, and merging it into a linear layer
-where that is exact.
-"""
+"""Folding of an edit into two matrices and a bias, and merging of an edit into a linear layer."""
 
 from __future__ import annotations
 
@@ -17,16 +15,15 @@ from reft_kernels.model.components import Target
 
 
 class Folded(NamedTuple):
-    """An edit as h + write^T (read h + read_bias); no subtraction is left, and nothing needs a
-    gradient.
-    """
+    """An edit in the form h + write^T (read h + read_bias)."""
 
-    read: Tensor | None  # A = W - R, [r, d]; None where A = 0 (LobiReFT)
-    read_bias: Tensor  # b, [r]
-    write: Tensor  # R, [r, d]
+    read: Tensor | None  # [r, d], W - R for LoReFT; None if it is zero (LobiReFT)
+    read_bias: Tensor  # [r]
+    write: Tensor  # [r, d]
 
 
-def _fold(weights: EditWeights) -> Folded:
+def _fold(weights: EditWeights | RedWeights) -> Folded:
+    assert isinstance(weights, EditWeights)
     write = weights.write.to(accumulation_dtype(weights.write.dtype))
     read = None if weights.read is None else weights.read.to(write.dtype)
     if weights.subtract_projection:
@@ -38,7 +35,7 @@ def _fold(weights: EditWeights) -> Folded:
     )
     if weights.subtract_bias is not None:
         bias = bias - weights.subtract_bias.to(write.dtype)
-    # copies, because a later optimizer step changes the parameters in place
+    # Copies, because a later optimizer step changes the parameters in place
     return Folded(
         None if read is None else read.detach().clone(),
         bias.detach().clone(),
@@ -48,24 +45,31 @@ def _fold(weights: EditWeights) -> Folded:
 
 @torch.no_grad()
 def fold(intervention: Intervention) -> Folded | list[Folded]:
-    """The edit of evaluation as h + R^T (A h + b): one matrix to read with, one bias, one matrix to
-    write with.
+    """Write an edit with linear activation as h + R^T (A h + b).
 
-        LoReFT, NoReFT     A = W - R, A = W1 - W2          ConsReFT     A = -R, b = s
-        DiReFT, NodiReFT   A = W, A = W1                   LobiReFT     A = None (0), b = s
+    The result contains no subtraction and can be applied with ``nodireft(h, write, read,
+    read_bias)``, or with ``lobireft(h, write, read_bias)`` if ``read`` is None. Dropout is not part
+    of it.
+
+        Intervention   read A     read_bias b   write
+        LoReFT         W - R      b             R
+        DiReFT         W          b             R
+        NoReFT         W1 - W2    b             W2
+        NodiReFT       W1         b             W2
+        ConsReFT       -R         s             R
+        LobiReFT       None (0)   s             R
 
     Args:
-        intervention: a member of the family with a linear activation.
+        intervention: Any intervention except RED, with linear activation.
 
     Returns:
-        read ``[r, d]`` (None for LobiReFT), read_bias ``[r]``, write ``[r, d]``, with a leading S
-        where the intervention has ``num_sets``; fp32 (fp64 for fp64 parameters), copies. For a
-        stacked intervention a list, one for each layer. ``nodireft(h, write, read, read_bias)``
-        computes the edit, ``lobireft(h, write, read_bias)`` where read is None.
+        Copies of ``read [r, d]``, ``read_bias [r]`` and ``write [r, d]`` in fp32 (fp64 for fp64
+        parameters), with a leading dimension S if the intervention has ``num_sets``. For a stacked
+        intervention, a list with one entry per layer.
 
     Raises:
-        TypeError: not an intervention, or RED, which is elementwise and has no such form.
-        ValueError: an activation that is not linear: act(A h + b) does not fold.
+        TypeError: If ``intervention`` is not an intervention or is RED, which is elementwise.
+        ValueError: If its activation is not linear.
 
     Source: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024, equation 2 with
     W h - R h = (W - R) h.
@@ -90,34 +94,41 @@ def fold(intervention: Intervention) -> Folded | list[Folded]:
 
 
 class Merged:
-    """A merge that can be undone: it holds a copy of the weight and bias from before."""
+    """Record of a merge, with copies of the module's original weight and bias.
 
-    def __init__(self, module: nn.Module) -> None:
+    Args:
+        module: The linear module, before the merge.
+    """
+
+    def __init__(self, module: nn.Linear) -> None:
         self.module = module
         self._weight: Tensor | None = module.weight.detach().clone()
-        self._bias: Tensor | None = None if module.bias is None else module.bias.detach().clone()
+        # A Conv1D always has a bias; nn.Linear declares it as a Tensor, although it may be None
+        bias: Tensor | None = module.bias
+        self._bias: Tensor | None = None if bias is None else bias.detach().clone()
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Put the saved weight and bias back, bit for bit, on the device where the module is now.
+        """Restore the original weight and bias bit for bit, on the module's current device.
 
-        Several merges into one module are undone in reverse order, since each holds what it found.
+        Undo several merges into one module in reverse order.
 
         Raises:
-            RuntimeError: it was undone before.
+            RuntimeError: If this merge has been undone before.
         """
         if self._weight is None:
             raise RuntimeError("unmerge: the saved copy was put back before")
         device = self.module.weight.device
         self.module.weight.data = self._weight.to(device)
         if self._bias is None:
-            self.module.bias = None
+            self.module.register_parameter("bias", None)
         else:
             self.module.bias.data = self._bias.to(device)
         self._weight = self._bias = None
 
 
 def _layer_weights(intervention: Intervention, layer: int | None) -> EditWeights | RedWeights:
+    """Return one layer's weights; raise ValueError if ``layer`` does not fit the intervention."""
     layers = intervention.num_layers
     if layers is None and layer is not None:
         raise ValueError(f"layer: got {layer!r}, expected None: the intervention is not stacked")
@@ -139,29 +150,29 @@ def merge_linear(
     *,
     positions: str = "all",
 ) -> Merged:
-    """Merge the edit of a linear layer's output, at all positions, into its weight and bias: exact
-    up to rounding.
+    """Merge the edit of a linear layer's output into its weight and bias.
 
-    With edit(h) = M h + v and h = W0 x + b0: weight M W0, bias M b0 + v, computed in fp64 and
-    rounded once. LobiReFT has M = I, so its weight stays as it is bit for bit; and since it adds a
-    constant, LobiReFT on the output of a block that adds a linear layer's output to the residual
-    stream merges too: into that linear layer. A module that shares its parameters with another
-    (tied weights) changes both.
+    The edit is affine: edit(h) = M h + v. With h = W0 x + b0, the merged weight is M W0 and the
+    merged bias M b0 + v, computed in fp64 and rounded once. For LobiReFT, M = I and the weight does
+    not change. LobiReFT on the output of a transformer block can be merged into the linear layer
+    whose output the block adds to the residual stream, because it adds a constant. If ``module``
+    shares its parameters with another module, both change.
 
     Args:
-        module: an ``nn.Linear`` (or GPT-2's Conv1D), changed in place; a missing bias is added.
-        intervention: of d = out_features, linear, without ``num_sets``. layer: of a stacked
-        intervention.
-        positions: where the edit acts; only "all" merges.
+        module: An ``nn.Linear`` or GPT-2's ``Conv1D``, changed in place. A missing bias is added.
+        intervention: An intervention with embed_dim = out_features, linear activation and no
+            ``num_sets``.
+        layer: Layer number for a stacked intervention, else None.
+        positions: The positions that are edited; only "all" can be merged.
 
     Returns:
-        The record of the merge; ``.unmerge()`` restores weight and bias bit for bit.
+        A record whose ``unmerge()`` restores the weight and the bias.
 
     Raises:
-        TypeError: not an intervention. ValueError: an edit that does not merge exactly, with the
-            reason, before anything
-        changes: chosen positions, an activation, weight sets, another width, or a module that is
-            not a plain linear layer.
+        TypeError: If ``intervention`` is not an intervention.
+        ValueError: If the edit cannot be merged exactly: because of its positions, activation,
+            weight sets or width, or because ``module`` is not a plain linear layer. The module is
+            then unchanged.
     """
     if not isinstance(intervention, Intervention):
         raise TypeError(

@@ -1,24 +1,26 @@
-"""The ReFT family as differentiable functions of plain tensors.
+"""The ReFT edits as differentiable functions of tensors.
 
-Each function edits the selected rows of ``hidden [..., d]`` (fp32, bf16, fp16 or fp64) and returns
-a tensor of the same shape and dtype. Weights may have any floating dtype (fp32 is usual); sums are
-carried in fp32. The keyword arguments they share:
+Each function edits the selected rows of ``hidden`` and returns a tensor of the same shape and
+dtype. The functions share these arguments:
 
-    rows        int32 ``[N]``, row numbers into ``hidden.view(-1, d)``, -1 skipped, none twice (see
-                :mod:`positions`); None: all
-    activation  linear, relu, gelu, gelu_tanh, silu, tanh, sigmoid (Hugging Face names are
-                understood)
-    coeff       ``[N, r]``, multiplies u for each row: a choice of subspaces, a scale, a dropout
-                mask
-    weight_ids  int32 ``[N]``: row n uses weight set ``weight_ids[n]`` of weights with a leading
-                dimension S
-    inplace     edit ``hidden`` itself: the cost does not depend on the rows that are not selected
-    set_ids     deprecated name of weight_ids
+    hidden      ``[..., d]``, fp32, bf16, fp16 or fp64.
+    weights     ``[r, d]`` matrices and ``[r]`` vectors of any floating-point dtype (usually fp32),
+                with 1 <= r <= 256. Sums are accumulated in fp32 (fp64 for fp64 ``hidden``).
+    rows        int32 ``[N]``: rows of ``hidden.view(-1, d)`` to edit, each at most once; -1 skips
+                an entry. None edits all rows. See :mod:`reft_kernels.positions`.
+    activation  "linear", "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid", or a Hugging
+                Face alias such as "gelu_new".
+    coeff       ``[N, r]``: multiplies the update in the r-dimensional subspace, per row. Used for
+                subspace selection, scaling and dropout.
+    weight_ids  int32 ``[N]``: row n uses weight set ``weight_ids[n]``. The weights then have a
+                leading dimension S.
+    inplace     Edit ``hidden`` itself. The cost then depends only on the number of selected rows.
+    set_ids     Deprecated name of ``weight_ids``.
 
-All raise TypeError or ValueError, naming the argument, what came and what was expected, before
-anything is launched.
+All functions raise TypeError or ValueError for invalid arguments before they launch a kernel.
+
 Source: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024, equations 2 and 3
-and appendix.
+and the appendix.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from reft_kernels.activations import ACTIVATIONS, canonical_activation
-from reft_kernels.arguments import EditWeights, RedWeights, Selection
+from reft_kernels.arguments import EditWeights, RedWeights, RowSelection
 from reft_kernels.autograd import apply_edit, apply_red, operators_check
 from reft_kernels.checks import check_edit, check_red
 from reft_kernels.deprecation import renamed_argument
@@ -64,7 +66,7 @@ _READS_W, _READS_W1, _CONSTANT = (
 
 
 def _check(
-    names: _Names, hidden: Tensor, weights: EditWeights, chosen: Selection, activation: str
+    names: _Names, hidden: Tensor, weights: EditWeights, chosen: RowSelection, activation: str
 ) -> None:
     """Say what is wrong in the function's words."""
     matrices, biases = {names.write: weights.write}, {names.read_bias: weights.read_bias}
@@ -79,7 +81,7 @@ def _edit(
     names: _Names,
     hidden: Tensor,
     weights: EditWeights,
-    chosen: Selection,
+    chosen: RowSelection,
     activation: str | None,
     inplace: bool,
 ) -> Tensor:
@@ -111,12 +113,29 @@ def loreft(
     inplace: bool = False,
     set_ids: Tensor | None = None,
 ) -> Tensor:
-    """LoReFT: h + R^T (act(W h + b) - R h); R, W ``[r, d]``, b ``[r]`` (``[S, r, d]``, ``[S,
-    r]`` with ``weight_ids``).
+    """Apply LoReFT: h + R^T (act(W h + b) - R h).
+
+    Args:
+        hidden: ``[..., d]``.
+        R: ``[r, d]``, or ``[S, r, d]`` with ``weight_ids``. Its rows should be orthonormal; this is
+            not checked.
+        W: Same shape as R.
+        b: ``[r]``, or ``[S, r]`` with ``weight_ids``.
+        rows, activation, coeff, weight_ids, inplace: See the module documentation.
+        set_ids: Deprecated name of ``weight_ids``.
+
+    Returns:
+        The edited hidden states, with the shape and dtype of ``hidden``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape, device or values.
+
+    Source: Wu et al. 2024, equation 2.
     """
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    weights, chosen = EditWeights(W, b, R, None, True), Selection(rows, weight_ids, coeff)
+    weights, chosen = EditWeights(W, b, R, None, True), RowSelection(rows, weight_ids, coeff)
     return _edit(_READS_W, hidden, weights, chosen, activation, inplace)
 
 
@@ -133,10 +152,14 @@ def direft(
     inplace: bool = False,
     set_ids: Tensor | None = None,
 ) -> Tensor:
-    """DiReFT, the ablation of LoReFT: h + R^T act(W h + b); shapes as :func:`loreft`."""
+    """Apply DiReFT with orthonormal R: h + R^T act(W h + b).
+
+    This is LoReFT without the subtracted projection. For the paper's equation 3, whose matrices are
+    unconstrained, see :func:`nodireft`. Arguments and errors are those of :func:`loreft`.
+    """
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    weights, chosen = EditWeights(W, b, R, None, False), Selection(rows, weight_ids, coeff)
+    weights, chosen = EditWeights(W, b, R, None, False), RowSelection(rows, weight_ids, coeff)
     return _edit(_READS_W, hidden, weights, chosen, activation, inplace)
 
 
@@ -153,10 +176,28 @@ def nodireft(
     inplace: bool = False,
     set_ids: Tensor | None = None,
 ) -> Tensor:
-    """NodiReFT (the paper's "DiReFT"): h + W2^T act(W1 h + b); W1, W2 ``[r, d]``, unconstrained."""
+    """Apply NodiReFT, the paper's DiReFT: h + W2^T act(W1 h + b).
+
+    Args:
+        hidden: ``[..., d]``.
+        W2: ``[r, d]``, or ``[S, r, d]`` with ``weight_ids``.
+        W1: Same shape as W2.
+        b: ``[r]``, or ``[S, r]`` with ``weight_ids``.
+        rows, activation, coeff, weight_ids, inplace: See the module documentation.
+        set_ids: Deprecated name of ``weight_ids``.
+
+    Returns:
+        The edited hidden states, with the shape and dtype of ``hidden``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape, device or values.
+
+    Source: Wu et al. 2024, equation 3.
+    """
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    weights, chosen = EditWeights(W1, b, W2, None, False), Selection(rows, weight_ids, coeff)
+    weights, chosen = EditWeights(W1, b, W2, None, False), RowSelection(rows, weight_ids, coeff)
     return _edit(_READS_W1, hidden, weights, chosen, activation, inplace)
 
 
@@ -174,12 +215,14 @@ def noreft(
     b2: Tensor | None = None,
     set_ids: Tensor | None = None,
 ) -> Tensor:
-    """NoReFT: h + W2^T (act(W1 h + b) - (W2 h + b2)); W1, W2 ``[r, d]``, unconstrained, b2
-    ``[r]`` or None.
+    """Apply NoReFT: h + W2^T (act(W1 h + b) - (W2 h + b2)).
+
+    ``b2`` is ``[r]`` (``[S, r]`` with ``weight_ids``), or None for zero. The other arguments and
+    errors are those of :func:`nodireft`.
     """
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    weights, chosen = EditWeights(W1, b, W2, b2, True), Selection(rows, weight_ids, coeff)
+    weights, chosen = EditWeights(W1, b, W2, b2, True), RowSelection(rows, weight_ids, coeff)
     return _edit(_READS_W1, hidden, weights, chosen, activation, inplace)
 
 
@@ -195,10 +238,14 @@ def consreft(
     inplace: bool = False,
     set_ids: Tensor | None = None,
 ) -> Tensor:
-    """ConsReFT: h + R^T (act(s) - R h), a constant source; R ``[r, d]``, s ``[r]``."""
+    """Apply ConsReFT: h + R^T (act(s) - R h).
+
+    ``R`` is ``[r, d]`` and ``s`` is ``[r]`` (``[S, r, d]`` and ``[S, r]`` with ``weight_ids``). The
+    other arguments and errors are those of :func:`loreft`.
+    """
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    weights, chosen = EditWeights(None, s, R, None, True), Selection(rows, weight_ids, coeff)
+    weights, chosen = EditWeights(None, s, R, None, True), RowSelection(rows, weight_ids, coeff)
     return _edit(_CONSTANT, hidden, weights, chosen, activation, inplace)
 
 
@@ -214,10 +261,14 @@ def lobireft(
     inplace: bool = False,
     set_ids: Tensor | None = None,
 ) -> Tensor:
-    """LobiReFT: h + R^T act(s), a constant write; R ``[r, d]``, s ``[r]``."""
+    """Apply LobiReFT: h + R^T act(s), which adds the same vector to every selected row.
+
+    ``R`` is ``[r, d]`` and ``s`` is ``[r]`` (``[S, r, d]`` and ``[S, r]`` with ``weight_ids``). The
+    other arguments and errors are those of :func:`loreft`.
+    """
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    weights, chosen = EditWeights(None, s, R, None, False), Selection(rows, weight_ids, coeff)
+    weights, chosen = EditWeights(None, s, R, None, False), RowSelection(rows, weight_ids, coeff)
     return _edit(_CONSTANT, hidden, weights, chosen, activation, inplace)
 
 
@@ -231,7 +282,21 @@ def red(
     inplace: bool = False,
     set_ids: Tensor | None = None,
 ) -> Tensor:
-    """RED: scale * h + bias, elementwise; scale, bias ``[d]`` (``[S, d]`` with ``weight_ids``).
+    """Apply RED: scale * h + bias, elementwise.
+
+    Args:
+        hidden: ``[..., d]``.
+        scale: ``[d]``, or ``[S, d]`` with ``weight_ids``.
+        bias: Same shape as ``scale``.
+        rows, weight_ids, inplace: See the module documentation.
+        set_ids: Deprecated name of ``weight_ids``.
+
+    Returns:
+        The edited hidden states, with the shape and dtype of ``hidden``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape, device or values.
 
     Source: Wu et al., "Advancing Parameter Efficiency in Fine-tuning via Representation Editing",
     2024.
@@ -241,7 +306,7 @@ def red(
     if not operators_check(hidden):
         check_red(hidden, scale, bias, rows, weight_ids)
     try:
-        return apply_red(hidden, RedWeights(scale, bias), Selection(rows, weight_ids), inplace)
+        return apply_red(hidden, RedWeights(scale, bias), RowSelection(rows, weight_ids), inplace)
     except Exception as error:
         check_red(hidden, scale, bias, rows, weight_ids)
         raise restored(error) from None

@@ -1,15 +1,13 @@
-"""Memory of large outputs on the CPU: kept when a tensor lets go of it, and given to the next
-output.
+"""Memory pool for large CPU outputs.
 
-malloc maps every block of 32 MiB and more anew; the page faults of its first writes take several
-times as long as an edit (64 MiB: 16,384 faults). The ``cpu`` backend therefore takes outputs of 16
-MiB and more from a pool of its own, in huge pages
-where the system grants them. Only what an operator of this package returns out of place comes from
-it: an edit in place allocates nothing.
+malloc obtains each block of 32 MiB or more from the operating system and returns it when freed. The
+page faults of the first writes to such a block take several times as long as an edit (64 MiB cause
+16,384 faults). The ``cpu`` backend therefore allocates out-of-place outputs of 16 MiB or more from
+a pool that reuses freed blocks and requests huge pages. Other allocations do not use the pool.
 
-At most ``REFT_KERNELS_HOST_POOL_MB`` MiB (512 unless it is set) of blocks that no tensor holds are
-kept; with 0 there is no pool. PyTorch's profiler does not see what comes from it (:func:`held`
-does), and such a tensor cannot grow by ``resize_``.
+The pool keeps up to ``REFT_KERNELS_HOST_POOL_MB`` MiB of free blocks (default 512); 0 disables it.
+PyTorch's profiler does not report memory from the pool (use :func:`held`), and ``resize_`` cannot
+enlarge a tensor allocated from it.
 """
 
 from __future__ import annotations
@@ -23,25 +21,28 @@ from torch import Tensor
 
 from reft_kernels import dispatch
 
-SMALLEST_BYTES = 16 << 20  # malloc keeps and reuses smaller blocks itself
+SMALLEST_BYTES = 16 << 20  # malloc reuses smaller blocks without new page faults
 VARIABLE = "REFT_KERNELS_HOST_POOL_MB"
 _DEFAULT_MIB = 512
 
-_limit: int | None = None  # MiB; None: not asked for yet
+_limit: int | None = None  # MiB; None until the environment variable has been read
 
 
 class Held(NamedTuple):
-    """Bytes of the pool: ``used`` by tensors, ``kept`` for the next ones."""
+    """Size of the pool in bytes: ``used`` by live tensors, ``kept`` in free blocks."""
 
     used: int
     kept: int
 
 
 def limit() -> int:
-    """How much the pool may keep, in MiB: what :func:`set_limit` said last, else the environment.
+    """Return how many MiB of free blocks the pool may keep.
+
+    This is the value last passed to :func:`set_limit`, else ``REFT_KERNELS_HOST_POOL_MB``, else
+    512.
 
     Raises:
-        ValueError: ``REFT_KERNELS_HOST_POOL_MB`` is not a whole number of MiB, zero or more.
+        ValueError: If ``REFT_KERNELS_HOST_POOL_MB`` is not a non-negative integer.
     """
     global _limit
     if _limit is None:
@@ -55,10 +56,13 @@ def limit() -> int:
 
 
 def set_limit(mib: int) -> None:
-    """Change how much the pool may keep; with 0 outputs come from PyTorch's own allocator again.
+    """Set how many MiB of free blocks the pool may keep.
+
+    Args:
+        mib: The limit in MiB. With 0, outputs are allocated by PyTorch instead.
 
     Raises:
-        ValueError: ``mib`` is negative.
+        ValueError: If ``mib`` is negative.
     """
     global _limit
     if mib < 0:
@@ -70,7 +74,7 @@ def set_limit(mib: int) -> None:
 
 @functools.cache
 def _native():
-    """The pool's operators, once the library that has it is loaded."""
+    """Return the pool's operators; the first call sets the pool's limit."""
     torch.ops.reft_kernels_cpu.set_pool_limit(limit() << 20)
     return torch.ops.reft_kernels_cpu
 
@@ -89,8 +93,10 @@ def _serves(tensor: Tensor) -> bool:
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """Uninitialised and contiguous, of ``tensor``'s shape, dtype and device; from the pool where
-    it is large and ours.
+    """Return an uninitialized, contiguous tensor with the shape, dtype and device of ``tensor``.
+
+    It is allocated from the pool if it is at least :data:`SMALLEST_BYTES` large, on the CPU, and
+    the ``cpu`` backend serves its dtype.
     """
     if _serves(tensor):
         return _native().pooled_like.default(tensor)
@@ -98,12 +104,12 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 
 def held() -> Held:
-    """What the pool holds now."""
+    """Return the current size of the pool."""
     return Held(*_native().held_by_pool()) if _native.cache_info().currsize else Held(0, 0)
 
 
 def release() -> None:
-    """Give what no tensor uses back to the system; later outputs fill the pool again."""
-    kept = limit()
+    """Return the pool's free blocks to the operating system; the limit stays the same."""
+    mib = limit()
     set_limit(0)
-    set_limit(kept)
+    set_limit(mib)

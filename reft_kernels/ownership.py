@@ -1,10 +1,11 @@
-"""Is a gradient ours alone? Only then may a backward edit it in place.
+"""Detects whether a backward function may edit its incoming gradient in place.
 
-Inside a Python ``backward`` a gradient that only the engine holds shows one C++ owner of the
-tensor, a known number of Python references and of storage owners. Another consumer, a user's hook
-or a tensor passed to ``backward(gradient=...)`` raises one of the three. The known numbers differ
-between Python releases, so they are read off a gradient that is certainly owned; whatever differs
-from them, is a view or is not dense is taken as shared, and copied.
+A backward function may overwrite a gradient only if nothing else holds it. This is decided from
+three reference counts: C++ references to the tensor, Python references to it, and references to its
+storage. Another consumer of the gradient, a user hook, or a tensor passed to
+``backward(gradient=...)`` increases at least one of them. The counts of an unshared gradient depend
+on the Python version, so :func:`calibrate` measures them once. A gradient with different counts, a
+view, or a non-contiguous gradient is treated as shared.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ _lock = threading.Lock()
 
 
 def _counts(grad: Tensor) -> tuple[int, int, int]:
+    """Return the tensor, Python object and storage reference counts of ``grad``."""
     return (
-        grad._use_count(),
+        grad._use_count(),  # type: ignore[attr-defined]  # missing from PyTorch's type stubs
         sys.getrefcount(grad),
         torch._C._storage_Use_Count(grad.untyped_storage()._cdata),
     )
 
 
 def is_sole_owner(grad: Tensor) -> bool:
-    """True when nobody but the calling ``backward`` holds ``grad``; call it with the bare
-    argument of ``backward``.
+    """Return whether only the calling ``backward`` function holds ``grad``.
+
+    Must be called directly from ``backward``, with its argument and no further reference to it:
+    the call depth and local variables change the Python reference count.
     """
     if (
         _baseline is None
@@ -51,20 +55,21 @@ class _Probe(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    @once_differentiable  # as the edits' backwards are: its wrapper holds references too
+    @once_differentiable  # the wrapper adds references, so use the same one as the edits do
     def backward(ctx, grad):
         _Probe.seen = _probe(grad)
         return grad
 
 
 def _probe(grad: Tensor) -> tuple[int, int, int]:
-    """As deep in the call stack as ``owned``, so that the reference counts compare."""
+    """Count references at the same call depth as :func:`is_sole_owner`."""
     return _counts(grad)
 
 
 def calibrate() -> None:
-    """Learn the counts of an owned gradient, once for the process; called by the first edit that
-    will need a backward.
+    """Measure the reference counts of an unshared gradient.
+
+    The first edit that is recorded for a backward pass calls this; later calls do nothing.
     """
     global _baseline
     if torch.compiler.is_compiling() or _baseline is not None:

@@ -1,5 +1,7 @@
-"""Orthonormal R as a differentiable function of free parameters: ``householder``, ``cayley``,
-base points and inverses.
+"""Differentiable maps from unconstrained parameters to matrices with orthonormal rows.
+
+The maps are :func:`householder` and :func:`cayley`. This module also has their inverses and the
+preparation of base points.
 """
 
 from __future__ import annotations
@@ -12,13 +14,11 @@ from reft_kernels import ops, orthonormal
 from reft_kernels.dtypes import accumulation_dtype
 from reft_kernels.orthonormal import MAX_RANK, PARAMETRIZATIONS, BasePoint
 
-_ORTHONORMAL_TOLERANCE = (
-    1e-4  # what counts as orthonormal in a given R: fp32 rounding passes, bf16 rounding does not
-)
+_ORTHONORMAL_TOLERANCE = 1e-4  # accepts R rounded to fp32, rejects R rounded to bf16
 
 
 class _Build(torch.autograd.Function):
-    """(R, D = W - R) for all layers in one operator call; one stacked backward."""
+    """Computes R and D = W - R for all layers in one operator call, and their backward."""
 
     @staticmethod
     def forward(ctx, name, X, signs, base, base_point, W):
@@ -93,17 +93,24 @@ def build(
     signs: Tensor | None = None,
     base: BasePoint | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """R and, when W is given, the folded D = W - R, for all leading dimensions in one launch.
+    """Compute R and optionally D = W - R, for all leading dimensions in one launch.
+
+    The shapes of the tensors are not checked.
 
     Args:
-        parametrization: ``"householder"`` or ``"cayley"``.
-        X: ``[..., d, r]``, any floating dtype. W: ``[..., r, d]`` or None.
-        signs: ``[..., r]`` of +-1, multiplied onto the rows of R; not trained.
-        base: a prepared base point of the same leading shape.
+        parametrization: "householder" or "cayley".
+        X: ``[..., d, r]``, any floating-point dtype.
+        W: ``[..., r, d]`` or None.
+        signs: ``[..., r]`` of +1 and -1, which multiply the rows of R, or None. Not differentiated.
+        base: A prepared base point with the same leading dimensions, or None. Its signs replace
+            ``signs``.
 
     Returns:
-        R ``[..., r, d]`` in fp32 (fp64 for fp64 X) and D of the same shape and dtype (None without
-        W).
+        R ``[..., r, d]`` in fp32 (fp64 for fp64 ``X``), and D with the same shape and dtype, or
+        None without ``W``.
+
+    Raises:
+        ValueError: If ``parametrization`` is unknown.
     """
     if parametrization not in PARAMETRIZATIONS:
         raise ValueError(
@@ -131,24 +138,26 @@ def build(
 def householder(
     X: Tensor, base: Tensor | BasePoint | None = None, *, signs: Tensor | None = None
 ) -> Tensor:
-    """R with orthonormal rows from the product of r Householder reflectors, in compact WY form.
+    """Compute a matrix with orthonormal rows from a product of r Householder reflectors.
 
-    R^T = H_1 ... H_r E with H_i = I - 2 v_i v_i^T / |v_i|^2, v_i = column i of the unit lower
-    trapezoidal part of X: equal to ``torch.linalg.householder_product(X, 2 / |v|^2)``. Entries of X
-    on and above the diagonal are not read and get gradient zero. With ``base`` = R0, X = 0 gives
-    exactly R0.
+    R^T = H_1 ... H_r E, where H_i = I - 2 v_i v_i^T / |v_i|^2, v_i is column i of the unit lower
+    trapezoidal part of ``X``, and E holds the first r columns of the identity. This equals
+    ``torch.linalg.householder_product(X, 2 / |v|^2)`` and is computed in compact WY form. Entries
+    of ``X`` on and above the diagonal are not read and have gradient zero.
 
     Args:
-        X: ``[..., d, r]`` with 1 <= r <= min(d, 256), any floating dtype. base: an orthonormal R0
-        ``[..., r, d]``, or the :class:`BasePoint` made of it once by :func:`base_point`.
-        signs: ``[..., r]`` of +-1 that multiply the rows of R; not differentiated.
+        X: ``[..., d, r]`` with 1 <= r <= min(d, 256), any floating-point dtype.
+        base: An orthonormal R0 ``[..., r, d]``, or the :class:`BasePoint` that :func:`base_point`
+            computed from it. X = 0 then gives exactly R0.
+        signs: ``[..., r]`` of +1 and -1, which multiply the rows of R. Not differentiated, and not
+            allowed together with ``base``.
 
     Returns:
-        R ``[..., r, d]``, fp32 (fp64 for fp64 X), max |R R^T - I| <= 1e-6 in fp32.
+        R ``[..., r, d]`` in fp32 (fp64 for fp64 ``X``), with max |R R^T - I| <= 1e-6 in fp32.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, shape, dtype or device; a base that is
-            not orthonormal.
+        TypeError: If ``X`` is not a floating-point tensor.
+        ValueError: If an argument has the wrong shape or device, or ``base`` is not orthonormal.
 
     Source: Schreiber and Van Loan, "A storage-efficient WY representation for products of
     Householder transformations", 1989.
@@ -161,13 +170,14 @@ def householder(
 def cayley(
     X: Tensor, base: Tensor | BasePoint | None = None, *, signs: Tensor | None = None
 ) -> Tensor:
-    """R with orthonormal rows from the Cayley map of a skew matrix: R^T = (I - Z)(I + Z)^-1 E.
+    """Compute a matrix with orthonormal rows from the Cayley map of a skew-symmetric matrix.
 
-    Z = [[S, -K^T], [K, 0]], S = tril(X[:r], -1) - tril(X[:r], -1)^T, K = X[r:]; in closed form R^T
-    = [2C - I; -2KC] with C = (I + S + K^T K)^-1. Entries of X[:r] on and above the diagonal are not
-    read. X = 0 gives E^T, or exactly ``base``.
+    R^T = (I - Z) (I + Z)^-1 E with Z = [[S, -K^T], [K, 0]], S = L - L^T, L = tril(X[:r], -1) and
+    K = X[r:]. In closed form, R^T = [2C - I; -2KC] with C = (I + S + K^T K)^-1. Entries of
+    ``X[:r]`` on and above the diagonal are not read and have gradient zero. X = 0 gives E^T, or
+    exactly ``base``.
 
-    Args, Returns, Raises: as :func:`householder`.
+    The arguments, the result and the errors are those of :func:`householder`.
 
     Source: Wen and Yin, "A feasible method for optimization with orthogonality constraints", 2013,
     section 2.
@@ -178,7 +188,7 @@ def cayley(
 
 
 def orthonormality_error(R: Tensor) -> float:
-    """max |R R^T - I| over all leading dimensions, computed in fp64."""
+    """Return max |R R^T - I| over all leading dimensions of R ``[..., r, d]``, computed in fp64."""
     R = R.detach().double()
     return (
         float((R @ R.mT - torch.eye(R.shape[-2], dtype=R.dtype, device=R.device)).abs().max())
@@ -188,6 +198,7 @@ def orthonormality_error(R: Tensor) -> float:
 
 
 def _checked_orthonormal(R: Tensor, name: str) -> Tensor:
+    """Return R ``[..., r, d]`` in fp64, detached; raise ValueError if it is not orthonormal."""
     if R.dim() < 2 or not 1 <= R.shape[-2] <= min(R.shape[-1], MAX_RANK):
         raise ValueError(
             f"{name}: got shape {tuple(R.shape)}, expected [..., r, d] with 1 <= r <= min(d, "
@@ -204,19 +215,28 @@ def _checked_orthonormal(R: Tensor, name: str) -> Tensor:
 
 
 def orthonormalize(R: Tensor) -> Tensor:
-    """The matrix with orthonormal rows nearest to R ``[..., r, d]`` (polar factor), computed in
-    fp64, in R's dtype.
+    """Return the nearest matrix with orthonormal rows (the polar factor).
+
+    Args:
+        R: ``[..., r, d]``.
+
+    Returns:
+        A tensor with the shape and dtype of ``R``, computed in fp64.
     """
     U, _, Vh = torch.linalg.svd(R.detach().double(), full_matrices=False)
     return (U @ Vh).to(R.dtype)
 
 
 def base_point(R: Tensor) -> BasePoint:
-    """Prepare an orthonormal R ``[..., r, d]`` as the base of :func:`householder` or
-    :func:`cayley`: O(d r^2), no d x d.
+    """Prepare an orthonormal matrix as the base of :func:`householder` or :func:`cayley`.
+
+    Takes O(d r^2) operations and forms no d x d matrix.
+
+    Args:
+        R: ``[..., r, d]``.
 
     Raises:
-        ValueError: R's rows are not orthonormal.
+        ValueError: If the rows of R are not orthonormal.
     """
     X, signs = householder_inverse(R)
     flat = X.reshape(-1, *X.shape[-2:]).double()
@@ -228,36 +248,42 @@ def base_point(R: Tensor) -> BasePoint:
 
 
 def householder_inverse(R: Tensor) -> tuple[Tensor, Tensor]:
-    """X and signs with ``householder(X, signs=signs) == R`` to rounding, for any orthonormal R
-    ``[..., r, d]``.
+    """Compute ``X`` and ``signs`` such that ``householder(X, signs=signs)`` is R up to rounding.
+
+    Args:
+        R: ``[..., r, d]`` with orthonormal rows.
 
     Returns:
-        X ``[..., d, r]``, strictly lower, entries at most 1 in size, and signs ``[..., r]``; fp32
-        (fp64 for fp64 R).
+        X ``[..., d, r]``, strictly lower triangular with entries of magnitude at most 1, and signs
+        ``[..., r]``. Both are fp32 (fp64 for fp64 ``R``).
 
     Raises:
-        ValueError: R's rows are not orthonormal.
+        ValueError: If the rows of R are not orthonormal.
     """
     Q = _checked_orthonormal(R, "R").mT
     X = torch.geqrf(Q.contiguous())[0].tril(-1)
     flat = X.reshape(-1, *X.shape[-2:])
     built = orthonormal.householder(flat, None, None, None, None)[0].view(R.shape)
-    # LAPACK leaves a column alone where there is nothing to reflect; comparing with Q settles the
-    # sign in every case
+    # LAPACK skips the reflection of a column that is already reduced, so compare signs with Q
     signs = torch.where((built * Q.mT).sum(-1) < 0, -1.0, 1.0)
     dtype = accumulation_dtype(R.dtype)
     return X.to(dtype), signs.to(dtype)
 
 
 def cayley_inverse(R: Tensor) -> tuple[Tensor, Tensor]:
-    """X and signs with ``cayley(X, signs=signs) == R`` to rounding, for any orthonormal R ``[...,
-    r, d]``.
+    """Compute ``X`` and ``signs`` such that ``cayley(X, signs=signs)`` is R up to rounding.
 
-    The signs are chosen during the elimination of I + Q[:r] diag(signs), so that every pivot is at
-    least 1.
+    The signs are chosen during the LU elimination of I + R^T[:r] diag(signs) so that every pivot is
+    at least 1.
+
+    Args:
+        R: ``[..., r, d]`` with orthonormal rows.
+
+    Returns:
+        X ``[..., d, r]`` and signs ``[..., r]``, both fp32 (fp64 for fp64 ``R``).
 
     Raises:
-        ValueError: R's rows are not orthonormal.
+        ValueError: If the rows of R are not orthonormal.
     """
     Q = _checked_orthonormal(R, "R").mT
     r = Q.shape[-1]
@@ -266,7 +292,7 @@ def cayley_inverse(R: Tensor) -> tuple[Tensor, Tensor]:
     top = Q[..., :r, :].clone()
     lower = torch.zeros_like(top)
     for i in range(r):
-        # column i of the Schur complement of I + Q1 diag(signs), before its own sign is fixed
+        # Column i of the Schur complement of I + Q[:r] diag(signs), before signs[i] is chosen
         column = torch.linalg.solve_triangular(
             lower + eye, top[..., :, i : i + 1], upper=False, unitriangular=True
         )

@@ -1,16 +1,17 @@
-"""Positions -> rows: which rows of ``hidden.view(-1, d)`` an edit touches, built once a batch and
-shared by all layers.
+"""Conversion of token positions to row numbers.
 
-A rows tensor is int32 ``[N]`` on the hidden state's device; -1 skips an entry, so that N depends on
-shapes alone and building it needs no synchronisation. Spec strings, for a prompt of ``length``
-tokens (pyreft's semantics, which are the paper's):
+A rows tensor lists the rows of ``hidden.view(-1, d)`` that an edit changes. It is built once per
+batch and shared by all layers. It is int32 ``[N]`` on the device of the hidden states; -1 skips an
+entry. N therefore depends only on shapes, and building the tensor needs no synchronization.
 
-    "f7+l7"   first and last n of the prompt; each n is clamped to length // 2, so that no row is
-              chosen twice
-    "f3"      first n of the prompt, clamped to length
-    "l1"      last n of the prompt, clamped to length
-    "prompt"  every prompt token
-    "all"     every token that is not padding, prompt or not
+A position spec is a string. For a prompt of ``length`` tokens, as in pyreft and the paper:
+
+    "f7+l7"   The first 7 and the last 7 prompt tokens. Both counts are limited to length // 2, so
+              that no token is selected twice.
+    "f3"      The first 3 prompt tokens, or all if the prompt is shorter.
+    "l1"      The last prompt token; "lN" selects the last N, or all if the prompt is shorter.
+    "prompt"  All prompt tokens.
+    "all"     All tokens except padding.
 """
 
 from __future__ import annotations
@@ -30,10 +31,14 @@ IGNORED_LABEL = -100
 
 
 class Spec(NamedTuple):
-    """A parsed position spec: ``kind`` is "ends" (first and last), "prompt" or "all".
+    """A parsed position spec.
 
-    ``pyreft`` counts "ends" as pyreft's ReftDataset classes do: without the prompt's last token,
-    and at most half of the rest.
+    Attributes:
+        kind: "ends" (first and last tokens), "prompt" or "all".
+        first: Number of first tokens, for kind "ends".
+        last: Number of last tokens, for kind "ends".
+        pyreft: Whether "ends" is counted as in pyreft's ReftDataset classes: excluding the last
+            prompt token, and each count limited to half of the remaining tokens.
     """
 
     kind: str
@@ -42,10 +47,10 @@ class Spec(NamedTuple):
     pyreft: bool = False
 
     def as_pyreft(self) -> Spec:
-        """The same, counted as pyreft's ReftDataset classes do.
+        """Return this spec with ``pyreft`` set.
 
         Raises:
-            ValueError: the spec has no first or last tokens to count.
+            ValueError: If the kind is not "ends".
         """
         if self.kind != "ends":
             raise ValueError(
@@ -56,20 +61,21 @@ class Spec(NamedTuple):
 
     @property
     def halves(self) -> bool:
-        """Whether each end gets at most half of the prompt, so that no token is chosen twice."""
+        """Whether both counts are limited to half of the prompt."""
         return self.pyreft or (self.first > 0 and self.last > 0)
 
     @property
     def per_example(self) -> int | None:
-        """Entries of ``rows`` for each example; None where it is the sequence length."""
+        """Number of ``rows`` entries per example, or None if it equals the sequence length."""
         return self.first + self.last if self.kind == "ends" else None
 
 
 def parse(spec: str) -> Spec:
-    """Parse a position spec.
+    """Parse a position spec; spaces and case are ignored.
 
     Raises:
-        TypeError: not a string. ValueError: not of the form "f7+l7", "f3", "l1", "prompt" or "all".
+        TypeError: If ``spec`` is not a string.
+        ValueError: If it is not of the form "f7+l7", "f3", "l1", "prompt" or "all".
     """
     if not isinstance(spec, str):
         raise TypeError(f"positions: got {describe(spec)}, expected a string such as 'f7+l7'")
@@ -130,22 +136,28 @@ def _check_lengths(lengths: Tensor, limits: Tensor | int, what: str) -> None:
 
 
 def first_tokens(attention_mask: Tensor) -> Tensor:
-    """Column of each example's first real token, int64 ``[B]``, from a mask ``[B, T]`` (0 where
-    there is none).
+    """Return the column of each example's first real token.
+
+    Args:
+        attention_mask: ``[B, T]``, nonzero for real tokens.
+
+    Returns:
+        int64 ``[B]``; 0 for an example without real tokens.
     """
     return attention_mask.to(torch.int8).argmax(dim=1)
 
 
 def prompt_lengths_from_labels(labels: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Prompt lengths ``[B]`` of a training batch: the prompt ends at the first label that is not
-    -100.
+    """Return the prompt lengths of a training batch.
+
+    The prompt ends before the first label other than -100.
 
     Args:
-        labels: int64 ``[B, T]``, aligned with the input ids. attention_mask: ``[B, T]`` or None (no
-            padding).
+        labels: int64 ``[B, T]``, aligned with the input ids.
+        attention_mask: ``[B, T]``, nonzero for real tokens, or None if there is no padding.
 
     Returns:
-        int64 ``[B]``; an example without any label is prompt as a whole.
+        int64 ``[B]``. In an example without labels all real tokens belong to the prompt.
     """
     supervised = labels != IGNORED_LABEL
     mask = torch.ones_like(supervised) if attention_mask is None else attention_mask.bool()
@@ -163,21 +175,22 @@ def prompt_rows(
     offset: Tensor | int = 0,
     stride: int | None = None,
 ) -> Tensor:
-    """Rows of a batch whose values are known to be right; tensor operations only, so neither
-    synchronisation nor copy.
+    """Return the rows of a batch, without checking the arguments and without synchronization.
 
     Args:
-        spec: a parsed spec. starts, lengths: int64 ``[B]``, column of the first prompt token and
-            prompt length.
-        width: T, columns of the hidden state at hand. token_mask: bool ``[B, T]`` of real tokens,
-            for ``all``.
-        stride: rows from one example to the next; T when None, 0 where starts are rows of one
-            packed sequence.
-        offset: column at which the hidden state at hand starts (chunked prefill); prompt tokens
-            outside it become -1.
+        spec: A parsed spec.
+        starts: int64 ``[B]``, the column of each example's first prompt token.
+        lengths: int64 ``[B]``, the prompt lengths.
+        width: T, the number of columns of the hidden states.
+        token_mask: bool ``[B, T]``, true for real tokens; used by "all". None if all are real.
+        offset: The column of the sequence at which the hidden states start (chunked prefill). For
+            prompt tokens outside the hidden states the entry is -1.
+        stride: Number of rows from one example to the next; ``width`` if None. 0 for a packed
+            sequence, where ``starts`` are row numbers.
 
     Returns:
-        int32 ``[B * P]``, example by example: first entries, then last entries.
+        int32 ``[B * P]``, example by example: first the entries of the first tokens, then those of
+        the last tokens.
     """
     batch, device = starts.shape[0], starts.device
     base = torch.arange(batch, device=device).unsqueeze(1) * (width if stride is None else stride)
@@ -188,21 +201,21 @@ def prompt_rows(
         counts = [available.clamp(max=n) for n in (spec.first, spec.last)]
         ends = (starts + lengths).unsqueeze(1)
         columns = torch.cat([starts.unsqueeze(1) + steps[0], ends - counts[1] + steps[1]], dim=1)
-        chosen = torch.cat([steps[0] < counts[0], steps[1] < counts[1]], dim=1)
+        selected = torch.cat([steps[0] < counts[0], steps[1] < counts[1]], dim=1)
         columns = columns - offset
-        chosen = chosen & (columns >= 0) & (columns < width)
+        selected = selected & (columns >= 0) & (columns < width)
     else:
         columns = torch.arange(width, device=device).expand(batch, width)
         if spec.kind == "prompt":
             absolute = columns + offset
-            chosen = (absolute >= starts.unsqueeze(1)) & (
+            selected = (absolute >= starts.unsqueeze(1)) & (
                 absolute < (starts + lengths).unsqueeze(1)
             )
         else:
-            chosen = (
+            selected = (
                 torch.ones_like(columns, dtype=torch.bool) if token_mask is None else token_mask
             )
-    rows = torch.where(chosen, base + columns, -1).to(torch.int32).flatten()
+    rows = torch.where(selected, base + columns, -1).to(torch.int32).flatten()
     return mark_rows(rows, batch * width)
 
 
@@ -216,27 +229,29 @@ def resolve(
     pyreft_positions: bool = False,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Rows of a padded batch ``[B, seq_len, d]`` for a position spec.
+    """Return the rows of a padded batch ``[B, seq_len, d]`` for a position spec.
 
     Args:
-        spec: "f7+l7", "f3", "l1", "prompt" or "all"; see the module's text.
-        prompt_lengths: number of prompt tokens of each example, ``[B]``.
-        seq_len: T, columns of the batch, padding included.
-        padding_side: "right" or "left". Padded left without a mask, a prompt ends at the last
+        spec: "f7+l7", "f3", "l1", "prompt" or "all"; see the module documentation.
+        prompt_lengths: ``[B]``, the number of prompt tokens of each example.
+        seq_len: T, the number of columns, including padding.
+        padding_side: "right" or "left". With "left" and no mask, each prompt ends at the last
             column.
-        attention_mask: ``[B, T]``, nonzero for real tokens; it tells where each example starts.
-        pyreft_positions: count as pyreft's ReftDataset classes do: without each prompt's last token
-        ("l1" is the one before), and never more than half of the rest. Its helpers and the paper's
-        script count the last token.
-        device: of the result; by default that of the mask or the lengths.
+        attention_mask: ``[B, T]``, nonzero for real tokens, or None. It determines the column at
+            which each example starts.
+        pyreft_positions: Count as pyreft's ReftDataset classes do: excluding each prompt's last
+            token ("l1" is the token before it), with each count limited to half of the remaining
+            tokens. pyreft's helper functions and the paper's script include the last token.
+        device: Device of the result; defaults to that of the mask or the lengths.
 
     Returns:
-        int32 ``[B * P]``, P = n + m for "fn+lm", else seq_len; -1 where a prompt is too short or a
-        token is not chosen.
+        int32 ``[B * P]``, with P = n + m for "fn+lm" and P = seq_len for "prompt" and "all". The
+        entry is -1 where a prompt is too short or a token is not selected.
 
     Raises:
-        TypeError, ValueError: a spec that does not parse, lengths beyond the sequence, a mask of
-            another shape.
+        TypeError: If ``spec`` is not a string.
+        ValueError: If ``spec`` does not parse, a prompt is longer than the sequence, or another
+            argument is invalid.
     """
     parsed = parse(spec).as_pyreft() if pyreft_positions else parse(spec)
     _check_seq_len(seq_len)
@@ -268,21 +283,23 @@ def resolve_packed(
     cu_seqlens: Tensor | Sequence[int],
     prompt_lengths: Tensor | Sequence[int] | None = None,
     *,
-    device=None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Rows of a packed batch ``[M, d]`` whose sequence i is rows ``cu_seqlens[i]`` to
-    ``cu_seqlens[i + 1]``.
+    """Return the rows of a packed batch ``[M, d]`` for a position spec.
 
     Args:
-        spec: "f7+l7", "f3" or "l1" ("prompt" and "all" choose by token: use :func:`from_mask`).
-        cu_seqlens: ``[B + 1]``, starting at 0, not decreasing. prompt_lengths: ``[B]``; None: all
-        is prompt.
+        spec: "f7+l7", "f3" or "l1". For "prompt" and "all" use :func:`from_mask`.
+        cu_seqlens: ``[B + 1]``, non-decreasing, starting at 0. Sequence i consists of the rows
+            ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]`` (exclusive).
+        prompt_lengths: ``[B]``, or None if the prompts are the whole sequences.
+        device: Device of the result; defaults to that of ``cu_seqlens``.
 
     Returns:
-        int32 ``[B * P]``.
+        int32 ``[B * P]``, with P = n + m for "fn+lm".
 
     Raises:
-        TypeError, ValueError: as :func:`resolve`, or offsets that do not start at 0 or decrease.
+        TypeError: If ``spec`` is not a string.
+        ValueError: If ``spec``, ``cu_seqlens`` or ``prompt_lengths`` is invalid.
     """
     parsed = parse(spec)
     if parsed.kind != "ends":
@@ -316,11 +333,19 @@ def resolve_packed(
 def from_indices(
     index: Tensor, seq_len: int, *, device: torch.device | str | None = None
 ) -> Tensor:
-    """Rows from explicit columns ``[B, P]`` of a batch ``[B, seq_len, d]``; -1 pads.
+    """Return the rows of explicit columns of a batch ``[B, seq_len, d]``.
+
+    Args:
+        index: int32 or int64 ``[B, P]``, columns of each example; -1 skips an entry.
+        seq_len: The number of columns of the batch.
+        device: Device of the result; defaults to that of ``index``.
+
+    Returns:
+        int32 ``[B * P]``.
 
     Raises:
-        ValueError: a column out of range or chosen twice for one example, or another shape or
-            dtype.
+        ValueError: If a column is out of range or occurs twice in an example, or if ``index`` has
+            the wrong shape or dtype.
     """
     _check_seq_len(seq_len)
     if (
@@ -344,8 +369,16 @@ def from_indices(
 
 
 def from_mask(mask: Tensor) -> Tensor:
-    """Rows from a boolean mask ``[B, T]`` (or ``[M]``): int32, one entry a token, -1 where the
-    mask is false.
+    """Return the rows selected by a boolean mask.
+
+    Args:
+        mask: bool ``[B, T]`` or ``[M]``.
+
+    Returns:
+        int32 ``[B * T]`` or ``[M]``: the row number where the mask is true, else -1.
+
+    Raises:
+        ValueError: If ``mask`` has the wrong shape or dtype.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() not in (1, 2):
         raise ValueError(f"mask: got {describe(mask)}, expected a bool tensor [B, T] or [M]")
@@ -355,11 +388,18 @@ def from_mask(mask: Tensor) -> Tensor:
 
 
 def weight_ids(spec: str | Spec, batch: int, *, device: torch.device | str | None = None) -> Tensor:
-    """Weight sets of untied "fn+lm" positions: 0 for first entries, 1 for last, int32 ``[B * P]``
-    in :func:`resolve`'s order.
+    """Return weight set numbers that give first and last tokens separate (untied) weights.
+
+    Args:
+        spec: A spec "fn+lm", or a parsed one.
+        batch: B, the number of examples.
+        device: Device of the result.
+
+    Returns:
+        int32 ``[B * P]`` in the order of :func:`resolve`: 0 for first tokens, 1 for last tokens.
 
     Raises:
-        ValueError: the spec does not choose both first and last tokens.
+        ValueError: If the spec does not select both first and last tokens.
     """
     parsed = parse(spec) if isinstance(spec, str) else spec
     if not (parsed.first and parsed.last):

@@ -1,8 +1,7 @@
-"""Every operator in plain PyTorch: the definition of correct (in fp64) and the ``torch`` backend.
+"""All operators in PyTorch: the ``torch`` backend, and in fp64 the reference for tests.
 
-Each function has the contract of the operator of its name in :mod:`reft_kernels.ops`; ``source``
-and ``out`` may be the same tensor. Sums are carried in fp32 for fp32, bf16 and fp16 hidden states
-and in fp64 for fp64.
+Each function implements the operator of the same name in :mod:`reft_kernels.ops`. ``source`` and
+``out`` may be the same tensor. Sums are accumulated in fp32, or in fp64 for fp64 hidden states.
 """
 
 from __future__ import annotations
@@ -30,33 +29,32 @@ __all__ = [
 
 
 def _no_autocast(tensor: Tensor):
-    """The engine fixes its own dtypes: inside an operator autocast is off, as it is inside any
-    built-in kernel.
-    """
+    """Return a context that disables autocast: the operators determine their dtypes themselves."""
     if torch.is_autocast_enabled(tensor.device.type):
         return torch.autocast(tensor.device.type, enabled=False)
     return contextlib.nullcontext()
 
 
 class _Selection(NamedTuple):
-    """Row numbers without skips: a skipped entry repeats the first valid one, so that all writes
-    of a row agree.
+    """Row numbers in which every skipped entry is replaced by the first valid entry.
+
+    Duplicate entries of a row then write the same values to it.
     """
 
-    rows: Tensor | None  # int64 [N], every entry in range
-    order: (
-        Tensor | None
-    )  # int64 [N]: entry n stands for entry order[n]; None when nothing is skipped
-    valid: Tensor | None  # bool [N, 1]; None when nothing is skipped
+    rows: Tensor | None  # int64 [N], all in range; None selects all rows
+    order: Tensor | None  # int64 [N]: entry n is a copy of entry order[n]; None if none is skipped
+    valid: Tensor | None  # bool [N, 1], false for skipped entries; None if none is skipped
 
-    def take(self, per_row: Tensor | None) -> Tensor | None:
-        return (
-            per_row
-            if per_row is None or self.order is None
-            else per_row.index_select(0, self.order)
-        )
+    def take(self, per_row: Tensor) -> Tensor:
+        """Return a per-row tensor ``[N, ...]`` with skipped entries replaced likewise."""
+        return per_row if self.order is None else per_row.index_select(0, self.order)
+
+    def take_optional(self, per_row: Tensor | None) -> Tensor | None:
+        """Apply :meth:`take` unless ``per_row`` is None."""
+        return None if per_row is None else self.take(per_row)
 
     def mask(self, per_row: Tensor) -> Tensor:
+        """Return a per-row tensor ``[N, k]`` with zeros in skipped entries."""
         return (
             per_row
             if self.valid is None
@@ -77,19 +75,22 @@ def _select(rows: Tensor | None) -> _Selection:
 
 
 def _take(source: Tensor, rows: Tensor | None) -> Tensor:
+    """Return the rows ``[N, d]`` of ``source [M, d]``."""
     if rows is not None and source.shape[0] == 0:
-        return source.new_zeros((rows.shape[0], source.shape[1]))  # every entry is skipped
+        return source.new_zeros((rows.shape[0], source.shape[1]))  # all entries are skipped
     return source if rows is None else source.index_select(0, rows)
 
 
 def _scatter(
-    out: Tensor, rows: Tensor | None, values: Tensor, untouched: Tensor | None, original: Tensor
+    out: Tensor, rows: Tensor | None, values: Tensor, all_skipped: Tensor | None, original: Tensor
 ) -> None:
-    """Write ``values`` to the rows of ``out``; when every entry is skipped (``untouched``),
-    write the original back.
+    """Write ``values [N, d]`` to the rows of ``out [M, d]``.
+
+    ``all_skipped`` is a boolean scalar tensor or None. If it is true, ``original`` is written
+    instead, which leaves ``out`` unchanged.
     """
-    if untouched is not None:
-        values = torch.where(untouched, original, values)
+    if all_skipped is not None:
+        values = torch.where(all_skipped, original, values)
     if rows is None:
         out.copy_(values)
     elif out.shape[0]:
@@ -101,7 +102,7 @@ def _all_skipped(selection: _Selection) -> Tensor | None:
 
 
 def _project(x: Tensor, weight: Tensor, weight_ids: Tensor | None) -> Tensor:
-    """x weight^T, [N, d] x [r, d] -> [N, r]; with sets, each row by the weight of its set."""
+    """Return x weight^T ``[N, r]``; with ``weight_ids``, each row uses the weight of its set."""
     if weight_ids is None:
         return x @ weight.to(x.dtype).mT
     out = x.new_zeros((x.shape[0], weight.shape[1]))
@@ -111,7 +112,7 @@ def _project(x: Tensor, weight: Tensor, weight_ids: Tensor | None) -> Tensor:
 
 
 def _expand(v: Tensor, weight: Tensor, weight_ids: Tensor | None) -> Tensor:
-    """v weight, [N, r] x [r, d] -> [N, d]; with sets, each row by the weight of its set."""
+    """Return v weight ``[N, d]``; with ``weight_ids``, each row uses the weight of its set."""
     if weight_ids is None:
         return v @ weight.to(v.dtype)
     out = v.new_zeros((v.shape[0], weight.shape[2]))
@@ -121,7 +122,7 @@ def _expand(v: Tensor, weight: Tensor, weight_ids: Tensor | None) -> Tensor:
 
 
 def _outer(v: Tensor, x: Tensor, weight_ids: Tensor | None, sets: int) -> Tensor:
-    """sum_n v_n x_n^T, [N, r] and [N, d] -> [r, d]; with sets, one sum for each: [S, r, d]."""
+    """Return sum_n v_n x_n^T ``[r, d]``; with ``weight_ids``, one sum per set ``[S, r, d]``."""
     if weight_ids is None:
         return v.mT @ x
     members = [(weight_ids == s).unsqueeze(1) for s in range(sets)]
@@ -129,7 +130,7 @@ def _outer(v: Tensor, x: Tensor, weight_ids: Tensor | None, sets: int) -> Tensor
 
 
 def _row_sum(v: Tensor, weight_ids: Tensor | None, sets: int) -> Tensor:
-    """sum_n v_n, [N, r] -> [r]; with sets [S, r]."""
+    """Return sum_n v_n ``[r]``; with ``weight_ids``, one sum per set ``[S, r]``."""
     if weight_ids is None:
         return v.sum(0)
     return torch.stack(
@@ -141,6 +142,7 @@ def _row_sum(v: Tensor, weight_ids: Tensor | None, sets: int) -> Tensor:
 
 
 def _per_row(bias: Tensor, weight_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return ``bias`` in ``dtype``; with ``weight_ids``, the bias of each row's set."""
     return (
         bias.to(dtype) if weight_ids is None else bias.to(dtype).index_select(0, weight_ids.long())
     )
@@ -164,16 +166,32 @@ def edit(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = x + B^T (coeff * u), u = act(A x + c) - (B x + p) on the rows, the last term only if
-    ``subtract_projection``.
+    """Apply the general low-rank edit to the selected rows.
+
+    y = x + B^T (coeff * u) with u = act(z) - (B x + p) and z = A x + c. The term B x is subtracted
+    only with ``subtract_projection``.
+
+    Args:
+        source: ``[M, d]``, the hidden states.
+        out: ``[M, d]``, receives y in the selected rows. May be ``source``.
+        rows: int32 ``[N]`` or None for all rows; -1 skips an entry.
+        weight_ids: int32 ``[N]`` or None. With it, the weights have a leading dimension S.
+        read: A ``[r, d]`` or None.
+        read_bias: c ``[r]`` or None.
+        write: B ``[r, d]``.
+        subtract_bias: p ``[r]`` or None.
+        coeff: ``[N, r]`` or None.
+        subtract_projection: Whether B x is subtracted.
+        activation: Canonical activation name.
+        save: Whether to return the tensors that the backward pass needs.
 
     Returns:
-        ``saved_input`` (the rows' input, ``[N, d]`` in the dtype of ``source``), ``u`` and ``z``
-        (``[N, r]``, fp32 or fp64), each empty where the backward does not need it.
+        ``saved_input`` (the selected rows of ``source``, ``[N, d]``), ``u`` and ``z`` (``[N, r]``,
+        fp32 or fp64). A tensor that the backward pass does not need is empty.
     """
     acc = accumulation_dtype(source.dtype)
     selection = _select(rows)
-    weight_ids, coeff = selection.take(weight_ids), selection.take(coeff)
+    weight_ids, coeff = selection.take_optional(weight_ids), selection.take_optional(coeff)
     with _no_autocast(source):
         saved_input = _take(source, selection.rows)
         x = saved_input.to(acc)
@@ -219,26 +237,38 @@ def edit_backward(
     activation: str,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The closed form. With delta = B g, ddelta = coeff * delta, dz = act'(z) ddelta on the rows:
+    """Compute the gradients of :func:`edit` in closed form.
 
-        dh = g + A^T dz - B^T ddelta     dA = dz^T x       dc = sum dz      dcoeff = u * delta
-        dB = (coeff * u)^T g - ddelta^T x                  dp = -sum ddelta
+    With delta = B g, ddelta = coeff * delta and dz = act'(z) * ddelta on the selected rows:
 
-    where ``- ddelta^T x``, ``- B^T ddelta`` and dp exist with ``subtract_projection`` alone.
-    ``out`` receives dh on the rows (None: not wanted). Returns dA, dc, dB, dp, dcoeff in fp32 or
-    fp64.
+        dh = g + A^T dz - B^T ddelta
+        dA = dz^T x
+        dc = sum dz
+        dB = (coeff * u)^T g - ddelta^T x
+        dp = -sum ddelta
+        dcoeff = u * delta
+
+    The terms -B^T ddelta and -ddelta^T x and the gradient dp exist only with
+    ``subtract_projection``.
+
+    Args:
+        grad: g ``[M, d]``.
+        out: ``[M, d]``, receives dh in the selected rows. May be ``grad``. None to omit dh.
+        saved_input: ``[N, d]``, or the output of the edit ``[M, d]`` if ``rows`` is None.
+        u, z: Results of :func:`edit`.
+        rows, weight_ids, read, write, coeff: Arguments of :func:`edit`.
+        subtract_projection, activation: Arguments of :func:`edit`.
+        need_weights: Whether to compute dA, dc, dB and dp.
+
+    Returns:
+        dA, dc, dB, dp and dcoeff in fp32 or fp64. A gradient that is not needed is empty.
     """
     acc = accumulation_dtype(grad.dtype)
     sets = write.shape[0] if weight_ids is not None else 1
     selection = _select(rows)
-    weight_ids, coeff = selection.take(weight_ids), selection.take(coeff)
-    empty = lambda: grad.new_empty(0, dtype=acc)  # noqa: E731
+    weight_ids, coeff = selection.take_optional(weight_ids), selection.take_optional(coeff)
     grad_read, grad_bias, grad_write, grad_subtract_bias, grad_coeff = (
-        empty(),
-        empty(),
-        empty(),
-        empty(),
-        empty(),
+        grad.new_empty(0, dtype=acc) for _ in range(5)
     )
     with _no_autocast(grad):
         g = _take(grad, selection.rows).to(acc)
@@ -288,12 +318,23 @@ def red(
     bias: Tensor,
     save: bool,
 ) -> Tensor:
-    """y = scale * x + bias on the rows; ``scale``, ``bias``: ``[d]``, or ``[S, d]`` with
-    ``weight_ids``. Returns ``saved_input``.
+    """Apply RED, y = scale * x + bias, to the selected rows.
+
+    Args:
+        source: ``[M, d]``, the hidden states.
+        out: ``[M, d]``, receives y in the selected rows. May be ``source``.
+        rows: int32 ``[N]`` or None for all rows; -1 skips an entry.
+        weight_ids: int32 ``[N]`` or None.
+        scale: ``[d]``, or ``[S, d]`` with ``weight_ids``.
+        bias: Same shape as ``scale``.
+        save: Whether to return the input that the backward pass needs.
+
+    Returns:
+        The selected rows of ``source``, ``[N, d]``; empty without ``save``.
     """
     acc = accumulation_dtype(source.dtype)
     selection = _select(rows)
-    weight_ids = selection.take(weight_ids)
+    weight_ids = selection.take_optional(weight_ids)
     saved_input = _take(source, selection.rows)
     if save and out is source and rows is None:
         saved_input = saved_input.clone()
@@ -312,13 +353,24 @@ def red_backward(
     scale: Tensor,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dh = scale * g, dscale = sum_n g * x, dbias = sum_n g on the rows; ``out`` receives dh
-    (None: not wanted).
+    """Compute the gradients of :func:`red`.
+
+    dh = scale * g, dscale = sum_n g * x and dbias = sum_n g over the selected rows.
+
+    Args:
+        grad: g ``[M, d]``.
+        out: ``[M, d]``, receives dh in the selected rows. May be ``grad``. None to omit dh.
+        saved_input: The result of :func:`red`, ``[N, d]``.
+        rows, weight_ids, scale: Arguments of :func:`red`.
+        need_weights: Whether to compute dscale and dbias.
+
+    Returns:
+        dscale and dbias, shaped like ``scale``, in fp32 or fp64; empty without ``need_weights``.
     """
     acc = accumulation_dtype(grad.dtype)
     sets = scale.shape[0] if weight_ids is not None else 1
     selection = _select(rows)
-    weight_ids = selection.take(weight_ids)
+    weight_ids = selection.take_optional(weight_ids)
     g = _take(grad, selection.rows).to(acc)
     grad_scale, grad_bias = grad.new_empty(0, dtype=acc), grad.new_empty(0, dtype=acc)
     if need_weights:

@@ -1,6 +1,6 @@
-// Arguments of the CUDA kernels' host functions: plain C++, shared with registration.cpp. The
-// contracts are those of reft_kernels/ops.py; shapes are checked in Python. Every function launches
-// once on the stream and returns the launch's error.
+// Host functions of the CUDA kernels and their arguments, in plain C++ for registration.cpp. They
+// implement the operators of reft_kernels/ops.py; shapes are checked in Python. Each function
+// launches one kernel on the stream and returns the error of the launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,22 +10,21 @@ namespace reft_cuda {
 
 enum class Dtype : int { kFloat32, kBFloat16, kFloat16 };
 
-// reft_kernels/activations.py: ACTIVATIONS, in its order.
+// In the order of ACTIVATIONS in reft_kernels/activations.py.
 enum class Activation : int { kLinear, kRelu, kGelu, kGeluTanh, kSilu, kTanh, kSigmoid };
 
 constexpr int kMaxRank = 256;
 
-// A tensor of any served dtype, read in fp32; null where it is absent.
+// A tensor of any supported dtype, converted to fp32 when read; data is null if it is absent.
 struct AnyDtype {
   const void* data;
   Dtype dtype;
 };
 
-// [N, d] rows selected from a [M, d] hidden state: channel stride 1, `stride` elements from row to
-// row.
+// N rows selected from hidden states [M, d] with unit stride in the last dimension.
 struct Selection {
-  const int32_t* rows;        // [N] row numbers, -1 skips
-  const int32_t* weight_ids;  // [N], or null: one set
+  const int32_t* rows;        // [N] row numbers; -1 skips an entry
+  const int32_t* weight_ids;  // [N], or null for a single weight set
   int64_t num_rows;           // N > 0
   int d;                      // > 0
   int rank;                   // 1 to kMaxRank
@@ -34,16 +33,16 @@ struct Selection {
 
 struct EditForward {
   Selection selection;
-  Dtype dtype, weight_dtype;  // fp32 with fp32, or half precision with fp32 or its own dtype
+  Dtype dtype, weight_dtype;  // weights are fp32 or have the dtype of the hidden states
   const void* source;
   void* out;  // may be source
   int64_t source_stride, out_stride;
   const void* read;                          // [sets, rank, d], or null
   const void* write;                         // [sets, rank, d]
   AnyDtype read_bias, subtract_bias, coeff;  // [sets, rank] twice, [N, rank]
-  void* saved_input;                         // [N, d] contiguous, or null: not wanted
-  float* u;                                  // [N, rank], or null
-  float* z;                                  // [N, rank], or null
+  void* saved_input;                         // [N, d] contiguous, or null if not needed
+  float* u;                                  // [N, rank], or null if not needed
+  float* z;                                  // [N, rank], or null if not needed
   bool subtract_projection;
   Activation activation;
 };
@@ -56,9 +55,9 @@ struct EditDelta {
   const void* write;
   AnyDtype coeff;
   const float* u;     // [N, rank]
-  const float* z;     // [N, rank], or null: linear
-  float* small;       // [N, count, padded_rank]: dz, coeff * u and, where count = 3, coeff * delta;
-                      // zero-padded
+  const float* z;     // [N, rank], or null if the activation is linear
+  float* small;       // [N, count, padded_rank]: dz, coeff * u and, if count = 3, coeff * delta,
+                      // padded with zeros
   float* grad_coeff;  // [N, rank], or null
   Activation activation;
 };
@@ -67,18 +66,18 @@ struct EditGradient {
   Selection selection;
   Dtype dtype;
   const void* grad;
-  void* out;  // dh, may be grad; null: not wanted
+  void* out;  // dh, may be grad; null if not needed
   const void* saved_input;
   int64_t grad_stride, out_stride, kept_stride;
   AnyDtype read, write;  // [sets, rank, d]
-  const float* small;    // as EditDelta leaves it
+  const float* small;    // result of edit_delta
   float *grad_read, *grad_read_bias, *grad_write,
-      *grad_subtract_bias;  // all null where no weight's gradient is wanted
+      *grad_subtract_bias;  // all null if no gradient of a weight is needed
   bool subtract_projection, linear;
 };
 
-// dz and coeff * u; where the activation is not linear and a projection is subtracted also coeff *
-// delta.
+// Number of vectors per row in `small`: dz and coeff * u, and also coeff * delta if the activation
+// is nonlinear and the projection is subtracted.
 __host__ __device__ constexpr int small_count(bool subtract_projection, bool linear) {
   return subtract_projection && !linear ? 3 : 2;
 }
@@ -86,10 +85,11 @@ __host__ __device__ constexpr int padded_rank(int rank) { return (rank + 7) / 8 
 
 cudaError_t edit_forward(const EditForward& arguments, cudaStream_t stream);
 cudaError_t edit_delta(const EditDelta& arguments, int count,
-                       cudaStream_t stream);  // count: of `small`
+                       cudaStream_t stream);  // count: result of small_count
 cudaError_t edit_gradient(const EditGradient& arguments, cudaStream_t stream);
 
-// Orthonormal maps of reft_kernels/orthonormal.py, all contiguous fp32; optional tensors are null.
+// Orthonormal maps of reft_kernels/orthonormal.py. All tensors are contiguous fp32; an optional
+// tensor may be null.
 struct BuildForward {
   int layers, d, rank;  // layers > 0, 1 <= rank <= min(d, kMaxRank)
   bool cayley;
@@ -110,15 +110,15 @@ struct BuildBackward {
   const float* X;
   const float* signs;
   const float* base;
-  const float* aux;  // as the forward wrote it
+  const float* aux;  // result of the forward pass
   float* grad_X;     // [layers, d, rank]
 };
 
-// How a build is spread over the device; made by build_plan, which reads the device's properties.
+// Launch configuration of the orthonormal maps; depends on the properties of the device.
 struct BuildPlan {
-  int splits;     // blocks a layer
-  bool clusters;  // the splits are a thread-block cluster; otherwise, past one split, a cooperative
-                  // grid
+  int splits;     // blocks per layer
+  bool clusters;  // whether the splits form a thread-block cluster; otherwise several splits use a
+                  // cooperative launch
   int64_t scratch_bytes;  // global memory that the launch needs
 };
 

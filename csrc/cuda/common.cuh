@@ -1,4 +1,4 @@
-// What the edit's kernels share: element types, vector loads and stores, activations, warp sums.
+// Shared parts of the edit's kernels: element types, vector accesses, activations, warp sums.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,7 +15,7 @@ constexpr int kWarp = 32;
 
 __host__ __device__ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The block's dynamic shared memory.
+// Returns the block's dynamic shared memory.
 template <class T>
 __device__ inline T* dynamic_shared() {
   extern __shared__ __align__(16) unsigned char dynamic_arena[];
@@ -41,14 +41,14 @@ __device__ inline __half from_float<__half>(float v) {
   return __float2half(v);
 }
 
-// V elements moved by accesses of up to 128 bits; a pointer to one is aligned to them.
+// V elements, aligned such that they are loaded and stored by accesses of up to 128 bits.
 template <class T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T value[V];
 };
 
-// V consecutive elements in fp32. Never through the read-only path: an edit in place writes what it
-// has read.
+// Loads V consecutive elements as fp32. Does not use the read-only cache, because an edit in place
+// writes to the memory that it has read.
 template <class T, int V>
 __device__ inline void load(const T* from, float (&to)[V]) {
   Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
@@ -64,7 +64,7 @@ __device__ inline void store(T* to, const float (&from)[V]) {
   *reinterpret_cast<Pack<T, V>*>(to) = pack;
 }
 
-// One element of a small tensor, whose dtype is no template parameter.
+// Loads one element of a tensor whose dtype is not a template parameter.
 __device__ inline float load_any(AnyDtype tensor, int64_t at) {
   if (tensor.dtype == Dtype::kFloat32) return static_cast<const float*>(tensor.data)[at];
   if (tensor.dtype == Dtype::kBFloat16)
@@ -73,7 +73,7 @@ __device__ inline float load_any(AnyDtype tensor, int64_t at) {
 }
 
 __device__ inline float sigmoid(float z) {
-  float t = expf(-fabsf(z));  // exp of -|z| does not overflow
+  float t = expf(-fabsf(z));  // does not overflow
   return z >= 0.0f ? 1.0f / (1.0f + t) : t / (1.0f + t);
 }
 
@@ -83,7 +83,7 @@ constexpr float kSqrtHalf = 0.70710678118654752f, kSqrtTwoOverPi = 0.79788456080
 __device__ inline float activate(float z, Activation activation) {
   switch (activation) {
     case Activation::kRelu:
-      return z <= 0.0f ? 0.0f : z;  // not fmaxf: NaN must pass through
+      return z <= 0.0f ? 0.0f : z;  // unlike fmaxf, this propagates NaN
     case Activation::kGelu:
       return 0.5f * z * (1.0f + erff(z * kSqrtHalf));
     case Activation::kGeluTanh:
@@ -127,7 +127,7 @@ __device__ inline float activation_derivative(float z, Activation activation) {
   }
 }
 
-// The sum over a warp, in every lane, in a fixed order.
+// Returns the sum over a warp in every lane. The order of additions is fixed.
 __device__ inline float warp_sum(float v) {
 #pragma unroll
   for (int lane = kWarp / 2; lane > 0; lane /= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);

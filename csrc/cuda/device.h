@@ -1,4 +1,4 @@
-// The device and the stream that a launch uses, and what becomes of its error.
+// Device and stream of a launch, and error handling.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-// Whose tensors the kernels serve; the tests' emulation runs them on the CPU.
+// Dispatch key of the kernels' tensors. The emulation in the tests runs on the CPU.
 #ifdef REFT_CUDA_EMULATED
 #  define REFT_DISPATCH_KEY CPU
 #else
@@ -23,7 +23,7 @@ namespace reft_cuda {
   throw std::runtime_error(std::string("reft_kernels_cuda::") + name + ": " + what);
 }
 
-// Throws where the launch or anything before it failed.
+// Throws if the launch or a preceding operation failed.
 inline void check_launch(const char* name, cudaError_t error) {
   const cudaError_t last = cudaGetLastError();
   if (error == cudaSuccess) error = last;
@@ -42,9 +42,8 @@ class Device {
 
 using CurrentStream = AOTITorchError (*)(int32_t device_index, void** stream);
 
-// aoti_torch_get_current_cuda_stream of the stable C interface. It lives in libtorch_cuda.so, which
-// a CPU build of PyTorch does not have: found at run time, so that this library links and loads
-// without it.
+// Finds aoti_torch_get_current_cuda_stream of the stable C API at run time. It is defined in
+// libtorch_cuda.so, which a CPU build of PyTorch lacks; this library links and loads without it.
 inline CurrentStream find_current_stream() {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   return library == nullptr ? nullptr
@@ -52,13 +51,13 @@ inline CurrentStream find_current_stream() {
                                   dlsym(library, "aoti_torch_get_current_cuda_stream"));
 }
 
-// The tensor's device, current as long as this lives.
+// Makes the tensor's device current during the lifetime of this object.
 class Device {
  public:
   Device(const char* name, const torch::stable::Tensor& tensor)
       : guard_(tensor.get_device_index()) {
-    // this library's own runtime takes the device over from the guard's; said once more for a
-    // thread that it has not seen
+    // This library links its own CUDA runtime, which may not know the guard's device in a new
+    // thread
     check_launch(name, cudaSetDevice(tensor.get_device_index()));
     static const CurrentStream current_stream = find_current_stream();
     void* stream = nullptr;

@@ -1,8 +1,8 @@
-// The edit's backward, first launch, over rows: delta = B g, then dz = act'(z) coeff delta, coeff *
-// u and coeff's gradient.
+// First launch of the edit's backward pass: with delta = B g, it computes
+// dz = act'(z) * coeff * delta, coeff * u and the gradient of coeff, u * delta.
 //
-// It reads the rows of g once and writes what the second launch needs of them, [N, r] each, padded
-// with zeros.
+// It reads the rows of g once and writes the [N, r] tensors that the second launch needs, with rows
+// padded with zeros.
 #include "project.cuh"
 
 namespace reft_cuda {
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kProjectThreads, 1)
       small[padded] = used;
       if (count == 3) small[2 * padded] = ddelta;
     }
-    __syncthreads();  // the next set writes `part` again
+    __syncthreads();  // the next weight set overwrites `part`
   }
 }
 

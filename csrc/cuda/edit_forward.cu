@@ -1,9 +1,9 @@
-// The edit of selected rows, forward, in one launch: y = x + B^T (coeff * u), u = act(A x + c) - (B
-// x + p).
+// Forward pass of the edit of selected rows, in one launch:
+// y = x + B^T (coeff * u), u = act(A x + c) - (B x + p).
 //
-// A block owns one or four rows. It passes over d twice: its warps share the weight vectors of z
-// and of B x, reading the rows through L1; then its threads share the columns of y. Rows of one
-// block that use several weight sets are served set by set.
+// A block processes one or four rows. First its warps compute z and B x, each for some of the
+// weight vectors; the rows are read through L1. Then its threads compute y, each for some of the
+// columns. If the rows of a block use several weight sets, this is repeated for each set.
 #include "project.cuh"
 
 namespace reft_cuda {
@@ -11,13 +11,13 @@ namespace {
 
 template <class T, class W, int V, int ROWS>
 __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const EditForward p) {
-  constexpr int kUnroll = ROWS == 1 ? 4 : 2;  // as in project_warp
+  constexpr int kUnroll = ROWS == 1 ? 4 : 2;  // see project_warp
   const Selection& selection = p.selection;
   const int r = selection.rank;
   const int64_t d = selection.d;
   const bool linear = p.activation == Activation::kLinear;
   const bool fold = p.subtract_projection && linear;     // A x - B x is one product with A - B
-  const bool second = p.subtract_projection && !linear;  // B x is a product of its own
+  const bool second = p.subtract_projection && !linear;  // B x needs a separate product
   const bool first = p.read != nullptr || fold;
 
   auto& block = *dynamic_shared<RowBlock<ROWS>>();
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
   for (int q = 0; q < ROWS; ++q) {
     const int64_t n = first_entry + q;
     if (left >> q & 1 || n >= selection.num_rows) continue;
-    // skipped entries leave zeros, so that they add nothing to a weight's gradient
+    // Skipped entries are saved as zeros, so that they add nothing to the weights' gradients
     for (int i = threadIdx.x; i < r; i += kProjectThreads) {
       if (p.u != nullptr) p.u[n * r + i] = 0.0f;
       if (p.z != nullptr) p.z[n * r + i] = 0.0f;
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
       if (active >> q & 1) {
         const int64_t n = first_entry + q;
         float z = first ? projected<ROWS>(part_z, r, q, i) : 0.0f;
-        if (p.read == nullptr) z = -z;  // A - B without A
+        if (p.read == nullptr) z = -z;  // A - B with A = 0
         if (p.read_bias.data != nullptr) z += load_any(p.read_bias, set * r + i);
         value = activate(z, p.activation);
         if (second) value -= projected<ROWS>(part_q, r, q, i);
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
     __syncthreads();
 
     for (int64_t c = int64_t(threadIdx.x) * V; c < d; c += kProjectThreads * V) {
-      Pack<T, V> value[ROWS];  // asked for before the loop, used after it
+      Pack<T, V> value[ROWS];  // loaded before the loop to hide latency, used after it
 #pragma unroll
       for (int q = 0; q < ROWS; ++q) value[q] = *reinterpret_cast<const Pack<T, V>*>(x[q] + c);
       float acc[ROWS][V] = {};
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
         store<T, V>(static_cast<T*>(p.out) + block.row[q] * p.out_stride + c, acc[q]);
       }
     }
-  }  // the next set's barrier stands between what was read here and what it writes again
+  }  // the first barrier of the next weight set separates these reads from its writes
 }
 
 template <class T, class W, int V, int ROWS>

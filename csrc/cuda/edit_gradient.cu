@@ -1,12 +1,12 @@
-// The edit's backward, second launch, over columns: dh = g + A^T dz - B^T ddelta, and the weights'
-// gradients
+// Second launch of the edit's backward pass: dh = g + A^T dz - B^T ddelta and the gradients of the
+// weights
 //
 //     dA = dz^T x     dB = (coeff * u)^T g - ddelta^T x     dc = sum dz     dp = -sum ddelta
 //
-// A block owns 32 or 64 columns of one weight set and goes over all rows: its 16 warps share the
-// rows, four at a time, and hold fp32 sums for eight ranks, which are added warp by warp, in order:
-// no atomics, no second phase. Each element of g is read and written by one thread, so dh may
-// overwrite g. One more block a set sums the biases.
+// A block processes 32 or 64 columns of one weight set and all rows. Each of its 16 warps processes
+// some of the rows, four at a time, with fp32 sums for eight ranks. The sums of the warps are added
+// in a fixed order, without atomics. Each element of g is read and written by one thread, so dh may
+// overwrite g. An additional block per weight set computes dc and dp.
 #include "common.cuh"
 
 namespace reft_cuda {
@@ -14,15 +14,15 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kRows = 4;   // of a warp's step
-constexpr int kRanks = 8;  // of a pass over the rows
+constexpr int kRows = 4;   // rows per step of a warp
+constexpr int kRanks = 8;  // ranks per pass over the rows
 
 __device__ inline bool belongs(const Selection& selection, int64_t n, int set) {
   if (n >= selection.num_rows || selection.rows[n] < 0) return false;
   return selection.weight_ids == nullptr || selection.weight_ids[n] == set;
 }
 
-// dc and dp of one set, in fp64: these few sums over all rows cost nothing.
+// Computes dc and dp of one weight set. The sums are few, so they are accumulated in fp64.
 __device__ inline void sum_biases(const EditGradient& p, int set) {
   const Selection& selection = p.selection;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -62,14 +62,14 @@ __device__ inline void zero(float (&to)[V]) {
   for (int v = 0; v < V; ++v) to[v] = 0.0f;
 }
 
-// Eight consecutive values of one row, the same in each lane; zeros where `given` is false.
+// Loads eight consecutive values of one row, the same in each lane; zeros if `given` is false.
 __device__ inline void load_ranks(const float* from, bool given, float (&to)[kRanks]) {
   load<float, kRanks>(from, to);
 #pragma unroll
   for (int k = 0; k < kRanks; ++k) to[k] = given ? to[k] : 0.0f;
 }
 
-// sums[k] of each warp -> the sum over warps of element e = k * 32 V + column, in order.
+// Returns the sum over warps of element e = k * 32 * V + column, added in order.
 template <int V>
 __device__ inline float sum_warps(const float* sums, int e) {
   constexpr int kTile = kRanks * kWarp * V;
@@ -86,12 +86,12 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
   const int set = blockIdx.y, r = selection.rank, padded = padded_rank(r);
   const int64_t d = selection.d, first_column = int64_t(blockIdx.x) * kColumns;
   const bool needs_weights = p.grad_write != nullptr;
-  if (first_column >= d) {  // the block past the columns
+  if (first_column >= d) {  // the additional block
     sum_biases(p, set);
     return;
   }
   const bool fold = p.subtract_projection && !SECOND;
-  const bool first = p.read.data != nullptr || fold;  // dz acts on x
+  const bool first = p.read.data != nullptr || fold;  // whether dh and dA have terms with dz
   const bool needs_x = needs_weights && (first || SECOND);
   constexpr int kCount = SECOND ? 3 : 2;
 
@@ -120,13 +120,13 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
   const int passes = needs_weights ? padded / kRanks : 1;
   for (int pass = 0; pass < passes; ++pass) {
     float acc_a[kRanks][V] = {}, acc_b[kRanks][V] = {};
-#pragma unroll 1  // more would spill
+#pragma unroll 1  // unrolling causes register spills
     for (int64_t n0 = int64_t(warp) * kRows; n0 < selection.num_rows; n0 += kWarps * kRows) {
       bool mine[kRows];
       int32_t row[kRows];
       const float* small = p.small + n0 * kCount * padded;
-      int at_row[kRows];  // of `small`; the first row's, which is readable, where the row's is not
-                          // used
+      int at_row[kRows];  // offset in `small`; that of the first row, which is always valid, for
+                          // rows that are not used
       float g[kRows][V], x[kRows][V];
 #pragma unroll
       for (int q = 0; q < kRows; ++q) {
@@ -171,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
         }
       }
       if (p.out == nullptr || pass != passes - 1) continue;
-      // the last pass over these rows: nobody reads g again
+      // In the last pass g may be overwritten
       float change[kRows][V] = {};
 #pragma unroll 1
       for (int i = 0; i < (first || SECOND ? padded : 0); i += 4) {
@@ -215,13 +215,13 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
       p.grad_write[at] = fold ? b - a : b;
       if (p.grad_read != nullptr) p.grad_read[at] = a;
     }
-    __syncthreads();  // the next pass writes the sums again
+    __syncthreads();  // the next pass overwrites the sums
   }
 }
 
-constexpr size_t kSharedLimit = 99 * 1024;  // what every chip from sm_80 on lets one block have
+constexpr size_t kSharedLimit = 99 * 1024;  // shared memory per block on every GPU from sm_80
 
-// `tiles`: rows of weights that are staged.
+// Shared memory of a block. `tiles` is the number of staged rows of weights.
 constexpr size_t shared_bytes(int columns_a_thread, int tiles) {
   return sizeof(float) * kWarp * columns_a_thread * (2 * kWarps * kRanks + tiles);
 }
@@ -254,8 +254,8 @@ cudaError_t launch(const EditGradient& p, cudaStream_t stream) {
 template <class T, bool SECOND>
 cudaError_t choose(const EditGradient& p, cudaStream_t stream) {
   const size_t pair = 2 * sizeof(T);
-  // two columns a thread where 64 columns a block still leave a block for each multiprocessor;
-  // reasoned, not measured
+  // Two columns per thread if blocks of 64 columns still occupy all multiprocessors. Not tuned on a
+  // GPU yet.
   const bool pairs = p.selection.d >= 8192 && p.selection.d % 2 == 0 && p.grad_stride % 2 == 0 &&
                      p.out_stride % 2 == 0 && p.kept_stride % 2 == 0 && aligned(p.grad, pair) &&
                      aligned(p.out, pair) && aligned(p.saved_input, pair) &&

@@ -1,14 +1,18 @@
-// What both directions of the orthonormal maps share: staging, Gram sums, r x r algebra in fp64,
-// and the launch.
+// Shared parts of the orthonormal maps' forward and backward kernels: staging, Gram sums, r x r
+// operations in fp64, and the launch.
 //
-// With E the first r columns of the identity and L the strictly lower part of X (cayley: [0;
-// X[r:]]), both maps are written without the unit diagonal of V = E + L, which keeps it exact:  F =
-// V M + E N = L M + E P,  V^T V = I + L1 + L1^T + L^T L.
+// The kernels store V without its unit diagonal, which is then exact. With E the first r columns of
+// the identity:
 //
-// A layer belongs to `splits` blocks, one after the other in the grid. Each reduces the Gram sums
-// over its own rows; behind one barrier of the layer every block adds the partial sums in the order
-// of the splits, does the r x r algebra for itself and writes its own rows. The splits are a
-// thread-block cluster where there are clusters, and a cooperative grid where not.
+//     F = L M + E P, with F(0) = E
+//     householder: L = strictly lower part of X, V = E + L, V^T V = I + L[:r] + L[:r]^T + L^T L
+//     cayley:      L = V = [0; X[r:]]
+//
+// Each layer is processed by `splits` consecutive blocks. Each block computes partial Gram sums
+// over its own rows. After a barrier among the blocks of the layer, every block adds the partial
+// sums in the order of the splits, performs the r x r operations itself and writes its own rows.
+// The splits form a thread-block cluster if the device supports clusters, otherwise a cooperative
+// launch is used.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -19,11 +23,11 @@ namespace reft_cuda {
 
 constexpr int kBuildThreads = 256;
 constexpr int kBuildWarps = kBuildThreads / kWarp;
-constexpr int kStageElements = 4096;  // of one staged tile: 16 a thread
+constexpr int kStageElements = 4096;  // elements of a staged tile, 16 per thread
 constexpr int kSharedRank =
-    32;  // up to here the r x r matrices live in shared memory, beyond it in the block's scratch
+    32;  // r x r matrices are in shared memory up to this rank, otherwise in scratch memory
 
-// [rows, size] tiles of kStageElements; size covers the rank or is the largest.
+// Tiles [rows, size] of kStageElements elements. size covers the rank if possible.
 struct Tiling {
   int shift, size, rows;
   __host__ __device__ constexpr explicit Tiling(int r) : shift(3), size(0), rows(0) {
@@ -31,12 +35,11 @@ struct Tiling {
     size = 1 << shift;
     rows = kStageElements >> shift;
   }
-  // One tile with its padding; two of them also hold the 16 * kBuildThreads fp64 sums of gram().
+  // Size of a tile with padding. Two tiles also hold the 16 * kBuildThreads fp64 sums of gram().
   __host__ __device__ constexpr int floats() const { return rows * (size + 4); }
 };
 
-// Row stride of an r x r matrix of fp64: odd, so that columns do not collide in shared memory's
-// banks.
+// Row stride of an r x r fp64 matrix. It is odd to avoid bank conflicts in shared memory.
 __host__ __device__ constexpr int matrix_stride(int r) { return r | 1; }
 __host__ __device__ constexpr int64_t matrix_size(int r) { return int64_t(r) * matrix_stride(r); }
 
@@ -45,26 +48,26 @@ constexpr size_t build_shared_bytes(int r, int matrices) {
          sizeof(double) * (2 * kMaxRank + (r <= kSharedRank ? matrices * matrix_size(r) : 0));
 }
 
-// What every chip from sm_80 on lets one block have.
+// Shared memory per block on every GPU from sm_80.
 constexpr size_t kSharedLimit = 99 * 1024;
 
-// The block's part of a build, and its memory.
+// The part of the computation that one block performs, and its memory.
 struct Build {
   int d, r, stride;
   int splits, split;
-  int first, last;        // the rows of X that this block owns
-  float *arena, *second;  // shared: two staged tiles
-  double* pivot;          // shared, 2 * kMaxRank
-  double* matrices;       // of this block, each of matrix_size(r)
-  double* partials;  // of this block; the matrices themselves where other blocks can read those
-  int64_t partials_pitch;  // from one split's partials to the next one's in global memory
-  bool distributed;        // the partials lie in the shared memory of the cluster's blocks
+  int first, last;         // range of rows of X that this block processes
+  float *arena, *second;   // shared: two staged tiles
+  double* pivot;           // shared, 2 * kMaxRank
+  double* matrices;        // matrices of this block, matrix_size(r) each
+  double* partials;        // partial sums of this block; `matrices` if other blocks can read it
+  int64_t partials_pitch;  // distance between the partial sums of two splits in global memory
+  bool distributed;        // whether the partial sums are in the cluster's shared memory
 
   __device__ double* matrix(int which) const { return matrices + which * matrix_size(r); }
 };
 
-// `matrices`: how many r x r matrices a block uses, the first `shared_out` of which are partial
-// sums that other blocks read.
+// `matrices` is the number of r x r matrices that a block uses. The first `shared_out` of them are
+// partial sums that other blocks read.
 __device__ inline Build make_build(int d, int r, int splits, int chunk, int matrices,
                                    int shared_out, double* scratch) {
   Build b;
@@ -86,7 +89,7 @@ __device__ inline Build make_build(int d, int r, int splits, int chunk, int matr
   b.partials_pitch = matrices * matrix_size(r);
   b.distributed = in_shared && splits > 1;
 #if __CUDA_ARCH__ < 900
-  if (b.distributed) {  // no distributed shared memory: the partials alone go through global memory
+  if (b.distributed) {  // distributed shared memory is not available, so use global memory
     b.distributed = false;
     b.partials_pitch = shared_out * matrix_size(r);
     b.partials = scratch + int64_t(blockIdx.x) * b.partials_pitch;
@@ -95,7 +98,7 @@ __device__ inline Build make_build(int d, int r, int splits, int chunk, int matr
   return b;
 }
 
-// All blocks of the layer have written what the others read.
+// Waits until all blocks of the layer have written their partial sums.
 __device__ inline void sync_layer(const Build& b) {
   if (b.splits == 1) {
     __syncthreads();
@@ -108,21 +111,21 @@ __device__ inline void sync_layer(const Build& b) {
 #endif
 }
 
-// No block leaves while another may still read its shared memory.
+// Waits until no other block reads the shared memory of this block.
 __device__ inline void leave_layer(const Build& b) {
 #if __CUDA_ARCH__ >= 900
   if (b.distributed) cooperative_groups::this_cluster().sync();
 #endif
 }
 
-// f(i, j) for each entry of an r x r matrix, by all threads.
+// Calls f(i, j) for each entry of an r x r matrix, distributed over the threads.
 template <class F>
 __device__ inline void each_entry(int r, F f) {
   for (int i = threadIdx.x / kWarp; i < r; i += kBuildWarps)
     for (int j = threadIdx.x % kWarp; j < r; j += kWarp) f(i, j);
 }
 
-// Entry (i, j) of partial matrix `which`, summed over the splits in their order.
+// Returns entry (i, j) of partial sum `which`, added over the splits in order.
 __device__ inline double sum_partials(const Build& b, int which, int i, int j) {
   const int64_t at = which * matrix_size(b.r) + i * b.stride + j;
   double sum = 0.0;
@@ -136,7 +139,7 @@ __device__ inline double sum_partials(const Build& b, int which, int i, int j) {
   return sum;
 }
 
-// Entries (row, col) of the strictly lower part of A [d, r], or of [0; A[r:]] where `below`.
+// The strictly lower part of A [d, r], or [0; A[r:]] if `below` is set.
 struct LowerPart {
   const float* A;
   bool below;
@@ -145,12 +148,12 @@ struct LowerPart {
     return A == other.A && below == other.below;
   }
 
-  // to[rr * stride + c] <- entry (row0 + rr, col0 + c), zeros outside; neighbouring threads take
-  // neighbouring columns.
+  // Sets to[rr * stride + c] to entry (row0 + rr, col0 + c), or 0 outside the matrix. Adjacent
+  // threads load adjacent columns.
   __device__ void stage(float* to, int stride, const Build& b, const Tiling& tiling, int row0,
                         int col0) const {
     float value[8];
-#pragma unroll 1  // all 16 loads in flight would spill
+#pragma unroll 1  // 16 loads in flight would cause register spills
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int s = 0; s < 8; ++s) {
@@ -168,7 +171,7 @@ struct LowerPart {
   }
 };
 
-// Entries (row, col) of (grad_R - grad_D)^T, both [r, d] or null.
+// The matrix (grad_R - grad_D)^T, where both are [r, d] or null.
 struct TotalGradient {
   const float *grad_R, *grad_D;
 
@@ -180,11 +183,11 @@ struct TotalGradient {
     return grad_D != nullptr ? value - grad_D[at] : value;
   }
 
-  // As LowerPart's; neighbouring threads take neighbouring rows.
+  // As LowerPart::stage, but adjacent threads load adjacent rows.
   __device__ void stage(float* to, int stride, const Build& b, const Tiling& tiling, int row0,
                         int col0) const {
     float value[8];
-#pragma unroll 1  // all 16 loads in flight would spill
+#pragma unroll 1  // 16 loads in flight would cause register spills
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int s = 0; s < 8; ++s) {
@@ -203,7 +206,7 @@ struct TotalGradient {
 static_assert(kStageElements == 1 << 12 && kStageElements == 16 * kBuildThreads,
               "stage() takes 16 elements a thread");
 
-// sums[i][j] += x[i] y[j] of four staged numbers each, in the precision of the sums.
+// Adds x[i] * y[j] to sums[i][j] for four staged values each, in the precision of the sums.
 template <class Sum>
 __device__ inline void add_products(const float* from_x, const float* from_y, Sum (&sums)[4][4]) {
   float x[4], y[4];
@@ -215,10 +218,11 @@ __device__ inline void add_products(const float* from_x, const float* from_y, Su
     for (int j = 0; j < 4; ++j) sums[i][j] = fma(Sum(x[i]), Sum(y[j]), sums[i][j]);
 }
 
-// out <- A^T B [r, r] over the block's rows, in fp64: the first r rows, which are not small beside
-// the unit diagonal, from the start, the others from fp32 sums of at most 64 rows. Threads hold 4 x
-// 4 entries; where the tile has fewer than 16 x 16 of those, groups of threads share the rows and
-// are added in order. Ends with a barrier.
+// Computes A^T B [r, r] over the block's rows in fp64. The first r rows, whose entries are not
+// small compared with the unit diagonal, are summed in fp64; the other rows are summed in fp32 in
+// groups of at most 64. A thread computes 4 x 4 entries. If a tile has fewer than 16 x 16 of these
+// patches, several threads share a patch, each for some of the rows, and their sums are added in
+// order. Ends with a barrier.
 template <class Left, class Right>
 __device__ inline void gram(const Build& b, const Left& A, const Right& B, double* out) {
   const Tiling tiling(b.r);
@@ -228,7 +232,7 @@ __device__ inline void gram(const Build& b, const Left& A, const Right& B, doubl
   const int patch = threadIdx.x % patches, group = threadIdx.x / patches;
   const int pi = patch / per_side * 4, pj = patch % per_side * 4;
   float* left = b.arena;
-  double* sums = reinterpret_cast<double*>(b.arena);  // [16, threads], in place of the tiles
+  double* sums = reinterpret_cast<double*>(b.arena);  // [16, threads], reuses the tiles' memory
   for (int i0 = 0; i0 < b.r; i0 += tiling.size)
     for (int j0 = 0; j0 < b.r; j0 += tiling.size) {
       const bool same = B == A && i0 == j0;
@@ -266,8 +270,8 @@ __device__ inline void gram(const Build& b, const Left& A, const Right& B, doubl
     }
 }
 
-// store(i, j, sum over k of left(i, k) right(k, j)) for each entry, in fp64; patches of 2 x 2. No
-// barrier.
+// Calls store(i, j, sum over k of left(i, k) * right(k, j)) for each entry, in fp64, in patches of
+// 2 x 2. Has no barrier.
 template <class Left, class Right, class Store>
 __device__ inline void product(int r, Left left, Right right, Store store) {
   const int per_side = (r + 1) / 2;
@@ -289,8 +293,8 @@ __device__ inline void product(int r, Left left, Right right, Store store) {
   }
 }
 
-// A <- A^-1 in place by Gauss-Jordan elimination without pivoting: stable for triangular A and for
-// A with positive definite symmetric part. Begins after a barrier, ends with one.
+// Inverts A in place by Gauss-Jordan elimination without pivoting, which is stable for triangular A
+// and for A with positive definite symmetric part. Must be called after a barrier; ends with one.
 __device__ inline void invert(const Build& b, double* A) {
   double *row = b.pivot, *column = b.pivot + kMaxRank;
   for (int k = 0; k < b.r; ++k) {
@@ -308,11 +312,11 @@ __device__ inline void invert(const Build& b, double* A) {
   }
 }
 
-// How threads share a tile of the output: 4 columns j each, and 4 rows c of X that are `step`
-// apart.
+// The part of an output tile that a thread computes: 4 columns j, and 4 rows c of X at a distance
+// of `step`.
 struct Patch {
   int j, c, step;
-  // rows_first: neighbouring threads take neighbouring rows c, otherwise neighbouring columns j
+  // With rows_first, adjacent threads process adjacent rows c, otherwise adjacent columns j.
   __device__ Patch(const Tiling& tiling, bool rows_first) : step(tiling.rows / 4) {
     const int across = tiling.size / 4;
     j = (rows_first ? threadIdx.x / step : threadIdx.x % across) * 4;
@@ -320,8 +324,9 @@ struct Patch {
   }
 };
 
-// acc[j][c] += sum over k of A(row0 + c, k) matrix(k, j0 + j), in fp32, tile by tile: one sum over
-// 255 ranks loses too much. Begins after a barrier, ends with one.
+// Adds the sum over k of A(row0 + c, k) * matrix(k, j0 + j) to acc[j][c] in fp32, tile by tile,
+// because a single sum over 255 ranks is not accurate enough. Must be called after a barrier; ends
+// with one.
 template <class Tall, class Matrix>
 __device__ inline void multiply_square(const Build& b, const Tiling& tiling, const Patch& patch,
                                        int row0, int j0, const Tall& A, Matrix matrix,
@@ -355,26 +360,26 @@ __device__ inline void multiply_square(const Build& b, const Tiling& tiling, con
   }
 }
 
-// The +-1 of column j, negated where the map is a product of reflectors, which is -F.
+// Returns the sign of column j, negated with `negate` (the product of reflectors is -F).
 __device__ inline double column_sign(const float* signs, int j, bool negate) {
   const double sign = signs != nullptr ? double(signs[j]) : 1.0;
   return negate ? -sign : sign;
 }
 
-// ---- host
+// ---- Host code
 
-constexpr int kMaxSplits = 8;  // the largest portable cluster
+constexpr int kMaxSplits = 8;  // the maximum portable cluster size
 constexpr int kSplitRows =
-    256;  // a split with fewer rows costs more in barriers than it saves; reasoned, not measured
+    256;  // minimum rows per split; fewer would not pay for the barriers. Not tuned on a GPU yet.
 constexpr int64_t kMaxScratch =
-    int64_t(64) << 20;  // bytes: a large rank takes fewer blocks rather than more memory
+    int64_t(64) << 20;  // bytes; a large rank uses fewer blocks instead of more memory
 
-// Rows of X for each split.
+// Returns the number of rows of X per split.
 inline int split_rows(int d, int splits) {
   return int(ceil_div(ceil_div(d, splits), kWarp) * kWarp);
 }
 
-// `matrices` and `shared_out` as in make_build.
+// Computes the launch configuration. `matrices` and `shared_out` are as in make_build.
 template <class Kernel>
 cudaError_t make_plan(Kernel kernel, int layers, int d, int r, int matrices, int shared_out,
                       BuildPlan* plan) {
@@ -386,7 +391,7 @@ cudaError_t make_plan(Kernel kernel, int layers, int d, int r, int matrices, int
   if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) return error;
   plan->clusters =
-      attributes.ptxVersion >= 90;  // as the machine code that this device runs was compiled
+      attributes.ptxVersion >= 90;  // whether the code for this device was compiled for clusters
   const bool in_shared = r <= kSharedRank;
   plan->splits = 1;
   const auto scratch = [&](int splits) {
@@ -394,7 +399,7 @@ cudaError_t make_plan(Kernel kernel, int layers, int d, int r, int matrices, int
     return int64_t(sizeof(double)) * layers * splits * matrix_size(r) *
            (in_shared ? shared_out : matrices);
   };
-  // powers of two: every block of a layer must be resident at once, and no split may be empty
+  // Powers of two. All blocks of a layer must be resident at once, and no split may be empty.
   for (int splits = 2; splits <= kMaxSplits; splits *= 2) {
     if (int64_t(layers) * splits > processors || int64_t(splits) * kSplitRows > d ||
         scratch(splits) > kMaxScratch)

@@ -1,12 +1,11 @@
-// The gradient of X through the orthonormal maps, for all layers in one launch; formulas as in
-// reft_kernels/orthonormal.py.
+// Backward pass of the orthonormal maps (reft_kernels/orthonormal.py) for all layers in one launch.
 #include "orthonormal.cuh"
 
 namespace reft_cuda {
 namespace {
 
-// r x r matrices of a block: two of partial sums, and the others, which take over the place of one
-// that is spent.
+// r x r matrices of a block: two with partial sums, and others, which reuse the memory of matrices
+// that are no longer needed.
 enum Matrix : int {
   kMBarPart,
   kCrossBarPart,
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
         [&](int i, int j, double sum) { M[i * stride + j] = double(inner[i * r + j]) + sum; });
   __syncthreads();
 
-  if (has_base) {  // through the base's reflectors, Fbar - V0 H with H = T0^T V0^T Fbar; J = H M^T
+  if (has_base) {  // the base's reflectors: Fbar - V0 H with H = T0^T V0^T Fbar, and J = H M^T
     product(
         r, [&](int i, int k) { return k <= i ? double(base[k * r + i]) : 0.0; },
         [&](int k, int j) { return cross_bar[k * stride + j]; },
@@ -85,7 +84,7 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
     __syncthreads();
   }
 
-  // through the inverse: U = inner^T Mbar, Sbar = -U M^T
+  // Backward through the inverse: U = inner^T Mbar, Sbar = -U M^T
   product(
       r, [&](int i, int k) { return double(inner[k * r + i]); },
       [&](int k, int j) { return M_bar[k * stride + j]; },

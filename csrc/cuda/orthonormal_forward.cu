@@ -1,11 +1,11 @@
-// Orthonormal R, and D = W - R, for all layers in one launch; signs, base point and maps as in
-// reft_kernels/orthonormal.py.
+// Forward pass of the orthonormal maps (reft_kernels/orthonormal.py): R and D = W - R for all
+// layers in one launch.
 #include "orthonormal.cuh"
 
 namespace reft_cuda {
 namespace {
 
-// r x r matrices of a block; those past kMapM are used with a base point only.
+// r x r matrices of a block. Those after kMapM are used only with a base point.
 enum Matrix : int { kGramPart, kCrossPart, kInner, kMapM, kCross, kMapZ, kMapY, kMatrices };
 constexpr int kPartials = 2;
 static_assert(build_shared_bytes(kSharedRank, kMatrices) <= kSharedLimit);
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
   if (has_base) gram(b, L0, L, b.partials + kCrossPart * matrix_size(r));
   sync_layer(b);
 
-  // the matrix to invert, and V0^T V
+  // The matrix to invert; with a base also V0^T V
   each_entry(r, [&](int i, int j) {
     double G = sum_partials(b, kGramPart, i, j) + (i == j ? 1.0 : 0.0);
     if (cayley)
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kBuildThreads, 1)
   __syncthreads();
   invert(b, inner);
 
-  // M of F = L M + E P; for householder M = T V[:r]^T
+  // M of F = L M + E P; for householder it is T V[:r]^T
   if (cayley)
     each_entry(r, [&](int i, int j) { M[i * stride + j] = -2.0 * inner[i * stride + j]; });
   else

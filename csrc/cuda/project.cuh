@@ -1,5 +1,5 @@
-// Products of a few selected rows with `rank` weight vectors: what z of the forward and delta of
-// the backward have in common.
+// Products of a few selected rows with `rank` weight vectors, used for z in the forward pass and
+// delta in the backward pass.
 #pragma once
 
 #include "common.cuh"
@@ -7,10 +7,10 @@
 namespace reft_cuda {
 
 constexpr int kProjectThreads =
-    512;  // 16 warps keep enough loads in flight to hide the latency of the L2 that holds weights
+    512;  // 16 warps keep enough loads in flight to hide the latency of L2
 constexpr int kProjectWarps = kProjectThreads / kWarp;
 
-// The rows of one block, in shared memory: entry -1 is skipped or past the end.
+// The rows of one block, in shared memory. Entries that are skipped or past the end are -1.
 template <int ROWS>
 struct RowBlock {
   int64_t row[ROWS];
@@ -18,7 +18,7 @@ struct RowBlock {
   static_assert(ROWS <= 4, "one thread of the first warp reads one row");
 };
 
-// Fills the block's rows; every thread must call it. `first` is the number of its first entry.
+// Loads the rows of a block whose first entry is `first`. All threads must call this function.
 template <int ROWS>
 __device__ inline void load_rows(RowBlock<ROWS>& block, const Selection& selection, int64_t first) {
   int q = threadIdx.x;
@@ -26,13 +26,13 @@ __device__ inline void load_rows(RowBlock<ROWS>& block, const Selection& selecti
     int64_t n = first + q;
     int32_t row = n < selection.num_rows ? selection.rows[n] : -1;
     block.row[q] = row;
-    // the set of a skipped entry is not defined
+    // weight_ids is undefined for skipped entries
     block.set[q] = row >= 0 && selection.weight_ids != nullptr ? selection.weight_ids[n] : 0;
   }
   __syncthreads();
 }
 
-// Bit q: row q is served.
+// Returns a mask whose bit q is set if row q is valid.
 template <int ROWS>
 __device__ inline unsigned valid_rows(const RowBlock<ROWS>& block) {
   unsigned valid = 0;
@@ -41,7 +41,8 @@ __device__ inline unsigned valid_rows(const RowBlock<ROWS>& block) {
   return valid;
 }
 
-// Bit q: row q is among `left` and has the weight set of row `lead`.
+// Returns a mask whose bit q is set if row q is in `left` and has the same weight set as row
+// `lead`.
 template <int ROWS>
 __device__ inline unsigned rows_of_set(const RowBlock<ROWS>& block, unsigned left, int lead) {
   unsigned same = 0;
@@ -50,8 +51,8 @@ __device__ inline unsigned rows_of_set(const RowBlock<ROWS>& block, unsigned lef
   return same & left;
 }
 
-// Pointers to the rows; a row that is not active repeats `lead`, so that the loops below have no
-// branches.
+// Computes pointers to the rows. For inactive rows it is that of row `lead`, so that the loops
+// below need no branches.
 template <class T, int ROWS>
 __device__ inline void row_pointers(const RowBlock<ROWS>& block, unsigned active, int lead,
                                     const T* base, int64_t stride, const T* (&x)[ROWS]) {
@@ -59,8 +60,8 @@ __device__ inline void row_pointers(const RowBlock<ROWS>& block, unsigned active
   for (int q = 0; q < ROWS; ++q) x[q] = base + block.row[active >> q & 1 ? q : lead] * stride;
 }
 
-// How the 16 warps share `count` vectors: `width` of them in parallel, each over 1 / `slices` of
-// the columns.
+// Distribution of `count` vectors over the 16 warps: `width` vectors are processed in parallel,
+// each by `slices` warps, which share the columns.
 struct WarpGrid {
   int width, slices;
   __device__ explicit WarpGrid(int count) : width(1) {
@@ -69,7 +70,7 @@ struct WarpGrid {
   }
 };
 
-// Floats of `part` below.
+// Number of floats in `part`.
 __host__ __device__ constexpr int part_size(int rows, int count) {
   return rows * (count > kProjectWarps ? count : kProjectWarps);
 }
@@ -78,7 +79,7 @@ template <class T, class W, int V, int ROWS, int VECTORS, bool FOLD>
 __device__ inline void project_warp(const T* const (&x)[ROWS], const W* weights, const W* minus,
                                     int count, int64_t d, const WarpGrid& grid, float* part) {
   constexpr int kUnroll =
-      (ROWS == 1 ? 4 : 2) / VECTORS;  // loads in flight, within 128 registers a thread
+      (ROWS == 1 ? 4 : 2) / VECTORS;  // as many loads in flight as 128 registers allow
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int slice = warp / grid.width;
   const int64_t step = int64_t(grid.slices) * kWarp * V;
@@ -88,7 +89,7 @@ __device__ inline void project_warp(const T* const (&x)[ROWS], const W* weights,
     for (int k = 0; k < VECTORS; ++k) {
       int vector = i + k * grid.width;
       offset[k] =
-          (vector < count ? vector : i) * d;  // past the end: a repetition that is not stored
+          (vector < count ? vector : i) * d;  // past the end, repeat a vector without storing it
     }
     float acc[ROWS][VECTORS] = {};
 #pragma unroll kUnroll
@@ -125,9 +126,9 @@ __device__ inline void project_warp(const T* const (&x)[ROWS], const W* weights,
   }
 }
 
-// part <- the products of the rows with (weights - minus)[count, d] (without FOLD: with weights),
-// one sum for each slice of the columns. Every thread must call it; the caller synchronises before
-// it reads `part`.
+// Computes the products of the rows with (weights - minus) [count, d], or without FOLD with
+// weights, and stores one sum per slice of the columns in `part`. All threads must call this
+// function, and the caller must synchronize before reading `part`.
 template <class T, class W, int V, int ROWS, bool FOLD>
 __device__ inline void project(const T* const (&x)[ROWS], const W* weights, const W* minus,
                                int count, int64_t d, float* part) {
@@ -138,7 +139,7 @@ __device__ inline void project(const T* const (&x)[ROWS], const W* weights, cons
     project_warp<T, W, V, ROWS, 1, FOLD>(x, weights, minus, count, d, grid, part);
 }
 
-// The product of row q with vector i, its slices added in order.
+// Returns the product of row q with vector i, with the slices added in order.
 template <int ROWS>
 __device__ inline float projected(const float* part, int count, int q, int i) {
   const int slices = WarpGrid(count).slices;
@@ -147,9 +148,8 @@ __device__ inline float projected(const float* part, int count, int q, int i) {
   return sum;
 }
 
-// Rows of a block: one while rows are too few to fill a large GPU twice, then four, which read the
-// weights once for all. Reasoned from bytes (a block reads the weights whole from L2), not
-// measured.
+// Returns the number of rows per block: one if the rows cannot fill a large GPU twice, otherwise
+// four, which share one read of the weights from L2. Not tuned on a GPU yet.
 inline int rows_of_block(int64_t num_rows) { return num_rows <= 264 ? 1 : 4; }
 
 }  // namespace reft_cuda

@@ -1,6 +1,6 @@
-// The kernels as operators of the private namespace `reft_kernels_cuda`, through PyTorch's stable
-// ABI: no Python, no ATen. Outputs are allocated by the caller (reft_kernels/cuda.py), which also
-// checks shapes; a tensor of no elements is not wanted.
+// Registers the kernels as operators of the private namespace `reft_kernels_cuda`, using PyTorch's
+// stable ABI. The caller (reft_kernels/cuda.py) checks shapes and allocates outputs; an output
+// without elements is not computed.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -17,7 +17,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// The tensor's device for the time of a launch, and the stream that is current on it.
+// Makes the tensor's device current for a launch, and provides its current stream.
 class Launch {
  public:
   Launch(const char* name, const Tensor& tensor) : name_(name), device_(name, tensor) {}
@@ -152,8 +152,8 @@ void edit_gradient_op(Tensor grad, Optional out, Tensor saved_input, Tensor rows
   launch.check(edit_gradient(p, launch.stream()));
 }
 
-// Scratch memory from PyTorch's allocator: it may go as soon as the launch is queued, for reuse
-// follows the stream.
+// Scratch memory from PyTorch's allocator. It may be freed when the launch is queued, because the
+// memory is reused in stream order.
 Tensor scratch_of(const Tensor& like, const BuildPlan& plan) {
   return torch::stable::new_empty(like, {plan.scratch_bytes / int64_t(sizeof(double))},
                                   ScalarType::Double);

@@ -1,3 +1,4 @@
-"""Saved ReFT adapters from one framework's folder to another's; the command is
-:mod:`reft_kernels.convert`.
+"""Conversion of saved ReFT adapters between frameworks.
+
+The command line interface is :mod:`reft_kernels.convert`.
 """

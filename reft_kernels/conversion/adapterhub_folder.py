@@ -1,22 +1,27 @@
-"""An AdapterHub folder (package ``adapters``): ``adapter_config.json``, ``pytorch_adapter.bin`` or
-``adapter.safetensors``.
+"""Folders of AdapterHub's ``adapters`` package.
 
-Keys are ``{path of the blocks}.{layer}.reft_layer.refts.{name}.units.{unit}.`` followed by
+A folder holds ``adapter_config.json`` and ``pytorch_adapter.bin`` or ``adapter.safetensors``. The
+key of a tensor is ``{path of the blocks}.{layer}.reft_layer.refts.{name}.units.{unit}.``, followed
+by one of
 
-    learned_source.weight [r, d], learned_source.bias [r]              W or W1, b
-    projection.weight [r, d]                                           W2, without orthogonality
-    projection.parametrizations.weight.original [r, d], .0.base [d, d] R, with orthogonality
+    learned_source.weight                         [r, d]  W or W1
+    learned_source.bias                           [r]     b
+    projection.weight                             [r, d]  W2, without orthogonality
+    projection.parametrizations.weight.original   [r, d]  state of R, with orthogonality
+    projection.parametrizations.weight.0.base     [d, d]
 
-with one unit where weights are tied, else two (prefix, suffix; the one without positions is stored
-all the same). The method
-is two switches: orthogonality and subtract_projection. ``adapters`` 1.3.0 does not save the second,
-so that its own DiReFT (neither) reads back as NoReFT there; a folder that does not say it is read
-as ``adapters`` reads it, and ``--intervention
-nodireft`` corrects that. Folders written here say it, which ``adapters`` 1.3.0 understands. What
-the format has no place for:
-ConsReFT, LobiReFT, RED, positions "prompt" and "all", other components than a block's output,
-encoder-decoder layer numbers. Its positions count from the ends of the whole sequence; ours from
-the ends of the prompt, which is the same without labels.
+With tied weights there is one unit, otherwise two (prefix and suffix), even if one of them has no
+positions.
+
+The settings ``orthogonality`` and ``subtract_projection`` determine the intervention. ``adapters``
+1.3.0 does not save ``subtract_projection``, and reads its own DiReFT (NodiReFT here) as NoReFT. A
+folder without the setting is read in the same way; use ``--intervention nodireft`` to correct it.
+Folders written by this module contain the setting, and ``adapters`` 1.3.0 reads it.
+
+The format does not support ConsReFT, LobiReFT, RED, the positions "prompt" and "all", components
+other than the output of a block, and the layer numbers of encoder-decoder models. Its positions
+are counted from the ends of the whole sequence, those of this package from the ends of the prompt.
+They agree if there are no labels.
 """
 
 from __future__ import annotations
@@ -55,17 +60,15 @@ _KINDS = {
     (False, False): "nodireft",
 }
 _SWITCHES = {name: switches for switches, name in _KINDS.items()}
-_RENAMED = {
-    "gelu": "gelu_new",
-    "gelu_orig": "gelu",
-}  # in files without "version", as adapters itself reads them
-_ACTIVATIONS = {"linear": None, "gelu_tanh": "gelu_pytorch_tanh"}  # the others are called the same
+# Activation names in files without "version"; adapters translates them in the same way
+_RENAMED = {"gelu": "gelu_new", "gelu_orig": "gelu"}
+_ACTIVATIONS = {"linear": None, "gelu_tanh": "gelu_pytorch_tanh"}  # other names are the same
 _ENCODER_DECODERS = ("t5", "mt5", "bart", "mbart", "plbart", "encoder-decoder")
-_KEPT = ("name", "model_class", "model_name", "model_type", "hidden_size")
+_MODEL_SETTINGS = ("name", "model_class", "model_name", "model_type", "hidden_size")
 
 
 def matches(folder: Path) -> bool:
-    """Whether the folder is an AdapterHub adapter's, of whatever method."""
+    """Return whether the folder contains an AdapterHub adapter of any method."""
     return (folder / CONFIG).is_file() and isinstance(
         read_json(folder / CONFIG).get("config"), dict
     )
@@ -78,12 +81,12 @@ def _tensors(folder: Path) -> tuple[Path, dict[str, Tensor]]:
 
 
 def _units(
-    path: Path, found: dict[str, Tensor]
+    path: Path, tensors: dict[str, Tensor]
 ) -> tuple[str, dict[int, dict[int, dict[str, Tensor]]]]:
-    """The blocks' path, and the tensors by layer, unit and name."""
+    """Return the path of the blocks, and the tensors by layer, unit and name."""
     places: set[tuple[str, str]] = set()
     units: dict[int, dict[int, dict[str, Tensor]]] = {}
-    for key, tensor in found.items():
+    for key, tensor in tensors.items():
         match = _KEY.match(key)
         if match is None:
             raise ConversionError(
@@ -140,11 +143,12 @@ def _activation(content: dict[str, Any]) -> str:
 
 
 def read(folder: Path, options: Options) -> Adapter:
-    """The adapter in the folder.
+    """Read the adapter in a folder.
 
     Raises:
-        ConversionError: another method, an encoder-decoder, a head besides, an unknown activation,
-            missing or foreign tensors.
+        ConversionError: If the folder holds another method, a prediction head or an adapter of an
+            encoder-decoder model, if the activation is unknown, or if tensors are missing or
+            unknown.
     """
     content = read_json(folder / CONFIG)
     config = content["config"] if isinstance(content.get("config"), dict) else {}
@@ -163,8 +167,8 @@ def read(folder: Path, options: Options) -> Adapter:
             f"{folder / heads[0]}: a prediction head, which is not converted; --without-head "
             "leaves it out"
         )
-    path, found = _tensors(folder)
-    blocks, units = _units(path, found)
+    path, tensors = _tensors(folder)
+    blocks, units = _units(path, tensors)
     orthogonal, subtract_projection = (
         bool(config.get("orthogonality", True)),
         config.get("subtract_projection"),
@@ -188,7 +192,7 @@ def read(folder: Path, options: Options) -> Adapter:
             _weights(units[layer][i], orthogonal, f"{path}: layer {layer}, unit {i}")
             for i in range(count)
         ]
-        if count == 2 and "+" not in positions:  # one of the two has no positions
+        if count == 2 and "+" not in positions:  # one of the two units has no positions
             spare[layer] = sets.pop(1 if positions[0] == "f" else 0)
         layers[layer] = sets
     adapter = Adapter(
@@ -206,7 +210,7 @@ def read(folder: Path, options: Options) -> Adapter:
             NAME: {
                 "path": blocks,
                 "dtype": config.get("dtype"),
-                **{k: content.get(k) for k in _KEPT},
+                **{k: content.get(k) for k in _MODEL_SETTINGS},
             }
         },
     )
@@ -228,7 +232,7 @@ def read(folder: Path, options: Options) -> Adapter:
 
 
 def _model(adapter: Adapter, options: Options) -> dict[str, Any]:
-    """What the folder says of the model: where its blocks are, first of all."""
+    """Return the settings that describe the model; "path" is the path of its blocks."""
     known = dict(adapter.details.get(NAME, {}))
     component = adapter.component.replace("[{layer}]", ".{layer}")
     if component != "block_output":
@@ -250,6 +254,7 @@ def _model(adapter: Adapter, options: Options) -> dict[str, Any]:
 
 
 def _look_up(name: str) -> dict[str, Any]:
+    """Determine the settings of :func:`_model` from a model's configuration."""
     try:
         import transformers
 
@@ -263,19 +268,19 @@ def _look_up(name: str) -> dict[str, Any]:
             model = transformers.AutoModel.from_config(config)
     except ConversionError:
         raise
-    except Exception as error:  # whatever a configuration or a hub raises
+    except Exception as error:  # configurations and the hub raise many types
         line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConversionError(f"base-model: {name!r} cannot be looked up: {line}") from None
     from reft_kernels.model.components import find_blocks
 
-    found = find_blocks(model)
-    if found is None:
+    blocks = find_blocks(model)
+    if blocks is None:
         raise ConversionError(
             f"base-model: {name!r} ({type(model).__name__}) has no list of blocks"
         )
     architectures = getattr(config, "architectures", None) or [type(model).__name__]
     return {
-        "path": f"{model.base_model_prefix}.{found.path}",
+        "path": f"{model.base_model_prefix}.{blocks.path}",
         "model_type": config.model_type,
         "model_name": name,
         "model_class": architectures[0],
@@ -290,16 +295,16 @@ def _stored(adapter: Adapter, weights: Weights, dtype: str | None) -> dict[str, 
     }
     if not adapter.kind.orthonormal:
         return {**stored, "projection.weight": cast(weights["write"], dtype)}
-    original, base = state(cast(weights["write"], None))  # R stays fp32, as adapters keeps it
+    original, base = state(cast(weights["write"], None))  # R is fp32, as in adapters
     return {**stored, f"projection.{ORIGINAL}": original, f"projection.{BASE}": base}
 
 
 def write(adapter: Adapter, folder: Path, options: Options) -> None:
-    """Write the adapter into the folder, in the file that ``adapters`` looks for first.
+    """Write the adapter to a folder.
 
     Raises:
-        ConversionError: an intervention, component or positions that AdapterHub has not, or a model
-            that cannot be looked up.
+        ConversionError: If AdapterHub does not support the intervention, component or positions, or
+            if the base model cannot be looked up.
     """
     if adapter.intervention not in _SWITCHES:
         raise ConversionError(
@@ -343,7 +348,7 @@ def write(adapter: Adapter, folder: Path, options: Options) -> None:
         "output_reft": True,
         "init_weights_seed": None,
     }
-    own = {k: model.get(k) for k in _KEPT}
-    own["hidden_size"] = own["hidden_size"] or adapter.embed_dim
-    write_json(folder / CONFIG, {**own, "name": name, "config": config, "version": VERSION})
+    content = {k: model.get(k) for k in _MODEL_SETTINGS}
+    content["hidden_size"] = content["hidden_size"] or adapter.embed_dim
+    write_json(folder / CONFIG, {**content, "name": name, "config": config, "version": VERSION})
     torch.save(tensors, folder / BIN)

@@ -1,15 +1,15 @@
-"""The neutral form of a saved adapter, what all formats share, and the error that names what cannot
-be converted.
+"""The common form of a saved adapter, independent of the file format.
 
-A set's weights are a dictionary, in the names of the engine's general edit h + write^T (act(read h
-+ bias) - write h):
+The weights of one set are a dictionary of tensors, named as in the edit
+h + write^T (act(read h + bias) - write h):
 
-    write          [r, d]  R (orthonormal rows) or W2, as the source evaluates it
-    read           [r, d]  W or W1; absent where the source is a constant
-    bias           [r]     b, or the constant s
-    subtract_bias  [r]     b2 of NoReFT with ``add_bias``; absent elsewhere
-    X, signs       [d, r], [r]  free parameters of R, where the source has them: ``write`` is then a
-                   function of these
+    write          [r, d]  R (orthonormal rows) or W2.
+    read           [r, d]  W or W1. Absent for ConsReFT and LobiReFT.
+    bias           [r]     b, or the constant s.
+    subtract_bias  [r]     b2 of NoReFT with ``add_bias``. Absent otherwise.
+    X              [d, r]  Unconstrained parameters of R, if the source has them; ``write`` is then
+                           computed from X and signs.
+    signs          [r]     Signs of the rows of R. Present together with X.
 """
 
 from __future__ import annotations
@@ -32,14 +32,15 @@ SPARE = "spare"
 
 
 class ConversionError(ValueError):
-    """What is asked cannot be done: one line that names the file or setting, what came and what
-    was expected.
+    """Raised if an adapter cannot be converted.
+
+    The message is one line with the file or setting, its value and what was expected.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the user says besides the two folders; None leaves it to the source."""
+    """Settings chosen by the user; None keeps the setting of the source."""
 
     layers: str | list[int] | None = None
     positions: str | None = None
@@ -54,12 +55,23 @@ class Options:
 
 @dataclasses.dataclass
 class Adapter:
-    """One adapter: its settings, and the weights of each layer, one dictionary for each set (two
-    where untied: first, last).
+    """An adapter: its settings and weights.
 
-    ``unheld`` names the settings that the source's format has no place for; ``spare`` holds weights
-    that the source stores and never uses; ``details`` keeps, for each format, what only that format
-    says, so that it can be said again on the way back.
+    Attributes:
+        intervention: A name from :data:`reft_kernels.interventions.STACKED`.
+        component: The edited component, as in the PEFT configuration.
+        layers: Weight sets by layer number: one set, or two (first and last positions) if untied.
+        positions: Position spec, or None if unknown.
+        pyreft_positions: Whether positions are counted as in pyreft's ReftDataset classes.
+        all_layers: Whether ``layers`` covers all layers of the model.
+        activation: Canonical activation name.
+        dropout: Dropout probability.
+        parametrization: Parametrization of X.
+        base_model: Name or path of the base model, or None.
+        spare: Unused weight sets that the source stores, by layer number.
+        details: Settings specific to a format, by format, for converting back.
+        unheld: Names of settings that the source's format does not contain.
+        notes: Messages for the user.
     """
 
     intervention: str
@@ -79,29 +91,31 @@ class Adapter:
 
     @property
     def kind(self) -> type[Intervention]:
-        """The class: whether R is orthonormal, whether there is a read matrix, whether the
-        projection is subtracted.
-        """
+        """The class of the intervention."""
         return STACKED[self.intervention]
 
     @property
     def first(self) -> Weights:
+        """The first weight set of the first layer."""
         return next(iter(self.layers.values()))[0]
 
     @property
     def rank(self) -> int:
+        """The rank r."""
         return self.first["write"].shape[0]
 
     @property
     def embed_dim(self) -> int:
+        """The dimension d of the hidden states."""
         return self.first["write"].shape[1]
 
     @property
     def untied(self) -> bool:
+        """Whether first and last positions have separate weights."""
         return len(next(iter(self.layers.values()))) == 2
 
     def sets(self) -> Iterator[tuple[int, str, Weights]]:
-        """(layer, label, weights) of every set, spare ones last."""
+        """Yield (layer, label, weights) of all sets; the label is the set's index or "spare"."""
         for layer, sets in self.layers.items():
             for index, weights in enumerate(sets):
                 yield layer, str(index), weights
@@ -109,7 +123,7 @@ class Adapter:
             yield layer, SPARE, weights
 
     def flat(self) -> dict[str, Tensor]:
-        """Every tensor by "layer.set.name"."""
+        """Return all tensors by "layer.label.name"."""
         return {
             f"{layer}.{label}.{name}": t
             for layer, label, weights in self.sets()
@@ -117,6 +131,7 @@ class Adapter:
         }
 
     def describe(self) -> str:
+        """Return a one-line summary."""
         tied = "untied " if self.untied else ""
         return (
             f"{tied}{self.intervention}, rank {self.rank}, width {self.embed_dim}, layers "
@@ -125,11 +140,11 @@ class Adapter:
 
 
 def check(adapter: Adapter) -> None:
-    """Raise unless every layer has the same sets, and every set the tensors of the intervention, in
-    one shape.
+    """Check the weights and positions of an adapter.
 
     Raises:
-        ConversionError: naming the layer and the tensor.
+        ConversionError: If the layers have different numbers of sets, a tensor is missing or has
+            the wrong shape or dtype, or the positions do not fit.
     """
     if not adapter.layers:
         raise ConversionError("layers: the source holds none")
@@ -179,10 +194,10 @@ def check(adapter: Adapter) -> None:
 
 
 def parse_positions(spec: str) -> positions_module.Spec:
-    """A parsed position spec.
+    """Parse a position spec.
 
     Raises:
-        ConversionError: the spec does not parse.
+        ConversionError: If the spec is invalid.
     """
     try:
         return positions_module.parse(spec)
@@ -191,10 +206,10 @@ def parse_positions(spec: str) -> positions_module.Spec:
 
 
 def required_positions(adapter: Adapter) -> positions_module.Spec:
-    """The adapter's positions.
+    """Return the parsed positions of an adapter.
 
     Raises:
-        ConversionError: nobody said them.
+        ConversionError: If they are unknown.
     """
     if adapter.positions is None:
         example = "f5+l5" if adapter.untied else "f7+l7"
@@ -204,32 +219,45 @@ def required_positions(adapter: Adapter) -> positions_module.Spec:
     return parse_positions(adapter.positions)
 
 
-def select_layers(adapter: Adapter, wanted: str | list[int] | None) -> None:
-    """Keep the layers that are asked for.
+def select_layers(adapter: Adapter, layers: str | list[int] | None) -> None:
+    """Remove all layers of an adapter except the given ones.
+
+    Args:
+        adapter: Changed in place.
+        layers: Layer numbers; "all" or None keeps all layers.
 
     Raises:
-        ConversionError: a layer that the source does not have.
+        ConversionError: If the adapter lacks one of the layers.
     """
-    if wanted is None or wanted == "all":
+    if layers is None or isinstance(layers, str):
         return
-    missing = [n for n in wanted if n not in adapter.layers]
+    missing = [n for n in layers if n not in adapter.layers]
     if missing:
         raise ConversionError(
-            f"layers: got {wanted}, but the source has {sorted(adapter.layers)}: {missing} are "
+            f"layers: got {layers}, but the source has {sorted(adapter.layers)}: {missing} are "
             "not there"
         )
-    if set(wanted) != set(adapter.layers):
+    if set(layers) != set(adapter.layers):
         adapter.all_layers = False
-    adapter.layers = {n: adapter.layers[n] for n in wanted}
+    adapter.layers = {n: adapter.layers[n] for n in layers}
     adapter.spare = {n: w for n, w in adapter.spare.items() if n in adapter.layers}
 
 
 def fold_subtract_bias(adapter: Adapter, weights: Weights, target: str) -> Tensor:
-    """The bias of a target without b2: b - b2, which is the same edit where the activation is
-    linear and b2 is subtracted.
+    """Return the bias for a target format without b2.
+
+    With a linear activation, b - b2 gives the same edit.
+
+    Args:
+        adapter: The adapter.
+        weights: One of its weight sets.
+        target: Name of the target format for error messages.
+
+    Returns:
+        ``[r]``.
 
     Raises:
-        ConversionError: a b2 that cannot be folded.
+        ConversionError: If b2 is not zero and the activation is not linear.
     """
     b2 = weights.get("subtract_bias")
     if b2 is None or not adapter.kind.subtract_projection or not b2.any():
@@ -245,20 +273,22 @@ def fold_subtract_bias(adapter: Adapter, weights: Weights, target: str) -> Tenso
 
 
 def cast(tensor: Tensor, name: str | None) -> Tensor:
-    """The tensor in a dtype by name (fp32 for None), contiguous and owning its memory."""
+    """Return a contiguous copy in a dtype given by name; None means fp32."""
     return tensor.detach().to(DTYPES[name or "float32"], copy=True).contiguous()
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The values' bits in fp64, which holds every narrower value exactly: equal bits, equal
-    values, signs of zero too.
+    """Return the bits of the values in fp64, as int64.
+
+    The conversion to fp64 is exact, so equal bits mean equal values, including the sign of zero.
     """
     return tensor.detach().double().contiguous().view(torch.int64)
 
 
 def digest(adapter: Adapter) -> str:
-    """SHA-256 over what the source stores: every tensor's name, dtype, shape and bytes, without
-    an R that follows from X.
+    """Return the SHA-256 digest of an adapter's stored weights.
+
+    It covers the name, dtype, shape and bytes of all tensors, except ``write`` if X is stored.
     """
     total = hashlib.sha256()
     for layer, label, weights in sorted(adapter.sets(), key=lambda item: item[:2]):

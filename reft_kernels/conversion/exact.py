@@ -1,15 +1,14 @@
-"""``reft_exact.safetensors``: what a converted folder cannot hold itself, so that the way back is
-exact to the bit.
+"""The file ``reft_exact.safetensors``, which makes converting back exact.
 
-The three formats store R differently: pyreft's LoReFT as R itself, torch's parametrization
-(pyreft's other classes, AdapterHub) as ``original`` and ``base`` that show any R exactly, ours as X
-and signs with R = householder(X) or cayley(X). R -> X -> R is
-right to rounding only, and cannot be exact: R has d r free fp32 numbers, X has d r - r (r + 1) / 2.
-So a folder that was converted carries, in a file that every framework ignores, the source's tensors
-whose bits reading the folder back would not
-give, and the settings that the format has no place for. The file names the weights that it belongs
-to by their digest: once the folder is trained on or edited, it no longer matches and is ignored,
-with a note.
+The formats store R differently. pyreft's LoReFT stores R itself. The other pyreft classes and
+AdapterHub store ``original`` and ``base`` of PyTorch's parametrization, which represent any R
+exactly. This package stores X and signs, with R = householder(X) or cayley(X). Converting R to X
+and back changes R by rounding, because X has r (r + 1) / 2 fewer parameters than R has entries.
+
+A converted folder therefore contains this file, which other frameworks ignore. It holds the
+source's tensors that cannot be restored exactly from the folder itself, and the settings that the
+folder's format cannot express. It also holds a digest of the folder's weights; if they have
+changed, the file is ignored and a note is added.
 """
 
 from __future__ import annotations
@@ -33,34 +32,41 @@ def _settings(adapter: Adapter) -> dict[str, Any]:
     return {**named, "details": adapter.details}
 
 
-def keep(folder: Path, adapter: Adapter, back: Adapter) -> None:
-    """Write into ``folder`` what ``back``, the folder as it reads by itself, lacks of
-    ``adapter``; no file if nothing.
+def keep(folder: Path, adapter: Adapter, restored: Adapter) -> None:
+    """Write the file, unless the folder already represents the adapter exactly.
+
+    Args:
+        folder: The converted folder.
+        adapter: The adapter that was converted.
+        restored: The adapter as read from ``folder``.
     """
-    held = back.flat()
+    tensors = restored.flat()
     lost = {
         name: tensor
         for name, tensor in adapter.flat().items()
-        if name not in held or not torch.equal(bits(tensor), bits(held[name]))
+        if name not in tensors or not torch.equal(bits(tensor), bits(tensors[name]))
     }
-    settings, theirs = _settings(adapter), _settings(back)
-    if lost or settings != theirs:
+    settings = _settings(adapter)
+    if lost or settings != _settings(restored):
         metadata = {
             "reft_kernels_exact": VERSION,
-            "digest": digest(back),
+            "digest": digest(restored),
             "settings": json.dumps(settings),
         }
         write_safetensors(folder / FILE, lost, metadata)
 
 
 def restore(folder: Path, adapter: Adapter) -> None:
-    """Put back into ``adapter``, as read from ``folder``, what :func:`keep` wrote, if it belongs to
-    these weights.
+    """Restore the tensors and settings that :func:`keep` wrote, if the file exists and matches.
 
-    Settings that the format holds itself are left as the folder says.
+    Settings that the folder's format contains are not changed.
+
+    Args:
+        folder: The folder.
+        adapter: The adapter as read from ``folder``, changed in place.
 
     Raises:
-        ConversionError: the file is corrupt or of another version.
+        ConversionError: If the file is corrupt or has another version.
     """
     path = folder / FILE
     if not path.exists():

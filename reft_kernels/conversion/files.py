@@ -1,5 +1,6 @@
-"""Reading and writing files safely: tensors without code, clear errors, and folders that appear
-whole or not at all.
+"""Reading and writing of files.
+
+Loading a file executes no code from it, and folders are replaced atomically.
 """
 
 from __future__ import annotations
@@ -25,68 +26,69 @@ def _first_line(error: BaseException) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        ConversionError: not readable, not JSON, or not an object.
+        ConversionError: If the file cannot be read, is not JSON or is not an object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConversionError(f"{path}: cannot be read as JSON: {_first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise ConversionError(f"{path}: got a JSON {type(found).__name__}, expected an object")
-    return found
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path}: got a JSON {type(content).__name__}, expected an object")
+    return content
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON object."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _checked(path: Path, found: object) -> dict[str, Tensor]:
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+def _checked(path: Path, content: object) -> dict[str, Tensor]:
+    if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise ConversionError(
             f"{path}: expected a state dict, names to tensors; this file holds something else"
         )
-    return {str(k): t.detach() for k, t in found.items()}
+    return {str(k): t.detach() for k, t in content.items()}
 
 
 def read_bin(path: Path) -> dict[str, Tensor]:
-    """A state dict saved by ``torch.save``, loaded with ``weights_only=True`` on the CPU: nothing
-    in the file is executed.
+    """Read a state dict saved by ``torch.save``, with ``weights_only=True``, to the CPU.
 
     Raises:
-        ConversionError: missing, truncated, corrupt, or holding something other than tensors.
+        ConversionError: If the file cannot be loaded or contains something other than tensors.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and storage errors have no common base
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and storage errors have no common base class
         raise ConversionError(
             f"{path}: cannot be loaded as a state dict (weights only): {_first_line(error)}"
         ) from None
-    return _checked(path, found)
+    return _checked(path, content)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Read the tensors and the metadata of a safetensors file.
 
     Raises:
-        ConversionError: missing, truncated or corrupt.
+        ConversionError: If the file cannot be loaded.
     """
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
             metadata = opened.metadata() or {}
-            found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dictionary)
-    except Exception as error:  # the library's own error is no OSError
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (not a dictionary)
+    except Exception as error:  # SafetensorError is not an OSError
         raise ConversionError(
             f"{path}: cannot be loaded as safetensors: {_first_line(error)}"
         ) from None
-    return found, metadata
+    return tensors, metadata
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and metadata to a safetensors file."""
     from safetensors.torch import save_file
 
     save_file(
@@ -97,10 +99,11 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def check_target(target: Path, force: bool) -> None:
-    """Raise unless ``target`` is absent, an empty folder, or a folder that may be replaced.
+    """Check that a folder can be written at ``target``.
 
     Raises:
-        ConversionError: it is something else.
+        ConversionError: If ``target`` exists and is not a folder, or is a folder that is not empty
+            and ``force`` is false.
     """
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ConversionError(f"{target}: exists and is not a folder")
@@ -110,13 +113,13 @@ def check_target(target: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path, force: bool) -> Iterator[Path]:
-    """A folder beside ``target`` to write into, which takes its place when the block ends well and
-    vanishes when it does not.
+    """Context manager that writes a folder atomically.
 
-    What was there stays until the new folder is complete, and comes back if the last rename fails.
+    It yields a temporary folder next to ``target``. If the block succeeds, that folder replaces
+    ``target``; otherwise it is deleted and ``target`` is unchanged.
 
     Raises:
-        ConversionError: as :func:`check_target`.
+        ConversionError: As in :func:`check_target`.
     """
     target = Path(os.path.abspath(target))
     check_target(target, force)
@@ -126,13 +129,14 @@ def new_folder(target: Path, force: bool) -> Iterator[Path]:
         yield scratch
         umask = os.umask(0)
         os.umask(umask)
-        scratch.chmod(0o777 & ~umask)  # mkdtemp's folders are their owner's alone
+        scratch.chmod(0o777 & ~umask)  # mkdtemp gives access to the owner only
         _swap(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _swap(scratch: Path, target: Path) -> None:
+    """Rename ``scratch`` to ``target``; if that fails, restore the previous ``target``."""
     if not target.exists():
         scratch.rename(target)
         return

@@ -1,12 +1,11 @@
-"""The state of ``torch.nn.utils.parametrizations.orthogonal``: a parameter ``original`` and a d x d
-``base``, and R from them.
+"""The state of ``torch.nn.utils.parametrizations.orthogonal`` and its evaluation.
 
-For a tall weight [d, r] it is  Q = base @ H(original),  with H the product of r Householder
-                                reflectors (the matrix exponential
-where r = d); ``original = -E`` gives H = E, so that Q is the first r columns of ``base``, bit for
-bit. A wide weight [r, d] is
-stored and evaluated transposed. Source: the parametrization's own code in PyTorch, of which
-:func:`evaluate` is the forward.
+The state consists of a parameter ``original`` and a d x d buffer ``base``. A tall weight ``[d, r]``
+is Q = base @ H(original), where H is a product of r Householder reflectors, or the matrix
+exponential if r = d. ``original = -E`` gives H = E, so that Q is the first r columns of ``base``,
+bit for bit. A wide weight ``[r, d]`` is stored transposed.
+
+Source: PyTorch's implementation of the parametrization, whose forward is :func:`evaluate`.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ def _minus_identity(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
 
 
 def _tall(original: Tensor) -> Tensor:
+    """Return ``original`` or its transpose, whichever has at least as many rows as columns."""
     return original.mT if original.shape[0] < original.shape[1] else original
 
 
@@ -35,14 +35,18 @@ def _householder(X: Tensor) -> Tensor:
 
 
 def evaluate(original: Tensor, base: Tensor, where: str) -> Tensor:
-    """The weight that the parametrization shows: [d, r] for a tall ``original``, [r, d] for a wide
-    one, in its dtype.
+    """Return the weight of the parametrization.
 
     Args:
-        original: ``[d, r]`` or ``[r, d]``. base: ``[d, d]``. where: what to call them in an error.
+        original: ``[d, r]`` or ``[r, d]``.
+        base: ``[d, d]``.
+        where: Prefix of error messages.
+
+    Returns:
+        The weight, with the shape and dtype of ``original``.
 
     Raises:
-        ConversionError: shapes or dtypes that do not belong together.
+        ConversionError: If the shapes or dtypes are inconsistent.
     """
     if (
         original.dim() != 2
@@ -59,19 +63,25 @@ def evaluate(original: Tensor, base: Tensor, where: str) -> Tensor:
     if torch.equal(X.tril(), _minus_identity(d, r, X.dtype)):
         Q = base[:, :r]
     else:
-        base = (
-            base.mT.contiguous().mT
-        )  # by columns, as the parametrization holds it: the product's bits depend on it
+        # Column-major as in the parametrization, because the rounding of the product depends on it
+        base = base.mT.contiguous().mT
         Q = base @ (torch.matrix_exp(X.tril() - X.tril().mT) if d == r else _householder(X))
     return (Q if X is original else Q.mT).contiguous()
 
 
 def state(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(original, base) that show exactly ``weight`` ([d, r] or [r, d], orthonormal): -E, and the
-    weight completed to d x d.
+    """Return a state whose weight is exactly the given one.
+
+    Args:
+        weight: ``[d, r]`` with orthonormal columns, or ``[r, d]`` with orthonormal rows.
+
+    Returns:
+        ``original`` = -E with the shape of ``weight``, and ``base [d, d]``, which is the weight
+        completed to an orthogonal matrix.
     """
     Q = _tall(weight)
     d, r = Q.shape
     full = torch.linalg.qr(Q.double(), mode="complete").Q.to(weight.dtype)
     full[:, :r] = Q
-    return _minus_identity(*weight.shape, weight.dtype), full.contiguous()
+    rows, columns = weight.shape
+    return _minus_identity(rows, columns, weight.dtype), full.contiguous()

@@ -1,9 +1,14 @@
-"""Our PEFT folder: ``adapter_config.json`` (``peft_type`` REFT) and ``adapter_model.safetensors``.
+"""Folders of the PEFT tuner of this package.
 
-The weights are stacked over layers, [L, ...] or [L, 2, ...] where untied, under
-``base_model.model.representation_edits.d{width}.reft_stack.``: X [.., d, r] and signs [.., r] (R is
-a function of them) or W2 [.., r, d]; W or W1 [.., r, d]; b or s [.., r]. All but RED is converted;
-RED has no counterpart elsewhere.
+A folder holds ``adapter_config.json`` (``peft_type`` REFT) and ``adapter_model.safetensors``. The
+tensors are stacked over layers, with leading dimensions ``[L]``, or ``[L, 2]`` if untied. Their
+names start with ``base_model.model.representation_edits.d{width}.reft_stack.``:
+
+    X ``[..., d, r]`` and signs ``[..., r]``, or W2 ``[..., r, d]``
+    W or W1 ``[..., r, d]``
+    b or s ``[..., r]``
+
+All interventions except RED are converted; RED does not exist in the other formats.
 """
 
 from __future__ import annotations
@@ -36,21 +41,17 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _KEY = re.compile(r"^(?:base_model\.model\.)?representation_edits\.d(\d+)\.reft_stack\.(\w+)$")
-_KEPT = (
-    "task_type",
-    "init",
-    "revision",
-    "response_template",
-)  # settings of PEFT's own that a way back restores
+# Settings without an equivalent in other formats, kept for converting back
+_PEFT_SETTINGS = ("task_type", "init", "revision", "response_template")
 
 
 def matches(folder: Path) -> bool:
-    """Whether the folder is a PEFT adapter's, of whatever method."""
+    """Return whether the folder contains a PEFT adapter of any method."""
     return (folder / CONFIG).is_file() and "peft_type" in read_json(folder / CONFIG)
 
 
 def _names(kind: type[Intervention]) -> dict[str, str]:
-    """The neutral name of each stored tensor."""
+    """Return the name in the common form of each stored tensor."""
     names = {"X": "X", "signs": "signs"} if kind.orthonormal else {"W2": "write"}
     if not kind.reads:
         return {**names, "s": "bias"}
@@ -58,13 +59,20 @@ def _names(kind: type[Intervention]) -> dict[str, str]:
 
 
 def _stacks(folder: Path, options: Options) -> tuple[int, dict[str, Tensor], list[str]]:
-    """The width, the stacked tensors by stored name, and the names of tensors that belong to a
-    saved head.
+    """Read the weights.
+
+    Returns:
+        The width d, the stacked tensors by stored name, and the names of tensors of other trained
+        modules.
+
+    Raises:
+        ConversionError: If there are no ReFT weights, or weights of several widths or of other
+            modules.
     """
-    found, _ = read_safetensors(folder / WEIGHTS)
+    tensors, _ = read_safetensors(folder / WEIGHTS)
     widths: dict[int, dict[str, Tensor]] = {}
     other = []
-    for key, tensor in found.items():
+    for key, tensor in tensors.items():
         match = _KEY.match(key)
         if match is None:
             other.append(key)
@@ -88,6 +96,7 @@ def _stacks(folder: Path, options: Options) -> tuple[int, dict[str, Tensor], lis
 
 
 def _layer_numbers(config: dict[str, Any], count: int, options: Options, where: Path) -> list[int]:
+    """Return the layer numbers of the ``count`` stacked layers."""
     layers = config.get("layers", "all")
     if (
         layers == "all"
@@ -108,11 +117,11 @@ def _layer_numbers(config: dict[str, Any], count: int, options: Options, where: 
 
 
 def read(folder: Path, options: Options) -> Adapter:
-    """The adapter in the folder.
+    """Read the adapter in a folder.
 
     Raises:
-        ConversionError: another method's, RED, several widths, trained modules besides, missing or
-            misshapen tensors.
+        ConversionError: If the folder holds another method, RED, several widths or other trained
+            modules, or if tensors are missing or have the wrong shape.
     """
     config = read_json(folder / CONFIG)
     if config.get("peft_type") != "REFT":
@@ -165,7 +174,7 @@ def read(folder: Path, options: Options) -> Adapter:
                 f"{folder / WEIGHTS}: X {tuple(tensors['X'].shape)} and signs do not belong "
                 "together"
             )
-        with torch.no_grad():  # in one call for all layers, as the model builds it
+        with torch.no_grad():  # one call for all layers, as in the model, for the same rounding
             tensors["write"] = build(parametrization, tensors["X"], signs=tensors["signs"])[0]
     try:
         activation = canonical_activation(config.get("activation"))
@@ -188,7 +197,7 @@ def read(folder: Path, options: Options) -> Adapter:
         dropout=float(config.get("dropout", 0.0)),
         parametrization=parametrization,
         base_model=config.get("base_model_name_or_path"),
-        details={NAME: {k: config[k] for k in _KEPT if k in config}},
+        details={NAME: {k: config[k] for k in _PEFT_SETTINGS if k in config}},
     )
     if other:
         adapter.notes.append(f"left out {len(other)} tensors of trained modules (modules_to_save)")
@@ -196,7 +205,7 @@ def read(folder: Path, options: Options) -> Adapter:
 
 
 def _free_parameters(layer: int, weights: Weights, parametrization: str) -> tuple[Tensor, Tensor]:
-    """X and signs in fp32: the source's own where it has them, else by inversion in fp64."""
+    """Return X and signs in fp32: those of the source, else computed from R in fp64."""
     if "X" in weights:
         return weights["X"].float(), weights["signs"].float()
     try:
@@ -207,18 +216,17 @@ def _free_parameters(layer: int, weights: Weights, parametrization: str) -> tupl
 
 
 def write(adapter: Adapter, folder: Path, options: Options) -> None:
-    """Write the adapter into the folder; PEFT must be installed, whose configuration class checks
-    every setting.
+    """Write the adapter to a folder. Requires PEFT.
 
     Raises:
-        ConversionError: no positions, an R that is not orthonormal, a b2 that does not fold, PEFT
-            is not installed.
+        ConversionError: If the positions are unknown, R is not orthonormal, b2 cannot be folded,
+            a setting is invalid, or PEFT is not installed.
     """
     required_positions(adapter)
     kind = adapter.kind
     rows: dict[str, list[Tensor]] = {name: [] for name in _names(kind)}
     for layer, sets in adapter.layers.items():
-        own = []
+        stored_sets = []
         for weights in sets:
             stored: Weights = {
                 "bias": cast(fold_subtract_bias(adapter, weights, "our PEFT folder"), options.dtype)
@@ -231,11 +239,10 @@ def write(adapter: Adapter, folder: Path, options: Options) -> None:
                 stored["write"] = cast(weights["write"], options.dtype)
             if kind.reads:
                 stored["read"] = cast(weights["read"], options.dtype)
-            own.append(stored)
-        for name, neutral in _names(kind).items():
-            rows[name].append(
-                torch.stack([s[neutral] for s in own]) if adapter.untied else own[0][neutral]
-            )
+            stored_sets.append(stored)
+        for name, common_name in _names(kind).items():
+            parts = [s[common_name] for s in stored_sets]
+            rows[name].append(torch.stack(parts) if adapter.untied else parts[0])
     prefix = f"base_model.model.representation_edits.d{adapter.embed_dim}.reft_stack."
     _configuration(adapter, options).save_pretrained(folder)
     write_safetensors(
@@ -253,12 +260,12 @@ def _configuration(adapter: Adapter, options: Options) -> Any:
             f"peft: is needed to write its configuration, and cannot be imported: {error}"
         ) from None
     known = {field.name for field in dataclasses.fields(ReftConfig)}
-    own = {k: v for k, v in adapter.details.get(NAME, {}).items() if k in known}
+    settings = {k: v for k, v in adapter.details.get(NAME, {}).items() if k in known}
     try:
         return ReftConfig(
             **{
-                "init": None,  # whatever the intervention has: the weights come from the file
-                **own,
+                "init": None,  # not used, since the weights are loaded
+                **settings,
                 "base_model_name_or_path": options.base_model or adapter.base_model,
                 "inference_mode": True,
                 "layers": "all"

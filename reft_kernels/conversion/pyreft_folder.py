@@ -1,15 +1,18 @@
-"""A pyreft folder: ``config.json`` and one ``intkey_{key}.bin`` for each intervention, as pyreft
-0.1.0 and pyvene write them.
+"""Folders of pyreft 0.1.0 and pyvene.
 
-LoReFT's file holds ``weight`` [r, d], ``bias`` [r], and R as ``rotate_layer`` [d, r] fp32. The
-others hold a module's state:
-``learned_source`` (a vector, or ``.weight`` and ``.bias``), ``proj_layer.weight`` or R's
-parametrization, and two sizes. Neither positions nor dtype, activation, dropout or add_bias are in
-the folder. ``pyreft.ReftModel.load`` makes ``learned_source`` in bf16 (pyreft's default), whatever
-the file holds, so that is what is written unless ``--dtype`` or the source says otherwise; an
-activation would be lost without a word, so it is refused. ``ReftModel.load`` cannot load NoReFT and
-NodiReFT (it does not pass ``add_bias``) nor string components (it does not know their width): for
-those, build the model and use ``load_intervention``.
+A folder holds ``config.json`` and a file ``intkey_{key}.bin`` for each intervention. The file of
+LoReFT holds ``weight [r, d]``, ``bias [r]`` and ``rotate_layer [d, r]`` (R^T in fp32). The file of
+another intervention holds the state of a module: ``learned_source`` (a vector, or ``.weight`` and
+``.bias``), ``proj_layer.weight`` or the parametrization of R, and two sizes.
+
+The folder contains neither positions, dtype, activation, dropout nor add_bias:
+
+* ``pyreft.ReftModel.load`` creates ``learned_source`` in bf16 (pyreft's default). It is therefore
+  written in bf16, unless ``--dtype`` is given or the source has another dtype.
+* An activation other than linear would be lost, so it is an error.
+* ``ReftModel.load`` cannot load NoReFT and NodiReFT, for which it does not pass ``add_bias``, nor
+  string components, whose width it does not know. Build such a model and call
+  ``load_intervention``.
 """
 
 from __future__ import annotations
@@ -45,7 +48,7 @@ _CLASSES = {
     "nodireft": "NodireftIntervention",
 }
 _MEMBERS = {name: member for member, name in _CLASSES.items()}
-_FIELDS = (  # pyvene's RepresentationConfig, in order
+_FIELDS = (  # the fields of pyvene's RepresentationConfig, in order
     "layer",
     "component",
     "unit",
@@ -66,15 +69,22 @@ _SIZES = {"embed_dim", "interchange_dim"}
 
 
 def matches(folder: Path) -> bool:
-    """Whether the folder holds pyvene's interventions."""
+    """Return whether the folder contains interventions of pyvene."""
     return any(folder.glob("intkey_*.bin"))
 
 
-# ---- reading
+# ---- Reading
 
 
 def _representations(path: Path) -> tuple[list[Key], list[str], dict[str, Any]]:
-    """(keys, class names, configuration) of a config.json, intervention by intervention."""
+    """Read config.json.
+
+    Returns:
+        The keys and the class names of the interventions, and the whole configuration.
+
+    Raises:
+        ConversionError: If the file is malformed or contains linked interventions.
+    """
     config = read_json(path)
     listed, types = config.get("representations"), config.get("intervention_types")
     if not isinstance(listed, list) or not listed:
@@ -95,31 +105,32 @@ def _representations(path: Path) -> tuple[list[Key], list[str], dict[str, Any]]:
             raise ConversionError(
                 f"{path}: a representation is {entry!r}, expected a list or an object"
             )
-        found = {
+        fields: dict[str, Any] = {
             **_DEFAULTS,
             **(entry if isinstance(entry, dict) else dict(zip(_FIELDS, entry, strict=False))),
         }
         for name in ("intervention_link_key", "moe_key"):
-            if found.get(name) is not None:
+            if fields.get(name) is not None:
                 raise ConversionError(
-                    f"{name}: got {found[name]!r}, which neither AdapterHub's nor our folder can "
+                    f"{name}: got {fields[name]!r}, which neither AdapterHub's nor our folder can "
                     "express"
                 )
         key = Key(
-            int(found["layer"] or 0),
-            str(found["component"]),
-            str(found["unit"]),
-            int(found["max_number_of_units"]),
+            int(fields["layer"] or 0),
+            str(fields["component"]),
+            str(fields["unit"]),
+            int(fields["max_number_of_units"]),
             0,
         )
         place = key.names()[0]
-        keys.append(key._replace(index=counts.get(place, 0)))
+        keys.append(key._replace(number=counts.get(place, 0)))
         counts[place] = counts.get(place, 0) + 1
     names = [str(t).removeprefix("<class '").removesuffix("'>").rsplit(".", 1)[-1] for t in types]
     return keys, names, config
 
 
 def _by_config(folder: Path) -> tuple[list[tuple[Key, Path]], str, dict[str, Any]]:
+    """Return the keys with their files, the intervention's name and the configuration."""
     keys, names, config = _representations(folder / CONFIG)
     unknown = sorted(set(names) - _MEMBERS.keys())
     if unknown or len(set(names)) > 1:
@@ -145,6 +156,7 @@ def _by_config(folder: Path) -> tuple[list[tuple[Key, Path]], str, dict[str, Any
 
 
 def _by_names(folder: Path) -> list[tuple[Key, Path]]:
+    """Return the keys with their files for a folder without config.json."""
     files = sorted(folder.glob("intkey_*.bin"))
     if not files:
         raise ConversionError(f"{folder}: holds neither {CONFIG} nor intkey_*.bin")
@@ -152,7 +164,7 @@ def _by_names(folder: Path) -> list[tuple[Key, Path]]:
 
 
 def _infer(names: set[str], path: Path) -> str:
-    """The intervention that a state's names tell."""
+    """Determine the intervention from the names of its tensors; raise if they are ambiguous."""
     if "rotate_layer" in names:
         return "loreft"
     ambiguous = ("noreft", "nodireft") if "proj_layer.weight" in names else ("consreft", "lobireft")
@@ -164,8 +176,8 @@ def _infer(names: set[str], path: Path) -> str:
     )
 
 
-def _weights(found: dict[str, Tensor], intervention: str, path: Path) -> Weights:
-    """A file's tensors by their neutral names."""
+def _weights(tensors: dict[str, Tensor], intervention: str, path: Path) -> Weights:
+    """Return the tensors of a file under the names of the common form."""
     if intervention == "loreft":
         required = {"weight": "read", "bias": "bias", "rotate_layer": "write"}
     elif intervention in ("consreft", "lobireft"):
@@ -181,15 +193,17 @@ def _weights(found: dict[str, Tensor], intervention: str, path: Path) -> Weights
         else (f"rotate_layer.{ORIGINAL}", f"rotate_layer.{BASE}")
     )
     optional = {"proj_layer.bias": "subtract_bias"} if free else {}
-    missing = sorted({*required, *parts} - found.keys())
-    foreign = sorted(found.keys() - {*required, *parts, *optional} - _SIZES)
+    missing = sorted({*required, *parts} - tensors.keys())
+    foreign = sorted(tensors.keys() - {*required, *parts, *optional} - _SIZES)
     if missing or foreign:
         raise ConversionError(f"{path}: {intervention} lacks {missing} and does not know {foreign}")
     weights = {
-        neutral: found[name] for name, neutral in (required | optional).items() if name in found
+        common_name: tensors[name]
+        for name, common_name in (required | optional).items()
+        if name in tensors
     }
     if parts:
-        weights["write"] = evaluate(found[parts[0]], found[parts[1]], str(path)).mT.contiguous()
+        weights["write"] = evaluate(tensors[parts[0]], tensors[parts[1]], str(path)).mT.contiguous()
     elif not free:
         if weights["write"].dim() != 2:
             raise ConversionError(
@@ -200,8 +214,9 @@ def _weights(found: dict[str, Tensor], intervention: str, path: Path) -> Weights
 
 
 def _head(folder: Path, options: Options) -> list[str]:
-    """The names of the model's own parameters that were saved besides (``include_model``); an
-    empty file is pyvene's habit.
+    """Return the names of saved parameters of the base model (``include_model``).
+
+    pyvene also writes the file if there are none.
     """
     saved = list(read_bin(folder / MODEL)) if (folder / MODEL).exists() else []
     if saved and not options.without_head:
@@ -214,12 +229,13 @@ def _head(folder: Path, options: Options) -> list[str]:
 
 
 def read(folder: Path, options: Options) -> Adapter:
-    """The adapter in the folder; without ``config.json`` the files' names tell layers and
-    components.
+    """Read the adapter in a folder.
+
+    Without ``config.json``, layers and components are determined from the file names.
 
     Raises:
-        ConversionError: classes, keys or components that have no counterpart, and missing, foreign
-            or misshapen tensors.
+        ConversionError: If a class, key or component has no equivalent, or if tensors are missing,
+            unknown or have the wrong shape.
     """
     config: dict[str, Any] = {}
     intervention = options.intervention
@@ -237,27 +253,28 @@ def read(folder: Path, options: Options) -> Adapter:
     for key, path in files:
         layer, component = our_component(key, options.component)
         components.add(component)
-        found = read_bin(path)
-        intervention = intervention or _infer(set(found), path)
-        if key.index in layers.setdefault(layer, {}):
+        tensors = read_bin(path)
+        intervention = intervention or _infer(set(tensors), path)
+        if key.number in layers.setdefault(layer, {}):
             raise ConversionError(
                 f"{path}: a second intervention of layer {layer} at another component; expected "
                 "one component"
             )
-        layers[layer][key.index] = _weights(found, intervention, path)
+        layers[layer][key.number] = _weights(tensors, intervention, path)
+    assert intervention is not None  # there is at least one file
     if len(components) != 1:
         raise ConversionError(
             f"component: got several, {', '.join(sorted(components))}; expected one for all layers"
         )
-    for layer, sets in layers.items():
-        if sorted(sets) != list(range(len(sets))):
+    for layer, numbered in layers.items():
+        if sorted(numbered) != list(range(len(numbered))):
             raise ConversionError(
-                f"layer {layer}: got interventions {sorted(sets)}, expected them counted from 0"
+                f"layer {layer}: got interventions {sorted(numbered)}, expected them counted from 0"
             )
     ordered = {
         n: [layers[n][i] for i in sorted(layers[n])] for n in (layers if config else sorted(layers))
     }
-    if intervention == "nodireft":  # its projection's bias is stored and never used
+    if intervention == "nodireft":  # pyreft stores the bias of its projection but does not use it
         for sets in ordered.values():
             for weights in sets:
                 weights.pop("subtract_bias", None)
@@ -278,12 +295,13 @@ def read(folder: Path, options: Options) -> Adapter:
     )
 
 
-# ---- writing
+# ---- Writing
 
 
 def _state(weights: Weights, intervention: str, dtype: str) -> dict[str, Tensor]:
-    """An intervention's state dict: its learned source in ``dtype``, R and constant sources in
-    fp32, as pyreft keeps them.
+    """Return the state dict of an intervention.
+
+    As in pyreft, the learned source is in ``dtype``; R and constant sources are in fp32.
     """
     width = weights["write"].shape[1]
     if intervention == "loreft":
@@ -292,58 +310,56 @@ def _state(weights: Weights, intervention: str, dtype: str) -> dict[str, Tensor]
             "bias": cast(weights["bias"], dtype),
             "rotate_layer": cast(weights["write"].mT, None),
         }
-    found = {name: torch.tensor(width) for name in sorted(_SIZES)}
+    tensors = {name: torch.tensor(width) for name in sorted(_SIZES)}
     if intervention in ("consreft", "lobireft"):
-        found["learned_source"] = cast(weights["bias"], None)
+        tensors["learned_source"] = cast(weights["bias"], None)
     else:
-        found["learned_source.weight"] = cast(weights["read"], dtype)
-        found["learned_source.bias"] = cast(weights["bias"], dtype)
+        tensors["learned_source.weight"] = cast(weights["read"], dtype)
+        tensors["learned_source.bias"] = cast(weights["bias"], dtype)
     if intervention in ("noreft", "nodireft"):
-        found["proj_layer.weight"] = cast(weights["write"], dtype)
+        tensors["proj_layer.weight"] = cast(weights["write"], dtype)
         if "subtract_bias" in weights:
-            found["proj_layer.bias"] = cast(weights["subtract_bias"], dtype)
-        return found
+            tensors["proj_layer.bias"] = cast(weights["subtract_bias"], dtype)
+        return tensors
     original, base = state(cast(weights["write"].mT, None))
-    return {**found, f"rotate_layer.{ORIGINAL}": original, f"rotate_layer.{BASE}": base}
+    return {**tensors, f"rotate_layer.{ORIGINAL}": original, f"rotate_layer.{BASE}": base}
 
 
 def _order(adapter: Adapter) -> list[tuple[int, int]]:
-    """(layer, set) in pyreft's order: all layers with the first positions, then all with the
-    last.
-    """
+    """Return (layer, set) pairs in pyreft's order: the first sets of all layers, then the last."""
     return [(layer, index) for index in range(1 + adapter.untied) for layer in adapter.layers]
 
 
 def write(adapter: Adapter, folder: Path, options: Options) -> None:
-    """Write the adapter into the folder.
+    """Write the adapter to a folder.
 
     Raises:
-        ConversionError: an activation, which the folder has no place for, or a component that
-            pyvene has not.
+        ConversionError: If the activation is not linear, or pyvene does not have the component.
     """
     if canonical_activation(adapter.activation) != "linear":
         raise ConversionError(
             f"activation: got {adapter.activation!r}, but a pyreft folder has no place for "
             "act_fn, and would load as linear"
         )
-    own = adapter.details.get(NAME, {})
-    dtype = (
-        options.dtype or (own.get("dtype") if own.get("dtype") in DTYPES else None) or "bfloat16"
-    )
+    details = adapter.details.get(NAME, {})
+    source_dtype = details.get("dtype")
+    dtype = options.dtype or (source_dtype if source_dtype in DTYPES else None) or "bfloat16"
     representations, keys = [], []
     for layer, index in _order(adapter):
         weights = adapter.layers[layer][index]
         key = Key(layer, their_component(adapter.component, layer), "pos", 1, index)
         keys.append(key.names()[0])
         torch.save(_state(weights, adapter.intervention, dtype), folder / f"intkey_{keys[-1]}.bin")
-        found = {
+        fields = {
             **_DEFAULTS,
             "layer": layer,
             "component": key.component,
             "low_rank_dimension": adapter.rank,
         }
-        representations.append([found.get(name) for name in _FIELDS])
+        representations.append([fields.get(name) for name in _FIELDS])
     count = len(keys)
+    # pyvene writes model_type with transformers 4
+    model_type = {"model_type": details["model_type"]} if details.get("model_type") else {}
     write_json(
         folder / CONFIG,
         {
@@ -354,9 +370,7 @@ def write(adapter: Adapter, folder: Path, options: Options) -> None:
             ]
             * count,
             "mode": "parallel",
-            **(
-                {"model_type": own["model_type"]} if own.get("model_type") else {}
-            ),  # pyvene on transformers 4 writes one
+            **model_type,
             "representations": representations,
             "sorted_keys": keys,
         },
@@ -365,6 +379,7 @@ def write(adapter: Adapter, folder: Path, options: Options) -> None:
 
 
 def _remark(adapter: Adapter, dtype: str) -> None:
+    """Add notes about what the written folder does not contain."""
     notes = adapter.notes
     if adapter.dropout:
         notes.append(

@@ -1,11 +1,14 @@
-"""pyvene's names: components and intervention keys, in both spellings, and ours for the same
-places.
+"""Intervention keys and component names of pyvene.
 
-    layer_{l}_comp_{c}_unit_{u}_nunit_{n}#{i}     since pyvene 0.1.7; before, a dot stands for each
-    separator comp_{c}_unit_{u}_nunit_{n}#{i}               a string component such as
-    ``model.layers[1].output``, dots replaced too
+A key has one of the forms
 
-i counts the interventions at one place: untied weights are #0 (first positions) and #1 (last).
+    layer_{l}_comp_{c}_unit_{u}_nunit_{n}#{i}
+    comp_{c}_unit_{u}_nunit_{n}#{i}
+
+The second form is for a component given by a string such as ``model.layers[1].output``; its dots
+are replaced by underscores. Before pyvene 0.1.7, both forms used dots in place of underscores. i
+numbers the interventions at one place: with untied weights, #0 is for first and #1 for last
+positions.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from reft_kernels.model.components import ROLES
 SAME_ROLES = tuple(
     role for role in ROLES if role != "mlp_activation" and not role.startswith("mixer")
 )
-"""Roles that name the same tensor in pyvene and here."""
+"""Roles that denote the same tensor in pyvene and in this package."""
 
 _INDEX = re.compile(r"\[(\d+)\]")
 _FILES = (
@@ -37,46 +40,47 @@ _FILES = (
 
 
 class Key(NamedTuple):
-    """One intervention's place, as a representation of config.json or a file's name tells it."""
+    """The place of one intervention, as given in config.json or in a file name."""
 
     layer: int
     component: str
     unit: str
-    count: int
-    index: int
+    num_units: int
+    number: int  # among the interventions at this place
 
     def names(self) -> tuple[str, str]:
-        """The key in the spelling since 0.1.7, and in the one before."""
+        """Return the key as written since pyvene 0.1.7, and as written before."""
         unit = self.unit.replace(".", "_")
         if "." in self.component:
             component = self.component.replace(".", "_")
             return (
-                f"comp_{component}_unit_{unit}_nunit_{self.count}#{self.index}",
-                f"comp.{self.component}.unit.{self.unit}.nunit.{self.count}#{self.index}",
+                f"comp_{component}_unit_{unit}_nunit_{self.num_units}#{self.number}",
+                f"comp.{self.component}.unit.{self.unit}.nunit.{self.num_units}#{self.number}",
             )
         return (
-            f"layer_{self.layer}_comp_{self.component}_unit_{unit}_nunit_{self.count}#{self.index}",
-            f"layer.{self.layer}.comp.{self.component}.unit.{self.unit}.nunit.{self.count}#{self.index}",
+            f"layer_{self.layer}_comp_{self.component}_unit_{unit}_nunit_{self.num_units}#{self.number}",
+            f"layer.{self.layer}.comp.{self.component}.unit.{self.unit}.nunit.{self.num_units}#{self.number}",
         )
 
 
 def parse_file_key(key: str) -> Key:
-    """A key as a file's name spells it. The underscores of a string component cannot be told from
-    its dots.
+    """Parse the key in a file name.
+
+    In a component given by a string, replaced dots cannot be distinguished from underscores.
 
     Raises:
-        ConversionError: not a key of either spelling.
+        ConversionError: If ``key`` has none of the known forms.
     """
     for form in _FILES:
         match = form.match(key)
         if match is not None:
-            found = match.groupdict()
+            groups = match.groupdict()
             return Key(
-                int(found.get("layer") or 0),
-                found["component"],
-                found["unit"],
-                int(found["count"]),
-                int(found["index"]),
+                int(groups.get("layer") or 0),
+                groups["component"],
+                groups["unit"],
+                int(groups["count"]),
+                int(groups["index"]),
             )
     raise ConversionError(
         f"intkey_{key}.bin: expected 'layer_{{l}}_comp_{{c}}_unit_{{u}}_nunit_{{n}}#{{i}}' or its "
@@ -85,23 +89,28 @@ def parse_file_key(key: str) -> Key:
 
 
 def _from_underscores(component: str) -> str | None:
-    """A string component whose dots became underscores: only a block's own output or input can be
-    read back.
+    """Restore the dots of a string component, or return None if they are ambiguous.
+
+    This is possible for the output or input of a block, such as ``model_layers[1]_output``.
     """
     match = re.fullmatch(r"(\w+?)_(\w+\[\d+\])_(output|input)", component)
     return None if match is None or "_" in match[1] else f"{match[1]}.{match[2]}.{match[3]}"
 
 
 def our_component(key: Key, stated: str | None) -> tuple[int, str]:
-    """(layer, our component) of a key; ``stated`` is what the user says, and wins.
+    """Return the layer and this package's component name of a key.
+
+    Args:
+        key: The key.
+        stated: The component name given by the user, which takes precedence, or None.
 
     Raises:
-        ConversionError: a unit other than tokens, several units, or a component without a
-            counterpart that is not stated.
+        ConversionError: If the unit is not a single token, or the component has no equivalent and
+            ``stated`` is None.
     """
-    if key.unit != "pos" or key.count != 1:
+    if key.unit != "pos" or key.num_units != 1:
         raise ConversionError(
-            f"unit: got {key.unit!r} with {key.count} units, expected tokens ('pos', 1)"
+            f"unit: got {key.unit!r} with {key.num_units} units, expected tokens ('pos', 1)"
         )
     indices = _INDEX.findall(key.component)
     layer = int(indices[0]) if indices else key.layer
@@ -120,10 +129,14 @@ def our_component(key: Key, stated: str | None) -> tuple[int, str]:
 
 
 def their_component(component: str, layer: int) -> str:
-    """pyvene's component for ours in a layer.
+    """Return pyvene's name of a component in a layer.
+
+    Args:
+        component: This package's component name.
+        layer: The layer number.
 
     Raises:
-        ConversionError: a role that pyvene gives another meaning, or has not.
+        ConversionError: If pyvene does not have the role or defines it differently.
     """
     if component in SAME_ROLES:
         return component

@@ -1,3 +1,4 @@
-"""Faces of the engine to other libraries; each imports its library when it is imported itself,
-and not before.
+"""Integrations with other libraries.
+
+Each module imports its library when it is imported itself.
 """

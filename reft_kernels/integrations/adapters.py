@@ -1,23 +1,27 @@
-"""AdapterHub's ReFT by the fused edit: ``accelerate_adapters(model)`` for a model that
-``adapters.init`` prepared.
+"""``accelerate_adapters``, which runs the ReFT edits of ``adapters`` with fused kernels.
 
-The package keeps what is its own: configurations, modules, parameters, active adapters, saving and
-loading. Its layers' edits
+AdapterHub's ``adapters`` still manages configurations, modules, parameters, active adapters, saving
+and loading. The edits of its layers are
 
-    h + R^T (act(W h + b) - R h)         LoReFT; NoReFT with a free R, DiReFT without R h; dropout
-                                         on the edited rows
+    h + R^T (act(W h + b) - R h)   LoReFT, and NoReFT with unconstrained R
+    h + R^T act(W h + b)           DiReFT
 
-are computed by this engine: R of all layers in one launch, one launch a layer for the rows, h
-edited in place.
+followed by dropout on the edited rows. They are computed by this package: R of all layers in one
+launch, and the edit of a layer in one launch, in place.
 
-What is edited is the prompt, as in the paper: the first ``prefix_positions`` and last
-``suffix_positions`` of its real tokens,
-padded left or right. Decoding steps edit nothing: the prompt's edits live in the cache. The prompt
-is the first of these that
-is there: ``prompt_lengths=[...]`` given to the model; what ``generate`` was called with; with
-``prompts="labels"`` the tokens before the first label that is not -100; the whole sequence of the
-call, as the package has it. A token that is both first and last is edited once, as last. The
-package's Llama and Mistral, which lose the cache on transformers 4.57, get it back.
+As in the paper, the prompt is edited: the first ``prefix_positions`` and the last
+``suffix_positions`` of its real tokens, with padding on either side. Decoding steps are not edited,
+because the cache contains the edited prompt. The prompt is determined by the first of these that
+applies:
+
+1. ``prompt_lengths=[...]``, passed to the model.
+2. The input of ``generate``.
+3. With ``prompts="labels"``, the tokens before the first label other than -100.
+4. The whole sequence of the call, as in ``adapters``.
+
+A token that is among both the first and the last is edited once, as one of the last. With
+transformers 4.57, the Llama and Mistral classes of ``adapters`` lose the cache; it is passed on to
+them.
 
 Sources: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024, equations 2 and 3;
 ``adapters.methods.reft``.
@@ -26,22 +30,21 @@ Sources: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024,
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from adapters.configuration import ReftConfig
 from adapters.methods.reft import ReftLayer, ReftModule
 from torch import Tensor, nn
 
-from reft_kernels import arguments, ownership
-from reft_kernels.activations import canonical_activation
-from reft_kernels.arguments import RedWeights
-from reft_kernels.autograd import apply_red
+from reft_kernels import ownership
 from reft_kernels.checks import mark_rows
-from reft_kernels.dtypes import accumulation_dtype
-from reft_kernels.integrations.torch_orthogonal import householder_chain, rotations
-from reft_kernels.interventions import EditWeights, Intervention
+from reft_kernels.integrations.adapters_units import (
+    StackedUnits,
+    UnitSettings,
+    restore_signs,
+    unit_settings,
+)
 from reft_kernels.model.backbone_session import BackboneSession
 from reft_kernels.model.components import MODEL_INPUTS, Component, Target
 from reft_kernels.model.editor import Editor
@@ -56,188 +59,36 @@ from reft_kernels.model.selection import (
     select,
 )
 from reft_kernels.model.window import Window
-from reft_kernels.parametrization import MAX_RANK
 from reft_kernels.positions import Spec, prompt_rows
 
 PROMPTS = ("sequence", "labels")
 
 
-class _Kind(NamedTuple):
-    """What layers must share for their weights to be stacked."""
-
-    spec: Spec
-    tied: bool
-    width: int
-    rank: int
-    orthogonal: bool
-    subtract_projection: bool
-    activation: str
-
-
-def _kind(layer: ReftLayer, name: str) -> _Kind:
-    """The kind of adapter ``name`` in one layer; ValueError where the engine has no such edit."""
-    module = layer.refts[name]
-    unit = module.units[0]
-    rank, width = unit.learned_source.weight.shape
-    config = layer.adapters_config.match(
-        name, ReftConfig, layer_idx=layer.layer_idx, location_key=layer.location_key
-    )
-    if rank > min(width, MAX_RANK):
-        raise ValueError(f"r: adapter {name!r} has {rank}, expected at most {min(width, MAX_RANK)}")
-    try:
-        activation = canonical_activation(config.non_linearity)
-    except ValueError as error:
-        raise ValueError(f"non_linearity: adapter {name!r}: {error}") from None
-    spec = Spec("ends", module.prefix_positions, module.suffix_positions)
-    return _Kind(
-        spec,
-        module.tied_weights,
-        width,
-        rank,
-        unit.orthogonal,
-        unit.subtract_projection,
-        activation,
-    )
-
-
-# ---- weights
-
-
-def _signs(X: Tensor) -> Tensor:
-    """Signs ``[..., r]`` of H(X)'s columns, which torch keeps on X's diagonal and reads as
-    integers: decay makes them 0.
-    """
-    return torch.where(X.detach().diagonal(dim1=-2, dim2=-1) > 0, 1.0, -1.0).to(X.dtype)
-
-
-@torch.no_grad()
-def _mend(layer: ReftLayer) -> None:
-    """Write whole signs back where an optimizer's decay shrank them, so that the package reads
-    the R that was trained.
-    """
-    for module in layer.refts.values():
-        for chain in filter(None, (householder_chain(unit.projection) for unit in module.units)):
-            chain.original.diagonal().copy_(_signs(chain.original))
-
-
-class _Units(Intervention):
-    """The package's units of one kind, in the layers of one backbone, as a stacked intervention
-    that owns no parameters.
-    """
-
-    def __init__(self, kind: _Kind, modules: list[ReftModule]) -> None:
-        self.orthonormal, self.subtract_projection = kind.orthogonal, kind.subtract_projection
-        super().__init__(
-            kind.width,
-            kind.rank,
-            activation=kind.activation,
-            init="orthogonal",
-            num_sets=None if kind.tied else 2,
-            _num_layers=len(modules),
-        )
-        self.spec = kind.spec
-        self.units = [
-            unit for module in modules for unit in module.units
-        ]  # a list: the model holds them already
-
-    def _make_parameters(self, **factory) -> None: ...  # the package has made them,
-
-    def reset_parameters(self) -> None: ...  # and draws them
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        return (parameter for unit in self.units for parameter in unit.parameters())
-
-    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        return (buffer for unit in self.units for buffer in unit.buffers())
-
-    def forward(self) -> list[EditWeights]:
-        """The weights of each layer."""
-        return self.build()
-
-    def _stack(self, tensors: list[Tensor]) -> Tensor:
-        stacked = torch.stack([t.to(accumulation_dtype(t.dtype)) for t in tensors])
-        return stacked.view(*self._lead, *stacked.shape[1:])
-
-    def _write(self) -> Tensor:
-        chains = [householder_chain(unit.projection) for unit in self.units]
-        if None in chains:
-            return self._stack([unit.projection.weight for unit in self.units])
-        X = torch.stack([chain.original.mT for chain in chains]).contiguous()
-        return self._stack(rotations(chains, X, _signs(X)))
-
-    def _stacked_weights(self) -> tuple[Tensor, Tensor, Tensor, None, bool]:
-        source = [unit.learned_source for unit in self.units]
-        with torch.autocast(
-            source[0].weight.device.type, enabled=False
-        ):  # R in half precision would not be orthonormal
-            read, bias, write = (
-                self._stack([s.weight for s in source]),
-                self._stack([s.bias for s in source]),
-                self._write(),
-            )
-            if self.orthonormal and self.subtract_projection and self.activation == "linear":
-                return read - write, bias, write, None, False
-        return read, bias, write, None, self.subtract_projection
-
-    def edit(
-        self,
-        hidden: Tensor,
-        weights: EditWeights,
-        *,
-        rows: Tensor | None = None,
-        weight_ids: Tensor | None = None,
-        coeff: Tensor | None = None,
-        inplace: bool = False,
-    ) -> Tensor:
-        """The edit and, as the package has it, dropout of the edited rows' entries, drawn in the
-        package's order.
-        """
-        edited = super().edit(
-            hidden, weights, rows=rows, weight_ids=weight_ids, coeff=coeff, inplace=inplace
-        )
-        dropout = self.units[0].dropout
-        if not dropout.training or dropout.p == 0.0:
-            return edited
-        count, per_example = rows.shape[0], self.spec.per_example
-        parts = [count]
-        if self.num_sets is not None and count % per_example == 0:
-            parts = [self.spec.first, self.spec.last]
-        ones = torch.ones(count // sum(parts), max(parts), self.embed_dim, device=hidden.device)
-        kept = torch.cat([dropout(ones[:, :part]) for part in parts], dim=1).view(
-            count, self.embed_dim
-        )
-        own = mark_rows(torch.arange(count, device=hidden.device, dtype=torch.int32), count)
-        return apply_red(
-            edited,
-            RedWeights(kept, torch.zeros_like(kept)),
-            arguments.Selection(rows, own),
-            inplace,
-        )
-
-
-# ---- rows
+# ---- Rows
 
 
 def _rows(window: Window, spec: Spec, untied: bool) -> Selection | None:
-    """First and last tokens of each prompt ``[B * (first + last)]``; where the two meet a token
-    counts as last.
+    """Return the first and last tokens of each prompt, ``[B * (first + last)]`` rows.
+
+    A token that is both is selected as one of the last.
     """
     if window.call.edit_positions is not None or window.packed is not None:
         return select(window, PositionRule(spec, untied))
-    if window.lengths is None:
+    if window.lengths is None or window.starts is None:
         return None
+    assert spec.per_example is not None  # the positions are first and last
     last = window.lengths.clamp(max=spec.last)
     parts = (
         (Spec("ends", spec.first, 0), window.lengths - last),
         (Spec("ends", 0, spec.last), window.lengths),
     )
-    found = [
+    selected = [
         prompt_rows(part, window.starts, lengths, window.width, offset=window.offset)
         for part, lengths in parts
     ]
-    rows = torch.cat([part.view(window.batch, -1) for part in found], dim=1).flatten()
+    rows = torch.cat([part.view(window.batch, -1) for part in selected], dim=1).flatten()
     ids = None
-    # both sets whatever the positions, so that an idle one gets a zero gradient, as in the package
+    # Two sets even if one has no positions, so that its gradient is zero as in adapters
     if untied:
         ids = (
             (torch.arange(spec.per_example, device=rows.device) >= spec.first)
@@ -249,46 +100,46 @@ def _rows(window: Window, spec: Spec, untied: bool) -> Selection | None:
 
 
 class _ByShape(DeferredSelection):
-    """Rows of hidden states whose call names no tokens (images): all of a sequence is its
-    prompt.
-    """
+    """Selection for a call without token inputs (images), whose prompts are whole sequences."""
 
     def _select(self, hidden: Tensor) -> Selection | None:
         window = window_of_shape(hidden.shape, hidden.device, self.call, self.frame_mask)
         return _rows(window, self.rule.spec, self.rule.untied)
 
 
-# ---- the model
+# ---- The model
 
 
 class _Group:
-    """The layers of one backbone that one active adapter edits in one way."""
+    """The layers of one backbone that an active adapter edits with the same settings."""
 
-    def __init__(self, kind: _Kind, places: list[tuple[int, ReftModule]]) -> None:
-        self.spec = kind.spec
-        self.untied = not kind.tied
+    def __init__(self, settings: UnitSettings, places: list[tuple[int, ReftModule]]) -> None:
+        self.spec = settings.spec
+        self.untied = not settings.tied
         self.sites = [site for site, _ in places]
-        self.stack = _Units(kind, [module for _, module in places])
+        self.stack = StackedUnits(settings, [module for _, module in places])
 
 
 class _BackboneSession(BackboneSession):
-    """One backbone whose adapters are those that the package says are active."""
+    """A backbone, edited by the adapters that are active according to ``adapters``."""
 
     def __init__(
         self, editor: Editor, backbone: nn.Module, component: Component, names: tuple[str, ...]
     ) -> None:
         super().__init__(editor, backbone, component)
-        self.names = names  # the package's own forward takes *args
+        self.names = names  # argument names; the forward of adapters takes *args
         self.layers: list[tuple[int, ReftLayer]] = []
         self._known: dict[str, tuple[list[tuple[int, ReftModule]], list[_Group]]] = {}
 
     def active(self) -> list[_Group]:
-        """The groups that edit now."""
-        found: dict[str, list[tuple[int, ReftModule]]] = {}
+        """Return the groups of the active adapters."""
+        by_name: dict[str, list[tuple[int, ReftModule]]] = {}
         owners: dict[int, ReftLayer] = {}
         for site, layer in self.layers:
             setup = layer.get_active_setup()
-            name = None if setup is None else setup.first()
+            if setup is None:
+                continue
+            name = setup.first()
             if name not in layer.refts:
                 continue
             if setup.parallel_channels > 1:
@@ -296,29 +147,34 @@ class _BackboneSession(BackboneSession):
                     f"active adapters: got {setup}, expected no Parallel block: ReFT's first "
                     "adapter edits all"
                 )
-            found.setdefault(name, []).append((site, layer.refts[name]))
+            by_name.setdefault(name, []).append((site, layer.refts[name]))
             owners[site] = layer
         return [
-            group for name, places in found.items() for group in self._groups(name, places, owners)
+            group
+            for name, places in by_name.items()
+            for group in self._groups(name, places, owners)
         ]
 
     def _groups(
         self, name: str, places: list[tuple[int, ReftModule]], owners: dict[int, ReftLayer]
     ) -> list[_Group]:
+        """Return the groups of adapter ``name``, cached until its modules change."""
         known = self._known.get(name)
         if known is None or known[0] != places:
-            by_kind: dict[_Kind, list[tuple[int, ReftModule]]] = {}
+            by_settings: dict[UnitSettings, list[tuple[int, ReftModule]]] = {}
             for place in places:
-                by_kind.setdefault(_kind(owners[place[0]], name), []).append(place)
+                by_settings.setdefault(unit_settings(owners[place[0]], name), []).append(place)
             groups = [
-                _Group(kind, group) for kind, group in by_kind.items() if kind.spec.per_example
+                _Group(settings, group)
+                for settings, group in by_settings.items()
+                if settings.spec.per_example
             ]
             known = self._known[name] = (places, groups)
         return known[1]
 
     def _step(
         self,
-        groups: list[_Group],
+        groups: Sequence[Any],  # of _Group, which takes the place of Adapter
         window: Window | None,
         call: ModelCall,
         arguments: Mapping[str, Any],
@@ -339,26 +195,27 @@ class _BackboneSession(BackboneSession):
 
 
 class _Through:
-    """Stands in for a ReftLayer's forward: what it would edit is edited already."""
+    """Replaces a ReftLayer's forward, since the hidden states are already edited."""
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         return hidden_states
 
 
 class _BeforeSaving:
-    """Stands in for a ReftLayer's ``pre_save_adapters``."""
+    """Replaces a ReftLayer's ``pre_save_adapters`` to restore the signs before saving."""
 
     def __init__(self, layer: ReftLayer) -> None:
         self.layer = layer
 
     def __call__(self) -> None:
-        _mend(self.layer)
+        restore_signs(self.layer)
         type(self.layer).pre_save_adapters(self.layer)
 
 
 class _PassCache:
-    """Before a block: hands on the cache, which the package's Llama and Mistral take by the name
-    of an older transformers.
+    """Forward pre-hook of a block that renames the cache argument ``past_key_values``.
+
+    The Llama and Mistral classes of ``adapters`` use the name of an older transformers version.
     """
 
     def __call__(
@@ -376,7 +233,7 @@ def _misses_cache(block: nn.Module) -> bool:
 
 
 class _Editor(Editor):
-    """The package's ReFT layers of one model, served by this engine's hooks."""
+    """The hooks that edit one model with its ReFT layers of ``adapters``."""
 
     def __init__(
         self, model: nn.Module, layers: dict[str, ReftLayer], *, token_labels: bool
@@ -398,17 +255,22 @@ class _Editor(Editor):
                 )
 
     def _scope_of(self, target: Target, encoder: bool, decoder: bool) -> _BackboneSession:
+        """Return the session of the backbone that contains a block; create it if necessary."""
         path, names = _backbone(self.model, target.path)
         if path not in self._sessions:
             backbone = self.model.get_submodule(path)
-            session = _BackboneSession(
+            created = _BackboneSession(
                 self, backbone, Component((target,), path, encoder, decoder), names
             )
-            self._watch(session, path)
-            self._sessions[path] = session
-        return self._sessions[path]
+            self._watch(created, path)
+            self._sessions[path] = created
+        session = self._sessions[path]
+        assert isinstance(session, _BackboneSession)
+        return session
 
-    def active_in(self, session: _BackboneSession) -> list[_Group]:
+    def active_in(self, session: BackboneSession) -> list[Any]:
+        """Return the groups, which take the place of adapters, that are active in a session."""
+        assert isinstance(session, _BackboneSession)
         return session.active()
 
     def close(self) -> None:
@@ -420,23 +282,32 @@ class _Editor(Editor):
 
 
 def _backbone(model: nn.Module, path: str) -> tuple[str, tuple[str, ...]]:
-    """The innermost ancestor of a block whose class, the package's wrappers apart, takes a
-    model's inputs, and their names.
+    """Find the backbone of a block.
+
+    Returns:
+        The path of the innermost ancestor whose forward takes a model's inputs, and the names of
+        its arguments. Wrappers of ``adapters`` that take ``*args`` are ignored.
+
+    Raises:
+        ValueError: If there is no such ancestor.
     """
     parts = path.split(".")
     for depth in range(len(parts) - 1, -1, -1):
         ancestor = ".".join(parts[:depth])
         for cls in type(model.get_submodule(ancestor)).__mro__:
             forward = vars(cls).get("forward")
-            names = () if forward is None else tuple(inspect.signature(forward).parameters)[1:]
+            if forward is None:
+                continue
+            names = tuple(inspect.signature(forward).parameters)[1:]
             if any(name in MODEL_INPUTS for name in names):
                 return ancestor, names
     raise ValueError(f"model: no module above {path!r} takes one of {', '.join(MODEL_INPUTS)}")
 
 
 class AcceleratedAdapters:
-    """A model whose ReFT layers this engine serves; :meth:`restore` gives them back, as does
-    leaving a ``with`` block.
+    """The result of :func:`accelerate_adapters`.
+
+    :meth:`restore` undoes the acceleration, as does leaving a ``with`` block.
     """
 
     def __init__(
@@ -450,11 +321,12 @@ class AcceleratedAdapters:
             layer.__dict__["pre_save_adapters"] = _BeforeSaving(layer)
 
     def restore(self) -> nn.Module:
-        """Make the model the package's own again, with the parameters that it has now; a second
-        call does nothing.
+        """Restore the original methods and return the model, with its current parameters.
+
+        Further calls have no effect.
         """
         for layer in self._layers:
-            _mend(layer)
+            restore_signs(layer)
             del layer.__dict__["forward"], layer.__dict__["pre_save_adapters"]
         self._layers = []
         self._editor.close()
@@ -468,24 +340,26 @@ class AcceleratedAdapters:
 
 
 def accelerate_adapters(model: nn.Module, *, prompts: str = "sequence") -> AcceleratedAdapters:
-    """Compute the ReFT edits of an ``adapters`` model by the fused kernels, those of adapters added
-    later too.
+    """Run the ReFT edits of an ``adapters`` model with the fused kernels.
 
-    The model is changed in place and stays the package's: ``add_adapter``, ``train_adapter``,
-    ``set_active_adapters``, ``save_adapter``, ``load_adapter``, ``generate`` and ``AdapterTrainer``
-    work as before. Weight decay leaves R orthonormal.
+    The model is changed in place; this includes adapters that are added later. ``add_adapter``,
+    ``train_adapter``, ``set_active_adapters``, ``save_adapter``, ``load_adapter``, ``generate`` and
+    ``AdapterTrainer`` work as before. R remains orthonormal under weight decay.
 
     Args:
-        model: after ``adapters.init(model)``, or of an ``...AdapterModel`` class; hidden states
-            fp32, bf16 or fp16, the adapters' parameters of any floating dtype.
-        prompts: what is a prompt where neither ``generate`` nor ``prompt_lengths=`` says:
-            "sequence", all real tokens of the call, as in the package, or "labels", those before
-            the first label that is not -100.
+        model: A model after ``adapters.init(model)``, or of an ``...AdapterModel`` class. Hidden
+            states may be fp32, bf16 or fp16, and the adapters' parameters any floating-point dtype.
+        prompts: What the prompt is if neither ``generate`` nor ``prompt_lengths=`` determines it:
+            "sequence" for all real tokens of the call, as in ``adapters``, or "labels" for those
+            before the first label other than -100.
+
+    Returns:
+        An :class:`AcceleratedAdapters`, with a method ``restore()``.
 
     Raises:
-        ValueError: another ``prompts``; a model without ReFT layers of the package, or accelerated
-            already; an adapter with a non_linearity or a rank that the engine does not have. The
-            model is then as it was.
+        ValueError: If ``prompts`` is invalid, the model has no ReFT layers of ``adapters`` or is
+            already accelerated, or an adapter has an unsupported non_linearity or rank. The model
+            is then unchanged.
     """
     if prompts not in PROMPTS:
         raise ValueError(f"prompts: got {prompts!r}, expected one of {', '.join(PROMPTS)}")
@@ -503,5 +377,5 @@ def accelerate_adapters(model: nn.Module, *, prompts: str = "sequence") -> Accel
     for path, layer in layers.items():
         _backbone(model, path.rsplit(".", 1)[0])
         for name in layer.refts:
-            _kind(layer, name)
+            unit_settings(layer, name)
     return AcceleratedAdapters(model, layers, token_labels=prompts == "labels")

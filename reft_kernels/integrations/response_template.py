@@ -1,5 +1,6 @@
-"""The text right before a response, as token ids: from a tokenizer's chat template, or from a
-text of one's own.
+"""Token ids of the text that precedes a response (the response template).
+
+They are determined from a tokenizer's chat template or from a given text.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Any
 
 from reft_kernels.checks import describe
 
-# what may stand before and after a template; tokenizers merge characters across its borders
+# Texts before and after a template. Tokenizers may merge characters across its borders.
 _BEFORE = ("", "x", "x.", "x?", "x ", "x\n", "x\n\n")
 _AFTER = ("", "x", " x", "X", " X", "1", "\nx")
 _QUESTIONS = ("First question, about apples", "Another one entirely; of trains 7")
@@ -26,13 +27,13 @@ def _is_ids(value: Any) -> bool:
 
 
 def checked_template(value: Any) -> list[list[int]]:
-    """A template as a list of alternatives, each a list of token ids.
+    """Return a response template as a list of alternatives, each a list of token ids.
 
     Args:
-        value: token ids, a list of such, or ``(text, tokenizer)``.
+        value: Token ids, a list of alternatives, or ``(text, tokenizer)``.
 
     Raises:
-        ValueError: anything else, or an empty template.
+        ValueError: If ``value`` has another form or is empty.
     """
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
         return template_of_text(*value)
@@ -54,18 +55,23 @@ def checked_template(value: Any) -> list[list[int]]:
 
 
 def template_of_text(text: str, tokenizer: Any) -> list[list[int]]:
-    """The token ids of ``text`` in the middle of other text: every form that its surroundings give
-    it.
+    """Return the token ids that a text can have within other text.
+
+    The tokens at its borders depend on the surrounding text, so there may be several alternatives.
+
+    Args:
+        text: The text that precedes a response.
+        tokenizer: A fast tokenizer of transformers.
 
     Raises:
-        ValueError: an empty text, or one with a space at its end; a tokenizer without character
-            offsets; a text whose end is always joined with what follows.
+        ValueError: If the text is empty or ends with a space, if the tokenizer gives no character
+            offsets, or if no token ends where the text ends.
     """
     if not text:
         raise ValueError(
             "response_template: got an empty text, expected what stands right before a response"
         )
-    if text[-1] in " \t":  # tokenizers join it with the response's first word
+    if text[-1] in " \t":  # tokenizers merge it with the first word of the response
         raise ValueError(
             f"response_template: got {text!r}, expected it without the space at its end: "
             f"{text.rstrip(' ' + chr(9))!r}"
@@ -87,22 +93,26 @@ def template_of_text(text: str, tokenizer: Any) -> list[list[int]]:
             f"response_template: the tokenizer never ends a token where {text!r} ends; expected "
             "another text"
         )
-    # a form that ends with another one is found wherever that one is
+    # Wherever a form occurs, each of its suffixes occurs too
     shortest = [f for f in forms if not any(g != f and f[-len(g) :] == g for g in forms)]
     return sorted(shortest, key=len)
 
 
 def _form(text: str, before: str, after: str, tokenizer: Any) -> list[int] | None:
-    """The tokens of ``text`` between two others; None where a token joins its end with ``after``.
+    """Return the tokens of ``text`` between ``before`` and ``after``.
 
-    A token that joins its start with ``before`` belongs to the form where it adds white space, is
-    left out where white space is all that it takes from the text, and else makes the form an empty
-    one, since words do not meet so.
+    A token may span the border of ``before`` and ``text``. It is included if it covers only white
+    space of ``before``, and omitted if it covers only white space of ``text``; otherwise the result
+    is empty.
+
+    Returns:
+        Token ids, or None if no token ends where ``text`` ends.
     """
     whole = before + text + after
     encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
     start, end = len(before), len(before) + len(text)
-    form, covered = [], start
+    form: list[int] = []
+    covered = start
     for token, (low, high) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         if high <= start or low >= end:
             continue
@@ -117,7 +127,7 @@ def _form(text: str, before: str, after: str, tokenizer: Any) -> list[int] | Non
 
 
 def _common_prefix(rows: Sequence[Sequence[int]]) -> list[int]:
-    prefix = []
+    prefix: list[int] = []
     for column in zip(*rows, strict=False):
         if len(set(column)) > 1:
             break
@@ -130,20 +140,19 @@ def _common_suffix(rows: Sequence[Sequence[int]]) -> list[int]:
 
 
 def from_chat_template(tokenizer: Any, **kwargs: Any) -> list[int]:
-    """The token ids that a chat template puts between the end of a user's message and an answer.
+    """Return the token ids that a chat template puts between a user's message and the answer.
 
-    For ChatML these are the ids of ``<|im_end|>\\n<|im_start|>assistant\\n``; for Llama 2 those of
-    ``[/INST]``. Found by
-    rendering conversations with different questions and answers: what all of them have in common
-    right before the answer, both in a complete conversation (training) and with
-    ``add_generation_prompt=True``.
+    For ChatML these are the ids of ``<|im_end|>\\n<|im_start|>assistant\\n``, for Llama 2 those of
+    ``[/INST]``. They are determined by rendering conversations with different questions and
+    answers: the result is what precedes the answer in all of them, both in complete conversations
+    (training) and with ``add_generation_prompt=True``.
 
     Args:
-        tokenizer: a tokenizer with a chat template. kwargs: passed to ``apply_chat_template``, such
-            as ``enable_thinking``.
+        tokenizer: A tokenizer with a chat template.
+        **kwargs: Passed to ``apply_chat_template``, such as ``enable_thinking``.
 
     Raises:
-        ValueError: no chat template, or one in which nothing marks where an answer starts.
+        ValueError: If there is no chat template, or if it does not mark where an answer starts.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError(

@@ -1,17 +1,23 @@
-"""ReFT in ms-swift: the tuner ``reft_kernels``, built on the PEFT tuner.
+"""The tuner ``reft_kernels`` for ms-swift, based on the PEFT tuner of this package.
 
-ms-swift 4:  swift sft --external_plugins PATH/reft_kernels/integrations/swift.py --tuner_type
-             reft_kernels --reft_rank 8 ...
-ms-swift 3:  the same with ``--train_type`` and a plugin file of one's own, since 3.x imports
-             plugins by file name, and this one
-             has ms-swift's own:  echo "import reft_kernels.integrations.swift" > reft_plugin.py
+With ms-swift 4::
 
-ms-swift's arguments for ReFT are understood: ``reft_rank``, ``reft_layers`` (none: all),
-``reft_layer_key``, ``reft_intervention_type`` and ``reft_args``, a JSON object of pyreft's
-``dropout``, ``act_fn``, ``add_bias`` and of :class:`~reft_kernels.integrations.peft.ReftConfig`'s
-positions, share_weights, component, activation, parametrization, init, embed_dim and intervention.
-Positions are the paper's, "f7+l7" of the prompt; ms-swift's own ReFT passes none and so edits every
-token, which is ``{"positions": "all"}``.
+    swift sft --external_plugins PATH/reft_kernels/integrations/swift.py \\
+        --tuner_type reft_kernels --reft_rank 8 ...
+
+ms-swift 3 imports plugins by file name, and this file has the name of the package ``swift``.
+Therefore create a plugin file, and use ``--train_type``::
+
+    echo "import reft_kernels.integrations.swift" > reft_plugin.py
+    swift sft --external_plugins reft_plugin.py --train_type reft_kernels --reft_rank 8 ...
+
+The tuner uses ms-swift's arguments ``reft_rank``, ``reft_layers`` (default: all),
+``reft_layer_key``, ``reft_intervention_type`` and ``reft_args``. The last is a JSON object with
+pyreft's ``dropout``, ``act_fn`` and ``add_bias``, and with the fields positions, share_weights,
+component, activation, parametrization, init, embed_dim and intervention of
+:class:`~reft_kernels.integrations.peft.ReftConfig`. The default positions are the paper's "f7+l7".
+ms-swift's own ReFT passes no positions and edits every token; use ``{"positions": "all"}`` for
+that.
 """
 
 from __future__ import annotations
@@ -24,8 +30,8 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 if not __name__.startswith("reft_kernels."):
-    # as a plugin: ms-swift puts this file's folder first on the path, where peft and swift would
-    # hide the packages
+    # ms-swift puts the folder of a plugin first on the path, where this package's peft and swift
+    # would hide the packages of these names
     sys.path[:] = [
         entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))
     ]
@@ -40,7 +46,7 @@ from reft_kernels.model import EXPLICIT
 from reft_kernels.positions import IGNORED_LABEL, prompt_lengths_from_labels
 
 NAME = "reft_kernels"
-"""The tuner's name: ``--tuner_type reft_kernels`` (4.x), ``--train_type reft_kernels`` (3.x)."""
+"""Name of the tuner, for ``--tuner_type`` (ms-swift 4) or ``--train_type`` (ms-swift 3)."""
 
 OPTIONS = (
     "positions",
@@ -55,27 +61,28 @@ OPTIONS = (
 _REGISTRIES = (("swift.tuner_plugin", "tuners_map"), ("swift.plugin", "extra_tuners"))
 
 
-def _options(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    if isinstance(given, str) and given.strip():
+def _options(reft_args: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """Parse and check the argument ``reft_args``."""
+    if isinstance(reft_args, str) and reft_args.strip():
         try:
-            given = json.loads(given)
+            reft_args = json.loads(reft_args)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"reft_args: got {given!r}, expected a JSON object ({error})"
+                f"reft_args: got {reft_args!r}, expected a JSON object ({error})"
             ) from None
-    if not given:
+    if not reft_args:
         return {}
-    if not isinstance(given, Mapping):
-        raise ValueError(f"reft_args: got {given!r}, expected a JSON object")
+    if not isinstance(reft_args, Mapping):
+        raise ValueError(f"reft_args: got {reft_args!r}, expected a JSON object")
     known = (*OPTIONS, "intervention", "act_fn", "add_bias")
-    foreign = sorted(set(given) - set(known))
+    foreign = sorted(set(reft_args) - set(known))
     if foreign:
         raise ValueError(
             f"reft_args: got {', '.join(foreign)}, expected names among {', '.join(known)}"
         )
-    if "act_fn" in given and "activation" in given:
+    if "act_fn" in reft_args and "activation" in reft_args:
         raise ValueError("reft_args: got both act_fn and activation, expected one of them")
-    return dict(given)
+    return dict(reft_args)
 
 
 def _intervention(args: Any, options: dict[str, Any]) -> str:
@@ -114,14 +121,15 @@ def _modules_to_save(args: Any) -> list[str] | None:
 
 
 def reft_config(args: Any) -> ReftConfig:
-    """The PEFT configuration that ms-swift's arguments describe.
+    """Return the PEFT configuration for ms-swift's arguments.
 
     Args:
-        args: an object with ms-swift's attributes (``SftArguments``); those that are missing have
+        args: An object with the attributes of ms-swift's ``SftArguments``. Missing attributes have
             ms-swift's defaults.
 
     Raises:
-        ValueError, TypeError: an argument of another kind or out of range, naming it.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has an invalid value.
     """
     options = _options(getattr(args, "reft_args", None))
     intervention, component = _intervention(args, options), _component(args, options)
@@ -148,25 +156,32 @@ def reft_config(args: Any) -> ReftConfig:
     return config
 
 
-# ---- prompts
+# ---- Prompts
 
 
-def _supervised(labels: Tensor, kept: int | Tensor, batch: int, width: int) -> Tensor:
-    """Which tokens ``[B, T]`` have a label, from labels that ms-swift cut down with
-    ``logits_to_keep``.
+def _supervised(labels: Tensor, logits_to_keep: int | Tensor, batch: int, width: int) -> Tensor:
+    """Return which tokens have a label, from labels truncated by ``logits_to_keep``.
+
+    Args:
+        labels: ``[B, K]``.
+        logits_to_keep: K, or for one example a bool tensor ``[T]``.
+        batch: B.
+        width: T.
+
+    Returns:
+        bool ``[B, T]``.
     """
-    found = torch.zeros(batch, width, dtype=torch.bool, device=labels.device)
-    if isinstance(
-        kept, Tensor
-    ):  # one example: the logits kept are those before a labelled token, and the last
-        found[:, 1:] = kept[:-1].to(labels.device)
+    supervised = torch.zeros(batch, width, dtype=torch.bool, device=labels.device)
+    if isinstance(logits_to_keep, Tensor):
+        # The kept logits are those before a token with a label, and the last one
+        supervised[:, 1:] = logits_to_keep[:-1].to(labels.device)
     else:
-        found[:, width - labels.shape[1] :] = labels != IGNORED_LABEL
-    return found
+        supervised[:, width - labels.shape[1] :] = labels != IGNORED_LABEL
+    return supervised
 
 
 def _packed_lengths(supervised: Tensor, position_ids: Tensor) -> Tensor:
-    """Prompt lengths of sequences one after the other, each of which starts at position 0."""
+    """Return the prompt lengths of packed sequences, each of which starts at position 0."""
     position, labelled = (
         position_ids.reshape(-1).to(supervised.device),
         supervised.reshape(-1).to(torch.int64),
@@ -183,17 +198,18 @@ def _packed_lengths(supervised: Tensor, position_ids: Tensor) -> Tensor:
 def _keep_prompts(
     module: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
-    """Before the model: say where prompts end when ``logits_to_keep``, on by default in
-    ms-swift, has cut the labels.
+    """Forward pre-hook that adds ``prompt_lengths`` if ms-swift has truncated the labels.
+
+    ms-swift truncates them with ``logits_to_keep``, which is enabled by default.
     """
-    labels, kept = kwargs.get("labels"), kwargs.get("logits_to_keep")
+    labels, logits_to_keep = kwargs.get("labels"), kwargs.get("logits_to_keep")
     tokens = (
         kwargs.get("input_ids")
         if kwargs.get("input_ids") is not None
         else kwargs.get("inputs_embeds")
     )
     if (
-        kept is None
+        logits_to_keep is None
         or not isinstance(labels, Tensor)
         or not isinstance(tokens, Tensor)
         or any(n in kwargs for n in EXPLICIT)
@@ -202,7 +218,7 @@ def _keep_prompts(
     batch, width = tokens.shape[:2]
     if labels.shape == (batch, width):
         return None
-    supervised = _supervised(labels, kept, batch, width)
+    supervised = _supervised(labels, logits_to_keep, batch, width)
     mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is None and isinstance(position_ids, Tensor) and position_ids.shape == (batch, width):
         lengths = _packed_lengths(supervised, position_ids)
@@ -216,8 +232,9 @@ def _keep_prompts(
 
 
 class _Called:
-    """Stands in for a tuner's forward: calls the model, hooks and all, where PEFT before 0.21
-    calls its bare ``forward``.
+    """Replaces the ``forward`` of a tuner such that the model's hooks are called.
+
+    PEFT before 0.21 calls the model's ``forward`` directly, without hooks.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -229,27 +246,26 @@ class _Called:
 
 def _watched(model: PeftModel) -> PeftModel:
     inner = model.get_base_model()
-    # first, before the tuner's own hook on the same module takes the explicit arguments out
+    # Prepended, because the tuner's hook on the same module removes the explicit arguments
     inner.register_forward_pre_hook(_keep_prompts, with_kwargs=True, prepend=True)
-    model.base_model.__dict__["forward"] = _Called(inner)  # ms-swift 4 pins PEFT below 0.21
+    model.base_model.__dict__["forward"] = _Called(inner)  # ms-swift 4 requires PEFT before 0.21
     return model
 
 
-# ---- the tuner
+# ---- The tuner
 
 
 class ReftKernelsTuner:
-    """ms-swift's ``Tuner`` interface: three static methods; see the module's text for the
-    arguments.
-    """
+    """Implementation of ms-swift's ``Tuner`` interface."""
 
     @staticmethod
     def prepare_model(args: Any, model: nn.Module) -> PeftModel:
-        """The model with a new ReFT adapter, everything else frozen.
+        """Return the model with a new ReFT adapter; its other parameters are frozen.
 
         Raises:
-            ValueError, TypeError: arguments that :func:`reft_config` refuses, or that this model
-                does not have; the model is then as it was.
+            TypeError: If an argument has the wrong type.
+            ValueError: If an argument is invalid or does not fit the model, which is then
+                unchanged.
         """
         return _watched(get_peft_model(model, reft_config(args)))
 
@@ -261,8 +277,15 @@ class ReftKernelsTuner:
         safe_serialization: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Write ``adapter_config.json`` and the weights: those of ``state_dict``, where an
-        engine has gathered them.
+        """Save the adapter.
+
+        Args:
+            model: The model with the adapter.
+            save_directory: The folder to write.
+            state_dict: The weights, if a training engine has gathered them; else those of the
+                model.
+            safe_serialization: Whether to write safetensors.
+            **kwargs: Passed to ``PeftModel.save_pretrained``.
         """
         kwargs.setdefault("selected_adapters", ["default"])
         if state_dict is not None:
@@ -271,16 +294,19 @@ class ReftKernelsTuner:
 
     @staticmethod
     def from_pretrained(model: nn.Module, model_id: str, **kwargs: Any) -> PeftModel:
-        """The model with a saved adapter; ``is_trainable=True`` to go on training."""
+        """Return the model with a saved adapter; pass ``is_trainable=True`` to train it."""
         return _watched(PeftModel.from_pretrained(model, model_id, **kwargs))
 
 
 def register(registry: MutableMapping[str, type] | None = None) -> None:
-    """Add the tuner to ms-swift's (``swift.tuner_plugin.tuners_map`` of 4.x,
-    ``swift.plugin.extra_tuners`` of 3.x).
+    """Register the tuner.
+
+    Args:
+        registry: ms-swift's registry. If None, it is ``swift.tuner_plugin.tuners_map`` (ms-swift 4)
+            or ``swift.plugin.extra_tuners`` (ms-swift 3).
 
     Raises:
-        ImportError: ms-swift is not installed, or has another tuner of that name.
+        ImportError: If ms-swift is not installed or has another tuner with this name.
     """
     registry = _find_registry() if registry is None else registry
     if registry is None:
@@ -297,20 +323,16 @@ def register(registry: MutableMapping[str, type] | None = None) -> None:
 
 
 def _find_registry() -> MutableMapping[str, type] | None:
+    """Return ms-swift's registry of tuners, or None if ms-swift is not installed."""
     for path, name in _REGISTRIES:
         try:
             return getattr(importlib.import_module(path), name)
         except ModuleNotFoundError as error:
-            if error.name not in (
-                "swift",
-                path,
-            ):  # ms-swift is there and lacks a package: that is for the user to see
+            if error.name not in ("swift", path):  # a dependency of ms-swift is missing
                 raise
     return None
 
 
 _registry = _find_registry()
-if (
-    _registry is not None
-):  # without ms-swift the class is still of use, by itself or through register(...)
+if _registry is not None:
     register(_registry)

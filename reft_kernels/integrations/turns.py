@@ -1,6 +1,6 @@
-"""Rows with several responses, expanded to one row for each of them: one edit serves one prompt.
+"""Expansion of conversations with several responses to one row per response.
 
-Plain Python on the columns of a batch, for ``datasets.Dataset.map(expand_turns, batched=True)``.
+ReFT edits one prompt per row. Use with ``datasets.Dataset.map(expand_turns, batched=True)``.
 """
 
 from __future__ import annotations
@@ -8,32 +8,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-IGNORED = -100  # a label that the loss leaves out
+IGNORED = -100  # the label that the loss ignores
 _LAYOUTS = "'messages', or 'input_ids' and 'labels'"
 
 
 def expand_turns(batch: Mapping[str, Any], *, prompt_completion: bool = False) -> dict[str, list]:
-    """One row for each response of each row.
+    """Expand each row to one row per response.
 
-    Of ``messages`` (lists of ``{"role": ..., "content": ...}``): one row for each assistant turn,
-    the messages up to and with that turn. Of ``input_ids`` and ``labels``: one row for each
-    supervised span, cut right after it, in which labels before the span are -100. Columns of
-    numbers as long as ``input_ids`` (``attention_mask``, ``position_ids``) are cut alike. Every
-    other column is repeated. A row without an assistant turn or a supervised token gives no row.
-    Expand rows before they are packed.
+    A batch with a column ``messages`` (lists of ``{"role": ..., "content": ...}``) gives one row
+    per assistant turn, with the messages up to and including that turn. A batch with ``input_ids``
+    and ``labels`` gives one row per supervised span. It is truncated after the span, and labels
+    before the span are set to -100. Numeric columns of the same length (``attention_mask``,
+    ``position_ids``) are truncated likewise. All other columns are repeated. A row without an
+    assistant turn or supervised token is dropped. Expand rows before packing them.
 
     Args:
-        batch: the columns of a batch, or one example.
-        prompt_completion: instead of ``messages`` write TRL's ``prompt`` (the messages before the
-            turn) and ``completion`` (a list of the turn alone); then ``Dataset.map`` also needs
-            ``remove_columns="messages"``.
+        batch: The columns of a batch, or of a single example.
+        prompt_completion: Return TRL's columns ``prompt`` (the messages before the turn) and
+            ``completion`` (a list with the turn) instead of ``messages``. ``Dataset.map`` then also
+            needs ``remove_columns="messages"``.
 
     Returns:
         The columns of the new batch.
 
     Raises:
-        TypeError: a column's value of another type.
-        ValueError: other columns, a batch whose columns differ in length, or a packed row.
+        TypeError: If a column has values of another type.
+        ValueError: If the batch has neither or both of these kinds of columns, the columns differ
+            in length, or a row is packed.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch: got {_named(batch)}, expected a dict of columns")
@@ -49,17 +50,17 @@ def expand_turns(batch: Mapping[str, Any], *, prompt_completion: bool = False) -
     return _tokens(columns)
 
 
-# ---- messages
+# ---- Messages
 
 
 def _chats(columns: dict[str, list], prompt_completion: bool) -> dict[str, list]:
-    kept = [name for name in columns if name != "messages"]
-    made = ["prompt", "completion"] if prompt_completion else ["messages"]
-    if clash := [name for name in made if name in kept]:
+    other_columns = [name for name in columns if name != "messages"]
+    new_columns = ["prompt", "completion"] if prompt_completion else ["messages"]
+    if clash := [name for name in new_columns if name in other_columns]:
         raise ValueError(
             f"batch: got column {clash[0]!r} beside 'messages', which would replace it"
         )
-    rows: dict[str, list] = {name: [] for name in [*made, *kept]}
+    rows: dict[str, list] = {name: [] for name in [*new_columns, *other_columns]}
     for number, messages in enumerate(columns["messages"]):
         for turn in _turns(messages, f"messages, row {number}"):
             if prompt_completion:
@@ -67,29 +68,29 @@ def _chats(columns: dict[str, list], prompt_completion: bool) -> dict[str, list]
                 rows["completion"].append([messages[turn]])
             else:
                 rows["messages"].append(messages[: turn + 1])
-            for name in kept:
+            for name in other_columns:
                 rows[name].append(columns[name][number])
     return rows
 
 
 def _turns(messages: Any, where: str) -> list[int]:
-    """Which of the messages are the assistant's."""
+    """Return the indices of the assistant's messages."""
     if not isinstance(messages, list):
         raise TypeError(f"{where}: got {_named(messages)}, expected a list of messages")
     turns = []
     for place, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            found = _named(message)
-            raise TypeError(f"{where}, message {place}: got {found}, expected a dict with role")
+            text = _named(message)
+            raise TypeError(f"{where}, message {place}: got {text}, expected a dict with role")
         if not isinstance(message.get("role"), str):
-            found = _listed(message)
-            raise ValueError(f"{where}, message {place}: got keys {found}, expected 'role', a str")
+            text = _listed(message)
+            raise ValueError(f"{where}, message {place}: got keys {text}, expected 'role', a str")
         if message["role"] == "assistant":
             turns.append(place)
     return turns
 
 
-# ---- tokens
+# ---- Tokens
 
 
 def _tokens(columns: dict[str, list]) -> dict[str, list]:
@@ -116,7 +117,7 @@ def _tokens(columns: dict[str, list]) -> dict[str, list]:
 
 
 def _spans(labels: list[int]) -> list[tuple[int, int]]:
-    """Start and end of each run of supervised labels."""
+    """Return the start and end of each run of supervised labels."""
     spans: list[tuple[int, int]] = []
     for place, label in enumerate(labels):
         if label == IGNORED:
@@ -137,13 +138,14 @@ def _check_ids(row: Any, where: str) -> None:
 
 
 def _aligned(value: Any, row: list) -> bool:
+    """Return whether ``value`` is a list of numbers as long as ``row``."""
     if not isinstance(value, list) or len(value) != len(row):
         return False
     return all(isinstance(part, int | float) for part in value)
 
 
 def _refuse_packed(columns: dict[str, list], number: int) -> None:
-    """Position ids that start again tell several sequences in one row."""
+    """Raise ValueError if the position ids of a row restart, which means that it is packed."""
     places = columns.get("position_ids", [None] * (number + 1))[number]
     if not _aligned(places, columns["input_ids"][number]):
         return
@@ -156,11 +158,11 @@ def _refuse_packed(columns: dict[str, list], number: int) -> None:
         )
 
 
-# ---- both
+# ---- Common helpers
 
 
 def _as_batch(columns: dict[str, Any], leading: str) -> dict[str, list]:
-    """Lists of equal length; one example becomes a batch of one."""
+    """Check that all columns have the same length; a single example becomes a batch of one."""
     value = columns[leading]
     if not isinstance(value, list):
         raise TypeError(f"{leading}: got {_named(value)}, expected a list")
@@ -179,7 +181,7 @@ def _as_batch(columns: dict[str, Any], leading: str) -> dict[str, list]:
 
 
 def _plain(value: Any) -> Any:
-    """Tensors and arrays as lists, also those in a list."""
+    """Convert tensors and arrays, also those in a list, to lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, list | tuple):
@@ -188,6 +190,7 @@ def _plain(value: Any) -> Any:
 
 
 def _named(value: Any) -> str:
+    """Format a value and its type for an error message."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 

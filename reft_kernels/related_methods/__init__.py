@@ -1,13 +1,12 @@
-"""Neighbours of ReFT that need a little more than LoReFT: each a small module over the engine's
-operators.
+"""Methods related to ReFT, as modules built on the same operators.
 
-    ReftR1          h + mean(top-k ReLU(h w)) w           AxBench, Wu et al. 2025, arXiv:2501.17148
-    RePS            h + (f + b) w, or h without its w     Wu et al. 2025, arXiv:2505.20809
-    BREP            scale * h + bias on a prefix          Liang et al. 2025, arXiv:2511.10707
-    LoFiT, JoLA     (1 + a) z + v for each head           Yin et al. 2024, arXiv:2406.01563; Lai et
-                    al. 2025, arXiv:2502.01179
+    ReftR1   h + mean(top-k ReLU(h . w)) w               Wu et al. 2025, arXiv:2501.17148 (AxBench)
+    RePS     h + (f + b) w, or h - (h . w) / |w|^2 w     Wu et al. 2025, arXiv:2505.20809
+    BREP     scale * h + bias on a prefix                Liang et al. 2025, arXiv:2511.10707
+    LoFiT    z + v or (1 + a) z per attention head       Yin et al. 2024, arXiv:2406.01563
+    JoLA     (1 + g a) z + k v per attention head        Lai et al. 2025, arXiv:2502.01179
 
-RED itself is :class:`reft_kernels.RED`.
+RED is :class:`reft_kernels.RED`.
 """
 
 from reft_kernels.related_methods.brep import BREP, prefix_rows

@@ -1,6 +1,8 @@
-"""BREP: RED on the tokens with which an answer starts."""
+"""BREP: RED on the prompt and the first generated tokens."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,24 +21,26 @@ def prefix_rows(
     attention_mask: Tensor | None = None,
     offset: int = 0,
 ) -> Tensor:
-    """Rows of each example's first generated tokens, and of its prompt, in a hidden state ``[B,
-    seq_len, d]``.
+    """Return the rows of each example's prompt and first generated tokens.
+
+    Does not synchronize.
 
     Args:
-        prompt_lengths: integers ``[B]``, prompt tokens of each example. seq_len: columns of the
-            hidden state at hand.
-        tokens: n, generated tokens to edit. edit_prompt: whether prompt tokens are edited too.
-        attention_mask: ``[B, offset + seq_len]``, nonzero for real tokens: it tells where prompts
-        start. None: no padding.
-        offset: column at which the hidden state at hand starts; in a decode step, the tokens
-            already in the cache.
+        prompt_lengths: int32 or int64 ``[B]``, the number of prompt tokens of each example.
+        seq_len: T, the number of columns of the hidden states ``[B, T, d]``.
+        tokens: Number of generated tokens to edit.
+        edit_prompt: Whether prompt tokens are edited too.
+        attention_mask: ``[B, offset + seq_len]``, nonzero for real tokens, or None if there is no
+            padding. It determines where the prompts start.
+        offset: Column of the sequence at which the hidden states start. In a decode step this is
+            the number of tokens in the cache.
 
     Returns:
-        int32 ``[B * seq_len]``, -1 where nothing is edited; tensor operations only, so no
-        synchronisation.
+        int32 ``[B * seq_len]``: the row number, or -1 where nothing is edited.
 
     Raises:
-        TypeError, ValueError: an argument of another kind or shape, naming it.
+        TypeError: If ``prompt_lengths`` is not an integer tensor.
+        ValueError: If an argument has the wrong shape, device or value.
     """
     for name, value in (("seq_len", seq_len), ("tokens", tokens), ("offset", offset)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -65,7 +69,7 @@ def prefix_rows(
                 "where prompt_lengths is"
             )
         starts = first_tokens(attention_mask.bool()) if offset + seq_len else starts
-    # what is edited is one run of tokens: as if it were a prompt of its own
+    # The edited tokens are contiguous, so they can be treated like a prompt
     first, count = (
         (starts, lengths + tokens)
         if edit_prompt
@@ -78,29 +82,31 @@ def prefix_rows(
 
 
 class BREP(RED):
-    """BREP: scale * h + bias, elementwise over d, on the prompt and the first n generated tokens;
-    later tokens are untouched.
+    """BREP: scale * h + bias on the prompt and the first n generated tokens.
 
-    Variant: the authors' code edits every prompt token and the first n decode steps, and so does
-    the default; ``edit_prompt=False`` edits generated tokens alone. The edit is
-    :class:`reft_kernels.RED` at the rows of :meth:`rows`; the authors put it on the output of the
-    feed-forward's last projection. They hold |bias| near a target by a PID controller in
-    the loss: :meth:`bias_norm` is what it controls, the controller is the trainer's.
+    Apply this module at the rows that :meth:`rows` returns. The authors edit the output of the last
+    projection of the feed-forward network. Like their code, the default edits all prompt tokens and
+    the first n generated tokens; ``edit_prompt=False`` edits only generated tokens. The authors
+    also keep |bias| near a target with a PID controller in the loss. The controlled value is
+    :meth:`bias_norm`; the controller itself is not part of this module.
 
     Args:
-        embed_dim: d. tokens: n, generated tokens to edit. edit_prompt: see above. kwargs: as
-            :class:`reft_kernels.RED`.
+        embed_dim: d.
+        tokens: n, the number of generated tokens to edit.
+        edit_prompt: Whether prompt tokens are edited too.
+        **kwargs: Arguments of :class:`reft_kernels.RED`.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: If an argument is out of range.
 
     Source: Liang et al., "Bias-Restrained Prefix Representation Finetuning for Mathematical
-    Reasoning", 2025, arXiv:2511.10707;
-    RED: Wu et al., "Advancing Parameter Efficiency in Fine-tuning via Representation Editing",
-    2024.
+    Reasoning", 2025, arXiv:2511.10707. RED: Wu et al., "Advancing Parameter Efficiency in
+    Fine-tuning via Representation Editing", 2024.
     """
 
-    def __init__(self, embed_dim: int, tokens: int, *, edit_prompt: bool = True, **kwargs) -> None:
+    def __init__(
+        self, embed_dim: int, tokens: int, *, edit_prompt: bool = True, **kwargs: Any
+    ) -> None:
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
             raise ValueError(f"tokens: got {tokens!r}, expected an integer >= 0")
         super().__init__(embed_dim, **kwargs)
@@ -114,8 +120,9 @@ class BREP(RED):
         attention_mask: Tensor | None = None,
         offset: int = 0,
     ) -> Tensor:
-        """:func:`prefix_rows` with this module's n; int32 ``[B * seq_len]``, once a batch or
-        decode step for all layers.
+        """Return the rows to edit; see :func:`prefix_rows`.
+
+        Call this once per batch or decode step; the result is the same for all layers.
         """
         return prefix_rows(
             prompt_lengths,
@@ -127,7 +134,7 @@ class BREP(RED):
         )
 
     def bias_norm(self) -> Tensor:
-        """|bias|, a differentiable scalar (``[S]`` with ``num_sets``), fp32 at least."""
+        """Return |bias|, a differentiable scalar (``[S]`` with ``num_sets``) in fp32 or fp64."""
         return torch.linalg.vector_norm(
             self.bias, dim=-1, dtype=torch.promote_types(self.bias.dtype, torch.float32)
         )

@@ -1,5 +1,6 @@
-"""Edits of attention heads, before the output projection: one RED launch, a weight set for each
-head.
+"""Edits of attention heads before the output projection.
+
+Each edit is one RED operation with a weight set per head.
 """
 
 from __future__ import annotations
@@ -7,7 +8,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,39 +21,36 @@ _INT32_MAX = 2**31 - 1
 
 
 class HeadSelection(NamedTuple):
-    """Which heads of which tokens an edit touches: rows of ``z.view(-1, head_dim)``, and each
-    row's place among the heads.
-    """
+    """The heads and tokens to edit, as rows of ``z.view(-1, head_dim)``."""
 
-    rows: Tensor | None  # int32 [N * K]; None: every head of every token
-    weight_ids: Tensor  # int32 [N * K], below K
+    rows: Tensor | None  # int32 [N * K]; None for all heads of all tokens
+    weight_ids: Tensor  # int32 [N * K], the weight set of each row, below K
 
 
 class _HeadEdit(nn.Module, abc.ABC):
-    """z -> scale * z + bias, elementwise, with one scale and bias ``[head_dim]`` for each edited
-    head.
-    """
+    """Base class of edits scale * z + bias with a scale and bias ``[head_dim]`` per edited head."""
 
     def __init__(self, num_heads: int, head_dim: int, heads: Sequence[int] | None) -> None:
         super().__init__()
         for name, value in (("num_heads", num_heads), ("head_dim", head_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
-        chosen = list(range(num_heads)) if heads is None else list(heads)
-        good = all(
-            isinstance(h, int) and not isinstance(h, bool) and 0 <= h < num_heads for h in chosen
+        selected = list(range(num_heads)) if heads is None else list(heads)
+        valid = all(
+            isinstance(h, int) and not isinstance(h, bool) and 0 <= h < num_heads for h in selected
         )
-        if not chosen or not good or len(set(chosen)) < len(chosen):
+        if not selected or not valid or len(set(selected)) < len(selected):
             raise ValueError(
                 f"heads: got {heads!r}, expected different head numbers in [0, {num_heads})"
             )
-        self.num_heads, self.head_dim, self.heads = num_heads, head_dim, tuple(sorted(chosen))
+        self.num_heads, self.head_dim, self.heads = num_heads, head_dim, tuple(sorted(selected))
 
     @abc.abstractmethod
     def _scale_and_bias(self) -> tuple[Tensor, Tensor]:
-        """Scale and bias of the edited heads, each ``[K, head_dim]``."""
+        """Return scale and bias of the edited heads, each ``[K, head_dim]``."""
 
     def _check(self, z: Tensor) -> int:
+        """Return the number of tokens of ``z``; raise ValueError if its shape is wrong."""
         width = self.num_heads * self.head_dim
         if not isinstance(z, Tensor) or z.dim() < 1 or z.shape[-1] != width:
             raise ValueError(
@@ -67,14 +65,15 @@ class _HeadEdit(nn.Module, abc.ABC):
         return total
 
     def select(self, z: Tensor, rows: Tensor | None = None) -> HeadSelection:
-        """The selection for ``z [..., num_heads * head_dim]`` and tokens ``rows`` (int32 ``[N]``,
-        -1 skips; None: all).
+        """Return the rows to edit; the result can be reused for all layers with the same heads.
 
-        Built once a batch, it serves every layer with the same heads.
+        Args:
+            z: ``[..., num_heads * head_dim]``.
+            rows: int32 ``[N]``, distinct token numbers; -1 skips an entry. None selects all tokens.
 
         Raises:
-            TypeError, ValueError: ``z`` of another width, or ``rows`` that are not distinct int32
-                token numbers.
+            TypeError: If ``rows`` is not an int32 tensor.
+            ValueError: If ``z`` or ``rows`` has the wrong shape, device or values.
         """
         total, count = self._check(z), len(self.heads)
         if rows is not None:
@@ -92,28 +91,27 @@ class _HeadEdit(nn.Module, abc.ABC):
             return HeadSelection(None, sets)
         heads = torch.tensor(self.heads, dtype=torch.int32, device=z.device)
         tokens = tokens.unsqueeze(1)
-        chosen = (
+        selected = (
             torch.where(tokens < 0, -1, tokens * self.num_heads + heads).to(torch.int32).flatten()
         )
-        return HeadSelection(mark_rows(chosen, total * self.num_heads), sets)
+        return HeadSelection(mark_rows(selected, total * self.num_heads), sets)
 
     def forward(
         self, z: Tensor, *, rows: Tensor | HeadSelection | None = None, inplace: bool = False
     ) -> Tensor:
-        """The edited input of an attention output projection.
+        """Edit the input of an attention output projection.
 
         Args:
-            z: ``[..., num_heads * head_dim]``, heads side by side. rows: int32 ``[N]`` tokens, what
-                :meth:`select` made of
-                them, or None for all. inplace: edit ``z`` itself; heads and tokens that are not
-                    chosen are not touched.
+            z: ``[..., num_heads * head_dim]``, the concatenated heads.
+            rows: int32 ``[N]`` token numbers, a result of :meth:`select`, or None for all tokens.
+            inplace: Edit ``z`` itself. Heads and tokens that are not selected are not accessed.
 
         Returns:
-            ``z``'s shape and dtype.
+            The edited tensor, with the shape and dtype of ``z``.
 
         Raises:
-            TypeError, ValueError: ``z`` of another width, or ``rows`` that are not distinct int32
-                token numbers.
+            TypeError: If ``rows`` is not an int32 tensor.
+            ValueError: If ``z`` or ``rows`` has the wrong shape, device or values.
         """
         self._check(z)
         selection = rows if isinstance(rows, HeadSelection) else self.select(z, rows)
@@ -135,23 +133,22 @@ class _HeadEdit(nn.Module, abc.ABC):
 
 
 class LoFiT(_HeadEdit):
-    """LoFiT: z_i + v_i for chosen heads i ("tune"), or (1 + a_i) z_i to find which heads matter
-    ("select").
+    """LoFiT: (1 + a_i) z_i to rank heads (stage "select"), or z_i + v_i (stage "tune").
 
-    The paper trains ``a`` on all heads with an L1 penalty, takes the heads with the largest |a_i|
-    (:meth:`scores`), and trains ``v`` on those alone. ``v`` and ``a`` are ``[K, head_dim]``, 0 at
-    the start, so that the model is unchanged.
+    The paper first trains ``a`` on all heads with an L1 penalty, selects the heads with the largest
+    |a_i| (:meth:`scores`), and then trains ``v`` on these heads. ``a`` and ``v`` are
+    ``[K, head_dim]`` and are initialized to 0, so that the edit initially changes nothing.
 
     Args:
-        num_heads: of the attention.
-        head_dim: of the attention.
-        heads: the K heads to edit, in ascending order in the parameters; None: all.
+        num_heads: Number of attention heads.
+        head_dim: Dimension of a head.
+        heads: The K heads to edit, or None for all. The parameters are in ascending order of heads.
         stage: "tune" or "select".
-        dtype: of the parameters, fp32 when None.
-        device: of the parameters.
+        dtype: dtype of the parameters; None means fp32.
+        device: Device of the parameters.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: If an argument is out of range.
 
     Source: Yin et al., "LoFiT: Localized Fine-tuning on LLM Representations", 2024,
     arXiv:2406.01563, section 3.
@@ -181,15 +178,16 @@ class LoFiT(_HeadEdit):
         self.a = nn.Parameter(zeros) if stage == "select" else None
 
     def _scale_and_bias(self) -> tuple[Tensor, Tensor]:
-        if self.stage == "tune":
+        if self.v is not None:
             return torch.ones_like(self.v), self.v
+        assert self.a is not None
         return 1 + self.a, torch.zeros_like(self.a)
 
     def scores(self) -> Tensor:
-        """|a_i| of each head, ``[K]``, for stage "select".
+        """Return |a_i| of each head, ``[K]``, for stage "select".
 
         Raises:
-            RuntimeError: the stage is "tune".
+            RuntimeError: If the stage is "tune".
         """
         if self.a is None:
             raise RuntimeError(
@@ -199,35 +197,34 @@ class LoFiT(_HeadEdit):
 
 
 class JoLA(_HeadEdit):
-    """JoLA: (1 + g_i a_i) z_i + k_i v_i for each head i, with hard concrete gates g_i and k_i in
-    [0, 1].
+    """JoLA: (1 + g_i a_i) z_i + k_i v_i for each head i, with gates g_i and k_i in [0, 1].
 
-        s = sigmoid((log u - log(1 - u) + alpha) / beta), u uniform     in training
-        s = sigmoid(alpha)                                              in evaluation
+    The gates follow the hard concrete distribution with logits alpha:
+
+        s = sigmoid((log u - log(1 - u) + alpha) / beta), u uniform on (0, 1)   in training
+        s = sigmoid(alpha)                                                      in evaluation
         gate = clamp(s (high - low) + low, 0, 1)
 
-    ``a``, ``v`` ``[K, head_dim]`` start at 0, so that the model is unchanged; ``alpha_a``,
-    ``alpha_v`` ``[K]`` are the gates'
-    logits. Variant: the formula and the defaults beta = 0.33, low = -0.1, high = 1.1 of the
-    authors' code; their start of the logits is not taken over (0 here, half open).
-    :meth:`expected_open` is the penalty on open gates.
+    ``a`` and ``v`` are ``[K, head_dim]`` and are initialized to 0, so that the edit initially
+    changes nothing. ``alpha_a`` and ``alpha_v`` are the logits ``[K]`` of g and k. The formula and
+    the defaults beta = 0.33, low = -0.1 and high = 1.1 are those of the authors' code, except that
+    the logits are initialized to 0. :meth:`expected_open` is the penalty on open gates.
 
     Args:
-        num_heads: as :class:`LoFiT`.
-        head_dim: as :class:`LoFiT`.
-        heads: as :class:`LoFiT`.
+        num_heads: Number of attention heads.
+        head_dim: Dimension of a head.
+        heads: The K heads to edit, or None for all. The parameters are in ascending order of heads.
         temperature: beta.
-        stretch: (low, high).
-        dtype: as :class:`LoFiT`.
-        device: as :class:`LoFiT`.
+        stretch: (low, high), with low < 0 and high > 1.
+        dtype: dtype of the parameters; None means fp32.
+        device: Device of the parameters.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: If an argument is out of range.
 
     Source: Lai et al., "Joint Localization and Activation Editing for Low-Resource Fine-Tuning",
-    2025, arXiv:2502.01179;
-    gates: Louizos et al., "Learning Sparse Neural Networks through L0 Regularization", 2018,
-    equations 10 to 13.
+    2025, arXiv:2502.01179. Gates: Louizos et al., "Learning Sparse Neural Networks through L0
+    Regularization", 2018, equations 10 to 13.
     """
 
     def __init__(
@@ -249,7 +246,10 @@ class JoLA(_HeadEdit):
                 f"stretch: got {stretch!r}, expected (low, high) with low < 0 and high > 1"
             )
         self.temperature, self.stretch = float(temperature), (float(stretch[0]), float(stretch[1]))
-        factory = {"dtype": torch.float32 if dtype is None else dtype, "device": device}
+        factory: dict[str, Any] = {
+            "dtype": torch.float32 if dtype is None else dtype,
+            "device": device,
+        }
         count = len(self.heads)
         self.a = nn.Parameter(torch.zeros(count, head_dim, **factory))
         self.v = nn.Parameter(torch.zeros(count, head_dim, **factory))
@@ -257,7 +257,7 @@ class JoLA(_HeadEdit):
         self.alpha_v = nn.Parameter(torch.zeros(count, **factory))
 
     def gate(self, alpha: Tensor) -> Tensor:
-        """The gates of logits ``alpha [K]``: drawn in training, fixed in evaluation."""
+        """Return the gates ``[K]`` of logits ``alpha [K]``: random in training mode."""
         s = alpha
         if self.training:
             u = torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6)
@@ -266,12 +266,13 @@ class JoLA(_HeadEdit):
         return (torch.sigmoid(s) * (high - low) + low).clamp(0, 1)
 
     def expected_open(self) -> Tensor:
-        """Expected number of gates that are not 0: sum sigmoid(alpha - beta log(-low / high)), a
-        differentiable scalar.
+        """Return the expected number of nonzero gates, a differentiable scalar.
+
+        This is the sum of sigmoid(alpha - beta log(-low / high)) over all gates.
         """
         low, high = self.stretch
         shift = self.temperature * math.log(-low / high)
-        return sum(torch.sigmoid(alpha - shift).sum() for alpha in (self.alpha_a, self.alpha_v))
+        return torch.sigmoid(self.alpha_a - shift).sum() + torch.sigmoid(self.alpha_v - shift).sum()
 
     def _scale_and_bias(self) -> tuple[Tensor, Tensor]:
         scale = 1 + self.gate(self.alpha_a).unsqueeze(1) * self.a

@@ -1,4 +1,4 @@
-"""One number for each example, expand_per_example over the rows of an edit."""
+"""Expansion of per-example values to the rows of an edit."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from reft_kernels.dtypes import accumulation_dtype
 
 
 def check_examples(hidden: Tensor) -> None:
-    """Refuse a hidden state without examples.
+    """Check that hidden states have a batch dimension.
 
     Raises:
-        ValueError: ``hidden`` is not ``[B, T, d]``.
+        ValueError: If ``hidden`` is not ``[B, T, d]``.
     """
     if hidden.dim() != 3:
         raise ValueError(
@@ -23,8 +23,14 @@ def check_examples(hidden: Tensor) -> None:
 
 
 def example_ids(hidden: Tensor, rows: Tensor | None) -> Tensor:
-    """The example of each edited row, int64 ``[N]``, for ``hidden [B, T, d]``; 0 for a skipped
-    entry.
+    """Return the example number of each edited row.
+
+    Args:
+        hidden: ``[B, T, d]``.
+        rows: int32 ``[N]`` or None for all rows.
+
+    Returns:
+        int64 ``[N]``; 0 for skipped entries.
     """
     length = hidden.shape[1]
     if rows is None:
@@ -35,15 +41,20 @@ def example_ids(hidden: Tensor, rows: Tensor | None) -> Tensor:
 def expand_per_example(
     name: str, values: Tensor | float, hidden: Tensor, rows: Tensor | None
 ) -> Tensor:
-    """A float, ``[B]`` (one value for each example of ``hidden [B, T, d]``) or ``[N, 1]`` (for each
-    row) as ``[N, 1]``.
+    """Expand values to one per edited row.
+
+    Args:
+        name: Argument name for error messages.
+        values: A number, ``[B]`` (one value per example) or ``[N, 1]`` (one value per row).
+        hidden: ``[B, T, d]``, or ``[..., d]`` unless ``values`` is ``[B]``.
+        rows: int32 ``[N]`` or None for all rows.
 
     Returns:
         ``[N, 1]`` in fp32 (fp64 for fp64 ``hidden``), differentiable with respect to ``values``.
 
     Raises:
-        TypeError: not a number and not a floating-point tensor. ValueError: another shape or
-            device.
+        TypeError: If ``values`` is neither a number nor a floating-point tensor.
+        ValueError: If it has the wrong shape or device.
     """
     count = num_rows_of(hidden) if rows is None else rows.shape[0]
     dtype = accumulation_dtype(hidden.dtype)

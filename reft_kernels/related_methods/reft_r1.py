@@ -1,6 +1,8 @@
-"""ReFT-r1: one unit direction that both detects a concept and steers towards it."""
+"""ReFT-r1: a unit direction that detects a concept and steers towards it."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +14,22 @@ from reft_kernels.related_methods.per_example import check_examples, example_ids
 
 
 class ReftR1(nn.Module):
-    """ReFT-r1: a_t = ReLU(h_t . w + b), y_t = h_t + mean(top-k of a over the example's rows) w, |w|
-    = 1.
+    """ReFT-r1: h_t + mean(top-k of a) w, with latents a_t = ReLU(h_t . w + b) and |w| = 1.
 
-    Variant: one direction detects and steers, as in the paper and its code. ``weight [d]`` is free
-    and w = weight / |weight|, which replaces the code's two steps after each backward (norm set to
-    1, gradient along w removed). The bias is in neither; ``bias=True`` adds it. An example with
-    fewer than k chosen rows takes the mean over those it has.
+    As in the paper and its code, one direction detects and steers. It is w = weight / |weight| with
+    an unconstrained ``weight [d]``; the authors' code instead normalizes w and projects its
+    gradient after each backward pass. The bias b is not part of the paper; ``bias=True`` adds it.
+    If an example has fewer than k selected rows, the mean is over those rows.
 
     Args:
-        embed_dim: d. topk: k, the rows of an example whose latents are averaged. bias: whether the
-            latent has a bias b ``[1]``.
-        dtype: of the parameters, fp32 when None. device: of the parameters.
+        embed_dim: d.
+        topk: k, the number of latents per example that are averaged.
+        bias: Whether the latents have a bias b ``[1]``.
+        dtype: dtype of the parameters; None means fp32.
+        device: Device of the parameters.
 
     Raises:
-        ValueError: ``embed_dim`` or ``topk`` below 1.
+        ValueError: If ``embed_dim`` or ``topk`` is less than 1.
 
     Source: Wu et al., "AxBench: Steering LLMs? Even Simple Baselines Outperform Sparse
     Autoencoders", 2025, arXiv:2501.17148, the section on ReFT-r1.
@@ -46,15 +49,16 @@ class ReftR1(nn.Module):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected an integer >= 1")
         self.embed_dim, self.topk = embed_dim, topk
-        factory = {"dtype": torch.float32 if dtype is None else dtype, "device": device}
+        factory: dict[str, Any] = {
+            "dtype": torch.float32 if dtype is None else dtype,
+            "device": device,
+        }
         self.weight = nn.Parameter(torch.empty(embed_dim, **factory))
         self.bias = nn.Parameter(torch.empty(1, **factory)) if bias else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw a direction uniformly from the sphere, by torch's CPU generator, and set the bias
-        to 0.
-        """
+        """Draw the direction uniformly with PyTorch's CPU generator, and set the bias to 0."""
         with torch.no_grad():
             self.weight.copy_(torch.randn(self.embed_dim, dtype=torch.float64))
             if self.bias is not None:
@@ -62,9 +66,7 @@ class ReftR1(nn.Module):
 
     @property
     def direction(self) -> Tensor:
-        """w ``[d]`` of norm 1, fp32 (fp64 for fp64 parameters), differentiable with respect to
-        ``weight``.
-        """
+        """The unit vector w ``[d]``, in fp32 (fp64 for fp64 parameters), differentiable."""
         return nn.functional.normalize(self.weight.to(accumulation_dtype(self.weight.dtype)), dim=0)
 
     def _check(self, hidden: Tensor, rows: Tensor | None) -> None:
@@ -72,25 +74,41 @@ class ReftR1(nn.Module):
         check_examples(hidden)
 
     def latents(self, hidden: Tensor, *, rows: Tensor | None = None) -> Tensor:
-        """a ``[B, T]`` of ``hidden [B, T, d]``, fp32 (fp64 for fp64), 0 where ``rows`` (int32
-        ``[N]``) does not choose.
+        """Compute the latents a.
+
+        Args:
+            hidden: ``[B, T, d]``.
+            rows: int32 ``[N]`` or None for all rows.
+
+        Returns:
+            ``[B, T]`` in fp32 (fp64 for fp64 ``hidden``); 0 for rows that are not selected.
+
+        Raises:
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape, device or values.
         """
         self._check(hidden, rows)
         batch, length, d = hidden.shape
         dtype = accumulation_dtype(hidden.dtype)
         flat = hidden.reshape(-1, d)
-        chosen = flat if rows is None else flat.index_select(0, rows.clamp(min=0))
-        z = chosen.to(dtype) @ self.direction.to(dtype)
+        selected = flat if rows is None else flat.index_select(0, rows.clamp(min=0))
+        z = selected.to(dtype) @ self.direction.to(dtype)
         a = torch.relu(z if self.bias is None else z + self.bias.to(dtype))
         if rows is None:
             return a.view(batch, length)
-        # skipped entries go to one slot more, which is dropped
+        # Skipped entries are written to an additional element, which is dropped
         slots = torch.where(rows < 0, batch * length, rows).long()
         return a.new_zeros(batch * length + 1).index_copy(0, slots, a)[:-1].view(batch, length)
 
     def strength(self, latents: Tensor, *, rows: Tensor | None = None) -> Tensor:
-        """mean(top-k) of ``latents [B, T]`` for each example, ``[B]``; ``rows`` as given to
-        :meth:`latents`.
+        """Return the mean of each example's top k latents.
+
+        Args:
+            latents: ``[B, T]``, the result of :meth:`latents`.
+            rows: The rows that were passed to :meth:`latents`.
+
+        Returns:
+            ``[B]`` in the dtype of ``latents``.
         """
         batch, length = latents.shape
         total = latents.topk(min(self.topk, length), dim=1, sorted=False).values.sum(1)
@@ -103,8 +121,9 @@ class ReftR1(nn.Module):
         return total / counts[:-1].clamp(1, self.topk)
 
     def l1(self, latents: Tensor) -> Tensor:
-        """Sum of the ``latents [B, T]`` outside each example's top k: the penalty that training
-        adds to its loss.
+        """Return the sum of the latents ``[B, T]`` outside each example's top k.
+
+        Training adds this L1 penalty to the loss.
         """
         return (
             latents.sum()
@@ -119,8 +138,15 @@ class ReftR1(nn.Module):
         rows: Tensor | None = None,
         inplace: bool = False,
     ) -> Tensor:
-        """h + factor w on the rows of ``hidden``; ``factor`` is a number, ``[B]`` or ``[N, 1]``.
-        AxBench steers so.
+        """Steer with a given strength, as in AxBench: h + factor w.
+
+        Args:
+            hidden: ``[..., d]``, or ``[B, T, d]`` if ``factor`` is ``[B]``.
+            factor: A number, ``[B]`` (one per example) or ``[N, 1]`` (one per row).
+            rows, inplace: See :mod:`reft_kernels.functional`.
+
+        Returns:
+            The edited hidden states, with the shape and dtype of ``hidden``.
         """
         check_edit(hidden, {"weight": self.weight.unsqueeze(0)}, {}, rows, "linear", None, None)
         write = self.direction.unsqueeze(0)
@@ -132,19 +158,25 @@ class ReftR1(nn.Module):
     def forward(
         self, hidden: Tensor, *, rows: Tensor | None = None, inplace: bool = False
     ) -> Tensor:
-        """The edited ``hidden [B, T, d]``; ``rows`` and ``inplace`` as in
-        :mod:`reft_kernels.functional`.
+        """Edit hidden states.
+
+        Args:
+            hidden: ``[B, T, d]``.
+            rows, inplace: See :mod:`reft_kernels.functional`.
+
+        Returns:
+            The edited hidden states, with the shape and dtype of ``hidden``.
 
         Raises:
-            TypeError, ValueError: ``hidden`` is not ``[B, T, d]`` of this module's d, or ``rows``
-                is wrong.
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape, device or values.
         """
         self._check(hidden, rows)
         graph = torch.is_grad_enabled() and (hidden.requires_grad or self.weight.requires_grad)
         if inplace:
             check_writable(hidden, graph)
-        # the latents' backward needs the input; of chosen rows, or of rows in half precision, it
-        # holds a copy anyway
+        # The backward pass of the latents needs the original input. With rows or in half
+        # precision, latents() has made a copy of it.
         overwritten = (
             inplace and graph and rows is None and hidden.dtype == accumulation_dtype(hidden.dtype)
         )

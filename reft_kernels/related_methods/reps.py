@@ -1,8 +1,8 @@
-"""RePS: steering along a learned direction with a strength for each row, or removing that
-direction.
-"""
+"""RePS: steering along a learned direction, or removal of that direction, for each row."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,31 +16,29 @@ NULLS = ("linear", "relu")
 
 
 class RePS(nn.Module):
-    """RePS's rank-1 intervention: h + (f + b) w where the strength f is not 0, and, where it is 0,
-    h without its w.
+    """The rank-1 intervention of RePS, with a strength f per example or row.
 
-        f != 0     y = h + (f + b) w
-        f == 0     y = h - (h . w) / |w|^2 w                 null="linear": the projection onto w is
-                   removed
-                   y = h - ReLU(h . w + b) / |w|^2 w         null="relu": as AxBench's code trains
-                   it
+        f != 0   y = h + (f + b) w
+        f == 0   y = h - (h . w) / |w|^2 w             with null="linear"
+                 y = h - ReLU(h . w + b) / |w|^2 w     with null="relu", as in AxBench's code
 
-    Both kinds of rows, and all concepts, go through one launch: two weight sets for each concept. A
-    negative f is used as it comes (AxBench's suppression at inference subtracts b there: pass f - 2
-    b). The preference loss is the trainer's.
+    Both cases and all concepts are computed in one launch, with two weight sets per concept.
+    Negative f is allowed. To suppress a concept at inference like AxBench, which subtracts b for
+    negative f, pass f - 2b. The preference loss is not part of this module.
 
     Args:
-        embed_dim: d. num_concepts: C, with w ``[C, d]`` and b ``[C]``; None: w ``[d]`` and b
-            ``[]``.
-        null: "linear" or "relu". dtype: of the parameters, fp32 when None. device: of the
-            parameters.
+        embed_dim: d.
+        num_concepts: C, for w ``[C, d]`` and b ``[C]``. None for w ``[d]`` and b ``[]``.
+        null: "linear" or "relu".
+        dtype: dtype of the parameters; None means fp32.
+        device: Device of the parameters.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: If an argument is out of range.
 
     Source: Wu et al., "Improved Representation Steering for Language Models", 2025,
-    arXiv:2505.20809, steering vectors and their null-out intervention; the details of b and ReLU
-    are from the paper's code (AxBench, PreferenceVectorIntervention).
+    arXiv:2505.20809, steering vectors and their null-out intervention. The use of b and ReLU
+    follows the paper's code (AxBench, PreferenceVectorIntervention).
     """
 
     def __init__(
@@ -63,13 +61,16 @@ class RePS(nn.Module):
             raise ValueError(f"null: got {null!r}, expected one of {', '.join(NULLS)}")
         self.embed_dim, self.num_concepts, self.null = embed_dim, num_concepts, null
         lead = () if num_concepts is None else (num_concepts,)
-        factory = {"dtype": torch.float32 if dtype is None else dtype, "device": device}
+        factory: dict[str, Any] = {
+            "dtype": torch.float32 if dtype is None else dtype,
+            "device": device,
+        }
         self.w = nn.Parameter(torch.empty(*lead, embed_dim, **factory))
         self.b = nn.Parameter(torch.empty(lead, **factory))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw w as ``nn.Linear`` does, by torch's CPU generator, and set b to 0."""
+        """Initialize w as ``nn.Linear`` does, with PyTorch's CPU generator, and set b to 0."""
         bound = self.embed_dim**-0.5
         with torch.no_grad():
             self.w.copy_(torch.empty(self.w.shape).uniform_(-bound, bound))
@@ -78,7 +79,7 @@ class RePS(nn.Module):
     def _concepts(
         self, concepts: Tensor | None, hidden: Tensor, rows: Tensor | None
     ) -> Tensor | None:
-        """The concept of each row, int64 ``[N]``; None where there is one."""
+        """Return the concept of each row, int64 ``[N]``, or None without ``num_concepts``."""
         if self.num_concepts is None:
             if concepts is not None:
                 raise ValueError(
@@ -100,23 +101,22 @@ class RePS(nn.Module):
             raise ValueError(
                 f"concepts: got device {concepts.device}, expected {hidden.device}, where hidden is"
             )
-        self._check_values(concepts)
+        self._check_values(concepts, self.num_concepts)
         return concepts.long().index_select(0, example_ids(hidden, rows))
 
-    def _check_values(self, concepts: Tensor) -> None:
-        """Once for each tensor, as row numbers are: later forwards with it cost no
-        synchronisation.
-        """
+    @staticmethod
+    def _check_values(concepts: Tensor, num_concepts: int) -> None:
+        """Check the values once per tensor, since it synchronizes."""
         if torch.compiler.is_compiling() or not concepts.numel():
             return
-        if getattr(concepts, "_reft_checked", None) == (self.num_concepts, concepts._version):
+        if getattr(concepts, "_reft_checked", None) == (num_concepts, concepts._version):
             return
         low, high = (int(v) for v in torch.stack(torch.aminmax(concepts)).tolist())
-        if low < 0 or high >= self.num_concepts:
+        if low < 0 or high >= num_concepts:
             raise ValueError(
-                f"concepts: got values from {low} to {high}, expected [0, {self.num_concepts})"
+                f"concepts: got values from {low} to {high}, expected [0, {num_concepts})"
             )
-        mark_rows(concepts, self.num_concepts)
+        mark_rows(concepts, num_concepts)
 
     def forward(
         self,
@@ -127,18 +127,22 @@ class RePS(nn.Module):
         rows: Tensor | None = None,
         inplace: bool = False,
     ) -> Tensor:
-        """The edited hidden state, ``[..., d]`` in ``hidden``'s dtype.
+        """Edit hidden states.
 
         Args:
-            hidden: ``[..., d]``; ``[B, T, d]`` where ``strength`` or ``concepts`` is given for each
-                example.
-            strength: f, a number, ``[B]`` for each example or ``[N, 1]`` for each row; exactly 0
+            hidden: ``[..., d]``, or ``[B, T, d]`` if ``strength`` or ``concepts`` is per example.
+            strength: f: a number, ``[B]`` (one per example) or ``[N, 1]`` (one per row). Exactly 0
                 removes the direction.
-            concepts: integers ``[B]`` below num_concepts: the concept of each example. rows,
-                inplace: as in :mod:`reft_kernels.functional`.
+            concepts: int32 or int64 ``[B]``, the concept of each example, below num_concepts. None
+                without ``num_concepts``.
+            rows, inplace: See :mod:`reft_kernels.functional`.
+
+        Returns:
+            The edited hidden states, with the shape and dtype of ``hidden``.
 
         Raises:
-            TypeError, ValueError: an argument of another kind, shape, dtype or device.
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape, device or values.
         """
         dtype = accumulation_dtype(self.w.dtype)
         w, b = self.w.view(-1, self.embed_dim).to(dtype), self.b.view(-1).to(dtype)
@@ -147,8 +151,8 @@ class RePS(nn.Module):
         concept = self._concepts(concepts, hidden, rows)
         squared = w.square().sum(1, keepdim=True)
         null_bias = b.unsqueeze(1) / squared if self.null == "relu" else torch.zeros_like(squared)
-        # sets 2c and 2c + 1: the constant 1 (steering) and the coordinate along w (removal); both
-        # write w
+        # Set 2c reads the constant 1 (steering), set 2c + 1 the coordinate along w (removal). Both
+        # write w.
         read = torch.stack([torch.zeros_like(w), w / squared], 1).view(-1, 1, self.embed_dim)
         read_bias = torch.stack([torch.ones_like(squared), null_bias], 1).view(-1, 1)
         write = w.repeat_interleave(2, 0).unsqueeze(1)

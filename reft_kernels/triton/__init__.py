@@ -1,4 +1,4 @@
-"""The Triton backend: one function for each operator of :data:`reft_kernels.dispatch.OPERATORS`."""
+"""Triton backend: one function per operator of :data:`reft_kernels.dispatch.OPERATORS`."""
 
 from reft_kernels.triton.edit import edit
 from reft_kernels.triton.edit_backward import edit_backward

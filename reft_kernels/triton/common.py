@@ -1,4 +1,4 @@
-"""What the Triton kernels share: activations, exact low-precision products, launch conditions."""
+"""Shared parts of the Triton kernels: activations, matrix products and launch options."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.allocation import contiguous  # noqa: F401  (the kernels' launches take it from here)
+from reft_kernels.allocation import contiguous as contiguous
 from reft_kernels.dispatch import interpreting
 
 INTERPRETING = interpreting()
 IS_AMD = torch.version.hip is not None
-MIN_DOT = 16  # smallest tile side that tl.dot takes on every target
+MIN_DOT = 16  # smallest tile side that tl.dot supports on every target
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n (1 for n = 0)."""
+    """Return the smallest power of two that is at least n; 1 for n = 0."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launch on the tensor's device: with a model spread over GPUs the current device is often
-    another one.
+    """Return a context in which kernels are launched on the tensor's device.
+
+    If a model is distributed over several GPUs, the current device is often another one.
     """
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-CUDA_OPTIONS = {"maxnreg": 255}  # else ptxas spills to reach an occupancy that it was not asked for
+CUDA_OPTIONS = {"maxnreg": 255}  # otherwise ptxas spills registers to increase occupancy
 
 
 def compile_options(tensor: Tensor) -> dict[str, int]:
-    """What the launches on ``tensor``'s device give the compiler beside warps and stages."""
+    """Return additional compiler options for launches on the tensor's device."""
     return CUDA_OPTIONS if tensor.is_cuda and not IS_AMD else {}
 
 
 def dot_precision(dtype: torch.dtype) -> str | None:
-    """``input_precision`` of products whose operands are fp32; None where they stay in the
-    half-precision ``dtype``.
+    """Return the ``input_precision`` of products with hidden states of a dtype.
 
-    NVIDIA: three tf32 products, which keep about 22 bits of mantissa, since fp32 ones run outside
-    the tensor cores and spill. AMD has fp32 matrix cores. The interpreter's bf16 dot is wrong, so
-    bf16 is fp32 there.
+    None means that the operands stay in ``dtype`` (bf16 or fp16). On NVIDIA GPUs, fp32 operands use
+    three tf32 products, which keep about 22 bits of the mantissa; plain fp32 products would not use
+    tensor cores and cause register spills. AMD GPUs have fp32 matrix cores. The interpreter
+    computes bf16 products incorrectly, so bf16 operands are converted to fp32 there.
     """
     if INTERPRETING:
         return None if dtype == torch.float16 else "ieee"
@@ -53,15 +54,20 @@ def dot_precision(dtype: torch.dtype) -> str | None:
 
 
 def small_precision(dtype: torch.dtype) -> str | None:
-    """As :func:`dot_precision`, for products of two fp32 operands, which are split into bf16
-    terms for half ``dtype``.
+    """Return the ``input_precision`` of products with inner dimension r (:func:`dot_small`).
+
+    As :func:`dot_precision`, but both operands are fp32. None means that they are split into bf16
+    terms.
     """
     return "ieee" if INTERPRETING else dot_precision(dtype)
 
 
 @triton.jit
 def tanh(z):
-    """tanh to fp32 rounding: a series near 0, where 1 - exp(-2|z|) would cancel."""
+    """Return tanh(z) accurate to fp32 rounding.
+
+    Uses a series for small |z|, where 1 - exp(-2 |z|) would suffer from cancellation.
+    """
     a = tl.abs(z)
     t = tl.exp(-2.0 * a)
     far = (1.0 - t) / (1.0 + t)
@@ -75,16 +81,16 @@ def tanh(z):
 
 @triton.jit
 def sigmoid(z):
-    """1 / (1 + exp(-z)) without overflow: exp only of -|z|."""
+    """Return 1 / (1 + exp(-z)), computed from exp(-|z|) to avoid overflow."""
     t = tl.exp(-tl.abs(z))
     return tl.where(z >= 0, 1.0 / (1.0 + t), t / (1.0 + t))
 
 
 @triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
-    """act(z) in fp32."""
+    """Return act(z) in fp32."""
     if ACTIVATION == "relu":
-        # the comparison, not maximum: NaN must pass through
+        # A comparison instead of maximum, so that NaN is propagated
         return tl.where(z <= 0, 0.0, z)
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
@@ -103,7 +109,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_derivative(z, ACTIVATION: tl.constexpr):
-    """act'(z) in fp32; relu'(0) = 0."""
+    """Return act'(z) in fp32; relu'(0) is 0."""
     if ACTIVATION == "relu":
         return tl.where(z > 0, 1.0, 0.0)
     elif ACTIVATION == "gelu":
@@ -132,9 +138,10 @@ def activation_derivative(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def dot_exact_left(x, w, PRECISION: tl.constexpr):
-    """x w, [N, D] x [D, R] with x in the hidden state's dtype and w fp32, to about 16 bits of w.
+    """Return x w ``[N, R]`` for x ``[N, D]`` in the hidden states' dtype and fp32 w ``[D, R]``.
 
-    A half-precision x keeps the tensor cores: w is split into two terms of x's dtype, high and low.
+    For half-precision x, w is split into a high and a low term of the same dtype, so that tensor
+    cores can be used and about 16 bits of w are kept.
     """
     if PRECISION is not None:
         return tl.dot(x.to(tl.float32), w, input_precision=PRECISION)
@@ -146,8 +153,10 @@ def dot_exact_left(x, w, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_exact_right(v, x, PRECISION: tl.constexpr):
-    """v x with v fp32 and x in the hidden state's dtype; v is scaled to [-1, 1] first where its
-    range could leave fp16's.
+    """Return v x for fp32 v and x in the hidden states' dtype.
+
+    v is split as w in :func:`dot_exact_left`. For fp16, it is first scaled to [-1, 1] to avoid
+    overflow.
     """
     if PRECISION is not None:
         return tl.dot(v, x.to(tl.float32), input_precision=PRECISION)
@@ -166,10 +175,10 @@ def dot_exact_right(v, x, PRECISION: tl.constexpr):
 
 @triton.jit
 def dot_small(v, w, PRECISION: tl.constexpr):
-    """v w with both fp32 and the inner side r: three tensor-core products of high and low bf16
-    terms, or one in fp32.
+    """Return v w for fp32 v and w with inner dimension r.
 
-    bf16 terms serve fp16 hidden states too, for they keep fp32's range.
+    Without PRECISION, both are split into high and low bf16 terms, and three of their products are
+    added. bf16 is also used for fp16 hidden states, because it has the range of fp32.
     """
     if PRECISION is not None:
         return tl.dot(v, w, input_precision=PRECISION)
@@ -183,8 +192,9 @@ def dot_small(v, w, PRECISION: tl.constexpr):
 
 @triton.jit
 def effective_weight(read, write, offsets, mask, FOLD: tl.constexpr):
-    """The weight of the one product that z needs: A, with FOLD A - B, and without a read matrix
-    -B; fp32.
+    """Load a tile of the matrix that z multiplies x with, in fp32.
+
+    This is A, with FOLD it is A - B, and without a read matrix it is -B.
     """
     if read is not None:
         a = tl.load(read + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -197,8 +207,10 @@ def effective_weight(read, write, offsets, mask, FOLD: tl.constexpr):
 
 @triton.jit
 def product_step(acc, x, w, USE_DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x w^T over one block of columns: [N, R] on the tensor cores, or elementwise into [N,
-    R, D], reduced at the end.
+    """Add x w^T over one block of columns to ``acc``.
+
+    With USE_DOT, ``acc`` is ``[N, R]``. Otherwise it is ``[N, R, D]`` and holds elementwise
+    products, which :func:`product_end` sums.
     """
     if USE_DOT:
         return acc + dot_exact_left(x, tl.trans(w), PRECISION)
@@ -210,7 +222,7 @@ def product_step(acc, x, w, USE_DOT: tl.constexpr, PRECISION: tl.constexpr):
 def product_start(
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, USE_DOT: tl.constexpr
 ):
-    """The zero that :func:`product_step` adds to."""
+    """Return the initial accumulator of :func:`product_step`."""
     if USE_DOT:
         return tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     else:
@@ -219,7 +231,7 @@ def product_start(
 
 @triton.jit
 def product_end(acc, USE_DOT: tl.constexpr):
-    """[N, R] from what :func:`product_step` accumulated."""
+    """Return the result ``[N, R]`` of :func:`product_step`."""
     if USE_DOT:
         return acc
     else:
@@ -228,7 +240,7 @@ def product_end(acc, USE_DOT: tl.constexpr):
 
 @triton.jit
 def expand(v, w, USE_DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """v w, [N, R] x [R, D] -> [N, D], fp32."""
+    """Return v w ``[N, D]`` in fp32 for v ``[N, R]`` and w ``[R, D]``."""
     if USE_DOT:
         return dot_small(v, w, PRECISION)
     else:

@@ -1,9 +1,9 @@
-"""The general edit, forward: one launch for a layer.
+"""Forward pass of the edit: one launch for a layer.
 
-A program owns BLOCK_N rows. It passes over d twice: once to read x and reduce z = (A or A - B) x,
-once to write y = x + B^T (coeff * u). The second read of x comes from the cache, for the tile is
-small. With sets, a program repeats this for each set that its rows use; a row belongs to one set,
-so every row is still read and written once.
+A program processes BLOCK_N rows. It loops over the columns twice: first to compute z = A x, or
+(A - B) x, and then to compute y = x + B^T (coeff * u). The second read of x is served by the cache.
+With weight sets, a program repeats this for each set that occurs in its rows; each row is still
+read and written for one set only.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from reft_kernels.triton import common
 
 @dataclass(frozen=True)
 class EditConfig:
-    """Launch knobs of the edit's kernels over rows."""
+    """Launch parameters of ``edit_kernel`` and ``delta_kernel``."""
 
-    block_n: int  # rows of a program
-    block_d: int  # columns of a step
+    block_n: int  # rows per program
+    block_d: int  # columns per step
     block_r: int  # rank, padded to a power of two
-    use_dot: bool  # tensor-core products, or elementwise fp32 ones
+    use_dot: bool  # whether products use tl.dot instead of elementwise fp32 operations
     num_warps: int
     num_stages: int
 
@@ -34,22 +34,29 @@ class EditConfig:
 def edit_config(
     num_rows: int, d: int, rank: int, dtype: torch.dtype, second: bool = False, amd: bool = False
 ) -> EditConfig:
-    """Launch knobs by shape; ``second``: B x is a product of its own (a nonlinear activation with a
-    subtracted projection).
+    """Return the launch parameters of ``edit_kernel`` for a shape.
 
-    Tile shapes are the largest that compile without spills on sm_80, sm_90, sm_100 and gfx942
-    (tests/triton/aot.py); which of those is fastest is not yet measured on a GPU.
+    The tiles are the largest that compile without register spills on sm_80, sm_90, sm_100 and
+    gfx942 (tests/triton/aot.py). Not tuned on a GPU yet.
+
+    Args:
+        num_rows: N.
+        d: Number of columns.
+        rank: r.
+        dtype: dtype of the hidden states.
+        second: Whether B x needs its own product (nonlinear activation, subtracted projection).
+        amd: Whether the target is an AMD GPU.
     """
     block_r = common.next_power_of_2(rank)
     columns = common.next_power_of_2(d)
     if num_rows <= 1024 and rank <= 64:
-        # launch-bound: a row or two a program spreads the rows over the SMs; 32 fp32 registers a
-        # thread hold the products
+        # Launch-bound: one or two rows per program distribute the rows over the SMs. The products
+        # take 32 fp32 registers per thread.
         block_n = 1 if num_rows <= 264 or rank > 16 else 2
         block_d = max(16, min(columns, 4096 // (block_n * block_r)))
         return EditConfig(block_n, block_d, block_r, False, 4, 2)
-    # bandwidth-bound: 32 rows amortise the weights' tiles, and 132 programs' tiles of 32 x 4096
-    # bf16 still fit a 50 MB L2
+    # Bandwidth-bound: 32 rows share each tile of the weights, and the 32 x 4096 bf16 inputs of 132
+    # programs fit into an L2 cache of 50 MB
     block_r = max(common.MIN_DOT, block_r)
     wide = dtype == torch.float32
     if rank <= 32:
@@ -58,7 +65,7 @@ def edit_config(
         )
     else:
         block_n, block_d, num_warps = 16, 16 if second else 32, 8
-    num_warps = 4 if amd else num_warps  # 4 wavefronts are as many threads as 8 warps
+    num_warps = 4 if amd else num_warps  # 4 wavefronts have as many threads as 8 warps
     return EditConfig(
         block_n, max(common.MIN_DOT, min(columns, block_d)), block_r, True, num_warps, 2
     )
@@ -95,6 +102,7 @@ def edit_kernel(
     PRECISION: tl.constexpr,
     SMALL_PRECISION: tl.constexpr,
 ):
+    """Compute the edit of BLOCK_N rows; arguments as in :func:`edit`, with None for absent ones."""
     FOLD: tl.constexpr = SUBTRACT and ACTIVATION == "linear"
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_R)
@@ -107,20 +115,20 @@ def edit_kernel(
     small = n.to(tl.int64)[:, None] * r + i[None, :]
     i_mask = i < r
     if SAVE and rows is not None:
-        # entries that are skipped leave zeros, so that they add nothing to a weight's gradient
+        # Skipped entries are saved as zeros, so that they add nothing to the weights' gradients
         skipped = (inside & (row < 0))[:, None] & i_mask[None, :]
         tl.store(u_out + small, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), mask=skipped)
         if ACTIVATION != "linear":
             tl.store(z_out + small, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), mask=skipped)
-        nobody = inside & (row < 0)
-        if tl.sum(nobody.to(tl.int32), 0) > 0:
+        skipped_rows = inside & (row < 0)
+        if tl.sum(skipped_rows.to(tl.int32), 0) > 0:
             for start in range(0, d, BLOCK_D):
                 col = start + tl.arange(0, BLOCK_D)
                 blank = tl.zeros((BLOCK_N, BLOCK_D), saved_input.dtype.element_ty)
                 tl.store(
                     saved_input + n[:, None].to(tl.int64) * d + col[None, :],
                     blank,
-                    mask=nobody[:, None] & (col < d)[None, :],
+                    mask=skipped_rows[:, None] & (col < d)[None, :],
                 )
     first_set = 0
     last_set = 0
@@ -130,9 +138,9 @@ def edit_kernel(
         first_set = tl.min(tl.where(valid, row_set, 2147483647), 0)
         last_set = tl.max(tl.where(valid, row_set, -1), 0)
     for s in range(first_set, last_set + 1):
-        mine = valid
+        active = valid
         if weight_ids is not None:
-            mine = valid & (row_set == s)
+            active = valid & (row_set == s)
         weight_offset = tl.cast(s, tl.int64) * r * d
         bias_offset = tl.cast(s, tl.int64) * r
         z_acc = common.product_start(BLOCK_N, BLOCK_R, BLOCK_D, USE_DOT)
@@ -143,7 +151,9 @@ def edit_kernel(
                 x_offsets = (
                     row[:, None] * source_stride_n + col[None, :].to(tl.int64) * source_stride_d
                 )
-                x = tl.load(source + x_offsets, mask=mine[:, None] & (col < d)[None, :], other=0.0)
+                x = tl.load(
+                    source + x_offsets, mask=active[:, None] & (col < d)[None, :], other=0.0
+                )
                 w_offsets = weight_offset + i[:, None].to(tl.int64) * d + col[None, :]
                 w_mask = i_mask[:, None] & (col < d)[None, :]
                 if read is not None or FOLD:
@@ -164,7 +174,7 @@ def edit_kernel(
             u -= tl.load(subtract_bias + bias_offset + i, mask=i_mask, other=0.0).to(tl.float32)[
                 None, :
             ]
-        small_mask = mine[:, None] & i_mask[None, :]
+        small_mask = active[:, None] & i_mask[None, :]
         if SAVE:
             tl.store(u_out + small, u, mask=small_mask)
             if ACTIVATION != "linear":
@@ -174,7 +184,7 @@ def edit_kernel(
         u = tl.where(small_mask, u, 0.0)
         for start in range(0, d, BLOCK_D):
             col = start + tl.arange(0, BLOCK_D)
-            x_mask = mine[:, None] & (col < d)[None, :]
+            x_mask = active[:, None] & (col < d)[None, :]
             column = col[None, :].to(tl.int64)
             x = tl.load(
                 source + row[:, None] * source_stride_n + column * source_stride_d,
@@ -209,7 +219,7 @@ def edit(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract of :func:`reft_kernels.reference.edit`, in one launch."""
+    """Implement :func:`reft_kernels.reference.edit`."""
     d, rank = source.shape[1], write.shape[-2]
     num_rows = allocation.num_selected_rows(source, rows)
     saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)

@@ -1,4 +1,4 @@
-"""RED, y = scale * x + bias over the rows: one launch forward, one backward."""
+"""RED, y = scale * x + bias: one launch for the forward and one for the backward pass."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from reft_kernels.triton import common, reduction
 
 @dataclass(frozen=True)
 class RedConfig:
-    """Launch knobs; ``chunks`` programs share the rows of one block of columns in the backward."""
+    """Launch parameters of both kernels."""
 
-    block_n: int
-    block_d: int
-    chunks: int
+    block_n: int  # rows per program (forward) or step (backward)
+    block_d: int  # columns per program
+    chunks: int  # backward: number of programs that share the rows of one block of columns
     num_warps: int
 
 
 def red_config(num_rows: int, d: int, sets: int) -> RedConfig:
-    """Launch knobs by shape: elementwise work in 4096-element tiles. Not yet measured on a GPU."""
+    """Return the launch parameters for a shape: tiles of 4096 elements. Not tuned on a GPU yet."""
     block_d = min(common.next_power_of_2(d), 256)
     block_n = max(1, min(4096 // block_d, common.next_power_of_2(num_rows)))
-    wanted = max(1, 528 // (triton.cdiv(d, block_d) * sets))
-    return RedConfig(block_n, block_d, max(1, min(wanted, triton.cdiv(num_rows, 4 * block_n))), 4)
+    max_chunks = max(1, 528 // (triton.cdiv(d, block_d) * sets))
+    chunks = max(1, min(max_chunks, triton.cdiv(num_rows, 4 * block_n)))
+    return RedConfig(block_n, block_d, chunks, 4)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -50,26 +51,27 @@ def red_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Compute RED for BLOCK_N rows and BLOCK_D columns; arguments as in :func:`red`."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     col = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     row = n.to(tl.int64)
-    mine = n < num_rows
+    active = n < num_rows
     if rows is not None:
-        row = tl.load(rows + n, mask=mine, other=-1).to(tl.int64)
-        mine = row >= 0
-    mask = mine[:, None] & (col < d)[None, :]
+        row = tl.load(rows + n, mask=active, other=-1).to(tl.int64)
+        active = row >= 0
+    mask = active[:, None] & (col < d)[None, :]
     column = col[None, :].to(tl.int64)
     x = tl.load(
         source + row[:, None] * source_stride_n + column * source_stride_d, mask=mask, other=0.0
     )
     w_offsets = column
     if weight_ids is not None:
-        w_offsets = tl.load(weight_ids + n, mask=mine, other=0).to(tl.int64)[:, None] * d + column
+        w_offsets = tl.load(weight_ids + n, mask=active, other=0).to(tl.int64)[:, None] * d + column
     w_mask = (col < d)[None, :]
     a = tl.load(scale + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
     b = tl.load(bias + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
     if SAVE:
-        # entries that are skipped were loaded as zeros and are saved_input as zeros
+        # Skipped entries were loaded as zeros and are saved as zeros
         tl.store(
             saved_input + n[:, None].to(tl.int64) * d + column,
             x,
@@ -99,13 +101,17 @@ def red_backward_kernel(
     grad_stride_d,
     out_stride_n,
     out_stride_d,
-    kept_stride_n,
-    kept_stride_d,
+    saved_stride_n,
+    saved_stride_d,
     NEED_WEIGHTS: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Compute dh, dscale and dbias for one block of columns, chunk of rows and weight set.
+
+    ``partials`` is fp32 ``[chunks, 2, S, d]``. It and ``counters`` are None if ONE_CHUNK is set.
+    """
     block = tl.program_id(0)
     chunk = tl.program_id(1)
     s = tl.program_id(2)
@@ -121,13 +127,13 @@ def red_backward_kernel(
     for step in range(chunk * per_chunk, tl.minimum(steps, (chunk + 1) * per_chunk)):
         n = step * BLOCK_N + tl.arange(0, BLOCK_N)
         row = n.to(tl.int64)
-        mine = n < num_rows
+        active = n < num_rows
         if rows is not None:
-            row = tl.load(rows + n, mask=mine, other=-1).to(tl.int64)
-            mine = row >= 0
+            row = tl.load(rows + n, mask=active, other=-1).to(tl.int64)
+            active = row >= 0
         if weight_ids is not None:
-            mine = mine & (tl.load(weight_ids + n, mask=mine, other=-1) == s)
-        mask = mine[:, None] & c_mask[None, :]
+            active = active & (tl.load(weight_ids + n, mask=active, other=-1) == s)
+        mask = active[:, None] & c_mask[None, :]
         g_raw = tl.load(
             grad + row[:, None] * grad_stride_n + column * grad_stride_d, mask=mask, other=0.0
         )
@@ -135,7 +141,7 @@ def red_backward_kernel(
         if NEED_WEIGHTS:
             x_row = row if rows is None else n.to(tl.int64)
             x = tl.load(
-                saved_input + x_row[:, None] * kept_stride_n + column * kept_stride_d,
+                saved_input + x_row[:, None] * saved_stride_n + column * saved_stride_d,
                 mask=mask,
                 other=0.0,
             )
@@ -150,9 +156,9 @@ def red_backward_kernel(
             tl.store(grad_bias + w_offsets, acc_bias, mask=c_mask)
         else:
             size = tl.cast(num_sets, tl.int64) * d
-            mine_partials = partials + tl.cast(chunk, tl.int64) * 2 * size
-            tl.store(mine_partials + w_offsets, acc_scale, mask=c_mask)
-            tl.store(mine_partials + size + w_offsets, acc_bias, mask=c_mask)
+            chunk_partials = partials + tl.cast(chunk, tl.int64) * 2 * size
+            tl.store(chunk_partials + w_offsets, acc_scale, mask=c_mask)
+            tl.store(chunk_partials + size + w_offsets, acc_bias, mask=c_mask)
             counter = counters + s * tl.num_programs(0) + block
             if reduction.is_last(counter, chunks):
                 tl.store(
@@ -174,7 +180,7 @@ def red(
     bias: Tensor,
     save: bool,
 ) -> Tensor:
-    """The contract of :func:`reft_kernels.reference.red`, in one launch."""
+    """Implement :func:`reft_kernels.reference.red`."""
     d = source.shape[1]
     num_rows = allocation.num_selected_rows(source, rows)
     saved_input = allocation.red_saved_input(source, rows, save)
@@ -211,7 +217,7 @@ def red_backward(
     scale: Tensor,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The contract of :func:`reft_kernels.reference.red_backward`, in one launch."""
+    """Implement :func:`reft_kernels.reference.red_backward`."""
     d = grad.shape[1]
     num_rows = allocation.num_selected_rows(grad, rows)
     sets = scale.shape[0] if weight_ids is not None else 1
@@ -226,7 +232,7 @@ def red_backward(
     if need_weights and config.chunks > 1:
         partials = grad.new_empty(config.chunks * 2 * sets * d, dtype=torch.float32)
         counters = reduction.counters(grad, blocks * sets)
-    kept_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
+    saved_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
     with common.device_guard(grad):
         red_backward_kernel[(blocks, config.chunks, sets)](
             grad,
@@ -245,7 +251,7 @@ def red_backward(
             d,
             *grad.stride(),
             *(out.stride() if out is not None else (0, 0)),
-            *kept_strides,
+            *saved_strides,
             NEED_WEIGHTS=need_weights,
             ONE_CHUNK=config.chunks == 1 or not need_weights,
             BLOCK_N=config.block_n,

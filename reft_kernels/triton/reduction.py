@@ -1,10 +1,9 @@
-"""A sum over chunks of rows in a fixed order, within the launch that made the partials.
+"""Deterministic sum over chunks of rows, within the launch that computes the partial sums.
 
-Programs of one output tile write fp32 partials, one a chunk; the program that finishes last, found
-by an integer counter, adds
-them in chunk order. Which program that is varies, the order of the additions does not: the result
-is deterministic. The counter is reset by the same program, so that no launch is spent on clearing
-it.
+For each output tile, one program per chunk stores an fp32 partial sum. The program that finishes
+last, determined by an atomic counter, adds the partial sums in the order of the chunks, so the
+result does not depend on which program it is. It then resets the counter, so no separate launch is
+needed for that.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
 def counters(like: Tensor, count: int) -> Tensor:
-    """At least ``count`` int32 zeros, saved_input for each device and stream, since launches of
-    one stream do not overlap.
+    """Return a tensor of at least ``count`` int32 zeros on the device of ``like``.
+
+    There is one such tensor per device and stream, since launches on a stream do not overlap.
     """
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     key = (like.device, stream)
@@ -33,8 +33,9 @@ def counters(like: Tensor, count: int) -> Tensor:
 
 @triton.jit
 def is_last(counter, chunks):
-    """True in the last of ``chunks`` programs to arrive; every earlier store of all of them is
-    visible then.
+    """Return whether this is the last of ``chunks`` programs to reach this point.
+
+    The preceding stores of the other programs are then visible to this program.
     """
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel") == chunks - 1
@@ -42,8 +43,8 @@ def is_last(counter, chunks):
 
 @triton.jit
 def sum_chunks(partials, offsets, mask, chunk_stride, chunks):
-    """sum_c partials[c], added in the order of c."""
-    # .cg: from L2, where the other programs' stores are, not from a stale line of L1
+    """Return the sum of partials[c] over c, added in the order of c."""
+    # .cg reads from L2, since L1 may hold stale values
     total = tl.load(partials + offsets, mask=mask, other=0.0, cache_modifier=".cg")
     for c in range(1, chunks):
         part = partials + tl.cast(c, tl.int64) * chunk_stride

@@ -1,11 +1,9 @@
-"""Device functions behind the orthonormal maps: Gram sums over d, and r x r products and inverses
-in fp64.
+"""Device functions of the orthonormal maps: Gram matrices, and r x r products and inverses in fp64.
 
-Every r x r matrix lives in a program's own scratch memory, padded to ``[LD, LD]`` with LD the
-multiple of N next to r, and is
-worked on in tiles of ``[N, N]``: any r up to 256 runs through the same code, and no matrix occupies
-registers across phases. Phases are separated by ``tl.debug_barrier()``: a program reads what its
-own threads wrote, never what another program wrote. What the padding holds never enters a sum.
+Each r x r matrix is stored in scratch memory of its program, padded to ``[LD, LD]``, where LD is r
+rounded up to a multiple of N, and processed in tiles of ``[N, N]``. The same code thus handles
+every r up to 256, and no matrix occupies registers across phases. ``tl.debug_barrier()`` separates
+the phases; a program reads only data that its own threads wrote. The padding never enters a sum.
 """
 
 from __future__ import annotations
@@ -13,16 +11,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# how a matrix is stored, and which of its entries (p, q) count; the others read as zero
-SCRATCH = tl.constexpr(0)  # [LD, LD], all
-FULL = tl.constexpr(1)  # [r, r], all
-LOWER = tl.constexpr(2)  # [r, r], p > q
-UPPER = tl.constexpr(3)  # [r, r], p <= q
+# Storage of a matrix and the entries (p, q) that are read; other entries are treated as zero
+SCRATCH = tl.constexpr(0)  # [LD, LD], all entries
+FULL = tl.constexpr(1)  # [r, r], all entries
+LOWER = tl.constexpr(2)  # [r, r], entries with p > q
+UPPER = tl.constexpr(3)  # [r, r], entries with p <= q
 
 
 @triton.jit
 def entry(matrix, p, q, r, LD: tl.constexpr, PART: tl.constexpr):
-    """Entries (p, q) of a matrix in fp64; p and q broadcast."""
+    """Return the entries (p, q) of a matrix in fp64; p and q are broadcast."""
     if PART == SCRATCH:
         value = tl.load(matrix + p * LD + q)
     else:
@@ -63,8 +61,9 @@ def product(
     B_PART: tl.constexpr,
     B_T: tl.constexpr,
 ):
-    """The tile (i, j) of A B, summed over first <= k < last in fp64; A_T, B_T read a stored
-    matrix transposed.
+    """Return the tile (i, j) of A B, summed over first <= k < last, in fp64.
+
+    A_T and B_T transpose the stored matrix; A_PART and B_PART are storage kinds as above.
     """
     acc = tl.zeros([N, N], tl.float64)
     for step in tl.range(first, last):
@@ -77,7 +76,7 @@ def product(
 
 @triton.jit
 def _invert_tile(A, N: tl.constexpr):
-    """A^-1 of an ``[N, N]`` tile by Gauss-Jordan elimination in place, without pivoting."""
+    """Return the inverse of an ``[N, N]`` tile by Gauss-Jordan elimination without pivoting."""
     i = tl.arange(0, N)[:, None]
     j = tl.arange(0, N)[None, :]
     for k in tl.range(0, N):
@@ -91,10 +90,10 @@ def _invert_tile(A, N: tl.constexpr):
 
 @triton.jit
 def invert(A, r, N: tl.constexpr, LD: tl.constexpr):
-    """A <- A^-1 in place, A in scratch: Gauss-Jordan by blocks of N, without pivoting.
+    """Invert A in scratch memory in place, by block Gauss-Jordan elimination without pivoting.
 
-    Stable where every leading block is far from singular: triangular A, and A with positive
-    definite symmetric part.
+    This is stable if every leading block is far from singular: for triangular A, and for A with
+    positive definite symmetric part.
     """
     offsets = tl.arange(0, N)
     blocks = tl.cdiv(r, N)
@@ -145,8 +144,9 @@ def invert(A, r, N: tl.constexpr, LD: tl.constexpr):
 
 @triton.jit
 def lower_part(X, row, col, d, r, BELOW: tl.constexpr):
-    """Entries (row, col) of tril(X, -1), or of [0; X[r:]] where BELOW, in fp32; row and col
-    broadcast, X is ``[d, r]``.
+    """Return the entries (row, col) of tril(X, -1), or with BELOW of [0; X[r:]], in fp32.
+
+    X is ``[d, r]``; row and col are broadcast.
     """
     keep = (row < d) & (col < r) & ((row >= r) if BELOW else (row > col))
     return tl.load(X + row * r + col, mask=keep, other=0.0).to(tl.float32)
@@ -154,8 +154,9 @@ def lower_part(X, row, col, d, r, BELOW: tl.constexpr):
 
 @triton.jit
 def total_gradient(grad_R, grad_D, row, col, d, r):
-    """Entries (row, col) of (grad_R - grad_D)^T in fp32; grad_R and grad_D are ``[r, d]`` or
-    None, not both.
+    """Return the entries (row, col) of (grad_R - grad_D)^T in fp32.
+
+    grad_R and grad_D are ``[r, d]`` or None, but not both None.
     """
     keep = (row < d) & (col < r)
     at = col * d + row
@@ -192,10 +193,10 @@ def multiply_square(
     A_BELOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + (A M)^T at (j, c), ``[BLOCK_J, BLOCK_C]``, in fp32: M fp32 in scratch, A as in
-    :func:`gram` (None: total gradient).
+    """Return acc + (A M)^T at (j, c), ``[BLOCK_J, BLOCK_C]``, in fp32.
 
-    One loop for each factor keeps the addresses of one pair of operands in registers.
+    M is an fp32 matrix in scratch memory. A is as in :func:`gram`, or None for the total gradient.
+    A separate loop for each product keeps the addresses of only one pair of operands in registers.
     """
     for start in tl.range(0, r, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
@@ -226,15 +227,15 @@ def gram(
     A_BELOW: tl.constexpr,
     B_BELOW: tl.constexpr,
 ):
-    """The tile (i, j) of A^T B over all d rows, in fp64; i and j are ``[N]``; B None stands for the
-    total gradient.
+    """Return the tile (i, j) of A^T B, summed over all d rows, in fp64.
 
-    A and B are strictly lower parts, without a unit diagonal: next to it the other entries would
-    lose their last bits.
+    i and j are ``[N]``. A and B are strictly lower triangular parts; B may be None for the total
+    gradient. The unit diagonal is excluded, because adding it in fp32 would round the smaller
+    entries.
     """
     rows = tl.arange(0, BLOCK_D)
     if N < 16:
-        # a sum per row of the block: BLOCK_D short fp32 sums, joined in fp64
+        # One short fp32 sum per row of the block; the sums are added in fp64
         parts = tl.zeros([BLOCK_D, N, N], tl.float32)
         for start in tl.range(0, d, BLOCK_D):
             row = (start + rows)[:, None]
@@ -250,10 +251,19 @@ def gram(
             a = lower_part(A, row[None, :], i[:, None], d, r, A_BELOW)
             b = _operand(B, grad_R, grad_D, row[:, None], j[None, :], d, r, B_BELOW)
             tile = tl.dot(a, b, input_precision="ieee")
-            # TwoSum (Knuth): what the fp32 sum loses goes to `low`; fp64 adds would be slow on
-            # consumer GPUs
-            sum_ = high + tile
-            seen = sum_ - high
-            low += (high - (sum_ - seen)) + (tile - seen)
-            high = sum_
+            # TwoSum (Knuth) adds the rounding error of the fp32 sum to `low`. fp64 additions would
+            # be slow on consumer GPUs.
+            total = high + tile
+            added = total - high
+            low += (high - (total - added)) + (tile - added)
+            high = total
         return high.to(tl.float64) + low.to(tl.float64)
+
+
+@triton.jit
+def signs_of(signs, layer, j, r, NEGATE: tl.constexpr):
+    """Return the signs of the columns j in fp64 (1 if ``signs`` is None), negated with NEGATE."""
+    scale = tl.full(j.shape, -1.0 if NEGATE else 1.0, tl.float64)
+    if signs is not None:
+        scale *= tl.load(signs + layer * r + j, mask=j < r, other=1.0).to(tl.float64)
+    return scale

@@ -19,8 +19,8 @@ from adapters import AdapterSetup, DiReftConfig, LoReftConfig, NoReftConfig, Par
 from adapters.methods.reft import ReftLayer  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from reft_kernels import interventions  # noqa: E402
 from reft_kernels.integrations.adapters import accelerate_adapters  # noqa: E402
+from reft_kernels.interventions import base  # noqa: E402
 from reft_kernels.parametrization import orthonormality_error  # noqa: E402
 from tests.model.families import (  # noqa: E402
     LENGTH,
@@ -439,8 +439,8 @@ def test_gradient_checkpointing_and_a_copy():
 
 def test_one_launch_for_a_layers_rows_none_while_decoding_and_no_stale_weights(monkeypatch):
     calls = []
-    edit = interventions.apply_edit
-    monkeypatch.setattr(interventions, "apply_edit", lambda *a: calls.append(1) or edit(*a))
+    edit = base.apply_edit
+    monkeypatch.setattr(base, "apply_edit", lambda *a: calls.append(1) or edit(*a))
     inputs, model = inputs_of([LENGTH, 17, 10], "left"), hub()
     accelerate_adapters(model)
     first = model.generate(**inputs, **DECODING).logits[0]

@@ -72,7 +72,8 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
     import torch
 
     forward = importlib.import_module("reft_kernels.triton.edit")
-    backward = importlib.import_module("reft_kernels.triton.edit_backward")
+    delta = importlib.import_module("reft_kernels.triton.edit_delta")
+    gradient = importlib.import_module("reft_kernels.triton.edit_gradient")
     h, torch_dtype = _TYPES[dtype], getattr(torch, dtype)
     precision = (
         None if dtype != "float32" else ("tf32x3" if backend == "cuda" else "ieee")
@@ -87,8 +88,8 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
         ):
             label = f"{regime},{flags}"
             config = forward.edit_config(rows, d, r, torch_dtype, extra, amd)
-            gradient = backward.gradient_config(rows, d, r, 1, torch_dtype, extra, amd)
-            plain = backward.delta_config(rows, d, r, torch_dtype, amd)
+            gradient_config = gradient.gradient_config(rows, d, r, 1, torch_dtype, extra, amd)
+            plain = delta.delta_config(rows, d, r, torch_dtype, amd)
             blocks, plain_blocks = (
                 {"BLOCK_N": c.block_n, "BLOCK_D": c.block_d, "BLOCK_R": c.block_r}
                 for c in (config, plain)
@@ -127,7 +128,7 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
             extras = {"ddelta_out": "fp32"} if extra else {}
             yield _spec(
                 f"delta[{label}]",
-                backward.delta_kernel,
+                delta.delta_kernel,
                 {"grad": h}
                 | index
                 | {"write": "fp32"}
@@ -141,10 +142,10 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
                 r,
                 ("grad_stride_d",),
             )
-            one = gradient.chunks == 1
+            one = gradient_config.chunks == 1
             yield _spec(
                 f"gradient[{label}]",
-                backward.gradient_kernel,
+                gradient.gradient_kernel,
                 {"grad": h, "out": h, "saved_input": h}
                 | index
                 | {"read": "fp32", "write": "fp32"}
@@ -168,25 +169,25 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
                     "grad_stride_d",
                     "out_stride_n",
                     "out_stride_d",
-                    "kept_stride_n",
-                    "kept_stride_d",
+                    "saved_stride_n",
+                    "saved_stride_d",
                 ),
                 {
                     "SUBTRACT": subtract_projection,
                     "LINEAR": not extra,
                     "NEED_WEIGHTS": True,
                     "ONE_CHUNK": one,
-                    "PHASES": gradient.phases,
-                    "BLOCK_N": gradient.block_n,
-                    "BLOCK_D": gradient.block_d,
-                    "BLOCK_R": gradient.block_r,
+                    "PHASES": gradient_config.phases,
+                    "BLOCK_N": gradient_config.block_n,
+                    "BLOCK_D": gradient_config.block_d,
+                    "BLOCK_R": gradient_config.block_r,
                     "PRECISION": precision,
                     "SMALL_PRECISION": precision,
                 },
-                gradient,
+                gradient_config,
                 d,
                 r,
-                ("grad_stride_d", "out_stride_d", "kept_stride_d"),
+                ("grad_stride_d", "out_stride_d", "saved_stride_d"),
             )
 
 
@@ -227,14 +228,14 @@ def red_specs(d: int, dtype: str) -> Iterator[Spec]:
                 "grad_stride_d",
                 "out_stride_n",
                 "out_stride_d",
-                "kept_stride_n",
-                "kept_stride_d",
+                "saved_stride_n",
+                "saved_stride_d",
             ),
             {"NEED_WEIGHTS": True, "ONE_CHUNK": one} | blocks,
             config,
             d,
             2,
-            ("grad_stride_d", "out_stride_d", "kept_stride_d"),
+            ("grad_stride_d", "out_stride_d", "saved_stride_d"),
         )
 
 

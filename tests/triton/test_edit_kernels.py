@@ -27,6 +27,8 @@ if not (interpreting() or torch.cuda.is_available()):
 
 forward = importlib.import_module("reft_kernels.triton.edit")
 backward = importlib.import_module("reft_kernels.triton.edit_backward")
+delta = importlib.import_module("reft_kernels.triton.edit_delta")
+gradient = importlib.import_module("reft_kernels.triton.edit_gradient")
 red = importlib.import_module("reft_kernels.triton.red")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -184,7 +186,7 @@ def _inputs(dtype, rows_kind, sets, activation, reads, subtracts, with_coeff, n,
 
 def _force(monkeypatch, regime):
     original = forward.edit_config
-    for module in (forward, backward):
+    for module in (forward, delta):
         monkeypatch.setattr(
             module,
             "edit_config",
@@ -230,9 +232,9 @@ def _naive(dtype):
 
 @pytest.mark.parametrize("chunks", [1, 2, 5])
 def test_chunks_change_nothing_but_rounding_and_repeat_bit_for_bit(chunks, monkeypatch, poison):
-    original = backward.gradient_config
+    original = gradient.gradient_config
     monkeypatch.setattr(
-        backward,
+        gradient,
         "gradient_config",
         lambda *a: dataclasses.replace(original(*a), chunks=chunks, block_n=16),
     )
@@ -247,11 +249,11 @@ def test_chunks_change_nothing_but_rounding_and_repeat_bit_for_bit(chunks, monke
 
 @pytest.mark.parametrize("phases", [1, 2, 3])
 def test_phases_agree_bit_for_bit(phases, monkeypatch, poison):
-    original = backward.gradient_config
+    original = gradient.gradient_config
     inputs = _inputs(torch.float32, "all", None, "gelu", True, True, False, 40, 5)
     expected = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
     monkeypatch.setattr(
-        backward, "gradient_config", lambda *a: dataclasses.replace(original(*a), phases=phases)
+        gradient, "gradient_config", lambda *a: dataclasses.replace(original(*a), phases=phases)
     )
     found = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
     assert all(torch.equal(expected[name], found[name]) for name in expected)

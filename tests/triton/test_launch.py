@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="needs the package triton")
 
 common = importlib.import_module("reft_kernels.triton.common")
 forward = importlib.import_module("reft_kernels.triton.edit")
-backward = importlib.import_module("reft_kernels.triton.edit_backward")
+gradient = importlib.import_module("reft_kernels.triton.edit_gradient")
 red = importlib.import_module("reft_kernels.triton.red")
 reduction = importlib.import_module("reft_kernels.triton.reduction")
 
@@ -49,7 +49,7 @@ def test_edit_tiles_are_ones_that_triton_takes(num_rows, d, rank, dtype, second,
 
 @given(sets=st.integers(1, 64), **shapes)
 def test_gradient_tiles_and_chunks_cover_the_rows(sets, num_rows, d, rank, dtype, second, amd):
-    config = backward.gradient_config(num_rows, d, rank, sets, dtype, second, amd)
+    config = gradient.gradient_config(num_rows, d, rank, sets, dtype, second, amd)
     tile = (config.block_n, config.block_d, config.block_r)
     assert all(_is_power_of_two(side) for side in tile) and min(tile) >= common.MIN_DOT
     assert rank <= config.block_r

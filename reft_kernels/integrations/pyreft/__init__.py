@@ -1,13 +1,16 @@
-"""pyreft's and pyvene's intervention classes on the fused operators: change the import, keep the
-script.
+"""Drop-in replacements for the intervention classes of pyreft and pyvene, on the fused operators.
 
-    from reft_kernels.integrations.pyreft import LoreftIntervention     # instead of: from pyreft
-    import LoreftIntervention
+Replace the import::
 
-The classes go into ``pyreft.ReftConfig`` and ``pyreft.get_reft_model`` unchanged, and their state
-dicts load into the originals and back. Importing this package needs pyvene and transformers, not
-pyreft.
+    from pyreft import LoreftIntervention
+    from reft_kernels.integrations.pyreft import LoreftIntervention
+
+The classes are used with ``pyreft.ReftConfig`` and ``pyreft.get_reft_model`` like the originals,
+and state dicts can be loaded in both directions. Importing this package requires pyvene and
+transformers; only :func:`accelerate_pyreft` requires pyreft.
 """
+
+from typing import Any
 
 from reft_kernels.integrations.pyreft.fused import FusedIntervention
 from reft_kernels.integrations.pyreft.interventions import (
@@ -35,7 +38,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "accelerate_pyreft":
         from reft_kernels.integrations.pyreft.accelerate import accelerate_pyreft
 

@@ -1,14 +1,14 @@
-"""``accelerate_pyreft``: a pyreft model that keeps its modules and its interface and runs the
-engine's edits.
+"""``accelerate_pyreft``, which runs the interventions of a pyreft model with the fused operators.
 
-Stands in for ``forward`` and ``generate`` of one model. A call builds the rows of its positions and
-the rotations of all its layers once, and sets one hook a place, which runs one fused edit in place
-on the selected rows; pyvene's own machinery (a clone of the sequence, two tensors from nested
-lists, three orthogonal maps, gather and scatter for each place) does not run.
+It replaces ``forward`` and ``generate`` of a model. Each call computes the rows of its positions
+and the rotations of all layers once, and registers one hook per place. The hook runs one fused edit
+in place on the selected rows. It replaces pyvene's steps, which for each place clone the sequence,
+build two tensors from nested lists, evaluate three orthogonal maps, gather and scatter.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,10 +32,13 @@ _METHODS = ("forward", "generate")
 
 
 def _hidden_of(key: str, args: tuple, kwargs: Mapping[str, Any], output: Any) -> Tensor:
-    """The hidden state that pyvene would edit: the first of a module's outputs, or, before it
-    ran, of its inputs.
+    """Return the hidden states that pyvene would edit.
+
+    They are the first of the module's outputs, or of its inputs if ``output`` is None.
     """
-    value = output if output is not None else (args or next(iter(kwargs.values()), None))
+    value: Any = output
+    if value is None:
+        value = args or next(iter(kwargs.values()), None)
     if isinstance(value, tuple) and value:
         value = value[0]
     elif isinstance(value, Mapping) and value:
@@ -49,7 +52,7 @@ def _hidden_of(key: str, args: tuple, kwargs: Mapping[str, Any], output: Any) ->
 
 
 class _Hook:
-    """Edits one place's hidden state in place, as pyvene's setter does."""
+    """Hook that edits the hidden states of one place in place."""
 
     def __init__(self, call: _Call, key: str, edit: Edit, locations: Locations | None) -> None:
         self.call = call
@@ -87,28 +90,32 @@ class _Hook:
     def _edit_dropped(
         self, hidden: Tensor, edit: Edit, dropout: torch.nn.Module, selected: Selected | None
     ) -> None:
-        """With pyreft's dropout, on every slot and in pyreft's order, so that the same random
-        numbers fall.
+        """Edit with pyreft's dropout, drawing the same random numbers as pyreft.
+
+        Dropout is applied to every entry of the unit locations in pyreft's order.
         """
         where = slice(None) if selected is None else (selected.examples, selected.columns)
         slots = hidden if selected is None else hidden[where]
         hidden[where] = dropout(edit(slots, rows=self.call.every_row(slots)))
 
     def _moved(self, device: torch.device) -> Edit:
-        """The edit with its weights on the hidden state's device."""
+        """Return the edit with its weights on a device."""
         weights = self.edit.keywords
         if all(not isinstance(w, Tensor) or w.device == device for w in weights.values()):
             return self.edit
         moved = {name: w.to(device) if isinstance(w, Tensor) else w for name, w in weights.items()}
-        return type(self.edit)(self.edit.func, **moved)
+        return functools.partial(self.edit.func, **moved)
 
 
 class _Call:
-    """One call of the model: hooks while it runs, the edits and positions that they share.
+    """Context manager for one call of the model: it registers the hooks and removes them.
 
     Args:
-        on_prompt: while generating, whether a place's first call (True) or all later ones (False)
-            are edited; None outside.
+        reft_model: The model.
+        locations: The locations of each intervention, in the order of ``sorted_keys``; None for all
+            positions.
+        on_prompt: During generation, whether to edit the first call of a place (True) or the later
+            ones (False). None outside generation.
     """
 
     def __init__(
@@ -121,16 +128,17 @@ class _Call:
         self.on_prompt = on_prompt
         edits = edits_of(reft_model.interventions)
         by_key = dict(zip(reft_model.sorted_keys, locations, strict=True))
-        keys = [
-            key for group in reft_model._intervention_group.values() for key in group
-        ]  # the order in which pyvene edits
+        # The order in which pyvene edits
+        keys = [key for group in reft_model._intervention_group.values() for key in group]
         self.hooks = [_Hook(self, key, edits[key], by_key[key]) for key in keys]
         self._handles: list[Any] = []
         self._every: dict[tuple[int, torch.device], Tensor] = {}
 
     def every_row(self, hidden: Tensor) -> Tensor | None:
-        """Rows of an edit of every position: given for a graph, so that it keeps its input and
-        others may edit its output.
+        """Return the rows of an edit of all positions, or None without gradients.
+
+        With rows, an edit saves its input for the backward pass instead of its output, so the
+        output may be changed in place afterwards.
         """
         if not torch.is_grad_enabled():
             return None
@@ -160,8 +168,9 @@ class _Call:
 
 
 class _Method:
-    """Stands in for one method; an object and not a closure, so that a copied or pickled model
-    gets one of the copy.
+    """Replacement of a method.
+
+    It is an object rather than a closure so that a copied or pickled model gets its own copy.
     """
 
     def __init__(self, acceleration: Acceleration) -> None:
@@ -182,12 +191,12 @@ class _Forward(_Method):
         use_cache=None,
         intervention_additional_kwargs=None,
     ):
-        """As pyvene's ``IntervenableModel.forward``."""
-        own = self.acceleration
-        if own.is_foreign(
+        """Run the model; arguments and results as in pyvene's ``IntervenableModel.forward``."""
+        acceleration = self.acceleration
+        if acceleration.needs_pyvene(
             sources, source_representations, subspaces, intervention_additional_kwargs
         ):
-            return own.original("forward")(
+            return acceleration.original("forward")(
                 base,
                 sources,
                 unit_locations,
@@ -199,8 +208,9 @@ class _Forward(_Method):
                 use_cache,
                 intervention_additional_kwargs,
             )
-        model = own.reft_model.model
-        call = _Call(own.reft_model, own.locations(base, unit_locations, beams=False), None)
+        model = acceleration.reft_model.model
+        locations = acceleration.locations(base, unit_locations, beams=False)
+        call = _Call(acceleration.reft_model, locations, None)
         base_outputs = model(**base) if output_original_output else None
         kwargs = {} if labels is None else {"labels": labels}
         if use_cache is not None and "use_cache" in model.config.to_dict():
@@ -229,12 +239,12 @@ class _Generate(_Method):
         intervention_additional_kwargs=None,
         **kwargs,
     ):
-        """As pyvene's ``IntervenableModel.generate``."""
-        own = self.acceleration
-        if own.is_foreign(
+        """Generate; arguments and results as in pyvene's ``IntervenableModel.generate``."""
+        acceleration = self.acceleration
+        if acceleration.needs_pyvene(
             sources, source_representations, subspaces, intervention_additional_kwargs
         ):
-            return own.original("generate")(
+            return acceleration.original("generate")(
                 base,
                 sources,
                 unit_locations,
@@ -245,20 +255,22 @@ class _Generate(_Method):
                 intervention_additional_kwargs,
                 **kwargs,
             )
-        model = own.reft_model.model
+        model = acceleration.reft_model.model
         if not intervene_on_prompt and unit_locations is None:
-            unit_locations = {"base": 0}  # the one token of each later step
-        locations = own.locations(base, unit_locations, beams=True)
-        with torch.no_grad():  # as model.generate runs
-            call = _Call(own.reft_model, locations, bool(intervene_on_prompt))
+            unit_locations = {"base": 0}  # the single token of each later step
+        locations = acceleration.locations(base, unit_locations, beams=True)
+        with torch.no_grad():  # as in model.generate
+            call = _Call(acceleration.reft_model, locations, bool(intervene_on_prompt))
         base_outputs = model.generate(**base, **kwargs) if output_original_output else None
         with call:
             return base_outputs, model.generate(**base, **kwargs)
 
 
 class Acceleration:
-    """What :func:`accelerate_pyreft` did to one model; :meth:`restore` (or leaving a ``with``
-    block) undoes it.
+    """The result of :func:`accelerate_pyreft`.
+
+    :meth:`restore` undoes the acceleration. As a context manager it yields the model and restores
+    it at the end.
     """
 
     def __init__(self, reft_model: IntervenableModel) -> None:
@@ -270,12 +282,11 @@ class Acceleration:
         reft_model.__dict__.update(self._installed)
 
     def restore(self) -> IntervenableModel:
-        """Put back the methods that were there before; parameters were never moved. Returns the
-        model.
+        """Restore the original methods and return the model.
 
         Raises:
-            RuntimeError: already restored, or another wrapper was put on top since and has to go
-                first.
+            RuntimeError: If the model has been restored already, or another wrapper was installed
+                afterwards, which has to be removed first.
         """
         methods = self.reft_model.__dict__
         if any(methods.get(name) is not method for name, method in self._installed.items()):
@@ -295,7 +306,7 @@ class Acceleration:
         self.restore()
 
     def original(self, name: str) -> Any:
-        """The method that was replaced."""
+        """Return the original method with a name."""
         return (
             self._replaced[name]
             if name in self._replaced
@@ -303,19 +314,29 @@ class Acceleration:
         )
 
     @staticmethod
-    def is_foreign(
+    def needs_pyvene(
         sources: Any, source_representations: Any, subspaces: Any, additional: Any
     ) -> bool:
-        """Whether a call says something that only pyvene understands."""
-        given = sources if isinstance(sources, list) else [sources]
-        return any(s is not None for s in (*given, source_representations, subspaces)) or bool(
-            additional
-        )
+        """Return whether a call has arguments that only pyvene supports."""
+        all_sources = sources if isinstance(sources, list) else [sources]
+        return any(
+            s is not None for s in (*all_sources, source_representations, subspaces)
+        ) or bool(additional)
 
     def locations(
         self, base: Mapping[str, Any], unit_locations: Any, beams: bool
     ) -> list[Locations | None]:
-        """Positions of each intervention, in the order of ``sorted_keys``."""
+        """Return the locations of each intervention, in the order of ``sorted_keys``.
+
+        Args:
+            base: Inputs of the model.
+            unit_locations: As in pyvene.
+            beams: Whether the hidden states may hold several sequences per example.
+
+        Raises:
+            TypeError: If a position is not an integer.
+            ValueError: If ``unit_locations`` is invalid.
+        """
         model = self.reft_model
         if unit_locations is not None and not (
             isinstance(unit_locations, Mapping)
@@ -333,13 +354,13 @@ class Acceleration:
         try:
             broadcast = model._broadcast_unit_locations(get_batch_size(base), unit_locations)
         finally:
-            model.use_fast = (
-                fast  # pyvene sets it for good, and then reuses the first example's positions
-            )
+            # pyvene leaves it set, and would then use the positions of the first example for all
+            model.use_fast = fast
         return read_locations(broadcast["sources->base"][1], len(model.sorted_keys), beams)
 
 
 def _check_model(reft_model: IntervenableModel) -> None:
+    """Raise TypeError or ValueError if the model cannot be accelerated."""
     if not isinstance(reft_model, IntervenableModel):
         raise TypeError(
             f"reft_model: got {type(reft_model).__name__}, expected a pyreft.ReftModel or "
@@ -381,48 +402,54 @@ def _check_model(reft_model: IntervenableModel) -> None:
 
 
 def accelerate_pyreft(reft_model: IntervenableModel) -> Acceleration:
-    """Run a pyreft model's interventions by the engine's fused edits, in place; ``restore()`` on
-    the result undoes it.
+    """Run the interventions of a pyreft model with the fused operators, in place.
 
-    ``reft_model(...)`` and ``reft_model.generate(...)`` take and return what they did; outputs and
-    gradients are pyreft's to rounding. Modules, parameters, their names, optimizers, ``save``,
-    ``load_intervention`` and ``print_trainable_parameters``
-    are untouched: the edits read the shipped modules' own parameters at each call. With h a
-    selected row:
+    ``reft_model(...)`` and ``reft_model.generate(...)`` take and return the same values as before;
+    outputs and gradients agree with pyreft up to rounding. Modules, parameters, optimizers,
+    ``save``, ``load_intervention`` and ``print_trainable_parameters`` are not affected, because the
+    edits read the parameters of the existing modules at each call. For a selected row h, with
+    R = ``rotate_layer.weight`` ``[d, r]``:
 
-        Loreft      h + (act(Wh + b) - hR) R^T          Direft      h + act(Wh + b) R^T
-                    Consreft  h + (s - hR) R^T
-        Noreft      h + (act(W1 h + b) - (W2 h + b2)) W2    Nodireft    h + act(W1 h + b) W2
-                    Lobireft  h + s R^T
+        Loreft     h + (act(W h + b) - h R) R^T
+        Direft     h + act(W h + b) R^T
+        Consreft   h + (s - h R) R^T
+        Lobireft   h + s R^T
+        Noreft     h + (act(W1 h + b) - (W2 h + b2)) W2
+        Nodireft   h + act(W1 h + b) W2
 
-    Kept of pyreft: dropout acts on the edited state as a whole, on each slot by itself, and follows
-    the intervention's own training flag, which ``reft_model.eval()`` does not reach; slots that
-    stand twice are edited once and count twice in the gradient; the signs of R are truncated to
-    integers, so that weight decay on ``rotate_layer`` zeroes R; while generating,
-    ``intervene_on_prompt`` edits a place's first call, or all later ones.
+    As in pyreft:
 
-    Different on purpose: positions are those of each example, always (pyvene's ``use_fast``, which
-    any integer position switches on for good, scatters to the first example's); positions of B
-    examples serve their beams too (pyvene raises, or for B = 1 copies the first beam's state into
-    all); hooks that others set on the model stay; under autocast R stays fp32.
+    * Dropout acts on the whole edited state, separately for each entry of the unit locations. It
+      follows the training mode of the intervention, which ``reft_model.eval()`` does not change.
+    * A position that occurs k times is edited once and counts k times in the gradient.
+    * The signs of R are truncated to integers, so weight decay on ``rotate_layer`` sets R to zero.
+    * During generation, ``intervene_on_prompt`` selects the first call of a place or the later
+      ones.
 
-    Left to pyvene, as it is: calls with ``sources``, ``source_representations``, ``subspaces``
-    (which the shipped classes ignore) or ``intervention_additional_kwargs``.
+    Different from pyvene:
+
+    * Each example has its own positions. (In pyvene an integer position enables ``use_fast``
+      permanently, which then uses the positions of the first example.)
+    * The positions of an example also apply to its beams. (pyvene raises an error, or for a single
+      example copies the state of the first beam to all.)
+    * Other hooks on the model are kept.
+    * R remains in fp32 under autocast.
+
+    Calls with ``sources``, ``source_representations``, ``subspaces`` (which pyreft's classes
+    ignore) or ``intervention_additional_kwargs`` are passed to pyvene unchanged.
 
     Args:
-        reft_model: a model of the shipped classes, unmodified (subclasses may not override
-            ``forward``), in parallel mode, with unit ``pos``, on whole hidden states ``[B, T, d]``
-            of fp32, bf16, fp16 or fp64, without linked interventions.
+        reft_model: A model in parallel mode with pyreft's intervention classes, or subclasses that
+            do not override ``forward``. The unit must be ``pos``; the hidden states must be
+            ``[B, T, d]`` in fp32, bf16, fp16 or fp64; interventions must not be linked.
 
     Returns:
-        The :class:`Acceleration`: ``restore()``, or a context manager that yields the model and
-        restores at its end.
+        An :class:`Acceleration`, with a method ``restore()``. It is also a context manager.
 
     Raises:
-        TypeError: not such a model, or an intervention of another class. Nothing has then been
-            changed.
-        ValueError: accelerated already, an activation that the engine does not have, or a mode,
-            unit, component or link that it does not serve. Nothing has then been changed.
+        TypeError: If ``reft_model`` or one of its interventions has another class.
+        ValueError: If the model is already accelerated, or its mode, an activation, unit, component
+            or link is not supported. The model is then unchanged.
 
     Source: Wu et al., "ReFT: Representation Finetuning for Language Models", 2024, equations 2 and
     3; pyreft 0.1, pyvene 0.1.8.

@@ -1,58 +1,61 @@
-"""What the drop-in classes share: rank, columns of R per example, checks, the edit, checkpoints,
-train and eval.
-"""
+"""Base class of the drop-in replacements."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from pyvene import IntervenableModel
 from torch import Tensor, nn
 
-from reft_kernels.arguments import Selection
+from reft_kernels.arguments import RowSelection
 from reft_kernels.autograd import apply_edit
-from reft_kernels.checks import HIDDEN_DTYPES, describe, mark_rows, num_rows_of
+from reft_kernels.checks import HIDDEN_DTYPES, check_count, describe, mark_rows, num_rows_of
 from reft_kernels.conversion.orthogonal_state import BASE, ORIGINAL
 from reft_kernels.integrations.pyreft.rotate import RotateLayer, weight_of_parametrization
 from reft_kernels.integrations.pyreft.subspaces import coefficients
-from reft_kernels.interventions import EditWeights, _check_count
+from reft_kernels.interventions import EditWeights
 from reft_kernels.parametrization import MAX_RANK, _checked_orthonormal
 
-SETTINGS = "reft_kernels"  # where a state dict's metadata holds dropout and act_fn
+SETTINGS = "reft_kernels"  # metadata key of a state dict under which dropout and act_fn are stored
 
 
-class FusedIntervention:
-    """What the drop-in classes share: rank, columns of R per example, checks, the edit,
-    checkpoints.
+class FusedIntervention(nn.Module):
+    """Base class of the drop-in replacements.
 
-    Constructor keywords of every class (others, such as those of a pyvene representation, are
-    accepted and ignored):
+    All classes take these keyword arguments. Others, such as those of a pyvene representation, are
+    ignored.
 
-        embed_dim           d. low_rank_dimension: r, 1 to min(d, 256)
-        keep_last_dim       hidden states come as ``[B, P, d]`` (ReFT) or flattened to ``[B, P *
-                            d]`` (pyvene's default)
-        subspace_partition  columns of R of each part that ``subspaces`` may name; pyvene's two
-                            numbers (from, to) or lists
-        subspace_coeff      r factors of R's columns, such as +1, 0, -1; an attribute too, None for
-                            all 1
-        same_random_draws   also draw the d x (d - r) numbers by which the original completes its
-                            base, so that one seed starts
-                            both alike (classes with a ``rotate_layer``)
+    Args:
+        embed_dim: d.
+        low_rank_dimension: r, from 1 to min(d, 256).
+        keep_last_dim: Whether hidden states are passed as ``[B, P, d]`` (pyreft) or flattened to
+            ``[B, P * d]`` (pyvene's default).
+        subspace_partition: The columns of R of each part that ``subspaces`` can select, as lists or
+            as pyvene's pairs (from, to).
+        subspace_coeff: r factors of the columns of R, such as +1, 0 and -1, or None for 1. This is
+            also an attribute.
+        same_random_draws: Also draw the d x (d - r) random numbers with which the original class
+            completes its base, so that a seed gives the same initialization. Only for classes with
+            a ``rotate_layer``.
 
     Raises:
-        ValueError, TypeError: a keyword missing or out of range.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is missing or out of range.
     """
 
     subspace_coeff: Tensor | Sequence[float] | None = None
+    subspace_partition: Sequence[Sequence[int]] | None  # set by pyvene's classes
 
     def _begin(self, kwargs: dict) -> None:
+        """Check the common keyword arguments and store them."""
         for name in ("embed_dim", "low_rank_dimension"):
             if kwargs.get(name) is None:
                 raise ValueError(f"{name}: got None, expected an integer")
-        self._width = _check_count("embed_dim", int(kwargs["embed_dim"]), 1, None)
-        self._rank = _check_count(
+        self._width = check_count("embed_dim", int(kwargs["embed_dim"]), 1, None)
+        self._rank = check_count(
             "low_rank_dimension", kwargs["low_rank_dimension"], 1, min(self._width, MAX_RANK)
         )
         self._given = {
@@ -75,9 +78,10 @@ class FusedIntervention:
     def _linear(self, bias: bool = True) -> nn.Linear:
         return nn.Linear(self._width, self._rank, bias=bias).to(self._dtype)
 
-    # ---- the edit
+    # ---- The edit
 
     def _scale(self, device: torch.device) -> Tensor | None:
+        """Return ``subspace_coeff`` as ``[r]`` in fp32, or None."""
         if self.subspace_coeff is None:
             return None
         scale = torch.as_tensor(self.subspace_coeff, dtype=torch.float32, device=device)
@@ -104,7 +108,7 @@ class FusedIntervention:
             )
 
     def _coeff(self, base: Tensor, subspaces) -> Tensor | None:
-        """``[N, r]``: the examples' factors, repeated for their positions."""
+        """Return the factors of the columns of R for each row, ``[N, r]``, or None if all are 1."""
         if subspaces is None and self.subspace_coeff is None:
             return None
         batch = base.shape[0]
@@ -116,40 +120,46 @@ class FusedIntervention:
             self._rank,
             base.device,
         )
+        assert table is not None
         return table.repeat_interleave(num_rows_of(base) // batch, dim=0) if batch else table
 
     def _edit(
         self, base: Tensor, weights: EditWeights, activation: str, coeff: Tensor | None
     ) -> Tensor:
         rows = None
-        if (
-            torch.is_grad_enabled()
-        ):  # keeps the rows for backward, so that the output may be changed and edits may be large
+        if torch.is_grad_enabled():
+            # With rows, an edit saves its input instead of its output, which may then be changed
             count = num_rows_of(base)
             rows = mark_rows(torch.arange(count, dtype=torch.int32, device=base.device), count)
-        return apply_edit(base, weights, Selection(rows, None, coeff), activation, False)
+        return apply_edit(base, weights, RowSelection(rows, None, coeff), activation, False)
 
-    # ---- checkpoints
+    # ---- Checkpoints
 
     def _settings(self) -> dict:
+        """Return the settings to store in a state dict."""
         return {}
 
     def _adopt_settings(self, saved: dict) -> Callable[[], None]:
-        """Check the settings of a checkpoint; what is returned takes those over that the
-        constructor did not name.
+        """Check the settings of a checkpoint.
+
+        Returns:
+            A function that adopts those settings that were not passed to the constructor.
         """
         return lambda: None
 
-    def state_dict(self, *, destination=None, prefix: str = "", keep_vars: bool = False):
-        """The original's state dict; ``rotate_layer`` as torch's parametrization, with its base
-        ``[d, d]``.
+    def state_dict(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """Return a state dict in the format of the original class.
+
+        ``rotate_layer`` has the form of PyTorch's parametrization, with a base ``[d, d]``.
         """
-        found = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        found._metadata[prefix[:-1]][SETTINGS] = self._settings()
-        return found
+        state = super().state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        state._metadata[prefix[:-1]][SETTINGS] = self._settings()
+        return state
 
     def _renamed(self, state: dict, prefix: str) -> None:
-        """Bring a class's own state dict form to the modules' names."""
+        """Rename the tensors of a class-specific format in ``state`` to the modules' names."""
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -161,16 +171,18 @@ class FusedIntervention:
         source = state_dict.get(prefix + "learned_source.weight")
         for layer in (m for m in self.children() if isinstance(m, nn.Linear)):
             if source is not None and "dtype" not in self._given:
-                layer.to(
-                    source.dtype
-                )  # the parameters stay the same objects: an optimizer keeps them
+                layer.to(source.dtype)  # keeps the parameter objects, which an optimizer may hold
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
     def _check_state(self, state: dict, prefix: str) -> None:
-        """Refuse a state dict before anything is changed; its parametrized R is replaced by the
-        weight that it makes.
+        """Check a state dict before anything is changed.
+
+        In ``state``, the parametrization of R is replaced by its weight.
+
+        Raises:
+            ValueError: If a tensor has the wrong shape, or R is not orthonormal.
         """
         d, r = self._width, self._rank
         rotate = prefix + "rotate_layer."
@@ -191,8 +203,9 @@ class FusedIntervention:
 
 
 def _passing_mode_on(method: Callable) -> Callable:
-    """pyvene's ``train`` and ``eval`` change the base model alone: this one also sets the mode
-    of the classes above.
+    """Wrap ``train`` or ``eval`` of a pyvene model such that it also applies to interventions.
+
+    pyvene only changes the mode of the base model.
     """
 
     @functools.wraps(method)

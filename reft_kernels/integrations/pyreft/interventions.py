@@ -1,17 +1,17 @@
-"""pyreft's and pyvene's trainable interventions by name, keyword, attribute and state dict, on the
-fused operators.
+"""Drop-in replacements for the trainable interventions of pyreft and pyvene.
 
-Each forward is one edit operator (and, where R is orthonormal, one build of R). What differs from
-the originals on purpose:
+Names, keyword arguments, attributes and state dicts are those of the originals. Each forward is one
+edit operator, plus one build of R if it is orthonormal. Differences from the originals:
 
-    subspaces   columns of R for each example, as in pyreft's notebooks (the shipped classes ignore
-                it), and ``subspace_coeff``
-    dropout     follows ``reft_model.train()`` and ``.eval()``; the originals' stays on, since
-                pyvene passes neither on
-    R           orthonormal under any weight decay, exact after load, no d x d base in memory
-    checkpoint  keeps ``dropout`` and ``act_fn`` (in the state dict's metadata) and the dtype,
-                unless the constructor named them
-    base        may have another dtype than ``learned_source``; products are summed in fp32
+    subspaces   Select columns of R for each example, as in pyreft's notebooks; pyreft's classes
+                ignore them. There is also ``subspace_coeff``.
+    dropout     Follows ``reft_model.train()`` and ``reft_model.eval()``. In the originals it stays
+                enabled, because pyvene does not forward these calls.
+    R           Remains orthonormal under weight decay, is restored exactly, and needs no d x d
+                base in memory.
+    checkpoint  Stores ``dropout`` and ``act_fn`` in the metadata of the state dict. Loading it
+                restores them and the dtype, unless they were passed to the constructor.
+    base        May have another dtype than ``learned_source``. Sums are accumulated in fp32.
 
 Sources: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models"; Wu et al. 2024,
 "pyvene: A Library for Understanding and Improving PyTorch Models via Interventions"; Geiger et al.
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from pyvene import (
@@ -40,6 +41,7 @@ from reft_kernels.interventions import EditWeights
 
 
 def _activation(act_fn: str | None) -> str:
+    """Return the canonical activation name of an ``act_fn``; raise ValueError if unsupported."""
     try:
         known = act_fn is None or act_fn in ACT2FN
         return canonical_activation(act_fn if known else "")
@@ -56,16 +58,19 @@ class ReftIntervention(
     TrainableIntervention,
     DistributedRepresentationIntervention,
 ):
-    """What pyreft's classes share: no source run, dropout on h + delta, an activation of the read.
+    """Base class of pyreft's interventions.
 
-    Further keywords: dropout, a probability; act_fn, an ``ACT2FN`` name that the engine has; dtype
-    of the linear layers, by default bf16 (as the originals).
+    Args:
+        dropout: Dropout probability, applied to the edited hidden states.
+        act_fn: Name of an activation in transformers' ``ACT2FN``.
+        dtype: dtype of the linear layers, by default bf16 as in the originals.
+        **kwargs: See :class:`FusedIntervention`.
     """
 
-    drops = True  # the original has dropout
-    activates = True  # the original has act_fn
+    drops = True  # whether the original has dropout
+    activates = True  # whether the original has act_fn
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"keep_last_dim": True, **kwargs})
         self._begin(kwargs)
         self._make_layers(kwargs)
@@ -75,6 +80,7 @@ class ReftIntervention(
             self._set_act_fn(kwargs.get("act_fn"))
 
     def _make_layers(self, kwargs: dict) -> None:
+        """Create the parameters."""
         raise NotImplementedError
 
     def _set_act_fn(self, name: str | None) -> None:
@@ -84,21 +90,26 @@ class ReftIntervention(
         self._act_fn_type = type(self.act_fn)
 
     def edit_weights(self) -> EditWeights:
-        """The weights of the general edit (:class:`EditWeights`), with R built now."""
+        """Return the weights of the edit; R is computed from the current parameters."""
         raise NotImplementedError
 
     def forward(
         self, base: Tensor, source: None = None, subspaces: Sequence[Sequence[int]] | None = None
     ) -> Tensor:
-        """The edited ``base [B, ..., d]`` in its dtype, by the class's formula.
+        """Edit hidden states.
 
         Args:
-            base: fp32, bf16, fp16 (or fp64). source: not used, as in the original. subspaces: for
-            each of the B examples the columns of R (parts, with ``subspace_partition``) that it
-            uses; None: all.
+            base: ``[B, ..., d]``, fp32, bf16, fp16 or fp64.
+            source: Not used, as in the original.
+            subspaces: For each of the B examples, the columns of R to use, or with
+                ``subspace_partition`` the parts. None for all.
+
+        Returns:
+            The edited hidden states, with the shape and dtype of ``base``.
 
         Raises:
-            TypeError, ValueError: an argument of another kind, shape, dtype or device.
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape, device or values.
         """
         self._check_base(base, next(self.parameters()).device)
         coeff = self._coeff(base, subspaces)
@@ -115,8 +126,8 @@ class ReftIntervention(
         return self.dropout(output) if self.drops else output
 
     def _settings(self) -> dict:
-        found = {"dropout": self.dropout.p} if self.drops else {}
-        return found | ({"act_fn": self._act_fn_name} if self.activates else {})
+        settings: dict[str, Any] = {"dropout": self.dropout.p} if self.drops else {}
+        return settings | ({"act_fn": self._act_fn_name} if self.activates else {})
 
     def _adopt_settings(self, saved: dict) -> Callable[[], None]:
         act_fn, dropout = saved.get("act_fn"), saved.get("dropout")
@@ -141,36 +152,45 @@ class ReftIntervention(
 
 
 class _Rotated(ReftIntervention):
+    """Base of the interventions with orthonormal R and a linear learned source."""
+
     def _make_layers(self, kwargs: dict) -> None:
         self.rotate_layer = self._rotate_layer(kwargs)
         self.learned_source = self._linear()
 
 
 class LoreftIntervention(_Rotated):
-    """LoReFT: h + R^T (act(W h + b) - R h); R^T = ``rotate_layer.weight``; W, b =
-    ``learned_source`` (ReFT, equation 2).
+    """LoReFT: h + R^T (act(W h + b) - R h).
+
+    R^T is ``rotate_layer.weight``; W and b are those of ``learned_source``.
+
+    Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", equation 2.
     """
 
     def edit_weights(self) -> EditWeights:
         source = self.learned_source
-        if self._activation == "linear":  # folded: D = W - R, one projection instead of two
+        if self._activation == "linear":  # D = W - R needs one projection instead of two
             R, D = self.rotate_layer.build(source.weight)
             return EditWeights(D, source.bias, R, None, False)
         return EditWeights(source.weight, source.bias, self.rotate_layer.build()[0], None, True)
 
-    def state_dict(self, *, destination=None, prefix: str = "", keep_vars: bool = False):
-        """The original's entries: ``weight`` [r, d] and ``bias`` [r] of ``learned_source``,
-        ``rotate_layer`` [d, r] in fp32.
+    def state_dict(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """Return a state dict in the format of the original class.
+
+        It holds ``weight [r, d]`` and ``bias [r]`` of ``learned_source``, and ``rotate_layer
+        [d, r]`` in fp32.
         """
-        found = OrderedDict() if destination is None else destination
-        if not hasattr(found, "_metadata"):
-            found._metadata = OrderedDict()
-        found._metadata[prefix[:-1]] = {"version": self._version, SETTINGS: self._settings()}
+        state: Any = OrderedDict() if destination is None else destination
+        if not hasattr(state, "_metadata"):
+            state._metadata = OrderedDict()
+        state._metadata[prefix[:-1]] = {"version": self._version, SETTINGS: self._settings()}
         for name, parameter in self.learned_source.named_parameters():
-            found[prefix + name] = parameter if keep_vars else parameter.detach()
+            state[prefix + name] = parameter if keep_vars else parameter.detach()
         with torch.no_grad():
-            found[prefix + "rotate_layer"] = self.rotate_layer.weight
-        return found
+            state[prefix + "rotate_layer"] = self.rotate_layer.weight
+        return state
 
     def _renamed(self, state: dict, prefix: str) -> None:
         layers = {
@@ -181,13 +201,14 @@ class LoreftIntervention(_Rotated):
         for short, name in layers.items():
             if prefix + short in state:
                 state[prefix + name] = state.pop(prefix + short)
-        for name, buffer in self.named_buffers(recurse=False):  # the original leaves them out
+        for name, buffer in self.named_buffers(recurse=False):  # not in the original's state dict
             state.setdefault(prefix + name, buffer)
 
 
 class DireftIntervention(_Rotated):
-    """DiReFT, the ablation of LoReFT: h + R^T act(W h + b); R^T = ``rotate_layer.weight``, W, b
-    = ``learned_source``.
+    """DiReFT with orthonormal R: h + R^T act(W h + b).
+
+    R^T is ``rotate_layer.weight``; W and b are those of ``learned_source``.
     """
 
     def edit_weights(self) -> EditWeights:
@@ -196,6 +217,8 @@ class DireftIntervention(_Rotated):
 
 
 class _ConstantSource(ReftIntervention):
+    """Base of the interventions with a constant source."""
+
     activates = False
 
     def _make_layers(self, kwargs: dict) -> None:
@@ -204,8 +227,9 @@ class _ConstantSource(ReftIntervention):
 
 
 class ConsreftIntervention(_ConstantSource):
-    """ConsReFT: h + R^T (s - R h), s [r] = ``learned_source``; without dropout or act_fn, as the
-    original.
+    """ConsReFT: h + R^T (s - R h), where s ``[r]`` is ``learned_source``.
+
+    Like the original, it has neither dropout nor act_fn.
     """
 
     drops = False
@@ -215,17 +239,22 @@ class ConsreftIntervention(_ConstantSource):
 
 
 class LobireftIntervention(_ConstantSource):
-    """LobiReFT: h + R^T s, s [r] = ``learned_source``; without act_fn, as the original."""
+    """LobiReFT: h + R^T s, where s ``[r]`` is ``learned_source``.
+
+    Like the original, it has no act_fn.
+    """
 
     def edit_weights(self) -> EditWeights:
         return EditWeights(None, self.learned_source, self.rotate_layer.build()[0], None, False)
 
 
 class _Unconstrained(ReftIntervention):
-    """``proj_layer`` and ``learned_source``, both free.
+    """Base of the interventions with unconstrained ``proj_layer`` and ``learned_source``.
 
-    add_bias gives ``proj_layer`` a bias. The originals require the keyword; here it is False when
-    it is not given, and then a checkpoint with the bias brings it.
+    Args:
+        add_bias: Whether ``proj_layer`` has a bias. The originals require this argument. Here the
+            default is False, and loading a checkpoint with a bias adds it.
+        **kwargs: See :class:`ReftIntervention`.
     """
 
     def _make_layers(self, kwargs: dict) -> None:
@@ -235,7 +264,8 @@ class _Unconstrained(ReftIntervention):
     def _check_state(self, state: dict, prefix: str) -> None:
         super()._check_state(state, prefix)
         bias = state.get(prefix + "proj_layer.bias")
-        if bias is None or self.proj_layer.bias is not None or "add_bias" in self._given:
+        present: Tensor | None = self.proj_layer.bias
+        if bias is None or present is not None or "add_bias" in self._given:
             return
         if tuple(bias.shape) != (self._rank,):
             raise ValueError(
@@ -246,10 +276,10 @@ class _Unconstrained(ReftIntervention):
 
 
 class NodireftIntervention(_Unconstrained):
-    """NodiReFT (the paper's "DiReFT"): h + W2^T act(W1 h + b); W2 = ``proj_layer.weight``; W1, b =
-    ``learned_source``.
+    """NodiReFT, the paper's DiReFT: h + W2^T act(W1 h + b).
 
-    A bias of ``proj_layer`` (add_bias) is not used, as in the original.
+    W2 is ``proj_layer.weight``; W1 and b are those of ``learned_source``. As in the original, the
+    bias of ``proj_layer`` is not used.
     """
 
     def edit_weights(self) -> EditWeights:
@@ -263,8 +293,10 @@ class NodireftIntervention(_Unconstrained):
 
 
 class NoreftIntervention(_Unconstrained):
-    """NoReFT: h + W2^T (act(W1 h + b) - (W2 h + b2)); W2, b2 (with add_bias) = ``proj_layer``;
-    W1, b = ``learned_source``.
+    """NoReFT: h + W2^T (act(W1 h + b) - (W2 h + b2)).
+
+    W2 and b2 (only with add_bias) are those of ``proj_layer``; W1 and b are those of
+    ``learned_source``.
     """
 
     def edit_weights(self) -> EditWeights:
@@ -275,11 +307,12 @@ class NoreftIntervention(_Unconstrained):
 class LowRankRotatedSpaceIntervention(
     FusedIntervention, TrainableIntervention, DistributedRepresentationIntervention
 ):
-    """pyvene's low-rank DAS: h + R^T (R s - R h), s the source run's hidden state; R^T =
-    ``rotate_layer.weight``.
+    """pyvene's low-rank DAS: h + R^T (R s - R h).
+
+    s are the hidden states of the source run; R^T is ``rotate_layer.weight``.
     """
 
-    def __init__(self, **kwargs) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._begin(kwargs)
         self.rotate_layer = self._rotate_layer(kwargs)
@@ -289,18 +322,24 @@ class LowRankRotatedSpaceIntervention(
         base: Tensor,
         source: Tensor,
         subspaces: Sequence[Sequence[int]] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> Tensor:
-        """The edited ``base [B, ..., d]`` in its dtype.
+        """Edit hidden states.
 
         Args:
-            base: fp32, bf16, fp16 (or fp64). source: of base's shape, or one that broadcasts to it;
-                differentiable.
-            subspaces: for each example the columns of R (parts, with a ``subspace_partition``) that
-                are exchanged; None: all.
+            base: ``[B, ..., d]``, fp32, bf16, fp16 or fp64.
+            source: Hidden states of the source run, with a shape that broadcasts to that of
+                ``base``. Differentiable.
+            subspaces: For each example, the columns of R to exchange, or with
+                ``subspace_partition`` the parts. None for all.
+            **kwargs: Ignored.
+
+        Returns:
+            The edited hidden states, with the shape and dtype of ``base``.
 
         Raises:
-            TypeError, ValueError: an argument of another kind, shape, dtype or device.
+            TypeError: If an argument has the wrong type or dtype.
+            ValueError: If an argument has the wrong shape, device or values.
         """
         self._check_base(base, self.rotate_layer.X.device)
         if not isinstance(source, Tensor) or source.device != base.device:
@@ -314,11 +353,11 @@ class LowRankRotatedSpaceIntervention(
             raise ValueError(
                 f"source: got shape {tuple(source.shape)}, expected {tuple(base.shape)}, as base"
             ) from None
-        chosen = self._coeff(base, subspaces)
+        factors = self._coeff(base, subspaces)
         R = self.rotate_layer.build()[0]
         with torch.autocast(base.device.type, enabled=False):  # R stays in fp32
             exchanged = ((source.to(R.dtype) - base.to(R.dtype)) @ R.mT).reshape(-1, self._rank)
-        coeff = exchanged if chosen is None else exchanged * chosen
+        coeff = exchanged if factors is None else exchanged * factors
         return self._edit(
             base, EditWeights(None, R.new_ones(self._rank), R, None, False), "linear", coeff
         )

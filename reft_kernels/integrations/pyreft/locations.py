@@ -1,10 +1,10 @@
-"""pyreft's unit locations as rows, and what a slot that stands twice means to its gradient.
+"""Conversion of pyreft's unit locations to rows, and the gradient of repeated locations.
 
-pyreft gathers the slots of ``locations [B, P]``, edits them and scatters them back. Slots of an
-example may coincide (padding slots all point at column 0). They then write one value, so the edit
-happens once; but the gradient of a scatter gives each of
-the k slots the whole gradient of that row, so that its edit counts k times: both the parameters'
-gradient and what goes on to the layers below are k times those of one edit.
+pyreft gathers the positions given by ``locations [B, P]``, edits them and scatters them back.
+Positions of an example may be repeated (padding entries all select column 0). A repeated position
+is written once, but in the backward pass of the scatter each of its k entries receives the full
+gradient of the row. The gradients of the parameters and of the input are therefore k times those
+of a single edit; :func:`count_slots` reproduces this.
 """
 
 from __future__ import annotations
@@ -21,80 +21,80 @@ from reft_kernels.checks import describe, mark_rows
 
 
 class Repeated(NamedTuple):
-    """The rows that several slots share: example, column and number of slots, int64 ``[K]``
-    each.
-    """
+    """The rows that are selected by several entries."""
 
-    examples: Tensor
-    columns: Tensor
-    slots: Tensor
+    examples: Tensor  # int64 [K]
+    columns: Tensor  # int64 [K]
+    slots: Tensor  # int64 [K], number of entries
 
 
 class Selected(NamedTuple):
-    """Locations on one hidden state ``[B, T, d]``."""
+    """Locations in hidden states ``[B, T, d]``."""
 
-    rows: Tensor  # int32 [N] into hidden.view(-1, d), ascending, each once
+    rows: Tensor  # int32 [N], rows of hidden.view(-1, d), distinct and ascending
     repeated: Repeated | None
     examples: Tensor  # int64 [B, 1]
-    columns: Tensor  # int64 [B, P], every slot
+    columns: Tensor  # int64 [B, P], all entries
 
 
 class Locations:
-    """The columns ``[B, P]`` that an intervention edits in one call; rows are built once for each
-    shape of hidden state.
+    """The columns that an intervention edits in one call.
+
+    The rows are computed once for each shape of the hidden states.
 
     Args:
-        columns: nested lists or an integer tensor ``[B, P]``, non-negative. beams: the hidden state
-            may hold a multiple of B sequences, each example's side by side (beam search, several
-            returned sequences).
+        columns: Nested lists or an integer tensor ``[B, P]``, non-negative.
+        beams: Whether the hidden states may hold a multiple of B sequences, with those of an
+            example adjacent (beam search, several returned sequences).
 
     Raises:
-        TypeError: entries that are not integers. ValueError: another shape, or lists of different
-            lengths.
+        TypeError: If the entries are not integers.
+        ValueError: If the shape is wrong or the lists differ in length.
     """
 
     def __init__(self, columns: Sequence[Sequence[int]] | Tensor, beams: bool) -> None:
         try:
-            found = torch.as_tensor(columns, device="cpu")
+            tensor = torch.as_tensor(columns, device="cpu")
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"unit_locations: expected [batch][positions], rectangular: {error}"
             ) from None
-        if found.dim() != 2:
+        if tensor.dim() != 2:
             raise ValueError(
-                f"unit_locations: got {describe(found)} for one intervention, expected "
+                f"unit_locations: got {describe(tensor)} for one intervention, expected "
                 "[batch][positions]"
             )
-        if found.numel() and (found.dtype.is_floating_point or found.dtype == torch.bool):
+        if tensor.numel() and (tensor.dtype.is_floating_point or tensor.dtype == torch.bool):
             raise TypeError(
-                f"unit_locations: got positions of dtype {found.dtype}, expected integers"
+                f"unit_locations: got positions of dtype {tensor.dtype}, expected integers"
             )
-        self.columns = found.to(torch.int64)
+        self.columns = tensor.to(torch.int64)
         self.beams = beams
         self._known: dict[tuple[int, int, torch.device], Selected] = {}
 
     def on(self, hidden: Tensor) -> Selected:
-        """The rows of ``hidden [B, T, d]``.
+        """Return the locations in ``hidden [B, T, d]``.
 
         Raises:
-            ValueError: a position outside of the sequence, or a batch of another size.
+            ValueError: If a position is outside the sequence, or the batch has another size.
         """
         batch, width = hidden.shape[:2]
         key = (batch, width, hidden.device)
         if key not in self._known:
-            with torch.inference_mode(False):  # normal tensors: rows carry a mark of their version
+            # Not inference tensors, which have no version counter and cannot be marked as checked
+            with torch.inference_mode(False):
                 self._known[key] = self._select(batch, width, hidden.device)
         return self._known[key]
 
     def _select(self, batch: int, width: int, device: torch.device) -> Selected:
-        columns, given = self.columns, self.columns.shape[0]
-        if given != batch:
-            if not (self.beams and given and batch % given == 0):
+        columns, count = self.columns, self.columns.shape[0]
+        if count != batch:
+            if not (self.beams and count and batch % count == 0):
                 raise ValueError(
-                    f"unit_locations: got positions for {given} examples, expected {batch}, the "
+                    f"unit_locations: got positions for {count} examples, expected {batch}, the "
                     "batch"
                 )
-            columns = columns.repeat_interleave(batch // given, dim=0)
+            columns = columns.repeat_interleave(batch // count, dim=0)
         if columns.numel():
             low, high = (int(v) for v in torch.aminmax(columns))
             if low < 0 or high >= width:
@@ -115,14 +115,19 @@ class Locations:
 
 
 def read_locations(nested: Sequence[Any], count: int, beams: bool) -> list[Locations | None]:
-    """Locations of ``count`` interventions from ``[interventions][batch][positions]``; None edits
-    every position.
+    """Return the locations of each intervention.
 
-    Equal entries (pyreft passes the same positions for each layer) share one object, and so their
-    rows.
+    Equal entries (pyreft passes the same positions for each layer) share one object and its rows.
+
+    Args:
+        nested: ``[interventions][batch][positions]``; None instead of an intervention's entry
+            selects all positions.
+        count: The number of interventions.
+        beams: See :class:`Locations`.
 
     Raises:
-        TypeError, ValueError: as :class:`Locations`, or fewer entries than interventions.
+        TypeError: If a position is not an integer, or ``nested`` is not a sequence.
+        ValueError: If there are fewer entries than interventions, or an entry is invalid.
     """
     if not isinstance(nested, Sequence | Tensor):
         raise TypeError(
@@ -133,10 +138,10 @@ def read_locations(nested: Sequence[Any], count: int, beams: bool) -> list[Locat
             f"unit_locations: got positions for {len(nested)} interventions, expected {count}"
         )
     seen: list[tuple[Any, Locations]] = []
-    found: list[Locations | None] = []
+    result: list[Locations | None] = []
     for entry in nested[:count]:
         if entry is None:
-            found.append(None)
+            result.append(None)
             continue
         same = (
             known
@@ -147,14 +152,12 @@ def read_locations(nested: Sequence[Any], count: int, beams: bool) -> list[Locat
         if locations is None:
             locations = Locations(entry, beams)
             seen.append((entry, locations))
-        found.append(locations)
-    return found
+        result.append(locations)
+    return result
 
 
 class _CountSlots(torch.autograd.Function):
-    """The identity, whose backward multiplies the gradient of each shared row by its number of
-    slots.
-    """
+    """Identity whose backward multiplies the gradient of each repeated row by its entry count."""
 
     @staticmethod
     def forward(ctx, hidden, examples, columns, slots):
@@ -173,8 +176,14 @@ class _CountSlots(torch.autograd.Function):
 
 
 def count_slots(hidden: Tensor, repeated: Repeated | None) -> Tensor:
-    """After an edit in place: make its gradient count each shared row once for each of its
-    slots, as a scatter's does.
+    """Multiply, in the backward pass, the gradient of repeated rows by their number of entries.
+
+    Args:
+        hidden: ``[B, T, d]``, the result of an edit in place.
+        repeated: The repeated rows, or None.
+
+    Returns:
+        ``hidden``, unchanged.
     """
     if repeated is None or not (torch.is_grad_enabled() and hidden.requires_grad):
         return hidden

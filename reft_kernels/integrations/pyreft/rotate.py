@@ -1,9 +1,8 @@
-"""R as pyreft's ``rotate_layer``: a module with a ``weight`` [d, r] of orthonormal columns, and its
-checkpoint form.
+"""Replacement for pyreft's ``rotate_layer``, whose ``weight [d, r]`` has orthonormal columns.
 
-pyreft parametrizes it by ``torch.nn.utils.parametrizations.orthogonal``: weight = base @
-H(original) with a dense d x d base. Here the base is r reflectors, and the map the engine's: the
-same curve through the same start, without the d x d matrix.
+pyreft uses ``torch.nn.utils.parametrizations.orthogonal``: weight = base @ H(original), with a
+dense d x d base. Here the base is a product of r reflectors. The weight is the same function of the
+unconstrained parameter, without a d x d matrix.
 """
 
 from __future__ import annotations
@@ -18,38 +17,44 @@ from reft_kernels.parametrization import _checked_orthonormal, base_point, build
 
 
 def weight_of_parametrization(original: Tensor, base: Tensor, where: str) -> Tensor:
-    """The weight ``[d, r]`` that torch's parametrization makes of original ``[d, r]`` and base
-    ``[d, d]``; on the CPU.
+    """Return the weight ``[d, r]`` of PyTorch's parametrization, on the CPU.
+
+    Args:
+        original: ``[d, r]``.
+        base: ``[d, d]``.
+        where: Prefix of error messages.
     """
     return evaluate(original.cpu(), base.cpu(), where)
 
 
 def parametrization_of_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """original ``[d, r]`` and base ``[d, d]`` that show exactly ``weight [d, r]``; base is H0 of
-    :class:`RotateLayer`.
+    """Return original ``[d, r]`` and base ``[d, d]`` that give exactly ``weight [d, r]``.
 
-    So an original that loads them walks the same curve under the same updates of its free
-    parameter.
+    The base is H0 of :class:`RotateLayer`. An original layer that loads this state therefore
+    changes in the same way under the same updates of its parameter.
     """
     original, base = state(weight.cpu())
     return original.to(weight.device), base.to(weight.device)
 
 
 class RotateLayer(nn.Module):
-    """x -> x weight, weight ``[d, r]`` = R^T with orthonormal columns whatever an optimizer does to
-    its free X ``[d, r]``.
+    """Multiplies by ``weight [d, r]``, which has orthonormal columns for any X ``[d, r]``.
 
-    weight = R0^T + H0 (F(X) - F(0)) F(0)[:r] diag(signs), the Householder map around the base point
-    R0 (see :mod:`reft_kernels.orthonormal`); X starts at zero, so a weight that is set is kept bit
-    for bit, and weight decay pulls R
-    towards R0. X and R stay in fp32 when the module is cast to half precision. Not in the state
-    dict: X; it holds what torch's own parametrization would, so that pyreft and pyvene can load it
-    (X then starts anew from zero).
+    weight = R^T = R0^T + H0 (F(X) - F(0)) F(0)[:r] diag(signs), the Householder map around the base
+    point R0 (see :mod:`reft_kernels.orthonormal`). X is initialized to zero, so a weight that is
+    set is kept bit for bit, and weight decay moves R towards R0. X and R remain in fp32 when the
+    module is cast to half precision. The state dict has the form of PyTorch's parametrization, so
+    that pyreft and pyvene can load it. It does not contain X, which is zero after loading.
 
     Args:
-        n: d. m: r, 1 to min(d, 256). same_random_draws: draw also what the original draws to
-            complete its base.
+        n: d.
+        m: r, from 1 to min(d, 256).
+        same_random_draws: Also draw the random numbers with which the original completes its base.
     """
+
+    base_R: Tensor
+    base_reflectors: Tensor
+    base_signs: Tensor
 
     def __init__(self, n: int, m: int, *, same_random_draws: bool = False) -> None:
         super().__init__()
@@ -63,10 +68,14 @@ class RotateLayer(nn.Module):
 
     @torch.no_grad()
     def set_weight(self, weight: Tensor, name: str = "weight") -> None:
-        """Make ``weight [d, r]`` the current one, bit for bit in fp32.
+        """Set the weight, bit for bit in fp32.
+
+        Args:
+            weight: ``[d, r]`` with orthonormal columns.
+            name: Name for error messages.
 
         Raises:
-            ValueError: another shape, or columns that are not orthonormal.
+            ValueError: If the shape is wrong or the columns are not orthonormal.
         """
         if weight.shape != self.X.shape:
             raise ValueError(
@@ -88,10 +97,15 @@ class RotateLayer(nn.Module):
         )
 
     def build(self, W: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """R ``[r, d]`` in fp32 and, given W ``[r, d]``, D = W - R, in one launch; kept while no
-        graph is needed.
+        """Compute R and optionally D = W - R in one launch.
 
-        Without gradients they are built again only after X, W or the base changed.
+        If no gradient is needed, the result is cached until X, W or the base changes.
+
+        Args:
+            W: ``[r, d]`` or None.
+
+        Returns:
+            R ``[r, d]`` in fp32, and D ``[r, d]`` or None.
         """
         graph = torch.is_grad_enabled() and (
             self.X.requires_grad or (W is not None and W.requires_grad)
@@ -104,17 +118,16 @@ class RotateLayer(nn.Module):
         if not any(t.is_inference() for t in tensors):
             key = tuple((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
         if self._built is None or key is None or self._built[0] != key:
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # normal tensors: a later backward may save them
+            # Not inference tensors, because a later backward pass may save them
+            with torch.inference_mode(False), torch.no_grad():
                 self._built = (key, self._build(W))
         return self._built[1]
 
     @property
     def weight(self) -> Tensor:
-        """R^T ``[d, r]`` in fp32, differentiable with respect to X; a tensor of its own, which
-        may be changed.
+        """R^T ``[d, r]`` in fp32, differentiable with respect to X.
+
+        This is a new tensor, which may be changed.
         """
         return self.build()[0].mT.clone(memory_format=torch.contiguous_format)
 
@@ -123,7 +136,7 @@ class RotateLayer(nn.Module):
         self.set_weight(value)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x ``[..., d]`` -> ``[..., r]`` in R's dtype, as the original."""
+        """Return x weight ``[..., r]`` in the dtype of R, for x ``[..., d]``."""
         weight = self.build()[0].mT
         return x.to(weight.dtype) @ weight
 
@@ -153,9 +166,9 @@ class RotateLayer(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ) -> None:
-        own = {key: state_dict[key] for key in state_dict if key.startswith(prefix)}
-        parts = own.pop(prefix + ORIGINAL, None), own.pop(prefix + BASE, None)
-        weight = own.pop(prefix + "weight", None)
+        entries = {key: state_dict[key] for key in state_dict if key.startswith(prefix)}
+        parts = entries.pop(prefix + ORIGINAL, None), entries.pop(prefix + BASE, None)
+        weight = entries.pop(prefix + "weight", None)
         if weight is None and None not in parts:
             weight = weight_of_parametrization(*parts, prefix[:-1])
         if weight is not None:
@@ -167,7 +180,7 @@ class RotateLayer(nn.Module):
                 if part is None
             )
         if strict:
-            unexpected_keys.extend(own)
+            unexpected_keys.extend(entries)
 
     def extra_repr(self) -> str:
         return f"{self.X.shape[0]}, {self.X.shape[1]}"

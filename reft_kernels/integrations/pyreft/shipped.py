@@ -1,12 +1,11 @@
-"""pyreft's interventions as the engine's edits: which function computes each, and their rotations
-all at once.
+"""Conversion of pyreft's interventions to fused edits.
 
-pyreft keeps R as a tall matrix with orthonormal columns, parametrized as base @ H(X) diag(signs) by
-``torch.nn.utils.parametrizations.orthogonal``: H(X) is what :func:`reft_kernels.householder`
-builds, for all layers in one call, so that one product with the base remains of the three
-evaluations that pyreft makes. The gradient reaches the same ``X``
-(``rotate_layer.parametrizations.weight.original``). This package's classes of the same names are
-understood too.
+pyreft parametrizes R^T as base @ H(X) diag(signs) with
+``torch.nn.utils.parametrizations.orthogonal``, and evaluates it three times per edit. Here H(X) is
+computed for all layers in one call of :func:`reft_kernels.householder`, and each layer needs one
+product with its base. The gradient is that of the same parameter X
+(``rotate_layer.parametrizations.weight.original``). The drop-in classes of this package are
+supported as well.
 """
 
 from __future__ import annotations
@@ -24,17 +23,18 @@ from pyreft.interventions import (
     NoreftIntervention,
 )
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers.activations import ACT2FN
 
 from reft_kernels import functional
 from reft_kernels.activations import canonical_activation
-from reft_kernels.arguments import EditWeights, Selection
+from reft_kernels.arguments import EditWeights, RowSelection
 from reft_kernels.autograd import apply_edit
 from reft_kernels.checks import check_edit, num_rows_of
 from reft_kernels.integrations.pyreft.interventions import ReftIntervention
-from reft_kernels.integrations.torch_orthogonal import householder_chain, rotations
+from reft_kernels.integrations.torch_orthogonal import householder_chain, original_of, rotations
 
-Edit = Callable[..., Tensor]
+Edit = functools.partial[Tensor]
 """``edit(hidden, *, rows, inplace)``: a function of :mod:`reft_kernels.functional` with weights."""
 
 _ACTIVATIONS = {
@@ -55,60 +55,68 @@ _ACTIVATIONS = {
 }
 
 
-def _loreft(own: LoreftIntervention, R: Tensor) -> Edit:
-    source = own.learned_source
+def _loreft(intervention: LoreftIntervention, R: Tensor) -> Edit:
+    source = intervention.learned_source
     return functools.partial(
-        functional.loreft, R=R, W=source.weight, b=source.bias, activation=activation_of(own)
+        functional.loreft,
+        R=R,
+        W=source.weight,
+        b=source.bias,
+        activation=activation_of(intervention),
     )
 
 
-def _direft(own: DireftIntervention, R: Tensor) -> Edit:
-    source = own.learned_source
+def _direft(intervention: DireftIntervention, R: Tensor) -> Edit:
+    source = intervention.learned_source
     return functools.partial(
-        functional.direft, R=R, W=source.weight, b=source.bias, activation=activation_of(own)
+        functional.direft,
+        R=R,
+        W=source.weight,
+        b=source.bias,
+        activation=activation_of(intervention),
     )
 
 
-def _noreft(own: NoreftIntervention, R: None) -> Edit:
-    source, proj = own.learned_source, own.proj_layer
+def _noreft(intervention: NoreftIntervention, R: None) -> Edit:
+    source, proj = intervention.learned_source, intervention.proj_layer
     return functools.partial(
         functional.noreft,
         W2=proj.weight,
         W1=source.weight,
         b=source.bias,
         b2=proj.bias,
-        activation=activation_of(own),
+        activation=activation_of(intervention),
     )
 
 
-def _nodireft(own: NodireftIntervention, R: None) -> Edit:
-    source = own.learned_source  # the bias of proj_layer is not used by pyreft either
+def _nodireft(intervention: NodireftIntervention, R: None) -> Edit:
+    source = intervention.learned_source  # like pyreft, this does not use the bias of proj_layer
     return functools.partial(
         functional.nodireft,
-        W2=own.proj_layer.weight,
+        W2=intervention.proj_layer.weight,
         W1=source.weight,
         b=source.bias,
-        activation=activation_of(own),
+        activation=activation_of(intervention),
     )
 
 
-def _consreft(own: ConsreftIntervention, R: Tensor) -> Edit:
-    return functools.partial(functional.consreft, R=R, s=own.learned_source)
+def _consreft(intervention: ConsreftIntervention, R: Tensor) -> Edit:
+    return functools.partial(functional.consreft, R=R, s=intervention.learned_source)
 
 
-def _lobireft(own: LobireftIntervention, R: Tensor) -> Edit:
-    return functools.partial(functional.lobireft, R=R, s=own.learned_source)
+def _lobireft(intervention: LobireftIntervention, R: Tensor) -> Edit:
+    return functools.partial(functional.lobireft, R=R, s=intervention.learned_source)
 
 
-def _drop_in(own: ReftIntervention, R: None) -> Edit:
-    scale = own.subspace_coeff
-    weights = own.edit_weights()
+def _drop_in(intervention: ReftIntervention, R: None) -> Edit:
+    scale = intervention.subspace_coeff
+    weights = intervention.edit_weights()
     if scale is not None:
         scale = torch.as_tensor(scale, dtype=torch.float32, device=weights.write.device).expand(
             weights.write.shape[0]
         )
     return functools.partial(
-        _edit_by_weights, **weights._asdict(), scale=scale, activation=activation_of(own)
+        _edit_by_weights, **weights._asdict(), scale=scale, activation=activation_of(intervention)
     )
 
 
@@ -125,12 +133,13 @@ def _edit_by_weights(
     rows: Tensor | None = None,
     inplace: bool = False,
 ) -> Tensor:
+    """Apply an edit with the fields of :class:`EditWeights` as keyword arguments."""
     matrices = {"write": write} if read is None else {"write": write, "read": read}
     check_edit(hidden, matrices, {"read_bias": read_bias}, rows, activation, None, None)
     count = num_rows_of(hidden) if rows is None else rows.shape[0]
     coeff = None if scale is None else scale.expand(count, -1)
     weights = EditWeights(read, read_bias, write, subtract_bias, subtract_projection)
-    return apply_edit(hidden, weights, Selection(rows, None, coeff), activation, inplace)
+    return apply_edit(hidden, weights, RowSelection(rows, None, coeff), activation, inplace)
 
 
 SHIPPED: dict[type[nn.Module], Callable[..., Edit]] = {
@@ -141,21 +150,23 @@ SHIPPED: dict[type[nn.Module], Callable[..., Edit]] = {
     DireftIntervention: _direft,
     NodireftIntervention: _nodireft,
 }
-"""pyreft's classes; a subclass that leaves ``forward`` as it is counts as its parent."""
+"""Functions that make the edit of pyreft's classes, and of subclasses with the same ``forward``."""
 
 
 def _maker(intervention: nn.Module) -> Callable[..., Edit] | None:
-    for cls, maker in (*SHIPPED.items(), (ReftIntervention, _drop_in)):
+    """Return the function that makes an intervention's edit, or None if it is not supported."""
+    makers: dict[type[nn.Module], Callable[..., Edit]] = {**SHIPPED, ReftIntervention: _drop_in}
+    for cls, maker in makers.items():
         if isinstance(intervention, cls) and type(intervention).forward is cls.forward:
             return maker
     return None
 
 
 def activation_of(intervention: nn.Module) -> str:
-    """The engine's name of an intervention's ``act_fn`` (linear where it has none).
+    """Return the canonical name of an intervention's ``act_fn``; "linear" if it has none.
 
     Raises:
-        ValueError: an activation that the engine does not have.
+        ValueError: If the activation is not supported.
     """
     act_fn = getattr(intervention, "act_fn", None)
     if act_fn is None:
@@ -170,11 +181,15 @@ def activation_of(intervention: nn.Module) -> str:
 
 
 def check_intervention(key: str, intervention: nn.Module) -> None:
-    """Refuse what :func:`edits_of` cannot serve.
+    """Check that :func:`edits_of` supports an intervention.
+
+    Args:
+        key: Its key, for error messages.
+        intervention: The intervention.
 
     Raises:
-        TypeError: a class of neither pyreft nor this package, or one with a forward of its own.
-            ValueError: another activation.
+        TypeError: If its class is not one of pyreft or this package, or overrides ``forward``.
+        ValueError: If its activation is not supported.
     """
     if _maker(intervention) is None:
         names = ", ".join(cls.__name__ for cls in SHIPPED)
@@ -191,50 +206,64 @@ def check_intervention(key: str, intervention: nn.Module) -> None:
 
 
 def _rotations(layers: Iterable[nn.Module]) -> list[Tensor]:
-    """R ``[r, d]`` of each rotate layer, differentiable, in fp32 (fp64 for fp64 parameters).
+    """Compute R ``[r, d]`` of rotate layers, in fp32 (fp64 for fp64 parameters), differentiable.
 
-    Layers of one shape share one householder call. Another parametrization (torch takes the matrix
-    exponential for a square R, r = d) or none is evaluated as it stands, once.
+    Layers of the same shape share one Householder call. A layer with another parametrization
+    (PyTorch uses the matrix exponential for a square R) or none is evaluated by itself.
     """
     layers = list(layers)
-    found: dict[int, Tensor] = {}
-    groups: dict[tuple, list[int]] = {}
-    chains = [householder_chain(layer) for layer in layers]
-    for index, chain in enumerate(chains):
+    result: dict[int, Tensor] = {}
+    groups: dict[tuple, dict[int, ParametrizationList]] = {}
+    for index, layer in enumerate(layers):
+        chain = householder_chain(layer)
         if chain is None:
-            found[index] = layers[index].weight.mT
+            assert isinstance(layer.weight, Tensor)
+            result[index] = layer.weight.mT
         else:
-            X = chain.original
-            groups.setdefault((X.shape, X.dtype, X.device), []).append(index)
-    for members in groups.values():
-        X = torch.stack([chains[i].original for i in members])
-        # torch truncates the diagonal to integers, so that weight decay makes zeros of the signs:
-        # pyreft's numbers are kept
+            X = original_of(chain)
+            groups.setdefault((X.shape, X.dtype, X.device), {})[index] = chain
+    for chains in groups.values():
+        X = torch.stack([original_of(chain) for chain in chains.values()])
+        # PyTorch truncates the signs on the diagonal to integers (weight decay makes them 0), and
+        # pyreft's results are to be reproduced
         signs = X.detach().diagonal(dim1=-2, dim2=-1).int()
-        found |= zip(members, rotations([chains[i] for i in members], X, signs), strict=True)
-    return [found[i] for i in range(len(layers))]
+        result |= zip(chains, rotations([*chains.values()], X, signs), strict=True)
+    return [result[i] for i in range(len(layers))]
 
 
 def edits_of(interventions: Mapping[str, nn.Module]) -> dict[str, Edit]:
-    """The edit of each intervention, by key, with its present weights; all rotations in one build.
+    """Return the edit of each intervention with its current weights.
+
+    All rotations are computed together.
+
+    Args:
+        interventions: The interventions by key.
 
     Raises:
-        TypeError, ValueError: as :func:`check_intervention`, where an intervention was replaced
-            since.
+        TypeError: If the class of an intervention is not supported.
+        ValueError: If its activation is not supported.
     """
-    for key, own in interventions.items():
-        check_intervention(key, own)
-    shipped = [own for own in interventions.values() if not isinstance(own, ReftIntervention)]
-    rotating = list(dict.fromkeys(own for own in shipped if hasattr(own, "rotate_layer")))
-    R = dict(zip(rotating, _rotations(own.rotate_layer for own in rotating), strict=True))
-    return {key: _maker(own)(own, R.get(own)) for key, own in interventions.items()}
+    for key, intervention in interventions.items():
+        check_intervention(key, intervention)
+    rotate_layers: dict[nn.Module, nn.Module] = {}
+    for intervention in interventions.values():
+        layer = getattr(intervention, "rotate_layer", None)
+        if isinstance(layer, nn.Module) and not isinstance(intervention, ReftIntervention):
+            rotate_layers[intervention] = layer
+    R = dict(zip(rotate_layers, _rotations(rotate_layers.values()), strict=True))
+    edits = {}
+    for key, intervention in interventions.items():
+        maker = _maker(intervention)
+        assert maker is not None  # checked above
+        edits[key] = maker(intervention, R.get(intervention))
+    return edits
 
 
 def dropout_of(intervention: nn.Module) -> nn.Module | None:
-    """An intervention's dropout, which acts on the whole edited state h + delta; None where it is
-    off.
+    """Return the dropout module of an intervention, or None if it is inactive.
 
-    Its own training flag decides: pyreft's ``train`` and ``eval`` reach the base model alone.
+    It acts on the whole edited state. Its own training mode is used, because ``train`` and ``eval``
+    of a pyreft model only affect the base model.
     """
     dropout = getattr(intervention, "dropout", None)
     if type(dropout) is nn.Dropout and (dropout.p == 0.0 or not dropout.training):

@@ -1,6 +1,4 @@
-"""pyvene's ``subspaces`` as the engine's ``coeff``: which columns of R each example uses, and
-with what factor.
-"""
+"""Conversion of pyvene's ``subspaces`` to the ``coeff`` argument of an edit."""
 
 from __future__ import annotations
 
@@ -11,33 +9,37 @@ from torch import Tensor
 
 
 def _columns(
-    chosen: object, partition: Sequence[Sequence[int]] | None, rank: int, example: int
+    selected: object, partition: Sequence[Sequence[int]] | None, rank: int, example: int
 ) -> list[int]:
+    """Return the columns of R that one entry of ``subspaces`` selects."""
     where = f"subspaces: example {example}"
     count, unit = (
         (rank, "columns of R")
         if partition is None
         else (len(partition), "parts of subspace_partition")
     )
-    if not isinstance(chosen, list | tuple):
+    if not isinstance(selected, list | tuple):
         raise TypeError(
-            f"{where}: got {type(chosen).__name__} {chosen!r}, expected a list of numbers of {unit}"
+            f"{where}: got {type(selected).__name__} {selected!r}, expected a list of numbers of "
+            f"{unit}"
         )
-    for number in chosen:
+    for number in selected:
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < count:
             raise ValueError(f"{where}: got {number!r}, expected numbers of {unit} in [0, {count})")
     columns = (
-        list(chosen)
+        list(selected)
         if partition is None
-        else [column for number in chosen for column in partition[number]]
+        else [column for number in selected for column in partition[number]]
     )
     if any(not 0 <= column < rank for column in columns):
         raise ValueError(
-            f"subspace_partition: got columns {columns} for {list(chosen)!r}, expected columns of "
-            f"R in [0, {rank})"
+            f"subspace_partition: got columns {columns} for {list(selected)!r}, expected columns "
+            f"of R in [0, {rank})"
         )
     if len(set(columns)) != len(columns):
-        raise ValueError(f"{where}: got {list(chosen)!r}, in which a column stands more than once")
+        raise ValueError(
+            f"{where}: got {list(selected)!r}, in which a column stands more than once"
+        )
     return columns
 
 
@@ -49,17 +51,23 @@ def coefficients(
     rank: int,
     device: torch.device,
 ) -> Tensor | None:
-    """Factors ``[batch, rank]`` in fp32: example i's columns of R have ``scale`` (1 without), all
-    others 0; None if all are 1.
+    """Return the factor of each column of R for each example.
 
     Args:
-        subspaces: for each example a list of columns (of parts, with a ``partition``); one list
-            serves a whole batch.
-        scale: ``[rank]``, such as +1, 0 or -1 for each column of R. partition: columns of each
-            part.
+        subspaces: For each example a list of columns, or of parts if there is a ``partition``. A
+            single list applies to all examples. None selects all columns.
+        scale: ``[rank]``, the factors of selected columns, such as +1, 0 or -1. None means 1.
+        partition: The columns of each part, or None.
+        batch: The number of examples.
+        rank: The number of columns of R.
+        device: Device of the result.
+
+    Returns:
+        fp32 ``[batch, rank]``, with 0 for columns that are not selected. None if all are 1.
 
     Raises:
-        TypeError, ValueError: another number of examples, a number out of range or repeated.
+        TypeError: If ``subspaces`` or one of its entries is not a list.
+        ValueError: If the number of lists is wrong, or a number is out of range or repeated.
     """
     if subspaces is None:
         return (
@@ -80,8 +88,8 @@ def coefficients(
             "one for all"
         )
     table = torch.zeros(len(lists), rank, dtype=torch.float32)
-    for example, chosen in enumerate(lists):
-        table[example, _columns(chosen, partition, rank, example)] = 1.0
+    for example, selected in enumerate(lists):
+        table[example, _columns(selected, partition, rank, example)] = 1.0
     table = table.to(device)
     if scale is not None:
         table = table * scale.to(device=device, dtype=torch.float32)

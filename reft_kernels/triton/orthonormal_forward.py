@@ -1,0 +1,235 @@
+"""Forward pass of the orthonormal maps."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from reft_kernels import allocation
+from reft_kernels.triton import common, orthonormal_launch
+from reft_kernels.triton.small_linalg import (
+    LOWER,
+    SCRATCH,
+    UPPER,
+    entry,
+    gram,
+    invert,
+    multiply_square,
+    product,
+    put,
+    save,
+    signs_of,
+)
+
+
+@triton.jit
+def build_kernel(
+    X,
+    signs,
+    base,
+    point,
+    W,
+    R,
+    D,
+    aux,
+    wide,
+    narrow,
+    d,
+    r,
+    chunk,
+    CAYLEY: tl.constexpr,
+    N: tl.constexpr,
+    LD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Compute R, D and aux of one layer, for one split of the d rows.
+
+    Args:
+        X: ``[L, d, r]``.
+        signs: ``[L, r]`` or None.
+        base: ``[L, d, r]`` or None.
+        point: ``[L, r, d]`` or None.
+        W: ``[L, r, d]`` or None.
+        R: fp32 ``[L, r, d]``, output.
+        D: fp32 ``[L, r, d]``, output, or None.
+        aux: fp32 ``[L, 1, r, r]``, or ``[L, 2, r, r]`` with ``base``, output.
+        wide: fp64 scratch ``[L, splits, 1, LD, LD]``, with 4 matrices if there is a base.
+        narrow: fp32 scratch ``[L, splits, 2, LD, LD]``, with 3 matrices if there is a base.
+        d, r: Sizes of X.
+        chunk: Number of rows per split.
+    """
+    split = tl.program_id(0)
+    layer = tl.program_id(1).to(tl.int64)
+    program = layer * tl.num_programs(0) + split
+    X += layer * d * r
+    if base is not None:
+        base += layer * d * r
+        aux += layer * 2 * r * r
+        wide += program * 4 * LD * LD
+        narrow += program * 3 * LD * LD
+    else:
+        aux += layer * r * r
+        wide += program * LD * LD
+        narrow += program * 2 * LD * LD
+    inner = wide
+    cross = wide + LD * LD
+    map_M = wide + 2 * LD * LD
+    map_Z = wide + 3 * LD * LD
+    out_M = narrow
+    out_P = narrow + LD * LD
+    out_Y = narrow + 2 * LD * LD
+    offsets = tl.arange(0, N)
+    # Not a constexpr, so that no phase keeps its addresses in registers for the next
+    tiles = tl.cdiv(r, N)
+
+    # The matrix to invert, from the Gram matrix; with a base also V0^T V
+    for ti in tl.range(0, tiles):
+        for tj in tl.range(0, tiles):
+            ri = ti * N + offsets
+            rj = tj * N + offsets
+            i = ri[:, None]
+            j = rj[None, :]
+            unit = (i == j).to(tl.float64)
+            G = unit + gram(X, X, None, None, ri, rj, d, r, N, BLOCK_D, CAYLEY, CAYLEY)
+            below = entry(X, i, j, r, LD, LOWER)
+            above = entry(X, j, i, r, LD, LOWER)
+            if CAYLEY:
+                G += below - above
+            else:
+                G = tl.where(i < j, G + above, tl.where(i == j, 0.5 * G, 0.0))
+            put(inner, i, j, LD, G)
+    if base is not None:
+        for ti in tl.range(0, tiles):
+            for tj in tl.range(0, tiles):
+                ri = ti * N + offsets
+                rj = tj * N + offsets
+                i = ri[:, None]
+                j = rj[None, :]
+                G = gram(base, X, None, None, ri, rj, d, r, N, BLOCK_D, False, CAYLEY)
+                if not CAYLEY:
+                    G += (
+                        (i == j).to(tl.float64)
+                        + entry(X, i, j, r, LD, LOWER)
+                        + entry(base, j, i, r, LD, LOWER)
+                    )
+                put(cross, i, j, LD, G)
+    tl.debug_barrier()
+    invert(inner, r, N, LD)
+
+    # M and P; with a base also Z = V0^T (F - E)
+    for ti in tl.range(0, tiles):
+        for tj in tl.range(0, tiles):
+            i = (ti * N + offsets)[:, None]
+            j = (tj * N + offsets)[None, :]
+            unit = (i == j).to(tl.float64)
+            M = entry(inner, i, j, r, LD, SCRATCH)
+            if CAYLEY:
+                M = -2.0 * M
+                P = -M - unit
+            else:
+                M += product(inner, X, i, j, r, 0, r, N, LD, SCRATCH, False, LOWER, True)
+                P = M - unit
+            scale = signs_of(signs, layer, j, r, base is None and not CAYLEY)
+            if base is None:
+                put(out_P, i, j, LD, P * scale)
+            else:
+                put(map_M, i, j, LD, M)
+            put(out_M, i, j, LD, M * scale)
+    tl.debug_barrier()
+    if base is not None:
+        for ti in tl.range(0, tiles):
+            for tj in tl.range(0, tiles):
+                i = (ti * N + offsets)[:, None]
+                j = (tj * N + offsets)[None, :]
+                M = entry(map_M, i, j, r, LD, SCRATCH)
+                top = (i == j).to(tl.float64) + entry(base, j, i, r, LD, LOWER)  # V0[:r]^T
+                Z = (
+                    product(cross, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, False)
+                    - 2.0 * top
+                )
+                if CAYLEY:
+                    Z -= M + product(base, map_M, i, j, r, 0, r, N, LD, LOWER, True, SCRATCH, False)
+                put(map_Z, i, j, LD, Z)
+        tl.debug_barrier()
+        for ti in tl.range(0, tiles):
+            for tj in tl.range(0, tiles):
+                i = (ti * N + offsets)[:, None]
+                j = (tj * N + offsets)[None, :]
+                scale = signs_of(signs, layer, j, r, False)
+                Y = product(base, map_Z, i, j, r, 0, r, N, LD, UPPER, False, SCRATCH, False)
+                put(out_Y, i, j, LD, -Y * scale)
+                unit = (i == j).to(tl.float64)
+                M = entry(map_M, i, j, r, LD, SCRATCH)
+                P = -M - 2.0 * unit if CAYLEY else M - 2.0 * unit
+                put(out_P, i, j, LD, (P - Y) * scale)
+        tl.debug_barrier()
+
+    if split == 0:
+        for ti in tl.range(0, tiles):
+            for tj in tl.range(0, tiles):
+                i = (ti * N + offsets)[:, None]
+                j = (tj * N + offsets)[None, :]
+                save(aux, i, j, r, entry(inner, i, j, r, LD, SCRATCH))
+                if base is not None:
+                    save(aux + r * r, i, j, r, entry(cross, i, j, r, LD, SCRATCH))
+
+    # R = (L M + E P - L0 Y)^T
+    R += layer * d * r
+    if W is not None:
+        W += layer * d * r
+        D += layer * d * r
+    if base is not None:
+        point += layer * d * r
+    first = split * chunk
+    last = tl.minimum(first + chunk, d)
+    for jb in tl.range(0, tl.cdiv(r, BLOCK_J)):
+        j = jb * BLOCK_J + tl.arange(0, BLOCK_J)
+        for start in tl.range(first, last, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
+            acc = multiply_square(acc, out_M, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
+            if base is not None:
+                acc = multiply_square(acc, out_Y, base, None, None, j, c, d, r, LD, False, BLOCK_K)
+            row = j[:, None]
+            col = c[None, :]
+            acc += tl.load(out_P + col * LD + row, mask=(col < r) & (row < r), other=0.0)
+            keep = (col < last) & (row < r)
+            at = row * d + col
+            if base is not None:
+                acc += tl.load(point + at, mask=keep, other=0.0).to(tl.float32)
+            tl.store(R + at, acc, mask=keep)
+            if W is not None:
+                tl.store(
+                    D + at, tl.load(W + at, mask=keep, other=0.0).to(tl.float32) - acc, mask=keep
+                )
+
+
+def build(
+    is_cayley: bool,
+    X: Tensor,
+    signs: Tensor | None,
+    base: Tensor | None,
+    point: Tensor | None,
+    W: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute one of the maps; arguments as in :func:`reft_kernels.orthonormal.householder`."""
+    layers, d, r = X.shape
+    X = X.contiguous()
+    signs, base, point, W = map(common.contiguous, (signs, base, point, W))
+    R, D, aux = allocation.build(X, base, W)
+    if layers > 0:
+        config = orthonormal_launch.build_config(
+            layers, d, r, orthonormal_launch.processors(X.device)
+        )
+        scratch = orthonormal_launch.allocate_scratch(
+            config, X, *((1, 2) if base is None else (4, 3))
+        )
+        out_D = D if W is not None else None
+        orthonormal_launch.launch(
+            build_kernel, config, X, is_cayley, X, signs, base, point, W, R, out_D, aux, *scratch
+        )
+    return R, D, aux
