@@ -49,7 +49,7 @@ lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 
-# the checks of mypy; its configuration is in pyproject.toml
+# the checks of mypy; its configuration is in pyproject.toml. Not part of lint until it passes.
 typecheck: $(VENV)/.installed
 	$(BIN)/python -m mypy
 
