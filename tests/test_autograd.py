@@ -1,6 +1,4 @@
-"""The edits behave in autograd as built-in functions do: who needs gradients, in-place rules,
-versions, modes.
-"""
+"""Autograd behaviour of the edits: required gradients, in-place rules, versions and modes."""
 
 from __future__ import annotations
 
@@ -28,15 +26,15 @@ def test_only_wanted_gradients_are_computed_and_they_do_not_change(
 ):
     hidden, own, fixed = _problem(device)
     leaves = [hidden, *own]
-    found = []
+    gradients = []
     for mask in (0b1111, wanted):
         fresh = [t.clone().requires_grad_(bool(mask >> i & 1)) for i, t in enumerate(leaves)]
         out = rk.loreft(fresh[0].clone(), *fresh[1:], inplace=inplace, **fixed)
         assert out.requires_grad == bool(mask)
         if mask:
             (out * hidden).sum().backward()
-        found.append([t.grad for t in fresh])
-    for i, (everything, some) in enumerate(zip(*found, strict=True)):
+        gradients.append([t.grad for t in fresh])
+    for i, (everything, some) in enumerate(zip(*gradients, strict=True)):
         if wanted >> i & 1:
             assert torch.equal(everything, some)
         else:
@@ -63,7 +61,7 @@ def test_in_place_equals_out_of_place(rows, backend, device):
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", ["loreft", "red"])
 def test_in_place_counts_as_a_change(name, grad, backend, device):
-    """A tensor saved for another node's backward and then edited makes that backward raise."""
+    """Editing a tensor that another node saved makes that node's backward raise."""
     hidden, own, fixed = _problem(device)
     x = hidden.requires_grad_() * 1
     y = x.exp()
@@ -80,9 +78,7 @@ def test_in_place_counts_as_a_change(name, grad, backend, device):
 def test_the_result_may_be_edited_in_place(rows, backend, device):
     hidden, own, fixed = _problem(device, CASE._replace(rows=rows, activation="linear"))
     hidden.requires_grad_()
-    if (
-        rows is None
-    ):  # over all rows the output is saved_input, as by tanh: a change to it is refused, not ignored
+    if rows is None:  # the output is saved for backward, as in tanh, so changing it must raise
         y = rk.loreft(hidden, *own, **fixed)
         y.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -144,21 +140,21 @@ def test_an_in_place_edit_that_autograd_refuses_leaves_hidden_as_it_was(
 
 def test_a_view_of_an_intermediate_is_edited_in_place(backend, device):
     hidden, own, _ = _problem(device)
-    found = []
+    results = []
     for inplace in (True, False):
         leaf = hidden.clone().requires_grad_()
         base = leaf * 1
         out = rk.loreft(base[1], *own, inplace=inplace)
         total = base if inplace else torch.stack([base[0], out])
         (total * hidden).sum().backward()
-        found.append((total.detach(), leaf.grad))
-    for a, b in zip(*found, strict=True):
+        results.append((total.detach(), leaf.grad))
+    for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rows", [None, 4])
 def test_memory_of_any_layout_is_edited_in_place(rows, backend, device):
-    """... also where its strides allow no view as rows: the edit goes through a copy and back."""
+    """Hidden states that cannot be viewed as rows are edited through a copy."""
     hidden, own, fixed = _problem(device, CASE._replace(rows=rows))
     with torch.no_grad():
         want = rk.loreft(hidden, *own, **fixed)

@@ -1,5 +1,6 @@
-"""fold() computes the same edit from one read matrix; merge_linear() is exact to rounding, and
-undone bit for bit.
+"""Tests of fold() and merge_linear().
+
+A folded edit equals the edit. A merge is exact up to rounding, and unmerging restores every bit.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _random(module):
 
 
 def _own(module) -> dict[str, torch.Tensor]:
-    """The weights as the plain formula names them."""
+    """Return the weights by the names of the plain formula."""
     member = plain.MEMBERS[type(module).__name__.lower().removeprefix("stacked")]
     names = [n for n in (member.write, member.read, member.read_bias) if n is not None]
     return {name: getattr(module, name).detach() for name in names}
@@ -45,7 +46,7 @@ def _apply(folded, hidden, weight_ids=None):
 
 
 def _draw(name, folded, own, weight_ids=None):
-    """The folded edit beside the plain formula with the weights that were folded."""
+    """Return a draw that compares the folded edit with the plain formula."""
     return budget.Draw(
         {"hidden": torch.randn(3, 4, D, device=folded.write.device)},
         lambda hidden: _apply(folded, hidden, weight_ids),
@@ -55,7 +56,7 @@ def _draw(name, folded, own, weight_ids=None):
     )
 
 
-# ---- fold
+# fold
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -125,7 +126,7 @@ def test_fold_refuses():
         fold(nn.Linear(D, D))
 
 
-# ---- merge
+# merge
 
 MERGED = [*SINGLE, "red"]
 
@@ -214,7 +215,7 @@ def test_a_layer_of_a_stack():
 
 
 class _Block(nn.Module):
-    """A block that adds a linear layer's output to the residual stream."""
+    """A block that adds the output of a linear layer to the residual stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,9 +231,8 @@ def test_lobireft_of_a_block_output_merges_and_loreft_does_not(name, exact):
         block, module = _Block(), _intervention(name)
         edit, before = _edit(name, module), copy.deepcopy(block)
         merge_linear(block.down, module)
-        assert not exact or torch.equal(
-            block.down.weight, before.down.weight
-        )  # only the bias moves
+        # an exact merge changes only the bias
+        assert not exact or torch.equal(block.down.weight, before.down.weight)
 
         def straightforward(h):
             weights = {k: t.detach().to(h) for k, t in before.named_parameters()}

@@ -1,5 +1,7 @@
-"""What a backward keeps alive: [N, d] + [N, r] of selected rows, and no second copy of the
-hidden state over all rows.
+"""Memory that is kept for a backward.
+
+Edits of selected rows keep [N, d] + [N, r] of those rows. Edits of all rows keep no second copy of
+the hidden state.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ M, D, R = 24, 20, 3
 
 
 def _saved_elements(edit, hidden, own) -> tuple[int, set[int], torch.Tensor]:
-    """Elements that the graph keeps beside weights, the storages it keeps, and the output."""
+    """Return the saved elements besides weights, the saved storages, and the output."""
     kept: dict[int, int] = {}
 
     def pack(t):
@@ -56,9 +58,8 @@ def test_selected_rows_keep_their_rows_alone(activation, inplace, backend, devic
     )
     assert out.untyped_storage().data_ptr() not in storages
     assert hidden.untyped_storage().data_ptr() not in storages
-    assert (
-        elements == 5 * D + 5 * R * (1 if activation == "linear" else 2) + 5
-    )  # ... and the row numbers
+    row_numbers = 5
+    assert elements == 5 * D + 5 * R * (1 if activation == "linear" else 2) + row_numbers
 
 
 def test_without_gradients_nothing_is_kept(backend, device):

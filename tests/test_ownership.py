@@ -1,4 +1,4 @@
-"""A backward edits the incoming gradient in place when, and only when, nobody else holds it."""
+"""A backward edits the incoming gradient in place only if nothing else references it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = {"rows": Case((2, 5), D, 3, rows=4), "all": Case((2, 5), D, 3)}
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operators that run."""
+    """Record the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Calls(TorchDispatchMode):
 
 
 class Problem:
-    """One edit of ``[2, 5, d]`` hidden states, with everything that a scenario needs."""
+    """One edit of ``[2, 5, d]`` hidden states, with the tensors that the scenarios need."""
 
     def __init__(self, kind: str, device: str) -> None:
         torch.manual_seed(1)
@@ -58,7 +58,7 @@ class Problem:
 KINDS = ["loreft-rows", "loreft-all", "red-rows", "red-all"]
 
 
-# ---- who else may hold a gradient: each scenario returns every tensor that must come out right
+# scenarios of shared gradients; each returns every tensor to check
 
 
 def _sum_of_two(p, y):
@@ -69,7 +69,7 @@ def _sum_of_two(p, y):
 
 
 def _add_first(p, y):
-    """... or before, and directly from the root."""
+    """Another node receives the same gradient from the root, before the edit's backward."""
     (y + p.other).backward(p.weight.clone())
     return [p.other.grad]
 
@@ -130,10 +130,8 @@ def _broadcast_row(p, y):
     return []
 
 
-def _saved_by_its_maker(p, y):
-    """exp's backward multiplies by its saved output; the product is new, the saved one must
-    survive.
-    """
+def _saved_by_exp(p, y):
+    """exp's backward multiplies by its saved output, which must not change."""
     e = (y * 0.1).exp()
     loss = (e * p.weight).sum()
     loss.backward(retain_graph=True)
@@ -142,7 +140,7 @@ def _saved_by_its_maker(p, y):
 
 
 def _identity_nodes(p, y):
-    """View nodes hand one gradient on; a second consumer sits behind them."""
+    """View nodes pass the gradient on to a second consumer."""
     c = p.other * 1
     z = y.view(10, D) + c.view(10, D)
     (z.view(2, 5, D) * p.weight).sum().backward()
@@ -150,7 +148,7 @@ def _identity_nodes(p, y):
 
 
 def _global_keeper(p, y):
-    """A custom function that hands out a tensor which it keeps."""
+    """A custom function returns a gradient that it also stores."""
     kept = p.weight.clone()
 
     class Keeper(torch.autograd.Function):
@@ -167,7 +165,7 @@ def _global_keeper(p, y):
 
 
 def _buffer_of_numpy(p, y):
-    """A gradient that shares its memory with another tensor object."""
+    """A gradient shares its memory with another tensor object."""
     given = p.weight.clone()
     alias = given.detach()
     y.backward(given)
@@ -186,7 +184,7 @@ SCENARIOS = [
     _retain_graph,
     _expanded,
     _broadcast_row,
-    _saved_by_its_maker,
+    _saved_by_exp,
     _identity_nodes,
     _global_keeper,
     _buffer_of_numpy,
@@ -205,10 +203,8 @@ def _run(scenario, kind: str, device: str, inplace: bool) -> list[torch.Tensor]:
 def test_a_gradient_that_others_hold_is_not_damaged(
     scenario, kind, inplace, backend, device, monkeypatch
 ):
-    if scenario is _saved_by_its_maker and inplace and kind.endswith("all"):
-        scenario = (
-            _retain_grad  # exp of the edited tensor is no other case than this one over all rows
-        )
+    if scenario is _saved_by_exp and inplace and kind.endswith("all"):
+        scenario = _retain_grad  # over all rows, exp of the edited tensor is the same case
     got = _run(scenario, kind, device, inplace)
     monkeypatch.setattr(ownership, "is_sole_owner", lambda grad: False)
     want = _run(scenario, kind, device, inplace)
@@ -230,7 +226,7 @@ def test_an_owned_gradient_is_edited_in_place(kind, backend, device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_residual_stream_of_edits_copies_no_gradient(kind, backend, device):
-    """Two layers, each x + f(x): two paths were summed into every gradient, so all are owned."""
+    """In two layers x + f(x), every gradient is a sum of two paths and therefore owned."""
     p = Problem(kind, device)
     x = p.leaf
     for _ in range(2):
@@ -251,7 +247,7 @@ def test_checkpoint(kind, reentrant, backend, device):
     def body(p, x):
         return p.function(x.tanh() + x, *p.own, rows=p.rows, inplace=True) * 2
 
-    found = []
+    results = []
     for wrapped in (False, True):
         p = Problem(kind, device)
         x = p.leaf * 1
@@ -261,8 +257,8 @@ def test_checkpoint(kind, reentrant, backend, device):
             else body(p, x)
         )
         (y * p.weight).sum().backward()
-        found.append([p.leaf.grad, *(w.grad for w in p.own)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append([p.leaf.grad, *(w.grad for w in p.own)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,7 +276,6 @@ from reft_kernels import ownership
 with {context}:
     ownership.calibrate()
 seen = []
-counts = ownership._counts
 class Watch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x): return x * 1

@@ -1,6 +1,4 @@
-"""Row selection: what is not selected is neither read nor written, and nothing depends on
-chance.
-"""
+"""Row selection: unselected rows are neither read nor written, and edits are deterministic."""
 
 from __future__ import annotations
 
@@ -30,17 +28,15 @@ def _call(name: str, hidden, own, **fixed):
 def _own(name: str, case: Case, device: str) -> list[torch.Tensor]:
     if name == "red":
         return [torch.randn(case.d, device=device) for _ in range(2)]
-    member, found = plain.MEMBERS[name], inputs.weights(name, case, device=device)
-    return [found[k] for k in (member.write, member.read, member.read_bias) if k is not None]
+    member, weights = plain.MEMBERS[name], inputs.weights(name, case, device=device)
+    return [weights[k] for k in (member.write, member.read, member.read_bias) if k is not None]
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["loreft", "red"])
 def test_unselected_rows_are_bit_identical(name, dtype, inplace, backend, device):
-    """... and may hold NaN, which reaches no other row, no weight's gradient and no other row's
-    gradient.
-    """
+    """Unselected rows may hold NaN, which does not reach other rows or any gradient."""
     rows = inputs.rows(16, 6, device=device)
     outside = _unselected(rows, 16)
     hidden = torch.randn(16, 21, device=device).to(dtype)
@@ -79,9 +75,7 @@ def test_two_runs_are_bit_identical(name, backend, device):
 
 
 def test_skipped_entries_add_nothing(backend, device):
-    """coeff and weight_ids of a skipped entry count for nothing, even NaN, and its coeff has
-    gradient zero.
-    """
+    """coeff and weight_ids of a skipped entry may be NaN, and its coeff has gradient zero."""
     case = SELECTED
     own = [w.requires_grad_() for w in _own("noreft", case, device)]
     rows = torch.tensor([-1, 3, -1, 7, 0], dtype=torch.int32, device=device)

@@ -20,7 +20,7 @@ from benchmarks.protocol import AccuracyCheck, Call, Case, Provider, RunSettings
 from reft_kernels import positions
 
 TITLE = "Edit of selected rows"
-ABOUT = "f1+l1 to f16+l16 of each prompt, in place, whatever the sequence length"
+ABOUT = "in-place edit of f1+l1 to f16+l16 of each prompt, at several sequence lengths"
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (128, 512, 2048, 8192)
 BATCHES = (1, 8, 64)

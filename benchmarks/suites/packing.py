@@ -38,8 +38,8 @@ from benchmarks.protocol import Case, RunSettings
 
 TITLE = "Packing"
 ABOUT = (
-    "a LoReFT step on 32 examples, packed, over the same padded: 1 / ratio is the gain in "
-    "examples per second"
+    "a LoReFT step on 32 packed examples over a step on the same examples padded; 1 / ratio is the "
+    "gain in examples per second"
 )
 PADDING, GROUPED, PACKING = "padding", "padding, grouped by length", "packing"
 POOL, ROW, ANSWER, SETS = 512, 512, 6, 8

@@ -130,7 +130,10 @@ def test_the_number_of_splits_changes_no_bit(name, processors, monkeypatch):
     inputs = _inputs(1, 200, 3, base=True)
     grads = torch.randn(2, 1, 3, 200, device=DEVICE).unbind()
     want = _both(kernels, name, inputs, grads)
-    monkeypatch.setattr(kernels, "_processors", lambda device: processors)
+    config = kernels.build_config
+    monkeypatch.setattr(
+        kernels, "build_config", lambda layers, d, r, _: config(layers, d, r, processors)
+    )
     for a, b in zip(want, _both(kernels, name, inputs, grads), strict=True):
         assert torch.equal(a, b)
 
