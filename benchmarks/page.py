@@ -71,7 +71,10 @@ def _table(head: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]], left
         )
 
     body = "\n".join(f'<tr class="{kind}">{cells(values, "td")}</tr>' for kind, values in lines)
-    return f'<div class="wide"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>\n{body}\n'
+        "</tbody></table></div>"
+    )
 
 
 def _environment(rows: Sequence[Measurement]) -> str:
@@ -276,8 +279,9 @@ def render(devices: dict[str, list[Measurement]], results: Path) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>reft_kernels: benchmarks</title><style>{_CSS}</style></head><body>
 <h1>reft_kernels: benchmarks</h1>
-<p>Medians with the 20th and 80th percentile. Providers are timed in turn in one process. The ratio is the time divided by the
-baseline's time in the same rounds; below 1 is faster. A provider that is incorrect, not installed or out of memory has a note instead of a time.</p>
+<p>Medians with the 20th and 80th percentile. Providers are timed in turn in one process. The ratio
+is the time divided by the baseline's time in the same rounds; below 1 is faster. A provider that is
+incorrect, not installed or out of memory has a note instead of a time.</p>
 <nav>{links or "nothing measured"}</nav>
 {f"<ul>{missing}</ul>" if missing else ""}
 {body}

@@ -45,13 +45,13 @@ def _apply(folded, hidden, weight_ids=None):
     return rk.nodireft(hidden, folded.write, folded.read, folded.read_bias, weight_ids=weight_ids)
 
 
-def _draw(name, folded, own, weight_ids=None):
+def _draw(name, folded, weights, weight_ids=None):
     """Return a draw that compares the folded edit with the plain formula."""
     return budget.Draw(
         {"hidden": torch.randn(3, 4, D, device=folded.write.device)},
         lambda hidden: _apply(folded, hidden, weight_ids),
         lambda hidden: plain.edit(
-            name, hidden, {k: t.to(hidden) for k, t in own.items()}, weight_ids=weight_ids
+            name, hidden, {k: t.to(hidden) for k, t in weights.items()}, weight_ids=weight_ids
         ),
     )
 
@@ -71,14 +71,14 @@ def test_folded_edit_is_the_edit(name, backend, device):
 @pytest.mark.parametrize("name", SINGLE)
 def test_the_tensors_are_what_the_formulas_say(name):
     module = _random(SINGLE[name](D, R, dtype=torch.float64))
-    own, folded = _own(module), fold(module)
+    weights, folded = _own(module), fold(module)
     member = plain.MEMBERS[name]
-    write = own[member.write]
-    want = own[member.read] if member.read else torch.zeros_like(write)
+    write = weights[member.write]
+    want = weights[member.read] if member.read else torch.zeros_like(write)
     want = want - write if member.subtract_projection else want
     assert folded.read is None if name == "lobireft" else torch.equal(folded.read, want)
     assert torch.equal(folded.write, write)
-    assert torch.equal(folded.read_bias, own[member.read_bias])
+    assert torch.equal(folded.read_bias, weights[member.read_bias])
 
 
 @pytest.mark.parametrize("layer", range(L))
@@ -132,14 +132,14 @@ MERGED = [*SINGLE, "red"]
 
 
 def _edit(name, module):
-    own = (
+    weights = (
         {"scale": module.scale.detach(), "bias": module.bias.detach()}
         if name == "red"
         else _own(module)
     )
 
     def edit(h):
-        cast = {k: t.to(h) for k, t in own.items()}
+        cast = {k: t.to(h) for k, t in weights.items()}
         return plain.red(h, **cast) if name == "red" else plain.edit(name, h, cast)
 
     return edit
@@ -200,12 +200,12 @@ def test_merges_undone_in_reverse_order():
 def test_a_layer_of_a_stack():
     def make():
         stack, linear = _random(interventions.StackedLoReFT(L, D, R)), nn.Linear(13, D)
-        own = {k: t[1] for k, t in _own(stack).items()}
+        weights = {k: t[1] for k, t in _own(stack).items()}
         W, b = linear.weight.detach().clone(), linear.bias.detach().clone()
 
         def straightforward(x):
             return plain.edit(
-                "loreft", x @ W.to(x).mT + b.to(x), {k: t.to(x) for k, t in own.items()}
+                "loreft", x @ W.to(x).mT + b.to(x), {k: t.to(x) for k, t in weights.items()}
             )
 
         merge_linear(linear, stack, 1)

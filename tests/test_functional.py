@@ -297,12 +297,12 @@ def _check_exact(call, device: str) -> None:
         "activation": case.activation,
     }
 
-    def engine(hidden, coeff=None, **own):
+    def engine(hidden, coeff=None, **weights):
         hidden = view(hidden.clone() if case.inplace else hidden)
-        return member.function(hidden, coeff=coeff, inplace=case.inplace, **own, **fixed)
+        return member.function(hidden, coeff=coeff, inplace=case.inplace, **weights, **fixed)
 
-    def formula(hidden, coeff=None, **own):
-        return plain.edit(name, view(hidden), own, coeff=coeff, **fixed)
+    def formula(hidden, coeff=None, **weights):
+        return plain.edit(name, view(hidden), weights, coeff=coeff, **fixed)
 
     grad_output = whole(*case.lead, case.d).to(dtype)
     want = budget.outputs(formula, leaves, grad_output)

@@ -41,18 +41,18 @@ class Problem:
         case = CASES["rows" if kind.endswith("rows") else "all"]
         self.rows = inputs.rows(10, case.rows, device=device) if case.rows else None
         if kind.startswith("red"):
-            self.own = [torch.randn(D, device=device, requires_grad=True) for _ in range(2)]
+            self.weights = [torch.randn(D, device=device, requires_grad=True) for _ in range(2)]
             self.function = rk.red
         else:
-            own = inputs.weights("loreft", case, device=device)
-            self.own = [own[k].requires_grad_() for k in "RWb"]
+            weights = inputs.weights("loreft", case, device=device)
+            self.weights = [weights[k].requires_grad_() for k in "RWb"]
             self.function = rk.loreft
         self.leaf = torch.randn(2, 5, D, device=device, requires_grad=True)
         self.other = torch.randn(2, 5, D, device=device, requires_grad=True)
         self.weight = torch.randn(2, 5, D, device=device)
 
     def edit(self, inplace: bool = False) -> torch.Tensor:
-        return self.function(self.leaf * 1, *self.own, rows=self.rows, inplace=inplace)
+        return self.function(self.leaf * 1, *self.weights, rows=self.rows, inplace=inplace)
 
 
 KINDS = ["loreft-rows", "loreft-all", "red-rows", "red-all"]
@@ -107,7 +107,7 @@ def _users_gradient_of_a_view(p, y):
 
 
 def _autograd_grad(p, y):
-    grads = torch.autograd.grad((y * p.weight).sum(), [y, p.leaf, *p.own])
+    grads = torch.autograd.grad((y * p.weight).sum(), [y, p.leaf, *p.weights])
     p.leaf.grad = grads[1]
     return list(grads)
 
@@ -115,7 +115,7 @@ def _autograd_grad(p, y):
 def _retain_graph(p, y):
     loss = (y * p.weight).sum()
     loss.backward(retain_graph=True)
-    first = [p.leaf.grad.clone(), *(w.grad.clone() for w in p.own)]
+    first = [p.leaf.grad.clone(), *(w.grad.clone() for w in p.weights)]
     loss.backward()
     return first
 
@@ -194,7 +194,7 @@ SCENARIOS = [
 def _run(scenario, kind: str, device: str, inplace: bool) -> list[torch.Tensor]:
     p = Problem(kind, device)
     held = scenario(p, p.edit(inplace))
-    return [*held, p.leaf.grad, *(w.grad for w in p.own if w.grad is not None)]
+    return [*held, p.leaf.grad, *(w.grad for w in p.weights if w.grad is not None)]
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -230,7 +230,7 @@ def test_a_residual_stream_of_edits_copies_no_gradient(kind, backend, device):
     p = Problem(kind, device)
     x = p.leaf
     for _ in range(2):
-        x = p.function(x + x.tanh(), *p.own, rows=p.rows, inplace=p.rows is not None)
+        x = p.function(x + x.tanh(), *p.weights, rows=p.rows, inplace=p.rows is not None)
     loss = (x * p.weight).sum()
     with Calls() as calls:
         loss.backward()
@@ -245,7 +245,7 @@ def test_a_residual_stream_of_edits_copies_no_gradient(kind, backend, device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint(kind, reentrant, backend, device):
     def body(p, x):
-        return p.function(x.tanh() + x, *p.own, rows=p.rows, inplace=True) * 2
+        return p.function(x.tanh() + x, *p.weights, rows=p.rows, inplace=True) * 2
 
     results = []
     for wrapped in (False, True):
@@ -257,7 +257,7 @@ def test_checkpoint(kind, reentrant, backend, device):
             else body(p, x)
         )
         (y * p.weight).sum().backward()
-        results.append([p.leaf.grad, *(w.grad for w in p.own)])
+        results.append([p.leaf.grad, *(w.grad for w in p.weights)])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

@@ -1,6 +1,4 @@
-"""The command: what it says, what it refuses by name, and that a folder appears whole or not at
-all.
-"""
+"""The conversion command: messages, errors, and atomic writes."""
 
 from __future__ import annotations
 
@@ -84,7 +82,7 @@ def test_flags_reach_the_folder(tmp_path, hub):
 
 
 def test_pyrefts_way_of_counting_positions(tmp_path, pyreft):
-    """Said once, it stays through the formats that have no place for it."""
+    """The option is kept through formats that cannot store it."""
 
     def counted(folder) -> bool:
         return json.loads((folder / "adapter_config.json").read_text())["pyreft_positions"]
@@ -106,7 +104,7 @@ def test_the_base_model_tells_where_its_blocks_are(tmp_path, peft):
     assert config["config"]["layers"] == "all" and config["model_class"] == "LlamaForCausalLM"
 
 
-# ---- what a target cannot express
+# what a target cannot express
 
 
 @pytest.mark.parametrize(
@@ -259,9 +257,8 @@ def test_a_foreign_class_is_named(tmp_path, capsys, pyreft):
 
 
 def test_a_head_in_a_pyreft_folder(tmp_path, capsys, pyreft):
-    torch.save(
-        {}, pyreft / "pytorch_model.bin"
-    )  # what save_intervention leaves where nothing else is trained
+    # save_intervention writes an empty file if nothing else is trained
+    torch.save({}, pyreft / "pytorch_model.bin")
     assert run(pyreft, tmp_path / "out", "--to", "peft") == 0
     torch.save({"score.weight": torch.nn.Parameter(torch.zeros(2))}, pyreft / "pytorch_model.bin")
     capsys.readouterr()
@@ -327,13 +324,13 @@ def test_activations_of_old_and_new_hub_folders(tmp_path, hub, version, stored, 
     )
 
 
-# ---- whole or not at all
+# atomic writes
 
 
 def test_a_folder_that_is_not_empty_is_kept_or_replaced_whole(tmp_path, capsys, peft, hub):
     target = tmp_path / "out"
     target.mkdir()
-    assert run(hub, target, "--to", "peft") == 0  # an empty folder is no obstacle
+    assert run(hub, target, "--to", "peft") == 0  # an empty folder is accepted
     (target / "notes.txt").write_text("mine")
     before = contents(target)
     capsys.readouterr()

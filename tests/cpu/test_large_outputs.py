@@ -1,4 +1,4 @@
-"""Outputs of many megabytes: memory from the pool, stores past the caches."""
+"""Large outputs of the native backend: memory from the pool and non-temporal stores."""
 
 from __future__ import annotations
 
@@ -38,35 +38,33 @@ def _block(mib: int) -> torch.Tensor:
 
 
 def _spoil_the_pool(like: torch.Tensor) -> None:
-    """Leave NaN in the memory that the next output of this size takes."""
+    """Fill the memory that the next output of this size receives with NaN."""
     host_memory.empty_like(like).fill_(float("nan"))
 
 
 def _rows(d: int, dtype: torch.dtype) -> int:
-    """Just enough for outputs that are streamed."""
+    """Return the smallest number of rows whose output is written with non-temporal stores."""
     return host_memory.SMALLEST_BYTES // (d * dtype.itemsize) + 3
 
 
 def _both_ways(edit, leaves, grad):
-    """Output and gradients out of place and in place, on spoiled memory."""
-    found = []
+    """Return output and gradients of the edit out of place and in place."""
+    results = []
     for inplace in (False, True):
         _spoil_the_pool(grad)
         _spoil_the_pool(grad)
 
         def run(hidden, inplace=inplace, **weights):
-            return (
-                edit(hidden * 1, inplace=inplace, **weights) * 1
-            )  # in place, both tensors are the graph's own
+            # both multiplications make tensors that the graph owns, so the edit may be in place
+            return edit(hidden * 1, inplace=inplace, **weights) * 1
 
-        found.append(budget.outputs(run, leaves, grad))
-    return found
+        results.append(budget.outputs(run, leaves, grad))
+    return results
 
 
 @pytest.mark.parametrize("rank", [3, 12])
-@pytest.mark.parametrize(
-    "d", [1024, 1000]
-)  # rows of whole cache lines are streamed, others are not
+# non-temporal stores are used only for rows of whole cache lines
+@pytest.mark.parametrize("d", [1024, 1000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edits_equal_the_edits_in_place_bit_for_bit(dtype, d, rank):
     rows = _rows(d, dtype)
@@ -107,7 +105,7 @@ def test_selected_rows_out_of_place():
     got = rk.loreft(hidden, *weights, rows=rows)
     want = rk.loreft(hidden.clone(), *weights, rows=rows, inplace=True)
     assert torch.equal(got, want)
-    assert host_memory.held() == (18 * MIB, 0)  # 16.4 MiB in huge pages
+    assert host_memory.held() == (18 * MIB, 0)  # 16.4 MiB, rounded up to huge pages
 
 
 def test_blocks_come_back_and_are_used_again():
@@ -179,7 +177,7 @@ def _run(script: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def test_over_the_limit_the_longest_kept_goes():
-    done = _run(LIMITED, REFT_KERNELS_HOST_POOL_MB="50")  # and what is larger than it goes at once
+    done = _run(LIMITED, REFT_KERNELS_HOST_POOL_MB="50")  # larger blocks are freed at once
     assert done.stdout == "112 16; 80 48; 64 48; 0 48; ", done.stderr
 
 

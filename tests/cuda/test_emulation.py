@@ -1,9 +1,8 @@
-"""The CUDA kernels on a CPU: csrc/cuda compiled against an emulation of the execution model, its
-tests, and race detection.
+"""CUDA kernels on a CPU, compiled against an emulation of the execution model, with race detection.
 
-tests/cuda/emulation holds the emulated machine. sm_80 has a cooperative grid where sm_90 has
-clusters, so it is built for both. ``full`` runs everything for both; the default is what differs
-between them, and a part of what does not.
+tests/cuda/emulation has the emulation. It is built for sm_80, which has cooperative grids, and for
+sm_90, which has clusters. Tests marked ``full`` run everything for both; by default, tests run for
+both only where they differ.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ MAPS = (
     "half_precision_X or zero_X "
     "or orthonormal_rows or not_read or no_layers or one_launch"
 )
-MAP_CASES = ("householder", "cayley")  # of sanitized.cpp
+MAP_CASES = ("householder", "cayley")  # cases of sanitized.cpp
 
 
 def _run(*command: str | Path, **environment: str | None) -> subprocess.CompletedProcess:
@@ -56,8 +55,7 @@ def _run(*command: str | Path, **environment: str | None) -> subprocess.Complete
 
 def _emulated(arch: int, *command: str, **environment: str) -> subprocess.CompletedProcess:
     library = build.build_library(arch)
-    # what these kernels leave out goes to the reference, not to Triton's interpreter, which other
-    # tests run
+    # operators without a CUDA kernel use the torch backend, not Triton's interpreter
     return _run(
         sys.executable,
         *command,
@@ -74,7 +72,7 @@ def _tests(arch: int, *selection: str, **environment: str) -> None:
     assert " passed" in done.stdout
 
 
-# ---- the tests of the kernels and of the engine
+# tests of the kernels and of the public functions
 
 
 @pytest.mark.slow
@@ -114,7 +112,7 @@ def test_everything(arch, order):
     )
 
 
-# ---- which tensors the emulation serves
+# selection of the emulation
 
 ASK = """
 import torch
@@ -161,14 +159,12 @@ torch.ops.reft_kernels_cuda.edit_gradient(*call, none, torch.ones(70000, 1), tor
     )
 
 
-# ---- the sanitizers
+# sanitizers
 
 
 @functools.cache
 def _fixed_addresses() -> tuple[str, ...]:
-    """ThreadSanitizer needs addresses where it expects them, which a randomised layout may not
-    give.
-    """
+    """Disable address space randomization, which ThreadSanitizer may not support."""
     setarch = shutil.which("setarch")
     return (setarch, "-R") if setarch and _run(setarch, "-R", "true").returncode == 0 else ()
 
@@ -188,7 +184,7 @@ def _program(
         *(_fixed_addresses() if sanitizer == "thread" else ()),
         program,
         *arguments,
-        ASAN_OPTIONS="detect_leaks=0",  # of a thread that a failed launch leaves behind
+        ASAN_OPTIONS="detect_leaks=0",  # a failed launch leaves a thread behind
         UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
         TSAN_OPTIONS="report_signal_unsafe=0",
     )
@@ -202,8 +198,10 @@ def _program(
 
 def _clean(arch: int, sanitizer: str, *arguments: str) -> None:
     done = _program("sanitized", arch, sanitizer, *arguments, kernels=True)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0 and "Sanitizer" not in said and ", 0 failures" in said, said[:6000]
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and "Sanitizer" not in output and ", 0 failures" in output, output[
+        :6000
+    ]
 
 
 @pytest.mark.slow
@@ -227,8 +225,7 @@ def test_sanitizers_find_nothing_in_any_order(arch, sanitizer):
     _clean(arch, sanitizer)
 
 
-# ---- what the emulation and the sanitizers must report: (case of faults.cpp, sanitizer, what is
-# said)
+# faults that must be reported: case of faults.cpp, sanitizer, part of the output
 
 _RACE, _ASAN = "ThreadSanitizer: data race", "AddressSanitizer: "
 FAULTS = [
@@ -266,9 +263,9 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("case", "sanitizer", "said"), FAULTS)
-def test_a_fault_is_reported(case, sanitizer, said):
+def test_a_fault_is_reported(case, sanitizer, output):
     done = _program("faults", 900, sanitizer, case, kernels=False)
-    assert done.returncode != 0 and said in done.stdout + done.stderr, done.stdout + done.stderr
+    assert done.returncode != 0 and output in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
@@ -280,9 +277,7 @@ def test_a_sound_kernel_is_not(case, sanitizer, order):
 
 
 def test_half_precision_rounds_as_in_torch():
-    """Every half-precision number, and fp32 numbers of every exponent, next to what halves of a
-    unit in the last place make.
-    """
+    """Conversions of every half-precision number, and of fp32 numbers near rounding boundaries."""
     numbers = (
         np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
     )
