@@ -85,7 +85,7 @@ def test_triton_serves_no_fp64():
         rk.red(torch.ones(1, 2, dtype=torch.float64), torch.ones(2), torch.ones(2))
 
 
-def test_automatic_choice_on_cpu_says_nothing():
+def test_automatic_choice_on_cpu_does_not_warn():
     with rk.backend(None), warnings.catch_warnings():
         warnings.simplefilter("error")
         for operator in OPERATORS:
@@ -93,7 +93,7 @@ def test_automatic_choice_on_cpu_says_nothing():
         rk.red(torch.ones(1, 2), torch.ones(2), torch.ones(2))
 
 
-def test_falling_back_is_said_once(monkeypatch):
+def test_falling_back_warns_once(monkeypatch):
     """On a GPU without Triton, the torch backend is used and a warning is issued once."""
     monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "torch")})
     monkeypatch.setattr(dispatch, "_warned", set())

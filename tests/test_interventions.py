@@ -73,7 +73,7 @@ def test_identity_leaves_hidden_bit_identical(name, dtype, backend, device):
 
 
 @pytest.mark.parametrize("name", ["loreft", "direft", "nodireft", "noreft", "lobireft", "red"])
-def test_identity_can_be_left(name):
+def test_gradient_at_the_identity_is_not_zero(name):
     """The gradient at the identity start is not zero."""
     module = SINGLE[name](D, R, init="identity")
     module(torch.randn(4, D)).pow(2).sum().backward()

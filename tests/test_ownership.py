@@ -200,9 +200,7 @@ def _run(scenario, kind: str, device: str, inplace: bool) -> list[torch.Tensor]:
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__[1:])
-def test_a_gradient_that_others_hold_is_not_damaged(
-    scenario, kind, inplace, backend, device, monkeypatch
-):
+def test_a_shared_gradient_is_not_modified(scenario, kind, inplace, backend, device, monkeypatch):
     if scenario is _saved_by_exp and inplace and kind.endswith("all"):
         scenario = _retain_grad  # over all rows, exp of the edited tensor is the same case
     got = _run(scenario, kind, device, inplace)

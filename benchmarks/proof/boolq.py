@@ -4,11 +4,12 @@
 
 ``reft-train compare`` gives each method the same number of tuning trials (learning rate, and
 LoReFT's rank), judged by the loss on held-out training rows. The best settings are trained with
-three seeds for the same number of epochs, and the epoch with the lowest held-out loss is kept. The
-rows are LLM-Adapters' boolq: the question alone, without its passage. An encoder can hardly do
-better on them than to answer with the larger class, which accuracy rewards. Three further metrics
-are therefore reported: balanced accuracy, the mean of both classes' recalls; the area under the
-ROC curve, which does not depend on a threshold; and the log loss of the probabilities.
+three seeds for the same number of epochs, and the epoch with the lowest held-out loss is kept.
+
+The rows are LLM-Adapters' boolq: the question alone, without its passage. Without the passage, an
+encoder can hardly do better than predict the larger class, which accuracy rewards. Three further
+metrics are therefore reported: balanced accuracy, the mean of both classes' recalls; the area under
+the ROC curve, which does not depend on a threshold; and the log loss of the probabilities.
 """
 
 from __future__ import annotations

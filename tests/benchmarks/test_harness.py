@@ -77,7 +77,7 @@ def test_an_error_that_is_not_a_number_is_wrong():
     ].note.startswith("wrong")
 
 
-def test_what_cannot_run_says_why():
+def test_the_row_of_a_provider_that_cannot_run_has_a_note():
     def missing(_):
         raise ProviderUnavailable("the package is not installed")
 
@@ -199,7 +199,7 @@ def test_peak_memory_counts_what_is_freed_too():
     assert op_metrics.peak_bytes(Call(work), "cpu") == (4 << 20) + 16
 
 
-def test_the_gate_of_edits_tells_right_from_wrong():
+def test_the_accuracy_check_of_edits_detects_errors():
     problem = edits.draw(12, 16, 3, torch.float32, "cpu", 1)[0]
     gate = edits.EditGate(problem, backward=True)
     right = gate(edits.eager_folded)

@@ -56,7 +56,7 @@ def logits(model, family: str = "llama") -> torch.Tensor:
 @pytest.mark.parametrize("orthogonality", [True, False], ids=["orthogonal", "free"])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_new"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_what_adapters_saves_edits_the_same_here(
+def test_adapters_saved_by_adapters_compute_the_same_edit(
     tmp_path, family, activation, orthogonality, prefix, suffix, tied
 ):
     model = hub_model(
@@ -80,7 +80,7 @@ def test_what_adapters_saves_edits_the_same_here(
 
 @pytest.mark.parametrize("member", ["loreft", "direft", "noreft", "nodireft"])
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
-def test_what_is_written_here_loads_in_adapters(tmp_path, member, untied):
+def test_converted_adapters_load_in_adapters(tmp_path, member, untied):
     """The folder has subtract_projection, which ``adapters`` 1.3.0 reads but does not save."""
     make("llama").save_pretrained(tmp_path / "base")
     ours = get_peft_model(

@@ -17,7 +17,7 @@ from tests.conversion.command_line import contents, refused, run
 from tests.model.families import make
 
 
-def test_the_formats_are_found_out(tmp_path, peft, pyreft, hub, capsys):
+def test_formats_are_detected(tmp_path, peft, pyreft, hub, capsys):
     for folder, form in ((peft, "peft"), (pyreft, "pyreft"), (hub, "adapterhub")):
         assert command.detect(folder) == form
     assert run(hub, tmp_path / "out", "--to", "peft") == 0
@@ -95,7 +95,7 @@ def test_pyrefts_way_of_counting_positions(tmp_path, pyreft):
     assert run(tmp_path / "c", tmp_path / "d", "--to", "peft") == 0 and counted(tmp_path / "d")
 
 
-def test_the_base_model_tells_where_its_blocks_are(tmp_path, peft):
+def test_blocks_are_found_in_the_base_model(tmp_path, peft):
     make("llama").save_pretrained(tmp_path / "base")
     assert run(peft, tmp_path / "out", "--to", "adapterhub", "--base-model", tmp_path / "base") == 0
     keys = torch.load(tmp_path / "out" / "pytorch_adapter.bin", weights_only=True)
@@ -167,7 +167,7 @@ def test_what_the_target_cannot_express(tmp_path, capsys, settings, target, expe
         ({"prefix_positions": 0, "suffix_positions": 0}, "expected one above 0"),
     ],
 )
-def test_what_a_hub_folder_says_wrongly_or_here_unknown(tmp_path, capsys, hub, settings, expected):
+def test_invalid_or_unsupported_hub_settings_raise(tmp_path, capsys, hub, settings, expected):
     content = json.loads((hub / "adapter_config.json").read_text())
     content["config"] |= settings
     (hub / "adapter_config.json").write_text(json.dumps(content))
@@ -204,7 +204,7 @@ def test_an_encoder_decoder_and_a_head(tmp_path, capsys, hub):
         ("moe_key", 1, "moe_key: got 1"),
     ],
 )
-def test_what_a_pyreft_folder_holds_here_unknown(tmp_path, capsys, pyreft, field, value, expected):
+def test_unsupported_pyreft_settings_raise(tmp_path, capsys, pyreft, field, value, expected):
     names = (
         "layer",
         "component",
@@ -285,7 +285,7 @@ def test_a_head_in_a_pyreft_folder(tmp_path, capsys, pyreft):
         ("lobireft", ("consreft", "lobireft")),
     ],
 )
-def test_without_config_the_state_tells_what_it_can(tmp_path, capsys, member, choices):
+def test_without_config_settings_are_inferred_from_the_state(tmp_path, capsys, member, choices):
     folders.peft_folder(tmp_path / "peft", intervention=member)
     assert run(tmp_path / "peft", tmp_path / "pyreft", "--to", "pyreft") == 0
     (tmp_path / "pyreft" / "config.json").unlink()

@@ -44,7 +44,7 @@ def theirs(reft, untied: bool, count: int):
 
 @UNTIED
 @MEMBERS
-def test_what_pyreft_saves_edits_the_same_here(tmp_path, member, untied):
+def test_models_saved_by_pyreft_compute_the_same_edit(tmp_path, member, untied):
     reft, _ = folders.pyreft_model(member, untied=untied)
     reft.save(tmp_path / "pyreft")
     adapter = convert(tmp_path / "pyreft", tmp_path / "peft", "peft", options=POSITIONS)
@@ -59,7 +59,7 @@ def test_what_pyreft_saves_edits_the_same_here(tmp_path, member, untied):
 
 @UNTIED
 @pytest.mark.parametrize("member", ["loreft", "consreft", "lobireft", "direft"])
-def test_what_is_written_here_loads_with_reft_model_load(tmp_path, member, untied):
+def test_converted_models_load_with_reft_model_load(tmp_path, member, untied):
     """In bf16, the only dtype in which pyreft's load creates a learned source."""
     folders.peft_folder(tmp_path / "peft", intervention=member, share_weights=not untied)
     adapter = convert(tmp_path / "peft", tmp_path / "pyreft", "pyreft")
@@ -80,7 +80,7 @@ def test_what_is_written_here_loads_with_reft_model_load(tmp_path, member, untie
 
 @UNTIED
 @MEMBERS
-def test_what_is_written_here_loads_into_interventions(tmp_path, member, untied):
+def test_converted_models_load_into_interventions(tmp_path, member, untied):
     """In fp32, into interventions created with that dtype: the conversion is exact."""
     folders.peft_folder(tmp_path / "peft", intervention=member, share_weights=not untied)
     adapter = convert(
@@ -158,7 +158,7 @@ def test_an_inner_string_component_needs_config_or_component(tmp_path):
     assert list(adapter.layers) == [0, 2]
 
 
-def test_positions_must_be_said(tmp_path):
+def test_positions_are_required(tmp_path):
     reft, _ = folders.pyreft_model(untied=True)
     reft.save(tmp_path / "a")
     with pytest.raises(ConversionError, match="say --positions"):

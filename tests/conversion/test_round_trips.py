@@ -167,7 +167,7 @@ def test_a_chain_through_all_formats(tmp_path):
     assert equal(peft_tensors(tmp_path / "a"), peft_tensors(tmp_path / "e"))
 
 
-def test_one_hop_holds_the_models_own_R(tmp_path):
+def test_one_conversion_keeps_the_models_R(tmp_path):
     """The other framework's folder has R with the same bits as our model."""
     model = folders.peft_folder(tmp_path / "a", layers="all")
     (stack,) = stacks(model)
@@ -202,7 +202,7 @@ def test_pyreft_and_adapterhub_need_no_extra_file(tmp_path):
     assert equal(pyreft_tensors(tmp_path / "0"), pyreft_tensors(tmp_path / "2"))
 
 
-def test_weights_that_changed_since_are_the_folders(tmp_path):
+def test_changed_weights_take_precedence_over_the_extra_file(tmp_path):
     """The extra file is used only with the weights with which it was written."""
     folders.hub_folder(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b", "peft")
@@ -217,7 +217,7 @@ def test_weights_that_changed_since_are_the_folders(tmp_path):
     assert same(folders.hub_weights(tmp_path / "c")["2.0.write"], expected[1])
 
 
-def test_a_folder_that_holds_everything_gets_no_tensors_besides(tmp_path):
+def test_no_extra_tensors_where_the_folder_has_everything(tmp_path):
     folders.hub_folder(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "pyreft", "pyreft", options=Options(dtype="float32"))
     # the extra file has settings only: positions, dropout
@@ -227,7 +227,7 @@ def test_a_folder_that_holds_everything_gets_no_tensors_besides(tmp_path):
 
 @pytest.mark.parametrize("parametrization", ["householder", "cayley"])
 @pytest.mark.parametrize(("d", "r"), [(33, 4), (256, 8), (768, 16)])
-def test_R_of_X_is_near_where_it_cannot_be_exact(parametrization, d, r):
+def test_R_of_X_is_accurate_where_it_cannot_be_exact(parametrization, d, r):
     """The fp64 inverse, rounded to fp32, gives R within R's error budget."""
     ours, theirs = 0.0, 0.0
     for _ in range(4):

@@ -128,7 +128,7 @@ def test_blocks_come_back_and_are_used_again():
     assert host_memory.held() == (0, 0)
 
 
-def test_a_block_serves_where_little_of_it_lies_idle():
+def test_a_block_is_reused_for_slightly_smaller_outputs():
     _block(64)
     assert host_memory.held() == (0, 64 * MIB)
     close = _block(57)
@@ -176,7 +176,7 @@ def _run(script: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_over_the_limit_the_longest_kept_goes():
+def test_over_the_limit_the_oldest_block_is_freed():
     done = _run(LIMITED, REFT_KERNELS_HOST_POOL_MB="50")  # larger blocks are freed at once
     assert done.stdout == "112 16; 80 48; 64 48; 0 48; ", done.stderr
 
@@ -203,7 +203,7 @@ def test_the_limit_can_be_changed():
         host_memory.set_limit(before)
 
 
-def test_a_limit_that_is_none_is_refused():
+def test_an_invalid_limit_raises():
     done = _run(LIMITED, REFT_KERNELS_HOST_POOL_MB="many")
     assert (
         "REFT_KERNELS_HOST_POOL_MB: got 'many', expected a whole number of MiB, zero or more"

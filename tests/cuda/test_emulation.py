@@ -93,7 +93,7 @@ def test_kernels_with_a_cooperative_grid():
 
 @pytest.mark.slow
 def test_engine():
-    """... with threads in random order."""
+    """The tests of the public functions pass with threads in random order."""
     _tests(900, *ENGINE, "-k", "cuda-emulated", REFT_EMULATION_ORDER="random")
 
 
@@ -133,7 +133,7 @@ def test_the_emulation_serves_cpu_tensors_alone():
         )
 
 
-def test_a_library_that_is_not_there_or_none_is_said(tmp_path):
+def test_a_missing_or_invalid_library_is_reported(tmp_path):
     absent = _run(sys.executable, "-c", ASK, REFT_KERNELS_CUDA_LIBRARY=str(tmp_path / "none.so"))
     assert (
         absent.stdout.count("REFT_KERNELS_CUDA_LIBRARY: got") == 2
@@ -221,7 +221,7 @@ def test_no_races(arch, cases):
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("arch", build.ARCHITECTURES)
-def test_sanitizers_find_nothing_in_any_order(arch, sanitizer):
+def test_sanitizers_report_nothing_in_any_order(arch, sanitizer):
     _clean(arch, sanitizer)
 
 
@@ -262,7 +262,7 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("case", "sanitizer", "said"), FAULTS)
+@pytest.mark.parametrize(("case", "sanitizer", "output"), FAULTS)
 def test_a_fault_is_reported(case, sanitizer, output):
     done = _program("faults", 900, sanitizer, case, kernels=False)
     assert done.returncode != 0 and output in done.stdout + done.stderr, done.stdout + done.stderr
@@ -271,7 +271,7 @@ def test_a_fault_is_reported(case, sanitizer, output):
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 @pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
 @pytest.mark.parametrize("case", ["sound", "warp barrier", "sound cluster", "sound grid"])
-def test_a_sound_kernel_is_not(case, sanitizer, order):
+def test_a_correct_kernel_is_not_reported(case, sanitizer, order):
     done = _program("faults", 900, sanitizer, case, order, kernels=False)
     assert done.returncode == 0 and done.stdout + done.stderr == "", done.stdout + done.stderr
 

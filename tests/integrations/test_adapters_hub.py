@@ -365,7 +365,7 @@ def test_parameters_and_files_stay_the_packages(tmp_path):
     handle.restore()
 
 
-def test_active_adapters_are_those_the_package_says():
+def test_active_adapters_are_those_of_the_package():
     inputs, model = inputs_of([LENGTH, 15, 9]), hub()
     real = inputs["attention_mask"].bool()
     handle = accelerate_adapters(model)
@@ -401,7 +401,7 @@ def test_active_adapters_are_those_the_package_says():
     assert torch.equal(run(), ours[4])
 
 
-def test_prompts_end_where_the_caller_or_the_labels_say():
+def test_prompts_end_as_given_by_the_caller_or_the_labels():
     inputs, lengths = inputs_of([LENGTH, 20, 16]), [16, 15, 14]
     model, real = hub(), inputs["attention_mask"].bool()
     labels = inputs["input_ids"].masked_fill(~real, -100)

@@ -76,7 +76,7 @@ def test_a_module_that_serves_every_layer():
     hold(shared, tied())
 
 
-def test_slots_that_stand_twice_count_twice_in_the_gradient():
+def test_repeated_slots_are_counted_repeatedly_in_the_gradient():
     """pyreft's scatter gives each of k equal slots the whole gradient.
 
     This is therefore not the gradient of the loss.
@@ -172,7 +172,7 @@ def test_dropout_draws_pyrefts_masks(kind, dtype, unit_locations):
     assert not torch.allclose(on, without)
 
 
-def test_integer_positions_do_not_stay():
+def test_integer_positions_apply_to_one_batch_only():
     """Every batch is edited at its own positions.
 
     pyvene's use_fast edits later batches at the positions of the first example.

@@ -125,7 +125,7 @@ def test_save_and_load_keep_working(tmp_path):
     hold(loaded, tied())
 
 
-def test_an_existing_optimizer_goes_on():
+def test_an_existing_optimizer_keeps_working():
     reft_model = build()
     optimizer = torch.optim.SGD(reft_model.get_trainable_parameters(), lr=0.1)
     base, labels = inputs()
@@ -139,7 +139,7 @@ def test_an_existing_optimizer_goes_on():
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_this_packages_classes_run_too(kind):
+def test_drop_in_classes_are_supported(kind):
     """Drop-in classes work by pyvene's hooks and accelerated."""
     cls, keywords = CLASSES[kind]
     intervention = getattr(drop_in, cls.__name__)
@@ -206,7 +206,7 @@ def test_without_gradients(mode):
     ],
     ids=lambda given: next(iter(given)),
 )
-def test_calls_that_only_pyvene_understands_go_to_it(given):
+def test_unsupported_calls_are_passed_to_pyvene(given):
     plain = build()
     fast = copy.deepcopy(plain)
     accelerate_pyreft(fast)
@@ -251,7 +251,7 @@ def reft_of(*configs, **keywords):
     )
 
 
-def test_what_cannot_be_served_is_refused_unchanged():
+def test_unsupported_models_raise_and_are_unchanged():
     linked = [
         config_of(pyreft.LoreftIntervention, intervention_link_key=0, layer=i) for i in range(2)
     ]

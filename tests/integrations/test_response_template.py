@@ -44,7 +44,7 @@ def test_chat_templates(template, text):
     [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"],
     ids=["none", "bare"],
 )
-def test_templates_that_mark_no_answer(template):
+def test_templates_without_an_answer_raise(template):
     with pytest.raises(ValueError, match="tokenizer: .*chat template"):
         from_chat_template(chat_tokenizer(template))
 

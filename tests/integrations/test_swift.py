@@ -89,7 +89,7 @@ def test_every_intervention_type_of_swift_trains(name):
     assert all("reft_" in n for n in trained)
 
 
-def test_everything_that_can_be_said():
+def test_every_option():
     config = reft_config(
         arguments(
             reft_rank=8,

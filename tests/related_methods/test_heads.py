@@ -124,7 +124,7 @@ def test_gates_close_and_open():
 @pytest.mark.parametrize(
     "make", [LoFiT, lambda *a: LoFiT(*a, stage="select"), JoLA], ids=["v", "a", "jola"]
 )
-def test_starts_as_the_identity_and_can_be_left(make):
+def test_starts_as_the_identity_with_a_gradient(make):
     module, z = make(H, D), torch.randn(B, T, H * D)
     out = module(z)
     assert torch.equal(out, z)

@@ -35,7 +35,7 @@ def _is_power_of_two(n: int) -> bool:
 
 
 @given(**shapes)
-def test_edit_tiles_are_ones_that_triton_takes(num_rows, d, rank, dtype, second, amd):
+def test_edit_tiles_are_valid_in_triton(num_rows, d, rank, dtype, second, amd):
     config = forward.edit_config(num_rows, d, rank, dtype, second, amd)
     tile = (config.block_n, config.block_d, config.block_r)
     assert all(_is_power_of_two(side) for side in tile)
@@ -43,8 +43,7 @@ def test_edit_tiles_are_ones_that_triton_takes(num_rows, d, rank, dtype, second,
     if config.use_dot:
         assert min(tile) >= common.MIN_DOT
     else:
-        # the products of a tile are in registers: at most 32 fp32 values per thread, or one narrow
-        # tile
+        # the products of a tile are in registers, at most 32 fp32 values per thread
         assert config.block_n * config.block_d * config.block_r <= max(4096, 16 * config.block_r)
 
 
