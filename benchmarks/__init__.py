@@ -1,12 +1,10 @@
-"""Measurements of reft_kernels beside other ways to do the same: ``python -m benchmarks.run
---list``.
+"""Benchmarks of reft_kernels against other implementations of ReFT.
+
+``python -m benchmarks.run --list`` lists the suites.
 """
 
 import os
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # the profiler that counts memory announces itself otherwise
-os.environ.setdefault(
-    "TORCH_CPP_LOG_LEVEL", "ERROR"
-)  # ... and complains of memory that it did not see allocated
+# silence the profiler's start message and its warnings about unknown allocations
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

@@ -1,6 +1,4 @@
-"""What a training step is held to before it is timed: loss and gradients of W of plain PyTorch
-in fp64.
-"""
+"""Accuracy check of training steps: loss and gradients of W against plain PyTorch in fp64."""
 
 from __future__ import annotations
 
@@ -12,27 +10,30 @@ import torch
 from torch import Tensor
 
 from benchmarks import edits, models
-from benchmarks.harness import Verdict
-from benchmarks.models import Batch, Packed, Shape, Stepper
+from benchmarks.models import PackedBatch, PaddedBatch, Shape, Stepper
+from benchmarks.protocol import AccuracyCheck
 
 Build = Callable[..., Stepper]
 
 
 class StepGate:
-    """Loss and gradients of W against plain PyTorch in fp64, on the model cut to two layers,
-    nothing switched on.
+    """Compare a training step with plain PyTorch in fp64, on the model cut to two layers.
 
-    Allowed are 16 units of the dtype's precision over the largest exact value, or twice the error
-    of forward hooks in plain PyTorch in the same dtype, whichever is more.
+    The loss and the gradient of each layer's W are compared, with checkpointing and compilation
+    disabled. The allowed error is 16 units of the dtype's precision, relative to the largest
+    reference value, or twice the error of forward hooks in plain PyTorch in the same dtype,
+    whichever is larger.
 
     Args:
-        batch: what the exact step and the hooks are given.
+        shape: The model and batch of the suite.
+        device: Device to compute on.
+        batch: Batch for the reference step and for the hooks.
 
     Attributes:
-        shape, model, weights: the cut model, frozen, and R, W, b of its layers.
+        shape, model, weights: The frozen model cut to two layers, and R, W and b of its layers.
     """
 
-    def __init__(self, shape: Shape, device: str, batch: Batch) -> None:
+    def __init__(self, shape: Shape, device: str, batch: PaddedBatch) -> None:
         self.shape = dataclasses.replace(shape.cut(2), checkpointing=False, compiled=False)
         self.model, self.weights = (
             models.llama(self.shape, device),
@@ -40,32 +41,38 @@ class StepGate:
         )
         self.batch = batch
         exact = copy.deepcopy(self.model).double()
-        self._exact = self._results(models.by_hooks(exact, self.shape, self.weights), batch)
+        self._exact = self._results(models.hooks_stepper(exact, self.shape, self.weights), batch)
         rounding = edits.EPS * torch.finfo(shape.dtype).eps
-        hooks = self._results(models.by_hooks(self.model, self.shape, self.weights), batch)
+        hooks = self._results(models.hooks_stepper(self.model, self.shape, self.weights), batch)
         self._allowed = [max(edits.TIMES * error, rounding) for error in self._distances(hooks)]
 
     @staticmethod
-    def _results(stepper: Stepper, batch: Batch | Packed) -> list[Tensor]:
+    def _results(stepper: Stepper, batch: PaddedBatch | PackedBatch) -> list[Tensor]:
         with stepper.around():
             loss = stepper.loss(batch)
             loss.backward()
         return [loss.detach(), *stepper.gradients()]
 
-    def _distances(self, found: Sequence[Tensor]) -> list[float]:
-        pairs = zip(found, self._exact, strict=True)
+    def _distances(self, results: Sequence[Tensor]) -> list[float]:
+        pairs = zip(results, self._exact, strict=True)
         return [
-            float((own.double() - exact).abs().max() / exact.abs().max()) for own, exact in pairs
+            float((value.double() - exact).abs().max() / exact.abs().max())
+            for value, exact in pairs
         ]
 
-    def judge(self, found: Sequence[Tensor]) -> Verdict:
-        """What is to be said of a loss and the gradients of each layer's W."""
-        pairs = zip(self._distances(found), self._allowed, strict=True)
-        return Verdict(*max(pairs, key=lambda pair: pair[0] / pair[1]))
+    def judge(self, results: Sequence[Tensor]) -> AccuracyCheck:
+        """Check a loss and the gradients of each layer's W."""
+        pairs = zip(self._distances(results), self._allowed, strict=True)
+        return AccuracyCheck(*max(pairs, key=lambda pair: pair[0] / pair[1]))
 
-    def __call__(self, build: Build, batch: Batch | Packed | None = None) -> Verdict:
-        """Judge a model built on the gate's, on the gate's batch or on another form of the same
-        examples.
+    def __call__(
+        self, build: Build, batch: PaddedBatch | PackedBatch | None = None
+    ) -> AccuracyCheck:
+        """Check the step that ``build`` returns for the cut model.
+
+        Args:
+            build: Returns a :class:`benchmarks.models.Stepper` for a model, shape and weights.
+            batch: The same examples in another form. Defaults to the batch of the constructor.
         """
         stepper = build(self.model, self.shape, self.weights)
         return self.judge(self._results(stepper, self.batch if batch is None else batch))

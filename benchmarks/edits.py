@@ -1,6 +1,4 @@
-"""One LoReFT edit by everyone: h + R^T(Wh + b - Rh) by reft_kernels' backends, PyTorch eager and
-compiled, and pyreft.
-"""
+"""One LoReFT edit, h + R^T(Wh + b - Rh), by each backend of reft_kernels and by PyTorch."""
 
 from __future__ import annotations
 
@@ -14,37 +12,43 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import reft_kernels
-from benchmarks.harness import Call, Provider, Verdict
+from benchmarks.protocol import AccuracyCheck, Call, Provider
 from reft_kernels import dispatch
 
-Edit = Callable[..., Tensor]
-# tolerance of a provider: EPS units of the dtype, or TIMES the error of the unfolded formula
+EditFunction = Callable[..., Tensor]
+# allowed error: EPS units of the dtype's precision, or TIMES the error of the unfolded formula
 EPS, TIMES = 16, 2
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One input set: ``hidden`` and ``grad [N, d]``, fp32 weights R, W ``[r, d]`` and b ``[r]``."""
+    """One input set.
+
+    Attributes:
+        hidden, grad: The hidden state and its gradient, ``[N, d]``.
+        weights: R and W ``[r, d]`` and b ``[r]`` in fp32.
+    """
 
     hidden: Tensor
     grad: Tensor
     weights: tuple[Tensor, Tensor, Tensor]
 
     def leaves(self) -> list[Tensor]:
-        """Fresh leaves: the hidden state and R, W, b."""
+        """Return new leaf tensors: the hidden state, R, W and b."""
         return [t.detach().requires_grad_() for t in (self.hidden, *self.weights)]
 
 
 def weights(d: int, rank: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """R with orthonormal rows, and W and b, all random; the edit replaces Rh by values of its size,
-    however often repeated.
+    """Return random R, W and b, where R has orthonormal rows.
+
+    W is scaled so that repeated edits keep the size of Rh.
     """
     R = reft_kernels.householder(torch.randn(d, rank, device=device) / d**0.5)
     return R, torch.randn(rank, d, device=device) / d**0.5, torch.randn(rank, device=device)
 
 
 def draw(rows: int, d: int, rank: int, dtype: torch.dtype, device: str, sets: int) -> list[Problem]:
-    """Input sets of one distribution, with weights in common."""
+    """Return ``sets`` input sets with common weights."""
     common = weights(d, rank, device)
 
     def normal() -> Tensor:
@@ -54,20 +58,21 @@ def draw(rows: int, d: int, rank: int, dtype: torch.dtype, device: str, sets: in
 
 
 def eager_folded(h: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """Two products: D = W - R is read once."""
+    """Compute the edit with two matrix products, from D = W - R."""
     R, W, b = (t.to(h.dtype) for t in (R, W, b))
     return h + linear(h, W - R, b) @ R
 
 
 def eager_unfolded(h: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """Three products, as the formula is written."""
+    """Compute the edit with three matrix products, as the formula is written."""
     R, W, b = (t.to(h.dtype) for t in (R, W, b))
     return h + (linear(h, W, b) - h @ R.mT) @ R
 
 
 def backends(device: str) -> dict[str, str | None]:
-    """Names of reft_kernels' providers, and the backend that each forces: its own choice first,
-    then every other able one.
+    """Return the provider names of reft_kernels and the backend that each one forces.
+
+    The default choice (None) comes first, followed by every other backend that supports the device.
     """
     chosen, _ = dispatch.choose("edit", device, torch.float32)
     able = [
@@ -80,9 +85,10 @@ def backends(device: str) -> dict[str, str | None]:
     }
 
 
-def forced(backend: str | None, call: Call, like: Tensor) -> Call:
-    """The call with every operator served by one backend, the backward's too; the choice itself is
-    not timed.
+def force_backend(backend: str | None, call: Call, like: Tensor) -> Call:
+    """Return the call with forward and backward run by one backend.
+
+    The selection of the backend is not timed. With ``backend=None`` the call is returned as it is.
     """
     if backend is None:
         return call
@@ -97,62 +103,75 @@ def forced(backend: str | None, call: Call, like: Tensor) -> Call:
     return dataclasses.replace(call, context=context)
 
 
-def under(backend: str | None, check: Callable[[Edit], Verdict], edit: Edit) -> Verdict:
-    """What a gate says of an edit that one backend serves."""
+def check_with_backend(
+    backend: str | None, check: Callable[[EditFunction], AccuracyCheck], edit: EditFunction
+) -> AccuracyCheck:
+    """Check an edit while one backend is forced."""
     with dispatch.backend(backend) if backend else contextlib.nullcontext():
         return check(edit)
 
 
-def _errors(edit: Edit, problem: Problem, dtype: torch.dtype, backward: bool) -> list[Tensor]:
+def _results(
+    edit: EditFunction, problem: Problem, dtype: torch.dtype, backward: bool
+) -> list[Tensor]:
     leaves = [t.detach().to(dtype).requires_grad_() for t in (problem.hidden, *problem.weights)]
     if dtype != torch.float64:
         leaves[1:] = [t.detach().clone().requires_grad_() for t in problem.weights]
     out = edit(*leaves)
-    found = [out.detach()]
+    results = [out.detach()]
     if backward:
-        found += torch.autograd.grad(
+        results += torch.autograd.grad(
             out, leaves, problem.grad.to(out.dtype), allow_unused=True, materialize_grads=True
         )
-    return found
+    return results
 
 
-class Gate:
-    """Holds edits of one input set to fp64: output and, for a backward, the four gradients.
+class EditGate:
+    """Compare edits of one input set with fp64: the output and, optionally, the four gradients.
 
-    An error may be 16 units of the dtype's precision over the largest exact value, or twice that of
-    the unfolded formula in
-    PyTorch in the same dtype, whichever is more: this tells wrong from right, the engine's own
-    contract is the tests' matter. Reported is the output or gradient that comes closest to, or
-    leaves, what it is allowed.
+    The allowed error is 16 units of the dtype's precision, relative to the largest reference value,
+    or twice the error of the unfolded formula in PyTorch in the same dtype, whichever is larger.
+    This detects incorrect results; tighter bounds are left to the tests. The result is for the
+    output or gradient whose error is largest relative to its allowed error.
     """
 
     def __init__(self, problem: Problem, backward: bool) -> None:
         self.problem, self.backward = problem, backward
-        self._exact = _errors(eager_unfolded, problem, torch.float64, backward)
+        self._exact = _results(eager_unfolded, problem, torch.float64, backward)
         rounding = EPS * torch.finfo(problem.hidden.dtype).eps
         self._allowed = [max(TIMES * error, rounding) for error in self._distances(eager_unfolded)]
 
-    def _distances(self, edit: Edit) -> list[float]:
-        found = _errors(edit, self.problem, self.problem.hidden.dtype, self.backward)
-        pairs = zip(found, self._exact, strict=True)
+    def _distances(self, edit: EditFunction) -> list[float]:
+        results = _results(edit, self.problem, self.problem.hidden.dtype, self.backward)
+        pairs = zip(results, self._exact, strict=True)
         return [
-            float((own.double() - exact).abs().max() / exact.abs().max()) for own, exact in pairs
+            float((value.double() - exact).abs().max() / exact.abs().max())
+            for value, exact in pairs
         ]
 
-    def __call__(self, edit: Edit) -> Verdict:
+    def __call__(self, edit: EditFunction) -> AccuracyCheck:
         pairs = zip(self._distances(edit), self._allowed, strict=True)
-        return Verdict(*max(pairs, key=lambda pair: pair[0] / pair[1]))
+        return AccuracyCheck(*max(pairs, key=lambda pair: pair[0] / pair[1]))
 
 
 def provider(
-    edit: Edit,
+    edit: EditFunction,
     problems: Sequence[Problem],
     mode: str,
-    gate: Gate | None,
+    gate: EditGate | None,
     backend: str | None = None,
     **call: bool,
 ) -> Provider:
-    """Time ``edit`` forward, backward or both, on each input set."""
+    """Return a provider that times ``edit`` on each input set.
+
+    Args:
+        edit: Function of the hidden state, R, W and b.
+        problems: Input sets.
+        mode: ``forward``, ``backward`` or ``both``.
+        gate: Accuracy check, or None for no check.
+        backend: Backend of reft_kernels to force.
+        call: Further fields of :class:`benchmarks.protocol.Call`.
+    """
 
     def forward(problem: Problem) -> Call:
         def run(_: object) -> Tensor:
@@ -175,14 +194,16 @@ def provider(
 
     make = {"forward": forward, "backward": backward, "both": both}[mode]
     return Provider(
-        lambda k: forced(backend, make(problems[k]), problems[k].hidden),
-        check=(lambda: under(backend, gate, edit)) if gate else None,
+        lambda k: force_backend(backend, make(problems[k]), problems[k].hidden),
+        check=(lambda: check_with_backend(backend, gate, edit)) if gate else None,
     )
 
 
 def least_bytes(rows: int, d: int, rank: int, dtype: torch.dtype, mode: str) -> int:
-    """Bytes that an edit must move: h read and written; backward: h and g read, dh written; weights
-    and their gradients.
+    """Return the minimum memory traffic of an edit in bytes.
+
+    Forward reads and writes h. Backward reads h and its gradient and writes a gradient. Weights and
+    their gradients are added.
     """
     state, weight = rows * d * dtype.itemsize, 2 * rank * d * 4
     forward, backward = 2 * state + weight, 3 * state + 2 * weight

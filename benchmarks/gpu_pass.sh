@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command, under ten minutes; it installs nothing.
+# Run all tests and benchmarks that need a GPU, in under ten minutes. Nothing is installed.
 #   benchmarks/gpu_pass.sh [--resume] [env] [build] [tests] [kernels] [model] [profile] [sanitize] [tuning]
-# Parts run in this order, all by default; --resume leaves out those that an earlier pass into the same $OUT finished.
-# Output goes to $OUT (default benchmarks/results/gpu_pass). Without a GPU it runs through and marks each part absent.
-# A part that outlives its share of the ten minutes is cut and says so; LIMIT_tests=600 and the like give it more.
+# Parts run in this order, by default all of them. --resume skips parts that an earlier pass with the same $OUT completed.
+# Output is written to $OUT (default benchmarks/results/gpu_pass). Without a GPU, parts that need one are listed as absent.
+# Each part has a time limit and is stopped when it exceeds it. LIMIT_<part>=SECONDS sets another limit, e.g. LIMIT_tests=600.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT="${OUT:-benchmarks/results/gpu_pass}"
@@ -20,7 +20,7 @@ for argument in "$@"; do
 done
 [ ${#parts[@]} -gt 0 ] || parts=("${all[@]}")
 if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
-  echo "gpu_pass.sh: $PYTHON has no torch; name another by PYTHON=..." >&2
+  echo "gpu_pass.sh: $PYTHON cannot import torch; set PYTHON to another interpreter" >&2
   exit 2
 fi
 if "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then gpu=1; else gpu=0; fi
@@ -33,12 +33,12 @@ has() { "$PYTHON" -c "import $1" 2>/dev/null; }
 
 absent() { echo "$part: absent ($1)" | tee -a "$OUT/left_out.txt"; }
 
-run() { # log's name, command...: within what is left of the part's time
+run() { # usage: run LOG COMMAND...; runs COMMAND within the remaining time of the part
   local log=$1 name="LIMIT_$part" left
   shift
   left=$((${!name} - SECONDS + began))
   if [ $left -le 0 ]; then
-    echo "$part: $log left out, the part's ${!name} s are over" | tee -a "$OUT/left_out.txt"
+    echo "$part: $log left out, the part's limit of ${!name} s is reached" | tee -a "$OUT/left_out.txt"
     whole=0
     return
   fi
@@ -47,11 +47,11 @@ run() { # log's name, command...: within what is left of the part's time
   local status=${PIPESTATUS[0]}
   [ "$status" -eq 0 ] && return
   whole=0
-  if [ "$status" -eq 124 ]; then echo "$part: $log cut after $left s" | tee -a "$OUT/left_out.txt"
+  if [ "$status" -eq 124 ]; then echo "$part: $log stopped after $left s" | tee -a "$OUT/left_out.txt"
   else echo "$part: $log ended with status $status" | tee -a "$OUT/left_out.txt"; failed=1; fi
 }
 
-suites() { run "$1" "$PYTHON" -m benchmarks.run --only "$1" --device cuda --csv "$OUT/$1.csv"; }
+run_suite() { run "$1" "$PYTHON" -m benchmarks.run --only "$1" --device cuda --csv "$OUT/$1.csv"; }
 
 part_env() {
   run env "$PYTHON" -m reft_kernels.env
@@ -75,13 +75,13 @@ part_tests() {
 
 part_kernels() {
   if [ $gpu = 0 ]; then absent "no GPU"
-  else for suite in edit_selected_rows r_build host_cost edit_all_rows cold_start; do suites $suite; done; fi
+  else for suite in edit_selected_rows r_build host_cost edit_all_rows cold_start; do run_suite $suite; done; fi
 }
 
 part_model() {
   if [ $gpu = 0 ]; then absent "no GPU"
   elif ! has transformers || ! has peft; then absent "transformers or peft is not installed"
-  else for suite in training_step generation trainer_step; do suites $suite; done; fi
+  else for suite in training_step generation trainer_step; do run_suite $suite; done; fi
 }
 
 part_profile() {

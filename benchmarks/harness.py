@@ -1,149 +1,51 @@
-"""One protocol for every suite.
+"""Measure the providers of a case and return one row per provider.
 
-Providers are timed in turn, call by call, so that drift of a shared machine meets all of them
-alike. Input sets rotate, so that data come from memory and not from the last call's cache. Each
-provider is first held to fp64 on the inputs that are timed:
-one that is wrong gets its error in the table instead of a time. On a GPU a call is timed by events
-(host included) and, where it can be captured, inside a CUDA graph (host excluded), after the clocks
-have settled under load. What is reported is the median with the 20th and 80th percentile, and the
-median of the round-by-round ratios to a baseline.
+Providers are timed in turn, call by call, so that drift of a shared machine affects all of them
+equally. Calls rotate through several input sets, so that inputs are read from memory and not
+from the cache of the previous call. Before timing, each provider is compared with an fp64
+reference on the timed inputs; the row of an incorrect provider has its error and no time. On a
+GPU, calls are timed with events after the clocks have settled, which includes host time, and,
+where the call can be captured, inside a CUDA graph, which excludes it. Rows report the median,
+the 20th and 80th percentiles, and the median of the per-round ratios to a baseline.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from benchmarks import machine, op_metrics
-from benchmarks.rows import Row
+from benchmarks.protocol import (
+    AccuracyCheck,
+    Call,
+    Case,
+    Provider,
+    ProviderUnavailable,
+    RunSettings,
+)
+from benchmarks.rows import Measurement
 
 CLONE = "torch.clone"
-SAMPLE_SECONDS = 0.02  # a shorter call is repeated within a sample until this long
+SAMPLE_SECONDS = 0.02  # shorter calls are repeated until a sample takes this long
 SETTLE_SECONDS = {"cuda": 0.5, "cpu": 0.0}
 WARM_UP_ROUNDS = 2
 MOST_SETS = 32
 
 
-class Absent(RuntimeError):
-    """A provider that cannot run here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """What is timed: ``run(before())``, of which ``before`` is left out of the time.
-
-    Attributes:
-        run: the work; takes what ``before`` returned.
-        before: untimed preparation of one call, such as the forward of a backward.
-        capturable: whether a CUDA graph may hold it.
-        countable: whether its operators can be counted by an eager dispatch mode (compiled code
-            cannot).
-        context: entered around both, untimed, such as a forced backend. elsewhere: whether it works
-        in a thread of its own, where the CPU's profiler does not see its memory.
-    """
-
-    run: Callable[[object], object]
-    before: Callable[[], object] = field(default=lambda: None)
-    capturable: bool = True
-    countable: bool = True
-    context: Callable[[], AbstractContextManager] = field(default=contextlib.nullcontext)
-    elsewhere: bool = False
-
-    def once(self) -> object:
-        """Run it, preparation included."""
-        with self.context():
-            return self.run(self.before())
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A provider's largest error against fp64 and what is allowed, both over the largest exact
-    value.
-    """
-
-    error: float
-    allowed: float
-
-
-@dataclass(frozen=True)
-class Provider:
-    """``prepare(k)`` gives the call on the k-th input set and raises :class:`Absent` where it
-    cannot run here.
-    """
-
-    prepare: Callable[[int], Call]
-    check: Callable[[], Verdict] | None = None
-
-
-@dataclass(frozen=True)
-class Case:
-    """One line of a suite.
-
-    Attributes:
-        suite, mode, shape, dtype: as in :class:`benchmarks.rows.Row`.
-        providers: by name.
-        baseline: name of the provider that ratios refer to.
-        sets: how many input sets rotate (:func:`sets_for`).
-        bytes: least traffic of one call.
-        clone: tensors, one an input set, whose ``torch.clone`` is timed beside the providers as the
-            floor.
-        rounds: samples of each provider, where the settings do not say.
-    """
-
-    suite: str
-    mode: str
-    shape: dict[str, object]
-    dtype: torch.dtype
-    providers: dict[str, Provider]
-    baseline: str
-    sets: int = 1
-    bytes: int | None = None
-    clone: list[Tensor] | None = None
-    rounds: int = 15
-
-    @property
-    def label(self) -> str:
-        """The shape as ``name=value`` pairs."""
-        return " ".join(f"{key}={value}" for key, value in self.shape.items())
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure: ``quick`` asks for small shapes and few rounds, ``match`` for cases that
-    contain each of its words.
-    """
-
-    device: str = "cpu"
-    quick: bool = False
-    rounds: int | None = None
-    match: tuple[str, ...] = ()
-
-    def wants(self, case: Case) -> bool:
-        """Whether each word of ``match`` stands in the case's mode, shape or dtype."""
-        text = f"{case.mode} {case.label} {case.dtype}"
-        return all(word in text for word in self.match)
-
-    def rounds_or(self, default: int) -> int:
-        """The rounds asked for, else 3 when quick, else the suite's own number."""
-        return self.rounds or (3 if self.quick else default)
-
-
 def sets_for(set_bytes: int, device: str) -> int:
-    """How many input sets overflow the last-level cache twice, at most ``MOST_SETS``."""
+    """Return how many input sets exceed twice the last-level cache, at most ``MOST_SETS``."""
     return max(1, min(MOST_SETS, -(-2 * machine.cache_bytes(device) // max(set_bytes, 1))))
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device."""
+    """Wait for all kernels on the device."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -154,10 +56,10 @@ def _clone_provider(tensors: list[Tensor]) -> Provider:
 
 @dataclass
 class _Runner:
-    """A provider ready to be timed."""
+    """A provider that is ready to be timed."""
 
     calls: list[Call]
-    verdict: Verdict | None
+    verdict: AccuracyCheck | None
     repeats: int = 1
     times: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
@@ -170,7 +72,7 @@ class _Runner:
 
 
 def _timed(call: Call, device: str) -> tuple[float, float]:
-    """Seconds of one call, and seconds until it returned to Python."""
+    """Return the seconds of one call, and the seconds until it returned to Python."""
     with call.context():
         prepared = call.before()
         if device == "cpu":
@@ -197,7 +99,7 @@ def _sample(runner: _Runner, device: str) -> None:
 
 def _prepare(
     name: str, provider: Provider, case: Case, device: str
-) -> tuple[_Runner | None, Verdict | None, str]:
+) -> tuple[_Runner | None, AccuracyCheck | None, str]:
     try:
         verdict = provider.check() if provider.check else None
         if verdict and not verdict.error <= verdict.allowed:
@@ -210,7 +112,7 @@ def _prepare(
         for call in runner.calls[:2]:
             call.once()
         synchronize(device)
-    except Absent as reason:
+    except ProviderUnavailable as reason:
         return None, None, f"absent: {reason}"
     except torch.OutOfMemoryError:
         gc.collect()
@@ -225,8 +127,9 @@ def _prepare(
 
 
 def _graphs(runners: dict[str, _Runner], rounds: int) -> None:
-    """Time one call of each inside a CUDA graph that holds a call on every input set,
-    interleaved.
+    """Time each runner's calls inside a CUDA graph, interleaved.
+
+    A graph holds one call per input set. Runners whose calls cannot be captured are skipped.
     """
     captured: dict[str, torch.cuda.CUDAGraph] = {}
     for name, runner in runners.items():
@@ -237,7 +140,7 @@ def _graphs(runners: dict[str, _Runner], rounds: int) -> None:
             with torch.cuda.graph(graph):
                 for call in runner.calls:
                     call.once()
-        except RuntimeError:  # synchronises with the host, as gathers by nested lists do
+        except RuntimeError:  # the call synchronizes with the host, which a capture does not allow
             torch.cuda.synchronize()
             continue
         captured[name] = graph
@@ -254,11 +157,14 @@ def _graphs(runners: dict[str, _Runner], rounds: int) -> None:
         runner.graph = runner.graph[WARM_UP_ROUNDS:]
 
 
-def measure(case: Case, settings: Settings) -> list[Row]:
-    """Time every provider of a case; a row for each, those without a time included.
+def measure(case: Case, settings: RunSettings) -> list[Measurement]:
+    """Time every provider of a case.
+
+    Returns:
+        One row per provider, including providers without a time.
 
     Raises:
-        KeyError: the baseline is not among the providers.
+        KeyError: If the baseline is not among the providers.
     """
     device, rounds = settings.device, settings.rounds_or(case.rounds)
     providers = dict(case.providers)
@@ -266,7 +172,7 @@ def measure(case: Case, settings: Settings) -> list[Row]:
         providers = {CLONE: _clone_provider(case.clone), **providers}
     providers[case.baseline]
     runners: dict[str, _Runner] = {}
-    without: dict[str, tuple[Verdict | None, str]] = {}
+    without: dict[str, tuple[AccuracyCheck | None, str]] = {}
     for name, provider in providers.items():
         runner, verdict, note = _prepare(name, provider, case, device)
         if runner is None:
@@ -293,7 +199,7 @@ def measure(case: Case, settings: Settings) -> list[Row]:
 
 
 def _quantile(values: list[float], share: float) -> float:
-    """Linear interpolation between the sorted samples."""
+    """Interpolate linearly between the sorted samples."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = int(place)
@@ -306,34 +212,34 @@ _STARTED = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M
 
 def _row(
     case: Case,
-    settings: Settings,
+    settings: RunSettings,
     rounds: int,
     name: str,
     runners: dict[str, _Runner],
-    without: tuple[Verdict | None, str],
-) -> Row:
+    without: tuple[AccuracyCheck | None, str],
+) -> Measurement:
     device, runner = settings.device, runners.get(name)
     verdict, note = (runner.verdict, "") if runner else without
     copied = 2 * case.clone[0].nbytes if case.clone is not None else None
     moved = copied if name == CLONE else case.bytes
-    found: dict[str, float | int | None] = {}
+    metrics: dict[str, float | int | None] = {}
     if runner:
         clone = runners.get(CLONE)
         if clone and moved and copied:
             pairs = zip(runner.graph or runner.times, clone.graph or clone.times, strict=True)
-            found["clone_fraction"] = statistics.median(
-                (moved / own) / (copied / copy) for own, copy in pairs
+            metrics["clone_fraction"] = statistics.median(
+                (moved / seconds) / (copied / clone_seconds) for seconds, clone_seconds in pairs
             )
         if runner.graph:
-            found["graph_ms"] = statistics.median(runner.graph) * 1e3
+            metrics["graph_ms"] = statistics.median(runner.graph) * 1e3
         if device == "cuda":
-            found["host_us"] = statistics.median(runner.host) * 1e6
+            metrics["host_us"] = statistics.median(runner.host) * 1e6
         if all(call.countable for call in runner.calls) or device == "cuda":
-            found["launches"] = op_metrics.launches(runner.next(), device)
-        if device == "cuda" or not any(call.elsewhere for call in runner.calls):
-            found["peak_bytes"] = op_metrics.peak_bytes(runner.next(), device)
+            metrics["launches"] = op_metrics.launches(runner.next(), device)
+        if device == "cuda" or not any(call.other_thread for call in runner.calls):
+            metrics["peak_bytes"] = op_metrics.peak_bytes(runner.next(), device)
     if verdict:
-        found |= {"error": verdict.error, "allowed": verdict.allowed}
+        metrics |= {"error": verdict.error, "allowed": verdict.allowed}
     base = runners[case.baseline].times if case.baseline in runners else []
     return _of_times(
         case,
@@ -344,7 +250,7 @@ def _row(
         rounds,
         bytes=moved,
         note=note,
-        **found,
+        **metrics,
     )
 
 
@@ -366,23 +272,23 @@ _EMPTY = (
 
 def _of_times(
     case: Case,
-    settings: Settings,
+    settings: RunSettings,
     name: str,
     times: list[float],
     base: list[float],
     rounds: int,
-    **found: object,
-) -> Row:
+    **metrics: object,
+) -> Measurement:
     device = settings.device
-    values: dict[str, object] = dict.fromkeys(_EMPTY) | {"note": ""} | found
+    values: dict[str, object] = dict.fromkeys(_EMPTY) | {"note": ""} | metrics
     if times:
         values["median_ms"] = statistics.median(times) * 1e3
         values["p20_ms"], values["p80_ms"] = (_quantile(times, share) * 1e3 for share in (0.2, 0.8))
         if base:
             values["ratio"] = statistics.median(
-                own / other for own, other in zip(times, base, strict=True)
+                seconds / base_seconds for seconds, base_seconds in zip(times, base, strict=True)
             )
-    return Row(
+    return Measurement(
         suite=case.suite,
         provider=name,
         mode=case.mode,
@@ -404,10 +310,15 @@ def _of_times(
 
 
 def rows_of_samples(
-    case: Case, settings: Settings, samples: dict[str, list[float]], notes: dict[str, str]
-) -> list[Row]:
-    """Rows of what was timed elsewhere, such as in processes of their own: seconds, one sample a
-    round; notes where none.
+    case: Case, settings: RunSettings, samples: dict[str, list[float]], notes: dict[str, str]
+) -> list[Measurement]:
+    """Return rows for samples that were taken elsewhere, such as in subprocesses.
+
+    Args:
+        case: Case that the samples belong to.
+        settings: Settings of the run.
+        samples: Seconds by provider, one sample per round.
+        notes: Reason by provider, for providers without samples.
     """
     base = samples.get(case.baseline, [])
     timed = [
@@ -418,7 +329,7 @@ def rows_of_samples(
     ]
 
 
-def show(rows: Iterable[Row]) -> None:
+def show(rows: Iterable[Measurement]) -> None:
     """Print the rows of a case as a table."""
     rows = list(rows)
     width = max(len(row.provider) for row in rows)

@@ -1,4 +1,4 @@
-"""Where a measurement was taken: device, versions, commit, how memory is had."""
+"""The environment of a measurement: device, versions, commit and allocator."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-CACHE_BYTES = 64 << 20  # of a CPU whose last-level cache cannot be asked
+CACHE_BYTES = 64 << 20  # assumed where a CPU's last-level cache size is not available
 
 
 def _words(name: str) -> str:
@@ -19,7 +19,7 @@ def _words(name: str) -> str:
 
 
 def device_name(device: str) -> str:
-    """A folder-safe name: the GPU's, or the CPU's with its thread count."""
+    """Return a folder-safe name of the GPU, or of the CPU with its number of threads."""
     if device == "cuda":
         return _words(torch.cuda.get_device_name())
     model = platform.processor() or platform.machine()
@@ -36,8 +36,9 @@ def device_name(device: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """The repository's commit, with a plus where tracked files differ; "unknown" outside a
-    checkout.
+    """Return the short commit hash of the repository.
+
+    A plus sign follows if tracked files differ. Outside a checkout the result is "unknown".
     """
     root = Path(__file__).resolve().parents[1]
 
@@ -62,13 +63,13 @@ def commit() -> str:
 
 @functools.cache
 def driver(device: str) -> str:
-    """The GPU driver's version."""
+    """Return the version of the GPU driver, or an empty string for a CPU."""
     if device != "cuda":
         return ""
     try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         return (
-            subprocess.run(asked, capture_output=True, text=True, check=True)
+            subprocess.run(command, capture_output=True, text=True, check=True)
             .stdout.split("\n")[0]
             .strip()
         )
@@ -77,7 +78,7 @@ def driver(device: str) -> str:
 
 
 def version(package: str) -> str:
-    """An installed package's version, or nothing."""
+    """Return the version of an installed package, or an empty string."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -85,8 +86,9 @@ def version(package: str) -> str:
 
 
 def allocator(device: str) -> str:
-    """How tensors get memory: PyTorch asks Linux for huge pages where
-    ``THP_MEM_ALLOC_ENABLE=1``.
+    """Return how tensors are allocated: ``cuda``, ``huge pages`` or ``malloc``.
+
+    PyTorch requests huge pages from Linux when ``THP_MEM_ALLOC_ENABLE=1``.
     """
     if device == "cuda":
         return "cuda"
@@ -94,7 +96,7 @@ def allocator(device: str) -> str:
 
 
 def cache_bytes(device: str) -> int:
-    """The last-level cache that input sets must overflow to be cold."""
+    """Return the size of the last-level cache."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     sizes = [

@@ -1,8 +1,7 @@
-"""Whole models with LoReFT by everyone: frozen, reft_kernels as a PEFT method, and forward hooks in
-plain PyTorch.
+"""Whole models with LoReFT: frozen, as a PEFT method of reft_kernels, and by PyTorch forward hooks.
 
 All providers of a run share one set of frozen parameters and start from the same R, W and b, so
-that losses and gradients can be compared before anything is timed.
+that losses and gradients can be compared before timing.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmarks import edits
-from benchmarks.harness import Call, Provider, Verdict
+from benchmarks.protocol import AccuracyCheck, Call, Provider
 from reft_kernels import positions
 from reft_kernels.interventions import StackedLoReFT
 
@@ -29,7 +28,10 @@ LEARNING_RATE = 1e-4
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama-like model and the batch that it gets: right half of each sequence is the answer."""
+    """A Llama-like model and its batch.
+
+    The second half of each sequence is the answer.
+    """
 
     name: str
     hidden: int
@@ -47,12 +49,12 @@ class Shape:
     compiled: bool = False
 
     def cut(self, layers: int) -> Shape:
-        """The same with fewer layers."""
+        """Return the same shape with at most ``layers`` layers."""
         return replace(self, layers=min(layers, self.layers))
 
     @property
     def dimensions(self) -> dict[str, object]:
-        """The ``name=value`` pairs of a result row."""
+        """The ``name=value`` pairs of the shape column."""
         switches = {name: 1 for name in ("checkpointing", "compiled") if getattr(self, name)}
         return {
             "model": self.name,
@@ -64,9 +66,12 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """``input_ids``, ``labels``, ``attention_mask [B, T]``, and what is edited: rows of the
-    hidden state, int64 ``[B * P]``.
+class PaddedBatch:
+    """A batch with one example per row.
+
+    Attributes:
+        input_ids, labels, attention_mask: ``[B, T]``.
+        rows: Rows of the flattened hidden state to edit, int64 ``[B * P]``.
     """
 
     input_ids: Tensor
@@ -76,12 +81,12 @@ class Batch:
 
     @property
     def columns(self) -> Tensor:
-        """The rows as columns of each sequence, ``[B, P]``, where each has as many."""
+        """The edited columns of each sequence, ``[B, P]``. Every sequence must have as many."""
         return self.rows.view(self.input_ids.shape[0], -1) % self.input_ids.shape[1]
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What a causal LM takes."""
+        """Keyword arguments of a causal language model."""
         return {
             "input_ids": self.input_ids,
             "labels": self.labels,
@@ -90,9 +95,13 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A batch whose examples share rows: what a causal LM takes. Position ids and labels tell
-    what is edited.
+class PackedBatch:
+    """A batch whose rows hold several examples each.
+
+    The edited positions follow from the position ids and the labels.
+
+    Attributes:
+        inputs: Keyword arguments of a causal language model.
     """
 
     inputs: dict[str, Tensor]
@@ -102,7 +111,7 @@ Weights = Sequence[tuple[Tensor, Tensor, Tensor]]
 
 
 def llama(shape: Shape, device: str) -> nn.Module:
-    """A frozen Llama with random weights."""
+    """Return a frozen Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -125,9 +134,14 @@ def llama(shape: Shape, device: str) -> nn.Module:
             torch.set_default_dtype(default)
 
 
-def batch(shape: Shape, device: str, number: int = 0, whole: bool = False) -> Batch:
-    """The ``number``-th batch of random tokens; ``whole`` takes the entire sequence for the
-    prompt when it selects rows.
+def batch(shape: Shape, device: str, number: int = 0, whole: bool = False) -> PaddedBatch:
+    """Return the ``number``-th batch of random tokens.
+
+    Args:
+        shape: Model and batch size.
+        device: Device of the tensors.
+        number: Seed of the tokens.
+        whole: Select positions in the whole sequence instead of in its prompt.
     """
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(0, shape.vocabulary, (shape.batch, shape.length), generator=generator).to(
@@ -138,51 +152,52 @@ def batch(shape: Shape, device: str, number: int = 0, whole: bool = False) -> Ba
     rows = positions.resolve(
         shape.spec, [shape.length if whole else half] * shape.batch, shape.length, device=device
     )
-    return Batch(ids, labels, torch.ones_like(ids), rows[rows >= 0].long())
+    return PaddedBatch(ids, labels, torch.ones_like(ids), rows[rows >= 0].long())
 
 
-def collated(inputs: Mapping[str, Tensor], spec: str, device: str) -> Batch:
-    """A batch of ``input_ids``, ``labels`` and ``attention_mask [B, T]`` padded on the right;
-    labels begin after the prompt.
+def collated(inputs: Mapping[str, Tensor], spec: str, device: str) -> PaddedBatch:
+    """Return the batch of padded ``input_ids``, ``labels`` and ``attention_mask``, ``[B, T]``.
+
+    The padding is on the right, and labels start after the prompt.
     """
     ids, labels, mask = (
         inputs[name].to(device) for name in ("input_ids", "labels", "attention_mask")
     )
     rows = positions.resolve(spec, positions.prompt_lengths_from_labels(labels, mask), ids.shape[1])
-    return Batch(ids, labels, mask, rows[rows >= 0].long())
+    return PaddedBatch(ids, labels, mask, rows[rows >= 0].long())
 
 
 def weights(shape: Shape, device: str) -> Weights:
-    """R, W, b of each layer in fp32, where R and W differ."""
+    """Return R, W and b of each layer in fp32, where R and W differ."""
     torch.manual_seed(1)
     return [edits.weights(shape.hidden, shape.rank, device) for _ in range(shape.layers)]
 
 
-def sharing(model: nn.Module) -> nn.Module:
-    """A copy of a model with the same parameters and buffers, not copies of them."""
+def shallow_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model that shares its parameters and buffers."""
     kept = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, kept)
 
 
 @dataclass
 class Stepper:
-    """One provider's model in training.
+    """The model of one provider in training.
 
     Attributes:
-        loss: of a batch, in the graph.
-        parameters: what is trained.
-        gradients: of W of each layer, after a backward.
-        around: entered around forward and backward.
+        loss: Returns the loss of a batch, with its autograd graph.
+        parameters: Trained parameters.
+        gradients: Returns the gradient of each layer's W after a backward pass.
+        around: Returns a context to enter around forward and backward.
     """
 
-    loss: Callable[[Batch | Packed], Tensor]
+    loss: Callable[[PaddedBatch | PackedBatch], Tensor]
     parameters: list[nn.Parameter]
     gradients: Callable[[], list[Tensor]]
     around: Callable[[], AbstractContextManager] = field(default=contextlib.nullcontext)
     optimizer: torch.optim.Optimizer | None = None
 
-    def step(self, batch: Batch | Packed) -> Tensor:
-        """Forward, backward, AdamW."""
+    def step(self, batch: PaddedBatch | PackedBatch) -> Tensor:
+        """Run forward, backward and an AdamW update. Returns the detached loss."""
         if self.parameters and self.optimizer is None:
             self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=0.0)
         if self.optimizer:
@@ -203,13 +218,14 @@ def _switched(model: nn.Module, shape: Shape) -> nn.Module:
 
 
 def frozen(model: nn.Module, shape: Shape) -> Stepper:
-    """The frozen model's forward, and its backward to the embeddings: what any edit inside the
-    model has to pay.
+    """Return the step of the frozen model: its forward, and its backward to the embeddings.
+
+    Any method that edits hidden states inside the model has this cost.
     """
-    model = sharing(model)
+    model = shallow_copy(model)
     embed, run = model.get_input_embeddings(), _switched(model, shape)
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: PaddedBatch) -> Tensor:
         embedded = embed(batch.input_ids).requires_grad_()
         return run(
             inputs_embeds=embedded, attention_mask=batch.attention_mask, labels=batch.labels
@@ -219,14 +235,14 @@ def frozen(model: nn.Module, shape: Shape) -> Stepper:
 
 
 @torch.no_grad()
-def tuned(model: nn.Module, shape: Shape, weights: Weights) -> tuple[nn.Module, StackedLoReFT]:
-    """A model under our PEFT method with given weights, and the stack that holds them."""
+def peft_model(model: nn.Module, shape: Shape, weights: Weights) -> tuple[nn.Module, StackedLoReFT]:
+    """Return a model with reft_kernels' PEFT method, and the module that holds its weights."""
     from peft import get_peft_model
 
     from reft_kernels.integrations.peft import ReftConfig
 
     model = get_peft_model(
-        sharing(model), ReftConfig(layers="all", rank=shape.rank, positions=shape.spec)
+        shallow_copy(model), ReftConfig(layers="all", rank=shape.rank, positions=shape.spec)
     )
     (stack,) = (module for module in model.modules() if isinstance(module, StackedLoReFT))
     R, W, b = (torch.stack(kind) for kind in zip(*weights, strict=True))
@@ -236,16 +252,16 @@ def tuned(model: nn.Module, shape: Shape, weights: Weights) -> tuple[nn.Module, 
     return model, stack
 
 
-def by_peft(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
-    """reft_kernels as a PEFT method."""
-    model, stack = tuned(model, shape, weights)
+def peft_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
+    """Return the step of reft_kernels as a PEFT method."""
+    model, stack = peft_model(model, shape, weights)
     run = _switched(model, shape)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Stepper(lambda batch: run(**batch.inputs).loss, trained, lambda: list(stack.W.grad))
 
 
 class _Eager(TorchLoReFT):
-    """The demo's plain edit with PyTorch's default parametrization, in the hidden state's dtype."""
+    """Plain PyTorch LoReFT with the default orthogonal parametrization."""
 
     def __init__(self, R: Tensor, W: Tensor, b: Tensor, dtype: torch.dtype) -> None:
         with R.device:
@@ -260,12 +276,17 @@ class _Eager(TorchLoReFT):
         return edits.eager_unfolded(h, self.rotate.weight, self.source.weight, self.source.bias)
 
 
-def by_hooks(model: nn.Module, shape: Shape, weights: Weights, cached: bool = False) -> Stepper:
-    """Forward hooks that gather, edit and scatter; with ``cached`` R is built once a step, by
-    ``parametrize.cached()``.
+def hooks_stepper(
+    model: nn.Module, shape: Shape, weights: Weights, cached: bool = False
+) -> Stepper:
+    """Return the step of forward hooks that gather, edit and scatter.
+
+    With ``cached=True``, R is built once per step by ``parametrize.cached()``.
     """
-    model = sharing(model)
-    own = nn.ModuleList(_Eager(*triple, next(model.parameters()).dtype) for triple in weights)
+    model = shallow_copy(model)
+    layer_edits = nn.ModuleList(
+        _Eager(*triple, next(model.parameters()).dtype) for triple in weights
+    )
     rows: list[Tensor] = []
 
     def hook(edit: nn.Module) -> Callable:
@@ -279,26 +300,32 @@ def by_hooks(model: nn.Module, shape: Shape, weights: Weights, cached: bool = Fa
 
         return edit_output
 
-    for layer, edit in zip(model.model.layers, own, strict=True):
+    for layer, edit in zip(model.model.layers, layer_edits, strict=True):
         layer.register_forward_hook(hook(edit))
     run = _switched(model, shape)
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: PaddedBatch) -> Tensor:
         rows[:] = [batch.rows]
         return run(**batch.inputs).loss
 
     around = parametrize.cached if cached else contextlib.nullcontext
     return Stepper(
-        loss, list(own.parameters()), lambda: [edit.source.weight.grad for edit in own], around
+        loss,
+        list(layer_edits.parameters()),
+        lambda: [edit.source.weight.grad for edit in layer_edits],
+        around,
     )
 
 
 def provider(
     make: Callable[[], Stepper],
-    batches: Sequence[Batch | Packed],
-    check: Callable[[], Verdict] | None = None,
+    batches: Sequence[PaddedBatch | PackedBatch],
+    check: Callable[[], AccuracyCheck] | None = None,
 ) -> Provider:
-    """Time training steps on each batch, of one model that is made when first needed."""
+    """Return a provider that times training steps on each batch.
+
+    The model is built by ``make`` when it is first needed.
+    """
     built = functools.cache(make)
 
     def prepare(k: int) -> Call:

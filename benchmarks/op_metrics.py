@@ -1,23 +1,19 @@
-"""What a call costs beside time: launches, and the most memory it holds at once."""
+"""Metrics of a call besides its time: launches and peak memory."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.protocol import Call
 from reft_kernels import host_memory
-
-if TYPE_CHECKING:
-    from benchmarks.harness import Call
 
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 
 
 class _Operators(TorchDispatchMode):
-    """Counts operators that do work: no views, no bare allocations."""
+    """Count dispatched operators, except views and bare allocations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,8 +27,11 @@ class _Operators(TorchDispatchMode):
 
 
 def launches(call: Call, device: str) -> int:
-    """Kernels, copies and fills on a GPU; on a CPU operators, views and bare allocations left
-    out.
+    """Count the launches of a call.
+
+    Returns:
+        On a GPU the number of kernels, copies and fills. On a CPU the number of operators, except
+        views and bare allocations.
     """
     with call.context():
         prepared = call.before()
@@ -48,9 +47,7 @@ def launches(call: Call, device: str) -> int:
 
 
 def peak_bytes(call: Call, device: str) -> int:
-    """The most memory allocated at once above what stood before the call, by PyTorch's own
-    allocators.
-    """
+    """Return the peak of memory that a call allocates, above the memory held before it."""
     with call.context():
         prepared = call.before()
         if device == "cuda":
@@ -61,7 +58,7 @@ def peak_bytes(call: Call, device: str) -> int:
             torch.cuda.synchronize()
             return torch.cuda.max_memory_allocated() - before
         pool = host_memory.limit()
-        host_memory.set_limit(0)  # the profiler would not see what comes from it
+        host_memory.set_limit(0)  # the profiler does not record allocations from this pool
         try:
             with torch.autograd.profiler.profile(profile_memory=True, use_cpu=True) as profile:
                 kept = call.run(prepared)

@@ -1,11 +1,11 @@
-"""One self-contained HTML page of all raw rows: environments, figures, complete tables, and where
-reft_kernels is slower.
-
-The figures are kept as files too, in ``RESULTS_DIR/<device>/figures``.
+"""Write one self-contained HTML page of all raw rows.
 
     python -m benchmarks.page [RESULTS_DIR] [--out FILE.html]
 
-Exit status: 0 when the page is written, 2 when there is nothing to read.
+The page has the environments, figures and complete tables of every device, and the cases where
+reft_kernels is slower. The figures are also written to ``RESULTS_DIR/<device>/figures``.
+
+The exit status is 0 when the page is written and 2 when the rows cannot be read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from reft_train.files import write_text
 
 from benchmarks import compare, plots, suites
-from benchmarks.rows import RESULTS, Row
+from benchmarks.rows import RESULTS, Measurement
 
 OUT = RESULTS / "page.html"
 NO_GPU = "GPU: not measured"
@@ -56,8 +56,12 @@ def _number(value: float | int | None) -> str:
 
 
 def _table(head: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]], left: int) -> str:
-    """A table in a box of its own; each line is its CSS class and its cells, the first ``left``
-    of them flush left.
+    """Return a scrollable table.
+
+    Args:
+        head: Column titles.
+        lines: CSS class and cells of each row.
+        left: Number of left-aligned columns.
     """
 
     def cells(values: Sequence[str], tag: str) -> str:
@@ -67,13 +71,14 @@ def _table(head: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]], left
         )
 
     body = "\n".join(f'<tr class="{kind}">{cells(values, "td")}</tr>' for kind, values in lines)
-    return f'<div class="wide"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead><tr>{cells(head, "th")}</tr></thead><tbody>\n{body}\n'
+        "</tbody></table></div>"
+    )
 
 
-def _environment(rows: Sequence[Row]) -> str:
-    """A line for each run: versions, commit, date, threads, allocator, and the suites it
-    answered.
-    """
+def _environment(rows: Sequence[Measurement]) -> str:
+    """Return a table with a line per run: versions, commit, date, threads, allocator and suites."""
     runs: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         key = (
@@ -96,7 +101,7 @@ def _environment(rows: Sequence[Row]) -> str:
         "driver",
         "threads",
         "allocator",
-        "questions",
+        "suites",
         "rows",
     )
     lines = [
@@ -127,7 +132,7 @@ _HEAD = (
 )
 
 
-def _cells(row: Row, first: bool) -> tuple[str, ...]:
+def _cells(row: Measurement, first: bool) -> tuple[str, ...]:
     spread = (
         ""
         if row.median_ms is None
@@ -155,7 +160,7 @@ def _cells(row: Row, first: bool) -> tuple[str, ...]:
     )
 
 
-def _results(rows: Sequence[Row]) -> str:
+def _results(rows: Sequence[Measurement]) -> str:
     lines = []
     for case in compare.cases(rows):
         for k, row in enumerate(case):
@@ -172,7 +177,7 @@ def _figure(plot: plots.Plot) -> str:
     return f"<figure>{image}<figcaption>{_text(plot.caption)}</figcaption></figure>"
 
 
-def _behind(rows: Sequence[Row]) -> str:
+def _behind(rows: Sequence[Measurement]) -> str:
     losses = compare.behind(rows)
     if not losses:
         return "<p>reft_kernels is slower than another provider in no case measured here.</p>"
@@ -211,18 +216,18 @@ def _behind(rows: Sequence[Row]) -> str:
                     (*case, time, other.provider, f"{other.median_ms:.4g}", factor),
                 )
             )
-    told = (
+    title = (
         f"Where reft_kernels is slower than another provider by more than noise: {len(losses)} of "
         f"{_count(rows)} cases"
     )
-    return f"<h3>{told}</h3>{_table(head, lines, 6)}"
+    return f"<h3>{title}</h3>{_table(head, lines, 6)}"
 
 
-def _count(rows: Sequence[Row]) -> int:
+def _count(rows: Sequence[Measurement]) -> int:
     return sum(len(compare.chosen(case)) for case in compare.cases(rows))
 
 
-def _question(name: str, rows: Sequence[Row], drawn: Sequence[plots.Plot]) -> str:
+def _suite_section(name: str, rows: Sequence[Measurement], drawn: Sequence[plots.Plot]) -> str:
     module = suites.load(name)
     head = f"<h3>{_text(module.TITLE)}</h3><p>{_text(module.ABOUT)}</p>"
     if not rows:
@@ -234,26 +239,28 @@ def _question(name: str, rows: Sequence[Row], drawn: Sequence[plots.Plot]) -> st
     )
 
 
-def _device(device: str, rows: Sequence[Row], figures: Path) -> str:
+def _device(device: str, rows: Sequence[Measurement], figures: Path) -> str:
     parts = [f'<h2 id="{_text(device)}">{_text(device)}</h2>', _environment(rows), _behind(rows)]
     for name in suites.NAMES:
-        own = [row for row in rows if row.suite == name]
-        parts.append(_question(name, own, plots.draw(own, figures, [name]) if own else []))
+        suite_rows = [row for row in rows if row.suite == name]
+        drawn = plots.draw(suite_rows, figures, [name]) if suite_rows else []
+        parts.append(_suite_section(name, suite_rows, drawn))
     return "\n".join(parts)
 
 
-def without_gpu(devices: dict[str, list[Row]]) -> list[str]:
-    """The suites that no GPU has answered."""
-    answered = {row.suite for rows in devices.values() if compare.on_gpu(rows) for row in rows}
-    return [name for name in suites.NAMES if name not in answered]
+def without_gpu(devices: dict[str, list[Measurement]]) -> list[str]:
+    """Return the suites that have no rows from a GPU."""
+    measured = {row.suite for rows in devices.values() if compare.on_gpu(rows) for row in rows}
+    return [name for name in suites.NAMES if name not in measured]
 
 
-def render(devices: dict[str, list[Row]], results: Path) -> str:
-    """The page for the newest rows of each device; its figures are kept in
-    ``results/<device>/figures``.
+def render(devices: dict[str, list[Measurement]], results: Path) -> str:
+    """Return the page for the newest rows of each device.
+
+    The figures are written to ``results/<device>/figures``.
 
     Raises:
-        ValueError: rows of a suite that does not exist.
+        ValueError: If rows name a suite that does not exist.
     """
     unknown = {row.suite for rows in devices.values() for row in rows} - set(suites.NAMES)
     if unknown:
@@ -272,8 +279,9 @@ def render(devices: dict[str, list[Row]], results: Path) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>reft_kernels: benchmarks</title><style>{_CSS}</style></head><body>
 <h1>reft_kernels: benchmarks</h1>
-<p>Medians with the 20th and 80th percentile, providers timed in turn in one process. A ratio is time over the baseline's in the
-same rounds: below 1 is faster. A provider that is wrong, absent or out of memory has its note instead of a time.</p>
+<p>Medians with the 20th and 80th percentile. Providers are timed in turn in one process. The ratio
+is the time divided by the baseline's time in the same rounds; below 1 is faster. A provider that is
+incorrect, not installed or out of memory has a note instead of a time.</p>
 <nav>{links or "nothing measured"}</nav>
 {f"<ul>{missing}</ul>" if missing else ""}
 {body}
@@ -282,6 +290,7 @@ same rounds: below 1 is faster. A provider that is wrong, absent or out of memor
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.page", description="Write one HTML page of all raw rows."
     )

@@ -1,8 +1,8 @@
-"""Launches the main kernels once each on cold inputs, for a profiler to count what they move.
+"""Launch the main kernels once on cold inputs, to measure their memory traffic with a profiler.
 
     ncu --clock-control none --set none --metrics METRICS --csv python -m benchmarks.profiled
 
-Each case is bracketed by an NVTX range with its name, and warmed up before its range begins.
+Each case is warmed up and then run inside an NVTX range that has its name.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import torch
 
 import reft_kernels
 from benchmarks import edits
-from benchmarks.harness import Call
+from benchmarks.protocol import Call
 
 SHAPES = ((8192, 4096, 8), (8192, 4096, 32), (448, 4096, 8))
 BUILDS = ((1, 4096, 8), (32, 4096, 8))
 
 
 def _calls(device: str) -> dict[str, Call]:
-    found: dict[str, Call] = {}
+    calls: dict[str, Call] = {}
     for rows, d, rank in SHAPES:
         problems = edits.draw(rows, d, rank, torch.bfloat16, device, 1)
         for mode in ("forward", "backward"):
-            found[f"edit {mode} rows={rows} d={d} r={rank} bfloat16"] = edits.provider(
+            calls[f"edit {mode} rows={rows} d={d} r={rank} bfloat16"] = edits.provider(
                 reft_kernels.loreft, problems, mode, None
             ).prepare(0)
     for layers, d, rank in BUILDS:
@@ -32,14 +32,14 @@ def _calls(device: str) -> dict[str, Call]:
         G = torch.randn(layers, rank, d, device=device)
         for name in ("householder", "cayley"):
             function = getattr(reft_kernels, name)
-            found[f"{name} layers={layers} d={d} r={rank}"] = Call(
+            calls[f"{name} layers={layers} d={d} r={rank}"] = Call(
                 lambda _, f=function, X=X, G=G: torch.autograd.grad(f(X), X, G)
             )
-    return found
+    return calls
 
 
 def main() -> int:
-    """Run every case; 2 without a GPU."""
+    """Run every case. Returns 2 without a GPU."""
     if not torch.cuda.is_available():
         print("benchmarks.profiled: needs a GPU", file=sys.stderr)
         return 2

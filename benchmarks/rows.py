@@ -1,5 +1,6 @@
-"""The result of one measurement, and the files that keep them: raw CSVs, appended and never
-edited by hand.
+"""Benchmark results and the CSV files that store them.
+
+The files are only appended to, never edited by hand.
 """
 
 from __future__ import annotations
@@ -13,34 +14,39 @@ RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One provider's answer to one case of a suite; an empty value means that it does not apply or
-    could not be had.
+class Measurement:
+    """The result of one provider on one case of a suite.
+
+    A value is None where it does not apply or could not be measured.
 
     Attributes:
-        suite: name of the suite's file, e.g. ``edit_all_rows``. provider: who did the work, e.g.
-        ``reft_kernels``, ``eager, folded``, ``pyreft``. mode: ``forward``, ``backward``, ``both``,
-        ``step``, ``prefill``, ``decode``, ``call`` or ``start``.
+        suite: Name of the suite's module, e.g. ``edit_all_rows``.
+        provider: The implementation, e.g. ``reft_kernels``, ``eager, folded``, ``pyreft``.
+        mode: ``forward``, ``backward``, ``both``, ``inside``, ``step``, ``prefill``, ``decode``,
+            ``call`` or ``start``.
         shape: ``name=value`` pairs, separated by spaces.
-        dtype: of the hidden state.
-        device: name of the GPU or CPU, CPUs with their thread count.
-        driver: the GPU driver's version.
-        allocator: how the CPU's memory was had: ``malloc`` or ``huge pages``; ``cuda`` on a GPU.
-        threads: PyTorch's intra-operator threads.
-        torch, triton, transformers, commit: versions; a commit with a plus had changes beside it.
-        when: start of the run, UTC.
-        rounds: samples behind the median.
-        median_ms, p20_ms, p80_ms: one call, host included.
-        baseline: the provider that ``ratio`` refers to.
-        ratio: median over the rounds of time over the baseline's time in the same round. bytes:
-        least traffic of one call: inputs read once, outputs written once. clone_fraction: ``bytes /
-        median`` over the same of ``torch.clone`` of the hidden state in the same rounds.
-        graph_ms: one call inside a CUDA graph, that is without the host. launches: kernels on a
-        GPU, operators that reach the CPU backend on a CPU, in one call. host_us: microseconds until
-        the call returns to Python, nothing waited for. peak_bytes: the most memory allocated above
-        what stood before the call. error, allowed: largest error against fp64 and what the gate
-        allows, both over the largest exact value.
-        note: why there is no time.
+        dtype: Dtype of the hidden state.
+        device: Name of the GPU or CPU. The name of a CPU includes the number of threads.
+        driver: Version of the GPU driver.
+        allocator: ``malloc`` or ``huge pages`` on a CPU, ``cuda`` on a GPU.
+        threads: Number of PyTorch's intra-op threads.
+        torch, triton, transformers: Package versions.
+        commit: Commit of this repository, followed by a plus sign if tracked files had changes.
+        when: Start of the run in UTC.
+        rounds: Number of samples.
+        median_ms, p20_ms, p80_ms: Time of one call, including host time.
+        baseline: The provider that ``ratio`` refers to.
+        ratio: Median over the rounds of the time divided by the baseline's time in the same round.
+        bytes: Minimum memory traffic of one call: each input read once, each output written once.
+        clone_fraction: Bandwidth ``bytes / median`` divided by the bandwidth of ``torch.clone`` of
+            the hidden state in the same rounds.
+        graph_ms: Time of one call inside a CUDA graph, which excludes host time.
+        launches: Kernels per call on a GPU, operators that reach the CPU backend on a CPU.
+        host_us: Microseconds until the call returns to Python, without synchronization.
+        peak_bytes: Peak of allocated memory during a call, above the memory held before it.
+        error, allowed: Largest error against fp64 and the largest that is accepted, both relative
+            to the largest reference value.
+        note: Why there is no time.
     """
 
     suite: str
@@ -75,12 +81,12 @@ class Row:
 
     @property
     def dimensions(self) -> dict[str, str]:
-        """The shape's ``name=value`` pairs."""
+        """The ``name=value`` pairs of the shape as a dict."""
         return dict(pair.split("=", 1) for pair in self.shape.split())
 
     @property
     def key(self) -> tuple[str, ...]:
-        """What makes two rows answers to the same case by the same provider."""
+        """The columns that identify a case and a provider."""
         return (
             self.suite,
             self.device,
@@ -95,13 +101,13 @@ class Row:
 _NUMBERS = {"int": int, "float": float, "int | None": int, "float | None": float}
 
 
-def append(rows: Iterable[Row], path: Path) -> None:
-    """Append rows to a CSV, with a header when it is new.
+def append(rows: Iterable[Measurement], path: Path) -> None:
+    """Append rows to a CSV file, with a header if the file is new.
 
     Raises:
-        ValueError: the file has other columns.
+        ValueError: If the file has other columns.
     """
-    names = [field.name for field in fields(Row)]
+    names = [field.name for field in fields(Measurement)]
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists() or not path.stat().st_size
     if not new:
@@ -119,17 +125,20 @@ def _written(value: object) -> object:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _same_columns(found: list[str], path: Path) -> None:
-    expected = [field.name for field in fields(Row)]
-    if found != expected:
-        raise ValueError(f"{path}: got columns {', '.join(found)}, expected {', '.join(expected)}")
+def _same_columns(columns: list[str], path: Path) -> None:
+    expected = [field.name for field in fields(Measurement)]
+    if columns != expected:
+        raise ValueError(
+            f"{path}: got columns {', '.join(columns)}, expected {', '.join(expected)}"
+        )
 
 
-def read(path: Path) -> list[Row]:
-    """All rows of a CSV, in order.
+def read(path: Path) -> list[Measurement]:
+    """Read all rows of a CSV file, in order.
 
     Raises:
-        ValueError: other columns, or a value that is no number where one belongs; names the line.
+        ValueError: If the columns differ or a numeric field holds no number. The message names the
+            line.
     """
     with path.open(newline="") as file:
         lines = csv.reader(file)
@@ -137,13 +146,13 @@ def read(path: Path) -> list[Row]:
         return [_row(line, number, path) for number, line in enumerate(lines, 2)]
 
 
-def _row(line: list[str], number: int, path: Path) -> Row:
+def _row(line: list[str], number: int, path: Path) -> Measurement:
     values: dict[str, object] = {}
-    if len(line) != len(fields(Row)):
+    if len(line) != len(fields(Measurement)):
         raise ValueError(
-            f"{path}, line {number}: got {len(line)} values, expected {len(fields(Row))}"
+            f"{path}, line {number}: got {len(line)} values, expected {len(fields(Measurement))}"
         )
-    for field, text in zip(fields(Row), line, strict=True):
+    for field, text in zip(fields(Measurement), line, strict=True):
         kind = _NUMBERS.get(str(field.type))
         try:
             values[field.name] = text if kind is None else None if text == "" else kind(text)
@@ -151,21 +160,20 @@ def _row(line: list[str], number: int, path: Path) -> Row:
             raise ValueError(
                 f"{path}, line {number}, {field.name}: got {text!r}, expected a number"
             ) from None
-    return Row(**values)
+    return Measurement(**values)
 
 
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of rows that answer the same case by the same provider, the one of the newest run; order of
-    first appearance.
+def latest(rows: Iterable[Measurement]) -> list[Measurement]:
+    """Keep the newest row of each case and provider, in order of first appearance.
 
-    A provider that is absent leaves what it was measured at: some packages live in environments of
-    their own.
+    A row whose provider was absent does not replace an older measurement, because some packages are
+    installed only in separate environments.
     """
 
-    def rank(row: Row) -> tuple[bool, str]:
+    def rank(row: Measurement) -> tuple[bool, str]:
         return not row.note.startswith("absent"), row.when
 
-    newest: dict[tuple[str, ...], Row] = {}
+    newest: dict[tuple[str, ...], Measurement] = {}
     for row in rows:
         if row.key not in newest or rank(row) >= rank(newest[row.key]):
             newest[row.key] = row
@@ -173,5 +181,8 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 
 def folder(device: str) -> Path:
-    """Where the raw rows of a device lie."""
+    """Return the folder of a device's CSV files."""
     return RESULTS / device
+
+
+Row = Measurement  # former name, still imported by benchmarks.readme

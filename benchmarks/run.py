@@ -1,10 +1,9 @@
-"""Run the suites, print each case as it is measured, and append the raw rows.
+"""Run the suites, print each case as it is measured, and append the raw rows to CSV files.
 
     python -m benchmarks.run [--list] [--only SUITE ...] [--match WORD ...] [--quick] [--csv [FILE]]
         [--device cpu|cuda] [--rounds N]
 
-With ``--csv`` rows go to ``benchmarks/results/<device>/<suite>.csv``, or to the one file that is
-named.
+``--csv`` without a file writes to ``benchmarks/results/<device>/<suite>.csv``.
 """
 
 from __future__ import annotations
@@ -17,44 +16,52 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness, machine, rows, suites
+from benchmarks.protocol import RunSettings
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run", description="Measure reft_kernels beside its rivals."
+        prog="python -m benchmarks.run",
+        description="Measure reft_kernels and other implementations of ReFT.",
     )
-    parser.add_argument("--list", action="store_true", help="name the suites and end")
+    parser.add_argument("--list", action="store_true", help="list the suites and exit")
     parser.add_argument(
-        "--only", nargs="+", metavar="SUITE", choices=suites.NAMES, default=list(suites.NAMES)
+        "--only",
+        nargs="+",
+        metavar="SUITE",
+        choices=suites.NAMES,
+        default=list(suites.NAMES),
+        help="suites to run (default: all)",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="small shapes and few rounds, to see that everything works",
+        help="use small shapes and few rounds, to test that everything works",
     )
     parser.add_argument(
         "--csv",
         nargs="?",
         type=Path,
         const=rows.RESULTS,
-        help="append raw rows (to one FILE, if named)",
+        metavar="FILE",
+        help="append raw rows to FILE (default: one file per suite in benchmarks/results/<device>)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--rounds", type=int, help="samples of each provider")
+    parser.add_argument("--rounds", type=int, help="samples per provider")
     parser.add_argument(
         "--match",
         nargs="+",
         default=[],
         metavar="WORD",
-        help="only cases whose mode, shape, dtype have each word",
+        help="run only cases whose mode, shape and dtype contain every WORD",
     )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 2 on bad input."""
+    """Run the command line. Returns 2 on invalid arguments."""
     args = _parser().parse_args(argv)
     if args.list:
         for number, name in enumerate(suites.NAMES, 1):
@@ -67,15 +74,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.rounds is not None and args.rounds < 1:
         print(f"--rounds: got {args.rounds}, expected at least 1", file=sys.stderr)
         return 2
-    settings = harness.Settings(args.device, args.quick, args.rounds, tuple(args.match))
+    settings = RunSettings(args.device, args.quick, args.rounds, tuple(args.match))
     started = time.perf_counter()
     for name in args.only:
         print(f"== {suites.load(name).TITLE}", flush=True)
-        for found in suites.answers(name, settings):
-            harness.show(found)
+        for case_rows in suites.measure(name, settings):
+            harness.show(case_rows)
             sys.stdout.flush()
             if args.csv:
-                rows.append(found, _path(args.csv, name, args.device))
+                rows.append(case_rows, _path(args.csv, name, args.device))
     print(f"{time.perf_counter() - started:.0f} s")
     return 0
 

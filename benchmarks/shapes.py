@@ -1,6 +1,4 @@
-"""The models that several suites are asked of: Llama-like, by width and depth, and two of
-Llama's own.
-"""
+"""Models that several suites measure: small Llama-like models and two Llama configurations."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ LLAMA_8B = Shape("llama-3-8b", 4096, 32, 32, 8, 14336, 128256, 4, 512, dtype=tor
 
 
 def small(hidden: int, layers: int = 4, batch: int = 4, length: int = 64) -> Shape:
-    """A model for a CPU: heads of 64, Llama's proportions, a vocabulary of 8192."""
+    """Return a model for a CPU: heads of width 64, Llama's proportions, a vocabulary of 8192."""
     heads = hidden // 64
     return Shape(
         f"llama-{hidden}x{layers}",

@@ -1,7 +1,8 @@
-"""For developers: every suite's quick cases under pytest-benchmark, a group a case and a benchmark
-a provider.
+"""Run every suite's quick cases under pytest-benchmark.
 
-pytest benchmarks --benchmark-only
+Each case is a group and each provider a benchmark:
+
+    pytest benchmarks --benchmark-only
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import pytest
 import torch
 
 from benchmarks import harness, suites
+from benchmarks.protocol import ProviderUnavailable, RunSettings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _providers() -> Iterator[object]:
-    settings = harness.Settings(DEVICE, quick=True)
+    settings = RunSettings(DEVICE, quick=True)
     for name in suites.NAMES:
         for case in getattr(suites.load(name), "cases", lambda _: ())(settings):
             group = f"{name} {case.mode} {case.label}"
@@ -28,12 +30,12 @@ def _providers() -> Iterator[object]:
 
 
 @pytest.mark.parametrize(("group", "provider"), _providers())
-def test_question(benchmark, group, provider):
+def test_provider(benchmark, group, provider):
     benchmark.group = group
     try:
         verdict = provider.check() if provider.check else None
         call = provider.prepare(0)
-    except harness.Absent as reason:
+    except ProviderUnavailable as reason:
         pytest.skip(str(reason))
     assert verdict is None or verdict.error <= verdict.allowed
 

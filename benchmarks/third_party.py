@@ -1,10 +1,9 @@
-"""LoReFT by other packages, unmodified from PyPI: pyreft 0.1.0 with pyvene 0.1.8, and AdapterHub's
-adapters 1.3.0.
+"""LoReFT by other packages, unmodified: pyreft 0.1.0 with pyvene 0.1.8, and adapters 1.3.0.
 
-Both build R by ``torch.nn.utils.parametrizations.orthogonal``, which keeps signs in the parameter
-and cuts them to integers, so that any weight decay turns R into zeros after one update; every
-provider here trains without weight decay. How to install them:
-``requirements-pyreft.txt`` and ``requirements-adapters.txt`` beside this file.
+Both build R by ``torch.nn.utils.parametrizations.orthogonal``, which stores signs in the
+parameter and truncates them to integers, so that any weight decay turns R into zeros after one
+update. Every provider here therefore trains without weight decay. The packages are installed with
+``requirements-pyreft.txt`` and ``requirements-adapters.txt`` in this folder.
 """
 
 from __future__ import annotations
@@ -23,63 +22,63 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import edits, models
-from benchmarks.harness import Absent, Call, Provider
-from benchmarks.models import Batch, Shape, Stepper, Weights
+from benchmarks.models import PaddedBatch, Shape, Stepper, Weights
+from benchmarks.protocol import Call, Provider, ProviderUnavailable
 
-VERSIONS = {
-    "pyreft": "0.1.0",
-    "pyvene": "0.1.8",
-    "adapters": "1.3.0",
-}  # any other release counts as absent
+# other releases are treated as not installed
+VERSIONS = {"pyreft": "0.1.0", "pyvene": "0.1.8", "adapters": "1.3.0"}
 _ADAPTER = "loreft"
 
 
 def _package(name: str) -> ModuleType:
     try:
-        found = importlib.metadata.version(name)
+        installed = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        raise Absent(f"{name} {VERSIONS[name]} is not installed") from None
-    if found != VERSIONS[name]:
-        raise Absent(f"{name} {found} is installed: compared is {name} {VERSIONS[name]}")
+        raise ProviderUnavailable(f"{name} {VERSIONS[name]} is not installed") from None
+    if installed != VERSIONS[name]:
+        raise ProviderUnavailable(
+            f"{name} {installed} is installed, expected {name} {VERSIONS[name]}"
+        )
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # pyvene prints when it is imported
+        with contextlib.redirect_stdout(sys.stderr):  # importing pyvene prints a message
             return importlib.import_module(name)
     except ImportError as error:
         root = error
         while root.__cause__ or root.__context__:
             root = root.__cause__ or root.__context__
-        raise Absent(f"{name} {found} cannot be imported: {root}") from error
+        raise ProviderUnavailable(f"{name} {installed} cannot be imported: {root}") from error
 
 
 @torch.no_grad()
 def _load(
     rotation: nn.Module, source: nn.Linear, weights: Sequence[Tensor], *, columns: bool
 ) -> None:
-    """Set ``rotation.weight``, which is R^T where ``columns`` says so, through its
-    parametrization; W and b of ``source``.
+    """Set W and b of ``source``, and R as ``rotation.weight`` through its parametrization.
+
+    With ``columns=True`` the weight is R^T.
     """
     R, W, b = weights
     rotation.weight = (R.mT if columns else R).to(rotation.weight)
     loaded = rotation.weight.mT if columns else rotation.weight
     error = float((R.to(loaded) - loaded).abs().max())
     if not error <= 1e-6:
-        raise ValueError(f"R: comes back with an error of {error:.1e}, expected orthonormal rows")
+        raise ValueError(f"R: got an error of {error:.1e} once set, expected orthonormal rows")
     source.weight.copy_(W)
     source.bias.copy_(b)
 
 
 def pyreft_intervention(weights: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> nn.Module:
-    """pyreft's LoreftIntervention with given R, W ``[r, d]`` and b ``[r]``: ``module(h)`` edits
-    every row of h ``[rows, d]``.
+    """Return pyreft's LoreftIntervention with given R, W ``[r, d]`` and b ``[r]``.
 
-    W and b are kept in ``dtype``, R in fp32.
+    The module edits every row of h ``[rows, d]``. W and b are stored in ``dtype``, R in fp32.
 
     Raises:
-        Absent: no pyreft 0.1.0 or pyvene 0.1.8. ValueError: R's rows are not orthonormal.
+        ProviderUnavailable: If pyreft 0.1.0 or pyvene 0.1.8 is not installed.
+        ValueError: If the rows of R are not orthonormal.
     """
     _package("pyvene")
     make, R = _package("pyreft").LoreftIntervention, weights[0]
-    with R.device:  # its constructor factors a d x d matrix
+    with R.device:  # the constructor factors a d x d matrix, which is slow on a CPU
         intervention = make(
             embed_dim=R.shape[1], low_rank_dimension=R.shape[0], dropout=0.0, dtype=dtype
         )
@@ -90,8 +89,9 @@ def pyreft_intervention(weights: Sequence[Tensor], dtype: torch.dtype = torch.fl
 def pyreft_edit(
     problems: Sequence[edits.Problem], mode: str, build: Callable[[], nn.Module]
 ) -> Provider:
-    """The bare intervention that ``build`` gives on all rows; gradients of h and of the
-    parameters that training has.
+    """Return a provider that runs the intervention from ``build`` on all rows.
+
+    The backward computes gradients of h and of the parameters that training has.
     """
 
     def prepare(k: int) -> Call:
@@ -112,16 +112,17 @@ def pyreft_edit(
             return Call(backward, lambda: intervention(hidden), capturable=False)
         return Call(lambda _: backward(intervention(hidden)))
 
-    gate = functools.cache(lambda: edits.Gate(problems[0], backward=False))
+    gate = functools.cache(lambda: edits.EditGate(problems[0], backward=False))
     return Provider(prepare, lambda: gate()(lambda h, *_: build()(h)))
 
 
 def pyreft_model(model: nn.Module, weights: Weights) -> Any:
-    """A ReftModel around ``model``: LoReFT on the output of every layer, W and b in the model's
-    dtype, R in fp32.
+    """Return a ReftModel around ``model`` with LoReFT on the output of every layer.
+
+    W and b have the model's dtype, R is in fp32.
 
     Raises:
-        Absent, ValueError: as :func:`pyreft_intervention`.
+        ProviderUnavailable, ValueError: As in :func:`pyreft_intervention`.
     """
     pyreft, training = _package("pyreft"), model.training
     representations = [
@@ -140,46 +141,50 @@ def pyreft_model(model: nn.Module, weights: Weights) -> Any:
 def pyreft_stepper(
     model: nn.Module, shape: Shape, weights: Weights, accelerated: bool = False
 ) -> Stepper:
-    """pyreft's training step, as it is or under ``accelerate_pyreft``.
+    """Return the training step of pyreft, optionally under ``accelerate_pyreft``.
 
-    As in its ReftTrainer, positions come as a tensor and become nested lists in every step.
+    As in pyreft's ReftTrainer, positions are a tensor that is converted to nested lists in each
+    step.
     """
-    model = models.sharing(model).train()
+    model = models.shallow_copy(model).train()
     reft_model = pyreft_model(model, weights)
     if accelerated:
         importlib.import_module("reft_kernels.integrations.pyreft").accelerate_pyreft(reft_model)
     interventions = [reft_model.interventions[key] for key in reft_model.sorted_keys]
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: PaddedBatch) -> Tensor:
         columns = batch.columns.expand(len(weights), -1, -1)
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         units = {"sources->base": (None, columns.tolist())}
         return reft_model(inputs, unit_locations=units, labels=batch.labels)[1].loss
 
     trained = list(reft_model.get_trainable_parameters())
-    return Stepper(loss, trained, lambda: [own.learned_source.weight.grad for own in interventions])
+    return Stepper(
+        loss, trained, lambda: [module.learned_source.weight.grad for module in interventions]
+    )
 
 
 def adapters_stepper(
     model: nn.Module, shape: Shape, weights: Weights, accelerated: bool = False
 ) -> Stepper:
-    """adapters' training step, as it is or under ``accelerate_adapters``.
+    """Return the training step of adapters, optionally under ``accelerate_adapters``.
 
-    It knows no prompts: "l7" are the last 7 tokens of the attention mask, answer included. As many
-    rows are edited as in the prompt's reading, so its time compares; its loss compares with an edit
-    of those tokens. Its orthogonal R fails in half precision; there its parameters stay fp32 and
-    the forward runs under autocast. It has no generation here: with a cache it fails at the second
-    token (an index out of bounds), without one it edits other tokens at every step.
+    adapters does not know where a prompt ends: its "l7" are the last 7 tokens of the attention
+    mask, answer included. The number of edited rows is the same, so its time is comparable; its
+    loss is compared with an edit of those tokens. Its orthogonal R fails in half precision, so
+    there its parameters stay in fp32 and the forward runs under autocast. Generation is not
+    measured: with a cache, adapters fails at the second token (index out of bounds); without one,
+    it edits other tokens at every step.
 
     Raises:
-        Absent: no adapters 1.3.0, or positions that it cannot express. ValueError: an R that does
-            not come back to 1e-6.
+        ProviderUnavailable: If adapters 1.3.0 is not installed or cannot express the positions.
+        ValueError: If R is not reproduced to 1e-6.
     """
     adapters = _package("adapters")
     spec = re.fullmatch(r"f(\d+)\+l(\d+)", shape.spec)
     if not spec:
-        raise Absent(f"adapters cannot express positions {shape.spec!r}")
-    model = models.sharing(model).train()
+        raise ProviderUnavailable(f"adapters cannot express positions {shape.spec!r}")
+    model = models.shallow_copy(model).train()
     device, dtype = model.device, model.dtype
     adapters.init(model)
     config = adapters.LoReftConfig(
@@ -201,7 +206,7 @@ def adapters_stepper(
     if accelerated:
         importlib.import_module("reft_kernels.integrations.adapters").accelerate_adapters(model)
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: PaddedBatch) -> Tensor:
         with torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16)):
             return model(**batch.inputs).loss
 

@@ -1,10 +1,9 @@
-"""A thread in which transformers' Trainer takes one optimizer step a call, and other work is done
-between its steps.
+"""A thread that runs one optimizer step of a transformers Trainer per call.
 
-OpenMP keeps a pool for every thread that computes. Two of them want more threads than there are
-cores, and so both wait for
-their threads slowly: a small matrix product takes twice as long. So all that is compared is done on
-the trainer_thread, and the calling thread gives its own pool up first.
+Other tasks can run on the same thread between steps. OpenMP keeps a thread pool per thread that
+computes. Two pools have more threads than there are cores, which makes both slow: a small matrix
+product takes twice as long. All compared work therefore runs on this thread, and the calling
+thread releases its own pool first.
 """
 
 from __future__ import annotations
@@ -19,56 +18,58 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from benchmarks.harness import Absent
+from benchmarks.protocol import ProviderUnavailable
 
-_SOFT = 1  # omp_pause_soft: data of threads need not be kept
+_SOFT = 1  # omp_pause_soft: thread-local data may be discarded
 SHUTDOWN_SECONDS = 60
 
 
 def release_threads() -> None:
-    """Give up the calling thread's OpenMP pool; its next parallel work makes a new one.
+    """Release the OpenMP pool of the calling thread. Its next parallel operation creates a new one.
 
     Raises:
-        Absent: OpenMP's library cannot, or cannot be found.
+        ProviderUnavailable: If the OpenMP library is not found or cannot release the pool.
     """
     pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
     if pause is None or pause(_SOFT):
-        raise Absent("OpenMP cannot give up the threads of the calling thread")
+        raise ProviderUnavailable("OpenMP cannot release the threads of the calling thread")
 
 
 class TrainerThread(TrainerCallback):
-    """Does what it is told in a thread of its own, which begins with the first task and again after
-    :meth:`close`.
+    """Run submitted tasks and training steps on a dedicated thread.
+
+    The thread starts with the first task, and again with the first task after :meth:`close`.
 
     Args:
-        make: a context that gives a Trainer which has this as its last callback; entered on the
-            trainer_thread, for the first step.
+        make: Returns a context manager that yields a Trainer whose last callback is this object. It
+            is entered on the thread, for the first step.
     """
 
     def __init__(self, make: Callable[[TrainerThread], AbstractContextManager[Any]]) -> None:
         self._make = make
         self._thread: threading.Thread | None = None
 
-    # ---- called by others
+    # called from other threads
 
-    def do(self, task: Callable[[], Any]) -> Any:
-        """The task's result; what it raises is raised here."""
-        return self._ask(task)
+    def run_task(self, task: Callable[[], Any]) -> Any:
+        """Run a task on the thread and return its result, or raise its exception."""
+        return self._submit(task)
 
     def step(self) -> None:
-        """From the end of one optimizer step, or the beginning of the training, to the end of the
-        next.
+        """Run one optimizer step.
+
+        A step lasts from the end of the previous step, or the start of training, to its own end.
 
         Raises:
-            RuntimeError: the training is over. Otherwise what the Trainer raises.
+            RuntimeError: If training has ended. Exceptions of the Trainer are raised as they are.
         """
-        self._ask(None)
+        self._submit(None)
 
     def close(self) -> None:
-        """End the training after its present step, and the thread.
+        """End training after the current step, and the thread.
 
         Raises:
-            RuntimeError: it does not end.
+            RuntimeError: If the thread does not end in time.
         """
         thread, self._thread = self._thread, None
         if thread is None:
@@ -77,9 +78,9 @@ class TrainerThread(TrainerCallback):
         self._tasks.put(None)
         thread.join(SHUTDOWN_SECONDS)
         if thread.is_alive():
-            raise RuntimeError(f"the training did not end within {SHUTDOWN_SECONDS} s")
+            raise RuntimeError(f"training did not end within {SHUTDOWN_SECONDS} s")
 
-    def _ask(self, task: Callable[[], Any] | None) -> Any:
+    def _submit(self, task: Callable[[], Any] | None) -> Any:
         if self._thread is None:
             self._begin()
         self._tasks.put(task)
@@ -94,13 +95,13 @@ class TrainerThread(TrainerCallback):
         self._stopping = False
         self._tasks: queue.SimpleQueue = queue.SimpleQueue()
         self._answers: queue.SimpleQueue = queue.SimpleQueue()
-        # a daemon: a Trainer that hangs must not keep the process
+        # a daemon thread, so that a Trainer that hangs does not block the exit of the process
         self._thread = threading.Thread(
             target=self._run, args=(torch.get_num_threads(),), daemon=True, name="trainer_thread"
         )
         self._thread.start()
 
-    # ---- on the trainer_thread
+    # called on the trainer thread
 
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -112,14 +113,14 @@ class TrainerThread(TrainerCallback):
                 if self._stopping:
                     return
                 raise RuntimeError(
-                    f"the training was over after {trainer.state.global_step} steps, expected more"
+                    f"training ended after {trainer.state.global_step} steps, expected more"
                 )
             except BaseException as error:
                 self._answers.put((None, error))
                 self._serve()
 
     def _serve(self) -> None:
-        """Do tasks until a step is wanted, or the end."""
+        """Run tasks until a step is requested or the thread is closed."""
         while (task := self._tasks.get()) is not None:
             try:
                 answer = task(), None
@@ -128,7 +129,7 @@ class TrainerThread(TrainerCallback):
             self._answers.put(answer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Say that the step is over and wait for the next to be wanted."""
+        """Report that the step has ended and wait for the next request."""
         self._answers.put((None, None))
         self._serve()
         control.should_training_stop = control.should_training_stop or self._stopping

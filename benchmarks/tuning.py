@@ -1,12 +1,11 @@
-"""Do the launch heuristics choose well? Times each kernel's present knobs against their adjacent,
-and proposes changes.
+"""Time each kernel's launch parameters against adjacent values and propose changes.
 
     python -m benchmarks.tuning [--quick] [--csv FILE] [--device cuda]
 
-A neighbour differs in one knob. All candidates of a shape are timed in turn on the same inputs,
-each held to fp64 first; a neighbour is proposed where its median is below the present one's by more
-than ``WORTH`` and its 80th percentile below the
-present 20th. Proposals are evidence for a person who edits the heuristic: nothing is changed here.
+An adjacent configuration differs in one parameter, halved or doubled. All candidates of a shape
+are compared with fp64 and timed in turn on the same inputs. A candidate is proposed if its median
+is below the current one by more than ``WORTH`` and its 80th percentile is below the current 20th.
+The script only prints proposals; it does not change the heuristics.
 """
 
 from __future__ import annotations
@@ -24,14 +23,21 @@ import torch
 
 import reft_kernels
 from benchmarks import edits, harness, rows
-from benchmarks.harness import Call, Case, Provider, Settings
-from benchmarks.rows import Row
+from benchmarks.protocol import (
+    AccuracyCheck,
+    Call,
+    Case,
+    Provider,
+    ProviderUnavailable,
+    RunSettings,
+)
+from benchmarks.rows import Measurement
 from benchmarks.suites import r_build
 from reft_kernels import dispatch
 
 WORTH = 0.03
 PRESENT = "present"
-KNOBS = {  # knob: smallest and largest value tried
+KNOBS = {  # launch parameter: smallest and largest value tried
     "block_n": (1, 128),
     "block_d": (16, 4096),
     "block_c": (16, 256),
@@ -43,19 +49,19 @@ KNOBS = {  # knob: smallest and largest value tried
 
 
 def adjacent(config: object) -> dict[str, object]:
-    """Configurations that differ from one in a single knob, halved or doubled, by what differs."""
-    found = {}
+    """Return the configurations that differ from ``config`` in one parameter, by parameter."""
+    configs = {}
     for name, (low, high) in KNOBS.items():
         value = getattr(config, name, None)
         for other in (value // 2, value * 2) if value else ():
             if low <= other <= high:
-                found[f"{name}={other}"] = dataclasses.replace(config, **{name: other})
-    return found
+                configs[f"{name}={other}"] = dataclasses.replace(config, **{name: other})
+    return configs
 
 
 @contextlib.contextmanager
 def using(module: ModuleType, name: str, config: object) -> Iterator[None]:
-    """Let a module's heuristic answer with one configuration."""
+    """Replace a module's heuristic by one that returns ``config``."""
     heuristic = getattr(module, name)
     setattr(module, name, lambda *_: config)
     try:
@@ -64,13 +70,13 @@ def using(module: ModuleType, name: str, config: object) -> Iterator[None]:
         setattr(module, name, heuristic)
 
 
-def _kernels(name: str) -> ModuleType:
-    """A module of the Triton backend, whose package has functions of the same names."""
+def kernel_module(name: str) -> ModuleType:
+    """Return a module of the Triton backend, whose package exports functions of the same names."""
     return importlib.import_module(f"reft_kernels.triton.{name}")
 
 
 def _recorded(module: ModuleType, name: str, call: Call) -> object:
-    """The configuration that the heuristic gives while a call runs."""
+    """Return the configuration that the heuristic chooses during a call."""
     heuristic, seen = getattr(module, name), []
     setattr(module, name, lambda *arguments: seen.append(heuristic(*arguments)) or seen[-1])
     try:
@@ -80,26 +86,25 @@ def _recorded(module: ModuleType, name: str, call: Call) -> object:
     return seen[0]
 
 
-def _candidates(
+def candidates(
     module: ModuleType,
     heuristic: str,
     prepare: Callable[[int], Call],
-    check: Callable[[], harness.Verdict] | None,
+    check: Callable[[], AccuracyCheck] | None,
 ) -> dict[str, Provider]:
+    """Return a provider for the current configuration and one for each adjacent configuration."""
     present = _recorded(module, heuristic, prepare(0))
 
     def provider(config: object) -> Provider:
         def configured(k: int) -> Call:
             return dataclasses.replace(prepare(k), context=lambda: using(module, heuristic, config))
 
-        def checked() -> harness.Verdict:
+        def checked() -> AccuracyCheck:
             try:
                 with using(module, heuristic, config):
                     return check()
-            except (
-                Exception
-            ) as error:  # a candidate that does not compile or needs too much shared memory
-                raise harness.Absent(
+            except Exception as error:  # does not compile, or needs too much shared memory
+                raise ProviderUnavailable(
                     f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
                 ) from None
 
@@ -110,8 +115,8 @@ def _candidates(
     }
 
 
-def _edit_cases(settings: Settings) -> Iterator[Case]:
-    edit, delta, gradient = (_kernels(f"edit{part}") for part in ("", "_delta", "_gradient"))
+def _edit_cases(settings: RunSettings) -> Iterator[Case]:
+    edit, delta, gradient = (kernel_module(f"edit{part}") for part in ("", "_delta", "_gradient"))
     shapes = (
         [(64, 64, 4)]
         if settings.quick
@@ -128,12 +133,12 @@ def _edit_cases(settings: Settings) -> Iterator[Case]:
                 (delta, "delta_config", "backward"),
                 (gradient, "gradient_config", "backward"),
             ):
-                gate = edits.Gate(problems[0], backward=mode == "backward")
-                own = edits.provider(reft_kernels.loreft, problems, mode, gate)
+                gate = edits.EditGate(problems[0], backward=mode == "backward")
+                default = edits.provider(reft_kernels.loreft, problems, mode, gate)
                 moved = edits.least_bytes(count, d, rank, dtype, mode)
                 try:
-                    providers = _candidates(module, heuristic, own.prepare, own.check)
-                except IndexError:  # this shape does not reach the heuristic
+                    providers = candidates(module, heuristic, default.prepare, default.check)
+                except IndexError:  # the heuristic is not called for this shape
                     continue
                 yield Case(
                     "tuning",
@@ -148,8 +153,8 @@ def _edit_cases(settings: Settings) -> Iterator[Case]:
                 )
 
 
-def _build_cases(settings: Settings) -> Iterator[Case]:
-    orthonormal_launch = _kernels("orthonormal_launch")
+def _build_cases(settings: RunSettings) -> Iterator[Case]:
+    orthonormal_launch = kernel_module("orthonormal_launch")
     for layers, d, rank in (
         [(2, 64, 4)]
         if settings.quick
@@ -158,67 +163,65 @@ def _build_cases(settings: Settings) -> Iterator[Case]:
         for mode in ("forward", "both"):
             torch.manual_seed(0)
             case = r_build.case(layers, d, rank, mode, settings.device)
-            own = case.providers["reft_kernels householder"]
-            providers = _candidates(orthonormal_launch, "build_config", own.prepare, own.check)
+            default = case.providers["reft_kernels householder"]
+            providers = candidates(
+                orthonormal_launch, "build_config", default.prepare, default.check
+            )
             shape = case.shape | {"heuristic": "build_config"}
             yield dataclasses.replace(
                 case, suite="tuning", shape=shape, providers=providers, baseline=PRESENT
             )
 
 
-def proposals(found: list[Row]) -> list[str]:
-    """A line for each neighbour that beats the present knobs of its case by more than noise."""
-    present = next(row for row in found if row.provider == PRESENT)
+def proposals(rows_of_case: list[Measurement]) -> list[str]:
+    """Return a line for each adjacent configuration that is faster by more than noise."""
+    present = next(row for row in rows_of_case if row.provider == PRESENT)
     if present.median_ms is None:
         return []
-    own = present.graph_ms or present.median_ms
+    current_ms = present.graph_ms or present.median_ms
     return [
         f"{row.shape}, {row.dtype}, {row.mode}: {row.provider} takes "
-        f"{(row.graph_ms or row.median_ms) / own:.2f} of the present"
-        for row in found
+        f"{(row.graph_ms or row.median_ms) / current_ms:.2f} of the present"
+        for row in rows_of_case
         if row.median_ms is not None
-        and row.provider in _knobs(found)
-        and (row.graph_ms or row.median_ms) < (1 - WORTH) * own
+        and "=" in row.provider
+        and (row.graph_ms or row.median_ms) < (1 - WORTH) * current_ms
         and row.p80_ms < present.p20_ms
     ]
 
 
-def _knobs(found: list[Row]) -> set[str]:
-    return {row.provider for row in found if "=" in row.provider}
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 2 on bad input."""
+    """Run the command line. Returns 2 on invalid arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.tuning", description="Time launch knobs against adjacent."
+        prog="python -m benchmarks.tuning",
+        description="Time launch parameters of the Triton kernels against adjacent values.",
     )
-    parser.add_argument("--quick", action="store_true", help="one small shape, few rounds")
-    parser.add_argument("--csv", type=Path, help="append the raw rows to this file")
+    parser.add_argument("--quick", action="store_true", help="use one small shape and few rounds")
+    parser.add_argument("--csv", type=Path, help="append raw rows to this file")
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="samples per provider")
     args = parser.parse_args(argv)
     if args.device == "cpu" and not dispatch.interpreting():
         print(
-            "--device: Triton kernels run on a GPU, or with TRITON_INTERPRET=1 on a CPU",
-            file=sys.stderr,
+            "--device: Triton kernels need a GPU, or a CPU with TRITON_INTERPRET=1", file=sys.stderr
         )
         return 2
-    settings = Settings(args.device, args.quick, 3 if args.quick else args.rounds)
+    settings = RunSettings(args.device, args.quick, 3 if args.quick else args.rounds)
     proposed: list[str] = []
     with dispatch.backend("triton"):
         for cases in (_edit_cases, _build_cases):
             for case in cases(settings):
-                found = harness.measure(case, settings)
-                harness.show(found)
-                proposed += proposals(found)
+                results = harness.measure(case, settings)
+                harness.show(results)
+                proposed += proposals(results)
                 if args.csv:
-                    rows.append(found, args.csv)
+                    rows.append(results, args.csv)
     print(
         "\n".join(["proposed:", *proposed])
         if proposed
-        else "proposed: nothing, no neighbour is faster by more than noise"
+        else "proposed: nothing, no adjacent configuration is faster by more than noise"
     )
     return 0
 

@@ -1,13 +1,13 @@
-"""The error budget: one oracle for every output of every function.
+"""The error budget that every output of every function is checked against.
 
-    err <= 2 * (error of the straightforward PyTorch computation in the same dtypes) + eps(dtype of
-    the output) * max|ref|
+    err <= 2 * (error of the straightforward PyTorch computation in the same dtypes)
+           + eps(dtype of the output) * max|ref|
 
-The reference is autograd of the plain formula in fp64 on the same inputs; "the same dtypes" means
-weights cast to the hidden state's dtype, as a user would write it; an error is the largest absolute
-difference. One draw of the inputs says little of the straightforward computation's error where an
-output has few elements (it may be rounded luckily), so each of the three numbers is the largest
-over several draws of one distribution.
+The reference is autograd of the plain formula in fp64 on the same inputs. The straightforward
+computation casts the weights to the hidden state's dtype, as a user would. An error is the largest
+absolute difference. For outputs with few elements, the straightforward computation may by chance be
+rounded well for one draw of the inputs, so each of the three numbers is the maximum over several
+draws of one distribution.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ Inputs = dict[str, Tensor | None]
 
 
 class Draw(NamedTuple):
-    """One draw: tensors to differentiate, and two functions of them with the same keyword
-    arguments.
+    """One draw of the inputs.
+
+    Attributes:
+        inputs: Tensors to differentiate.
+        engine, plain: Functions of the inputs as keyword arguments.
     """
 
     inputs: Inputs
@@ -34,24 +37,27 @@ class Draw(NamedTuple):
 def outputs(
     function: Callable[..., Tensor], inputs: Inputs, grad_output: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """What ``function(**inputs)`` returns and, given ``grad_output``, the gradient of each
-    input, from fresh leaves.
+    """Call a function on new leaf tensors.
+
+    Returns:
+        The output of ``function(**inputs)`` and, if ``grad_output`` is given, the gradient of each
+        input.
     """
     leaves = {
         k: None if t is None else t.detach().clone().requires_grad_() for k, t in inputs.items()
     }
     out = function(**leaves)
-    found = {"output": out.detach().clone()}
+    results = {"output": out.detach().clone()}
     if grad_output is not None:
         out.backward(grad_output.to(out.dtype))
-        found |= {f"gradient of {k}": leaf.grad for k, leaf in leaves.items() if leaf is not None}
-        missing = [k for k, t in found.items() if t is None]
+        results |= {f"gradient of {k}": leaf.grad for k, leaf in leaves.items() if leaf is not None}
+        missing = [k for k, t in results.items() if t is None]
         assert not missing, f"missing: {missing}"
-    return found
+    return results
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The inputs in another dtype."""
+    """Return the inputs in another dtype."""
     return {k: None if t is None else t.to(dtype) for k, t in inputs.items()}
 
 
@@ -62,10 +68,15 @@ def _largest(tensor: Tensor) -> float:
 def check(
     make: Callable[[], Draw], dtype: torch.dtype, *, draws: int = 8, backward: bool = True
 ) -> None:
-    """Hold an engine's function to the budget; ``dtype`` is the one in which a user would run
-    the plain formula.
+    """Check a function against the error budget.
+
+    Args:
+        make: Returns a draw of the inputs.
+        dtype: Dtype of the straightforward computation.
+        draws: Number of draws.
+        backward: Check gradients, too.
     """
-    found: dict[str, list[tuple[float, float, float]]] = {}
+    errors: dict[str, list[tuple[float, float, float]]] = {}
     eps: dict[str, float] = {}
     for _ in range(draws):
         inputs, engine, plain = make()
@@ -86,18 +97,18 @@ def check(
                 f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
             )
             assert got.isfinite().all(), f"{name} is not finite"
-            errors = (
+            errors_of_draw = (
                 _largest(got.double() - want),
                 _largest(theirs[name].double() - want),
                 _largest(want),
             )
-            found.setdefault(name, []).append(errors)
+            errors.setdefault(name, []).append(errors_of_draw)
             eps[name] = torch.finfo(got.dtype).eps
-    for name, drawn in found.items():
-        error, straightforward, size = (max(column) for column in zip(*drawn, strict=True))
+    for name, by_draw in errors.items():
+        error, straightforward, size = (max(column) for column in zip(*by_draw, strict=True))
         allowed = 2 * straightforward + eps[name] * size
         assert allowed < float("inf"), (
-            f"{name}: the straightforward computation is not finite, so it bounds nothing"
+            f"{name}: the straightforward computation is not finite, so there is no bound"
         )
         assert error <= allowed, (
             f"{name}: {error:.2e} over the budget {allowed:.2e} (straightforward: "

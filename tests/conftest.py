@@ -1,5 +1,6 @@
-"""What every test shares: the Triton interpreter where there is no GPU, the backends as a
-parameter, poisoned memory.
+"""Fixtures shared by all tests: backends, devices, seeds and poisoned memory.
+
+Without a GPU, Triton kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 
 import reft_kernels as rk
 from reft_kernels import cpu, dispatch
@@ -30,7 +31,7 @@ _FULL = pytest.StashKey[bool]()
 
 
 def _targets() -> list:
-    """(backend, device) pairs that this machine serves."""
+    """Return the (backend, device) pairs that this machine supports."""
     triton = importlib.util.find_spec("triton") is not None
     targets = [pytest.param(("torch", "cpu"), id="torch-cpu")]
     if dispatch.unsupported_reason("cpu", "edit", "cpu", torch.float32) is None:
@@ -60,13 +61,13 @@ def _target(request):
 
 @pytest.fixture
 def backend(_target) -> str:
-    """The forced backend: each one that this machine serves, in turn."""
+    """The name of the forced backend. The fixture runs a test once per supported backend."""
     return _target[0]
 
 
 @pytest.fixture
 def device(_target) -> str:
-    """The device of the backend in turn."""
+    """The device of the backend."""
     return _target[1]
 
 
@@ -90,8 +91,9 @@ def _poisoned(function):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Fill fresh memory with NaN (integers with a sentinel), so that an output that nobody wrote
-    cannot pass.
+    """Fill newly allocated memory with NaN, or a sentinel for integers.
+
+    A test with this fixture fails if an output is not fully written.
     """
     for holder, name in [
         (torch, "empty"),

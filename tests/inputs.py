@@ -1,4 +1,4 @@
-"""Sample inputs of the family's functions."""
+"""Sample inputs of the edit functions."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from tests import budget, plain
 
 
 class Case(NamedTuple):
-    """What varies between calls of one function; the defaults are small enough for the Triton
-    interpreter.
-    """
+    """Parameters of a call. The defaults are small enough for Triton's interpreter."""
 
     lead: tuple[int, ...] = (2, 6)
     d: int = 21
     r: int = 3
-    rows: int | None = None  # entries of ``rows``; None: all rows
+    rows: int | None = None  # number of selected rows; None selects all
     sets: int | None = None
     coeff: bool = False
     inplace: bool = False
@@ -30,25 +28,24 @@ class Case(NamedTuple):
 
 
 def weights(name: str, case: Case, *, dtype=torch.float32, device="cpu") -> dict[str, Tensor]:
-    """Weights of one member: R orthonormal, the others as ``nn.Linear`` draws them, biases
-    small.
-    """
+    """Return the weights of one function: R orthonormal, the others as in ``nn.Linear``."""
     member = plain.MEMBERS[name]
     lead = () if case.sets is None else (case.sets,)
-    found = {
+    tensors = {
         k: torch.randn(*lead, case.r, case.d, dtype=dtype, device=device) / case.d**0.5
         for k in member.matrices
     }
-    if "R" in found:
-        found["R"] = torch.linalg.qr(found["R"].double().mT).Q.mT.to(dtype).contiguous()
-    return found | {
+    if "R" in tensors:
+        tensors["R"] = torch.linalg.qr(tensors["R"].double().mT).Q.mT.to(dtype).contiguous()
+    return tensors | {
         k: 0.1 * torch.randn(*lead, case.r, dtype=dtype, device=device) for k in member.vectors
     }
 
 
 def rows(total: int, count: int, *, skip: bool = True, device="cpu") -> Tensor:
-    """``count`` distinct row numbers in random order, the second of them replaced by -1 if
-    ``skip``.
+    """Return ``count`` distinct row numbers in random order.
+
+    With ``skip=True`` the second entry is -1.
     """
     chosen = torch.randperm(total)[:count].to(torch.int32)
     if skip and count > 1:
@@ -57,7 +54,7 @@ def rows(total: int, count: int, *, skip: bool = True, device="cpu") -> Tensor:
 
 
 def options(case: Case, device="cpu") -> dict:
-    """The keyword arguments that are not differentiated."""
+    """Return the keyword arguments that are not differentiated."""
     total = torch.Size(case.lead).numel()
     count = total if case.rows is None else case.rows
     return {
@@ -70,7 +67,10 @@ def options(case: Case, device="cpu") -> dict:
 
 
 def draw(name: str, case: Case, dtype: torch.dtype, device="cpu") -> budget.Draw:
-    """One draw of a member's inputs, hidden in ``dtype`` and weights in fp32 (fp64 for fp64)."""
+    """Return one draw of a function's inputs.
+
+    The hidden state has ``dtype``. Weights are in fp32, or in fp64 for an fp64 hidden state.
+    """
     own = weights(
         name, case, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device
     )

@@ -1,8 +1,7 @@
-"""The orthonormal maps of a backend against reft_kernels/orthonormal.py in fp64: inputs of the
-operators, and the budget.
+"""Error budget of a backend's orthonormal maps.
 
-The budget is that of tests/budget.py, with the torch functions in fp32 as the straightforward
-computation.
+The reference is ``reft_kernels/orthonormal.py`` in fp64. The budget is that of
+:mod:`tests.budget`, with the same functions in fp32 as the straightforward computation.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ MAPS = ("householder", "cayley")
 
 
 def draw(layers, d, r, device, *, base=False, signs=True, W=True, dtype=torch.float32, scale=0.3):
-    """X, signs, base, point, W as the operators take them."""
+    """Return X, signs, base, point and W as arguments of the operators."""
     X = (scale * torch.randn(layers, d, r, device=device)).to(dtype)
     reflectors = point = None
     sign = torch.randn(layers, r, device=device).sign() if signs else None
@@ -26,10 +25,10 @@ def draw(layers, d, r, device, *, base=False, signs=True, W=True, dtype=torch.fl
     return X, sign, reflectors, point, torch.randn(layers, r, d, device=device) if W else None
 
 
-def both(module, name, given, grads):
-    """Forward and backward of one map: R, D, aux, grad_X."""
-    outputs = getattr(module, name)(*given)
-    return *outputs, getattr(module, f"{name}_backward")(*grads, *given[:3], outputs[2])
+def both(module, name, arguments, grads):
+    """Run forward and backward of one map and return R, D, aux and the gradient of X."""
+    outputs = getattr(module, name)(*arguments)
+    return *outputs, getattr(module, f"{name}_backward")(*grads, *arguments[:3], outputs[2])
 
 
 def double(tensors):
@@ -37,12 +36,18 @@ def double(tensors):
 
 
 def check(module, name, draws):
-    """Hold each output of a backend's map to the budget over several draws of (inputs, grads)."""
-    found = {}
-    for given, grads in draws:
-        exact = both(orthonormal, name, double(given), double(grads))
-        plain = both(orthonormal, name, given, grads)
-        ours = both(module, name, given, grads)
+    """Check each output of a backend's map against the budget.
+
+    Args:
+        module: Module with the backend's maps.
+        name: ``householder`` or ``cayley``.
+        draws: Pairs of arguments and gradients.
+    """
+    errors = {}
+    for arguments, grads in draws:
+        exact = both(orthonormal, name, double(arguments), double(grads))
+        plain = both(orthonormal, name, arguments, grads)
+        ours = both(module, name, arguments, grads)
         for label, ref, theirs, got in zip(
             ("R", "D", "aux", "grad_X"), exact, plain, ours, strict=True
         ):
@@ -54,11 +59,11 @@ def check(module, name, draws):
                     (theirs.double() - ref).abs().max(),
                     ref.abs().max(),
                 )
-                found.setdefault((label, torch.finfo(got.dtype).eps), []).append(
+                errors.setdefault((label, torch.finfo(got.dtype).eps), []).append(
                     [float(n) for n in numbers]
                 )
         assert not ours[3].triu().any(), "grad_X: entries on or above the diagonal"
-    for (label, eps), numbers in found.items():
+    for (label, eps), numbers in errors.items():
         error, straightforward, size = (max(column) for column in zip(*numbers, strict=True))
         allowed = 2 * straightforward + eps * size
         assert error <= allowed, (

@@ -1,7 +1,7 @@
-"""The family as a user would write it in PyTorch, differentiated by autograd: what the engine is
-measured against.
+"""The edit functions in plain PyTorch, differentiated by autograd.
 
-Every tensor is taken in the dtype in which it comes; :mod:`tests.budget` chooses the dtypes.
+They are the reference of the tests. Every tensor is used in its own dtype; :mod:`tests.budget`
+selects the dtypes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ assert tuple(ACT) == ACTIVATIONS
 
 
 class Member(NamedTuple):
-    """One public function: how the engine names its weights and which role each plays."""
+    """A public edit function with the names and roles of its weights."""
 
     function: Callable
     read: str | None
@@ -65,8 +65,9 @@ def _on_rows(
     weights: dict[str, Tensor],
     formula: Callable,
 ) -> Tensor:
-    """``formula(x, coeff, weights)`` on the selected rows; with sets, set by set on the rows
-    that use it.
+    """Apply ``formula(x, coeff, weights)`` to the selected rows.
+
+    With weight sets, it is applied set by set to the rows of each set.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
     rows = torch.arange(flat.shape[0], device=flat.device) if rows is None else rows.long()
@@ -78,11 +79,11 @@ def _on_rows(
             for s in range(count)
         ]
     out = flat
-    for chosen, own in groups:
-        where = rows[chosen]
-        out = out.index_copy(
-            0, where, formula(flat[where], None if coeff is None else coeff[chosen], own)
-        )
+    for mask, set_weights in groups:
+        selected = rows[mask]
+        x = flat[selected]
+        edited = formula(x, None if coeff is None else coeff[mask], set_weights)
+        out = out.index_copy(0, selected, edited)
     return out.reshape(hidden.shape)
 
 
@@ -96,19 +97,19 @@ def edit(
     coeff: Tensor | None = None,
     weight_ids: Tensor | None = None,
 ) -> Tensor:
-    """The formula of one member of the family, out of place."""
+    """Compute one of the edits, out of place."""
     member = MEMBERS[name]
 
-    def formula(x, coeff, own):
-        read = 0.0 if member.read is None else x @ own[member.read].mT
-        u = ACT[activation](read + own[member.read_bias])
+    def formula(x, coeff, weights):
+        read = 0.0 if member.read is None else x @ weights[member.read].mT
+        u = ACT[activation](read + weights[member.read_bias])
         if member.subtract_projection:
-            projected = x @ own[member.write].mT
-            u = u - (
-                projected + own[member.subtract_bias] if member.subtract_bias in own else projected
-            )
+            projected = x @ weights[member.write].mT
+            if member.subtract_bias in weights:
+                projected = projected + weights[member.subtract_bias]
+            u = u - projected
         u = u.expand(x.shape[0], -1) if coeff is None else u * coeff
-        return x + u @ own[member.write]
+        return x + u @ weights[member.write]
 
     return _on_rows(hidden, rows, weight_ids, coeff, weights, formula)
 
@@ -121,24 +122,22 @@ def red(
     rows: Tensor | None = None,
     weight_ids: Tensor | None = None,
 ) -> Tensor:
-    """RED's formula, out of place."""
+    """Compute RED, out of place."""
     weights = {"scale": scale, "bias": bias}
     return _on_rows(
-        hidden, rows, weight_ids, None, weights, lambda x, _, own: own["scale"] * x + own["bias"]
+        hidden, rows, weight_ids, None, weights, lambda x, _, w: w["scale"] * x + w["bias"]
     )
 
 
 def householder(X: Tensor, signs: Tensor | None = None) -> Tensor:
-    """R by ``torch.linalg.householder_product``, as
-    ``torch.nn.utils.parametrizations.orthogonal`` calls it.
-    """
+    """Build R by ``torch.linalg.householder_product``, as PyTorch's parametrization does."""
     A = X.tril(-1) + torch.eye(*X.shape[-2:], dtype=X.dtype, device=X.device)
     Q = torch.linalg.householder_product(A, 2.0 / (A * A).sum(-2))
     return Q.mT if signs is None else Q.mT * signs.unsqueeze(-1)
 
 
 def cayley(X: Tensor, signs: Tensor | None = None) -> Tensor:
-    """R by the d x d Cayley transform (I - Z)(I + Z)^-1 and its first r columns."""
+    """Build R as the first r columns of the d x d Cayley transform (I - Z)(I + Z)^-1."""
     d, r = X.shape[-2:]
     lower = F.pad(X.tril(-1), (0, d - r))
     Z = lower - lower.mT

@@ -1,6 +1,4 @@
-"""The edits behave in autograd as built-in functions do: who needs gradients, in-place rules,
-versions, modes.
-"""
+"""Autograd behaviour of the edits: required gradients, in-place rules, versions and modes."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ CASE = Case((2, 5), 12, 3, rows=4, activation="gelu")
 
 
 def _problem(device, case=CASE):
-    own = list(inputs.weights("loreft", case, device=device).values())
-    return torch.randn(*case.lead, case.d, device=device), own, inputs.options(case, device)
+    weights = list(inputs.weights("loreft", case, device=device).values())
+    return torch.randn(*case.lead, case.d, device=device), weights, inputs.options(case, device)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -26,17 +24,17 @@ def _problem(device, case=CASE):
 def test_only_wanted_gradients_are_computed_and_they_do_not_change(
     wanted, inplace, backend, device
 ):
-    hidden, own, fixed = _problem(device)
-    leaves = [hidden, *own]
-    found = []
+    hidden, weights, fixed = _problem(device)
+    leaves = [hidden, *weights]
+    gradients = []
     for mask in (0b1111, wanted):
         fresh = [t.clone().requires_grad_(bool(mask >> i & 1)) for i, t in enumerate(leaves)]
         out = rk.loreft(fresh[0].clone(), *fresh[1:], inplace=inplace, **fixed)
         assert out.requires_grad == bool(mask)
         if mask:
             (out * hidden).sum().backward()
-        found.append([t.grad for t in fresh])
-    for i, (everything, some) in enumerate(zip(*found, strict=True)):
+        gradients.append([t.grad for t in fresh])
+    for i, (everything, some) in enumerate(zip(*gradients, strict=True)):
         if wanted >> i & 1:
             assert torch.equal(everything, some)
         else:
@@ -44,54 +42,52 @@ def test_only_wanted_gradients_are_computed_and_they_do_not_change(
 
 
 def test_coeff_alone(backend, device):
-    hidden, own, fixed = _problem(device)
+    hidden, weights, fixed = _problem(device)
     coeff = torch.rand(4, 3, device=device, requires_grad=True)
-    rk.loreft(hidden, *own, coeff=coeff, **fixed).sum().backward()
+    rk.loreft(hidden, *weights, coeff=coeff, **fixed).sum().backward()
     assert coeff.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("rows", [None, 4])
 def test_in_place_equals_out_of_place(rows, backend, device):
-    hidden, own, fixed = _problem(device, CASE._replace(rows=rows))
+    hidden, weights, fixed = _problem(device, CASE._replace(rows=rows))
     copy = hidden.clone()
     with torch.no_grad():
-        want = rk.loreft(hidden, *own, **fixed)
-        got = rk.loreft(copy, *own, inplace=True, **fixed)
+        want = rk.loreft(hidden, *weights, **fixed)
+        got = rk.loreft(copy, *weights, inplace=True, **fixed)
     assert got is copy and torch.equal(got, want)
 
 
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", ["loreft", "red"])
 def test_in_place_counts_as_a_change(name, grad, backend, device):
-    """A tensor saved for another node's backward and then edited makes that backward raise."""
-    hidden, own, fixed = _problem(device)
+    """Editing a tensor that another node saved makes that node's backward raise."""
+    hidden, weights, fixed = _problem(device)
     x = hidden.requires_grad_() * 1
     y = x.exp()
     with torch.set_grad_enabled(grad):
         if name == "loreft":
-            rk.loreft(y, *own, inplace=True, **fixed)
+            rk.loreft(y, *weights, inplace=True, **fixed)
         else:
-            rk.red(y, own[0][0], own[0][1], rows=fixed["rows"], inplace=True)
+            rk.red(y, weights[0][0], weights[0][1], rows=fixed["rows"], inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
 @pytest.mark.parametrize("rows", [None, 4])
 def test_the_result_may_be_edited_in_place(rows, backend, device):
-    hidden, own, fixed = _problem(device, CASE._replace(rows=rows, activation="linear"))
+    hidden, weights, fixed = _problem(device, CASE._replace(rows=rows, activation="linear"))
     hidden.requires_grad_()
-    if (
-        rows is None
-    ):  # over all rows the output is saved_input, as by tanh: a change to it is refused, not ignored
-        y = rk.loreft(hidden, *own, **fixed)
+    if rows is None:  # the output is saved for backward, as in tanh, so changing it must raise
+        y = rk.loreft(hidden, *weights, **fixed)
         y.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
     else:
-        rk.loreft(hidden, *own, **fixed).mul_(2).sum().backward()
+        rk.loreft(hidden, *weights, **fixed).mul_(2).sum().backward()
         twice = hidden.grad.clone()
         hidden.grad = None
-        (rk.loreft(hidden, *own, **fixed) * 2).sum().backward()
+        (rk.loreft(hidden, *weights, **fixed) * 2).sum().backward()
         assert torch.equal(twice, hidden.grad)
 
 
@@ -130,42 +126,42 @@ def _inference(hidden):
 def test_an_in_place_edit_that_autograd_refuses_leaves_hidden_as_it_was(
     make, name, backend, device
 ):
-    hidden, own, _ = _problem(device)
+    hidden, weights, _ = _problem(device)
     target = make(hidden)
     before = target.detach().clone()
-    own = [w.requires_grad_() for w in own]
+    weights = [w.requires_grad_() for w in weights]
     with pytest.raises(ValueError, match="^hidden: got .*, expected"):
         if name == "loreft":
-            rk.loreft(target, *own, inplace=True)
+            rk.loreft(target, *weights, inplace=True)
         else:
-            rk.red(target, own[0][0], own[0][1], inplace=True)
+            rk.red(target, weights[0][0], weights[0][1], inplace=True)
     assert torch.equal(target.detach(), before)
 
 
 def test_a_view_of_an_intermediate_is_edited_in_place(backend, device):
-    hidden, own, _ = _problem(device)
-    found = []
+    hidden, weights, _ = _problem(device)
+    results = []
     for inplace in (True, False):
         leaf = hidden.clone().requires_grad_()
         base = leaf * 1
-        out = rk.loreft(base[1], *own, inplace=inplace)
+        out = rk.loreft(base[1], *weights, inplace=inplace)
         total = base if inplace else torch.stack([base[0], out])
         (total * hidden).sum().backward()
-        found.append((total.detach(), leaf.grad))
-    for a, b in zip(*found, strict=True):
+        results.append((total.detach(), leaf.grad))
+    for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rows", [None, 4])
 def test_memory_of_any_layout_is_edited_in_place(rows, backend, device):
-    """... also where its strides allow no view as rows: the edit goes through a copy and back."""
-    hidden, own, fixed = _problem(device, CASE._replace(rows=rows))
+    """Hidden states that cannot be viewed as rows are edited through a copy."""
+    hidden, weights, fixed = _problem(device, CASE._replace(rows=rows))
     with torch.no_grad():
-        want = rk.loreft(hidden, *own, **fixed)
+        want = rk.loreft(hidden, *weights, **fixed)
         for layout in (
             hidden.transpose(0, 1).contiguous().transpose(0, 1),
             hidden.mT.contiguous().mT,
         ):
             storage = layout.data_ptr()
-            got = rk.loreft(layout, *own, inplace=True, **fixed)
+            got = rk.loreft(layout, *weights, inplace=True, **fixed)
             assert got is layout and got.data_ptr() == storage and torch.equal(got, want)

@@ -1,5 +1,7 @@
-"""Bad input: each error names the argument, what came and what was expected, before anything is
-written.
+"""Errors for invalid arguments.
+
+Each error names the argument, the value and what was expected, and is raised before any operator
+runs.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def _i32(*values: int) -> torch.Tensor:
 
 
 def _call(change):
-    """A good call of loreft with one argument changed."""
+    """Call loreft with valid arguments, except those in ``change``."""
     good = {
         "hidden": torch.randn(2, 3, D),
         "R": torch.randn(R, D),
@@ -177,17 +179,17 @@ def test_row_values_are_checked_once_and_again_after_a_change():
         calls.names = []
         check_row_values(rows, 4)
         check_row_values(rows, 9)
-        assert not calls.names  # known for 4 rows, hence for more
+        assert not calls.names  # rows that are valid for 4 rows are valid for more
     with pytest.raises(ValueError, match="^rows: got values from -1 to 3"):
         check_row_values(rows, 3)
     rows[0] = 3
     with pytest.raises(ValueError, match="^rows: row 3 stands more than once"):
         check_row_values(rows, 4)
-    assert check_row_values(mark_rows(rows, 4), 4) is rows  # its maker vouches for it
+    assert check_row_values(mark_rows(rows, 4), 4) is rows  # marked rows are not checked
 
 
 def test_no_values_are_read_in_a_layers_forward():
-    """Rows that came marked cost no synchronisation: no value of a tensor is read on the host."""
+    """Rows that are marked as checked are not read on the host, so there is no synchronization."""
     rows = rk.positions.resolve("f1+l1", [3, 2], 3)
     calls = Calls()
     calls.names = []

@@ -1,4 +1,4 @@
-"""Former public names work for one release, warn, and give the same values."""
+"""Former public names: they work for one release, warn, and give the same values."""
 
 from __future__ import annotations
 

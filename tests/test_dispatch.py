@@ -1,4 +1,4 @@
-"""Which backend serves, what forcing one means, and that the package needs torch alone."""
+"""Selection of backends, forced backends, and imports of the package."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_triton_serves_no_fp64():
         rk.red(torch.ones(1, 2, dtype=torch.float64), torch.ones(2), torch.ones(2))
 
 
-def test_automatic_choice_on_cpu_says_nothing():
+def test_automatic_choice_on_cpu_does_not_warn():
     with rk.backend(None), warnings.catch_warnings():
         warnings.simplefilter("error")
         for operator in OPERATORS:
@@ -95,20 +95,20 @@ def test_automatic_choice_on_cpu_says_nothing():
         rk.red(torch.ones(1, 2), torch.ones(2), torch.ones(2))
 
 
-def test_falling_back_is_said_once(monkeypatch):
-    """As on a GPU without Triton: the torch backend serves, with one warning however many
-    operators fall back.
-    """
+def test_falling_back_warns_once(monkeypatch):
+    """On a GPU without Triton, the torch backend is used and a warning is issued once."""
     monkeypatch.setattr(dispatch, "_PREFERENCE", {"cpu": ("triton", "torch")})
     monkeypatch.setattr(dispatch, "_warned", set())
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     with (
         rk.backend(None),
-        pytest.warns(UserWarning, match="backend 'triton' is off .*'torch' serves instead") as said,
+        pytest.warns(
+            UserWarning, match="backend 'triton' is off .*'torch' serves instead"
+        ) as caught,
     ):
         R = rk.householder(torch.randn(8, 2))
         rk.loreft(torch.randn(3, 8), R, R, torch.zeros(2))
-    assert len(said) == 1
+    assert len(caught) == 1
 
 
 def test_every_backend_has_every_operator(backend, device):

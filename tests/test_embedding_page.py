@@ -1,5 +1,6 @@
-"""docs/embedding.md: every Python block runs, in order, in one namespace, and each asserts
-something.
+"""Tests of docs/embedding.md.
+
+Every Python block runs, in order and in one namespace, and contains an assertion.
 """
 
 from __future__ import annotations

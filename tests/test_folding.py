@@ -1,5 +1,6 @@
-"""fold() computes the same edit from one read matrix; merge_linear() is exact to rounding, and
-undone bit for bit.
+"""Tests of fold() and merge_linear().
+
+A folded edit equals the edit. A merge is exact up to rounding, and unmerging restores every bit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _random(module):
 
 
 def _own(module) -> dict[str, torch.Tensor]:
-    """The weights as the plain formula names them."""
+    """Return the weights by the names of the plain formula."""
     member = plain.MEMBERS[type(module).__name__.lower().removeprefix("stacked")]
     names = [n for n in (member.write, member.read, member.read_bias) if n is not None]
     return {name: getattr(module, name).detach() for name in names}
@@ -46,18 +47,18 @@ def _apply(folded, hidden, weight_ids=None):
     return rk.nodireft(hidden, folded.write, folded.read, folded.read_bias, weight_ids=weight_ids)
 
 
-def _draw(name, folded, own, weight_ids=None):
-    """The folded edit beside the plain formula with the weights that were folded."""
+def _draw(name, folded, weights, weight_ids=None):
+    """Return a draw that compares the folded edit with the plain formula."""
     return budget.Draw(
         {"hidden": torch.randn(3, 4, D, device=folded.write.device)},
         lambda hidden: _apply(folded, hidden, weight_ids),
         lambda hidden: plain.edit(
-            name, hidden, {k: t.to(hidden) for k, t in own.items()}, weight_ids=weight_ids
+            name, hidden, {k: t.to(hidden) for k, t in weights.items()}, weight_ids=weight_ids
         ),
     )
 
 
-# ---- fold
+# fold
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -72,14 +73,14 @@ def test_folded_edit_is_the_edit(name, backend, device):
 @pytest.mark.parametrize("name", SINGLE)
 def test_the_tensors_are_what_the_formulas_say(name):
     module = _random(SINGLE[name](D, R, dtype=torch.float64))
-    own, folded = _own(module), fold(module)
+    weights, folded = _own(module), fold(module)
     member = plain.MEMBERS[name]
-    write = own[member.write]
-    want = own[member.read] if member.read else torch.zeros_like(write)
+    write = weights[member.write]
+    want = weights[member.read] if member.read else torch.zeros_like(write)
     want = want - write if member.subtract_projection else want
     assert folded.read is None if name == "lobireft" else torch.equal(folded.read, want)
     assert torch.equal(folded.write, write)
-    assert torch.equal(folded.read_bias, own[member.read_bias])
+    assert torch.equal(folded.read_bias, weights[member.read_bias])
 
 
 @pytest.mark.parametrize("layer", range(L))
@@ -127,20 +128,20 @@ def test_fold_refuses():
         fold(nn.Linear(D, D))
 
 
-# ---- merge
+# merge
 
 MERGED = [*SINGLE, "red"]
 
 
 def _edit(name, module):
-    own = (
+    weights = (
         {"scale": module.scale.detach(), "bias": module.bias.detach()}
         if name == "red"
         else _own(module)
     )
 
     def edit(h):
-        cast = {k: t.to(h) for k, t in own.items()}
+        cast = {k: t.to(h) for k, t in weights.items()}
         return plain.red(h, **cast) if name == "red" else plain.edit(name, h, cast)
 
     return edit
@@ -201,12 +202,12 @@ def test_merges_undone_in_reverse_order():
 def test_a_layer_of_a_stack():
     def make():
         stack, linear = _random(interventions.StackedLoReFT(L, D, R)), nn.Linear(13, D)
-        own = {k: t[1] for k, t in _own(stack).items()}
+        weights = {k: t[1] for k, t in _own(stack).items()}
         W, b = linear.weight.detach().clone(), linear.bias.detach().clone()
 
         def straightforward(x):
             return plain.edit(
-                "loreft", x @ W.to(x).mT + b.to(x), {k: t.to(x) for k, t in own.items()}
+                "loreft", x @ W.to(x).mT + b.to(x), {k: t.to(x) for k, t in weights.items()}
             )
 
         merge_linear(linear, stack, 1)
@@ -216,7 +217,7 @@ def test_a_layer_of_a_stack():
 
 
 class _Block(nn.Module):
-    """A block that adds a linear layer's output to the residual stream."""
+    """A block that adds the output of a linear layer to the residual stream."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,9 +233,8 @@ def test_lobireft_of_a_block_output_merges_and_loreft_does_not(name, exact):
         block, module = _Block(), _intervention(name)
         edit, before = _edit(name, module), copy.deepcopy(block)
         merge_linear(block.down, module)
-        assert not exact or torch.equal(
-            block.down.weight, before.down.weight
-        )  # only the bias moves
+        # an exact merge changes only the bias
+        assert not exact or torch.equal(block.down.weight, before.down.weight)
 
         def straightforward(h):
             weights = {k: t.detach().to(h) for k, t in before.named_parameters()}

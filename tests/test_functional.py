@@ -1,6 +1,4 @@
-"""The public functions are right: the error budget, gradcheck, exact arithmetic over shapes and
-strides.
-"""
+"""Accuracy of the public functions: error budget, gradcheck, and exact integer arithmetic."""
 
 from __future__ import annotations
 
@@ -49,7 +47,7 @@ def _draws(backend: str, device: str) -> int:
     return 3 if (backend, device) == ("triton", "cpu") else 8  # the interpreter is slow
 
 
-# ---- within the error budget, forward and every gradient
+# error budget of forward and every gradient
 
 
 @pytest.mark.parametrize(("case", "dtype"), PAIRED, ids=str)
@@ -81,10 +79,8 @@ def test_error_budget_of_each_activation(activation, backend, device):
 @pytest.mark.parametrize("case", MANY_RANKS, ids=str)
 @pytest.mark.parametrize("name", plain.MEMBERS)
 def test_error_budget_of_many_ranks(name, case, backend, device):
-    """Kernels may multiply in bf16 from some rank on; ranks, channels and rows here divide
-    evenly into nothing.
-    """
-    # Triton's interpreter cuts bf16 numbers off instead of rounding them
+    """Kernels may multiply in bf16 for larger ranks. Ranks, channels and rows have odd sizes."""
+    # Triton's interpreter truncates to bf16 instead of rounding
     dtype = torch.float16 if (backend, device) == ("triton", "cpu") else torch.bfloat16
     budget.check(
         lambda: inputs.draw(name, case, dtype, device), dtype, draws=_draws(backend, device)
@@ -137,8 +133,10 @@ def test_error_budget_of_red(case, dtype, backend, device):
 @pytest.mark.parametrize("name", ["loreft", "noreft"])
 @pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 3), (torch.float16, 1)], ids=str)
 def test_error_budget_of_edits_larger_than_the_hidden_state(dtype, times, name, backend, device):
-    """Over all rows the backward has the output, not the input: how large an edit may be before
-    that costs accuracy.
+    """Accuracy of edits that are larger than the hidden state.
+
+    Over all rows, the backward reconstructs the input from the output, which loses accuracy for
+    large edits.
     """
 
     def make():
@@ -154,7 +152,7 @@ def test_error_budget_of_edits_larger_than_the_hidden_state(dtype, times, name, 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_weights(dtype, backend, device):
-    """Weights may come in the hidden state's dtype, and their gradients leave in it."""
+    """Weights may have the hidden state's dtype. Their gradients have the same dtype."""
 
     def make():
         drawn = inputs.draw("loreft", Case(rows=9), dtype, device)
@@ -163,7 +161,7 @@ def test_half_precision_weights(dtype, backend, device):
     budget.check(make, dtype, draws=_draws(backend, device))
 
 
-# ---- gradients, in fp64
+# gradients in fp64
 
 
 def _gradcheck(name: str, case: Case) -> None:
@@ -229,8 +227,7 @@ def test_gradcheck_of_red(rows, sets, inplace):
     assert torch.autograd.gradcheck(edit, leaves)
 
 
-# ---- exact: small integers make every sum exact in any order, so engine and formula agree bit for
-# bit
+# exact arithmetic: sums of small integers are exact in any order, so results must be identical
 
 LAYOUTS = {
     "contiguous": lambda lead, d: ((*lead, d), lambda t: t),
@@ -270,8 +267,7 @@ def _exact_calls(draw, largest: int):
         inplace,
         draw(st.sampled_from(["linear", "relu"])),
     )
-    # over all rows a half-precision backward rebuilds the input from a rounded output, which is not
-    # exact
+    # over all rows, a half-precision backward reconstructs the input from a rounded output
     dtype = draw(st.sampled_from(DTYPES if rows is not None else [torch.float32]))
     return name, case, layout, rows, dtype, draw(st.integers(0, 2**16))
 
@@ -301,12 +297,12 @@ def _check_exact(call, device: str) -> None:
         "activation": case.activation,
     }
 
-    def engine(hidden, coeff=None, **own):
+    def engine(hidden, coeff=None, **weights):
         hidden = view(hidden.clone() if case.inplace else hidden)
-        return member.function(hidden, coeff=coeff, inplace=case.inplace, **own, **fixed)
+        return member.function(hidden, coeff=coeff, inplace=case.inplace, **weights, **fixed)
 
-    def formula(hidden, coeff=None, **own):
-        return plain.edit(name, view(hidden), own, coeff=coeff, **fixed)
+    def formula(hidden, coeff=None, **weights):
+        return plain.edit(name, view(hidden), weights, coeff=coeff, **fixed)
 
     grad_output = whole(*case.lead, case.d).to(dtype)
     want = budget.outputs(formula, leaves, grad_output)
@@ -328,7 +324,7 @@ def test_exact_on_each_backend(call, backend, device):
     _check_exact(call, device)
 
 
-# ---- corners
+# special cases
 
 
 @pytest.mark.parametrize("name", plain.MEMBERS)
@@ -338,15 +334,14 @@ def test_rank_256(name, device, backend):
 
 
 def test_float16_range(backend, device):
-    """Sums leave fp16's range and come back: they are carried in fp32."""
+    """Sums that exceed fp16's range are accumulated in fp32."""
     d = 16
     hidden = torch.full((2, d), 6e4, dtype=torch.float16, device=device)
     R = torch.eye(1, d, device=device)
     W = torch.ones(1, d, device=device)
     b = torch.tensor([-6e4 * d], device=device)
-    out = rk.loreft(
-        hidden, R, W, b
-    )  # z = 16 * 60000 - 16 * 60000 = 0: column 0 becomes 0, and the others stay
+    # z = 16 * 60000 - 16 * 60000 = 0: column 0 becomes 0, and the others stay
+    out = rk.loreft(hidden, R, W, b)
     assert torch.equal(out[:, 1:], hidden[:, 1:])
     assert out.isfinite().all() and (out[:, 0].abs() <= 6e4 * 2**-10).all()
 

@@ -1,6 +1,4 @@
-"""The modules: identity at the start, stacked equals single, one build for all layers, caching,
-dropout, state.
-"""
+"""Tests of the modules: initial values, stacking, cached weights, dropout and state."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("poison")]
 
 
 class Calls(TorchDispatchMode):
-    """Names of the engine's operators, and of all operators."""
+    """Record the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +45,7 @@ class Calls(TorchDispatchMode):
 
 
 def _perturbed(module):
-    """Away from the initial values, so that nothing is zero."""
+    """Change every parameter from its initial value, so that none is zero."""
     with torch.no_grad():
         for p in module.parameters():
             p.add_(0.1 * torch.randn(p.shape).to(p))
@@ -58,7 +56,7 @@ def _arguments(name: str, **more) -> dict:
     return {} if name == "red" else more
 
 
-# ---- initial values
+# initial values
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -75,8 +73,8 @@ def test_identity_leaves_hidden_bit_identical(name, dtype, backend, device):
 
 
 @pytest.mark.parametrize("name", ["loreft", "direft", "nodireft", "noreft", "lobireft", "red"])
-def test_identity_can_be_left(name):
-    """The gradient at the start is not zero."""
+def test_gradient_at_the_identity_is_not_zero(name):
+    """The gradient at the identity start is not zero."""
     module = SINGLE[name](D, R, init="identity")
     module(torch.randn(4, D)).pow(2).sum().backward()
     assert sum(p.grad.abs().sum() for p in module.parameters()) > 0
@@ -127,7 +125,7 @@ def test_set_R_refuses():
     assert torch.equal(module.R, before)
 
 
-# ---- stacked
+# stacked modules
 
 
 @pytest.mark.parametrize(
@@ -167,14 +165,14 @@ def test_one_operator_call_builds_all_layers_forward_and_backward(name):
     with Calls() as calls:
         out.backward()
     assert calls.engine.count("householder_backward") == 1
-    # one stack a parameter, where L slices would each fill a zero tensor of all layers
+    # one stack per parameter; slicing would fill a zero tensor of all layers for each layer
     assert not any(
         "select_backward" in n or "slice_backward" in n or n == "aten::zeros" for n in calls.all
     )
 
 
 def test_linear_loreft_is_one_projection():
-    """D = W - R is folded at the build, so that the edit subtracts nothing."""
+    """D = W - R is computed when the weights are built, so the edit subtracts nothing."""
     weights = rk.LoReFT(D, R).build()[0]
     assert weights.subtract_projection is False and torch.equal(
         weights.read, torch.zeros_like(weights.read)
@@ -183,7 +181,7 @@ def test_linear_loreft_is_one_projection():
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_num_sets(name, backend, device):
-    """Each row by its set's weights: equal to the one-set module of those weights."""
+    """Each row is edited as by a module with only its weight set."""
     module = _perturbed(SINGLE[name](D, R, num_sets=2, device=device))
     hidden = torch.randn(6, D, device=device)
     weight_ids = torch.tensor([0, 1, 1, 0, 1, 0], dtype=torch.int32, device=device)
@@ -199,7 +197,7 @@ def test_num_sets(name, backend, device):
         SINGLE[name](D, R, device=device)(hidden, weight_ids=weight_ids)
 
 
-# ---- built weights are saved_input while nothing changes
+# built weights are cached while nothing changes
 
 
 def _builds(module) -> int:
@@ -295,7 +293,7 @@ def test_built_in_inference_mode_then_trained():
     assert leaf.grad is not None
 
 
-# ---- dropout
+# dropout
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -326,7 +324,7 @@ def test_dropout_multiplies_coeff():
     assert (coeff.grad[mask == 0] == 0).all()
 
 
-# ---- state
+# state
 
 
 @pytest.mark.parametrize("name", SINGLE)
@@ -363,7 +361,7 @@ def test_meta_device_then_materialised(name):
     assert module.edit(torch.randn(4, D), module()[0]).isfinite().all()
 
 
-# ---- bad input
+# invalid arguments
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
-"""What a backward keeps alive: [N, d] + [N, r] of selected rows, and no second copy of the
-hidden state over all rows.
+"""Memory that is kept for a backward.
+
+Edits of selected rows keep [N, d] + [N, r] of those rows. Edits of all rows keep no second copy of
+the hidden state.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ pytestmark = pytest.mark.engine
 M, D, R = 24, 20, 3
 
 
-def _saved_elements(edit, hidden, own) -> tuple[int, set[int], torch.Tensor]:
-    """Elements that the graph keeps beside weights, the storages it keeps, and the output."""
+def _saved_elements(edit, hidden, weights) -> tuple[int, set[int], torch.Tensor]:
+    """Return the saved elements besides weights, the saved storages, and the output."""
     kept: dict[int, int] = {}
 
     def pack(t):
@@ -26,23 +28,23 @@ def _saved_elements(edit, hidden, own) -> tuple[int, set[int], torch.Tensor]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = edit(hidden)
-    weights = {w.untyped_storage().data_ptr() for w in own}
-    return sum(n for key, n in kept.items() if key not in weights), set(kept), out
+    of_weights = {w.untyped_storage().data_ptr() for w in weights}
+    return sum(n for key, n in kept.items() if key not in of_weights), set(kept), out
 
 
 def _problem(backend, device, activation):
     case = Case((M,), D, R)
-    own = [w.requires_grad_() for w in inputs.weights("loreft", case, device=device).values()]
-    R_, W, b = own
+    weights = [w.requires_grad_() for w in inputs.weights("loreft", case, device=device).values()]
+    R_, W, b = weights
     hidden = torch.randn(M, D, device=device, requires_grad=True) * 1
-    return hidden, own, lambda h, **kw: rk.loreft(h, R_, W, b, activation=activation, **kw)
+    return hidden, weights, lambda h, **kw: rk.loreft(h, R_, W, b, activation=activation, **kw)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("activation", ["linear", "gelu"])
 def test_all_rows_keep_the_output_and_nothing_of_its_size(activation, inplace, backend, device):
-    hidden, own, edit = _problem(backend, device, activation)
-    elements, storages, out = _saved_elements(lambda h: edit(h, inplace=inplace), hidden, own)
+    hidden, weights, edit = _problem(backend, device, activation)
+    elements, storages, out = _saved_elements(lambda h: edit(h, inplace=inplace), hidden, weights)
     own_output = out.untyped_storage().data_ptr()
     assert own_output in storages
     assert elements - M * D == M * R * (1 if activation == "linear" else 2)
@@ -51,23 +53,22 @@ def test_all_rows_keep_the_output_and_nothing_of_its_size(activation, inplace, b
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("activation", ["linear", "gelu"])
 def test_selected_rows_keep_their_rows_alone(activation, inplace, backend, device):
-    hidden, own, edit = _problem(backend, device, activation)
+    hidden, weights, edit = _problem(backend, device, activation)
     rows = inputs.rows(M, 5, device=device)
     elements, storages, out = _saved_elements(
-        lambda h: edit(h, rows=rows, inplace=inplace), hidden, own
+        lambda h: edit(h, rows=rows, inplace=inplace), hidden, weights
     )
     assert out.untyped_storage().data_ptr() not in storages
     assert hidden.untyped_storage().data_ptr() not in storages
-    assert (
-        elements == 5 * D + 5 * R * (1 if activation == "linear" else 2) + 5
-    )  # ... and the row numbers
+    row_numbers = 5
+    assert elements == 5 * D + 5 * R * (1 if activation == "linear" else 2) + row_numbers
 
 
 def test_without_gradients_nothing_is_kept(backend, device):
-    hidden, own, edit = _problem(backend, device, "gelu")
+    hidden, weights, edit = _problem(backend, device, "gelu")
     for context in (torch.no_grad, torch.inference_mode):
         with context():
-            elements, _, out = _saved_elements(edit, hidden.detach(), own)
+            elements, _, out = _saved_elements(edit, hidden.detach(), weights)
         assert elements == 0 and not out.requires_grad
 
 
@@ -87,7 +88,7 @@ def test_selected_rows_in_place_allocate_nothing_of_the_size_of_hidden(inplace, 
                     self.seen.append(t.numel())
             return result
 
-    hidden, own, edit = _problem(backend, device, "linear")
+    hidden, weights, edit = _problem(backend, device, "linear")
     sizes = Sizes()
     sizes.seen = []
     with sizes:

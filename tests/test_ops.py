@@ -1,4 +1,4 @@
-"""The operators: their list, what ``torch.library.opcheck`` asks of each, and their fakes."""
+"""Tests of the operators: their list, ``torch.library.opcheck``, and their fake implementations."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ EDITS = {
 
 def _samples(name: str) -> list[tuple]:
     in_place = name.endswith("_")
-    found = []
+    samples = []
     if name.startswith("edit_backward"):
         for choice in EDITS.values():
             rows, weight_ids, read, bias, write, p, coeff, subtract_projection, activation = (
@@ -86,9 +86,9 @@ def _samples(name: str) -> list[tuple]:
             for needs in (
                 ((True,), (False,)) if in_place else ((True, True), (True, False), (False, True))
             ):
-                found.append((torch.randn(M, D), *common, *needs))
+                samples.append((torch.randn(M, D), *common, *needs))
     elif name.startswith("edit"):
-        found = [
+        samples = [
             (torch.randn(M, D), *_edit_args(*choice), save)
             for choice in EDITS.values()
             for save in (True, False)
@@ -100,7 +100,7 @@ def _samples(name: str) -> list[tuple]:
             for needs in (
                 ((True,), (False,)) if in_place else ((True, True), (True, False), (False, True))
             ):
-                found.append(
+                samples.append(
                     (
                         torch.randn(M, D),
                         saved_input,
@@ -114,7 +114,7 @@ def _samples(name: str) -> list[tuple]:
         for rows, lead in ((_rows(), ()), (None, ()), (_rows(), (S,))):
             weight_ids = torch.tensor([0, 1, 1, 0], dtype=torch.int32) if lead else None
             for save in (True, False):
-                found.append(
+                samples.append(
                     (
                         torch.randn(M, D),
                         rows,
@@ -137,10 +137,10 @@ def _samples(name: str) -> list[tuple]:
                 forward = getattr(torch.ops.reft_kernels, name.removesuffix("_backward"))
                 aux = forward(X, own_signs, base, point_R, weight)[2]
                 grads = torch.randn(2, R, D), (None if weight is None else torch.randn(2, R, D))
-                found.append((*grads, X, own_signs, base, aux))
+                samples.append((*grads, X, own_signs, base, aux))
             else:
-                found.append((X, own_signs, base, point_R, weight))
-    return found
+                samples.append((X, own_signs, base, point_R, weight))
+    return samples
 
 
 def test_every_schema_is_declared():
@@ -164,7 +164,7 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("name", ops.SCHEMAS)
 def test_fake_matches_each_backend(name, backend, device, poison):
-    """Shapes, dtypes, strides and devices, as the backend that will run makes them."""
+    """Fake implementations give the shapes, dtypes, strides and devices of each backend."""
     operator = getattr(torch.ops.reft_kernels, name).default
     mode = torch._subclasses.FakeTensorMode()
     for sample in _samples(name):
@@ -198,8 +198,7 @@ def test_in_place_operator_equals_the_other(name, backend, device, poison):
         assert torch.equal(first, want)
         for a, b in zip([got] if isinstance(got, torch.Tensor) else got, rest, strict=True):
             if name == "red_" and b.numel() == 0:
-                # RED over all rows out of place keeps no input, for the caller still has it
+                # out of place over all rows, RED saves no input, because the caller still holds it
                 continue
-            # what is saved_input for a skipped entry is not defined: a backend may leave it
-            # unwritten, which is NaN here
+            # a backend may leave saved_input unwritten for skipped entries, which gives NaN here
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

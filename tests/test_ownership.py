@@ -1,4 +1,4 @@
-"""A backward edits the incoming gradient in place when, and only when, nobody else holds it."""
+"""A backward edits the incoming gradient in place only if nothing else references it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = {"rows": Case((2, 5), D, 3, rows=4), "all": Case((2, 5), D, 3)}
 
 
 class Calls(TorchDispatchMode):
-    """Names of the operators that run."""
+    """Record the names of the operators that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,31 +34,31 @@ class Calls(TorchDispatchMode):
 
 
 class Problem:
-    """One edit of ``[2, 5, d]`` hidden states, with everything that a scenario needs."""
+    """One edit of ``[2, 5, d]`` hidden states, with the tensors that the scenarios need."""
 
     def __init__(self, kind: str, device: str) -> None:
         torch.manual_seed(1)
         case = CASES["rows" if kind.endswith("rows") else "all"]
         self.rows = inputs.rows(10, case.rows, device=device) if case.rows else None
         if kind.startswith("red"):
-            self.own = [torch.randn(D, device=device, requires_grad=True) for _ in range(2)]
+            self.weights = [torch.randn(D, device=device, requires_grad=True) for _ in range(2)]
             self.function = rk.red
         else:
-            own = inputs.weights("loreft", case, device=device)
-            self.own = [own[k].requires_grad_() for k in "RWb"]
+            weights = inputs.weights("loreft", case, device=device)
+            self.weights = [weights[k].requires_grad_() for k in "RWb"]
             self.function = rk.loreft
         self.leaf = torch.randn(2, 5, D, device=device, requires_grad=True)
         self.other = torch.randn(2, 5, D, device=device, requires_grad=True)
         self.weight = torch.randn(2, 5, D, device=device)
 
     def edit(self, inplace: bool = False) -> torch.Tensor:
-        return self.function(self.leaf * 1, *self.own, rows=self.rows, inplace=inplace)
+        return self.function(self.leaf * 1, *self.weights, rows=self.rows, inplace=inplace)
 
 
 KINDS = ["loreft-rows", "loreft-all", "red-rows", "red-all"]
 
 
-# ---- who else may hold a gradient: each scenario returns every tensor that must come out right
+# scenarios of shared gradients; each returns every tensor to check
 
 
 def _sum_of_two(p, y):
@@ -69,7 +69,7 @@ def _sum_of_two(p, y):
 
 
 def _add_first(p, y):
-    """... or before, and directly from the root."""
+    """Another node receives the same gradient from the root, before the edit's backward."""
     (y + p.other).backward(p.weight.clone())
     return [p.other.grad]
 
@@ -107,7 +107,7 @@ def _users_gradient_of_a_view(p, y):
 
 
 def _autograd_grad(p, y):
-    grads = torch.autograd.grad((y * p.weight).sum(), [y, p.leaf, *p.own])
+    grads = torch.autograd.grad((y * p.weight).sum(), [y, p.leaf, *p.weights])
     p.leaf.grad = grads[1]
     return list(grads)
 
@@ -115,7 +115,7 @@ def _autograd_grad(p, y):
 def _retain_graph(p, y):
     loss = (y * p.weight).sum()
     loss.backward(retain_graph=True)
-    first = [p.leaf.grad.clone(), *(w.grad.clone() for w in p.own)]
+    first = [p.leaf.grad.clone(), *(w.grad.clone() for w in p.weights)]
     loss.backward()
     return first
 
@@ -130,10 +130,8 @@ def _broadcast_row(p, y):
     return []
 
 
-def _saved_by_its_maker(p, y):
-    """exp's backward multiplies by its saved output; the product is new, the saved one must
-    survive.
-    """
+def _saved_by_exp(p, y):
+    """exp's backward multiplies by its saved output, which must not change."""
     e = (y * 0.1).exp()
     loss = (e * p.weight).sum()
     loss.backward(retain_graph=True)
@@ -142,7 +140,7 @@ def _saved_by_its_maker(p, y):
 
 
 def _identity_nodes(p, y):
-    """View nodes hand one gradient on; a second consumer sits behind them."""
+    """View nodes pass the gradient on to a second consumer."""
     c = p.other * 1
     z = y.view(10, D) + c.view(10, D)
     (z.view(2, 5, D) * p.weight).sum().backward()
@@ -150,7 +148,7 @@ def _identity_nodes(p, y):
 
 
 def _global_keeper(p, y):
-    """A custom function that hands out a tensor which it keeps."""
+    """A custom function returns a gradient that it also stores."""
     kept = p.weight.clone()
 
     class Keeper(torch.autograd.Function):
@@ -167,7 +165,7 @@ def _global_keeper(p, y):
 
 
 def _buffer_of_numpy(p, y):
-    """A gradient that shares its memory with another tensor object."""
+    """A gradient shares its memory with another tensor object."""
     given = p.weight.clone()
     alias = given.detach()
     y.backward(given)
@@ -186,7 +184,7 @@ SCENARIOS = [
     _retain_graph,
     _expanded,
     _broadcast_row,
-    _saved_by_its_maker,
+    _saved_by_exp,
     _identity_nodes,
     _global_keeper,
     _buffer_of_numpy,
@@ -196,19 +194,15 @@ SCENARIOS = [
 def _run(scenario, kind: str, device: str, inplace: bool) -> list[torch.Tensor]:
     p = Problem(kind, device)
     held = scenario(p, p.edit(inplace))
-    return [*held, p.leaf.grad, *(w.grad for w in p.own if w.grad is not None)]
+    return [*held, p.leaf.grad, *(w.grad for w in p.weights if w.grad is not None)]
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__[1:])
-def test_a_gradient_that_others_hold_is_not_damaged(
-    scenario, kind, inplace, backend, device, monkeypatch
-):
-    if scenario is _saved_by_its_maker and inplace and kind.endswith("all"):
-        scenario = (
-            _retain_grad  # exp of the edited tensor is no other case than this one over all rows
-        )
+def test_a_shared_gradient_is_not_modified(scenario, kind, inplace, backend, device, monkeypatch):
+    if scenario is _saved_by_exp and inplace and kind.endswith("all"):
+        scenario = _retain_grad  # over all rows, exp of the edited tensor is the same case
     got = _run(scenario, kind, device, inplace)
     monkeypatch.setattr(ownership, "is_sole_owner", lambda grad: False)
     want = _run(scenario, kind, device, inplace)
@@ -230,11 +224,11 @@ def test_an_owned_gradient_is_edited_in_place(kind, backend, device):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_residual_stream_of_edits_copies_no_gradient(kind, backend, device):
-    """Two layers, each x + f(x): two paths were summed into every gradient, so all are owned."""
+    """In two layers x + f(x), every gradient is a sum of two paths and therefore owned."""
     p = Problem(kind, device)
     x = p.leaf
     for _ in range(2):
-        x = p.function(x + x.tanh(), *p.own, rows=p.rows, inplace=p.rows is not None)
+        x = p.function(x + x.tanh(), *p.weights, rows=p.rows, inplace=p.rows is not None)
     loss = (x * p.weight).sum()
     with Calls() as calls:
         loss.backward()
@@ -249,9 +243,9 @@ def test_a_residual_stream_of_edits_copies_no_gradient(kind, backend, device):
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint(kind, reentrant, backend, device):
     def body(p, x):
-        return p.function(x.tanh() + x, *p.own, rows=p.rows, inplace=True) * 2
+        return p.function(x.tanh() + x, *p.weights, rows=p.rows, inplace=True) * 2
 
-    found = []
+    results = []
     for wrapped in (False, True):
         p = Problem(kind, device)
         x = p.leaf * 1
@@ -261,8 +255,8 @@ def test_checkpoint(kind, reentrant, backend, device):
             else body(p, x)
         )
         (y * p.weight).sum().backward()
-        found.append([p.leaf.grad, *(w.grad for w in p.own)])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        results.append([p.leaf.grad, *(w.grad for w in p.weights)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,7 +274,6 @@ from reft_kernels import ownership
 with {context}:
     ownership.calibrate()
 seen = []
-counts = ownership._counts
 class Watch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x): return x * 1

@@ -1,6 +1,4 @@
-"""householder and cayley: equal to their definitions, exact base points, inverses, gradients,
-bad input.
-"""
+"""Tests of householder and cayley: definitions, base points, inverses, gradients and errors."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ SHAPES = [(1, 1), (7, 1), (5, 5), (13, 4), (33, 8), (3, 17, 5), (2, 2, 9, 3)]
 
 
 def _point(*shape: int, dtype=torch.float64) -> torch.Tensor:
-    """An orthonormal R [..., r, d]."""
+    """Return an orthonormal R [..., r, d]."""
     *lead, d, r = shape
     return (
         torch.linalg.qr(torch.randn(*lead, d, r, dtype=torch.float64)).Q.mT.to(dtype).contiguous()
@@ -30,15 +28,16 @@ def _signs(X: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.rand(*X.shape[:-2], X.shape[-1]) < 0.5, -1.0, 1.0).to(X)
 
 
-# ---- what they compute
+# values
 
 
 @pytest.mark.parametrize("with_signs", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_its_definition_in_fp64(name, shape, with_signs):
-    """householder is torch.linalg.householder_product, forward and gradient, to 1e-12; cayley
-    its d x d transform.
+    """Forward and gradient equal the definition to 1e-12.
+
+    householder is torch.linalg.householder_product, cayley the d x d Cayley transform.
     """
     X = torch.randn(*shape, dtype=torch.float64)
     signs = _signs(X) if with_signs else None
@@ -61,8 +60,9 @@ def test_error_budget(name, shape, backend, device):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_error_budget_around_a_base_point(name, backend, device):
-    """base . H0 F(X): H0 = I - V0 T0 V0^T as a product of reflectors, in plain PyTorch the d x d
-    matrix.
+    """The reference multiplies base . H0 F(X) with a d x d matrix H0 in plain PyTorch.
+
+    The backend computes H0 = I - V0 T0 V0^T as a product of reflectors.
     """
 
     def make():
@@ -77,7 +77,7 @@ def test_error_budget_around_a_base_point(name, backend, device):
         base = type(point)(*(t.to(device) for t in point))
 
         def formula(X):
-            # F with F(0) = E; householder's reflectors carry the sign -1 of each column
+            # F with F(0) = E; householder's reflectors give each column the sign -1
             F = plain.MAPS[name](X).mT * (-1 if name == "householder" else 1)
             E = torch.eye(24, 3, dtype=X.dtype)
             return base.R.to(X) + ((H0.to(X) @ (F - E)) * signs.to(X).unsqueeze(-2)).mT
@@ -104,7 +104,7 @@ def test_R_is_fp32_and_orthonormal_for_any_dtype_of_X(name, dtype, backend, devi
 
 @pytest.mark.parametrize("name", NAMES)
 def test_entries_that_are_not_read(name, backend, device):
-    """On and above the diagonal of the top block: any value, NaN too, gradient zero."""
+    """Entries on and above the diagonal of the top block may be NaN and have gradient zero."""
     X = torch.randn(9, 4, device=device)
     spoiled = X.clone()
     spoiled[torch.ones_like(X).triu().bool()] = float("nan")
@@ -133,7 +133,7 @@ def test_two_runs_are_bit_identical(name, backend, device):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-# ---- gradients
+# gradients
 
 
 @pytest.mark.parametrize("form", ["plain", "signs", "base", "W", "signs and W", "base and W"])
@@ -158,14 +158,14 @@ def test_one_of_the_two_outputs_unused(used):
     assert torch.autograd.gradcheck(lambda X, W: build("householder", X, W)[used == "D"], (X, W))
 
 
-# ---- base points and inverses
+# base points and inverses
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_base_point_is_exact_at_zero(name, dtype, backend, device):
     if dtype == torch.float64:
-        rk.set_backend("torch")  # the Triton kernels serve no fp64
+        rk.set_backend("torch")  # the Triton kernels do not support fp64
     R0 = _point(2, 14, 4, dtype=dtype).to(device)
     zero = torch.zeros(2, 14, 4, dtype=dtype, device=device)
     assert torch.equal(ENGINE[name](zero, R0), R0)
@@ -197,7 +197,7 @@ def test_orthonormalize_gives_the_nearest():
     assert rk.orthonormality_error(rk.orthonormalize(torch.randn(2, 3, 9))) <= 1e-6
 
 
-# ---- bad input
+# invalid arguments
 
 
 @pytest.mark.parametrize("function", [rk.householder, rk.cayley])

@@ -1,6 +1,4 @@
-"""Position specs, masks and packed batches: the semantics as tables, and against a slow Python
-reading of them.
-"""
+"""Tests of position specs, masks and packed batches, with a simple Python implementation."""
 
 from __future__ import annotations
 
@@ -24,8 +22,7 @@ from reft_kernels.positions import (
 
 T = 8
 
-# spec, prompt length -> columns of one example of 8 columns without padding on the left (the
-# paper's and pyreft's clamp)
+# spec, prompt length -> columns of one example with 8 columns and no left padding, as in pyreft
 TABLE = [
     ("f2+l2", 8, [0, 1, 6, 7]),
     ("f2+l2", 5, [0, 1, 3, 4]),
@@ -58,8 +55,9 @@ def test_spec(spec, length, columns):
 
 @pytest.mark.parametrize(("spec", "length", "columns"), TABLE, ids=str)
 def test_second_example_and_left_padding(spec, length, columns):
-    """Padded left by two; the rows of the second example start at T. Without a mask, a left
-    prompt ends at the last column.
+    """The rows of the second example start at T, and prompts are padded on the left by two.
+
+    Without a mask, a left-padded prompt ends at the last column.
     """
     if spec in ("f2+l2", "f1+l3", "l3+f1", "f3+l1", "f3", "l3", "l1", "prompt") and length <= T - 2:
         mask = torch.ones(2, T, dtype=torch.int64)
@@ -109,7 +107,7 @@ def test_a_spec_that_does_not_parse(spec):
         resolve(spec, [1], 4)
 
 
-# ---- against a slow reading
+# comparison with a simple Python implementation
 
 
 def _slow(spec: str, starts, lengths, width, real=None, offset=0, strides=None) -> list[int]:
@@ -188,7 +186,7 @@ def test_resolve_against_slow(spec, batch, side, masked):
 @hypothesis.settings(max_examples=200)
 @hypothesis.given(spec=_SPECS, batch=_batches(), cut=st.integers(0, 9))
 def test_chunks_of_a_prefill_cover_the_whole_once(spec, batch, cut):
-    """prompt_rows of two chunks: what each edits is what the whole edits, shifted."""
+    """Two chunks of a prefill edit the same rows as the whole prefill."""
     width, _, lengths = batch
     cut = min(cut, width)
     parsed, starts, n = (
@@ -213,7 +211,7 @@ def test_packed_against_slow(spec, sizes, whole):
     assert got.tolist() == _slow(spec, [0] * len(sizes), lengths, 10, strides=offsets)
 
 
-# ---- other sources
+# indices, masks and labels
 
 
 def test_from_indices():
@@ -321,7 +319,7 @@ def test_bad_input(call, error, message):
 
 
 def test_prompt_rows_neither_copies_nor_synchronises():
-    """Only operators that run on the tensor's own device, none that reads a value on the host."""
+    """prompt_rows runs only operators on the tensor's device and reads no value on the host."""
 
     class Calls(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):

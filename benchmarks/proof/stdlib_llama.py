@@ -1,5 +1,6 @@
-"""A small Llama trained from scratch on the standard library's own text, as a frozen base where
-no model can be fetched.
+"""Train a small Llama from scratch on the standard library's sources.
+
+It is a frozen base for machines that cannot download a model.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PACKAGES = (
 
 
 def texts() -> list[str]:
-    """Sources of the standard library: top-level modules and :data:`PACKAGES`, tests left out."""
+    """Return the standard library's sources: top-level modules and :data:`PACKAGES`, no tests."""
     root = Path(sysconfig.get_path("stdlib"))
     files = sorted(root.glob("*.py")) + [
         path for name in PACKAGES for path in sorted((root / name).rglob("*.py"))
@@ -41,7 +42,7 @@ def texts() -> list[str]:
 
 
 def train_tokenizer(corpus: list[str]):
-    """A byte-level BPE tokenizer with ``<s>``, ``</s>`` and ``<pad>``."""
+    """Train a byte-level BPE tokenizer with ``<s>``, ``</s>`` and ``<pad>``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -63,8 +64,10 @@ def train_tokenizer(corpus: list[str]):
 
 
 def train_llama(folder: Path, seconds: float, seed: int = 0) -> dict[str, float]:
-    """Train for a stretch of time and save model and tokenizer; the first and last losses, steps
-    and tokens seen.
+    """Train for a number of seconds, and save the model and its tokenizer.
+
+    Returns:
+        The number of parameters, steps and tokens, and the first and last losses.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,7 +1,7 @@
-"""The suites, in the order of their numbers.
+"""The benchmark suites, in display order.
 
-A module has ``TITLE``, ``ABOUT`` and ``cases(settings)``, or ``measure(settings)`` where samples
-need processes of their own.
+Each module has ``TITLE``, ``ABOUT`` and ``cases(settings)``, or ``measure(settings)`` where the
+samples need subprocesses.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from types import ModuleType
 
 from benchmarks import harness
-from benchmarks.rows import Row
+from benchmarks.protocol import RunSettings
+from benchmarks.rows import Measurement
 
 NAMES = (
     "edit_all_rows",
@@ -27,18 +28,18 @@ NAMES = (
 
 
 def load(name: str) -> ModuleType:
-    """The module of a suite.
+    """Return the module of a suite.
 
     Raises:
-        ValueError: no such suite.
+        ValueError: If there is no such suite.
     """
     if name not in NAMES:
         raise ValueError(f"suite: got {name!r}, expected one of {', '.join(NAMES)}")
     return importlib.import_module(f"benchmarks.suites.{name}")
 
 
-def answers(name: str, settings: harness.Settings) -> Iterator[list[Row]]:
-    """Measure a suite: the rows of one case after the other."""
+def measure(name: str, settings: RunSettings) -> Iterator[list[Measurement]]:
+    """Measure a suite and yield the rows of each case."""
     suite = load(name)
     if hasattr(suite, "measure"):
         yield from suite.measure(settings)

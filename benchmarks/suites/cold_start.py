@@ -1,11 +1,10 @@
-"""Suite 7: what does a process pay before its first result: imports, compilation, and compilation
-again with filled caches?
+"""Suite 7: time of a process before its first result: imports and compilation.
 
-Every sample is a process of its own that times itself, so that the interpreter's start is left out.
-A first call is an edit's forward and backward on a [64, 256] hidden state, from a process that has
-imported everything it names (what PyTorch's compiler imports when first used is the call's) to the
-end of both; the device is awake before. ``first_call`` finds empty compiler caches,
-``first_call_cached`` those that a process before it filled.
+Every sample is a process that times itself, so that the start of the interpreter is excluded. A
+first call is an edit's forward and backward on a [64, 256] hidden state, in a process that has
+imported every module it names, on an initialized device. Modules that PyTorch's compiler imports
+on first use belong to the call. ``first_call`` starts with empty compiler caches,
+``first_call_cached`` with the caches that an earlier process filled.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ import torch
 
 import reft_kernels
 from benchmarks import edits
-from benchmarks.harness import Case, Settings, rows_of_samples, synchronize
-from benchmarks.rows import Row
+from benchmarks.harness import rows_of_samples, synchronize
+from benchmarks.protocol import Case, RunSettings
+from benchmarks.rows import Measurement
 
 TITLE = "Cold start"
 ABOUT = "seconds of imports, and of the first edit with empty and with filled compiler caches"
@@ -44,7 +44,7 @@ EDITS = {
 COMPILED = "torch.compile, folded"
 
 
-def measure(settings: Settings) -> Iterator[list[Row]]:
+def measure(settings: RunSettings) -> Iterator[list[Measurement]]:
     """Yield the rows of each case."""
     rounds = settings.rounds or (1 if settings.quick else ROUNDS)
     yield _rows("import", "torch", _imports(rounds, warm_up=not settings.quick), settings)
@@ -72,7 +72,7 @@ def first_call(name: str, device: str) -> None:
 
 
 def _imports(rounds: int, warm_up: bool) -> _Samples:
-    """The warm-up brings files into memory."""
+    """Time the import statements. The warm-up round fills the file cache."""
     samples = _Samples(IMPORTS)
     for number in range(-warm_up, rounds):
         for name, statement in IMPORTS.items():
@@ -103,19 +103,19 @@ def _first_calls(rounds: int, device: str, names: list[str]) -> tuple[_Samples, 
 
 
 class _Samples:
-    """Seconds by provider, or why there are none."""
+    """Seconds by provider, and a note for each provider without samples."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
         self.notes: dict[str, str] = {}
 
     def take(self, name: str, code: str, environment: dict[str, str], keep: bool = True) -> None:
-        """Run ``code`` in a new process, which prints its seconds last."""
+        """Run ``code``, which prints its seconds last, in a new process."""
         if name in self.notes:
             return
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
         try:
-            done = subprocess.run(
+            result = subprocess.run(
                 [sys.executable, "-c", code],
                 env=os.environ | threads | environment,
                 cwd=ROOT,
@@ -132,16 +132,16 @@ class _Samples:
             )
         else:
             if keep:
-                self.seconds[name].append(float(done.stdout.split()[-1]))
+                self.seconds[name].append(float(result.stdout.split()[-1]))
 
     def _give_up(self, name: str, note: str) -> None:
         self.notes[name] = note
         del self.seconds[name]
 
 
-def _rows(what: str, baseline: str, samples: _Samples, settings: Settings) -> list[Row]:
+def _rows(mode: str, baseline: str, samples: _Samples, settings: RunSettings) -> list[Measurement]:
     shape = (
-        {"what": what} if what == "import" else {"what": what, "rows": ROWS, "d": WIDTH, "r": RANK}
+        {"what": mode} if mode == "import" else {"what": mode, "rows": ROWS, "d": WIDTH, "r": RANK}
     )
     case = Case("cold_start", "start", shape, torch.float32, {}, baseline)
     return rows_of_samples(case, settings, samples.seconds, samples.notes)

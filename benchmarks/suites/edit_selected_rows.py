@@ -1,9 +1,8 @@
-"""Suite 2: what does a LoReFT edit of f1+l1 to f16+l16 of each prompt cost, and does the sequence
-length matter?
+"""Suite 2: cost of a LoReFT edit of f1+l1 to f16+l16 of each prompt, against the sequence length.
 
-The hidden state is [batch * T, d]; a provider edits the selected rows and hands on a hidden state
-with all other rows as they were. "the rows alone" is the same edit by reft_kernels of a hidden
-state that holds nothing else: what the work itself costs.
+The hidden state is [batch * T, d]. A provider edits the selected rows and returns a hidden state
+whose other rows are unchanged. "the rows alone" is the same edit by reft_kernels of a hidden
+state that holds only the selected rows, as a lower bound.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ from torch import Tensor
 
 import reft_kernels
 from benchmarks import edits
-from benchmarks.harness import Call, Case, Provider, Settings, Verdict, sets_for
+from benchmarks.harness import sets_for
+from benchmarks.protocol import AccuracyCheck, Call, Case, Provider, RunSettings
 from reft_kernels import positions
 
 TITLE = "Edit of selected rows"
-ABOUT = "f1+l1 to f16+l16 of each prompt, in place, whatever the sequence length"
+ABOUT = "in-place edit of f1+l1 to f16+l16 of each prompt, at several sequence lengths"
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = (128, 512, 2048, 8192)
 BATCHES = (1, 8, 64)
@@ -30,35 +30,33 @@ BASE = {"cpu": (8, 512, 7), "cuda": (32, 512, 7)}
 WIDTH, RANK = 4096, 8
 
 
-def shapes(settings: Settings) -> list[tuple[int, int, int]]:
-    """(batch, T, k of fk+lk): a star around the base shape, and the longest sequence with the
-    largest batch that fits.
-    """
+def shapes(settings: RunSettings) -> list[tuple[int, int, int]]:
+    """Return (batch, T, k of fk+lk) of each case, varied one at a time around the base shape."""
     if settings.quick:
         return [(2, 64, 2)]
     batch, length, count = BASE[settings.device]
-    found = [
+    varied = [
         (batch, length, count),
         *((batch, t, count) for t in LENGTHS),
         *((n, length, count) for n in BATCHES),
     ]
-    return list(dict.fromkeys([*found, *((batch, length, k) for k in COUNTS)]))
+    return list(dict.fromkeys([*varied, *((batch, length, k) for k in COUNTS)]))
 
 
 def _gathered(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor) -> Tensor:
-    """Clone, gather, edit, scatter: what a hook does that must not change its input."""
+    """Clone, gather, edit and scatter, as in a hook that must not change its input."""
     out = h.clone()
     out[rows] = edits.eager_unfolded(h[rows], R, W, b)
     return out
 
 
 def _gathered_in_place(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor) -> Tensor:
-    """Gather, edit folded, scatter into the same tensor: PyTorch's best."""
+    """Gather, edit with the folded formula and scatter into the same tensor."""
     return h.index_copy_(0, rows, edits.eager_folded(h.index_select(0, rows), R, W, b))
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Every batch, length and number of positions."""
+def cases(settings: RunSettings) -> Iterator[Case]:
+    """Yield every batch size, length and number of positions."""
     device = settings.device
     d, rank = (128, 4) if settings.quick else (WIDTH, RANK)
     for dtype in DTYPES[:1] if settings.quick else DTYPES:
@@ -79,12 +77,11 @@ def _case(
     weights, wide = problems[0].weights, rows.long()
     d, dtype = problems[0].hidden.shape[1], problems[0].hidden.dtype
     alone = [problem.hidden[wide] for problem in problems]
-    gate = edits.Gate(edits.Problem(alone[0].clone(), torch.empty(0), weights), backward=False)
+    gate = edits.EditGate(edits.Problem(alone[0].clone(), torch.empty(0), weights), backward=False)
 
-    def check(edit: edits.Edit) -> Verdict:
-        hidden = problems[0].hidden.index_copy(
-            0, wide, gate.problem.hidden
-        )  # what was timed before has edited it in place
+    def check(edit: edits.EditFunction) -> AccuracyCheck:
+        # earlier calls have edited the hidden state in place
+        hidden = problems[0].hidden.index_copy(0, wide, gate.problem.hidden)
         out = edit(hidden.clone(), *weights)
         rest = torch.ones(hidden.shape[0], dtype=torch.bool, device=device).index_fill(
             0, wide, False
@@ -94,17 +91,20 @@ def _case(
         return gate(lambda *_: out[wide])
 
     def provider(
-        edit: edits.Edit, hidden: list[Tensor], backend: str | None = None, **call: bool
+        edit: edits.EditFunction, hidden: list[Tensor], backend: str | None = None, **call: bool
     ) -> Provider:
         def prepare(k: int) -> Call:
             def run(_: object) -> Tensor:
                 with torch.no_grad():
                     return edit(hidden[k], *weights)
 
-            return edits.forced(backend, Call(run, **call), hidden[k])
+            return edits.force_backend(backend, Call(run, **call), hidden[k])
 
-        own = hidden is not alone
-        return Provider(prepare, check=(lambda: edits.under(backend, check, edit)) if own else None)
+        checked = hidden is not alone
+        return Provider(
+            prepare,
+            check=(lambda: edits.check_with_backend(backend, check, edit)) if checked else None,
+        )
 
     all_hidden = [problem.hidden for problem in problems]
     inplace = functools.partial(reft_kernels.loreft, inplace=True)

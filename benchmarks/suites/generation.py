@@ -1,10 +1,10 @@
-"""Suite 5: what do prefill and decoding cost over the frozen model?
+"""Suite 5: cost of prefill and decoding over the frozen model.
 
-A Llama-like model with random weights, edited at the first and last 7 tokens of the prompt in every
-layer. A prefill is one forward over the prompt that fills the cache and keeps the last token's
-logits, as ``generate`` asks for; a decode call feeds 16
-further tokens one by one to a filled cache, and edits nothing. Both are held to fp64: logits of
-every prompt token, and of decoded tokens, the same for all. All models share one set of weights.
+A Llama-like model with random weights is edited at the first and last 7 tokens of the prompt in
+every layer. A prefill is one forward over the prompt that fills the cache and returns the last
+token's logits, as in ``generate``. A decode call feeds 16 further tokens one by one to a filled
+cache and edits nothing. The logits of every prompt token and of the decoded tokens are compared
+with fp64. All models share one set of weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from benchmarks import edits, models, shapes
-from benchmarks.harness import Call, Case, Provider, Settings, Verdict
 from benchmarks.models import Shape
+from benchmarks.protocol import AccuracyCheck, Call, Case, Provider, RunSettings
 from reft_kernels import positions
 
 TITLE = "Prefill and decoding"
@@ -30,13 +30,13 @@ ABOUT = (
     "tokens"
 )
 FROZEN, OURS, EAGER = "frozen model", "reft_kernels", "eager hooks"
-Verdicts = dict[str, dict[str, Verdict]]
+AccuracyChecks = dict[str, dict[str, AccuracyCheck]]
 STEPS, QUICK_STEPS, CHECKED_STEPS, CHECKED_TOKENS = 16, 4, 4, 8
 QUICK = Shape("llama-64x2", 64, 2, 4, 2, 176, 256, 2, 16)
 
 
-def asked(settings: Settings) -> list[Shape]:
-    """Models and their batches."""
+def model_shapes(settings: RunSettings) -> list[Shape]:
+    """Return the models and their batches."""
     if settings.quick:
         return [QUICK]
     if settings.device == "cpu":
@@ -44,14 +44,14 @@ def asked(settings: Settings) -> list[Shape]:
     return [shapes.LLAMA_1B, dataclasses.replace(shapes.LLAMA_8B, batch=8)]
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Both modes of each model.
+def cases(settings: RunSettings) -> Iterator[Case]:
+    """Yield both modes of each model.
 
     Raises:
-        RuntimeError: greedy generation by our tuner and by plain hooks differ in fp32.
+        RuntimeError: If greedy generation by reft_kernels and by plain hooks differs in fp32.
     """
     _check_tokens(settings.device)
-    for shape in asked(settings):
+    for shape in model_shapes(settings):
         steps = QUICK_STEPS if settings.quick else STEPS
         subjects, tokens = _subjects(shape, settings.device), _Tokens(shape, steps, settings.device)
         checked = functools.cache(functools.partial(_verdicts, subjects, shape, tokens))
@@ -66,7 +66,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def _provider(
-    name: str, model: nn.Module, tokens: _Tokens, mode: str, checked: Callable[[], Verdicts]
+    name: str, model: nn.Module, tokens: _Tokens, mode: str, checked: Callable[[], AccuracyChecks]
 ) -> Provider:
     def prepare(_: int) -> Call:
         if mode == "prefill":
@@ -82,7 +82,7 @@ def _provider(
 
 
 class _Tokens:
-    """A batch of prompts without padding and the tokens that are decoded after them."""
+    """A batch of prompts without padding, and the tokens that are decoded after them."""
 
     def __init__(self, shape: Shape, steps: int, device: str) -> None:
         self.width, self.end = shape.length, shape.length + steps
@@ -94,7 +94,7 @@ class _Tokens:
 
     @torch.no_grad()
     def prefill(self, model: nn.Module, keep: int = 1) -> tuple[Cache, Tensor]:
-        """The cache, and logits of the last ``keep`` tokens (0: of all)."""
+        """Return the cache, and the logits of the last ``keep`` tokens (0: of all tokens)."""
         prompt = {
             "input_ids": self.ids[:, : self.width],
             "attention_mask": self.mask[:, : self.width],
@@ -104,56 +104,56 @@ class _Tokens:
 
     @torch.no_grad()
     def decode(self, model: nn.Module, cache: Cache, most: int = STEPS) -> list[Tensor]:
-        """Logits of each decoded token."""
-        found = []
+        """Return the logits of each decoded token."""
+        logits = []
         for column in range(self.width, min(self.end, self.width + most)):
             step = {
                 "input_ids": self.ids[:, column : column + 1],
                 "attention_mask": self.mask[:, : column + 1],
             }
-            found.append(model(**step, past_key_values=cache, use_cache=True).logits)
-        return found
+            logits.append(model(**step, past_key_values=cache, use_cache=True).logits)
+        return logits
 
     def logits(self, model: nn.Module) -> dict[str, Tensor]:
-        """What is held to fp64, by mode."""
+        """Return the logits that are compared with fp64, by mode."""
         cache, prompt = self.prefill(model, keep=0)
         return {"prefill": prompt, "decode": torch.cat(self.decode(model, cache, CHECKED_STEPS), 1)}
 
 
 def _subjects(shape: Shape, device: str) -> dict[str, nn.Module]:
     frozen, weights = models.llama(shape, device).eval(), models.weights(shape, device)
-    edited, _ = models.tuned(frozen, shape, weights)
+    edited, _ = models.peft_model(frozen, shape, weights)
     return {
         FROZEN: frozen,
         OURS: edited.eval(),
-        EAGER: _hooked(models.sharing(frozen), shape, weights, shape.dtype),
+        EAGER: _hooked(models.shallow_copy(frozen), shape, weights, shape.dtype),
     }
 
 
 def _hooked(
     model: nn.Module, shape: Shape, weights: models.Weights, dtype: torch.dtype
 ) -> nn.Module:
-    """Edit the prompt by plain hooks: gather, the unfolded formula, scatter; columns and cast
-    weights are there before.
-    """
+    """Edit the prompt by plain hooks that gather, edit with the unfolded formula and scatter."""
     rows = positions.resolve(shape.spec, [shape.length], shape.length, device=weights[0][0].device)
     columns = rows[rows >= 0].long()
 
-    def hook(layer: nn.Module, args: object, hidden: Tensor, *, own: list[Tensor]) -> Tensor:
+    def hook(layer: nn.Module, args: object, hidden: Tensor, *, edit: list[Tensor]) -> Tensor:
         if hidden.shape[1] == 1:
             return hidden
-        return hidden.index_copy_(1, columns, edits.eager_unfolded(hidden[:, columns], *own))
+        return hidden.index_copy_(1, columns, edits.eager_unfolded(hidden[:, columns], *edit))
 
     for layer, triple in zip(model.model.layers, weights, strict=True):
-        layer.register_forward_hook(functools.partial(hook, own=[t.to(dtype) for t in triple]))
+        layer.register_forward_hook(functools.partial(hook, edit=[t.to(dtype) for t in triple]))
     return model
 
 
 def _doubled(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model in fp64: each part's parameters become so just before it runs and go back after
-    it, to save memory.
+    """Return a copy of the model that computes in fp64.
+
+    To save memory, the parameters of each part are converted just before it runs and converted back
+    after it.
     """
-    twin = models.sharing(model)
+    twin = models.shallow_copy(model)
     for norm in (module for module in twin.modules() if isinstance(module, LlamaRMSNorm)):
         norm.forward = functools.partial(_exact_norm, norm)
     for part in (twin.model.embed_tokens, *twin.model.layers, twin.model.norm, twin.lm_head):
@@ -170,9 +170,10 @@ def _exact_norm(norm: LlamaRMSNorm, hidden: Tensor) -> Tensor:
     return nn.functional.rms_norm(hidden, hidden.shape[-1:], norm.weight, norm.variance_epsilon)
 
 
-def _verdicts(subjects: dict[str, nn.Module], shape: Shape, tokens: _Tokens) -> Verdicts:
-    """By provider and mode; twice the error of the plain hooks is allowed, or 16 units of the
-    dtype's precision.
+def _verdicts(subjects: dict[str, nn.Module], shape: Shape, tokens: _Tokens) -> AccuracyChecks:
+    """Return the accuracy of each provider in each mode.
+
+    The allowed error is twice that of the plain hooks, or 16 units of the dtype's precision.
     """
     errors = {}
     for names in ((EAGER, OURS), (FROZEN,)):
@@ -183,16 +184,16 @@ def _verdicts(subjects: dict[str, nn.Module], shape: Shape, tokens: _Tokens) -> 
             )
         exact = tokens.logits(model)
         for name in names:
-            found = tokens.logits(subjects[name])
+            logits = tokens.logits(subjects[name])
             errors[name] = {
-                mode: float((own.double() - exact[mode]).abs().max() / exact[mode].abs().max())
-                for mode, own in found.items()
+                mode: float((value.double() - exact[mode]).abs().max() / exact[mode].abs().max())
+                for mode, value in logits.items()
             }
     least = edits.EPS * torch.finfo(shape.dtype).eps
     allowed = {mode: max(edits.TIMES * error, least) for mode, error in errors[EAGER].items()}
     return {
-        name: {mode: Verdict(error, allowed[mode]) for mode, error in own.items()}
-        for name, own in errors.items()
+        name: {mode: AccuracyCheck(error, allowed[mode]) for mode, error in by_mode.items()}
+        for name, by_mode in errors.items()
     }
 
 

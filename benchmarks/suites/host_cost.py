@@ -1,8 +1,7 @@
-"""Suite 6: how many microseconds does a call of each public function cost on the host, and how many
-launches?
+"""Suite 6: host time and launches of one call of each public function.
 
-Tensors are small, so that little but the host is left: 14 rows of 64, rank 4. On a GPU the column
-``host_us`` is the answer, on a CPU the time is. ``forward`` is without gradients; ``both`` is
+Tensors are small, 14 rows of 64 with rank 4, so that host time dominates. On a GPU it is the
+column ``host_us``, on a CPU the time itself. ``forward`` runs without gradients; ``both`` is
 forward and backward.
 """
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 import reft_kernels as rk
 from benchmarks import edits
-from benchmarks.harness import Call, Case, Provider, Settings
+from benchmarks.protocol import Call, Case, Provider, RunSettings
 
 TITLE = "Host cost"
 ABOUT = "microseconds and launches of one call of each public function on small tensors"
@@ -24,8 +23,8 @@ ROWS, WIDTH, RANK = 14, 64, 4
 OWN, REFERENCE, EAGER = "reft_kernels", "reft_kernels, torch backend", "eager, unfolded"
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Every function, forward and with its gradients."""
+def cases(settings: RunSettings) -> Iterator[Case]:
+    """Yield every function, forward and with its gradients."""
     torch.manual_seed(0)
     for name, (function, tensors) in _functions(settings.device).items():
         for mode in ("forward", "both"):
@@ -69,7 +68,7 @@ def _case(name: str, function: Callable[..., Tensor], tensors: list[Tensor], mod
             if mode == "forward"
             else lambda _: torch.autograd.grad(function(*leaves), leaves, grad)
         )
-        return Provider(lambda _: edits.forced(backend, Call(run), tensors[0]))
+        return Provider(lambda _: edits.force_backend(backend, Call(run), tensors[0]))
 
     providers = {OWN: provider(function), REFERENCE: provider(function, "torch")}
     if name == "loreft":

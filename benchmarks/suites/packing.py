@@ -1,22 +1,20 @@
-"""Suite 9: how many examples per second do packed batches train, against padded ones?
+"""Suite 9: throughput of packed training batches against padded ones.
 
 A call is one LoReFT training step (forward, backward, AdamW) on 32 examples, so 1 / ratio is the
-gain in examples per second.
-Tokens are random, answers 6 tokens long, and lengths are drawn:
+gain in examples per second. Tokens are random, answers have 6 tokens, and lengths are drawn from
+one of two distributions:
 
-    boolq      prompts as BoolQ's suites with their passages, 8.9 and 108 tokens on average
-    (Clark et al. 2019):
-               lognormal with that mean and sigma 0.5, examples cut at 512
-    suites  whole examples as LLM-Adapters' rows of BoolQ, the suite without its passage in a
-    fixed
-               sentence: 38 tokens, standard deviation 2
+- ``boolq``: prompts like BoolQ's questions with their passages, 8.9 and 108 tokens on average
+  (Clark et al. 2019). Lognormal with that mean and sigma 0.5, examples cut at 512.
+- ``questions``: whole examples like LLM-Adapters' rows of BoolQ, a question without its passage
+  in a fixed sentence: 38 tokens, standard deviation 2.
 
-"padding" has 32 random examples padded to their longest, "packing" the very same ones in rows of up
-to 512. "padding, grouped by length" has other examples of the same distribution: reft-train's
-sampler puts 512 in groups of 32 by length; of these the group is taken whose padded size is nearest
-to the groups' mean, since a group's size is its time. Tokens of an example, filling included, are
-in the shape as means over the batches, ``real`` without any. Loss and gradients of W are held to
-plain PyTorch in fp64 on padded batches; a packed batch must give those of the padded one.
+"padding" has 32 random examples padded to the longest. "packing" has the same examples in rows of
+up to 512 tokens. "padding, grouped by length" has other examples of the same distribution:
+reft-train's sampler sorts 512 examples into groups of 32 by length, and the group whose padded
+size is nearest to the mean is measured. The shape has the mean tokens per example, with padding
+included, and as ``real`` without it. Loss and gradients of W of padded batches are compared with
+plain PyTorch in fp64, those of a packed batch with the padded batch.
 """
 
 from __future__ import annotations
@@ -35,23 +33,23 @@ from torch import Tensor
 
 from benchmarks import models, shapes
 from benchmarks.correctness import StepGate
-from benchmarks.harness import Case, Settings
-from benchmarks.models import Batch, Packed, Shape
+from benchmarks.models import PackedBatch, PaddedBatch, Shape
+from benchmarks.protocol import Case, RunSettings
 
 TITLE = "Packing"
 ABOUT = (
-    "a LoReFT step on 32 examples, packed, over the same padded: 1 / ratio is the gain in "
-    "examples per second"
+    "a LoReFT step on 32 packed examples over a step on the same examples padded; 1 / ratio is the "
+    "gain in examples per second"
 )
 PADDING, GROUPED, PACKING = "padding", "padding, grouped by length", "packing"
 POOL, ROW, ANSWER, SETS = 512, 512, 6, 8
-SUITE, PASSAGE, SIGMA = 8.9, 108.0, 0.5
+QUESTION, PASSAGE, SIGMA = 8.9, 108.0, 0.5
 SENTENCE, SPREAD = 38.0, 2.0
 Items = Sequence[dict[str, list[int]]]
 
 
 def _with_passages(count: int, generator: torch.Generator) -> Tensor:
-    location = math.log(SUITE + PASSAGE) - SIGMA**2 / 2  # of a lognormal with that mean
+    location = math.log(QUESTION + PASSAGE) - SIGMA**2 / 2  # gives the lognormal that mean
     return torch.exp(location + SIGMA * torch.randn(count, generator=generator)) + ANSWER
 
 
@@ -65,8 +63,8 @@ LENGTHS: dict[str, Callable[[int, torch.Generator], Tensor]] = {
 }
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Both distributions of lengths."""
+def cases(settings: RunSettings) -> Iterator[Case]:
+    """Yield both distributions of lengths."""
     sets, batch = (1, 4) if settings.quick else (SETS, 32)
     shape = dataclasses.replace(shapes.QUICK if settings.quick else shapes.small(512), batch=batch)
     for name in LENGTHS:
@@ -74,7 +72,7 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def pool(name: str, number: int, vocabulary: int) -> Items:
-    """The ``number``-th 512 examples of a distribution."""
+    """Return the ``number``-th 512 examples of a distribution."""
     generator = torch.Generator().manual_seed(number)
     lengths = LENGTHS[name](POOL, generator).round().int().clamp(2 * ANSWER, ROW).tolist()
     ids = [
@@ -86,7 +84,7 @@ def pool(name: str, number: int, vocabulary: int) -> Items:
 
 
 def typical_group(examples: Items, batch: int) -> Items:
-    """The group by length whose longest example is nearest to the groups' mean."""
+    """Return the group by length whose longest example is nearest to the mean over the groups."""
     lengths = [len(item["input_ids"]) for item in examples]
     order = list(GroupedSampler(lengths, batch, seed=0))
     groups = [order[i : i + batch] for i in range(0, len(order), batch)]
@@ -96,15 +94,15 @@ def typical_group(examples: Items, batch: int) -> Items:
     return [examples[i] for i in groups[nearest]]
 
 
-def padded(examples: Items, shape: Shape, device: str) -> Batch:
-    """The examples on their own rows, filled up to the longest."""
+def padded(examples: Items, shape: Shape, device: str) -> PaddedBatch:
+    """Return the examples on one row each, padded to the longest."""
     return models.collated(PaddingCollator(0)(examples), shape.spec, device)
 
 
-def packed(examples: Items, device: str) -> Packed:
-    """The examples in rows of up to 512."""
+def packed(examples: Items, device: str) -> PackedBatch:
+    """Return the examples in rows of up to 512 tokens."""
     batch = PackingCollator(ROW, 0)(examples)
-    return Packed(
+    return PackedBatch(
         {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in batch.items()
@@ -115,21 +113,22 @@ def packed(examples: Items, device: str) -> Packed:
 def _case(shape: Shape, name: str, device: str, sets: int) -> Case:
     model, weights = models.llama(shape, device), models.weights(shape, device)
     pools = [pool(name, number, shape.vocabulary) for number in range(sets)]
-    alike = [
-        examples[: shape.batch] for examples in pools
-    ]  # drawn independently: the first are as good as any
-    plain = [padded(examples, shape, device) for examples in alike]
+    # the examples are independent, so the first ones are a random batch
+    random_batches = [examples[: shape.batch] for examples in pools]
+    plain = [padded(examples, shape, device) for examples in random_batches]
     grouped = [padded(typical_group(examples, shape.batch), shape, device) for examples in pools]
-    rows = [packed(examples, device) for examples in alike]
+    rows = [packed(examples, device) for examples in random_batches]
     gates = {
         id(batch): functools.cache(functools.partial(StepGate, shape, device, batch))
         for batch in (plain[0], grouped[0])
     }
 
-    def provider(batches: Sequence[Batch | Packed], exact: Batch) -> models.Provider:
-        build = functools.partial(models.by_peft, model, shape, weights)
+    def provider(
+        batches: Sequence[PaddedBatch | PackedBatch], exact: PaddedBatch
+    ) -> models.Provider:
+        build = functools.partial(models.peft_stepper, model, shape, weights)
         return models.provider(
-            build, batches, lambda: gates[id(exact)]()(models.by_peft, batches[0])
+            build, batches, lambda: gates[id(exact)]()(models.peft_stepper, batches[0])
         )
 
     providers = {
@@ -137,11 +136,13 @@ def _case(shape: Shape, name: str, device: str, sets: int) -> Case:
         GROUPED: provider(grouped, grouped[0]),
         PACKING: provider(rows, plain[0]),
     }
-    real = statistics.fmean(len(item["input_ids"]) for examples in alike for item in examples)
+    real = statistics.fmean(
+        len(item["input_ids"]) for examples in random_batches for item in examples
+    )
     sizes = {"padded": plain, "grouped": grouped, "packed": rows}
     tokens = {
-        key: statistics.fmean(b.inputs["input_ids"].numel() for b in own) / shape.batch
-        for key, own in sizes.items()
+        key: statistics.fmean(b.inputs["input_ids"].numel() for b in batches) / shape.batch
+        for key, batches in sizes.items()
     }
     dimensions = {
         "model": shape.name,

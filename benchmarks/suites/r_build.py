@@ -1,9 +1,8 @@
-"""Suite 3: what does it cost to build R with orthonormal rows, and its gradient, for one layer and
-for 32 in one call?
+"""Suite 3: cost of building R with orthonormal rows, and its gradient.
 
-``torch.nn.utils.parametrizations.orthogonal`` is what pyreft uses; it works on the d x d
-completion. "householder_product" is PyTorch's bare kernel on the d x r reflectors, without the
-completion: the strongest that PyTorch offers.
+One layer, and 32 layers in one call. ``torch.nn.utils.parametrizations.orthogonal``, which pyreft
+uses, works on the d x d completion. "householder_product" is PyTorch's kernel on the d x r
+reflectors without the completion, the fastest way in PyTorch.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 import reft_kernels
-from benchmarks.harness import Call, Case, Provider, Settings, Verdict
+from benchmarks.protocol import AccuracyCheck, Call, Case, Provider, RunSettings
 from reft_kernels import dispatch
 
 TITLE = "Build of R"
@@ -36,8 +35,8 @@ ONE_LAYER = "reft_kernels householder, one layer"
 ORTHONORMAL = 1e-6
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Every shape, forward and with the gradient."""
+def cases(settings: RunSettings) -> Iterator[Case]:
+    """Yield every shape, forward and with the gradient."""
     for layers, d, rank in ((1, 256, 4), (4, 256, 4)) if settings.quick else SHAPES:
         for mode in ("forward", "both"):
             torch.manual_seed(0)
@@ -45,15 +44,16 @@ def cases(settings: Settings) -> Iterator[Case]:
 
 
 def _product(X: Tensor) -> Tensor:
-    """PyTorch's kernel on the reflectors that reft_kernels takes from X: the columns below the
-    diagonal, ones on it.
+    """Apply PyTorch's kernel to the reflectors that reft_kernels reads from X.
+
+    They are the columns of X below the diagonal, with ones on it.
     """
     lower = X.tril(-1)
     return torch.linalg.householder_product(lower, 2 / (1 + lower.square().sum(-2))).mT
 
 
 def case(layers: int, d: int, rank: int, mode: str, device: str) -> Case:
-    """One shape and mode."""
+    """Return one shape and mode."""
     X = torch.randn(layers, d, rank, device=device) / d**0.5
     G = torch.randn(layers, rank, d, device=device)
 
@@ -85,7 +85,7 @@ def case(layers: int, d: int, rank: int, mode: str, device: str) -> Case:
         ),
     }
     baseline = BASELINE
-    if layers > 1:  # PyTorch takes one matrix after the other: one layer's time, as often
+    if layers > 1:  # PyTorch has no batched kernel: it needs the time of one layer, repeated
         del providers[BASELINE], providers["householder_product"]
         baseline = ONE_LAYER
         providers[ONE_LAYER] = case(1, d, rank, mode, device).providers["reft_kernels householder"]
@@ -95,7 +95,10 @@ def case(layers: int, d: int, rank: int, mode: str, device: str) -> Case:
 
 
 def _orthogonal(layers: int, d: int, rank: int, mode: str, device: str) -> Call:
-    """The parametrization with its defaults; the weight is [d, rank] with orthonormal columns."""
+    """Return the parametrization with its defaults.
+
+    The weight is [d, rank] with orthonormal columns.
+    """
     linear = torch.nn.Linear(rank, d, bias=False, device=device)
     torch.nn.utils.parametrizations.orthogonal(linear)
     leaf, grad = linear.parametrizations.weight.original, torch.randn(d, rank, device=device)
@@ -109,22 +112,22 @@ def _orthogonal(layers: int, d: int, rank: int, mode: str, device: str) -> Call:
     )
 
 
-def _check_orthogonal(d: int, rank: int) -> Verdict:
+def _check_orthogonal(d: int, rank: int) -> AccuracyCheck:
     linear = torch.nn.Linear(rank, d, bias=False)
     torch.nn.utils.parametrizations.orthogonal(linear)
-    return Verdict(reft_kernels.orthonormality_error(linear.weight.detach().mT), 1e-4)
+    return AccuracyCheck(reft_kernels.orthonormality_error(linear.weight.detach().mT), 1e-4)
 
 
 def _cayley(X: Tensor) -> Tensor:
-    """The reference backend's map; the tests hold it to the dense definition."""
+    """Compute the reference backend's map. The tests compare it with the dense definition."""
     with dispatch.backend("torch"):
         return reft_kernels.cayley(X)
 
 
 def _check(
     function: Callable[[Tensor], Tensor], exact: Callable[[Tensor], Tensor], X: Tensor, G: Tensor
-) -> Verdict:
-    """Rows orthonormal, values and gradient those of fp64."""
+) -> AccuracyCheck:
+    """Check that rows are orthonormal, and compare values and gradient with fp64."""
 
     def both(f: Callable[[Tensor], Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         leaf = X.to(dtype).requires_grad_()
@@ -132,8 +135,11 @@ def _check(
         return R.detach(), torch.autograd.grad(R, leaf, G.to(dtype))[0]
 
     pairs = zip(both(function, X.dtype), both(exact, torch.float64), strict=True)
-    errors = [float((own.double() - right).abs().max() / right.abs().max()) for own, right in pairs]
+    errors = [
+        float((value.double() - reference).abs().max() / reference.abs().max())
+        for value, reference in pairs
+    ]
     error = reft_kernels.orthonormality_error(function(X))
     if error > ORTHONORMAL:
-        return Verdict(error, ORTHONORMAL)
-    return Verdict(max(errors), 256 * torch.finfo(X.dtype).eps)
+        return AccuracyCheck(error, ORTHONORMAL)
+    return AccuracyCheck(max(errors), 256 * torch.finfo(X.dtype).eps)

@@ -1,15 +1,15 @@
-"""Suite 8: what does a LoReFT step through the whole training program cost over the frozen model's
-forward and backward?
+"""Suite 8: cost of a LoReFT step of the training program over the frozen model's step.
 
-The program is reft-train's: its Trainer with data loader, collator, shuffling sampler, callbacks
-and journal, AdamW under a schedule, clipped gradients, a line of the log every 10 steps; nothing is
-saved or evaluated. A call is one optimizer step, from the end of one to the end of the next, so
-that all that the program does between steps is in it; the line of the log, which a tenth of the
-calls writes, is not in their median. Examples are random tokens, all of one length, their first
-half prompt. The baseline is the frozen model's forward and backward to the input embeddings on the
-first batches of the same order; both are computed in one thread, see
-:mod:`benchmarks.trainer_thread`. The first step's loss and gradient of W, before the optimizer, are
-held to plain PyTorch in fp64 on the model cut to two layers.
+The program is reft-train's Trainer with data loader, collator, shuffling sampler, callbacks and
+journal, AdamW with a schedule, gradient clipping, and a log line every 10 steps. Nothing is saved
+or evaluated. A call is one optimizer step, from the end of one to the end of the next, so that it
+includes all work between steps. A tenth of the calls writes a log line, which does not affect the
+median. Examples are random tokens of one length, and their first half is the prompt.
+
+The baseline is the frozen model's forward and backward to the input embeddings on the first
+batches of the same order. Both run in one thread, see :mod:`benchmarks.trainer_thread`. The first
+step's loss and gradient of W, before the optimizer, are compared with plain PyTorch in fp64 on the
+model cut to two layers.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from transformers import TrainerCallback
 
 from benchmarks import models, shapes
 from benchmarks.correctness import StepGate
-from benchmarks.harness import Call, Case, Provider, Settings, Verdict
-from benchmarks.models import Batch, Shape, Weights
+from benchmarks.models import PaddedBatch, Shape, Weights
+from benchmarks.protocol import AccuracyCheck, Call, Case, Provider, RunSettings
 from benchmarks.trainer_thread import TrainerThread
 
 TITLE = "Step of the training program"
@@ -45,12 +45,12 @@ ABOUT = (
 )
 FROZEN, OURS = "frozen model", "reft_kernels, Trainer"
 EXAMPLES, STEPS, SETS, SEED = 1024, 1_000_000, 4, 42
-NO_CLIPPING = 1e30  # in the gate: clipping multiplies by 1
+NO_CLIPPING = 1e30  # a norm this large leaves gradients unchanged
 Items = Sequence[dict[str, list[int]]]
 
 
-def asked(settings: Settings) -> list[Shape]:
-    """Models and their batches."""
+def model_shapes(settings: RunSettings) -> list[Shape]:
+    """Return the models and their batches."""
     if settings.quick:
         return [shapes.QUICK]
     return (
@@ -58,9 +58,9 @@ def asked(settings: Settings) -> list[Shape]:
     )
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Every model; its training ends with its case."""
-    for shape in asked(settings):
+def cases(settings: RunSettings) -> Iterator[Case]:
+    """Yield every model. Its training ends with its case."""
+    for shape in model_shapes(settings):
         data = items(shape, shape.batch * 8 if settings.quick else EXAMPLES)
         trainer_thread, case = _case(shape, settings.device, data)
         try:
@@ -76,26 +76,26 @@ def _case(shape: Shape, device: str, data: Items) -> tuple[TrainerThread, Case]:
     )
     frozen = functools.cache(lambda: models.frozen(model, shape))
 
-    def still(k: int) -> Call:
+    def frozen_call(k: int) -> Call:
         stepper, batch = frozen(), first_batch(data, shape, device, k)
-        return _call(lambda: trainer_thread.do(lambda: stepper.step(batch)))
+        return _call(lambda: trainer_thread.run_task(lambda: stepper.step(batch)))
 
-    checked = Provider(
+    trained = Provider(
         lambda _: _call(trainer_thread.step),
-        lambda: trainer_thread.do(lambda: gate(shape, device, data)),
+        lambda: trainer_thread.run_task(lambda: gate(shape, device, data)),
     )
-    providers = {FROZEN: Provider(still), OURS: checked}
+    providers = {FROZEN: Provider(frozen_call), OURS: trained}
     return trainer_thread, Case(
         "trainer_step", "step", shape.dimensions, shape.dtype, providers, FROZEN, SETS, rounds=7
     )
 
 
 def _call(work: Callable[[], object]) -> Call:
-    return Call(lambda _: work(), capturable=False, countable=False, elsewhere=True)
+    return Call(lambda _: work(), capturable=False, countable=False, other_thread=True)
 
 
 def items(shape: Shape, count: int) -> Items:
-    """Examples of random tokens, the first half prompt."""
+    """Return examples of random tokens whose first half is the prompt."""
     ids = torch.randint(
         0, shape.vocabulary, (count, shape.length), generator=torch.Generator().manual_seed(0)
     ).tolist()
@@ -103,8 +103,8 @@ def items(shape: Shape, count: int) -> Items:
     return [{"input_ids": row, "labels": [-100] * half + row[half:]} for row in ids]
 
 
-def first_batch(data: Items, shape: Shape, device: str, number: int = 0) -> Batch:
-    """The ``number``-th batch of the training's order."""
+def first_batch(data: Items, shape: Shape, device: str, number: int = 0) -> PaddedBatch:
+    """Return the ``number``-th batch in training order."""
     order = list(ShuffledSampler(len(data), SEED))[
         number * shape.batch : (number + 1) * shape.batch
     ]
@@ -121,13 +121,18 @@ def trainer(
     callbacks: Sequence[TrainerCallback],
     **settings: object,
 ) -> Iterator[ReftTrainer]:
-    """The program's Trainer of a PEFT model with given R, W, b; its log goes to a folder that is
-    removed afterwards.
+    """Yield the program's Trainer of a PEFT model with given R, W and b.
+
+    Its log is written to a temporary folder.
 
     Args:
-        callbacks: after the program's own. settings: of the run, where they are to differ.
+        model, shape, weights: The frozen model, its shape, and R, W and b of each layer.
+        data: Training examples.
+        device: Device to train on.
+        callbacks: Callbacks to run after those of the program.
+        settings: Run settings that differ from the suite's.
     """
-    tuned, _ = models.tuned(model, shape, weights)
+    tuned, _ = models.peft_model(model, shape, weights)
     with tempfile.TemporaryDirectory(prefix="trainer-step-") as folder:
         fixed: dict[str, Any] = {
             "model": shape.name,
@@ -147,8 +152,8 @@ def trainer(
         arguments = training_arguments(
             RunConfig(**fixed | settings), Path(folder), tuned, len(data), None
         )
-        arguments.report_to = []  # TensorBoard is not everywhere
-        made = ReftTrainer(
+        arguments.report_to = []  # TensorBoard may not be installed
+        reft_trainer = ReftTrainer(
             collate=PaddingCollator(0),
             sampler=ShuffledSampler(len(data), SEED),
             model=tuned,
@@ -157,13 +162,13 @@ def trainer(
             callbacks=[FiniteLoss(), Journal(Path(folder) / LOG), *callbacks],
         )
         try:
-            yield made
+            yield reft_trainer
         finally:
-            made.close()
+            reft_trainer.close()
 
 
 class _FirstStep(TrainerCallback):
-    """Keeps the loss and the gradients of W of a single step, and ends the training."""
+    """Record the loss and the gradients of W of one step, then stop training."""
 
     def __init__(self) -> None:
         self.loss = torch.tensor(float("nan"))
@@ -188,13 +193,16 @@ class _FirstStep(TrainerCallback):
             self.loss = torch.tensor(logs["loss"])
 
 
-def gate(shape: Shape, device: str, data: Items, clip: float = NO_CLIPPING) -> Verdict:
-    """Loss and gradients of W of the program's first step against fp64, where gradients are not
-    clipped.
+def gate(shape: Shape, device: str, data: Items, clip: float = NO_CLIPPING) -> AccuracyCheck:
+    """Compare loss and gradients of W of the program's first step with fp64.
+
+    Args:
+        shape, device, data: Model, device and training examples.
+        clip: Norm at which gradients are clipped. By default they are not.
     """
-    exact, seen = StepGate(shape, device, first_batch(data, shape, device)), _FirstStep()
+    exact, recorder = StepGate(shape, device, first_batch(data, shape, device)), _FirstStep()
     with trainer(
-        exact.model, exact.shape, exact.weights, data, device, [seen], max_grad_norm=clip
-    ) as one:
-        one.train()
-    return exact.judge([seen.loss.to(device), *seen.gradients])
+        exact.model, exact.shape, exact.weights, data, device, [recorder], max_grad_norm=clip
+    ) as reft_trainer:
+        reft_trainer.train()
+    return exact.judge([recorder.loss.to(device), *recorder.gradients])

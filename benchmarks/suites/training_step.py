@@ -1,11 +1,9 @@
-"""Suite 4: what does a LoReFT training step cost over the frozen model's own, in time and in
-memory?
+"""Suite 4: cost of a LoReFT training step over the frozen model's step, in time and memory.
 
 The baseline is the frozen model's forward and its backward to the input embeddings, which any
-method that edits inside the model has to pay; a step adds the edits of every layer, the build of R,
-their gradients and AdamW. Models are Llama-like with
-random weights. A provider is held to plain PyTorch in fp64 on the same model cut to two layers:
-loss, and gradient of W in each layer.
+method that edits inside the model needs. A training step adds the edits of every layer, the build
+of R, their gradients and AdamW. Models are Llama-like with random weights. The loss and the
+gradient of W in each layer are compared with plain PyTorch in fp64 on the model cut to two layers.
 """
 
 from __future__ import annotations
@@ -18,8 +16,8 @@ import torch
 
 from benchmarks import models, shapes, third_party
 from benchmarks.correctness import Build, StepGate
-from benchmarks.harness import Case, Settings
 from benchmarks.models import Shape
+from benchmarks.protocol import Case, RunSettings
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, small
 
 TITLE = "Training step"
@@ -30,8 +28,8 @@ ABOUT = (
 FROZEN = "frozen model"
 
 
-def asked(settings: Settings) -> list[Shape]:
-    """Models and what is switched on."""
+def model_shapes(settings: RunSettings) -> list[Shape]:
+    """Return the models and their variants."""
     if settings.quick:
         return [shapes.QUICK]
     if settings.device == "cpu":
@@ -57,9 +55,9 @@ def asked(settings: Settings) -> list[Shape]:
     return [*variants, dataclasses.replace(one, compiled=True)]
 
 
-def cases(settings: Settings) -> Iterator[Case]:
-    """Every model."""
-    for shape in asked(settings):
+def cases(settings: RunSettings) -> Iterator[Case]:
+    """Yield every model."""
+    for shape in model_shapes(settings):
         torch.compiler.reset()
         yield _case(shape, settings.device)
 
@@ -68,9 +66,9 @@ def _case(shape: Shape, device: str) -> Case:
     model, weights = models.llama(shape, device), models.weights(shape, device)
     batches = [models.batch(shape, device, k) for k in range(4)]
     builds: dict[str, Build] = {
-        "reft_kernels": models.by_peft,
-        "eager hooks, cached R": functools.partial(models.by_hooks, cached=True),
-        "eager hooks": models.by_hooks,
+        "reft_kernels": models.peft_stepper,
+        "eager hooks, cached R": functools.partial(models.hooks_stepper, cached=True),
+        "eager hooks": models.hooks_stepper,
     }
     if not shape.checkpointing and not shape.compiled:  # neither package supports them
         for name, build in (
@@ -81,7 +79,7 @@ def _case(shape: Shape, device: str) -> Case:
                 name: build,
                 f"reft_kernels, in {name}": functools.partial(build, accelerated=True),
             }
-    # adapters reads last tokens as those of the sequence, not of the prompt
+    # adapters takes the last tokens of the sequence, not those of the prompt
     gate = functools.cache(
         lambda whole: StepGate(shape, device, models.batch(shape, device, whole=whole))
     )

@@ -1,4 +1,4 @@
-"""Tests of what is made of raw rows, on small made-up rows."""
+"""Rows with made-up values for the tests of the benchmark tools."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from benchmarks import rows
-from benchmarks.rows import Row
+from benchmarks.rows import Measurement
 
-_PLAIN = Row(
+_PLAIN = Measurement(
     suite="edit_all_rows",
     provider="reft_kernels",
     mode="forward",
@@ -47,8 +47,8 @@ def row(
     median: float | None = None,
     spread: float = 0.05,
     **values: object,
-) -> Row:
-    """A row whose p20 and p80 lie ``spread`` below and above its median."""
+) -> Measurement:
+    """Return a row whose p20 and p80 lie ``spread`` below and above its median."""
     times = {}
     if median is not None:
         times = {
@@ -59,9 +59,10 @@ def row(
     return dataclasses.replace(_PLAIN, provider=provider, **times | values)
 
 
-def edits(**values: object) -> list[Row]:
-    """One case of the first suite: reft_kernels faster than eager, slower than torch.compile;
-    pyreft is absent.
+def edits(**values: object) -> list[Measurement]:
+    """Return one case of the first suite.
+
+    reft_kernels is faster than eager and slower than torch.compile; pyreft is not installed.
     """
     return [
         row("torch.clone", 1.0, ratio=0.25, **values),
@@ -72,8 +73,8 @@ def edits(**values: object) -> list[Row]:
     ]
 
 
-def write(folder: Path, found: list[Row]) -> Path:
-    """Append rows to their device's file under ``folder``, which is returned."""
-    for one in found:
-        rows.append([one], folder / one.device / "raw.csv")
+def write(folder: Path, measurements: list[Measurement]) -> Path:
+    """Append rows to their device's file under ``folder`` and return ``folder``."""
+    for measurement in measurements:
+        rows.append([measurement], folder / measurement.device / "raw.csv")
     return folder

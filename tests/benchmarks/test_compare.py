@@ -1,4 +1,4 @@
-"""Comparisons: what counts as a change, and where reft_kernels is behind."""
+"""Tests of benchmarks.compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.benchmarks import edits, row, write
         (0.90, 0.001, "faster"),
         (1.10, 0.001, "slower"),
         (1.00, 0.001, "within noise"),
-        (1.029, 0.001, "within noise"),  # apart, but too close
+        (1.029, 0.001, "within noise"),  # intervals do not overlap, but less than 3 % apart
         (1.031, 0.001, "slower"),
         (0.971, 0.001, "within noise"),
         (0.969, 0.001, "faster"),
@@ -44,14 +44,15 @@ def test_missing_quantiles_are_the_median():
 
 
 def _files(tmp_path: Path, a: list, b: list) -> list[str]:
-    for name, found in (("a.csv", a), ("b.csv", b)):
-        rows.append(found, tmp_path / name)
+    for name, measurements in (("a.csv", a), ("b.csv", b)):
+        rows.append(measurements, tmp_path / name)
     return [str(tmp_path / "a.csv"), str(tmp_path / "b.csv")]
 
 
 def test_report(tmp_path, capsys):
-    """Newest rows are matched; noise is hidden, rows of one file alone are listed, a time that
-    went is told.
+    """The newest rows are matched, noise is hidden, and unmatched rows are listed.
+
+    A row that has a time in one file only is listed, too.
     """
     a = [
         row(median=9.0, when="2025-01-01T00:00:00Z"),
@@ -118,7 +119,7 @@ def test_as_a_module(tmp_path):
 
 
 def test_behind():
-    """Floors, noise and what is wrong do not count."""
+    """Floors, rows within noise and incorrect providers do not count."""
     found = [*edits(), row("eager, folded", 1.9), row("adapters", note="wrong: error 1")]
     (loss,) = compare.behind(found)
     assert loss.own.provider == "reft_kernels" and [r.provider for r in loss.others] == [
@@ -156,7 +157,7 @@ def test_a_backend_not_chosen_counts_and_maps_do_not_race():
 
 
 def test_devices(tmp_path):
-    """Every folder's files, the newest row of each case, by the device that the rows name."""
+    """All files are read, with the newest row of each case by the device that the rows name."""
     write(tmp_path, [row(median=1.0), row(median=2.0, device="z")])
     rows.append(
         [row(median=3.0, when="2027-01-01T00:00:00Z")],

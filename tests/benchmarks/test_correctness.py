@@ -1,4 +1,4 @@
-"""The gate of training steps tells right from wrong, for the suites that stand on it."""
+"""Tests of the accuracy check of training steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import models, shapes
 from benchmarks.correctness import StepGate
-from benchmarks.models import Packed
+from benchmarks.models import PackedBatch
 from benchmarks.suites import packing, trainer_step
 
 SHAPE = dataclasses.replace(shapes.QUICK, vocabulary=256, batch=4)
@@ -25,24 +25,24 @@ def gate(examples):
 
 
 def test_a_packed_batch_gives_the_padded_ones_loss_and_gradients(gate, examples):
-    verdict = gate(models.by_peft, packing.packed(examples, "cpu"))
+    verdict = gate(models.peft_stepper, packing.packed(examples, "cpu"))
     assert 0 < verdict.error <= verdict.allowed
 
 
 def test_packed_examples_that_see_each_other_are_caught(gate, examples):
     inputs = packing.packed(examples, "cpu").inputs
-    first = (inputs["labels"] != -100).int().argmax(dim=1)  # where each row's first response starts
-    leaking = Packed(
+    first = (inputs["labels"] != -100).int().argmax(dim=1)  # start of each row's first response
+    leaking = PackedBatch(
         {name: t for name, t in inputs.items() if name != "position_ids"}
         | {"prompt_lengths": first}
     )
-    verdict = gate(models.by_peft, leaking)
+    verdict = gate(models.peft_stepper, leaking)
     assert verdict.error > verdict.allowed
 
 
 def test_other_examples_are_caught(gate):
     others = packing.pool("questions", 1, SHAPE.vocabulary)[: SHAPE.batch]
-    verdict = gate(models.by_peft, packing.packed(others, "cpu"))
+    verdict = gate(models.peft_stepper, packing.packed(others, "cpu"))
     assert verdict.error > verdict.allowed
 
 

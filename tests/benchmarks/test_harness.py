@@ -1,4 +1,4 @@
-"""The protocol itself: turns, rotation, gates, and what is said when there is no time."""
+"""Tests of the benchmark harness."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ import pytest
 import torch
 
 from benchmarks import edits, harness, op_metrics
-from benchmarks.harness import Absent, Call, Case, Provider, Settings, Verdict
+from benchmarks.protocol import (
+    AccuracyCheck,
+    Call,
+    Case,
+    Provider,
+    ProviderUnavailable,
+    RunSettings,
+)
 
-ONCE = Settings(rounds=4)
+ONCE = RunSettings(rounds=4)
 
 
 def slow(log, name, sets=1):
-    """A provider that takes over a sample's time, so that it is called once a round, and logs
-    its calls.
+    """Return a provider that logs its calls.
+
+    A call takes longer than a sample, so that there is one per round.
     """
     import time
 
@@ -36,9 +44,8 @@ def by_name(rows):
 def test_providers_take_turns_and_the_first_changes():
     log = []
     harness.measure(case({name: slow(log, name) for name in ("one", "two", "three")}), ONCE)
-    measured = [name for name, _ in log][
-        -2 * 3 - 3 * 4 : -2 * 3
-    ]  # two more calls each count launches and memory
+    # the last two calls of each provider count launches and memory
+    measured = [name for name, _ in log][-2 * 3 - 3 * 4 : -2 * 3]
     rounds = [measured[k : k + 3] for k in range(0, 12, 3)]
     assert all(sorted(names) == ["one", "three", "two"] for names in rounds)
     assert [names[0] for names in rounds] == ["one", "two", "three", "one"]
@@ -53,7 +60,7 @@ def test_input_sets_rotate():
 
 def test_a_wrong_provider_gets_its_error_and_no_time():
     log = []
-    wrong = Provider(slow(log, "wrong").prepare, lambda: Verdict(0.5, 0.1))
+    wrong = Provider(slow(log, "wrong").prepare, lambda: AccuracyCheck(0.5, 0.1))
     found = by_name(harness.measure(case({"one": slow([], "one"), "wrong": wrong}), ONCE))["wrong"]
     assert (
         found.median_ms is None
@@ -64,15 +71,15 @@ def test_a_wrong_provider_gets_its_error_and_no_time():
 
 
 def test_an_error_that_is_not_a_number_is_wrong():
-    wrong = Provider(slow([], "wrong").prepare, lambda: Verdict(float("nan"), 0.1))
+    wrong = Provider(slow([], "wrong").prepare, lambda: AccuracyCheck(float("nan"), 0.1))
     assert by_name(harness.measure(case({"one": slow([], "one"), "wrong": wrong}), ONCE))[
         "wrong"
     ].note.startswith("wrong")
 
 
-def test_what_cannot_run_says_why():
+def test_the_row_of_a_provider_that_cannot_run_has_a_note():
     def missing(_):
-        raise Absent("the package is not installed")
+        raise ProviderUnavailable("the package is not installed")
 
     def large(_):
         raise torch.OutOfMemoryError
@@ -102,7 +109,7 @@ def test_an_unknown_baseline():
 
 def test_a_baseline_that_cannot_run_leaves_no_ratio():
     def missing(_):
-        raise Absent("gone")
+        raise ProviderUnavailable("gone")
 
     found = by_name(harness.measure(case({"one": Provider(missing), "two": slow([], "two")}), ONCE))
     assert found["two"].ratio is None and found["two"].median_ms > 0
@@ -112,7 +119,7 @@ def test_numbers_of_a_row():
     tensor = torch.zeros(1 << 20)
     half = Provider(lambda _: Call(lambda _: tensor[: 1 << 19].clone()))
     rows = by_name(
-        harness.measure(case({"one": half}, clone=[tensor], bytes=4 << 20), Settings(rounds=7))
+        harness.measure(case({"one": half}, clone=[tensor], bytes=4 << 20), RunSettings(rounds=7))
     )
     clone, own = rows[harness.CLONE], rows["one"]
     assert clone.bytes == 8 << 20 and clone.clone_fraction == 1.0 and own.ratio == 1.0
@@ -192,9 +199,9 @@ def test_peak_memory_counts_what_is_freed_too():
     assert op_metrics.peak_bytes(Call(work), "cpu") == (4 << 20) + 16
 
 
-def test_the_gate_of_edits_tells_right_from_wrong():
+def test_the_accuracy_check_of_edits_detects_errors():
     problem = edits.draw(12, 16, 3, torch.float32, "cpu", 1)[0]
-    gate = edits.Gate(problem, backward=True)
+    gate = edits.EditGate(problem, backward=True)
     right = gate(edits.eager_folded)
     assert right.error <= right.allowed
     for wrong in (

@@ -1,4 +1,4 @@
-"""The page and its figures: everything is on it, escaped, and what was not measured is said."""
+"""Tests of the benchmark page and its figures."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import page, plots, suites
-from benchmarks.rows import Row
+from benchmarks import page, plot_style, plots, suites
+from benchmarks.rows import Measurement
 from tests.benchmarks import GPU, edits, row, write
 
 
 def _render(devices):
-    """The page, its figures thrown away."""
+    """Return the page. Its figures are written to a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         return page.render(devices, Path(folder))
 
 
 @pytest.fixture(autouse=True)
 def _titles(monkeypatch):
-    """Titles without the suites' imports."""
+    """Replace the suites' modules, so that they are not imported."""
     monkeypatch.setattr(
         suites,
         "load",
@@ -34,7 +34,7 @@ def _titles(monkeypatch):
 
 
 class _Page(HTMLParser):
-    """Text, tags, addresses; raises on tags that are not closed in order."""
+    """Parse a page into text, links and cells. Raises if tags are not closed in order."""
 
     VOID = frozenset({"meta", "img"})
 
@@ -60,7 +60,7 @@ class _Page(HTMLParser):
             self.cells[-1] += data
 
 
-def _selected(**values: object) -> list[Row]:
+def _selected(**values: object) -> list[Measurement]:
     found = []
     for length in (128, 512, 2048):
         case = {
@@ -75,7 +75,7 @@ def _selected(**values: object) -> list[Row]:
     return found
 
 
-def _steps(**values: object) -> list[Row]:
+def _steps(**values: object) -> list[Measurement]:
     found = []
     for model, time in (("llama-512x4", 1.0), ("llama-2048x4", 9.0)):
         case = {
@@ -92,14 +92,14 @@ def _steps(**values: object) -> list[Row]:
     return found
 
 
-def _deeper() -> Row:
+def _deeper() -> Measurement:
     shape = "model=llama-512x8 batch=4 T=64 positions=f7+l7 r=8"
     return row(
         median=2.0, ratio=0.9, peak_bytes=1 << 22, suite="training_step", mode="step", shape=shape
     )
 
 
-def _builds(**values: object) -> list[Row]:
+def _builds(**values: object) -> list[Measurement]:
     case = {"suite": "r_build", "mode": "both"} | values
     own = [
         row("reft_kernels householder", 1.0, shape=f"layers={n} d=64 r=8", baseline="x", **case)
@@ -148,9 +148,7 @@ def test_losing_cases_are_listed():
 
 
 def test_gpu_not_measured():
-    """... is said of each suite that no GPU answered, on a page with CPU rows and one without
-    any.
-    """
+    """Every suite without GPU rows is marked, with CPU rows and without any rows."""
     cpu = {"some-cpu-2-threads": edits()}
     assert _Page(_render(cpu)).words.count(page.NO_GPU) == len(suites.NAMES)
     assert _Page(_render({})).words.count(page.NO_GPU) == len(suites.NAMES)
@@ -161,7 +159,7 @@ def test_gpu_not_measured():
     )
 
 
-def test_unknown_question_and_missing_module(monkeypatch):
+def test_unknown_suite_and_missing_module(monkeypatch):
     with pytest.raises(ValueError, match="suite: got mystery"):
         _render({"d": [row(median=1.0, suite="mystery")]})
     monkeypatch.undo()
@@ -226,7 +224,7 @@ def test_allocators_have_their_own_figures(tmp_path):
     assert len({plot.path for plot in drawn}) == 4
 
 
-def _programs() -> list[Row]:
+def _programs() -> list[Measurement]:
     program = {
         "suite": "trainer_step",
         "mode": "step",
@@ -249,7 +247,7 @@ def _programs() -> list[Row]:
 
 
 def test_packing_bars_are_named_by_their_lengths():
-    (axes,) = _drawn(plots._packing, _programs()).axes
+    (axes,) = _drawn(plots.packing, _programs()).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == [
         "m\nlengths = boolq",
         "m\nlengths = questions",
@@ -257,7 +255,7 @@ def test_packing_bars_are_named_by_their_lengths():
     assert [patch.get_height() for patch in axes.patches] == [0.5, 0.5]
 
 
-def _drawn(drawer, found: list[Row]) -> Figure:
+def _drawn(drawer, found: list[Measurement]) -> Figure:
     ((_, _, figure),) = drawer(found, "")
     return figure
 
@@ -271,15 +269,15 @@ def _lines(axes) -> dict[str, list[float]]:
 
 
 def test_bandwidth_values():
-    forward, backward = _drawn(plots._bandwidth, edits()).axes
+    forward, backward = _drawn(plots.bandwidth, edits()).axes
     assert _lines(forward)["reft_kernels"] == [0.5] and _lines(forward)["torch.clone"] == [1.0]
     assert not _lines(backward)
 
 
 def test_speed_up_values():
-    """From the paired ratio where the row has that baseline, else from the medians."""
+    """Speed-ups use the paired ratio of rows with that baseline, else the medians."""
     found = [*edits(), row("eager, folded", 2.0, baseline="other", ratio=9.0)]
-    lines = _lines(_drawn(plots._speed_up, found).axes[0])
+    lines = _lines(_drawn(plots.speed_up, found).axes[0])
     assert (
         lines["reft_kernels"] == [2.0]
         and lines["eager, folded"] == [2.0]
@@ -289,39 +287,38 @@ def test_speed_up_values():
 
 
 def test_build_of_several_layers_is_held_against_one_as_often():
-    layers = _drawn(plots._r_build, _builds()).axes[3]
+    layers = _drawn(plots.r_build, _builds()).axes[3]
     assert _lines(layers) == {"reft_kernels householder": [100.0, 3200.0]}
 
 
 def test_selected_is_logarithmic_in_both():
-    axes = _drawn(plots._selected, _selected()).axes[0]
+    axes = _drawn(plots.selected_rows, _selected()).axes[0]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     assert _lines(axes)["the rows alone"] == [1.0, 1.0, 1.0]
 
 
 def test_only_the_star_around_the_base_is_drawn():
-    """A row that differs in another dimension than the varied one does not join its line."""
+    """Rows that differ from the base in another dimension are not part of the line."""
     found = [
         *_selected(),
         row(
             median=7.0, suite="edit_selected_rows", shape="batch=64 T=512 positions=f7+l7 d=64 r=8"
         ),
     ]
-    assert 7.0 not in _lines(_drawn(plots._selected, found).axes[0])["reft_kernels"]
+    assert 7.0 not in _lines(_drawn(plots.selected_rows, found).axes[0])["reft_kernels"]
 
 
 def test_memory_against_layers_takes_models_that_differ_in_layers_alone():
-    (axes,) = _drawn(plots._memory_of_layers, [*_steps(), _deeper()]).axes
+    (axes,) = _drawn(plots.memory_of_layers, [*_steps(), _deeper()]).axes
     (line,) = (line for line in axes.get_lines() if line.get_label() == "reft_kernels")
     assert [list(values) for values in line.get_data()] == [[4, 8], [2, 4]]
 
 
 def test_step_bars():
-    """A bar for each provider and model, small model first; what ran out of memory says so where
-    no bar stands.
-    """
+    """Each provider and model has a bar, small models first, or a note if it has no time."""
     (axes,) = _drawn(
-        plots._steps, list(reversed([*_steps(), row("pyreft", 3.0, ratio=3.0, **_pyreft())]))
+        plots.training_steps,
+        list(reversed([*_steps(), row("pyreft", 3.0, ratio=3.0, **_pyreft())])),
     ).axes
     assert [round(patch.get_height(), 2) for patch in axes.patches] == [0.9, 0.9, 3.0]
     assert [label.get_text() for label in axes.get_xticklabels()] == [
@@ -338,7 +335,7 @@ def _pyreft() -> dict[str, object]:
 
 
 def test_colours():
-    """One colour a provider, no two alike that meet in one figure."""
+    """Providers that appear in one figure have different colours."""
     meeting = [
         "torch.clone",
         "reft_kernels",
@@ -361,8 +358,8 @@ def test_colours():
     builds = ["reft_kernels householder", "reft_kernels cayley", "householder_product"]
     packing = ["padding", "padding, grouped by length", "packing"]
     for names in (meeting, steps, builds, packing):
-        assert len({plots.colour(name) for name in names}) == len(names)
-    assert re.fullmatch("#[0-9a-f]{6}", plots.colour("a name that nobody listed"))
+        assert len({plot_style.colour(name) for name in names}) == len(names)
+    assert re.fullmatch("#[0-9a-f]{6}", plot_style.colour("a name that nobody listed"))
 
 
 def test_inline_figures_are_svg():

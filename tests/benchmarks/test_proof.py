@@ -1,4 +1,4 @@
-"""The proofs' scripts, on a scale that proves nothing but that they run."""
+"""Tests of the end-to-end scripts with few rows and steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def test_the_causal_proof_trains_interrupts_resumes_and_scores(tmp_path):
     pytest.importorskip("tokenizers", reason="needs the package tokenizers")
     from benchmarks.proof.causal import prove
 
-    found = prove(
+    results = prove(
         data_folder(),
         tmp_path,
         rows=2,
         seconds=3,
         settings=["--max-steps", "30", "--max-new-tokens", "8"],
     )
-    assert found["resumed_losses_are_the_uninterrupted_ones"] and found["steps"] == 30
-    assert found["last_loss"] < found["first_loss"]
-    assert set(found["loreft"]) == set(found["frozen"]) == {"accuracy", "exact_text"}
+    assert results["resumed_losses_are_the_uninterrupted_ones"] and results["steps"] == 30
+    assert results["last_loss"] < results["first_loss"]
+    assert set(results["loreft"]) == set(results["frozen"]) == {"accuracy", "exact_text"}

@@ -1,4 +1,4 @@
-"""Raw rows: what is written is read back, and a file that was tampered with is named."""
+"""Tests of the CSV files of raw rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from tests.benchmarks import row
 
 
 def test_round_trip(tmp_path):
-    """... over two appends, with empty values, separators and quotes."""
+    """Two appends are read back, with empty values, separators and quotes."""
     path = tmp_path / "device" / "raw.csv"
-    found = [
+    measurements = [
         row(
             median=1.25,
             launches=3,
@@ -24,9 +24,9 @@ def test_round_trip(tmp_path):
         ),
         row("eager, folded", note='wrong: "error", allowed\n1e-6'),
     ]
-    rows.append(found[:1], path)
-    rows.append(found[1:], path)
-    assert rows.read(path) == found
+    rows.append(measurements[:1], path)
+    rows.append(measurements[1:], path)
+    assert rows.read(path) == measurements
     assert path.read_text().count("suite") == 1
 
 
@@ -74,8 +74,8 @@ def test_short_line_is_named(tmp_path):
 def test_latest_picks_the_newest_run(newest_last):
     old, new = row(median=1.0), row(median=2.0, when="2026-02-01T00:00:00Z")
     other = row("eager, folded", 3.0)
-    found = rows.latest([old, other, new] if newest_last else [new, other, old])
-    assert found == [new, other]
+    latest = rows.latest([old, other, new] if newest_last else [new, other, old])
+    assert latest == [new, other]
 
 
 @pytest.mark.parametrize("absent_last", [True, False])
@@ -91,11 +91,11 @@ def test_latest_keeps_what_was_measured_where_the_package_is(absent_last):
     "name", ["suite", "device", "allocator", "dtype", "shape", "mode", "provider"]
 )
 def test_latest_keeps_other_cases(name):
-    found = [
+    measurements = [
         row(median=1.0),
         dataclasses.replace(row(median=2.0, when="2026-02-01T00:00:00Z"), **{name: "a=b"}),
     ]
-    assert rows.latest(found) == found
+    assert rows.latest(measurements) == measurements
 
 
 def test_dimensions():

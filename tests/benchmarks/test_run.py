@@ -1,4 +1,4 @@
-"""The commands: what they print, what they write, and what they refuse."""
+"""Tests of the command lines benchmarks.run, benchmarks.tuning and gpu_pass.sh."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from benchmarks import harness, rows, run, suites, tuning
+from benchmarks.protocol import Case, RunSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_list_names_every_question(capsys):
+def test_list_names_every_suite(capsys):
     assert run.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1].rstrip(":") for line in lines] == list(suites.NAMES)
@@ -24,7 +25,7 @@ def test_list_names_every_question(capsys):
 @pytest.mark.parametrize(
     "name", ["edit_selected_rows", "r_build", "host_cost", "trainer_step", "packing"]
 )
-def test_a_quick_run_answers_the_question(name, tmp_path, capsys):
+def test_a_quick_run_measures_the_suite(name, tmp_path, capsys):
     file = tmp_path / "rows.csv"
     assert (
         run.main(
@@ -32,11 +33,11 @@ def test_a_quick_run_answers_the_question(name, tmp_path, capsys):
         )
         == 0
     )
-    found = rows.read(file)
-    assert {row.suite for row in found} == {name}
-    own = [row for row in found if row.provider.startswith(("reft_kernels", "packing"))]
-    assert own and all(row.median_ms for row in own), [row.note for row in own]
-    assert not [row for row in found if row.note and not row.note.startswith("absent")]
+    results = rows.read(file)
+    assert {row.suite for row in results} == {name}
+    ours = [row for row in results if row.provider.startswith(("reft_kernels", "packing"))]
+    assert ours and all(row.median_ms for row in ours), [row.note for row in ours]
+    assert not [row for row in results if row.note and not row.note.startswith("absent")]
     assert suites.load(name).TITLE in capsys.readouterr().out
 
 
@@ -69,12 +70,12 @@ def test_bad_arguments(arguments, capsys):
     assert code == 2 and arguments[1] in capsys.readouterr().err
 
 
-def test_an_unknown_question():
+def test_an_unknown_suite():
     with pytest.raises(ValueError, match="suite: got 'nothing', expected one of edit_all_rows"):
         suites.load("nothing")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU does")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the behaviour without a GPU")
 def test_the_gpu_pass_runs_through_without_a_gpu(tmp_path):
     environment = os.environ | {
         "OUT": str(tmp_path),
@@ -144,7 +145,7 @@ def test_tuning_tries_each_knob_alone():
 
 
 def test_tuning_proposes_only_what_beats_noise():
-    case = harness.Case("tuning", "forward", {"rows": 1}, torch.float32, {}, tuning.PRESENT)
+    case = Case("tuning", "forward", {"rows": 1}, torch.float32, {}, tuning.PRESENT)
     samples = {
         tuning.PRESENT: [1.0, 1.1, 0.9],
         "block_n=8": [0.5, 0.6, 0.5],
@@ -152,9 +153,7 @@ def test_tuning_proposes_only_what_beats_noise():
         "num_warps=8": [2.0, 2.0, 2.0],
     }
     proposed = tuning.proposals(
-        harness.rows_of_samples(
-            case, harness.Settings(), samples, {"num_stages=4": "absent: spills"}
-        )
+        harness.rows_of_samples(case, RunSettings(), samples, {"num_stages=4": "absent: spills"})
     )
     assert proposed == ["rows=1, float32, forward: block_n=8 takes 0.50 of the present"]
 
@@ -166,20 +165,20 @@ def test_tuning_needs_triton_to_run(monkeypatch, capsys):
 
 
 def test_tuning_changes_the_launch_and_puts_the_heuristic_back():
-    """In a process of its own, because Triton's interpreter is chosen at import."""
+    """Run in a subprocess, because Triton's interpreter is selected at import."""
     code = """
 import torch, reft_kernels
 from benchmarks import edits, tuning
 from reft_kernels import dispatch
-module = tuning._kernels("edit")
+module = tuning.kernel_module("edit")
 heuristic = module.edit_config
 problems = edits.draw(6, 16, 2, torch.float32, "cpu", 1)
 with dispatch.backend("triton"), torch.no_grad():
-    own = edits.provider(reft_kernels.loreft, problems, "forward", edits.Gate(problems[0], backward=False))
-    found = tuning._candidates(module, "edit_config", own.prepare, own.check)
-    assert len(found) > 4, found
+    default = edits.provider(reft_kernels.loreft, problems, "forward", edits.EditGate(problems[0], backward=False))
+    candidates = tuning.candidates(module, "edit_config", default.prepare, default.check)
+    assert len(candidates) > 4, candidates
     for name in (tuning.PRESENT, "block_d=32"):
-        verdict = found[name].check()
+        verdict = candidates[name].check()
         assert verdict.error <= verdict.allowed, (name, verdict)
 assert module.edit_config is heuristic
 """

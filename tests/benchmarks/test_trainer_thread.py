@@ -1,6 +1,4 @@
-"""The trainer_thread: one step a call, everything in one thread, errors told, an end that leaves
-nothing behind.
-"""
+"""Tests of the thread that runs one optimizer step per call."""
 
 from __future__ import annotations
 
@@ -15,8 +13,11 @@ from benchmarks.trainer_thread import TrainerThread
 
 
 class _Training:
-    """What of a Trainer the trainer_thread meets; ``last`` steps, of which the one of that
-    number fails.
+    """A minimal Trainer.
+
+    Args:
+        last: Number of steps.
+        fails: Step that raises, or 0.
     """
 
     def __init__(self, last: int = 100, fails: int = 0) -> None:
@@ -46,9 +47,9 @@ class _Training:
 
 @pytest.fixture
 def training():
-    made = _Training()
-    yield made
-    made.trainer_thread.close()
+    training = _Training()
+    yield training
+    training.trainer_thread.close()
 
 
 def test_a_call_is_one_step(training):
@@ -61,9 +62,9 @@ def test_a_call_is_one_step(training):
 
 def test_tasks_and_steps_share_a_thread_with_the_callers_number_of_threads(training):
     task = lambda: (threading.current_thread(), torch.get_num_threads())  # noqa: E731
-    before = training.trainer_thread.do(task)
+    before = training.trainer_thread.run_task(task)
     training.trainer_thread.step()
-    assert {before, training.trainer_thread.do(task), *training.seen} == {before}
+    assert {before, training.trainer_thread.run_task(task), *training.seen} == {before}
     assert before[0] is not threading.current_thread() and before[1] == torch.get_num_threads()
 
 
@@ -81,7 +82,7 @@ def test_closing_ends_training_and_thread_and_a_step_begins_anew(training):
 
 
 def test_closing_without_a_training_begins_none(training):
-    training.trainer_thread.do(int)
+    training.trainer_thread.run_task(int)
     training.trainer_thread.close()
     training.trainer_thread.close()
     assert training.begun == 0
@@ -90,7 +91,7 @@ def test_closing_without_a_training_begins_none(training):
 def test_a_failing_task_does_not_end_the_training(training):
     training.trainer_thread.step()
     with pytest.raises(ZeroDivisionError):
-        training.trainer_thread.do(lambda: 1 / 0)
+        training.trainer_thread.run_task(lambda: 1 / 0)
     training.trainer_thread.step()
     assert training.begun == 1 and training.state.global_step == 2
 
@@ -104,9 +105,9 @@ def test_what_the_training_raises_is_raised_by_the_step():
     training.trainer_thread.close()
 
 
-def test_a_training_that_is_over_is_told():
+def test_a_step_after_the_end_of_training_raises():
     training = _Training(last=1)
     training.trainer_thread.step()
-    with pytest.raises(RuntimeError, match="over after 1 steps"):
+    with pytest.raises(RuntimeError, match="ended after 1 steps"):
         training.trainer_thread.step()
     training.trainer_thread.close()

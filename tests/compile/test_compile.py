@@ -1,6 +1,4 @@
-"""torch.compile(fullgraph=True): equal results, the same in-place semantics, no recompilation
-for another number of rows.
-"""
+"""torch.compile(fullgraph=True): same results as eager, also in place, without recompilation."""
 
 from __future__ import annotations
 
@@ -12,9 +10,8 @@ from tests import inputs, plain
 from tests.inputs import Case
 
 D, R = 12, 3
-BACKEND = (
-    "aot_eager"  # traces forward and backward as Inductor's front end does; needs no C++ compiler
-)
+# traces forward and backward as Inductor does, but needs no C++ compiler
+BACKEND = "aot_eager"
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +93,7 @@ def test_another_number_of_rows_recompiles_nothing(name, backend, device):
     hidden = torch.randn(2, 9, D, device=device)
     edit = _call(name, True, "linear")
     compiled = torch.compile(edit, fullgraph=True, backend=BACKEND)
-    for count in (4, 5):  # the second call makes the number of rows dynamic
+    for count in (4, 5):  # the number of rows becomes dynamic at the second call
         _run(compiled, hidden, weights, inputs.rows(18, count, device=device))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for count in (3, 7, 12, 18):
@@ -133,13 +130,13 @@ def test_dynamic_shapes_of_hidden(selected, backend, device):
 def test_parametrizations(name, with_base, backend, device):
     function, X = getattr(rk, name), torch.randn(2, D, R, device=device)
     base = rk.base_point(rk.householder(torch.randn(2, D, R, device=device))) if with_base else None
-    found = []
+    results = []
     for run in (function, torch.compile(function, fullgraph=True, backend=BACKEND)):
         leaf = X.clone().requires_grad_()
         R_ = run(leaf, base)
         R_.sin().sum().backward()
-        found.append((R_.detach(), leaf.grad))
-    _equal(*found)
+        results.append((R_.detach(), leaf.grad))
+    _equal(*results)
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -147,13 +144,11 @@ def test_parametrizations(name, with_base, backend, device):
     "name", ["LoReFT", "DiReFT", "NodiReFT", "NoReFT", "ConsReFT", "LobiReFT", "RED"]
 )
 def test_modules(name, needs_grad, backend, device):
-    """The hidden state is an input of the graph here; Dynamo drops the history of an input that
-    a Function marks dirty.
-    """
+    """The hidden state is a graph input, because Dynamo drops the history of a modified input."""
     module = getattr(rk, name)(D, R, device=device)
     rows = inputs.rows(8, 3, device=device)
     values = torch.randn(2, 4, D, device=device)
-    found = []
+    results = []
     for run in (module, torch.compile(module, fullgraph=True, backend=BACKEND)):
         module.zero_grad()
         leaf = values.clone().requires_grad_(needs_grad)
@@ -162,7 +157,7 @@ def test_modules(name, needs_grad, backend, device):
         (out.sin() + hidden.cos()).sum().backward()
         grads = [p.grad for p in module.parameters() if p.grad is not None]
         assert grads
-        found.append(
+        results.append(
             [
                 out.detach(),
                 hidden.detach(),
@@ -170,7 +165,7 @@ def test_modules(name, needs_grad, backend, device):
                 *([leaf.grad] if needs_grad else []),
             ]
         )
-    _equal(*found)
+    _equal(*results)
 
 
 def test_two_layers_from_one_stacked_build(backend, device):
@@ -185,13 +180,13 @@ def test_two_layers_from_one_stacked_build(backend, device):
         return x
 
     rows, hidden = inputs.rows(8, 3, device=device), torch.randn(2, 4, D, device=device)
-    found = []
+    results = []
     for run in (model, torch.compile(model, fullgraph=True, backend=BACKEND)):
         module.zero_grad()
         out = run(hidden, rows)
         out.sum().backward()
-        found.append([out.detach(), *(p.grad.clone() for p in module.parameters())])
-    _equal(*found)
+        results.append([out.detach(), *(p.grad.clone() for p in module.parameters())])
+    _equal(*results)
 
 
 @pytest.mark.slow

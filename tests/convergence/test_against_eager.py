@@ -1,11 +1,10 @@
-"""Training by the engine follows training by straightforward PyTorch.
+"""Training with reft_kernels follows training with plain PyTorch.
 
-Both train the same frozen four-layer model with LoReFT after each layer, from the same X, W and b,
-on the same batches: the engine through its stacked module and operators, PyTorch through
-``torch.linalg.householder_product`` and plain formulas. What
-fp32 noise is, is measured: the same PyTorch training in fp64 is the truth, and at each step, and
-for each final parameter, the engine may be at most twice as far from it as PyTorch in fp32 is at
-most until then, and eps * max|truth|.
+Both train the same frozen four-layer model with LoReFT after each layer, from the same X, W and b
+on the same batches: reft_kernels with its stacked module, PyTorch with
+``torch.linalg.householder_product`` and plain formulas. The same PyTorch training in fp64 is the
+reference. At each step and for each final parameter, the error of reft_kernels may be at most twice
+the largest error of PyTorch in fp32 so far, plus eps * max|reference|.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ LAYERS, D, R, STEPS = 4, 32, 4, 50
 
 
 class Frozen(nn.Module):
-    """Four residual MLP layers; ``edit(i, hidden)`` runs after layer i."""
+    """Four residual MLP layers. ``edit(i, hidden)`` runs after layer i."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +102,7 @@ def test_fifty_steps(inplace, init):
     eps = torch.finfo(torch.float32).eps
     noise = (eager_losses - losses).abs().cummax(0).values
     assert ((our_losses - losses).abs() <= 2 * noise + eps * losses.abs()).all()
-    assert losses[-5:].mean() < 0.97 * losses[:5].mean()  # it did learn
+    assert losses[-5:].mean() < 0.97 * losses[:5].mean()  # the loss decreases
     for key, truth in final.items():
         allowed = 2 * (eager_final[key] - truth).abs().max() + eps * truth.abs().max()
         assert (our_final[key] - truth).abs().max() <= allowed, key

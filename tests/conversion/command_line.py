@@ -1,4 +1,4 @@
-"""Running the command in this process, and what a refusal looks like."""
+"""Helpers to run the conversion command in this process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def refused(capsys, tmp_path, expected: str, *arguments) -> None:
-    """Exit code 2, one line that says ``expected``, and nothing new in the folder."""
+    """Check that the command fails with exit code 2 and writes nothing.
+
+    The error is one line that contains ``expected``.
+    """
     before = sorted(p.name for p in tmp_path.iterdir())
     assert run(*arguments) == 2
     captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""A trained adapter's folder in each format."""
+"""Fixtures: the folder of a trained adapter in each format."""
 
 from __future__ import annotations
 

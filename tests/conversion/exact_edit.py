@@ -1,6 +1,4 @@
-"""The fp64 reference of a converted adapter: its formula by hooks on the blocks of the tiny
-model.
-"""
+"""The fp64 reference of a converted adapter, by hooks on the blocks of the tiny model."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from tests.plain import edit
 
 
 def ids() -> torch.Tensor:
-    """A batch without padding, so that every framework's positions are the same."""
+    """Return a batch without padding, so that positions are the same in every framework."""
     return torch.randint(3, VOCAB, (BATCH, LENGTH), generator=torch.Generator().manual_seed(2))
 
 
@@ -27,7 +25,7 @@ def rows_of(columns: list[int]) -> torch.Tensor:
 def own_weights(
     adapter: Adapter, weights: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """A set's weights by the names of :mod:`tests.plain`."""
+    """Return a set's weights by the names of :mod:`tests.plain`."""
     orthonormal, reads = adapter.kind.orthonormal, adapter.kind.reads
     names = {
         "read": "W" if orthonormal else "W1",
@@ -40,8 +38,9 @@ def own_weights(
 def exact(
     adapter: Adapter, first: int, last: int, family: str = "llama", path: str | None = None
 ) -> torch.Tensor:
-    """Logits in fp64 with the edit at the first and last tokens of each block's output, or of a
-    module by its path.
+    """Return logits in fp64 with the first and last tokens edited.
+
+    The edit is applied to each block's output, or to the output of the module at ``path``.
     """
     model = make(family).double()
     columns = [list(range(first)), list(range(LENGTH - last, LENGTH))]
@@ -51,11 +50,11 @@ def exact(
             hidden = output[0] if isinstance(output, tuple) else output
             for index, weights in enumerate(sets):
                 chosen = columns[0] + columns[1] if len(sets) == 1 else columns[index]
-                own = own_weights(adapter, weights, torch.float64)
+                layer_weights = own_weights(adapter, weights, torch.float64)
                 hidden = edit(
                     adapter.intervention,
                     hidden,
-                    own,
+                    layer_weights,
                     rows=rows_of(chosen),
                     activation=adapter.activation,
                 )

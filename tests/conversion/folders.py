@@ -1,5 +1,6 @@
-"""Folders of each format with random trained weights, made without the code under test, and what
-they hold.
+"""Folders of each format with random trained weights.
+
+They are made without the code under test, and their weights are returned for comparison.
 """
 
 from __future__ import annotations
@@ -27,9 +28,7 @@ CLASSES = {
 
 
 def peft_folder(path: Path, **config) -> nn.Module:
-    """A PEFT adapter of ours on the tiny Llama, trained away from its start, and saved; returns
-    the model.
-    """
+    """Save a trained PEFT adapter of reft_kernels on the tiny Llama, and return the model."""
     model = get_peft_model(
         make("llama"), ReftConfig(**{"rank": RANK, "init": None, "positions": "f3+l2", **config})
     )
@@ -39,8 +38,9 @@ def peft_folder(path: Path, **config) -> nn.Module:
 
 
 def _trained(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A layer under torch's orthogonal parametrization, as after some steps of training:
-    ``original`` is not at its start.
+    """Return a layer with PyTorch's orthogonal parametrization as after some steps of training.
+
+    Its ``original`` differs from the initial value.
     """
     nn.utils.parametrizations.orthogonal(module)
     original = module.parametrizations.weight.original
@@ -51,7 +51,7 @@ def _trained(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def orthogonal_linear(rank: int, width: int, generator: torch.Generator) -> nn.Linear:
-    """A [r, d] linear layer whose weight is orthonormal and trained."""
+    """Return a [r, d] linear layer with a trained orthonormal weight."""
     return _trained(nn.Linear(width, rank, bias=False), generator)
 
 
@@ -68,8 +68,10 @@ def hub_folder(
     safetensors: bool = False,
     **config,
 ) -> dict[str, Tensor]:
-    """An AdapterHub folder for the tiny Llama, as ``adapters`` writes it; returns R (or W2), W
-    and b by "layer.unit.name".
+    """Save an AdapterHub folder for the tiny Llama, in the format of ``adapters``.
+
+    Returns:
+        R (or W2), W and b by "layer.unit.name".
     """
     generator = torch.Generator().manual_seed(3)
     tensors, held = {}, {}
@@ -135,19 +137,20 @@ def hub_folder(
 
 
 def hub_weights(path: Path) -> dict[str, Tensor]:
-    """What an AdapterHub folder holds, R as torch's own parametrization shows it, by
-    "layer.unit.name".
+    """Return the weights of an AdapterHub folder by "layer.unit.name".
+
+    R is computed by PyTorch's parametrization.
     """
-    found = torch.load(path / "pytorch_adapter.bin", weights_only=True)
+    state = torch.load(path / "pytorch_adapter.bin", weights_only=True)
     held = {}
-    for key, tensor in found.items():
+    for key, tensor in state.items():
         place, _, name = key.partition(".units.")
         layer, (unit, _, name) = place.split(".")[-4], name.partition(".")
         if name.endswith(BASE):
-            rank, width = found[key.replace(BASE, ORIGINAL)].shape
+            rank, width = state[key.replace(BASE, ORIGINAL)].shape
             linear = nn.utils.parametrizations.orthogonal(nn.Linear(width, rank, bias=False))
             with torch.no_grad():
-                linear.parametrizations.weight.original.copy_(found[key.replace(BASE, ORIGINAL)])
+                linear.parametrizations.weight.original.copy_(state[key.replace(BASE, ORIGINAL)])
                 linear.parametrizations.weight[0].base.copy_(tensor)
             held[f"{layer}.{unit}.write"] = linear.weight.detach()
         elif not name.endswith(ORIGINAL):
@@ -169,9 +172,7 @@ def pyreft_model(
     model=None,
     component=None,
 ):
-    """pyreft's own model on the tiny Llama with trained interventions, and the interventions in
-    order.
-    """
+    """Return pyreft's model on the tiny Llama with trained interventions, and the interventions."""
     import pyreft
 
     torch.manual_seed(5)

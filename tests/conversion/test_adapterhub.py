@@ -1,5 +1,7 @@
-"""Against the real ``adapters``: what it saves edits the same here, and what is written here
-loads there.
+"""Conversion from and to the package ``adapters``.
+
+Adapters saved by the package compute the same edit after conversion, and converted adapters load in
+the package.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ ENDS = pytest.mark.parametrize(
 
 
 def hub_model(family: str = "llama", **settings):
-    """A tiny model with one trained AdapterHub ReFT."""
+    """Return a tiny model with one trained AdapterHub ReFT."""
     generator = torch.Generator().manual_seed(4)
     model = make(family)
     adapters.init(model)
@@ -56,7 +58,7 @@ def logits(model, family: str = "llama") -> torch.Tensor:
 @pytest.mark.parametrize("orthogonality", [True, False], ids=["orthogonal", "free"])
 @pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_new"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
-def test_what_adapters_saves_edits_the_same_here(
+def test_adapters_saved_by_adapters_compute_the_same_edit(
     tmp_path, family, activation, orthogonality, prefix, suffix, tied
 ):
     model = hub_model(
@@ -80,10 +82,8 @@ def test_what_adapters_saves_edits_the_same_here(
 
 @pytest.mark.parametrize("member", ["loreft", "direft", "noreft", "nodireft"])
 @pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
-def test_what_is_written_here_loads_in_adapters(tmp_path, member, untied):
-    """The folder says subtract_projection, which ``adapters`` 1.3.0 understands although it does
-    not save it.
-    """
+def test_converted_adapters_load_in_adapters(tmp_path, member, untied):
+    """The folder has subtract_projection, which ``adapters`` 1.3.0 reads but does not save."""
     make("llama").save_pretrained(tmp_path / "base")
     ours = get_peft_model(
         make("llama"),
@@ -125,8 +125,9 @@ def test_what_is_written_here_loads_in_adapters(tmp_path, member, untied):
 
 
 def test_direft_is_saved_as_noreft_by_adapters(tmp_path):
-    """adapters 1.3.0 does not save subtract_projection: its own DiReFT comes back as NoReFT,
-    there as here, unless told.
+    """adapters 1.3.0 does not save subtract_projection, so its DiReFT is loaded as NoReFT.
+
+    The conversion does the same unless an option says otherwise.
     """
     model = make("llama")
     adapters.init(model)

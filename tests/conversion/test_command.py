@@ -1,6 +1,4 @@
-"""The command: what it says, what it refuses by name, and that a folder appears whole or not at
-all.
-"""
+"""The conversion command: messages, errors, and atomic writes."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from tests.conversion.command_line import contents, refused, run
 from tests.model.families import make
 
 
-def test_the_formats_are_found_out(tmp_path, peft, pyreft, hub, capsys):
+def test_formats_are_detected(tmp_path, peft, pyreft, hub, capsys):
     for folder, form in ((peft, "peft"), (pyreft, "pyreft"), (hub, "adapterhub")):
         assert command.detect(folder) == form
     assert run(hub, tmp_path / "out", "--to", "peft") == 0
@@ -84,7 +82,7 @@ def test_flags_reach_the_folder(tmp_path, hub):
 
 
 def test_pyrefts_way_of_counting_positions(tmp_path, pyreft):
-    """Said once, it stays through the formats that have no place for it."""
+    """The option is kept through formats that cannot store it."""
 
     def counted(folder) -> bool:
         return json.loads((folder / "adapter_config.json").read_text())["pyreft_positions"]
@@ -97,7 +95,7 @@ def test_pyrefts_way_of_counting_positions(tmp_path, pyreft):
     assert run(tmp_path / "c", tmp_path / "d", "--to", "peft") == 0 and counted(tmp_path / "d")
 
 
-def test_the_base_model_tells_where_its_blocks_are(tmp_path, peft):
+def test_blocks_are_found_in_the_base_model(tmp_path, peft):
     make("llama").save_pretrained(tmp_path / "base")
     assert run(peft, tmp_path / "out", "--to", "adapterhub", "--base-model", tmp_path / "base") == 0
     keys = torch.load(tmp_path / "out" / "pytorch_adapter.bin", weights_only=True)
@@ -106,7 +104,7 @@ def test_the_base_model_tells_where_its_blocks_are(tmp_path, peft):
     assert config["config"]["layers"] == "all" and config["model_class"] == "LlamaForCausalLM"
 
 
-# ---- what a target cannot express
+# what a target cannot express
 
 
 @pytest.mark.parametrize(
@@ -169,7 +167,7 @@ def test_what_the_target_cannot_express(tmp_path, capsys, settings, target, expe
         ({"prefix_positions": 0, "suffix_positions": 0}, "expected one above 0"),
     ],
 )
-def test_what_a_hub_folder_says_wrongly_or_here_unknown(tmp_path, capsys, hub, settings, expected):
+def test_invalid_or_unsupported_hub_settings_raise(tmp_path, capsys, hub, settings, expected):
     content = json.loads((hub / "adapter_config.json").read_text())
     content["config"] |= settings
     (hub / "adapter_config.json").write_text(json.dumps(content))
@@ -206,7 +204,7 @@ def test_an_encoder_decoder_and_a_head(tmp_path, capsys, hub):
         ("moe_key", 1, "moe_key: got 1"),
     ],
 )
-def test_what_a_pyreft_folder_holds_here_unknown(tmp_path, capsys, pyreft, field, value, expected):
+def test_unsupported_pyreft_settings_raise(tmp_path, capsys, pyreft, field, value, expected):
     names = (
         "layer",
         "component",
@@ -259,9 +257,8 @@ def test_a_foreign_class_is_named(tmp_path, capsys, pyreft):
 
 
 def test_a_head_in_a_pyreft_folder(tmp_path, capsys, pyreft):
-    torch.save(
-        {}, pyreft / "pytorch_model.bin"
-    )  # what save_intervention leaves where nothing else is trained
+    # save_intervention writes an empty file if nothing else is trained
+    torch.save({}, pyreft / "pytorch_model.bin")
     assert run(pyreft, tmp_path / "out", "--to", "peft") == 0
     torch.save({"score.weight": torch.nn.Parameter(torch.zeros(2))}, pyreft / "pytorch_model.bin")
     capsys.readouterr()
@@ -288,7 +285,7 @@ def test_a_head_in_a_pyreft_folder(tmp_path, capsys, pyreft):
         ("lobireft", ("consreft", "lobireft")),
     ],
 )
-def test_without_config_the_state_tells_what_it_can(tmp_path, capsys, member, choices):
+def test_without_config_settings_are_inferred_from_the_state(tmp_path, capsys, member, choices):
     folders.peft_folder(tmp_path / "peft", intervention=member)
     assert run(tmp_path / "peft", tmp_path / "pyreft", "--to", "pyreft") == 0
     (tmp_path / "pyreft" / "config.json").unlink()
@@ -327,13 +324,13 @@ def test_activations_of_old_and_new_hub_folders(tmp_path, hub, version, stored, 
     )
 
 
-# ---- whole or not at all
+# atomic writes
 
 
 def test_a_folder_that_is_not_empty_is_kept_or_replaced_whole(tmp_path, capsys, peft, hub):
     target = tmp_path / "out"
     target.mkdir()
-    assert run(hub, target, "--to", "peft") == 0  # an empty folder is no obstacle
+    assert run(hub, target, "--to", "peft") == 0  # an empty folder is accepted
     (target / "notes.txt").write_text("mine")
     before = contents(target)
     capsys.readouterr()

@@ -1,6 +1,4 @@
-"""Folders that are damaged, foreign or hostile: one clear line each, nothing executed, nothing
-written.
-"""
+"""Damaged, foreign or malicious folders: one clear error, nothing executed, nothing written."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from tests.conversion.command_line import refused
 
 
 class Bomb:
-    """Executes something when it is unpickled without ``weights_only``."""
+    """Creates a file when it is unpickled without ``weights_only``."""
 
     def __init__(self, path) -> None:
         self.path = path

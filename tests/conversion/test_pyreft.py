@@ -1,5 +1,6 @@
-"""Against the real pyreft: what it saves edits the same here, what is written here loads there,
-within the error budget.
+"""Conversion from and to pyreft, within the error budget.
+
+Models saved by pyreft compute the same edit after conversion, and converted models load in pyreft.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def ours(folder, dtype=torch.float32):
 def theirs(reft, untied: bool, count: int):
     columns = [FIRST] * count + [LAST] * count if untied else [FIRST + LAST] * (2 * count)
     locations = [[c] * BATCH for c in columns[: count * (1 + untied)]]
-    for intervention in reft.interventions.values():  # pyreft leaves them in training mode
+    for intervention in reft.interventions.values():  # pyreft loads them in training mode
         intervention.eval()
     with torch.no_grad():
         return reft({"input_ids": ids()}, unit_locations={"sources->base": (None, locations)})[
@@ -43,7 +44,7 @@ def theirs(reft, untied: bool, count: int):
 
 @UNTIED
 @MEMBERS
-def test_what_pyreft_saves_edits_the_same_here(tmp_path, member, untied):
+def test_models_saved_by_pyreft_compute_the_same_edit(tmp_path, member, untied):
     reft, _ = folders.pyreft_model(member, untied=untied)
     reft.save(tmp_path / "pyreft")
     adapter = convert(tmp_path / "pyreft", tmp_path / "peft", "peft", options=POSITIONS)
@@ -52,15 +53,14 @@ def test_what_pyreft_saves_edits_the_same_here(tmp_path, member, untied):
     assert within(got, plain, reference)
     with torch.no_grad(), model.disable_adapter():
         untouched = model(input_ids=ids()).logits
-    assert (got - untouched).abs().max() > 100 * (
-        got - reference
-    ).abs().max()  # the edit is there at all
+    # the edit has an effect
+    assert (got - untouched).abs().max() > 100 * (got - reference).abs().max()
 
 
 @UNTIED
 @pytest.mark.parametrize("member", ["loreft", "consreft", "lobireft", "direft"])
-def test_what_is_written_here_loads_with_reft_model_load(tmp_path, member, untied):
-    """In bf16, the only dtype in which pyreft's load makes a learned source."""
+def test_converted_models_load_with_reft_model_load(tmp_path, member, untied):
+    """In bf16, the only dtype in which pyreft's load creates a learned source."""
     folders.peft_folder(tmp_path / "peft", intervention=member, share_weights=not untied)
     adapter = convert(tmp_path / "peft", tmp_path / "pyreft", "pyreft")
     reft = pyreft.ReftModel.load(str(tmp_path / "pyreft"), make("llama").to(torch.bfloat16))
@@ -80,8 +80,8 @@ def test_what_is_written_here_loads_with_reft_model_load(tmp_path, member, untie
 
 @UNTIED
 @MEMBERS
-def test_what_is_written_here_loads_into_interventions(tmp_path, member, untied):
-    """In fp32, into interventions made with their dtype: nothing is lost."""
+def test_converted_models_load_into_interventions(tmp_path, member, untied):
+    """In fp32, into interventions created with that dtype: the conversion is exact."""
     folders.peft_folder(tmp_path / "peft", intervention=member, share_weights=not untied)
     adapter = convert(
         tmp_path / "peft", tmp_path / "pyreft", "pyreft", options=Options(dtype="float32")
@@ -97,7 +97,7 @@ def test_what_is_written_here_loads_into_interventions(tmp_path, member, untied)
 
 
 def with_dots(folder):
-    """The folder as pyvene before 0.1.7 would have named its files."""
+    """Rename a folder's files as pyvene before 0.1.7 did."""
     for path in list(folder.glob("intkey_*.bin")):
         key = path.name.removeprefix("intkey_").removesuffix(".bin")
         place, _, index = key.partition("#")
@@ -158,7 +158,7 @@ def test_an_inner_string_component_needs_config_or_component(tmp_path):
     assert list(adapter.layers) == [0, 2]
 
 
-def test_positions_must_be_said(tmp_path):
+def test_positions_are_required(tmp_path):
     reft, _ = folders.pyreft_model(untied=True)
     reft.save(tmp_path / "a")
     with pytest.raises(ConversionError, match="say --positions"):
@@ -179,7 +179,7 @@ def test_positions_must_be_said(tmp_path):
 
 
 def test_old_keys_become_new_ones(tmp_path):
-    """pyreft to pyreft: the way to load an old folder with a new pyvene."""
+    """Converting pyreft to pyreft makes an old folder loadable with a new pyvene."""
     reft, _ = folders.pyreft_model(dtype=torch.bfloat16)
     reft.save(tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "old")
@@ -197,7 +197,7 @@ def test_old_keys_become_new_ones(tmp_path):
 
 
 def test_noreft_with_a_bias_of_its_projection(tmp_path):
-    """b2 folds into b, and comes back."""
+    """b2 is folded into b and restored."""
     reft, interventions = folders.pyreft_model("noreft")
     for intervention in interventions:
         intervention.proj_layer.bias = torch.nn.Parameter(torch.randn(folders.RANK))

@@ -1,5 +1,6 @@
-"""There and back between every two formats: R, W, b and X come back bit for bit; what one hop
-keeps, and how near R(X) is.
+"""Round trips between every two formats: R, W, b and X are restored bit for bit.
+
+Also what a single conversion keeps, and the accuracy of X where it cannot be exact.
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from tests.plain import MAPS
 from tests.plain import householder as plain_householder
 
 POSITIONS = Options(positions="f3+l2")
-BLOCKS = Options(
-    component="model.layers.{layer}"
-)  # says where the blocks are, in place of --base-model
+# gives the path of the blocks instead of --base-model
+BLOCKS = Options(component="model.layers.{layer}")
 SHARED = ("loreft", "direft", "noreft", "nodireft")  # AdapterHub has no consreft and no lobireft
 UNTIED = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 
@@ -45,12 +45,12 @@ def peft_tensors(folder):
 
 
 def pyreft_tensors(folder):
-    """Every tensor of a pyreft folder by file and name, R in place of its parametrization."""
+    """Return every tensor of a pyreft folder by file and name, with R for its parametrization."""
     held = {}
     for path in sorted(folder.glob("intkey_*.bin")):
-        found = torch.load(path, weights_only=True)
-        held |= {f"{path.name} {k}": t for k, t in found.items() if "parametrizations" not in k}
-        parts = [found.get(f"rotate_layer.{name}") for name in (folders.ORIGINAL, folders.BASE)]
+        state = torch.load(path, weights_only=True)
+        held |= {f"{path.name} {k}": t for k, t in state.items() if "parametrizations" not in k}
+        parts = [state.get(f"rotate_layer.{name}") for name in (folders.ORIGINAL, folders.BASE)]
         if parts[0] is not None:
             held[f"{path.name} R"] = evaluate(*parts, path.name)
     return held
@@ -156,7 +156,7 @@ def test_adapterhub_there_and_back(tmp_path, middle, orthogonality, ends, safete
 
 
 def test_a_chain_through_all_formats(tmp_path):
-    """What pyreft rounds to bf16 is not lost either, hop after hop."""
+    """Values that pyreft rounds to bf16 are restored after several conversions."""
     folders.peft_folder(tmp_path / "a", share_weights=False)
     adapter = convert(tmp_path / "a", tmp_path / "b", "pyreft")
     assert any("rounded to bfloat16" in note for note in adapter.notes)
@@ -167,20 +167,20 @@ def test_a_chain_through_all_formats(tmp_path):
     assert equal(peft_tensors(tmp_path / "a"), peft_tensors(tmp_path / "e"))
 
 
-def test_one_hop_holds_the_models_own_R(tmp_path):
-    """The folder of another framework holds the bits of R that our model edits with."""
+def test_one_conversion_keeps_the_models_R(tmp_path):
+    """The other framework's folder has R with the same bits as our model."""
     model = folders.peft_folder(tmp_path / "a", layers="all")
     (stack,) = stacks(model)
     convert(tmp_path / "a", tmp_path / "pyreft", "pyreft", options=Options(dtype="float32"))
     convert(tmp_path / "a", tmp_path / "hub", "adapterhub", options=BLOCKS)
     hub = folders.hub_weights(tmp_path / "hub")
     for layer in range(LAYERS):
-        found = torch.load(
+        state = torch.load(
             tmp_path / "pyreft" / f"intkey_layer_{layer}_comp_block_output_unit_pos_nunit_1#0.bin",
             weights_only=True,
         )
-        assert same(found["rotate_layer"].mT, stack.R[layer]) and same(
-            found["weight"], stack.W[layer].detach()
+        assert same(state["rotate_layer"].mT, stack.R[layer]) and same(
+            state["weight"], stack.W[layer].detach()
         )
         assert same(hub[f"{layer}.0.write"], stack.R[layer]) and same(
             hub[f"{layer}.0.bias"], stack.b[layer].detach()
@@ -202,8 +202,8 @@ def test_pyreft_and_adapterhub_need_no_extra_file(tmp_path):
     assert equal(pyreft_tensors(tmp_path / "0"), pyreft_tensors(tmp_path / "2"))
 
 
-def test_weights_that_changed_since_are_the_folders(tmp_path):
-    """The extra file belongs to the weights beside which it was written, and to no others."""
+def test_changed_weights_take_precedence_over_the_extra_file(tmp_path):
+    """The extra file is used only with the weights with which it was written."""
     folders.hub_folder(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "b", "peft")
     trained = peft_tensors(tmp_path / "b")
@@ -217,19 +217,18 @@ def test_weights_that_changed_since_are_the_folders(tmp_path):
     assert same(folders.hub_weights(tmp_path / "c")["2.0.write"], expected[1])
 
 
-def test_a_folder_that_holds_everything_gets_no_tensors_besides(tmp_path):
+def test_no_extra_tensors_where_the_folder_has_everything(tmp_path):
     folders.hub_folder(tmp_path / "a")
     convert(tmp_path / "a", tmp_path / "pyreft", "pyreft", options=Options(dtype="float32"))
-    assert (
-        list(load_file(tmp_path / "pyreft" / exact.FILE)) == []
-    )  # settings alone: positions, dropout
+    # the extra file has settings only: positions, dropout
+    assert list(load_file(tmp_path / "pyreft" / exact.FILE)) == []
     assert load(tmp_path / "pyreft", "pyreft", Options()).dropout == 0.05
 
 
 @pytest.mark.parametrize("parametrization", ["householder", "cayley"])
 @pytest.mark.parametrize(("d", "r"), [(33, 4), (256, 8), (768, 16)])
-def test_R_of_X_is_near_where_it_cannot_be_exact(parametrization, d, r):
-    """The inverse in fp64, rounded to fp32, and built: within the error budget of R itself."""
+def test_R_of_X_is_accurate_where_it_cannot_be_exact(parametrization, d, r):
+    """The fp64 inverse, rounded to fp32, gives R within R's error budget."""
     ours, theirs = 0.0, 0.0
     for _ in range(4):
         R = torch.linalg.qr(torch.randn(d, r, dtype=torch.float64)).Q.mT.float()
@@ -243,8 +242,9 @@ def test_R_of_X_is_near_where_it_cannot_be_exact(parametrization, d, r):
 
 @pytest.mark.parametrize("shape", [(32, 4), (4, 32), (6, 6), (9, 1), (1, 1)])
 def test_the_state_shows_exactly_the_weight(shape):
-    """Torch's own parametrization shows the same bits, also after training, and its base is
-    orthonormal.
+    """PyTorch's parametrization computes the same bits, also after training.
+
+    Its base is orthonormal.
     """
     tall = torch.linalg.qr(torch.randn(max(shape), min(shape), dtype=torch.float64)).Q.float()
     weight = (tall if shape[0] >= shape[1] else tall.mT).contiguous()
@@ -266,7 +266,7 @@ def test_the_state_shows_exactly_the_weight(shape):
 @pytest.mark.parametrize("middle", ["pyreft", "peft"])
 @pytest.mark.parametrize("rank", [1, 8])
 def test_the_smallest_and_the_largest_rank(tmp_path, middle, rank):
-    """A square weight has another map in torch's parametrization, and is not transposed."""
+    """PyTorch's parametrization has another map for square weights and does not transpose them."""
     held = folders.hub_folder(tmp_path / "a", rank=rank, width=8)
     convert(tmp_path / "a", tmp_path / "b", middle, options=Options(dtype="float32"))
     convert(tmp_path / "b", tmp_path / "c", "adapterhub")

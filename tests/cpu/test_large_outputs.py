@@ -1,4 +1,4 @@
-"""Outputs of many megabytes: memory from the pool, stores past the caches."""
+"""Large outputs of the native backend: memory from the pool and non-temporal stores."""
 
 from __future__ import annotations
 
@@ -38,35 +38,33 @@ def _block(mib: int) -> torch.Tensor:
 
 
 def _spoil_the_pool(like: torch.Tensor) -> None:
-    """Leave NaN in the memory that the next output of this size takes."""
+    """Fill the memory that the next output of this size receives with NaN."""
     host_memory.empty_like(like).fill_(float("nan"))
 
 
 def _rows(d: int, dtype: torch.dtype) -> int:
-    """Just enough for outputs that are streamed."""
+    """Return the smallest number of rows whose output is written with non-temporal stores."""
     return host_memory.SMALLEST_BYTES // (d * dtype.itemsize) + 3
 
 
 def _both_ways(edit, leaves, grad):
-    """Output and gradients out of place and in place, on spoiled memory."""
-    found = []
+    """Return output and gradients of the edit out of place and in place."""
+    results = []
     for inplace in (False, True):
         _spoil_the_pool(grad)
         _spoil_the_pool(grad)
 
         def run(hidden, inplace=inplace, **weights):
-            return (
-                edit(hidden * 1, inplace=inplace, **weights) * 1
-            )  # in place, both tensors are the graph's own
+            # both multiplications make tensors that the graph owns, so the edit may be in place
+            return edit(hidden * 1, inplace=inplace, **weights) * 1
 
-        found.append(budget.outputs(run, leaves, grad))
-    return found
+        results.append(budget.outputs(run, leaves, grad))
+    return results
 
 
 @pytest.mark.parametrize("rank", [3, 12])
-@pytest.mark.parametrize(
-    "d", [1024, 1000]
-)  # rows of whole cache lines are streamed, others are not
+# non-temporal stores are used only for rows of whole cache lines
+@pytest.mark.parametrize("d", [1024, 1000])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_edits_equal_the_edits_in_place_bit_for_bit(dtype, d, rank):
     rows = _rows(d, dtype)
@@ -107,7 +105,7 @@ def test_selected_rows_out_of_place():
     got = rk.loreft(hidden, *weights, rows=rows)
     want = rk.loreft(hidden.clone(), *weights, rows=rows, inplace=True)
     assert torch.equal(got, want)
-    assert host_memory.held() == (18 * MIB, 0)  # 16.4 MiB in huge pages
+    assert host_memory.held() == (18 * MIB, 0)  # 16.4 MiB, rounded up to huge pages
 
 
 def test_blocks_come_back_and_are_used_again():
@@ -130,7 +128,7 @@ def test_blocks_come_back_and_are_used_again():
     assert host_memory.held() == (0, 0)
 
 
-def test_a_block_serves_where_little_of_it_lies_idle():
+def test_a_block_is_reused_for_slightly_smaller_outputs():
     _block(64)
     assert host_memory.held() == (0, 64 * MIB)
     close = _block(57)
@@ -178,8 +176,8 @@ def _run(script: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_over_the_limit_the_longest_kept_goes():
-    done = _run(LIMITED, REFT_KERNELS_HOST_POOL_MB="50")  # and what is larger than it goes at once
+def test_over_the_limit_the_oldest_block_is_freed():
+    done = _run(LIMITED, REFT_KERNELS_HOST_POOL_MB="50")  # larger blocks are freed at once
     assert done.stdout == "112 16; 80 48; 64 48; 0 48; ", done.stderr
 
 
@@ -205,7 +203,7 @@ def test_the_limit_can_be_changed():
         host_memory.set_limit(before)
 
 
-def test_a_limit_that_is_none_is_refused():
+def test_an_invalid_limit_raises():
     done = _run(LIMITED, REFT_KERNELS_HOST_POOL_MB="many")
     assert (
         "REFT_KERNELS_HOST_POOL_MB: got 'many', expected a whole number of MiB, zero or more"

@@ -1,10 +1,8 @@
-"""The native maps against reft_kernels/orthonormal.py in fp64, each output held to the budget of
-tests/maps.py.
+"""Native orthonormal maps against the fp64 reference, within the budget of :mod:`tests.maps`.
 
-``tests/test_parametrization.py`` runs on this backend too; here are the operators' own inputs, and
-the d x r that are hard:
-square ones, where reflectors cancel most, and those past the registers' blocks and the chains of
-sums.
+``tests/test_parametrization.py`` runs on this backend, too. Here the operators are called directly,
+with shapes that are difficult: square ones, where reflectors cancel most, and shapes that exceed
+the register blocks and the blocks of the sums.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The native backend's results do not depend on the number of threads, to the last bit."""
+"""Results of the native backend are bit-identical for any number of threads."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from tests.inputs import Case
 
 
 def _assert_the_same_on_any_number_of_threads(once: Callable[[], dict[str, torch.Tensor]]) -> None:
-    before, found = torch.get_num_threads(), []
+    before, results = torch.get_num_threads(), []
     try:
         with rk.backend("cpu"):
             for threads in (1, 2, 3, 5):
                 torch.set_num_threads(threads)
-                found.append(once())
+                results.append(once())
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        for name, first in found[0].items():
+    for other in results[1:]:
+        for name, first in results[0].items():
             assert torch.equal(first, other[name]), name
 
 

@@ -1,8 +1,6 @@
-"""Every CUDA source compiles for the supported chips, with no spilled register and within their
-shared memory.
+"""Every CUDA source compiles for the supported chips, without spills and within shared memory.
 
-Dynamic shared memory is held to the smallest chip's limit by static assertions in the sources
-themselves.
+Static assertions in the sources limit dynamic shared memory to that of the smallest chip.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The CUDA kernels against the fp64 reference: every path of their launch heuristics, in each
-dtype, and what they promise.
+"""CUDA kernels against the fp64 reference, on every launch path and in each dtype.
 
-The oracle is tests/budget.py. They run on a GPU, and without one in the emulation where
-REFT_KERNELS_CUDA_LIBRARY names its library (tests/cuda/test_emulation.py); the tests of the package
-run with this backend in both places, too.
+The budget is that of :mod:`tests.budget`. The kernels run on a GPU or, if
+``REFT_KERNELS_CUDA_LIBRARY`` names its library, in the emulation (tests/cuda/test_emulation.py).
+The tests of the public functions run with this backend, too.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def _forced():
 
 
 def _kernels(function) -> int:
-    """How many of this backend's kernels ``function`` launches."""
+    """Return the number of kernels of this backend that ``function`` launches."""
     function()
     if EMULATED:
         before = torch.ops.reft_kernels_cuda.launches()
@@ -64,18 +63,18 @@ def _kernels(function) -> int:
 
 
 def _in_each_order(function) -> list:
-    """What ``function`` returns when emulated threads run in one order and another."""
-    found = []
+    """Return the results of ``function`` with emulated threads in each order."""
+    results = []
     try:
         for order, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
             torch.ops.reft_kernels_cuda.schedule(order, seed)
-            found.append(function())
+            results.append(function())
     finally:
         torch.ops.reft_kernels_cuda.schedule("forward", 0)
-    return found
+    return results
 
 
-# ---- the edit of selected rows
+# edits
 
 EDITS = {
     "vectors": Case((2, 12), 72, 5, rows=9),
@@ -137,9 +136,7 @@ def test_ranks(name, r, rows):
 @pytest.mark.parametrize("weights", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_of_weights(dtype, weights):
-    """fp32, the hidden state's dtype, and the mixes that are copied to fp32; and W of one dtype
-    beside R of another.
-    """
+    """Weights in fp32, in the hidden state's dtype, and in mixed dtypes."""
 
     def make(changed):
         drawn = inputs.draw("loreft", Case((2, 12), 48, 6, rows=9, coeff=True), dtype, DEVICE)
@@ -153,9 +150,7 @@ def test_dtypes_of_weights(dtype, weights):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["aligned", "unaligned", "offset", "channels"])
 def test_strides(layout, dtype):
-    """A hidden state that is part of a wider one, in place: with any row stride here, with
-    strided channels elsewhere.
-    """
+    """A hidden state that is a slice of a wider one is edited in place."""
     d, total = 48, 20
     wide = torch.randn(total, 2 * d + 8, device=DEVICE).to(dtype)
     part = {
@@ -164,13 +159,13 @@ def test_strides(layout, dtype):
         "offset": lambda t: t[:, 1 : d + 1],
         "channels": lambda t: t[:, : 2 * d : 2],
     }[layout]
-    own = inputs.weights("loreft", Case(d=d, r=5), device=DEVICE)
+    weights = inputs.weights("loreft", Case(d=d, r=5), device=DEVICE)
     rows = inputs.rows(total, 9, device=DEVICE)
-    want = rk.loreft(part(wide).contiguous(), *own.values(), rows=rows)
+    want = rk.loreft(part(wide).contiguous(), *weights.values(), rows=rows)
     edited = wide.clone()
-    found = rk.loreft(part(edited), *own.values(), rows=rows, inplace=True)
+    results = rk.loreft(part(edited), *weights.values(), rows=rows, inplace=True)
     torch.testing.assert_close(
-        found, want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps
+        results, want, rtol=2 * torch.finfo(dtype).eps, atol=2 * torch.finfo(dtype).eps
     )
     untouched = torch.ones_like(wide, dtype=torch.bool)
     part(untouched).fill_(False)
@@ -180,24 +175,24 @@ def test_strides(layout, dtype):
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unselected_rows_are_bit_identical(dtype, inplace):
-    """... and may hold NaN, which reaches no other row and no gradient."""
+    """Unselected rows may hold NaN, which does not reach other rows or any gradient."""
     rows = inputs.rows(64, 20, device=DEVICE)
     outside = torch.ones(64, dtype=torch.bool, device=DEVICE)
     outside[rows[rows >= 0].long()] = False
     hidden, grad = (torch.randn(64, 40, device=DEVICE).to(dtype) for _ in range(2))
     hidden[outside] = grad[outside] = float("nan")
-    own = {
+    weights = {
         k: t.requires_grad_()
         for k, t in inputs.weights("loreft", Case(d=40), device=DEVICE).items()
     }
     leaf = hidden.clone().requires_grad_()
-    out = rk.loreft(leaf.clone(), **own, rows=rows, inplace=inplace)
+    out = rk.loreft(leaf.clone(), **weights, rows=rows, inplace=inplace)
     out.backward(grad)
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(out.detach()[outside].view(bits), hidden[outside].view(bits))
     assert torch.equal(leaf.grad[outside].view(bits), grad[outside].view(bits))
     assert out.detach()[~outside].isfinite().all() and leaf.grad[~outside].isfinite().all()
-    assert all(w.grad.isfinite().all() for w in own.values())
+    assert all(w.grad.isfinite().all() for w in weights.values())
 
 
 @pytest.mark.parametrize("rows", [30, 301])
@@ -234,38 +229,40 @@ def test_in_place_and_out_of_place_agree_bit_for_bit():
 @pytest.mark.parametrize("entries", [[], [-1], [-1] * 300])
 def test_nothing_selected(entries):
     rows = torch.tensor(entries, dtype=torch.int32, device=DEVICE)
-    own = {
+    weights = {
         k: t.requires_grad_()
         for k, t in inputs.weights("noreft", Case(d=40), device=DEVICE).items()
     }
     coeff = torch.full((len(entries), 3), float("nan"), device=DEVICE, requires_grad=True)
     leaf = torch.randn(8, 40, device=DEVICE, requires_grad=True)
-    out = rk.noreft(leaf.clone(), **own, rows=rows, coeff=coeff, activation="silu", inplace=True)
+    out = rk.noreft(
+        leaf.clone(), **weights, rows=rows, coeff=coeff, activation="silu", inplace=True
+    )
     grad = torch.randn(8, 40, device=DEVICE)
     out.backward(grad)
     assert torch.equal(out, leaf) and torch.equal(leaf.grad, grad)
-    assert all((t.grad == 0).all() for t in (*own.values(), coeff))
+    assert all((t.grad == 0).all() for t in (*weights.values(), coeff))
 
 
 def test_skipped_entries_add_nothing():
-    """coeff of a skipped entry may be NaN and its set out of range, in a block of served rows
-    too.
-    """
+    """A skipped entry may have a NaN coeff and a weight id that is out of range."""
     rows = inputs.rows(400, 301, device=DEVICE)
     rows[::3] = -1
     weight_ids = torch.randint(3, (301,), dtype=torch.int32, device=DEVICE)
     weight_ids[::3] = 12345
-    checks.mark_rows(weight_ids, 3)  # the public function would refuse it
+    checks.mark_rows(weight_ids, 3)  # the public function would raise
     coeff = torch.rand(301, 6, device=DEVICE)
     coeff[rows < 0] = float("nan")
     coeff.requires_grad_()
     case = Case(d=40, r=6, sets=3)
-    own = {k: t.requires_grad_() for k, t in inputs.weights("noreft", case, device=DEVICE).items()}
+    weights = {
+        k: t.requires_grad_() for k, t in inputs.weights("noreft", case, device=DEVICE).items()
+    }
     hidden = torch.randn(400, 40, device=DEVICE, requires_grad=True)
     rk.noreft(
-        hidden, **own, rows=rows, weight_ids=weight_ids, coeff=coeff, activation="tanh"
+        hidden, **weights, rows=rows, weight_ids=weight_ids, coeff=coeff, activation="tanh"
     ).square().sum().backward()
-    assert all(t.grad.isfinite().all() for t in (*own.values(), hidden, coeff))
+    assert all(t.grad.isfinite().all() for t in (*weights.values(), hidden, coeff))
     assert (coeff.grad[rows < 0] == 0).all() and (coeff.grad[rows >= 0] != 0).any()
 
 
@@ -291,11 +288,9 @@ def test_launches_of_an_edit(activation):
 
 @_gpu_alone
 def test_captured_in_a_graph():
-    """No host synchronisation and no other stream: an edit and its backward can be captured and
-    replayed.
-    """
+    """An edit and its backward do not synchronize, so a CUDA graph can capture them."""
     hidden, grad = torch.randn(64, 40, device=DEVICE), torch.randn(64, 40, device=DEVICE)
-    own = {
+    weights = {
         k: t.requires_grad_()
         for k, t in inputs.weights("loreft", Case(d=40), device=DEVICE).items()
     }
@@ -303,8 +298,8 @@ def test_captured_in_a_graph():
 
     def step():
         leaf = hidden.clone().requires_grad_()
-        out = rk.loreft(leaf, **own, rows=rows)
-        return out, *torch.autograd.grad(out, (leaf, *own.values()), grad)
+        out = rk.loreft(leaf, **weights, rows=rows)
+        return out, *torch.autograd.grad(out, (leaf, *weights.values()), grad)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -332,7 +327,7 @@ def test_the_device_is_the_tensors():
     )
 
 
-# ---- the orthonormal maps
+# orthonormal maps
 
 SHAPES = [  # layers, d, r
     (3, 7, 1),
@@ -381,8 +376,9 @@ def test_ranks_of_the_maps(name, r):
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.maps
 def test_equals_the_definition(name, shape):
-    """householder is torch.linalg.householder_product, cayley the d x d transform: forward and
-    gradient, in the budget.
+    """Forward and gradient equal the definition within the budget.
+
+    householder is torch.linalg.householder_product, cayley the d x d Cayley transform.
     """
 
     def make():
@@ -466,7 +462,7 @@ def test_orthonormal_rows_at_d_8192(name, scale, r):
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.maps
 def test_entries_that_are_not_read(name):
-    """On and above the diagonal of the top block: any value, NaN too."""
+    """Entries on and above the diagonal of the top block may be NaN."""
     given, grads = _build_inputs(2, 21, 4), _grads(2, 21, 4)
     spoiled = given[0].clone()
     spoiled[torch.ones_like(spoiled).triu().bool()] = float("nan")

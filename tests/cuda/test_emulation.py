@@ -1,9 +1,8 @@
-"""The CUDA kernels on a CPU: csrc/cuda compiled against an emulation of the execution model, its
-tests, and race detection.
+"""CUDA kernels on a CPU, compiled against an emulation of the execution model, with race detection.
 
-tests/cuda/emulation holds the emulated machine. sm_80 has a cooperative grid where sm_90 has
-clusters, so it is built for both. ``full`` runs everything for both; the default is what differs
-between them, and a part of what does not.
+tests/cuda/emulation has the emulation. It is built for sm_80, which has cooperative grids, and for
+sm_90, which has clusters. Tests marked ``full`` run everything for both; by default, tests run for
+both only where they differ.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "build" / "emulation"
 # the tests of the kernels, and those directly in tests/; markers choose among them
 KERNELS, ENGINE = "tests/cuda", "tests"
-MAP_CASES = ("householder", "cayley")  # of sanitized.cpp
+MAP_CASES = ("householder", "cayley")  # cases of sanitized.cpp
 
 
 def _run(*command: str | Path, **environment: str | None) -> subprocess.CompletedProcess:
@@ -38,8 +37,7 @@ def _run(*command: str | Path, **environment: str | None) -> subprocess.Complete
 
 def _emulated(arch: int, *command: str, **environment: str) -> subprocess.CompletedProcess:
     library = build.build_library(arch)
-    # what these kernels leave out goes to the reference, not to Triton's interpreter, which other
-    # tests run
+    # operators without a CUDA kernel use the torch backend, not Triton's interpreter
     return _run(
         sys.executable,
         *command,
@@ -57,7 +55,7 @@ def _tests(arch: int, *selection: str, **environment: str) -> None:
     assert " passed" in done.stdout
 
 
-# ---- the tests of the kernels and of the engine
+# tests of the kernels and of the public functions
 
 
 @pytest.mark.slow
@@ -72,7 +70,7 @@ def test_kernels_with_a_cooperative_grid():
 
 @pytest.mark.slow
 def test_engine():
-    """... with threads in random order."""
+    """The tests of the public functions pass with threads in random order."""
     _tests(900, ENGINE, "-m", "engine and emulated", REFT_EMULATION_ORDER="random")
 
 
@@ -85,7 +83,7 @@ def test_everything(arch, order):
     _tests(arch, ENGINE, "-m", "engine and emulated", REFT_EMULATION_ORDER=order)
 
 
-# ---- which tensors the emulation serves
+# selection of the emulation
 
 ASK = """
 import torch
@@ -106,7 +104,7 @@ def test_the_emulation_serves_cpu_tensors_alone():
         )
 
 
-def test_a_library_that_is_not_there_or_none_is_said(tmp_path):
+def test_a_missing_or_invalid_library_is_reported(tmp_path):
     absent = _run(sys.executable, "-c", ASK, REFT_KERNELS_CUDA_LIBRARY=str(tmp_path / "none.so"))
     assert (
         absent.stdout.count("REFT_KERNELS_CUDA_LIBRARY: got") == 2
@@ -132,14 +130,12 @@ torch.ops.reft_kernels_cuda.edit_gradient(*call, none, torch.ones(70000, 1), tor
     )
 
 
-# ---- the sanitizers
+# sanitizers
 
 
 @functools.cache
 def _fixed_addresses() -> tuple[str, ...]:
-    """ThreadSanitizer needs addresses where it expects them, which a randomised layout may not
-    give.
-    """
+    """Disable address space randomization, which ThreadSanitizer may not support."""
     setarch = shutil.which("setarch")
     return (setarch, "-R") if setarch and _run(setarch, "-R", "true").returncode == 0 else ()
 
@@ -159,7 +155,7 @@ def _program(
         *(_fixed_addresses() if sanitizer == "thread" else ()),
         program,
         *arguments,
-        ASAN_OPTIONS="detect_leaks=0",  # of a thread that a failed launch leaves behind
+        ASAN_OPTIONS="detect_leaks=0",  # a failed launch leaves a thread behind
         UBSAN_OPTIONS="halt_on_error=1:print_stacktrace=1",
         TSAN_OPTIONS="report_signal_unsafe=0",
     )
@@ -173,8 +169,10 @@ def _program(
 
 def _clean(arch: int, sanitizer: str, *arguments: str) -> None:
     done = _program("sanitized", arch, sanitizer, *arguments, kernels=True)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0 and "Sanitizer" not in said and ", 0 failures" in said, said[:6000]
+    output = done.stdout + done.stderr
+    assert done.returncode == 0 and "Sanitizer" not in output and ", 0 failures" in output, output[
+        :6000
+    ]
 
 
 @pytest.mark.slow
@@ -194,12 +192,11 @@ def test_no_races(arch, cases):
 @pytest.mark.slow
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 @pytest.mark.parametrize("arch", build.ARCHITECTURES)
-def test_sanitizers_find_nothing_in_any_order(arch, sanitizer):
+def test_sanitizers_report_nothing_in_any_order(arch, sanitizer):
     _clean(arch, sanitizer)
 
 
-# ---- what the emulation and the sanitizers must report: (case of faults.cpp, sanitizer, what is
-# said)
+# faults that must be reported: case of faults.cpp, sanitizer, part of the output
 
 _RACE, _ASAN = "ThreadSanitizer: data race", "AddressSanitizer: "
 FAULTS = [
@@ -236,24 +233,22 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize(("case", "sanitizer", "said"), FAULTS)
-def test_a_fault_is_reported(case, sanitizer, said):
+@pytest.mark.parametrize(("case", "sanitizer", "output"), FAULTS)
+def test_a_fault_is_reported(case, sanitizer, output):
     done = _program("faults", 900, sanitizer, case, kernels=False)
-    assert done.returncode != 0 and said in done.stdout + done.stderr, done.stdout + done.stderr
+    assert done.returncode != 0 and output in done.stdout + done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 @pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
 @pytest.mark.parametrize("case", ["sound", "warp barrier", "sound cluster", "sound grid"])
-def test_a_sound_kernel_is_not(case, sanitizer, order):
+def test_a_correct_kernel_is_not_reported(case, sanitizer, order):
     done = _program("faults", 900, sanitizer, case, order, kernels=False)
     assert done.returncode == 0 and done.stdout + done.stderr == "", done.stdout + done.stderr
 
 
 def test_half_precision_rounds_as_in_torch():
-    """Every half-precision number, and fp32 numbers of every exponent, next to what halves of a
-    unit in the last place make.
-    """
+    """Conversions of every half-precision number, and of fp32 numbers near rounding boundaries."""
     numbers = (
         np.random.default_rng(0).integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
     )

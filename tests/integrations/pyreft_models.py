@@ -1,8 +1,7 @@
-"""pyreft models of tiny random transformers, batches and positions for them, and the budget against
-pyreft itself.
+"""pyreft models of tiny random transformers, and the error budget against pyreft.
 
-The straightforward computation is pyreft in the model's dtype, the truth pyreft in fp64: an
-accelerated model may be at most twice as far from the truth as pyreft is, and one rounding.
+The straightforward computation is pyreft in the model's dtype, the reference pyreft in fp64. An
+accelerated model's error may be at most twice that of pyreft, plus one rounding.
 """
 
 from __future__ import annotations
@@ -31,8 +30,9 @@ CLASSES = {
 
 
 def move(reft_model, scale=0.2, seed=7):
-    """Leave the start: but not the diagonal of ``original``, whose truncation would zero columns
-    of R.
+    """Change every trained parameter from its initial value.
+
+    The diagonal of ``original`` is kept, because pyreft truncates it and would zero columns of R.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -80,8 +80,9 @@ def inputs(family="llama", seed=1, side="right"):
 
 
 def tied(count=LAYERS, *, repeats=True):
-    """The same positions for each intervention; with ``repeats`` the second and third example
-    pad with column 0.
+    """Return the same positions for each intervention.
+
+    With ``repeats``, the second and third example are padded with column 0.
     """
     columns = (
         [[1, 2, 3, 17], [0, 0, 5, 11], [0, 0, 0, 4]]
@@ -92,28 +93,32 @@ def tied(count=LAYERS, *, repeats=True):
 
 
 def untied():
-    """First-half prefix and second-half suffix interventions, which meet in column 3 and in the
-    padding column.
+    """Return positions that differ between the interventions.
+
+    The first half of the interventions has prefix positions, the second suffix positions. They
+    overlap in column 3 and in the padding column.
     """
     prefix, suffix = [[1, 2, 3], [0, 1, 2], [0, 0, 1]], [[3, 16, 17], [0, 10, 11], [0, 0, 8]]
     return {"sources->base": (None, [prefix] * LAYERS + [suffix] * LAYERS)}
 
 
 def step(reft_model, base, unit_locations, labels):
-    """Logits and every gradient of one forward and backward."""
+    """Return the logits and every gradient of one forward and backward."""
     reft_model.zero_grad()
     _, out = reft_model(base, unit_locations=unit_locations, labels=labels)
     out.loss.backward()
-    found = {"logits": out.logits.detach()}
-    for key, own in reft_model.interventions.items():
-        found |= {
-            f"{key}.{name}": p.grad for name, p in own.named_parameters() if p.grad is not None
+    results = {"logits": out.logits.detach()}
+    for key, intervention in reft_model.interventions.items():
+        results |= {
+            f"{key}.{name}": p.grad
+            for name, p in intervention.named_parameters()
+            if p.grad is not None
         }
-    return found
+    return results
 
 
 def hold(build_model, unit_locations, *, family="llama", side="right", draws=16):
-    """The budget, each of its three numbers the largest of several batches."""
+    """Check a model against the budget over several batches."""
     plain = build_model()
     exact = copy.deepcopy(plain)
     exact.model.double(), exact.interventions.double()

@@ -1,4 +1,4 @@
-"""A drop-in intervention beside the real pyreft or pyvene class, and models that hold them."""
+"""Drop-in interventions together with the original pyreft or pyvene classes."""
 
 from __future__ import annotations
 
@@ -33,15 +33,18 @@ def theirs(name, d=D, rank=r, **kwargs):
 
 
 def pair(name, **kwargs):
-    """An original and a drop-in with its weights."""
+    """Return an original and a drop-in with the same weights, drop-in first."""
     original = theirs(name, **kwargs)
-    own = ours(name, **kwargs)
-    own.load_state_dict(original.state_dict())
-    return own, original
+    fused = ours(name, **kwargs)
+    fused.load_state_dict(original.state_dict())
+    return fused, original
 
 
 def moved(intervention, scale=0.3):
-    """The same after training: every parameter changed, R by way of its free parameter."""
+    """Change every parameter of an intervention, as training does.
+
+    R changes by its free parameter.
+    """
     with torch.no_grad():
         for name, parameter in intervention.named_parameters():
             step = scale * torch.randn(parameter.shape)
@@ -50,7 +53,7 @@ def moved(intervention, scale=0.3):
 
 
 def weight_of(intervention):
-    """R^T [d, r]."""
+    """Return R^T [d, r]."""
     return intervention.rotate_layer.weight.detach()
 
 

@@ -1,6 +1,4 @@
-"""AdapterHub's ReFT by the fused edit: equal to the package where it is right, right where it is
-not.
-"""
+"""``accelerate_adapters``: the results of the package, except where the package is incorrect."""
 
 from __future__ import annotations
 
@@ -52,7 +50,7 @@ CONFIGS = {
 
 
 def hub(family: str = "llama", config=CONFIGS["loreft"], seed: int = 3) -> torch.nn.Module:
-    """A model of the package with one active, trained-looking adapter."""
+    """Return a model of the package with one active adapter that has random weights."""
     model = make(family)
     adapters.init(model)
     add(model, "a", config, seed)
@@ -66,9 +64,8 @@ def add(model, name, config, seed):
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if f".refts.{name}." in path:
-                noise = 0.2 * torch.randn_like(
-                    parameter
-                )  # what is trained of R's parameter is, transposed, below the diagonal
+                # only the transposed part below the diagonal of R's parameter is trained
+                noise = 0.2 * torch.randn_like(parameter)
                 parameter.add_(noise.triu(1) if path.endswith("original") else noise)
 
 
@@ -84,24 +81,24 @@ def inputs_of(lengths: list[int], side: str = "right") -> dict[str, torch.Tensor
 
 
 def gradients(model, inputs) -> dict[str, torch.Tensor]:
-    """The logits of real tokens, and every gradient of a loss on them."""
+    """Return the logits of real tokens, and every gradient of a loss on them."""
     model.zero_grad()
     logits = model(**inputs).logits
     if logits.dim() == 3:
         logits = logits[inputs["attention_mask"].bool()]
     target = torch.arange(logits.shape[0]) % logits.shape[-1]
     F.cross_entropy(logits, target).backward()
-    found = {
+    results = {
         n: p.grad.clone()
         for n, p in model.named_parameters()
         if p.requires_grad and p.grad is not None
     }
-    return {"logits": logits.detach(), **found}
+    return {"logits": logits.detach(), **results}
 
 
 def exactly(model, inputs) -> dict[str, torch.Tensor]:
-    """The same by the package in fp64."""
-    torch.set_default_dtype(torch.float64)  # the package makes empty parts in the default dtype
+    """Return the same in fp64, computed by the package."""
+    torch.set_default_dtype(torch.float64)  # the package creates empty tensors in this dtype
     try:
         cast = {n: t.double() if t.is_floating_point() else t for n, t in inputs.items()}
         return gradients(copy.deepcopy(model).double(), cast)
@@ -110,19 +107,20 @@ def exactly(model, inputs) -> dict[str, torch.Tensor]:
 
 
 def check_budget(drawn: list[tuple[dict, dict, dict]]) -> None:
-    """Hold (ours, the package's, exact) to the budget of :mod:`tests.budget`; one tensor of several
-    layers is several draws.
+    """Check (ours, the package's, exact) against the budget of :mod:`tests.budget`.
+
+    Tensors of several layers count as several draws.
     """
-    found: dict[str, list[tuple[float, float, float]]] = {}
+    results: dict[str, list[tuple[float, float, float]]] = {}
     for ours, theirs, exact in drawn:
         assert ours.keys() == theirs.keys() == exact.keys()
         for name, want in exact.items():
             errors = ((got[name].double() - want).abs().max().item() for got in (ours, theirs))
-            found.setdefault(re.sub(r"\d+", "N", name), []).append(
+            results.setdefault(re.sub(r"\d+", "N", name), []).append(
                 (*errors, want.abs().max().item())
             )
     eps = torch.finfo(drawn[0][0]["logits"].dtype).eps
-    for name, rows in found.items():
+    for name, rows in results.items():
         error, straightforward, size = map(max, zip(*rows, strict=True))
         assert (
             error
@@ -162,22 +160,20 @@ def test_an_encoder_and_a_decoder_and_images_without_tokens():
     compare("vit", CONFIGS["loreft"], {"pixel_values": torch.randn(3, 3, 16, 16)})
 
 
-# ---- what the package gets wrong
+# cases in which the package is incorrect
 
 
 def prompt_columns(mask: torch.Tensor, first: int, last: int) -> list[list[int]]:
-    found = []
+    results = []
     for row in mask:
         real = row.nonzero().flatten().tolist()
-        found.append(sorted({*real[:first], *real[max(0, len(real) - last) :]}))
-    return found
+        results.append(sorted({*real[:first], *real[max(0, len(real) - last) :]}))
+    return results
 
 
 @contextlib.contextmanager
 def reference(model, columns, family="llama"):
-    """The model without the package's edits, edited by plain hooks at the given columns of the
-    whole sequence.
-    """
+    """Return the model edited by plain hooks at the given columns instead of by the package."""
     units = [layer.refts["a"].units[0] for layer in layers(model)]
 
     def weights(layer):
@@ -189,8 +185,10 @@ def reference(model, columns, family="llama"):
 
 
 def decode(family, model, inputs, columns, count=5):
-    """Greedy decoding without a cache, the prompt's columns edited again at every step: tokens, and
-    the logits of each.
+    """Decode greedily without a cache and edit the prompt's columns at every step.
+
+    Returns:
+        The tokens and the logits of each step.
     """
     ids, mask, logits = inputs["input_ids"], inputs["attention_mask"], []
     with torch.no_grad(), reference(model, columns, family):
@@ -232,12 +230,12 @@ def test_decoding_steps_come_out_right_where_the_package_fails(family, config, s
 
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         model.generate(**inputs, **DECODING)
-    if config.suffix_positions:  # without a cache it moves along with what is generated
+    if config.suffix_positions:  # without a cache, the suffix moves with the generated tokens
         theirs = model.generate(**inputs, **DECODING, use_cache=False)
         assert not within(torch.stack(theirs.logits[1:]), plain[1:], exact[1:])
 
     accelerate_adapters(model)
-    # transformers' own chunks are inexact beside padding, with nothing edited
+    # chunked prefill of transformers is inexact with padding, even without edits
     for setting in [
         {},
         {"use_cache": False},
@@ -253,13 +251,13 @@ def test_a_prompt_shorter_than_asked_is_edited_where_the_package_fails():
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         model(**inputs)
     columns, real = prompt_columns(inputs["attention_mask"], 7, 7), inputs["attention_mask"].bool()
-    found = []
+    results = []
     with torch.no_grad():
         for subject in (model, copy.deepcopy(model).double()):
             with reference(subject, columns):
-                found.append(subject(**inputs).logits[real])
+                results.append(subject(**inputs).logits[real])
         accelerate_adapters(model)
-        assert within(model(**inputs).logits[real], *found)
+        assert within(model(**inputs).logits[real], *results)
 
 
 def test_weight_decay_leaves_r_orthonormal_and_the_package_reads_it(tmp_path):
@@ -278,9 +276,8 @@ def test_weight_decay_leaves_r_orthonormal_and_the_package_reads_it(tmp_path):
 
     start = copy.deepcopy(model.state_dict())
     train()
-    assert all(
-        (layer.refts["a"].units[0].projection.weight == 0).all() for layer in layers(model)
-    )  # the package's own
+    # weight decay turns the package's R into zeros
+    assert all((layer.refts["a"].units[0].projection.weight == 0).all() for layer in layers(model))
     model.load_state_dict(start)
     handle = accelerate_adapters(model.train())
     train()
@@ -316,9 +313,9 @@ def test_a_model_in_bf16_needs_no_autocast():
     with pytest.raises(RuntimeError, match="dtype"):
         model(**inputs)
     accelerate_adapters(model)
-    found = gradients(model, inputs)
-    assert found["logits"].dtype == torch.bfloat16 and all(
-        t.isfinite().all() for t in found.values()
+    results = gradients(model, inputs)
+    assert results["logits"].dtype == torch.bfloat16 and all(
+        t.isfinite().all() for t in results.values()
     )
 
 
@@ -328,18 +325,18 @@ def test_dropout_is_the_packages_draw_for_draw(tied):
     for seed in range(8):
         model = hub("llama", LoReftConfig(**(BOTH | {"dropout": 0.3}), tied_weights=tied), seed)
         still = gradients(model, inputs)
-        found = []
+        results = []
         for run in (exactly, gradients):
             torch.manual_seed(seed)
-            found.append(run(model.train(), inputs))
-        assert not torch.allclose(still["logits"], found[1]["logits"])
+            results.append(run(model.train(), inputs))
+        assert not torch.allclose(still["logits"], results[1]["logits"])
         accelerate_adapters(model)
         torch.manual_seed(seed)
-        drawn.append((gradients(model, inputs), *reversed(found)))
+        drawn.append((gradients(model, inputs), *reversed(results)))
     check_budget(drawn)
 
 
-# ---- the package's own ways
+# behaviour that is the same as the package's
 
 
 def test_parameters_and_files_stay_the_packages(tmp_path):
@@ -347,7 +344,7 @@ def test_parameters_and_files_stay_the_packages(tmp_path):
     before = dict(model.named_parameters())
     keys, hooks = list(model.state_dict()), hook_count(model)
     model.save_adapter(str(tmp_path / "theirs"), "a")
-    expected = gradients(model, inputs)  # after saving, which lays the package's buffers out anew
+    expected = gradients(model, inputs)  # after saving, which changes the layout of buffers
     handle = accelerate_adapters(model)
     assert list(model.state_dict()) == keys
     assert all(p is before[n] for n, p in model.named_parameters())
@@ -368,11 +365,11 @@ def test_parameters_and_files_stay_the_packages(tmp_path):
     handle.restore()
 
 
-def test_active_adapters_are_those_the_package_says():
+def test_active_adapters_are_those_of_the_package():
     inputs, model = inputs_of([LENGTH, 15, 9]), hub()
     real = inputs["attention_mask"].bool()
     handle = accelerate_adapters(model)
-    add(model, "b", CONFIGS["direft-untied"], 9)  # after the fact
+    add(model, "b", CONFIGS["direft-untied"], 9)  # added after acceleration
 
     @torch.no_grad()
     def run(context=None):
@@ -380,12 +377,12 @@ def test_active_adapters_are_those_the_package_says():
             return model(**inputs).logits[real]
 
     def each():
-        found = []
+        results = []
         for name in ("a", "b", None):
             model.set_active_adapters(name)
-            found += [run(), run(AdapterSetup("b"))]
+            results += [run(), run(AdapterSetup("b"))]
         model.set_active_adapters("a")
-        return found
+        return results
 
     ours = each()
     handle.restore()
@@ -404,25 +401,25 @@ def test_active_adapters_are_those_the_package_says():
     assert torch.equal(run(), ours[4])
 
 
-def test_prompts_end_where_the_caller_or_the_labels_say():
+def test_prompts_end_as_given_by_the_caller_or_the_labels():
     inputs, lengths = inputs_of([LENGTH, 20, 16]), [16, 15, 14]
     model, real = hub(), inputs["attention_mask"].bool()
     labels = inputs["input_ids"].masked_fill(~real, -100)
     for row, length in enumerate(lengths):
         labels[row, :length] = -100
     columns = prompt_columns(mask_of(lengths), 7, 7)
-    found = []
+    results = []
     for subject in (model, copy.deepcopy(model).double()):
         with torch.no_grad(), reference(subject, columns):
-            found.append(subject(**inputs).logits[real])
+            results.append(subject(**inputs).logits[real])
     with torch.no_grad():
         with accelerate_adapters(model):
             whole = model(**inputs, labels=labels).logits[real]
             assert torch.equal(whole, model(**inputs).logits[real])
-            assert within(model(**inputs, prompt_lengths=lengths).logits[real], *found)
+            assert within(model(**inputs, prompt_lengths=lengths).logits[real], *results)
         with accelerate_adapters(model, prompts="labels"):
             said = model(**inputs, labels=labels).logits[real]
-    assert within(said, *found) and not torch.allclose(said, whole)
+    assert within(said, *results) and not torch.allclose(said, whole)
 
 
 def test_gradient_checkpointing_and_a_copy():
@@ -450,7 +447,7 @@ def test_one_launch_for_a_layers_rows_none_while_decoding_and_no_stale_weights(m
     assert not torch.allclose(model.generate(**inputs, **DECODING).logits[0], first)
 
 
-# ---- what is refused
+# errors
 
 
 def test_wrong_arguments_are_named_and_change_nothing():

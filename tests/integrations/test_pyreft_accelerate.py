@@ -1,6 +1,4 @@
-"""``accelerate_pyreft`` computes what pyreft computes: outputs, gradients, quirks, a hundred
-steps of training.
-"""
+"""``accelerate_pyreft``: the outputs, gradients and training of pyreft."""
 
 from __future__ import annotations
 
@@ -24,8 +22,8 @@ pytestmark = pytest.mark.transformers5
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", CLASSES)
 def test_outputs_and_gradients(kind, dtype):
-    found = hold(lambda: build(kind, dtype=dtype), tied())
-    assert len(found) > LAYERS
+    results = hold(lambda: build(kind, dtype=dtype), tied())
+    assert len(results) > LAYERS
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -49,7 +47,7 @@ def test_other_components(component):
 
 @pytest.mark.parametrize("kind", ["loreft", "noreft", "lobireft"])
 def test_every_position(kind):
-    """No unit_locations: pyvene edits the whole sequence."""
+    """Without unit_locations, pyvene edits the whole sequence."""
     hold(lambda: build(kind), None)
 
 
@@ -63,7 +61,7 @@ def test_a_square_rotation_has_another_map():
 
 def test_a_module_that_serves_every_layer():
     def shared():
-        own = pyreft.LoreftIntervention(
+        intervention = pyreft.LoreftIntervention(
             embed_dim=WIDTH, low_rank_dimension=RANK, dtype=torch.float32
         )
         config = [
@@ -71,7 +69,7 @@ def test_a_module_that_serves_every_layer():
                 "layer": i,
                 "component": "block_output",
                 "low_rank_dimension": RANK,
-                "intervention": own,
+                "intervention": intervention,
             }
             for i in range(3)
         ]
@@ -80,9 +78,10 @@ def test_a_module_that_serves_every_layer():
     hold(shared, tied())
 
 
-def test_slots_that_stand_twice_count_twice_in_the_gradient():
-    """pyreft's scatter hands each of k equal slots the whole gradient, so this is not the
-    gradient of the loss.
+def test_repeated_slots_are_counted_repeatedly_in_the_gradient():
+    """pyreft's scatter gives each of k equal slots the whole gradient.
+
+    This is therefore not the gradient of the loss.
     """
     base, labels = inputs()
     doubled = {"sources->base": (None, [[[5, 5]] * BATCH] * LAYERS)}
@@ -106,7 +105,7 @@ def test_slots_that_stand_twice_count_twice_in_the_gradient():
 
 
 def test_nothing_else_is_written():
-    """Rows that no slot names are those of the frozen model, bit for bit."""
+    """Rows without an edit equal those of the frozen model bit for bit."""
     reft_model = build()
     seen = {}
     block = blocks("llama", reft_model.model)[0]
@@ -116,9 +115,8 @@ def test_nothing_else_is_written():
         reft_model.model(**base)
         frozen = seen["first"]
         accelerate_pyreft(reft_model)
-        block.register_forward_hook(
-            lambda m, a, out: seen.update(edited=out)
-        )  # edited in place after it was seen
+        # the edit changes this tensor in place after the hook
+        block.register_forward_hook(lambda m, a, out: seen.update(edited=out))
         reft_model(base, unit_locations=tied())
     touched = torch.zeros(BATCH, LENGTH, dtype=torch.bool)
     for example, columns in enumerate(tied()["sources->base"][1][0]):
@@ -127,11 +125,11 @@ def test_nothing_else_is_written():
     assert torch.equal(different, touched)
 
 
-# ---- pyreft's quirks, and the one that goes
+# unexpected behaviour of pyreft that is reproduced, and one that is corrected
 
 
 def test_signs_are_truncated_as_pyreft_does():
-    """One step of AdamW with weight decay makes zeros of R's signs, and of R."""
+    """One step of AdamW with weight decay turns R's signs, and R, into zeros."""
     plain = build("loreft")
     fast = copy.deepcopy(plain)
     accelerate_pyreft(fast)
@@ -145,15 +143,16 @@ def test_signs_are_truncated_as_pyreft_does():
         R = model.interventions[model.sorted_keys[0]].rotate_layer.weight
         assert R.abs().max() == 0
     torch.testing.assert_close(outputs[1], outputs[0])
-    assert (outputs[1] - fast.model(**base).logits).abs().max() == 0  # R = 0 edits nothing
+    assert (outputs[1] - fast.model(**base).logits).abs().max() == 0  # no edit with R = 0
 
 
 @pytest.mark.parametrize("unit_locations", [tied(), None], ids=["slots", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("kind", ["loreft", "nodireft", "lobireft"])
 def test_dropout_draws_pyrefts_masks(kind, dtype, unit_locations):
-    """On the whole edited state, slot by slot; it stays on after ``eval``, which reaches the
-    base model alone.
+    """Dropout is applied to the edited state, slot by slot, and stays on after ``eval``.
+
+    ``eval`` reaches the base model only.
     """
 
     def dropping():
@@ -166,8 +165,8 @@ def test_dropout_draws_pyrefts_masks(kind, dtype, unit_locations):
     off = dropping()
     base, _ = inputs()
     on = off(base, unit_locations=unit_locations)[1].logits
-    for own in off.interventions.values():
-        own.eval()
+    for intervention in off.interventions.values():
+        intervention.eval()
     accelerate_pyreft(off)
     states = torch.get_rng_state()
     without = off(base, unit_locations=unit_locations)[1].logits
@@ -175,9 +174,10 @@ def test_dropout_draws_pyrefts_masks(kind, dtype, unit_locations):
     assert not torch.allclose(on, without)
 
 
-def test_integer_positions_do_not_stay():
-    """pyvene's use_fast scatters later batches to the first example's positions; here they stay
-    each example's own.
+def test_integer_positions_apply_to_one_batch_only():
+    """Every batch is edited at its own positions.
+
+    pyvene's use_fast edits later batches at the positions of the first example.
     """
     reft_model = build()
     base, labels = inputs()
@@ -195,14 +195,12 @@ def test_integer_positions_do_not_stay():
     torch.testing.assert_close(fast(base, unit_locations={"base": 2})[1].logits, one)
 
 
-# ---- training
+# training
 
 
 @pytest.mark.parametrize("kind", ["loreft", "direft"])
 def test_a_hundred_steps_follow_pyrefts_loss_curve(kind):
-    """What fp32 noise is, is measured: pyreft in fp64 is the truth, pyreft in fp32 says how far
-    rounding alone leads.
-    """
+    """The error of the losses is at most twice that of pyreft in fp32, against pyreft in fp64."""
 
     def train(dtype, accelerated):
         reft_model = build(kind, per_layer=2, moved=False)
@@ -227,13 +225,11 @@ def test_a_hundred_steps_follow_pyrefts_loss_curve(kind):
     )
     noise = (theirs - truth).abs().cummax(0).values
     assert ((ours - truth).abs() <= 2 * noise + torch.finfo(torch.float32).eps * truth.abs()).all()
-    assert (truth[-5:] < 0.98 * truth[:5]).all()  # it did learn, on each of the five batches
+    assert (truth[-5:] < 0.98 * truth[:5]).all()  # the loss decreases on each of the five batches
 
 
 def test_a_forward_builds_once_what_its_layers_share(monkeypatch):
-    """One Householder build and one set of rows for all layers, one edit a layer, and none of
-    pyvene's per-hook work.
-    """
+    """One Householder build and one set of rows per forward, and one edit per layer."""
     calls = []
 
     def counting(holder, name):

@@ -1,6 +1,4 @@
-"""Calls of an accelerated pyreft model: what they return, save, restore and leave behind;
-generation; what is refused.
-"""
+"""Calls of an accelerated pyreft model: return values, saving, restoring, generation and errors."""
 
 from __future__ import annotations
 
@@ -97,18 +95,16 @@ def test_hooks_of_others_stay_and_errors_leave_none_behind():
 
 
 def test_save_and_load_keep_working(tmp_path):
-    """A loaded R leaves pyreft's base not orthogonal: the edit still follows it, and trains on
-    as pyreft does.
-    """
+    """After loading R, pyreft's base is not orthogonal. Edit and training still follow pyreft."""
     saved = build()
     accelerate_pyreft(saved)
     base, _ = inputs()
     want = saved(base, unit_locations=tied())[1].logits
     saved.save(str(tmp_path / "saved"))
 
-    def load(reft_model):  # as pyvene's load_intervention, which insists on cuda:0
-        for key, own in reft_model.interventions.items():
-            own.load_state_dict(
+    def load(reft_model):  # as pyvene's load_intervention, which requires cuda:0
+        for key, intervention in reft_model.interventions.items():
+            intervention.load_state_dict(
                 torch.load(tmp_path / "saved" / f"intkey_{key}.bin", weights_only=True)
             )
         return reft_model
@@ -116,7 +112,7 @@ def test_save_and_load_keep_working(tmp_path):
     fresh = load(build(moved=False))
     accelerate_pyreft(fresh)
     torch.testing.assert_close(fresh(base, unit_locations=tied())[1].logits, want)
-    load(fresh)  # pyreft makes new rotate layers, here in an accelerated model
+    load(fresh)  # pyreft replaces the rotate layers of an accelerated model
     torch.testing.assert_close(fresh(base, unit_locations=tied())[1].logits, want)
 
     def loaded():
@@ -124,12 +120,12 @@ def test_save_and_load_keep_working(tmp_path):
         move(reft_model, scale=0.1)
         return reft_model
 
-    own = next(iter(loaded().interventions.values())).rotate_layer.weight
-    assert (own.mT @ own - torch.eye(RANK)).abs().max() > 1e-3
+    intervention = next(iter(loaded().interventions.values())).rotate_layer.weight
+    assert (intervention.mT @ intervention - torch.eye(RANK)).abs().max() > 1e-3
     hold(loaded, tied())
 
 
-def test_an_existing_optimizer_goes_on():
+def test_an_existing_optimizer_keeps_working():
     reft_model = build()
     optimizer = torch.optim.SGD(reft_model.get_trainable_parameters(), lr=0.1)
     base, labels = inputs()
@@ -143,12 +139,12 @@ def test_an_existing_optimizer_goes_on():
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_this_packages_classes_run_too(kind):
-    """The drop-in classes of the same names, by pyvene's hooks and accelerated."""
+def test_drop_in_classes_are_supported(kind):
+    """Drop-in classes work by pyvene's hooks and accelerated."""
     cls, keywords = CLASSES[kind]
-    own = getattr(drop_in, cls.__name__)
+    intervention = getattr(drop_in, cls.__name__)
     dropped = {"dropout": 0.2} if "consreft" not in kind else {}
-    plain = build(kind, classes={kind: (own, keywords)}, **dropped)
+    plain = build(kind, classes={kind: (intervention, keywords)}, **dropped)
     for intervention in plain.interventions.values():
         intervention.subspace_coeff = [1.0, -1.0, 0.0, 0.5]
     fast = copy.deepcopy(plain)
@@ -166,8 +162,9 @@ def test_this_packages_classes_run_too(kind):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant):
-    """pyreft's own way: the base model's switch; hooks run outside of what transformers
-    recomputes (5.23 on).
+    """pyreft uses the base model's switch.
+
+    From transformers 5.23 on, hooks run outside of the recomputed part.
     """
     if version.parse(transformers.__version__) < version.parse("5.23"):
         pytest.skip(
@@ -197,7 +194,7 @@ def test_without_gradients(mode):
             assert not ours.requires_grad
 
 
-# ---- what pyvene keeps, and what is refused
+# calls that are left to pyvene, and errors
 
 
 @pytest.mark.parametrize(
@@ -209,7 +206,7 @@ def test_without_gradients(mode):
     ],
     ids=lambda given: next(iter(given)),
 )
-def test_calls_that_only_pyvene_understands_go_to_it(given):
+def test_unsupported_calls_are_passed_to_pyvene(given):
     plain = build()
     fast = copy.deepcopy(plain)
     accelerate_pyreft(fast)
@@ -234,16 +231,16 @@ class Own(pyreft.LoreftIntervention):
 
 
 class Renamed(pyreft.LoreftIntervention):
-    """A subclass that edits as its parent does."""
+    """A subclass with the same edit as its parent."""
 
 
 def config_of(cls, **more):
-    own = cls(embed_dim=WIDTH, low_rank_dimension=RANK, dtype=torch.float32)
+    intervention = cls(embed_dim=WIDTH, low_rank_dimension=RANK, dtype=torch.float32)
     return {
         "layer": 0,
         "component": "block_output",
         "low_rank_dimension": RANK,
-        "intervention": own,
+        "intervention": intervention,
         **more,
     }
 
@@ -254,7 +251,7 @@ def reft_of(*configs, **keywords):
     )
 
 
-def test_what_cannot_be_served_is_refused_unchanged():
+def test_unsupported_models_raise_and_are_unchanged():
     linked = [
         config_of(pyreft.LoreftIntervention, intervention_link_key=0, layer=i) for i in range(2)
     ]
@@ -345,7 +342,7 @@ def test_positions_as_tensors_and_for_some_layers_only_and_empty():
     assert torch.equal(fast(base, unit_locations=empty)[1].logits, fast.model(**base).logits)
 
 
-# ---- generation
+# generation
 
 
 def prompts(side):
@@ -369,7 +366,7 @@ def prompt_locations(base, repeat=1):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("how", ["prompt", "later", "every"])
 def test_generation(how, side, beams):
-    """Prompts only; each later token's only position; and, without positions, everything."""
+    """Edits of the prompt only, of each later token, and, without positions, of everything."""
     plain = build()
     fast = copy.deepcopy(plain)
     accelerate_pyreft(fast)
@@ -394,9 +391,8 @@ def test_generation(how, side, beams):
     truth = exact.generate(base, **more)[1]
     assert torch.equal(truth.sequences, theirs.sequences)
     noise = [torch.stack(t.scores).double() - torch.stack(truth.scores) for t in (ours, theirs)]
-    error, straightforward = (
-        float(n.nan_to_num().abs().max()) for n in noise
-    )  # beams that ended have -inf everywhere
+    # finished beams have scores of -inf
+    error, straightforward = (float(n.nan_to_num().abs().max()) for n in noise)
     finite = torch.stack(truth.scores)
     rounding = torch.finfo(torch.float32).eps * float(finite[finite.isfinite()].abs().max())
     assert error <= 2 * straightforward + rounding
@@ -409,9 +405,7 @@ def test_generation(how, side, beams):
 
 
 def test_beams_of_positions_given_once():
-    """pyvene raises for positions of B examples and several beams; here each example's beams
-    share them.
-    """
+    """The beams of an example share its positions, for which pyvene raises."""
     fast = build()
     accelerate_pyreft(fast)
     base = prompts("left")

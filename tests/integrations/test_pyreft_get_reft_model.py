@@ -1,4 +1,4 @@
-"""The drop-in interventions in pyreft's and pyvene's models: training, train and eval, saving."""
+"""Drop-in interventions in pyreft's and pyvene's models: training, train and eval, saving."""
 
 from __future__ import annotations
 
@@ -55,17 +55,16 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", REFT)
 def test_training_in_get_reft_model_follows_the_originals_loss(name, optimizer):
-    own = build(ours, name)
+    fused = build(ours, name)
     runs = []
     for dtype in (torch.float32, torch.float64):
         original = build(theirs, name, dtype)
         for (_, source), target in zip(
-            own.interventions.items(), original.interventions.values(), strict=True
+            fused.interventions.items(), original.interventions.values(), strict=True
         ):
             state = source.state_dict()
-            if (
-                name == "Loreft"
-            ):  # pyreft's own load leaves its base not orthogonal, so that its R would not stay orthonormal
+            # pyreft's load leaves its base not orthogonal, so R would not stay orthonormal
+            if name == "Loreft":
                 target.learned_source.load_state_dict({k: state[k] for k in ("weight", "bias")})
                 free, base = parametrization_of_weight(state["rotate_layer"])
                 target.rotate_layer.load_state_dict(
@@ -78,8 +77,8 @@ def test_training_in_get_reft_model_follows_the_originals_loss(name, optimizer):
                 target.load_state_dict(state)
         runs.append(_train(original, OPTIMIZERS[optimizer]))
     plain, exact = runs
-    got = _train(own, OPTIMIZERS[optimizer])
-    assert exact[0] - exact[-1] > 1e-3  # it trains
+    got = _train(fused, OPTIMIZERS[optimizer])
+    assert exact[0] - exact[-1] > 1e-3  # the loss decreases
     assert within(got, plain, exact), (got.double() - exact, plain.double() - exact)
 
 
@@ -123,8 +122,8 @@ def test_subspaces_in_a_model():
 
 def test_das_in_pyvenes_model():
     logits = []
-    own, original = pair("LowRankRotatedSpace", d=WIDTH)
-    for intervention in (own, original):
+    fused, original = pair("LowRankRotatedSpace", d=WIDTH)
+    for intervention in (fused, original):
         config = pyvene.IntervenableConfig(
             [
                 {
@@ -138,15 +137,13 @@ def test_das_in_pyvenes_model():
         model = pyvene.IntervenableModel(config, make("llama"))
         ids = batch("llama")["input_ids"]
         with torch.no_grad():
-            found = model({"input_ids": ids}, [{"input_ids": ids.flip(0)}], {"sources->base": 3})
-        logits.append(found[1].logits)
+            results = model({"input_ids": ids}, [{"input_ids": ids.flip(0)}], {"sources->base": 3})
+        logits.append(results[1].logits)
     torch.testing.assert_close(*logits)
 
 
 def test_saved_and_loaded_by_pyvene(tmp_path):
-    """By class path and representation: dropout, act_fn, dtype and bias come from the state
-    dicts.
-    """
+    """Dropout, act_fn, dtype and bias are restored from the state dicts."""
     reft_model = build(ours, "Noreft", dropout=0.3, act_fn="silu")
     for intervention in reft_model.interventions.values():
         moved(intervention)
@@ -159,17 +156,17 @@ def test_saved_and_loaded_by_pyvene(tmp_path):
         assert torch.equal(
             loaded(inputs, **options)[1].logits, reft_model(inputs, **options)[1].logits
         )
-    for own in loaded.interventions.values():
-        assert type(own) is drop_in.NoreftIntervention and own.dropout.p == 0.3
-        assert own.learned_source.weight.dtype == torch.float32
+    for fused in loaded.interventions.values():
+        assert type(fused) is drop_in.NoreftIntervention and fused.dropout.p == 0.3
+        assert fused.learned_source.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", ROTATED)
 def test_weight_decay_keeps_R_orthonormal(name):
-    own = ours(name)
-    optimizer = torch.optim.AdamW(own.parameters(), lr=0.1, weight_decay=0.5)
+    fused = ours(name)
+    optimizer = torch.optim.AdamW(fused.parameters(), lr=0.1, weight_decay=0.5)
     for _ in range(30):
-        own(torch.randn(4, D), torch.randn(4, D)).square().sum().backward()
+        fused(torch.randn(4, D), torch.randn(4, D)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert orthonormality_error(own.rotate_layer.build()[0]) <= 1e-6
+    assert orthonormality_error(fused.rotate_layer.build()[0]) <= 1e-6

@@ -1,6 +1,4 @@
-"""The drop-in interventions against the real pyreft and pyvene classes: values, gradients,
-dropout, bad arguments.
-"""
+"""Drop-in interventions against pyreft's and pyvene's classes: values, gradients and errors."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ pytestmark = pytest.mark.transformers5
 
 
 def _free_parameters(name):
-    """Shapes of what is trained beside R."""
+    """Return the shapes of the trained parameters besides R."""
     linear = {"learned_source.weight": (r, D), "learned_source.bias": (r,)}
     return {
         "Loreft": linear,
@@ -50,12 +48,13 @@ def _free_parameters(name):
 
 
 def _draw(name, dtype, act_fn):
-    """Inputs for both: the original around the base that we export, so that X means the same
-    curve on the manifold.
+    """Return inputs for both interventions.
+
+    The original uses the base that we export, so that X has the same meaning in both.
     """
-    own = ours(name, dtype=dtype, act_fn=act_fn)
+    fused = ours(name, dtype=dtype, act_fn=act_fn)
     original = theirs(name, dtype=dtype, act_fn=act_fn)
-    original.load_state_dict(own.state_dict())
+    original.load_state_dict(fused.state_dict())
     shape = (5, D) if name == "LowRankRotatedSpace" else (2, 3, D)
     inputs = {"base": torch.randn(shape).to(dtype)}
     if name == "LowRankRotatedSpace":
@@ -66,13 +65,12 @@ def _draw(name, dtype, act_fn):
         )
     rotated = name in ROTATED
     if rotated:
-        inputs["X"] = (
-            (0.3 * torch.randn(D, r)).to(torch.bfloat16).float()
-        )  # the same number in every dtype
+        # values that every dtype can represent
+        inputs["X"] = (0.3 * torch.randn(D, r)).to(torch.bfloat16).float()
         base = original.state_dict()[BASE] if name != "Loreft" else None
         if base is None:
-            base = parametrization_of_weight(weight_of(own))[1]
-        signs = torch.cat([own.rotate_layer.base_signs, torch.ones(D - r)])
+            base = parametrization_of_weight(weight_of(fused))[1]
+        signs = torch.cat([fused.rotate_layer.base_signs, torch.ones(D - r)])
 
     def named(leaves, wanted):
         return {key: wanted(leaves[key.replace(".", "_")]) for key in _free_parameters(name)}
@@ -80,12 +78,12 @@ def _draw(name, dtype, act_fn):
     def engine(base, source=None, X=None, **leaves):
         state = named(leaves, lambda t: t)
         if rotated:
-            state["rotate_layer.X"] = signs.unsqueeze(1) * X * own.rotate_layer.base_signs
-        return functional_call(own, state, (base, source))
+            state["rotate_layer.X"] = signs.unsqueeze(1) * X * fused.rotate_layer.base_signs
+        return functional_call(fused, state, (base, source))
 
     def plain(base, source=None, X=None, *, _base=base if rotated else None, **leaves):
         exact = base.dtype == torch.float64
-        # where the original holds a vector or R, it is in fp32 whatever the model's dtype
+        # vectors and R of the original are in fp32 for any dtype of the model
         keep = torch.float64 if exact else torch.float32
         state = named(leaves, lambda t: t.to(keep) if name in ("Consreft", "Lobireft") else t)
         if rotated:
@@ -113,25 +111,29 @@ def test_forward_and_every_gradient_equal_the_originals(name, dtype, act_fn):
 
 @pytest.mark.parametrize("name", ALL)
 def test_shapes_as_pyvene_passes_them(name):
-    own, original = pair(name)
+    fused, original = pair(name)
     for shape in [(2, D), (2, 3, D), (2, 3, 4, D), (0, 3, D)]:
         if name == "LowRankRotatedSpace" and len(shape) > 3:
             continue
         base, source = torch.randn(shape), torch.randn(shape)
-        torch.testing.assert_close(own(base, source), original(base, source))
+        torch.testing.assert_close(fused(base, source), original(base, source))
     source = torch.randn(1, D)
     base = torch.randn(3, D)
-    torch.testing.assert_close(own(base, source), original(base, source))
+    torch.testing.assert_close(fused(base, source), original(base, source))
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_defaults_attributes_and_parameter_counts_are_the_originals(name):
-    own = getattr(drop_in, f"{name}Intervention")(embed_dim=D, low_rank_dimension=r, add_bias=False)
+    fused = getattr(drop_in, f"{name}Intervention")(
+        embed_dim=D, low_rank_dimension=r, add_bias=False
+    )
     package = pyvene if name == "LowRankRotatedSpace" else pyreft
     original = getattr(package, f"{name}Intervention")(
         embed_dim=D, low_rank_dimension=r, add_bias=False
     )
-    assert sum(p.numel() for p in own.parameters()) == sum(p.numel() for p in original.parameters())
+    assert sum(p.numel() for p in fused.parameters()) == sum(
+        p.numel() for p in original.parameters()
+    )
     for attribute in (
         "embed_dim",
         "interchange_dim",
@@ -140,21 +142,21 @@ def test_defaults_attributes_and_parameter_counts_are_the_originals(name):
         "is_source_constant",
         "is_repr_distributed",
     ):
-        assert getattr(own, attribute) == getattr(original, attribute), attribute
+        assert getattr(fused, attribute) == getattr(original, attribute), attribute
     for attribute in ("dropout", "act_fn", "learned_source", "proj_layer"):
-        assert hasattr(own, attribute) == hasattr(original, attribute), attribute
+        assert hasattr(fused, attribute) == hasattr(original, attribute), attribute
         if hasattr(original, attribute):
-            assert type(getattr(own, attribute)) is type(getattr(original, attribute))
+            assert type(getattr(fused, attribute)) is type(getattr(original, attribute))
     bases = set(type(original).__mro__) - {type(original)}
-    assert bases <= set(type(own).__mro__)
+    assert bases <= set(type(fused).__mro__)
     if name in ROTATED:
-        assert weight_of(own).shape == (D, r) and weight_of(own).dtype == torch.float32
+        assert weight_of(fused).shape == (D, r) and weight_of(fused).dtype == torch.float32
         x = torch.randn(2, D)
-        torch.testing.assert_close(own.rotate_layer(x), x @ weight_of(own))
+        torch.testing.assert_close(fused.rotate_layer(x), x @ weight_of(fused))
     for key, value in original.state_dict().items():
-        found = own.state_dict()[key]
-        assert (found.shape, found.dtype) == (value.shape, value.dtype), key
-    assert own.state_dict().keys() == original.state_dict().keys()
+        results = fused.state_dict()[key]
+        assert (results.shape, results.dtype) == (value.shape, value.dtype), key
+    assert fused.state_dict().keys() == original.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ROTATED)
@@ -162,25 +164,25 @@ def test_one_seed_starts_both_alike(name):
     torch.manual_seed(3)
     original = theirs(name, dtype=torch.bfloat16)
     torch.manual_seed(3)
-    own = ours(name, dtype=torch.bfloat16, same_random_draws=True)
-    assert (weight_of(own) - weight_of(original)).abs().max() <= 1e-6
+    fused = ours(name, dtype=torch.bfloat16, same_random_draws=True)
+    assert (weight_of(fused) - weight_of(original)).abs().max() <= 1e-6
     for key, value in original.state_dict().items():
         if "rotate_layer" not in key:
-            assert torch.equal(own.state_dict()[key], value), key
+            assert torch.equal(fused.state_dict()[key], value), key
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_autocast_changes_nothing(name):
-    own, base, source = ours(name), torch.randn(2, D), torch.randn(2, D)
+    fused, base, source = ours(name), torch.randn(2, D), torch.randn(2, D)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = own(base, source)
-    assert torch.equal(got, own(base, source))
+        got = fused(base, source)
+    assert torch.equal(got, fused(base, source))
 
 
 def test_everything_starts_on_the_default_device():
     with torch.device("meta"):
-        own = [ours(name) for name in ALL]
-    for intervention in own:
+        fused = [ours(name) for name in ALL]
+    for intervention in fused:
         assert all(p.is_meta for p in intervention.parameters())
         if hasattr(intervention, "rotate_layer"):
             assert all(b.is_meta for b in intervention.rotate_layer.buffers())
@@ -188,15 +190,15 @@ def test_everything_starts_on_the_default_device():
 
 def test_no_matrix_of_d_by_d_is_kept():
     for name in ROTATED:
-        own = ours(name, d=64)
-        largest = max(t.numel() for t in [*own.parameters(), *own.buffers()])
+        fused = ours(name, d=64)
+        largest = max(t.numel() for t in [*fused.parameters(), *fused.buffers()])
         assert largest <= 64 * r
 
 
 def test_the_output_may_be_changed_in_place_and_edits_may_be_large():
-    own, original = pair("Noreft")
+    fused, original = pair("Noreft")
     with torch.no_grad():
-        for module in (own, original):
+        for module in (fused, original):
             module.proj_layer.weight.mul_(30.0)
     base = torch.randn(2, 3, D)
 
@@ -208,7 +210,7 @@ def test_the_output_may_be_changed_in_place_and_edits_may_be_large():
         return leaf.grad, module.learned_source.weight.grad
 
     for got, plain, exact in zip(
-        gradients(own),
+        gradients(fused),
         gradients(original),
         gradients(copy.deepcopy(original).double(), torch.float64),
         strict=True,
@@ -216,23 +218,23 @@ def test_the_output_may_be_changed_in_place_and_edits_may_be_large():
         assert within(got, plain, exact)
 
 
-# ---- dropout
+# dropout
 
 
 @pytest.mark.parametrize("name", ["Loreft", "Noreft", "Lobireft", "Direft", "Nodireft"])
 def test_dropout_is_the_originals_and_off_in_eval(name):
-    own, original = pair(name, dropout=0.5)
+    fused, original = pair(name, dropout=0.5)
     base = torch.randn(2, 3, D)
     torch.manual_seed(1)
-    got = own(base)
+    got = fused(base)
     torch.manual_seed(1)
     want = original(base)
     torch.testing.assert_close(got, want)
     assert 0 < int((got == 0).sum()) < got.numel()
-    torch.testing.assert_close(own.eval()(base), original.eval()(base))
+    torch.testing.assert_close(fused.eval()(base), original.eval()(base))
 
 
-# ---- bad arguments
+# bad arguments
 
 
 @pytest.mark.parametrize(
@@ -334,21 +336,21 @@ def test_bad_sources_partitions_and_replaced_activations_are_named():
         ValueError, match=r"^subspace_partition: got columns .* expected columns of R in \[0, 4\)"
     ):
         das(base, base, [[1], [0]])
-    own = ours("Loreft")
-    own.act_fn = torch.nn.Tanh()
+    fused = ours("Loreft")
+    fused.act_fn = torch.nn.Tanh()
     with pytest.raises(ValueError, match="^act_fn: got Tanh since construction"):
-        own(torch.zeros(2, 3, D))
+        fused(torch.zeros(2, 3, D))
 
 
 def test_the_weight_can_be_set():
-    own, R = moved(ours("Loreft")), torch.linalg.qr(torch.randn(D, r)).Q
-    own.rotate_layer.weight = R
-    assert torch.equal(weight_of(own), R)
+    fused, R = moved(ours("Loreft")), torch.linalg.qr(torch.randn(D, r)).Q
+    fused.rotate_layer.weight = R
+    assert torch.equal(weight_of(fused), R)
     with pytest.raises(ValueError, match=r"^weight: got shape \(4, 24\), expected \(24, 4\)"):
-        own.rotate_layer.weight = R.mT
+        fused.rotate_layer.weight = R.mT
     with pytest.raises(ValueError, match="^weight: rows are not orthonormal"):
-        own.rotate_layer.weight = 2 * R
-    assert torch.equal(weight_of(own), R)
+        fused.rotate_layer.weight = 2 * R
+    assert torch.equal(weight_of(fused), R)
 
 
 def test_the_package_imports_without_pyreft():

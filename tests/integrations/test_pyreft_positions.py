@@ -1,6 +1,4 @@
-"""Positions as the real pyreft computes them, and the switch that reproduces those of its
-dataset classes.
-"""
+"""Positions of pyreft, and the option that reproduces those of its dataset classes."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ WIDTH = 12
 
 
 def theirs(spec: str, last_position: int) -> list[int]:
-    """pyreft's columns for one example, padding as -1."""
+    """Return pyreft's columns for one example, with -1 as padding."""
     return dataset.get_intervention_locations(
         positions=spec, last_position=last_position, num_interventions=1, share_weights=True
     )[0]
@@ -41,7 +39,7 @@ def test_both_ends_as_pyreft_counts_them(spec, length):
 @pytest.mark.parametrize("length", range(1, WIDTH + 1))
 @pytest.mark.parametrize("spec", ["f1+l1", "f2+l2", "f3+l5", "f7+l7", "f3", "l1", "l4"])
 def test_the_switch_reproduces_the_dataset_classes(spec, length):
-    """They pass ``base_prompt_length - 1`` for the last position."""
+    """The dataset classes pass ``base_prompt_length - 1`` as the last position."""
     assert chosen(positions.resolve(spec, [length], WIDTH, pyreft_positions=True)) == chosen(
         theirs(spec, length - 1)
     )
@@ -50,7 +48,7 @@ def test_the_switch_reproduces_the_dataset_classes(spec, length):
 @pytest.mark.parametrize("spec", ["f2+l2", "l1"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_switch_moves_the_edit_of_a_model(spec, packed):
-    """The same output as explicit columns from pyreft, and another one than without the switch."""
+    """The output equals that of pyreft's columns and differs from that without the option."""
     model = get_peft_model(
         make("llama"), ReftConfig(rank=4, positions=spec, pyreft_positions=True)
     ).eval()

@@ -1,5 +1,6 @@
-"""State dicts of the drop-in interventions: to the real pyreft and pyvene classes and back,
-settings, copies, cached builds.
+"""State dicts of the drop-in interventions, to and from the pyreft and pyvene classes.
+
+Also settings, copies and cached builds.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from tests.integrations.pyreft_pairs import ALL, D, drop_in, moved, ours, pair, 
 pytestmark = pytest.mark.transformers5
 
 
-@pytest.mark.parametrize("d", [D, r])  # torch takes another map for a square R
+@pytest.mark.parametrize("d", [D, r])  # PyTorch has another map for a square R
 @pytest.mark.parametrize("name", ALL)
 def test_state_dicts_go_both_ways_bit_for_bit(name, d, tmp_path):
-    own = moved(ours(name, d=d))
-    torch.save(own.state_dict(), tmp_path / "ours.bin")
+    fused = moved(ours(name, d=d))
+    torch.save(fused.state_dict(), tmp_path / "ours.bin")
     original = theirs(name, d=d)
     original.load_state_dict(torch.load(tmp_path / "ours.bin", weights_only=True))
-    _same(own, original)
+    _same(fused, original)
 
     trained = moved(theirs(name, d=d))
     torch.save(trained.state_dict(), tmp_path / "theirs.bin")
@@ -35,23 +36,23 @@ def test_state_dicts_go_both_ways_bit_for_bit(name, d, tmp_path):
     _same(again, trained)
 
 
-def _same(own, original):
+def _same(fused, original):
     rest = {key: value for key, value in original.named_parameters() if "rotate_layer" not in key}
     for key, value in rest.items():
-        assert torch.equal(dict(own.named_parameters())[key], value), key
+        assert torch.equal(dict(fused.named_parameters())[key], value), key
     if hasattr(original, "rotate_layer"):
-        assert torch.equal(weight_of(own), weight_of(original))
+        assert torch.equal(weight_of(fused), weight_of(original))
 
 
 def test_R_is_loaded_exactly_and_stays_orthonormal_after_updates():
-    own, original = pair("Loreft", d=256, rank=16)
-    assert torch.equal(weight_of(own), weight_of(original))
-    optimizer = torch.optim.SGD(own.parameters(), lr=0.1)
+    fused, original = pair("Loreft", d=256, rank=16)
+    assert torch.equal(weight_of(fused), weight_of(original))
+    optimizer = torch.optim.SGD(fused.parameters(), lr=0.1)
     for _ in range(3):
-        own(torch.randn(4, 2, 256)).square().sum().backward()
+        fused(torch.randn(4, 2, 256)).square().sum().backward()
         optimizer.step()
-    assert not torch.equal(weight_of(own), weight_of(original))
-    assert orthonormality_error(own.rotate_layer.build()[0]) <= 1e-6
+    assert not torch.equal(weight_of(fused), weight_of(original))
+    assert orthonormality_error(fused.rotate_layer.build()[0]) <= 1e-6
 
 
 def test_dtype_dropout_act_fn_and_bias_come_back_with_the_checkpoint(tmp_path):
@@ -102,11 +103,11 @@ def _broken(change):
     ],
 )
 def test_a_bad_state_dict_changes_nothing(change, message):
-    own = ours("Loreft")
-    before = copy.deepcopy(own.state_dict())
+    fused = ours("Loreft")
+    before = copy.deepcopy(fused.state_dict())
     with pytest.raises(ValueError, match=message):
-        own.load_state_dict(_broken(change))
-    for key, value in own.state_dict().items():
+        fused.load_state_dict(_broken(change))
+    for key, value in fused.state_dict().items():
         assert torch.equal(value, before[key])
 
 
@@ -120,7 +121,7 @@ def test_a_missing_entry_is_named(missing):
 
 
 def test_inside_another_module_nothing_is_lost():
-    """pyreft's own LoReFT leaves its weights out of an enclosing module's state dict."""
+    """pyreft's LoReFT omits its weights from the state dict of an enclosing module."""
     first = torch.nn.ModuleDict({name: moved(ours(name)) for name in ALL})
     second = torch.nn.ModuleDict({name: ours(name) for name in ALL})
     second.load_state_dict(first.state_dict())
@@ -129,18 +130,18 @@ def test_inside_another_module_nothing_is_lost():
 
 
 def test_copies_pickles_and_half_precision():
-    own = moved(ours("Loreft"))
+    fused = moved(ours("Loreft"))
     base = torch.randn(2, 3, D)
     with torch.no_grad():
-        want = own(base)
-        for other in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        want = fused(base)
+        for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
             assert torch.equal(other(base), want)
             moved(other)
-            assert not torch.equal(other(base), want) and torch.equal(own(base), want)
-        R = weight_of(own)
-        own.to(torch.bfloat16)
-        assert own.learned_source.weight.dtype == torch.bfloat16
-        assert torch.equal(weight_of(own), R)
+            assert not torch.equal(other(base), want) and torch.equal(fused(base), want)
+        R = weight_of(fused)
+        fused.to(torch.bfloat16)
+        assert fused.learned_source.weight.dtype == torch.bfloat16
+        assert torch.equal(weight_of(fused), R)
 
 
 def test_R_is_built_once_until_something_changes(monkeypatch):
@@ -151,18 +152,18 @@ def test_R_is_built_once_until_something_changes(monkeypatch):
     monkeypatch.setattr(
         rotate, "build", lambda *args, **kwargs: calls.append(1) or build(*args, **kwargs)
     )
-    own, base = ours("Loreft"), torch.randn(2, 3, D)
-    own(base).sum().backward()
-    own(base)
+    fused, base = ours("Loreft"), torch.randn(2, 3, D)
+    fused(base).sum().backward()
+    fused(base)
     assert len(calls) == 2
     with torch.no_grad():
-        first = own(base)
-        assert torch.equal(own(base), first) and len(calls) == 3
-        own.rotate_layer.X.add_(0.1)
-        assert not torch.equal(own(base), first) and len(calls) == 4
-        own.load_state_dict(ours("Loreft").state_dict())
+        first = fused(base)
+        assert torch.equal(fused(base), first) and len(calls) == 3
+        fused.rotate_layer.X.add_(0.1)
+        assert not torch.equal(fused(base), first) and len(calls) == 4
+        fused.load_state_dict(ours("Loreft").state_dict())
         calls.clear()
-        own(base)
-        own.learned_source.weight.add_(0.1)
-        own(base)
+        fused(base)
+        fused.learned_source.weight.add_(0.1)
+        fused(base)
         assert len(calls) == 2

@@ -1,5 +1,6 @@
-"""Templates from chat templates and from texts, on small tokenizers of each kind; and the page
-on positions.
+"""Response templates from chat templates and from texts, with small tokenizers of each kind.
+
+Also the examples of docs/positions.md.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def test_chat_templates(template, text):
     [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"],
     ids=["none", "bare"],
 )
-def test_templates_that_mark_no_answer(template):
+def test_templates_without_an_answer_raise(template):
     with pytest.raises(ValueError, match="tokenizer: .*chat template"):
         from_chat_template(chat_tokenizer(template))
 
 
 TEXTS = ("Answer:", "\nAnswer:", "Answer:\n", "the answer is", "[/INST]")
 BEFORE = ("Name a fruit. ", "yes\n", "yes", "Question: the\n\n")
-# words that run into each other are another text
+# without words that would be joined to one
 PLACES = [
     (text, before)
     for text in TEXTS

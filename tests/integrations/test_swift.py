@@ -1,9 +1,8 @@
-"""The ms-swift tuner: its arguments, its interface, its file as a plugin, prompts under
-``logits_to_keep``.
+"""The ms-swift tuner: arguments, interface, plugin file, and prompts under ``logits_to_keep``.
 
-ms-swift pins an older PEFT and dozens of packages, so most tests use its documented interface: an
-object with its arguments, and a stand-in for its registry. The last ones run against the package
-where it is installed.
+ms-swift requires an older PEFT and many packages, so most tests use its documented interface: an
+object with its arguments, and a replacement of its registry. The last tests run with the package if
+it is installed.
 """
 
 from __future__ import annotations
@@ -43,8 +42,9 @@ def arguments(**given) -> types.SimpleNamespace:
 
 
 def cut_down(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor | int]:
-    """A batch as ms-swift cuts it down: ``logits_to_keep`` for one example is a mask, for
-    several a number.
+    """Return a batch as ms-swift shortens it.
+
+    ``logits_to_keep`` is a mask for one example and a number for several.
     """
     labels = inputs["labels"]
     if labels.shape[0] == 1:
@@ -61,7 +61,7 @@ def trainable(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-# ---- arguments
+# arguments
 
 
 def test_the_defaults_are_swifts_rank_and_the_papers_positions():
@@ -82,14 +82,14 @@ def test_every_intervention_type_of_swift_trains(name):
     model = ReftKernelsTuner.prepare_model(args, make("llama"))
     (stack,) = stacks(model)
     assert type(stack).__name__.lower() == f"stacked{name.lower()}" and stack.num_layers == 2
-    shake(model)  # where the edit starts as the identity, half of the parameters get no gradient
+    shake(model)  # at the identity start, half of the parameters have no gradient
     model(**batch("llama")).loss.backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert trained and all(p.grad is not None and p.grad.abs().max() > 0 for p in trained.values())
     assert all("reft_" in n for n in trained)
 
 
-def test_everything_that_can_be_said():
+def test_every_option():
     config = reft_config(
         arguments(
             reft_rank=8,
@@ -158,7 +158,7 @@ def test_wrong_arguments_are_named_and_leave_the_model_as_it_was(given, message)
     assert list(model.state_dict()) == keys and hook_count(model) == 0
 
 
-# ---- the interface
+# the interface
 
 
 @pytest.mark.parametrize("gathered", [False, True])
@@ -227,7 +227,7 @@ def test_a_copy_keeps_its_prompts():
     assert torch.equal(copy.deepcopy(model)(**cut).logits, model(**cut).logits)
 
 
-# ---- registration
+# registration
 
 
 def test_registering_and_what_it_refuses(monkeypatch):
@@ -246,16 +246,15 @@ STAND_IN = {4: ("swift.tuner_plugin", "tuners_map"), 3: ("swift.plugin", "extra_
 
 
 def stand_in(monkeypatch, version: int) -> dict:
-    """Modules named as ms-swift's are, with nothing but its registry."""
+    """Replace ms-swift's modules by modules that have only its registry."""
     path, name = STAND_IN[version]
     package, module, registry = types.ModuleType("swift"), types.ModuleType(path), {}
     package.__path__ = []
     setattr(module, name, registry)
     monkeypatch.setitem(sys.modules, "swift", package)
     for other, _ in STAND_IN.values():
-        monkeypatch.setitem(
-            sys.modules, other, None
-        )  # not there, even if the real one was imported before
+        # hide the real module, even if it was imported before
+        monkeypatch.setitem(sys.modules, other, None)
     monkeypatch.setitem(sys.modules, path, module)
     return registry
 
@@ -278,9 +277,8 @@ def test_a_package_that_swift_lacks_is_not_hidden(monkeypatch):
 
 def test_as_an_external_plugin_the_file_registers_and_leaves_the_path_alone(monkeypatch):
     registry = stand_in(monkeypatch, 4)
-    monkeypatch.setattr(
-        sys, "path", [str(FILE.parent), *sys.path]
-    )  # ms-swift 4 puts it there, then runs the file
+    # ms-swift 4 adds the folder to the path before it runs the file
+    monkeypatch.setattr(sys, "path", [str(FILE.parent), *sys.path])
     spec = importlib.util.spec_from_file_location("_swift_external_0", FILE)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -290,12 +288,12 @@ def test_as_an_external_plugin_the_file_registers_and_leaves_the_path_alone(monk
     assert stacks(model)[0].num_layers == LAYERS
 
 
-# ---- the package itself
+# tests with the package
 
 
 def _swift_is_installed() -> bool:
-    found = importlib.util.find_spec("swift")
-    return found is not None and any(
+    spec = importlib.util.find_spec("swift")
+    return spec is not None and any(
         importlib.util.find_spec(path) is not None for path, _ in STAND_IN.values()
     )
 

@@ -1,4 +1,4 @@
-"""One row for each response: of messages and of tokens, in a batch, an example and a data set."""
+"""expand_turns: one row per response, for messages and tokens, batches, examples and data sets."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from reft_kernels.integrations.turns import expand_turns
 from tests.model.families import make, shake
 
 
-def said(*roles: str) -> list[dict[str, str]]:
+def conversation(*roles: str) -> list[dict[str, str]]:
     return [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
 
 
-TALK = said("system", "user", "assistant", "user", "assistant", "user")
+TALK = conversation("system", "user", "assistant", "user", "assistant", "user")
 TOKENS = {
     "input_ids": [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 11]],
     "labels": [[-100, -100, 3, 4, -100, -100, 7, -100], [-100, -100, -100]],
@@ -29,15 +29,18 @@ TOKENS = {
 
 
 def test_messages():
-    batch = {"messages": [TALK, said("user"), said("user", "assistant")], "id": [0, 1, 2]}
+    batch = {
+        "messages": [TALK, conversation("user"), conversation("user", "assistant")],
+        "id": [0, 1, 2],
+    }
     before = copy.deepcopy(batch)
     rows = expand_turns(batch)
-    assert rows["messages"] == [TALK[:3], TALK[:5], said("user", "assistant")]
+    assert rows["messages"] == [TALK[:3], TALK[:5], conversation("user", "assistant")]
     assert rows["id"] == [0, 0, 2] and batch == before
     again = expand_turns(batch, prompt_completion=True)
     assert "messages" not in again and again["id"] == [0, 0, 2]
     assert again["prompt"][:2] == [TALK[:2], TALK[:4]]
-    assert again["completion"] == [[TALK[2]], [TALK[4]], [said("user", "assistant")[1]]]
+    assert again["completion"] == [[TALK[2]], [TALK[4]], [conversation("user", "assistant")[1]]]
 
 
 def test_tokens():
@@ -49,7 +52,7 @@ def test_tokens():
         "position_ids": [list(range(4)), list(range(7))],
         "source": ["a", "a"],
     }
-    assert expand_turns(rows) == rows  # a row of one response stays as it is
+    assert expand_turns(rows) == rows  # rows with one response are unchanged
 
 
 def test_a_single_example():
@@ -66,11 +69,11 @@ def test_a_single_example():
 
 @pytest.mark.parametrize("batch_size", [1, 2, 1000])
 def test_a_data_set(batch_size):
-    talks = [said("user"), TALK, said("user", "assistant")]
+    talks = [conversation("user"), TALK, conversation("user", "assistant")]
     rows = datasets.Dataset.from_dict({"messages": talks, "id": [0, 1, 2]})
     mapped = rows.map(expand_turns, batched=True, batch_size=batch_size)
     assert mapped["id"][:] == [1, 1, 2]
-    assert mapped["messages"][:] == [TALK[:3], TALK[:5], said("user", "assistant")]
+    assert mapped["messages"][:] == [TALK[:3], TALK[:5], conversation("user", "assistant")]
     options = {"fn_kwargs": {"prompt_completion": True}, "remove_columns": "messages"}
     trl = rows.map(expand_turns, batched=True, batch_size=batch_size, **options)
     assert sorted(trl.column_names) == ["completion", "id", "prompt"]
@@ -166,8 +169,8 @@ def test_training_edits_what_generation_edits(positions):
         assert trained.loss.requires_grad
         model.eval()
         with torch.no_grad():
-            told = model(input_ids=tokens, prompt_lengths=[prompt]).logits
-        assert torch.equal(trained.logits, told)
+            explicit = model(input_ids=tokens, prompt_lengths=[prompt]).logits
+        assert torch.equal(trained.logits, explicit)
         generated = model.generate(
             input_ids=tokens[:, :prompt],
             max_new_tokens=1,
@@ -175,4 +178,4 @@ def test_training_edits_what_generation_edits(positions):
             return_dict_in_generate=True,
             output_logits=True,
         )
-        torch.testing.assert_close(generated.logits[0], told[:, prompt - 1])
+        torch.testing.assert_close(generated.logits[0], explicit[:, prompt - 1])

@@ -1,4 +1,4 @@
-"""A module held to the error budget: its parameters become leaves beside the hidden state."""
+"""Error budget of a module: its parameters are differentiated along with the hidden state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def draws(backend: str, device: str) -> int:
-    """Draws of one budget check; the Triton interpreter is slow."""
+    """Return the number of draws. Triton's interpreter is slow."""
     return 2 if (backend, device) == ("triton", "cpu") else 6
 
 
@@ -24,10 +24,11 @@ def check(
     inplace: bool = False,
     draws: int,
 ) -> None:
-    """``make`` gives a module, differentiable inputs (the first is edited), fixed arguments and the
-    plain formula.
+    """Check a module against the error budget.
 
-    The formula takes the inputs and the module's parameters by name.
+    Args:
+        make: Returns a module, its differentiable inputs (the first is edited), other arguments,
+            and the plain formula, which takes the inputs and the module's parameters by name.
     """
 
     def draw() -> budget.Draw:
@@ -50,7 +51,7 @@ def check(
 
 
 def randomized(module: nn.Module) -> nn.Module:
-    """Away from the initial values, so that nothing is zero."""
+    """Change every parameter from its initial value, so that none is zero."""
     with torch.no_grad():
         for p in module.parameters():
             p.add_(0.3 * torch.randn(p.shape).to(p))

@@ -1,6 +1,4 @@
-"""BREP: which tokens it edits, over training, prefill and decode steps; the edit itself is
-RED's.
-"""
+"""BREP: the edited tokens in training, prefill and decode steps. The edit itself is RED's."""
 
 from __future__ import annotations
 
@@ -15,13 +13,13 @@ D = 21
 
 
 def _columns(rows: torch.Tensor, batch: int) -> list[list[int]]:
-    """The edited columns of each example."""
+    """Return the edited columns of each example."""
     width = rows.shape[0] // batch
-    found = [[] for _ in range(batch)]
+    edited = [[] for _ in range(batch)]
     for row in rows.tolist():
         if row >= 0:
-            found[row // width].append(row % width)
-    return found
+            edited[row // width].append(row % width)
+    return edited
 
 
 @pytest.mark.parametrize(
@@ -50,21 +48,19 @@ def test_padding_on_either_side():
 @pytest.mark.parametrize("edit_prompt", [True, False])
 @pytest.mark.parametrize("chunks", [(6, 1, 1, 1, 1), (2, 4, 1, 1, 2), (1,) * 10])
 def test_steps_of_generation_cover_what_one_forward_covers(chunks, edit_prompt):
-    """A prompt in chunks, then decode steps, left-padded: the same tokens as in one forward over
-    all of them.
-    """
+    """A left-padded prompt in chunks and decode steps edit the same tokens as one forward."""
     lengths, tokens, total = torch.tensor([6, 4]), 3, sum(chunks)
     mask = torch.ones(2, total, dtype=torch.int64)
     mask[1, :2] = 0
     module = BREP(D, tokens, edit_prompt=edit_prompt)
-    found, offset = [[], []], 0
+    edited, offset = [[], []], 0
     for width in chunks:
         rows = module.rows(lengths, width, attention_mask=mask[:, : offset + width], offset=offset)
         for example, columns in enumerate(_columns(rows, 2)):
-            found[example] += [offset + c for c in columns]
+            edited[example] += [offset + c for c in columns]
         offset += width
-    assert found == _columns(module.rows(lengths, total, attention_mask=mask), 2)
-    assert found[1] == ([2, 3, 4, 5, 6, 7, 8] if edit_prompt else [6, 7, 8])
+    assert edited == _columns(module.rows(lengths, total, attention_mask=mask), 2)
+    assert edited[1] == ([2, 3, 4, 5, 6, 7, 8] if edit_prompt else [6, 7, 8])
 
 
 @pytest.mark.parametrize("inplace", [False, True])

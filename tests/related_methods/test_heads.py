@@ -1,6 +1,4 @@
-"""Edits of attention heads against their formulas, forward and gradients, and before a real
-output projection.
-"""
+"""Edits of attention heads against their formulas, and before an output projection."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ CASES = [(None, None, False), (None, SELECTED, True), (HEADS, None, True), (HEAD
 
 
 def _by_head(z, heads, rows, edit):
-    """``edit(k, z_i)`` on each edited head i, the k-th, of each chosen token."""
+    """Apply ``edit(k, z_i)`` to each edited head i, the k-th in order, of each selected token."""
     out = z.reshape(-1, H, D).clone()
     for token in range(B * T) if rows is None else [r for r in rows if r >= 0]:
         for k, head in enumerate(range(H) if heads is None else heads):
@@ -41,7 +39,7 @@ def _check(make_module, formula, dtype, case, backend, device):
             module,
             {"z": z},
             fixed,
-            lambda z, **own: _by_head(z, heads, rows, lambda k, x: formula(k, x, **own)),
+            lambda z, **weights: _by_head(z, heads, rows, lambda k, x: formula(k, x, **weights)),
         )
 
     common.check(make, dtype, inplace=inplace, draws=common.draws(backend, device))
@@ -114,9 +112,8 @@ def test_expected_open_is_the_share_of_open_gates():
         expected = float(module.expected_open()) / 100_000
     p = 1 / (1 + math.exp(1.0 + 0.33 * math.log(0.1 / 1.1)))
     assert expected == pytest.approx(p, rel=1e-5)
-    assert abs(opened - p) <= 5 * math.sqrt(
-        p * (1 - p) / 50_000
-    )  # five standard errors of the share
+    standard_error = math.sqrt(p * (1 - p) / 50_000)
+    assert abs(opened - p) <= 5 * standard_error
 
 
 def test_gates_close_and_open():
@@ -127,7 +124,7 @@ def test_gates_close_and_open():
 @pytest.mark.parametrize(
     "make", [LoFiT, lambda *a: LoFiT(*a, stage="select"), JoLA], ids=["v", "a", "jola"]
 )
-def test_starts_as_the_identity_and_can_be_left(make):
+def test_starts_as_the_identity_with_a_gradient(make):
     module, z = make(H, D), torch.randn(B, T, H * D)
     out = module(z)
     assert torch.equal(out, z)
@@ -136,7 +133,7 @@ def test_starts_as_the_identity_and_can_be_left(make):
 
 
 def test_before_an_output_projection():
-    """As a forward pre-hook of the projection; a bias on the heads is a bias after it."""
+    """As a forward pre-hook of the projection, a bias on the heads becomes a bias after it."""
 
     def make():
         projection, module = torch.nn.Linear(H * D, 10), common.randomized(LoFiT(H, D, HEADS))

@@ -1,6 +1,4 @@
-"""ReFT-r1 against its formula: mean of the top k ReLU latents times a unit direction, forward
-and gradients.
-"""
+"""ReFT-r1 against its formula: mean of the top k ReLU latents times a unit direction."""
 
 from __future__ import annotations
 
@@ -12,11 +10,11 @@ from tests.related_methods import common
 
 pytestmark = pytest.mark.usefixtures("poison")
 B, T, D = 3, 5, 21
-SELECTED = (14, 10, -1, 12, 0, 3, 2, 1)  # example 1 has no row at all; any order
+SELECTED = (14, 10, -1, 12, 0, 3, 2, 1)  # in any order; example 1 has no selected row
 
 
 def _plain(rows, topk):
-    """Example by example, token by token, as the paper writes it."""
+    """Compute the formula token by token, as in the paper."""
 
     def formula(hidden, weight, bias=None):
         w = weight / weight.norm()
@@ -83,7 +81,7 @@ def test_unselected_rows_are_untouched_and_in_place_writes_nothing_else():
 
 
 def test_direction_is_unit_and_has_no_gradient_along_itself():
-    """What the paper's code does after each backward holds by construction."""
+    """The direction is normalized by construction; the paper's code does it after each backward."""
     module = ReftR1(D, topk=2)
     with torch.no_grad():
         module.weight.mul_(7)
@@ -110,8 +108,8 @@ def test_latents_detect():
         [module.direction.detach(), -module.direction.detach(), 2 * module.direction.detach()]
     ).unsqueeze(0)
     with torch.no_grad():
-        found = module.latents(hidden, rows=common.rows("cpu", 2, 1))
-    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0, 2.0]]))
+        latents = module.latents(hidden, rows=common.rows("cpu", 2, 1))
+    torch.testing.assert_close(latents, torch.tensor([[0.0, 0.0, 2.0]]))
 
 
 @pytest.mark.parametrize(

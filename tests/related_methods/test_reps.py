@@ -1,6 +1,4 @@
-"""RePS against its formula: steering and removal, for each row and each concept, forward and
-gradients.
-"""
+"""RePS against its formula: steering and removal, for each row and each concept."""
 
 from __future__ import annotations
 
@@ -66,8 +64,7 @@ def test_error_budget(dtype, rows, per_row, null, concepts, inplace, backend, de
         inputs = {"hidden": torch.randn(B, T, D, device=device).to(dtype), "strength": strength}
         return module, inputs, fixed, _plain(rows, null, concepts)
 
-    # where the strength is 0 it does not enter the formula, and its gradient there is 0 on both
-    # sides
+    # a strength of 0 does not enter the formula, so its gradient is 0 in both
     common.check(make, dtype, inplace=inplace, draws=common.draws(backend, device))
 
 
@@ -114,7 +111,7 @@ def test_one_launch_for_all_strengths_and_concepts():
     with Calls():
         module(hidden, strength, concepts=concepts)
     assert [name for name in names if name.startswith("reft_kernels::")] == ["reft_kernels::edit"]
-    assert "aten::aminmax" not in names  # values are checked once, not in every layer
+    assert "aten::aminmax" not in names  # values were checked before, not in the layer
 
 
 def test_refusals():

@@ -1,11 +1,10 @@
-"""Compile Triton kernels ahead of time, with no GPU, and read what each uses: run as a script, for
-it needs no interpreter.
+"""Compile Triton kernels ahead of time without a GPU and report the resources of each.
 
-    python tests/triton/aot.py [--full] [--target sm_90 ...]      prints one JSON row a compiled
-    kernel
+    python tests/triton/aot.py [--full] [--target sm_90 ...]
 
-A row holds kernel, target, d, r, dtype, flags, registers, spills (bytes), stack (bytes), shared
-(bytes) and the target's limit.
+The script prints one line of JSON per compiled kernel, with its target, d, r, dtype, flags,
+registers, spills, stack and shared memory in bytes, and the target's limit. It must run in its own
+process, because kernels cannot be compiled under Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.pop("TRITON_INTERPRET", None)  # kernels must be JIT functions here, not interpreted ones
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 TARGETS = {
@@ -38,13 +37,12 @@ _TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 class Spec(NamedTuple):
-    """One specialisation of a kernel: what ``triton.compile`` needs, and a label for the report."""
+    """One specialization of a kernel: the arguments of ``triton.compile`` and a label."""
 
     label: str
     kernel: object
-    signature: dict[
-        str, str
-    ]  # argument -> "*fp32", "i32", ...; arguments that are None are left out
+    # argument -> "*fp32", "i32", ...; without arguments that are None
+    signature: dict[str, str]
     constants: dict[str, object]
     num_warps: int
     num_stages: int
@@ -57,7 +55,7 @@ def _spec(label, kernel, pointers, integers, constants, config, d, r, unit_strid
     for name in unit_strides:
         signature.pop(name)
         constants[name] = 1
-    if r == 1:  # as the launcher does for an argument that is 1
+    if r == 1:  # Triton's launcher specializes arguments that are 1
         signature.pop("r")
         constants["r"] = 1
     return Spec(
@@ -66,8 +64,9 @@ def _spec(label, kernel, pointers, integers, constants, config, d, r, unit_strid
 
 
 def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
-    """The edit's three kernels in both regimes: LoReFT folded and not, gelu, sets and
-    coefficients.
+    """Yield the edit's three kernels for selected and for all rows.
+
+    LoReFT folded and unfolded, gelu, weight sets and coefficients.
     """
     import torch
 
@@ -75,9 +74,8 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
     delta = importlib.import_module("reft_kernels.triton.edit_delta")
     gradient = importlib.import_module("reft_kernels.triton.edit_gradient")
     h, torch_dtype = _TYPES[dtype], getattr(torch, dtype)
-    precision = (
-        None if dtype != "float32" else ("tf32x3" if backend == "cuda" else "ieee")
-    )  # as common.dot_precision
+    # as in common.dot_precision
+    precision = None if dtype != "float32" else ("tf32x3" if backend == "cuda" else "ieee")
     for regime, rows in (("selected", 448), ("all", 8192)):
         selected = regime == "selected"
         amd = backend == "hip"
@@ -192,7 +190,7 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
 
 
 def red_specs(d: int, dtype: str) -> Iterator[Spec]:
-    """RED's two kernels."""
+    """Yield RED's two kernels."""
     red = importlib.import_module("reft_kernels.triton.red")
     h = _TYPES[dtype]
     for rows in (448, 8192):
@@ -240,7 +238,7 @@ def red_specs(d: int, dtype: str) -> Iterator[Spec]:
 
 
 def orthonormal_specs(d: int, r: int) -> Iterator[Spec]:
-    """The builds of R and D, as their own module lists them."""
+    """Yield the kernels that build R and D."""
     module = importlib.import_module("reft_kernels.triton.orthonormal")
     for entry in module.aot_specs(d, r):
         kernel, signature, constants, num_warps, num_stages = entry
@@ -248,21 +246,22 @@ def orthonormal_specs(d: int, r: int) -> Iterator[Spec]:
 
 
 def specs(group: str, d: int, r: int, dtype: str, backend: str) -> list[Spec]:
-    """All specialisations of one group ("edit", "red" or "orthonormal") at one shape."""
+    """Yield all specializations of a group ("edit", "red" or "orthonormal") at one shape."""
     if group == "edit":
         return list(edit_specs(d, r, dtype, backend))
     return list(red_specs(d, dtype)) if group == "red" else list(orthonormal_specs(d, r))
 
 
 def _cuda_usage(log: str) -> dict[str, int]:
-    """From the assembler's own report: the stack that cuobjdump prints holds more than spilled
-    registers.
+    """Read the resources from the assembler's report.
+
+    The stack size that cuobjdump prints includes more than spilled registers.
     """
 
     def total(pattern: str) -> int:
-        found = re.findall(pattern, log)
-        assert found, f"the assembler reported no {pattern!r}: {log[:500]!r}"
-        return sum(int(n) for n in found)
+        results = re.findall(pattern, log)
+        assert results, f"the assembler reported no {pattern!r}: {log[:500]!r}"
+        return sum(int(n) for n in results)
 
     return {
         "registers": total(r"Used (\d+) registers"),
@@ -275,7 +274,7 @@ def _hip_usage(assembly: str) -> dict[str, int]:
     def number(key: str) -> int:
         return max((int(v) for v in re.findall(rf"\.{key}:\s*(\d+)", assembly)), default=0)
 
-    # scalar registers spill into lanes of vector registers, not into memory, and are not counted
+    # spilled scalar registers are not counted: they go to vector registers, not to memory
     return {
         "registers": number("vgpr_count"),
         "stack": number("private_segment_fixed_size"),
@@ -284,7 +283,7 @@ def _hip_usage(assembly: str) -> dict[str, int]:
 
 
 def compile_one(job: tuple[str, int, int, str, int, str]) -> dict[str, object]:
-    """Compile one specialisation for one target and report its resources."""
+    """Compile one specialization for one target and return its resources."""
     group, d, r, dtype, index, target = job
     import triton
     from triton.backends.compiler import GPUTarget
@@ -295,8 +294,7 @@ def compile_one(job: tuple[str, int, int, str, int, str]) -> dict[str, object]:
     names = spec.kernel.arg_names
     signature = {name: spec.signature.get(name, "constexpr") for name in names}
     constants = {name: spec.constants.get(name) for name in names if signature[name] == "constexpr"}
-    # pointers come 16-byte aligned from torch, and d and row strides of the supported shapes are
-    # multiples of 16
+    # tensors are 16-byte aligned, and d and the row strides are multiples of 16
     aligned = [
         n for n in names if signature[n].startswith("*") or n == "d" or n.endswith("stride_n")
     ]
@@ -310,7 +308,7 @@ def compile_one(job: tuple[str, int, int, str, int, str]) -> dict[str, object]:
             "reft_kernels.triton.common"
         ).CUDA_OPTIONS  # as the launches do
     triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True  # a cached kernel has no log
+    triton.knobs.compilation.always_compile = True  # cached kernels have no log
     with contextlib.redirect_stdout(io.StringIO()) as log:
         compiled = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
     usage = _cuda_usage(log.getvalue()) if backend == "cuda" else _hip_usage(compiled.asm["amdgcn"])
@@ -319,8 +317,10 @@ def compile_one(job: tuple[str, int, int, str, int, str]) -> dict[str, object]:
 
 
 def jobs(full: bool, targets: list[str]) -> list[tuple[str, int, int, str, int, str]]:
-    """What to compile: every shape, or a representative set that meets each kernel, both rank
-    classes and every target.
+    """Return what to compile.
+
+    With ``full=True`` every shape, else a set that includes each kernel, both rank classes and
+    every target.
     """
     half = ("bfloat16", "float16")
     if full:
@@ -331,7 +331,7 @@ def jobs(full: bool, targets: list[str]) -> list[tuple[str, int, int, str, int, 
         wanted = [("edit", 4096, r, "bfloat16") for r in (8, 32)]
         wanted += [("edit", 5120, 64, "bfloat16"), ("red", 4096, 2, "bfloat16")]
         wanted += [("orthonormal", 4096, 8, "float32")]
-    found = []
+    results = []
     for target in targets:
         more = (
             [("edit", 4096, 8, "float32"), ("orthonormal", 5120, 64, "float32")]
@@ -339,11 +339,11 @@ def jobs(full: bool, targets: list[str]) -> list[tuple[str, int, int, str, int, 
             else []
         )
         for group, d, r, dtype in (*wanted, *more):
-            found += [
+            results += [
                 (group, d, r, dtype, i, target)
                 for i in range(len(specs(group, d, r, dtype, TARGETS[target][0])))
             ]
-    return found
+    return results
 
 
 def main() -> int:

@@ -1,8 +1,7 @@
-"""Every kernel compiles ahead of time for the supported chips, with no spilled register and within
-their shared memory.
+"""Every Triton kernel compiles for the supported chips, without spills and within shared memory.
 
-The work is done by tests/triton/aot.py in a process of its own, for under the interpreter there is
-nothing to compile.
+tests/triton/aot.py compiles the kernels in a subprocess, because they cannot be compiled under
+Triton's interpreter.
 """
 
 from __future__ import annotations

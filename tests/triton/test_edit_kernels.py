@@ -1,9 +1,8 @@
-"""The edit's and RED's kernels against the fp64 reference in every regime of their launch
-heuristics, whatever the shape.
+"""Triton kernels of the edit and of RED in every launch regime, against the fp64 reference.
 
-The functions of the package reach only the regime that the heuristic picks for a small shape; here
-each is forced. The budget is that of tests/budget.py; the straightforward computation is the
-reference rounded to the hidden state's dtype everywhere.
+For small shapes, the public functions reach only one regime, so each regime is forced here. The
+budget is that of :mod:`tests.budget`. The straightforward computation is the reference with every
+intermediate rounded to the hidden state's dtype.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ gradient = importlib.import_module("reft_kernels.triton.edit_gradient")
 red = importlib.import_module("reft_kernels.triton.red")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter casts fp32 to bf16 by cutting bits off, twice the error of rounding, so bf16 is
-# for a GPU
+# Triton's interpreter truncates to bf16, which doubles the error, so bf16 needs a GPU
 DTYPES = (
     (torch.float32, torch.float16)
     if interpreting()
@@ -58,7 +56,7 @@ CASES = list(
     )
 )
 SAMPLE = random.Random(0).sample(CASES, 48)
-DRAWS = 8  # where outputs have few elements: one draw may be rounded luckily
+DRAWS = 8  # one draw may be rounded well by chance if outputs have few elements
 
 
 def _id(case) -> str:
@@ -74,7 +72,7 @@ def _double(tensor):
 
 
 def _run(module_edit, module_backward, inputs, convert):
-    """Forward in place, then backward in place, from converted copies: every output of both."""
+    """Run forward and backward in place on converted copies and return every output."""
     (
         hidden,
         grad,
@@ -127,11 +125,9 @@ def _run(module_edit, module_backward, inputs, convert):
 
 
 def _hold(draws):
-    """The budget of tests/budget.py: each of its three numbers is the largest over several draws
-    (ours, theirs, exact).
-    """
+    """Check (ours, straightforward, exact) of several draws against the error budget."""
     for name in draws[0][0]:
-        found = []
+        results = []
         for ours, theirs, exact in draws:
             got, want = ours[name], exact[name]
             assert got.shape == want.shape, (
@@ -143,10 +139,10 @@ def _hold(draws):
                     (theirs[name].double() - want).abs().max(),
                     want.abs().max(),
                 )
-                found.append([float(n) for n in numbers])
-        if not found:
+                results.append([float(n) for n in numbers])
+        if not results:
             continue
-        error, straightforward, size = (max(column) for column in zip(*found, strict=True))
+        error, straightforward, size = (max(column) for column in zip(*results, strict=True))
         allowed = 2 * straightforward + torch.finfo(got.dtype).eps * size
         assert error <= allowed, (
             f"{name}: {error:.2e} over the budget {allowed:.2e} (straightforward "
@@ -203,16 +199,14 @@ def test_edit_and_its_backward(case, monkeypatch, poison):
         inputs = _inputs(dtype, rows, sets, activation, reads, subtracts, coeff, n, r)
         ours = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
         exact = _run(reference.edit, reference.edit_backward, inputs, _double)
-        # the straightforward computation keeps everything in hidden's dtype at every step
+        # the straightforward computation rounds to the hidden state's dtype at every step
         naive = _run(_naive(dtype)[0], _naive(dtype)[1], inputs, lambda t: t)
         draws.append((ours, naive, exact))
     _hold(draws)
 
 
 def _naive(dtype):
-    """The reference as a user's half-precision code would run it: every input and every result
-    is rounded to ``dtype``.
-    """
+    """Return the reference with every input and result rounded to ``dtype``."""
 
     def rounded(function):
         def round_(t):
@@ -255,8 +249,8 @@ def test_phases_agree_bit_for_bit(phases, monkeypatch, poison):
     monkeypatch.setattr(
         gradient, "gradient_config", lambda *a: dataclasses.replace(original(*a), phases=phases)
     )
-    found = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    results = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
+    assert all(torch.equal(expected[name], results[name]) for name in expected)
 
 
 @pytest.mark.parametrize("chunks", [1, 3])

@@ -1,5 +1,6 @@
-"""The host side of the launches, with no kernel run: grids, tiles and counters follow from
-shapes alone.
+"""Launch configurations of the Triton kernels: grids, tiles and counters for given shapes.
+
+No kernel runs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def _is_power_of_two(n: int) -> bool:
 
 
 @given(**shapes)
-def test_edit_tiles_are_ones_that_triton_takes(num_rows, d, rank, dtype, second, amd):
+def test_edit_tiles_are_valid_in_triton(num_rows, d, rank, dtype, second, amd):
     config = forward.edit_config(num_rows, d, rank, dtype, second, amd)
     tile = (config.block_n, config.block_d, config.block_r)
     assert all(_is_power_of_two(side) for side in tile)
@@ -42,8 +43,7 @@ def test_edit_tiles_are_ones_that_triton_takes(num_rows, d, rank, dtype, second,
     if config.use_dot:
         assert min(tile) >= common.MIN_DOT
     else:
-        # the products of a tile live in registers: at most 32 fp32 values a thread, or one narrow
-        # tile
+        # the products of a tile are in registers, at most 32 fp32 values per thread
         assert config.block_n * config.block_d * config.block_r <= max(4096, 16 * config.block_r)
 
 
@@ -65,13 +65,13 @@ def test_red_tiles_and_chunks_cover_the_rows(sets, num_rows, d):
 
 
 def test_launch_configs_depend_on_shapes_alone():
-    """The same call is launched the same way every time: the first condition of determinism."""
+    """Equal calls are launched in the same way, which determinism requires."""
     first = [forward.edit_config(n, 4096, 8, torch.bfloat16) for n in (1, 448, 8192)]
     assert first == [forward.edit_config(n, 4096, 8, torch.bfloat16) for n in (1, 448, 8192)]
 
 
 def test_few_rows_spread_over_programs():
-    """f7+l7 of 32 prompts is launch-bound: enough programs to occupy a large GPU."""
+    """f7+l7 of 32 prompts is launched with enough programs to occupy a large GPU."""
     config = forward.edit_config(448, 4096, 8, torch.bfloat16)
     assert -(-448 // config.block_n) >= 132
 

@@ -1,9 +1,8 @@
-"""The one-launch builds of R and D, and their backward, against reft_kernels/orthonormal.py in
-fp64.
+"""Triton kernels that build R and D, and their backward, against the fp64 reference.
 
-The budget is that of tests/budget.py: twice the error of the torch functions in fp32, plus one
-rounding. Here every input of the backend functions is varied, and memory that no kernel wrote is
-NaN.
+The reference is ``reft_kernels/orthonormal.py``. The budget is that of :mod:`tests.budget` with the
+torch functions in fp32 as the straightforward computation. Every input of the backend functions is
+varied, and new memory is filled with NaN.
 """
 
 from __future__ import annotations
@@ -30,8 +29,7 @@ kernels = importlib.import_module("reft_kernels.triton.orthonormal")
 launch = importlib.import_module("reft_kernels.triton.orthonormal_launch")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# the interpreter casts fp32 to bf16 by cutting bits off, twice the error of rounding, so bf16 is
-# for a GPU
+# Triton's interpreter truncates to bf16, which doubles the error, so bf16 needs a GPU
 DTYPES = (
     (torch.float32, torch.float16)
     if interpreting()
@@ -45,7 +43,7 @@ SHAPES = (
     (2, 131, 8),
     (1, 77, 16),
     (1, 65, 33),
-)  # L, d, r; r = 33 takes four tiles
+)  # L, d, r; r = 33 needs four tiles
 CASES = [(shape, base) for shape in SHAPES for base in (False, True) if base or shape[2] <= 16]
 
 
@@ -166,14 +164,12 @@ def test_launch_configuration():
         config = launch.build_config(layers, d, r, 132)
         assert config.tile & (config.tile - 1) == 0 and config.tile <= 32
         assert config.padded >= r and config.padded % config.tile == 0
-        assert (
-            (config.splits - 1) * config.chunk < d <= config.splits * config.chunk
-        )  # no program without rows
+        # every program has rows
+        assert (config.splits - 1) * config.chunk < d <= config.splits * config.chunk
         assert config.chunk % config.block_c == 0
         assert config.splits == 1 or layers * config.splits <= 132
         assert config.splits == 1 or layers * config.splits * config.padded**2 * 72 <= 64 << 20
-        assert (
-            min(config.block_d, config.block_j, config.block_k, config.block_c) >= 16
-        )  # sides of tl.dot
+        # tl.dot requires blocks of at least 16
+        assert min(config.block_d, config.block_j, config.block_k, config.block_c) >= 16
     assert launch.build_config(32, 4096, 8, 132).splits == 4
     assert launch.build_config(1, 4096, 8, 132).splits == 8

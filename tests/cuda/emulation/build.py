@@ -1,9 +1,9 @@
-"""Build csrc/cuda for the CPU, against the emulated machine of this folder, with ninja.
+"""Build csrc/cuda for the CPU with ninja, against the emulation in this folder.
 
     python tests/cuda/emulation/build.py [--arch 800|900]
 
-The library stands in for ``_native_cuda.so``: ``REFT_KERNELS_CUDA_LIBRARY`` names it, and it serves
-CPU tensors. The programs need no PyTorch; the sanitizers see the kernels, not the machine.
+The library replaces ``_native_cuda.so`` if ``REFT_KERNELS_CUDA_LIBRARY`` names it, and supports CPU
+tensors. The programs need no PyTorch. Sanitizers instrument the kernels, not the emulation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ native = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(native)
 
 _FLAGS = "-std=c++17 -g -fPIC -fvisibility=hidden -fno-omit-frame-pointer"
-# nvcc knows its own pragmas, and forgives what these kernels leave unused in some instantiations
+# without warnings: unknown pragmas of nvcc, and variables that some instantiations do not use
 _KERNEL_FLAGS = "-w -fno-strict-aliasing -ffp-contract=fast -march=native -x c++"
 _SANITIZERS = {
     "": "-O1 -fsanitize=alignment -fsanitize-undefined-trap-on-error",
@@ -44,13 +44,16 @@ _RULES = [
 def _rules(
     target: Path, objects: Path, arch: int, kernels: list[Path], sanitizer: str, torch: Path | None
 ) -> list[str]:
-    """``kernels``: sources that see the emulated CUDA language; the machine is linked to them."""
+    """Return the ninja rules of a library or program.
+
+    ``kernels`` are the sources compiled against the emulated CUDA headers.
+    """
     includes = " ".join(
         f"-I{native._escape(folder)}" for folder in (HERE / "include", HERE, KERNELS)
     )
     common = f"{_FLAGS} -DREFT_EMULATED_ARCH={arch} {includes}"
     checked = _SANITIZERS[sanitizer]
-    told = f" -DREFT_EMULATION_{sanitizer[0].upper()}SAN" if sanitizer else ""
+    define = f" -DREFT_EMULATION_{sanitizer[0].upper()}SAN" if sanitizer else ""
     lines = [f"cxx = {native.compiler()}", *_RULES]
     built = []
 
@@ -63,7 +66,7 @@ def _rules(
     for source in kernels:
         add(source, f"{checked} {_KERNEL_FLAGS} -D__CUDA_ARCH__={arch}")
     for name in MACHINE:
-        add(HERE / f"{name}.cpp", f"-O2 -Wall -Wextra{told}")
+        add(HERE / f"{name}.cpp", f"-O2 -Wall -Wextra{define}")
     libraries = ""
     if torch is not None:
         flags = f"-O1 -DTORCH_TARGET_VERSION={native.TARGET_TORCH} -DREFT_CUDA_EMULATED"
@@ -77,17 +80,17 @@ def _rules(
 
 def _locked(target: Path, rules: list[str], objects: Path) -> Path:
     objects.mkdir(parents=True, exist_ok=True)
-    with open(objects / "lock", "w") as lock:  # several test processes want one build
+    with open(objects / "lock", "w") as lock:  # several test processes may build at the same time
         fcntl.flock(lock, fcntl.LOCK_EX)
         return native._build(target, rules, objects, "the emulation is needed by tests alone")
 
 
 def build_library(arch: int, folder: Path = ROOT / "build" / "emulation") -> Path:
-    """The operator library of the emulated kernels, for compute capability ``arch / 100``.
+    """Build the operator library of the emulated kernels, for compute capability ``arch / 100``.
 
     Raises:
-        native.BuildError: ninja, a C++17 compiler or torch's headers are missing, or a compilation
-            failed.
+        native.BuildError: If ninja, a C++17 compiler or PyTorch's headers are missing, or if a
+            compilation fails.
     """
     objects = folder / f"library-{arch}"
     target = objects / f"_emulated_cuda_{arch}.so"
@@ -98,11 +101,17 @@ def build_library(arch: int, folder: Path = ROOT / "build" / "emulation") -> Pat
 
 
 def build_program(source: Path, arch: int, sanitizer: str, folder: Path, *, kernels: bool) -> Path:
-    """A program of ``source`` and the machine, with ``kernels`` of csrc/cuda too; ``sanitizer``:
-    none, address or thread.
+    """Build a program from ``source`` and the emulation.
+
+    Args:
+        source: Source with the main function.
+        arch: Compute capability times 100.
+        sanitizer: "", "address" or "thread".
+        folder: Folder of the build.
+        kernels: Include the kernels of csrc/cuda.
 
     Raises:
-        native.BuildError: ninja or a C++17 compiler is missing, or a compilation failed.
+        native.BuildError: If ninja or a C++17 compiler is missing, or if a compilation fails.
     """
     objects = folder / f"{source.stem}-{arch}-{sanitizer or 'plain'}"
     target = objects / source.stem

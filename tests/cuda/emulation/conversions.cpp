@@ -1,5 +1,5 @@
-// What the stand-ins of CUDA's half-precision types make of numbers: fp32 bit patterns on stdin, on
-// stdout for each the bits of its bf16 and fp16, and then the fp32 bits of every bf16 and every
+// Conversions of the emulated half-precision types. Reads fp32 bit patterns from stdin and writes
+// the bits of each as bf16 and fp16 to stdout, followed by the fp32 bits of every bf16 and every
 // fp16.
 #include <stdio.h>
 #include <string.h>

@@ -1,10 +1,10 @@
-// Kernels with one fault each, and sound ones: what the emulation and the sanitizers must report,
-// and what they must not.
+// Kernels with one fault each, which the emulation or a sanitizer must report, and correct kernels,
+// which they must not report.
 //
-//     faults name-of-a-case
+//     faults CASE
 //
-// Ends with 0 where the launch succeeded and the output is what the host computes, with 3 where the
-// output is another, with 4 where the launch failed; a sanitizer ends the process in its own way.
+// The exit code is 0 if the launch succeeded and the output is correct, 3 if the output is wrong,
+// and 4 if the launch failed. Sanitizers have exit codes of their own.
 #include <cooperative_groups.h>
 #include <stdio.h>
 #include <string.h>
@@ -22,7 +22,7 @@ constexpr int kThreads = 64;
 
 __device__ int thread() { return int(threadIdx.x); }
 
-// out[i] = the number of the mirrored thread, through shared memory
+// out[i] = the index of the mirrored thread, read from shared memory
 __global__ void sound(float* out) {
   float* shared = dynamic_shared<float>();
   shared[thread()] = float(thread());
@@ -36,7 +36,7 @@ __global__ void missing_barrier(float* out) {
   out[blockIdx.x * kThreads + threadIdx.x] = shared[kThreads - 1 - thread()];
 }
 
-// the second use of shared memory may overtake the first one's readers
+// the second write to shared memory may happen before the first value is read
 __global__ void missing_second_barrier(float* out) {
   float* shared = dynamic_shared<float>();
   for (int pass = 0; pass < 2; ++pass) {
@@ -88,7 +88,7 @@ __global__ void partial_shuffle(float* out) {
 
 __global__ void overrun(float* out) {
   float* shared = dynamic_shared<float>();
-  shared[thread() + 1] = float(thread());  // the last one is past the end
+  shared[thread() + 1] = float(thread());  // the last thread writes past the end
   __syncthreads();
   out[blockIdx.x * kThreads + threadIdx.x] = float(kThreads - 1 - thread());
 }

@@ -23,7 +23,7 @@ namespace {
 constexpr size_t kStack = 256 * 1024;
 constexpr size_t kColours = 128,
                  kColourBytes =
-                     320;  // stacks that begin at one offset share a few sets of the caches
+                     320;  // stacks at equal offsets would share a few cache sets
 
 struct Stack {
   char* memory;
@@ -81,8 +81,8 @@ void start(Fiber& fiber, size_t number, void (*entry)()) {
   unpoison(memory, kStack);
 #if defined(__x86_64__)
   auto top = reinterpret_cast<uintptr_t*>(memory + fiber.size);
-  *--top = 0;  // where entry would return to; at its first instruction the stack is 8 bytes off a
-               // multiple of 16
+  *--top = 0;  // return address of entry; the ABI requires a stack 8 bytes off a multiple of
+               // 16 at its first instruction
   *--top = reinterpret_cast<uintptr_t>(entry);
   fiber.stack_pointer = top - 6;
 #else
@@ -102,7 +102,7 @@ void adopt(Fiber& fiber) {
 }
 
 #ifdef REFT_EMULATION_ASAN
-static Fiber* left;  // who switched last
+static Fiber* left;  // the fiber that switched last
 #endif
 
 void arrived([[maybe_unused]] Fiber& fiber) {

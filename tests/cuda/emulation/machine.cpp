@@ -27,12 +27,12 @@ namespace emulation {
 namespace {
 
 constexpr unsigned kWarpLanes = 32;
-constexpr size_t kAlignment = 16;       // of dynamic shared memory
-constexpr unsigned char kGuard = 0xa5;  // before and behind it
-constexpr size_t kIdentities =
-    2048;  // of threads that end in one launch, for ThreadSanitizer, whose time grows with them
+constexpr size_t kAlignment = 16;       // alignment of dynamic shared memory
+constexpr unsigned char kGuard = 0xa5;  // bytes before and after it
+// Fiber identities of ended threads that are kept. More would slow ThreadSanitizer down.
+constexpr size_t kIdentities = 2048;
 
-// Threads that wait for one another: consecutive ones of those that are resident.
+// Consecutive resident threads that wait for each other.
 struct Scope {
   unsigned first = 0, count = 0, arrived = 0;
   Site site = {};
@@ -41,7 +41,7 @@ struct Scope {
 
 struct Thread {
   Fiber fiber;
-  unsigned number = 0, block = 0;  // in the block, and of the resident blocks
+  unsigned number = 0, block = 0;  // index in the block, index of the block among resident blocks
   uint3 index = {};
   Wait waits = Wait::kNothing;
   Site site = {};
@@ -79,8 +79,8 @@ std::minstd_rand generator;
 unsigned char fill_byte = 0xff;
 
 size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
-// On either side of a block's shared memory, where nobody may go; ThreadSanitizer's time grows with
-// it.
+// Size of the inaccessible memory on either side of a block's shared memory. A larger size slows
+// ThreadSanitizer down.
 size_t fence() { return kRaces ? page() : 64 * page(); }
 size_t round_up(size_t a, size_t b) { return (a + b - 1) / b * b; }
 unsigned threads_of_block() {
@@ -112,7 +112,7 @@ std::string who(const Thread& thread) {
   return text;
 }
 
-// The thread that goes on: kernels see its numbers and its block's memory.
+// Makes a thread the running one: kernels see its indices and its block's memory.
 void enter(Thread& thread) {
   Block& block = machine.blocks[thread.block];
   machine.current = &thread;
@@ -129,7 +129,8 @@ Thread* take() {
   return thread;
 }
 
-// The running thread waits or has ended: another one goes on, or the host where none can.
+// Called when the running thread waits or has ended. Switches to another thread, or to the host if
+// none can run.
 void next(bool ends) {
   Thread& from = *machine.current;
   if (machine.failed || machine.ready.empty()) {
@@ -158,7 +159,8 @@ void wake(Scope& scope) {
   }
 }
 
-// `together`: in one place of the sources; `orders`: memory.
+// `together`: all threads must wait at the same source location. `orders`: memory accesses are
+// ordered.
 template <class Last>
 void wait_at(Scope& scope, Wait kind, Site site, bool together, bool orders, Last last) {
   Thread& thread = *machine.current;
@@ -197,7 +199,7 @@ void check_guards(const Block& block) {
   }
 }
 
-// Nothing may read the block's shared memory any more.
+// Called when no thread reads the block's shared memory any longer.
 void end_block(Block& block) {
   unpoison(block.mapping + fence(), block.mapped - 2 * fence());
   check_guards(block);
@@ -222,7 +224,7 @@ void entry() {
   for (;;) next(true);
 }
 
-// The block's memory ends where its pages end.
+// Places the block's memory at the end of its pages.
 void allot(Block& block) {
   const size_t bytes = machine.grid.shared;
   const size_t needed = round_up(std::max<size_t>(bytes, 1), page()) + 2 * fence();
@@ -291,8 +293,8 @@ void report_deadlock() {
   report("divergent threads, none can go on: %s", text.c_str());
 }
 
-// Threads that are gone keep their identity for a while, so that later blocks' races with them are
-// seen.
+// Ended threads keep their identity for a while, so that races of later blocks with them are
+// detected.
 void retire() {
   if (!kRaces) return;
   machine.first_stack += machine.threads.size();
@@ -338,7 +340,7 @@ void on_fault(int number, siginfo_t* info, void*) {
   fail();
 }
 
-// on_fault while a kernel runs; a sanitizer has its own.
+// Installs on_fault while a kernel runs. Sanitizers have handlers of their own.
 class Faults {
  public:
   Faults() {
@@ -396,7 +398,7 @@ uint32_t shuffle_xor(unsigned mask, uint32_t bits, int lane_mask, Site site) {
   Scope& warp = warp_of(mask, site);
   thread.value = bits;
   thread.lane_mask = lane_mask;
-  // values alone are exchanged: a shuffle orders no memory
+  // a shuffle exchanges values and does not order memory accesses
   wait_at(warp, Wait::kWarp, site, true, false, [&] {
     Thread* lanes = &machine.threads[warp.first];
     for (unsigned lane = 0; lane < kWarpLanes; ++lane) {

@@ -1,4 +1,4 @@
-// What the emulation adds to the operators of csrc/cuda/registration.cpp.
+// Operators of the emulation, in addition to those of csrc/cuda/registration.cpp.
 #include <stdlib.h>
 #include <torch/csrc/stable/library.h>
 
@@ -27,10 +27,9 @@ void schedule(std::string order, int64_t seed) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(reft_kernels_cuda, m) {
-  m.def("emulated() -> int");                    // the compute capability, times 100
-  m.def("launches() -> int");                    // kernels since the process started
-  m.def("schedule(str order, int seed) -> ()");  // of the emulated threads: forward, reverse or
-                                                 // random
+  m.def("emulated() -> int");                    // compute capability times 100
+  m.def("launches() -> int");                    // kernels launched by the process
+  m.def("schedule(str order, int seed) -> ()");  // thread order: forward, reverse or random
   if (const char* order = getenv("REFT_EMULATION_ORDER")) schedule(order, 0);
 }
 

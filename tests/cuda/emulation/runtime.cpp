@@ -1,4 +1,4 @@
-// The host's side of the emulated runtime: devices, attributes, and the limits of a launch.
+// Host functions of the emulated runtime: devices, attributes and launch limits.
 #include <stdarg.h>
 #include <stdio.h>
 
@@ -131,7 +131,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, void (*
   if (grid.cluster) grid.together = int(cluster.x);
   const uint64_t blocks = uint64_t(grid.blocks.x) * grid.blocks.y * grid.blocks.z;
   if (grid.cooperative &&
-      blocks > uint64_t(kProcessors)) {  // as if one block filled a multiprocessor
+      blocks > uint64_t(kProcessors)) {  // one block per multiprocessor
     report("a cooperative launch of %llu blocks on %d processors",
            static_cast<unsigned long long>(blocks), kProcessors);
     return refuse(cudaErrorCooperativeLaunchTooLarge);

@@ -1,11 +1,10 @@
-// Runs every host function of csrc/cuda over small but telling shapes, for the sanitizers: no
-// PyTorch, no reference.
+// Runs every host function of csrc/cuda with small shapes under a sanitizer, without PyTorch.
 //
-//     sanitized [--once] [part of a case's name]...
+//     sanitized [--once] [PART-OF-A-CASE-NAME]...
 //
-// A case runs in every order of the threads, and with shared memory that holds other bytes when a
-// block starts: its outputs must be finite, written whole, and the same bits each time. With --once
-// it runs in one order.
+// A case runs with several thread orders and with different initial bytes in shared memory. Its
+// outputs must be finite, fully written and bit-identical each time. With --once it runs in one
+// order.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -36,7 +35,7 @@ float normal() {
 
 size_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
-// Elements in one allocation of exactly their size, so that AddressSanitizer sees its ends.
+// Elements in an allocation of exactly their size, so that AddressSanitizer detects overruns.
 class Buffer {
  public:
   Buffer(Dtype dtype, size_t count)
@@ -50,7 +49,7 @@ class Buffer {
   Buffer& operator=(const Buffer&) = delete;
   ~Buffer() { free(data_); }
 
-  // NaN in every dtype, in what nobody writes
+  // unwritten elements are NaN in every dtype
   void poison() {
     if (bytes_ != 0) memset(data_, 0xff, bytes_);
   }
@@ -90,7 +89,7 @@ struct Edit {
   const char* name;
   int total, rows, d, rank, sets;
   Dtype dtype, weights;
-  int gap;  // of the hidden state's rows, in elements
+  int gap;  // elements between the rows of the hidden state
   bool read, subtract_projection, bias, coeff, in_place, gradient_of_hidden, gradient_of_weights;
   Activation activation;
 };
@@ -165,7 +164,7 @@ void launched(cudaError_t error, const std::string& name) {
   require(error == cudaSuccess, name, error == cudaSuccess ? "" : cudaGetErrorString(error));
 }
 
-// `run` fills its outputs; the same bits under every schedule.
+// Checks that `run` returns the same bits under every schedule.
 void repeat(const std::string& name, const std::function<std::vector<Buffer>()>& run) {
   std::vector<Buffer> first;
   for (const Schedule& schedule : kSchedules) {
@@ -290,7 +289,7 @@ void run_map(const Map& c) {
   const Buffer grad_R = random(kF, tall, 1), grad_D = random(kF, tall, 1);
   Buffer signs(kF, size_t(layers) * r);
   for (size_t k = 0; k < signs.count(); ++k) signs.put(k, k % 3 == 1 ? -1.0f : 1.0f);
-  for (int layer = 0; layer < layers; ++layer)  // never read
+  for (int layer = 0; layer < layers; ++layer)  // entries that are never read
     for (int i = 0; i < r; ++i)
       for (int j = i; j < r; ++j) X.put((size_t(layer) * d + i) * r + j, NAN);
 

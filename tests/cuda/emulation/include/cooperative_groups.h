@@ -1,4 +1,4 @@
-// Stands in for CUDA's cooperative groups: what csrc/cuda uses of them.
+// Emulation of the parts of CUDA's cooperative groups that csrc/cuda uses.
 #pragma once
 
 #include "cuda_runtime.h"

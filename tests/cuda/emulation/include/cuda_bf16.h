@@ -1,4 +1,4 @@
-// Stands in for CUDA's bf16 type: storage, and conversions that round to nearest even.
+// Emulation of CUDA's bf16 type: storage, and conversions that round to nearest even.
 #pragma once
 
 #include <stdint.h>

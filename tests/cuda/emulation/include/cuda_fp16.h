@@ -1,4 +1,4 @@
-// Stands in for CUDA's fp16 type: storage, and conversions that round to nearest even.
+// Emulation of CUDA's fp16 type: storage, and conversions that round to nearest even.
 #pragma once
 
 #include <stdint.h>
@@ -27,8 +27,8 @@ inline __half __float2half(float v) {
   const uint16_t sign = uint16_t(bits >> 16 & 0x8000);
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return {0x7fff};
-  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and more
-  if (bits < 0x38800000) {  // under 2^-14: the sum with 0.5 rounds to a multiple of 2^-24
+  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // 65520 and above become infinity
+  if (bits < 0x38800000) {  // below 2^-14: adding 0.5 rounds to a multiple of 2^-24
     float magnitude;
     memcpy(&magnitude, &bits, sizeof magnitude);
     magnitude += 0.5f;

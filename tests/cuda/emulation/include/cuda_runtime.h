@@ -1,4 +1,4 @@
-// Stands in for the CUDA C++ language: what csrc/cuda uses of it, implemented by machine.cpp.
+// Emulation of the parts of CUDA C++ that csrc/cuda uses. Implemented in machine.cpp.
 #pragma once
 
 #include <string.h>
@@ -12,16 +12,16 @@
 
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
-// weak: `extern __shared__` compiles; a static __shared__ array, which would silently be a thread's
-// own, does not
+// weak, so that `extern __shared__` compiles and a static __shared__ array, which would be private
+// to a thread, does not
 #define __shared__ __attribute__((weak))
-// `extern __shared__ T dynamic_arena[]` then declares a pointer to an array, and the name alone is
-// what it points to
+// `extern __shared__ T dynamic_arena[]` declares a pointer to an array, and the name expands to the
+// array
 #define dynamic_arena (*dynamic_arena)
 
 namespace reft_cuda {
-extern unsigned char
-    dynamic_arena[];  // the running block's dynamic shared memory; machine.cpp sets it
+// dynamic shared memory of the running block, set by machine.cpp
+extern unsigned char dynamic_arena[];
 }
 
 extern uint3 threadIdx, blockIdx;

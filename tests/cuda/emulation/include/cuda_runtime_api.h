@@ -1,5 +1,4 @@
-// Stands in for the CUDA runtime's host interface: what csrc/cuda uses of it, implemented by
-// runtime.cpp.
+// Emulation of the parts of the CUDA runtime API that csrc/cuda uses. Implemented in runtime.cpp.
 #pragma once
 
 #include <stddef.h>
