@@ -311,7 +311,12 @@ def _by_path(model: nn.Module, component: str) -> _Places:
 def _choose(component: str, layers: str | list[int], places: _Places) -> list[int]:
     """Layer numbers to edit, in order; raises ValueError for layers without the component."""
     available = sorted({*places.found, *places.missing, *places.absent})
-    chosen = available if layers == "all" else list(layers)
+    if isinstance(layers, str):
+        if layers != "all":
+            raise ValueError(f"layers: got {layers!r}, expected 'all' or a list of layer numbers")
+        chosen = available
+    else:
+        chosen = list(layers)
     beyond = [n for n in chosen if n not in available]
     if beyond:
         low, high = available[0], available[-1]

@@ -36,8 +36,7 @@ class LayerHook:
 
 
 class OutputHook(LayerHook):
-    """Forward hook that edits the module's output, or its first element if it is a tuple or list.
-    """
+    """Forward hook that edits the module's output, or the first element of a tuple or list."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         session = self.session

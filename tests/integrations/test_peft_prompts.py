@@ -336,7 +336,7 @@ def test_tokens_that_continue_a_cache_outside_of_generate():
         cache = DynamicCache(config=model.config)
         model(input_ids=system, past_key_values=cache, prompt_lengths=[13, 13])
         kept = copy.deepcopy(cache)
-        with pytest.warns(UserWarning, match="counts as decoding"):
+        with pytest.warns(UserWarning, match="is taken as decoding"):
             model(input_ids=question, past_key_values=cache)
         got = model(input_ids=question, past_key_values=kept, prompt_lengths=[13, 13]).logits
         expected = model(
