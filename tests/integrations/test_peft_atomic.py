@@ -94,11 +94,11 @@ def test_the_loading_of_a_save_cut_short_says_so(tmp_path, monkeypatch):
         cut(patch, 1)
         with pytest.raises(Cut):
             build(NEW, seed=2).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="cut short before it replaced adapter_config.json"):
+    with pytest.warns(UserWarning, match="interrupted before it replaced adapter_config.json"):
         found = ReftConfig.from_pretrained(str(tmp_path))
     assert found.positions == "f2"
     model = build()
-    with pytest.warns(UserWarning, match="cut short"):
+    with pytest.warns(UserWarning, match="interrupted"):
         model.load_adapter(str(tmp_path), adapter_name="other")
     assert model.peft_config["other"].positions == "f2"
 

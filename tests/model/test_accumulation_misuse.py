@@ -174,7 +174,7 @@ def test_models_are_found_through_wrappers_and_share_once():
             self.module = model
 
     shared = share_build(Wrapper())
-    with pytest.raises(ValueError, match="shares its builds already"):
+    with pytest.raises(ValueError, match="already shares its builds"):
         share_build(model)
     shared.close()
     share_build(model).close()
