@@ -68,6 +68,11 @@ class Editor:
         self.__dict__.update(state, state=EditorState())
 
     @property
+    def sessions(self) -> tuple[BackboneSession, ...]:
+        """The sessions of all backbones that have adapters."""
+        return tuple(self._sessions.values())
+
+    @property
     def adapters(self) -> dict[str, Adapter]:
         """Every adapter by name."""
         return {

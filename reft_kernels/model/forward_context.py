@@ -155,7 +155,7 @@ class ForwardContext:
             if edit.device != hidden.device or (rows is not None and rows.device != hidden.device):
                 kind: Any = type(weights)
                 weights = kind(*(self._to(t, hidden.device) for t in weights))
-                rows, weight_ids = self._on(selection, hidden.device)
+                rows, weight_ids = self.selection_on(selection, hidden.device)
             hidden = edit.stack.edit(
                 hidden, weights, rows=rows, weight_ids=weight_ids, inplace=inplace
             )
@@ -214,7 +214,7 @@ class ForwardContext:
             )
         return placed
 
-    def _on(self, selection: Selection, device: torch.device) -> Selection:
+    def selection_on(self, selection: Selection, device: torch.device) -> Selection:
         """The selection on another device; copied once per device."""
         key = (id(selection), device)
         moved = self._moved[key][0] if key in self._moved else None
