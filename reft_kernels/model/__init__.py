@@ -1,5 +1,6 @@
-"""Editing a whole model: its components, the rows of a batch, the hooks, generation. Torch
-alone, whatever the framework.
+"""Interventions on a whole model: components, rows of a batch, hooks and generation.
+
+Depends on torch only; the integrations with other libraries build on it.
 """
 
 from reft_kernels.model.accumulation import SharedBuild

@@ -1,20 +1,19 @@
-"""One build of R for each optimizer step, however many micro-batches it accumulates.
+"""Gradient accumulation with one build of R per optimizer step.
 
-Without this every forward builds the weights W(theta) of all layers and every backward runs through
-the build. The gradient is linear in what arrives at the built weights, so with micro-batch losses
-l_1 .. l_k
+By default every forward builds the weights W(theta) of all layers, and every backward
+differentiates the build. The gradient is linear in dl/dW, so for micro-batch losses l_1 .. l_k
 
     d(l_1 + ... + l_k) / d theta = (dW / d theta)^T (dl_1 / dW + ... + dl_k / dW)
 
-The first forward builds W and hands out a detached copy that collects the sum in brackets;
-:meth:`SharedBuild.flush` carries it through the build once. A scaled loss (fp16) scales the sum and
-so the result.
+The first forward builds W and returns a detached copy whose ``.grad`` accumulates the sum in
+parentheses. :meth:`SharedBuild.flush` backpropagates that sum through the build once. A loss scale
+(fp16) multiplies the sum and therefore the result.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +37,7 @@ def _too_late(grad: Tensor) -> None:
 
 
 def _refuse_unready(ddp: DistributedDataParallel) -> None:
-    """These settings decide what takes part in a reduction by the main backward alone, which the
-    parameters have no part in.
-    """
+    """Raise for DDP settings that require parameter gradients during the main backward."""
     for name in ("find_unused_parameters", "static_graph"):
         if getattr(ddp, name, False):
             raise RuntimeError(
@@ -49,18 +46,16 @@ def _refuse_unready(ddp: DistributedDataParallel) -> None:
             )
 
 
-class _Held:
-    """One stack's build: the built weights with their graph, and leaves ``[L, ...]`` in their
-    place.
-    """
+class _StackBuild:
+    """The built weights of one stack with their graph, and detached leaves ``[L, ...]``."""
 
     def __init__(self, stack: Intervention) -> None:
         self.stack = stack
-        # taken before the build: the optimizer's own tensors, not those that an engine gathers for
-        # the module's call
+        # read before the build: an engine may swap in gathered tensors during the module call
         self.parameters = list(stack.parameters())
-        self._state = self._read()
-        self.built = stack()  # a module call, so that engines which gather parameters around one do
+        self._state = self._parameter_state()
+        # call the module instead of build(), so that FSDP gathers the parameters
+        self.built = stack()
         self.leaves = [
             torch.stack([t.detach() for t in column]).requires_grad_(column[0].requires_grad)
             if isinstance(column[0], Tensor)
@@ -68,41 +63,42 @@ class _Held:
             for column in zip(*self.built, strict=True)
         ]
 
-    def _read(self) -> list[tuple[int, bool]]:
+    def _parameter_state(self) -> list[tuple[int, bool]]:
         return [(p._version, p.requires_grad) for p in self.parameters]
 
-    def _gathering(self) -> list[Tensor]:
+    def _trained_leaves(self) -> list[Tensor]:
         return [leaf for leaf in self.leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
 
     @property
     def waiting(self) -> bool:
-        """Gradients have arrived that the parameters do not have yet."""
-        return any(leaf.grad is not None for leaf in self._gathering())
+        """Whether the leaves have gradients that were not flushed to the parameters."""
+        return any(leaf.grad is not None for leaf in self._trained_leaves())
 
     @property
     def changed(self) -> bool:
-        """A parameter was written or frozen since the build."""
-        return self._read() != self._state
+        """Whether a parameter was written or frozen since the build."""
+        return self._parameter_state() != self._state
 
     @property
-    def taken_away(self) -> bool:
-        """What was built from was gathered by an enclosing unit, which shards it again between
-        forward and flush.
-        """
+    def resharded(self) -> bool:
+        """Whether an enclosing FSDP unit has resharded the parameters since the build."""
         pairs = zip(self.parameters, self.stack.parameters(), strict=True)
         return any(
-            hasattr(now, "full_tensor") and not hasattr(then, "full_tensor") for then, now in pairs
+            hasattr(current, "full_tensor") and not hasattr(built_from, "full_tensor")
+            for built_from, current in pairs
         )
 
-    def hand_out(self) -> list[EditWeights] | list[RedWeights]:
-        # unbind: its backward is one stack for all layers, so a micro-batch adds once to each leaf
+    def layer_weights(self) -> list[EditWeights] | list[RedWeights]:
+        """Weights of each layer, as views of the leaves."""
+        # unbind's backward is one stack() for all layers: one addition per leaf and micro-batch
         columns = [leaf.unbind(0) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        kind = type(self.built[0])
+        kind: Any = type(self.built[0])
         return [kind(*layer) for layer in zip(*columns, strict=True)]
 
-    def take(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Built weights and the gradients that gathered for them."""
-        outputs, grads = [], []
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Built weights that have a gradient, and these gradients."""
+        outputs: list[Any] = []
+        grads: list[Tensor] = []
         for field, leaf in enumerate(self.leaves):
             if isinstance(leaf, Tensor) and leaf.grad is not None:
                 outputs += [layer[field] for layer in self.built]
@@ -110,41 +106,39 @@ class _Held:
         return outputs, grads
 
     def retire(self) -> None:
-        """Refuse gradients from now on: nobody would carry them to the parameters."""
-        for leaf in self._gathering():
+        """Make later backwards to the leaves raise: their gradients would be lost."""
+        for leaf in self._trained_leaves():
             leaf.grad = None
             leaf.register_hook(_too_late)
 
 
 class SharedBuild:
-    """Builds each stack once for all forwards of an optimizer step; open from its construction
-    until :meth:`close`.
+    """Builds each stack once for all forwards of an optimizer step.
 
-    Until :meth:`flush` the stacks' parameters get no gradient. So flush before anything looks at
-    gradients: unscaling, clipping, the optimizer. Forwards without gradients, or of frozen stacks,
-    build as ever, and so does what ``torch.compile``
-    traces: its gradients reach the parameters in its own backward, and flush has nothing to add.
+    Active from construction until :meth:`close`. The stacks' parameters have no gradient until
+    :meth:`flush`, so call it before unscaling, clipping and the optimizer step. Forwards without
+    gradients or with frozen stacks build their own weights. So do forwards that ``torch.compile``
+    traces: their backward writes the parameters' gradients directly.
 
-    Under ``DistributedDataParallel`` the reduction of the stacks' gradients happens in flush;
-    ``find_unused_parameters`` and ``static_graph`` must be off. Under FSDP2 the stack must be a
-    unit of its own. Engines that reduce at the end of their own ``backward()`` (DeepSpeed) would
-    miss what flush brings; do not use it there.
+    Under ``DistributedDataParallel``, :meth:`flush` reduces the stacks' gradients;
+    ``find_unused_parameters`` and ``static_graph`` must be off. Under FSDP2, the stack must be an
+    FSDP unit of its own. Not supported with engines that reduce gradients at the end of their own
+    ``backward()``, such as DeepSpeed.
 
-    As a context manager it closes at the end, and after an exception drops what waits.
+    As a context manager, closes on exit; after an exception, discards unflushed gradients.
     """
 
     def __init__(self) -> None:
         self.closed = False
-        self._held: dict[nn.Module, _Held] = {}
-        itself = weakref.ref(self)
+        self._builds: dict[nn.Module, _StackBuild] = {}
+        self_ref = weakref.ref(self)
 
         def before_step(optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-            shared = itself()
+            shared = self_ref()
             if shared is not None:
                 shared._refuse_step(optimizer)
 
-        # parameters without .grad are skipped by optimizers, so a forgotten flush leaves no other
-        # trace
+        # optimizers skip parameters without .grad, so a missing flush would go unnoticed
         self._handle = register_optimizer_step_pre_hook(before_step)
         weakref.finalize(self, self._handle.remove)
 
@@ -155,71 +149,74 @@ class SharedBuild:
         )
 
     def serves(self) -> bool:
-        """Whether a forward that begins now takes part, if its stack is trained."""
+        """Whether a forward that starts now uses the shared build, if its stack is trained."""
         return not torch.compiler.is_compiling() and torch.is_grad_enabled() and not self.closed
 
     def weights(self, stack: Intervention) -> list[EditWeights] | list[RedWeights]:
-        """What ``stack()`` returns, from the step's one build where this forward will be trained.
+        """Weights of each layer, as ``stack()`` returns them.
+
+        Taken from the shared build if the stack is trained and :meth:`serves` is true.
 
         Raises:
-            RuntimeError: parameters changed while gradients wait for a flush; or
-                ``DistributedDataParallel`` runs the forward with settings under which gradients
-                cannot arrive after the main backward.
+            RuntimeError: parameters changed before their gradients were flushed, or
+                ``DistributedDataParallel`` runs the forward with ``find_unused_parameters`` or
+                ``static_graph``.
         """
         if not self.serves() or not any(p.requires_grad for p in stack.parameters()):
             return stack()
         ddp = getattr(DistributedDataParallel, "_active_ddp_module", None)
         if ddp is not None:
             _refuse_unready(ddp)
-        held = self._held.get(stack)
-        if held is not None and held.changed:
-            self._refuse_changed(held)
-            self._held.pop(stack).retire()
-            held = None
-        if held is None:
-            held = self._held[stack] = _Held(stack)
-        return held.hand_out()
+        build = self._builds.get(stack)
+        if build is not None and build.changed:
+            self._refuse_changed(build)
+            self._builds.pop(stack).retire()
+            build = None
+        if build is None:
+            build = self._builds[stack] = _StackBuild(stack)
+        return build.layer_weights()
 
     @property
     def waiting(self) -> bool:
-        """Whether gradients wait for :meth:`flush`."""
-        return any(held.waiting for held in self._held.values())
+        """Whether there are gradients to :meth:`flush`."""
+        return any(build.waiting for build in self._builds.values())
 
     def flush(self) -> None:
-        """One backward through the build: the parameters get the gradients of all forwards since
-        the last flush.
+        """Backpropagate the gradients of all forwards since the last flush to the parameters.
 
-        Does nothing where no gradient waits.
+        Runs one backward through the build. Does nothing if there are no gradients.
 
         Raises:
-            RuntimeError: parameters were changed or frozen since the build, or an engine has taken
-                them away.
+            RuntimeError: parameters were changed or frozen since the build, or FSDP has resharded
+                them.
         """
-        ready = [held for held in self._held.values() if held.waiting]
-        for held in ready:
-            self._refuse_changed(held)
-            if held.taken_away:
+        ready = [build for build in self._builds.values() if build.waiting]
+        for build in ready:
+            self._refuse_changed(build)
+            if build.resharded:
                 raise RuntimeError(
                     "flush(): the parameters belong to a larger FSDP unit and are sharded again; "
                     "fully_shard the stack as a unit of its own"
                 )
-        outputs, grads = [], []
-        for held in ready:
-            for all_, some in zip((outputs, grads), held.take(), strict=True):
-                all_ += some
-            del self._held[held.stack]
-            held.retire()
+        outputs: list[Tensor] = []
+        grads: list[Tensor] = []
+        for build in ready:
+            build_outputs, build_grads = build.gradients()
+            outputs += build_outputs
+            grads += build_grads
+            del self._builds[build.stack]
+            build.retire()
         if outputs:
             torch.autograd.backward(outputs, grads)
 
     def discard(self) -> None:
-        """Drop the build and what waits, as zeroing gradients does: a step that is given up."""
-        for held in self._held.values():
-            held.retire()
-        self._held.clear()
+        """Drop the build and its gradients, to skip a step; like zeroing gradients."""
+        for build in self._builds.values():
+            build.retire()
+        self._builds.clear()
 
     def close(self) -> None:
-        """Flush what waits and build as ever from now on."""
+        """Flush, then let every forward build its own weights again."""
         if not self.closed:
             self.flush()
             self._stop()
@@ -239,16 +236,19 @@ class SharedBuild:
             self._stop()
 
     @staticmethod
-    def _refuse_changed(held: _Held) -> None:
-        if held.waiting and held.changed:
+    def _refuse_changed(build: _StackBuild) -> None:
+        if build.waiting and build.changed:
             raise RuntimeError(
                 f"parameters were changed or frozen while gradients for them wait: {_FLUSH} "
                 "(discard() gives them up)"
             )
 
     def _refuse_step(self, optimizer: Optimizer) -> None:
-        mine = {id(p) for held in self._held.values() if held.waiting for p in held.parameters}
-        if mine and any(id(p) in mine for group in optimizer.param_groups for p in group["params"]):
+        waiting = {
+            id(p) for build in self._builds.values() if build.waiting for p in build.parameters
+        }
+        stepped = (p for group in optimizer.param_groups for p in group["params"])
+        if waiting and any(id(p) in waiting for p in stepped):
             raise RuntimeError(
                 f"the optimizer steps while gradients for its parameters wait: {_FLUSH}"
             )

@@ -1,4 +1,4 @@
-"""One backbone of a model: its adapters, and what one forward of it edits."""
+"""Runs the adapters of one backbone: builds the forward context and handles recomputation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Handle = torch.utils.hooks.RemovableHandle
 
 
 class ModelEditor(Protocol):
-    """What a session asks of the editor of its model."""
+    """The interface of the editor that a session uses."""
 
     model: nn.Module
     token_labels: bool
@@ -42,12 +42,12 @@ class ModelEditor(Protocol):
     shared: SharedBuild | None
 
     def active_in(self, session: BackboneSession) -> list[Adapter]:
-        """The adapters that edit in a session now, in order."""
+        """The active adapters of a session, in the order in which they edit."""
 
     def restrict_to_members(
         self, name: str, selection: Selection | DeferredSelection | None, window: Window | None
     ) -> Selection | DeferredSelection | None:
-        """A selection restricted to the examples that asked for adapter ``name``."""
+        """Restrict a selection to the examples that use adapter ``name``."""
 
 
 _STALE_CACHE = (
@@ -60,8 +60,13 @@ _STALE_CACHE = (
 
 
 class Adapter:
-    """One adapter's places: for each width, its stack and the (index in the stack, site) of
-    every layer in this process.
+    """One adapter's stacks and the sites that they edit.
+
+    Attributes:
+        name: name of the adapter.
+        rule: the positions that it edits.
+        stacks: the stacked intervention of each width.
+        places: for each width, (index in the stack, site) of every layer in this process.
     """
 
     def __init__(self, name: str, rule: PositionRule, stacks: Mapping[int, Intervention]) -> None:
@@ -71,7 +76,7 @@ class Adapter:
         self.places: dict[int, list[tuple[int, int]]] = {width: [] for width in stacks}
 
     def trains(self) -> bool:
-        """Whether a parameter of it requires gradients."""
+        """Whether any parameter requires gradients."""
         return any(p.requires_grad for stack in self.stacks.values() for p in stack.parameters())
 
 
@@ -91,42 +96,43 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 class _NoStep:
-    """Stands for a forward that edited nothing, among those whose backward may recompute layers."""
+    """Marks a forward without edits, whose backward may recompute layers."""
 
 
 _NO_CONTEXT = _NoStep()
 
 
 class BackboneSession:
-    """One backbone: the adapters that edit inside it and the context that its running forward
-    consumes.
+    """The adapters of one backbone, and the context of its running forward.
+
+    Args:
+        editor: the editor of the model.
+        backbone: the module whose call receives the tokens.
+        component: a component of this backbone; sets its role in an encoder-decoder model.
     """
 
     def __init__(self, editor: ModelEditor, backbone: nn.Module, component: Component) -> None:
         self.editor = editor
         self.names = argument_names(backbone)
         self.decoder = component.decoder
-        self.generates = (
-            not component.encoder
-        )  # an encoder's tokens are all prompt, and have no labels of their own
+        # an encoder's tokens all belong to the prompt, and labels do not align with them
+        self.generates = not component.encoder
         self.targets: dict[int, Target] = {}
         self.sites: dict[tuple[str, str], int] = {}
-        self.handles: dict[int, Handle] = {}  # of the sites' hooks
-        self.forward: InterceptedForward | None = None  # of the backbone
+        self.handles: dict[int, Handle] = {}  # hook of each site
+        self.forward: InterceptedForward | None = None  # wrapper of the backbone's forward
         self.adapters: dict[str, Adapter] = {}
         self.frame_mask: Any = None  # (frames, audio mask) -> bool [B, frames]
-        self.drops_layers = False  # some forwards leave layers out
+        self.drops_layers = False  # some forwards skip layers
         self.state = SessionState()
-        self.live: weakref.WeakSet[ForwardContext] = (
-            weakref.WeakSet()
-        )  # whose graphs wait for a backward
-        self.last: ForwardContext | None = (
-            None  # kept until the next forward, whatever becomes of the model's output
-        )
-        self._recomputed: dict[int, Any] = {}
+        # contexts of forwards whose graph is alive
+        self.live: weakref.WeakSet[ForwardContext] = weakref.WeakSet()
+        # keeps the latest context alive until the next forward, even without the output
+        self.last: ForwardContext | None = None
+        self._recomputed: dict[int, Any] = {}  # graph task -> weak reference to its context
 
     def __getstate__(self) -> dict:
-        # a context holds a graph, which neither copies nor pickles
+        # a context holds an autograd graph, which cannot be copied or pickled
         return {**self.__dict__, "state": None, "live": None, "last": None, "_recomputed": {}}
 
     def __setstate__(self, state: dict) -> None:
@@ -135,19 +141,18 @@ class BackboneSession:
     # ---- around the backbone
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before the backbone: what this forward edits."""
-        frame = self.state.frame = Frame(
-            self.state.frame
-        )  # first, since leave() follows whatever happens here
+        """Create the context of a forward, before the backbone runs."""
+        # before anything can raise, because leave() always follows
+        frame = self.state.frame = Frame(self.state.frame)
         self.last = None
         editor = self.editor
         generation, call = editor.state.generation, editor.state.call
-        if call is None:  # the backbone was called past the model
+        if call is None:  # the backbone was called directly, not through the model
             call = take_call(self.names, args, kwargs)
         if generation is not None:
-            said = generation.call
             call = call._replace(
-                prompt_lengths=said.prompt_lengths, edit_positions=said.edit_positions
+                prompt_lengths=generation.call.prompt_lengths,
+                edit_positions=generation.call.edit_positions,
             )
             if not self.generates:
                 generation = None
@@ -165,8 +170,10 @@ class BackboneSession:
         return args, kwargs
 
     def leave(self, output: Any) -> None:
-        """After the backbone: hand the context to the graph, for layers that its backward
-        recomputes.
+        """Close the context of a forward, after the backbone ran.
+
+        Registers hooks on the output's autograd nodes, so that layers which the backward
+        recomputes get the same context.
         """
         frame = self.state.frame
         if frame is None:
@@ -189,7 +196,7 @@ class BackboneSession:
                 tensor.grad_fn.register_prehook(lambda grads: self._recall(context))
 
     def _refuse_idle_sites(self, context: ForwardContext) -> None:
-        """In training, a place that its model did not run is one that would not be trained."""
+        """Raise in training if an edited module did not run: it would get no gradient."""
         if not (context.training and context.has_graph) or self.drops_layers:
             return
         idle = [self.targets[site].path for site in context.edits if site not in context.ran]
@@ -216,7 +223,8 @@ class BackboneSession:
         """The context of the forward whose layers the running backward recomputes.
 
         Raises:
-            RuntimeError: several forwards wait for their backward, and which one it is is unknown.
+            RuntimeError: several forwards have a live graph, and the backward did not pass
+                through the output of any of them.
         """
         if torch.compiler.is_compiling() or not (self.live or self._recomputed):
             return None
@@ -246,7 +254,7 @@ class BackboneSession:
         arguments: Mapping[str, Any],
     ) -> ForwardContext | None:
         edits: dict[int, list[Edit]] = {}
-        known: dict[PositionRule, Selection | None] = {}
+        selections: dict[PositionRule, Selection | None] = {}
         editor = self.editor
         shared = editor.shared
         if shared is not None and not shared.serves():
@@ -255,26 +263,26 @@ class BackboneSession:
         cache = context.cache = None if window is None else cache_of(arguments)
         continued = self._starts_from_cache(window, cache)
         for adapter in adapters:
-            own = DeferredSelection(adapter.rule, call, self.frame_mask)
-            selection: Selection | DeferredSelection | None = own
+            deferred = DeferredSelection(adapter.rule, call, self.frame_mask)
+            selection: Selection | DeferredSelection | None = deferred
             tokens = None
-            if window is not None:
-                tokens = TokenShape(window.batch, window.width)
-                if adapter.rule not in known:
-                    known[adapter.rule] = select(window, adapter.rule)
-                selection = known[adapter.rule]
             training = editor.model.training and torch.is_grad_enabled() and adapter.trains()
             context.training |= training
-            if window is not None and self._on_tokens(adapter):
-                editor.checks.check(
-                    window,
-                    adapter.rule,
-                    selection,
-                    Mode(training, editor.token_labels and self.generates),
-                )
-                if continued:
-                    self._compare_cache(adapter, window, cache)
-                self._record(context, adapter, window, selection)
+            if window is not None:
+                tokens = TokenShape(window.batch, window.width)
+                if adapter.rule not in selections:
+                    selections[adapter.rule] = select(window, adapter.rule)
+                selection = token_selection = selections[adapter.rule]
+                if self._on_tokens(adapter):
+                    editor.checks.check(
+                        window,
+                        adapter.rule,
+                        token_selection,
+                        Mode(training, editor.token_labels and self.generates),
+                    )
+                    if continued:
+                        self._compare_cache(adapter, window, cache)
+                    self._record(context, adapter, window, token_selection)
             selection = editor.restrict_to_members(adapter.name, selection, window)
             for width, stack in adapter.stacks.items():
                 places = [
@@ -285,14 +293,15 @@ class BackboneSession:
                     places = [place for place in places if place[2] == "own"]
                 if not places:
                     continue
-                # a module call, so that engines which gather parameters around one do
+                # call the module instead of build(), so that FSDP gathers the parameters
                 weights = stack() if shared is None else shared.weights(stack)
                 device = next(stack.parameters()).device
                 for index, site, stream in places:
-                    what = (own, None) if stream == "own" else (selection, tokens)
-                    edits.setdefault(site, []).append(
-                        Edit(stack, index, weights[index], *what, device)
-                    )
+                    if stream == "own" or selection is None:
+                        edit = Edit(stack, index, weights[index], deferred, None, device)
+                    else:
+                        edit = Edit(stack, index, weights[index], selection, tokens, device)
+                    edits.setdefault(site, []).append(edit)
         return context if edits else None
 
     def _on_tokens(self, adapter: Adapter) -> bool:
@@ -302,11 +311,11 @@ class BackboneSession:
             for _, site in places
         )
 
-    # ---- what a cache holds
+    # ---- caches
 
     @staticmethod
     def _starts_from_cache(window: Window | None, cache: Any) -> bool:
-        """Whether this is the first call of a generation that goes on from a filled cache."""
+        """Whether this is the first call of a generation that continues a filled cache."""
         if (
             window is None
             or window.generation is None
@@ -321,7 +330,7 @@ class BackboneSession:
     def _record(
         context: ForwardContext, adapter: Adapter, window: Window, selection: Selection | None
     ) -> None:
-        """What this forward edits of what it puts into a cache."""
+        """Record the columns that this forward edits and adds to the cache."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and context.cache is None):
             return
         if selection is not None and window.packed is None and isinstance(window.offset, int):
@@ -331,32 +340,34 @@ class BackboneSession:
             context.records.append(edit)
 
     def _compare_cache(self, adapter: Adapter, window: Window, cache: Any) -> None:
+        """Warn if the cached columns were edited at other positions than this prompt's."""
         past = window.offset
-        held = edited_columns(cache, adapter.name, window.batch, past, window.device)
-        if window.lengths is None or held is None:
+        assert isinstance(past, int)  # _starts_from_cache
+        edited = edited_columns(cache, adapter.name, window.batch, past, window.device)
+        if window.lengths is None or edited is None:
             return
-        whole = Window(
+        cached = Window(
             window.batch,
             past,
             window.device,
-            0,
-            window.total,
-            False,
-            window.starts,
-            window.lengths,
-            window.source,
+            offset=0,
+            total=window.total,
+            starts=window.starts,
+            lengths=window.lengths,
+            source=window.source,
             tokens=None if window.whole is None else window.whole[:, :past],
             whole=window.whole,
             text=window.text,
             call=window.call,
             generation=window.generation,
         )
-        wanted = select(whole, adapter.rule)
-        rows = None if wanted is None else wanted.rows
-        asked = (
-            CachedEdit(adapter.name, 0, window.batch, past, rows).columns(past).to(window.device)
-        )
-        differ = (asked & (window.whole[:, :past] if window.whole is not None else True)) != held
+        selection = select(cached, adapter.rule)
+        rows = None if selection is None else selection.rows
+        expected = CachedEdit(adapter.name, 0, window.batch, past, rows).columns(past)
+        expected = expected.to(window.device)
+        if window.whole is not None:
+            expected = expected & window.whole[:, :past]
+        differ = expected != edited
         if bool(differ.any()):
             example = int(differ.any(dim=1).to(torch.int8).argmax())
             columns = differ[example].nonzero().flatten().tolist()
@@ -367,9 +378,7 @@ class BackboneSession:
             )
 
     def prune(self) -> None:
-        """Remove the hooks of places that no adapter edits, and the backbone's with the last
-        adapter.
-        """
+        """Remove the hooks of sites without an adapter; without adapters, the backbone's too."""
         used = {
             site
             for adapter in self.adapters.values()
@@ -386,5 +395,4 @@ class BackboneSession:
 
 
 def _returned_cache(output: Any) -> Any:
-    values = output if isinstance(output, Mapping) else {}
-    return cache_of(values)
+    return cache_of(output if isinstance(output, Mapping) else {})

@@ -1,4 +1,4 @@
-"""What a cache holds: how many columns, and which of them an adapter has edited."""
+"""Reads the length of a key-value cache and records which of its columns were edited."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ _EDITS = "_reft_edits"
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """The cache among a call's arguments, None where there is none."""
+    """The cache among a call's arguments, or None."""
     return next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
 
 
 def cached_columns(cache: Any, arguments: Mapping[str, Any]) -> int | Tensor | None:
-    """Columns of the sequence that a cache holds: a Python int, or a tensor where the cache counts
-    on its device.
+    """Number of sequence columns in a cache.
 
-    None: it holds some and cannot say how many (state-space models, recurrent states).
+    Args:
+        cache: a transformers cache, a tuple of (key, value) pairs or of recurrent states.
+        arguments: the arguments of the backbone's call, by name.
+
+    Returns:
+        A Python int, or an integer tensor if the cache counts on its device. None if the cache
+        has recurrent or state-space states, whose length is unknown.
     """
-    if isinstance(cache, tuple | list):  # of (key, value) pairs, or of a recurrent model's states
+    if isinstance(cache, tuple | list):
         first = cache[0] if cache else None
         return (
             first[0].shape[-2]
@@ -34,7 +39,7 @@ def cached_columns(cache: Any, arguments: Mapping[str, Any]) -> int | Tensor | N
         return cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", None)
-    for holder in layers if layers else (cache,):  # a hybrid's first layers may hold no sequence
+    for holder in layers if layers else (cache,):  # the first layers of a hybrid may be stateful
         count = _sequence_length(holder)
         if isinstance(count, Tensor) or count:
             return count
@@ -57,7 +62,7 @@ def _sequence_length(holder: Any) -> int | Tensor:
         return 0
     try:
         return count()
-    except ValueError:  # transformers: a cache of state-space layers alone has no length
+    except ValueError:  # transformers raises it for a cache of state-space layers only
         return 0
 
 
@@ -67,16 +72,22 @@ def _holds_states(holder: Any) -> bool:
     if isinstance(state, dict):
         state = any(state.values())
     elif callable(state):
-        state = False  # a cache asks its layers, which are asked themselves
+        state = False  # a method of the whole cache; cached_columns checks each layer
     return bool(state) or bool(getattr(holder, "linear_cache", None))
 
 
-# ---- what has been edited
+# ---- edited columns
 
 
 class CachedEdit(NamedTuple):
-    """Rows that one forward edited for an adapter, of columns ``offset`` to ``offset + width``
-    (rows None: all).
+    """The rows that one forward edited for one adapter.
+
+    Attributes:
+        adapter: name of the adapter.
+        offset: first column of the forward.
+        batch: batch size B.
+        width: number of columns of the forward.
+        rows: int32 ``[N]``, rows of ``[B * width]``, -1 is skipped; None means all.
     """
 
     adapter: str
@@ -86,8 +97,9 @@ class CachedEdit(NamedTuple):
     rows: Tensor | None
 
     def is_followed_by(self, other: CachedEdit) -> bool:
-        """Whether ``other`` edits all of the columns that follow, as this edit does: decoding
-        steps of "all".
+        """Whether both edit all rows and ``other`` starts where this edit ends.
+
+        This is the case for decoding steps with positions "all".
         """
         return (
             self.rows is None
@@ -97,7 +109,7 @@ class CachedEdit(NamedTuple):
         )
 
     def columns(self, total: int) -> Tensor:
-        """Bool ``[B, total]``: the columns that were edited."""
+        """Mask of the edited columns, bool ``[B, total]``."""
         device = None if self.rows is None else self.rows.device
         edited = torch.zeros(self.batch, total, dtype=torch.bool, device=device)
         here = edited[:, self.offset : self.offset + self.width]
@@ -112,13 +124,13 @@ class CachedEdit(NamedTuple):
 
 
 def record_edits(cache: Any, edits: Sequence[CachedEdit]) -> None:
-    """Note on a cache what a forward that filled it has edited; copies of the cache carry the
-    note.
+    """Store the edits of a forward on the cache that it filled, as an attribute.
+
+    Copies of the cache keep it. Tuples, lists and dicts have no attributes and are skipped.
     """
     if cache is None or isinstance(cache, tuple | list | dict):
         return
-    # a cache that is filled anew from its start, after a reset or a crop, forgets what it held
-    # there
+    # a cache that was reset or cropped is filled again: drop the edits of overwritten columns
     known = [e for e in getattr(cache, _EDITS, ()) if all(e.offset < new.offset for new in edits)]
     for new in edits:
         last = next(
@@ -134,8 +146,17 @@ def record_edits(cache: Any, edits: Sequence[CachedEdit]) -> None:
 def edited_columns(
     cache: Any, adapter: str, batch: int, past: int, device: torch.device
 ) -> Tensor | None:
-    """Bool ``[B, past]``: the cached columns that ``adapter`` has edited; None where the batch
-    has changed since.
+    """Mask of the cached columns that ``adapter`` edited.
+
+    Args:
+        cache: the cache, with the edits of :func:`record_edits`.
+        adapter: name of the adapter.
+        batch: batch size B; a multiple of the recorded batch size is repeated, as for beams.
+        past: number of cached columns.
+        device: device of the result.
+
+    Returns:
+        Bool ``[B, past]``, or None if the batch size no longer matches the recorded one.
     """
     edited = torch.zeros(batch, past, dtype=torch.bool, device=device)
     for edit in getattr(cache, _EDITS, ()):

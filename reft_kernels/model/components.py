@@ -1,40 +1,38 @@
-"""Finding what to edit: the blocks of a model by their structure, components within them, and the
-width of each.
+"""Resolves a component, such as "block_output", to the modules of a model.
 
 A component is a role or a module path:
 
-    "block_output", "block_input"            the residual stream after or before each block
-    "attention_output", "attention_input"    of the block's self-attention. Never linear attention,
-                                             whose place is the
-                                             mixer's, and never cross-attention, which is named by
-                                             path
-    "mixer_output", "mixer_input"            of the block's token mixer that is no attention: state
-                                             space, linear attention,
-                                             convolution, recurrence, Fourier transform
-    "mlp_output", "mlp_input"                of the block's whole feed-forward. In a mixture of
-                                             experts that is router, routed
-                                             experts and shared expert together: what is added to
-                                             the residual stream
-    "mlp_activation"                         what the last projection of a dense feed-forward reads.
-                                             A mixture has no single
-                                             one, and refuses it
-    "decoder.block_output", "encoder.mlp_output"   a role within one side of an encoder-decoder
-                                                   model; a bare role means the
-                                             encoder, which is where the prompt is
-    "model.layers.{layer}.self_attn.o_proj"  a module path (``[{layer}]`` too): its output, or its
-                                             input with ".input"
+    "block_output", "block_input"
+        The residual stream after or before each block.
+    "attention_output", "attention_input"
+        The block's self-attention. Linear attention counts as a mixer; cross-attention must be
+        named by path.
+    "mixer_output", "mixer_input"
+        The block's token mixer other than attention: state space, linear attention, convolution,
+        recurrence, Fourier transform.
+    "mlp_output", "mlp_input"
+        The block's whole feed-forward. For a mixture of experts this includes router, routed
+        experts and shared expert: the sum that is added to the residual stream.
+    "mlp_activation"
+        The input of the last projection of a dense feed-forward. Not defined for a mixture of
+        experts.
+    "decoder.block_output", "encoder.mlp_output"
+        A role in one side of an encoder-decoder model. A role without a side means the encoder,
+        which holds the prompt.
+    "model.layers.{layer}.self_attn.o_proj"
+        A module path (``[{layer}]`` works too): the module's output, or its input with ".input".
 
-A role is the output of the module that does the part's work, which in some families adds the
-residual stream itself (T5's layers, Bloom's feed-forward, the attention of BERT). A block without
-the part, as in hybrids, is no error unless its layer is chosen. A block with several such parts, or
-whose part is no single module, refuses the role, and so do architectures that
-:mod:`reft_kernels.model.families` names. Roles of a model with several towers are of its language
-model; other towers are named by path.
+A role is the output of the module that computes the part. In some families this output includes
+the residual stream (T5's layers, Bloom's feed-forward, the attention of BERT). Blocks without the
+part, as in hybrid models, raise only if ``layers`` includes them. A role is rejected if the block
+has several such parts, if no single module computes the part, or if
+:mod:`reft_kernels.model.families` excludes the architecture. In a model with several towers, roles
+refer to the language model; other towers are named by path.
 
 A module that runs several times in a forward (ALBERT's groups) is edited each time with the same
-weights. One module under two layer numbers (blocks that share it) cannot have weights for each, and
-is refused. An expert, and the keys and values of cross-attention, have no row for each token, and
-are refused.
+weights. A module shared by several layers is rejected, because it cannot have weights for each
+layer. Experts, and the keys and values of cross-attention, are rejected because they do not have
+one row per token.
 """
 
 from __future__ import annotations
@@ -85,22 +83,24 @@ _SHOWN = 24
 
 
 class Target(NamedTuple):
-    """One place to edit: a module's input or output.
+    """The input or output of one module.
 
     Attributes:
         layer: layer number.
         path: module path in the model.
         side: "input" or "output".
-        embed_dim: d, the last dimension of the hidden state there. inplace: the tensor is certainly
-        fresh and seen by the next layer alone. present: the module is in this process (pipeline
-        parallel replaces the others by empty ones).
-        stream: "tokens": the hidden state has one row for each token of the backbone's call. "own":
-            it has rows of its own (a tower of images or sounds, a projector, a resampler, image
-            rows beside the tokens), counted by its own shape.
-        layout: "btd": [B, T, d], or flattened [B * T, d]; "tbd": [T, B, d]; "btsd": [B, T, streams,
-            d]; "sbtd":
-            [streams, B, T, d]; "btd_padded": [B, T + padding, d], where the model pads the sequence
-            on the right by itself, to a multiple of a window or block.
+        embed_dim: d, the last dimension of the hidden state.
+        inplace: whether the tensor may be edited in place: newly allocated, and read by the next
+            layer only.
+        present: whether the module is in this process. Pipeline parallelism replaces the other
+            modules by empty ones.
+        stream: "tokens" if the hidden state has one row per token of the backbone's call; "own" if
+            its rows are counted from its own shape (an image or audio tower, a projector, a
+            resampler, image rows beside the tokens).
+        layout: memory layout of the hidden state. "btd": ``[B, T, d]`` or ``[B * T, d]``.
+            "tbd": ``[T, B, d]``. "btsd": ``[B, T, streams, d]``. "sbtd": ``[streams, B, T, d]``.
+            "btd_padded": ``[B, T + padding, d]``, padded on the right by the model to a multiple
+            of a window or block.
     """
 
     layer: int
@@ -114,30 +114,41 @@ class Target(NamedTuple):
 
 
 class Component(NamedTuple):
-    """The targets of one component, and the backbone whose call brings the tokens that they
-    belong to.
+    """The targets of one component.
+
+    Attributes:
+        targets: one target per layer, in the order in which the weights are stacked.
+        backbone: path of the module whose call receives the tokens of the targets.
+        encoder: whether the backbone is the encoder of an encoder-decoder model.
+        decoder: whether the backbone is the decoder of an encoder-decoder model.
     """
 
     targets: tuple[Target, ...]
     backbone: str
-    encoder: bool  # the encoder, or
-    decoder: bool  # the decoder, of an encoder-decoder model
+    encoder: bool
+    decoder: bool
 
 
 class _Places(NamedTuple):
-    """What a component means: a place, or why there is none, for each layer."""
+    """The module of each layer that a component names, or the reason why there is none.
 
-    found: dict[int, tuple[str, str]]  # layer -> (module path, "input" or "output")
-    missing: dict[int, str]  # layer -> which module has none, and why, in words
-    absent: dict[int, str]  # layer -> path of a block that another pipeline stage owns
+    Attributes:
+        found: layer -> (module path, "input" or "output").
+        missing: layer -> block without the component, and the reason, as text.
+        absent: layer -> path of a block that another pipeline stage owns.
+    """
+
+    found: dict[int, tuple[str, str]]
+    missing: dict[int, str]
+    absent: dict[int, str]
 
 
-def _list_of(lists: Sequence[BlockList], path: str) -> tuple[BlockList, str] | None:
-    """The list of blocks that holds a path, and the path of the block."""
-    for found in lists:
-        if path.startswith(f"{found.path}."):
-            number = path[len(found.path) + 1 :].split(".")[0]
-            return found, f"{found.path}.{number}"
+def _containing_block(lists: Sequence[BlockList], path: str) -> tuple[BlockList, str] | None:
+    """The block list that contains a path, and the path of the block; None outside of blocks."""
+    for block_list in lists:
+        if path.startswith(f"{block_list.path}."):
+            number = path[len(block_list.path) + 1 :].split(".")[0]
+            return block_list, f"{block_list.path}.{number}"
     return None
 
 
@@ -147,14 +158,17 @@ def _side_of(sides: dict[str, str], path: str) -> str | None:
     )
 
 
-def _candidates(model: nn.Module, found: BlockList | None, wanted: str = "") -> str:
-    if found is None:
+def _candidates(model: nn.Module, block_list: BlockList | None, pattern: str = "") -> str:
+    """Module paths for an error message, those similar to ``pattern`` first."""
+    if block_list is None:
         names = [name for name, _ in model.named_modules() if name]
     else:
-        block = next((b for b in found.blocks if size(b)), None)
-        names = [f"{found.path}.{{layer}}"]
-        names += [f"{found.path}.{{layer}}.{name}" for name, _ in block.named_modules() if name]
-    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4) if wanted else []
+        path, blocks = block_list
+        names = [f"{path}.{{layer}}"]
+        block = next((b for b in blocks if size(b)), None)
+        if block is not None:
+            names += [f"{path}.{{layer}}.{name}" for name, _ in block.named_modules() if name]
+    close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) if pattern else []
     ordered = close + [name for name in names if name not in close]
     return ", ".join(ordered[:_SHOWN]) + (", ..." if len(ordered) > _SHOWN else "")
 
@@ -163,8 +177,8 @@ def _candidates(model: nn.Module, found: BlockList | None, wanted: str = "") -> 
 
 
 def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
-    found = find_blocks(model, side)
-    kind = model_type_of(model, "" if found is None else found.path)
+    block_list = find_blocks(model, side)
+    kind = model_type_of(model, "" if block_list is None else block_list.path)
     if kind in REFUSED:
         raise ValueError(
             f"component: got {role!r}, which cannot be edited in {type(model).__name__} ({kind}): "
@@ -175,7 +189,7 @@ def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
             f"component: got {role!r}, but {type(model).__name__} ({kind}) has no such module: "
             f"{ROLES_REFUSED[kind]}"
         )
-    if found is None:
+    if block_list is None:
         where = "" if side is None else f" in the {side}"
         raise ValueError(
             f"component: got {role!r}, but {type(model).__name__} has no list of blocks{where}; "
@@ -183,8 +197,8 @@ def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
             "'model.layers.{layer}.mlp'"
         )
     places = _Places({}, {}, {})
-    for layer, block in enumerate(found.blocks):
-        path = f"{found.path}.{layer}"
+    for layer, block in enumerate(block_list.blocks):
+        path = f"{block_list.path}.{layer}"
         if not size(block):
             places.absent[layer] = path
             continue
@@ -194,19 +208,20 @@ def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
         else:
             places.found[layer] = (f"{path}.{place.path}".rstrip("."), place.side)
     if not places.found and places.missing:
-        block = next(b for b in found.blocks if size(b))
-        path = next(f"{found.path}.{n}" for n, b in enumerate(found.blocks) if b is block)
+        number, block = next((n, b) for n, b in enumerate(block_list.blocks) if size(b))
+        path = f"{block_list.path}.{number}"
         roles = ", ".join(r for r in ROLES if not isinstance(_role_in(model, path, block, r), str))
         first = next(iter(places.missing.values()))
         listed = f"it has {roles}, or name" if roles else "name"
         raise ValueError(
             f"component: got {role!r}, but {first}; {listed} a module by path: "
-            f"{_candidates(model, found)}"
+            f"{_candidates(model, block_list)}"
         )
     return places
 
 
 def _role_in(model: nn.Module, path: str, block: nn.Module, role: str) -> Place | str:
+    """The place of a role in a block, or the reason why there is none, as text."""
     if isinstance(block, nn.ModuleList | nn.ModuleDict):
         return "is a list in a list, which is never called itself"
     if holds_maps(block):
@@ -237,18 +252,17 @@ def _role_in(model: nn.Module, path: str, block: nn.Module, role: str) -> Place 
 
 
 def _matches(model: nn.Module, pattern: str) -> dict[str, re.Match]:
-    """The match of every module whose path is the pattern, or ends with it."""
+    """Modules whose path equals the pattern; if there are none, those whose path ends with it."""
     expression = re.escape(pattern).replace(re.escape("{layer}"), r"(\d+)")
     exact, ending = re.compile(expression), re.compile(rf"(?:.*\.)?{expression}")
-    # a container is never called itself
+    # containers are never called, so their hooks would not run
     names = [
         name
         for name, m in model.named_modules()
         if name and not isinstance(m, nn.ModuleList | nn.ModuleDict)
     ]
     for form in (exact, ending):
-        hits = {name: form.fullmatch(name) for name in names}
-        hits = {name: hit for name, hit in hits.items() if hit is not None}
+        hits = {name: hit for name in names if (hit := form.fullmatch(name)) is not None}
         if hits:
             return hits
     return {}
@@ -263,11 +277,11 @@ def _by_path(model: nn.Module, component: str) -> _Places:
         pattern, side = pattern.rsplit(".", 1)
         hits = _matches(model, pattern)
     if not hits:
-        found = find_blocks(model)
         raise ValueError(
             f"component: got {component!r}, which names no module of {type(model).__name__}; "
             "expected one of "
-            f"{', '.join(ROLES)}, or a module path such as {_candidates(model, found, pattern)}"
+            f"{', '.join(ROLES)}, or a module path such as "
+            f"{_candidates(model, find_blocks(model), pattern)}"
         )
     numbers = {path: int(hit[1]) if hit.groups() else 0 for path, hit in hits.items()}
     if len(set(numbers.values())) < len(numbers):
@@ -291,13 +305,18 @@ def _by_path(model: nn.Module, component: str) -> _Places:
     return places
 
 
-# ---- the whole
+# ---- components
 
 
 def _choose(component: str, layers: str | list[int], places: _Places) -> list[int]:
-    """The layer numbers to edit, in order."""
+    """Layer numbers to edit, in order; raises ValueError for layers without the component."""
     available = sorted({*places.found, *places.missing, *places.absent})
-    chosen = available if layers == "all" else list(layers)
+    if isinstance(layers, str):
+        if layers != "all":
+            raise ValueError(f"layers: got {layers!r}, expected 'all' or a list of layer numbers")
+        chosen = available
+    else:
+        chosen = list(layers)
     beyond = [n for n in chosen if n not in available]
     if beyond:
         low, high = available[0], available[-1]
@@ -318,7 +337,7 @@ def _choose(component: str, layers: str | list[int], places: _Places) -> list[in
 
 
 def _check_shared(model: nn.Module, component: str, targets: Sequence[Target]) -> None:
-    """One module at several layers would get every layer's edit at each of its calls."""
+    """Raise if layers share a module: each of its calls would apply the edits of all layers."""
     seen: dict[tuple[int, str], Target] = {}
     for target in targets:
         other = seen.setdefault((id(model.get_submodule(target.path)), target.side), target)
@@ -331,8 +350,8 @@ def _check_shared(model: nn.Module, component: str, targets: Sequence[Target]) -
             )
 
 
-class _Maker:
-    """Makes targets of one model; what it looks up once serves every layer."""
+class _TargetFactory:
+    """Creates the targets of one model; caches what all layers share."""
 
     def __init__(self, model: nn.Module, component: str, embed_dim: int | None) -> None:
         self.model = model
@@ -342,9 +361,7 @@ class _Maker:
         self.sides = side_paths(model)
 
     def tower(self, backbone: str) -> str:
-        """The module that is called for the blocks at or below a backbone: heads stand outside
-        of it.
-        """
+        """Path of the module that runs the blocks at or below a backbone, without the heads."""
         below = next(
             (b for b in self.lists if not backbone or b.path.startswith(f"{backbone}.")), None
         )
@@ -352,10 +369,11 @@ class _Maker:
 
     def absent(self, layer: int, path: str) -> Target:
         """The target of a layer that another pipeline stage owns."""
-        found, _ = _list_of(self.lists, path)
-        width = self.embed_dim or between_blocks(
-            self.model, found.path, next(b for b in found.blocks if size(b))
-        )
+        containing = _containing_block(self.lists, path)
+        width = self.embed_dim
+        if width is None and containing is not None:
+            list_path, blocks = containing[0]
+            width = between_blocks(self.model, list_path, next(b for b in blocks if size(b)))
         if width is None:
             raise ValueError(
                 f"embed_dim: cannot tell the width of {path!r}, which is in another process; "
@@ -364,17 +382,25 @@ class _Maker:
         return Target(layer, path, "output", width, False, present=False)
 
     def present(self, layer: int, path: str, side: str) -> Target:
-        """The target at a path, or an error that says why it cannot be edited."""
+        """The target of a module in this process.
+
+        Args:
+            layer: layer number.
+            path: module path.
+            side: "input" or "output".
+
+        Raises:
+            ValueError: the hidden state there cannot be edited, or its width is unknown.
+        """
         model = self.model
         module = model.get_submodule(path)
-        held = _list_of(self.lists, path)
-        block_path = None if held is None else held[1]
+        block_list, block_path = _containing_block(self.lists, path) or (None, None)
         is_block = path == block_path
         enc_dec = _side_of(self.sides, path)
         backbone = backbone_path(model, path)
-        stream = stream_of(model, path, backbone, None if held is None else held[0])
+        stream = stream_of(model, path, backbone, block_list)
         reason = why_refused(model, path, side, enc_dec) or why_unfit(model, path, stream)
-        if reason is None and held is not None and holds_maps(model.get_submodule(block_path)):
+        if reason is None and block_path and holds_maps(model.get_submodule(block_path)):
             reason = (
                 "its block is convolutional: it holds channels first, [B, C, ...], not rows of "
                 "tokens"
@@ -402,17 +428,19 @@ def resolve(
     *,
     embed_dim: int | None = None,
 ) -> Component:
-    """The targets of ``component`` in the given layers of ``model``; the model is not touched.
+    """Find the targets of a component. Does not change the model.
 
     Args:
-        component: a role or a module path; see the module's text. layers: "all" or layer numbers,
-        in the order in which the weights are stacked. Each must have the component.
-        embed_dim: width of the targets, where neither the configuration nor the weights tell it.
+        model: the model.
+        component: a role or a module path; see :mod:`reft_kernels.model.components`.
+        layers: "all" or layer numbers, in the order in which the weights are stacked. Each layer
+            must have the component.
+        embed_dim: width of the targets; needed only if neither the configuration nor the weights
+            determine it.
 
     Raises:
-        ValueError: naming ``component`` (it matches nothing, or cannot be edited: why, and what to
-            name instead), ``layers`` (out of range, or without the component: which have it) or
-            ``embed_dim`` (an unknown width).
+        ValueError: ``component`` matches no module or cannot be edited, ``layers`` are out of range
+            or lack the component, or ``embed_dim`` is needed. The message lists valid values.
     """
     side, role = None, component
     head, _, rest = component.partition(".")
@@ -420,15 +448,15 @@ def resolve(
         side, role = head, rest
     places = _by_role(model, role, side) if role in ROLES else _by_path(model, component)
     chosen = _choose(component, layers, places)
-    maker = _Maker(model, component, embed_dim)
+    factory = _TargetFactory(model, component, embed_dim)
     targets = tuple(
-        maker.absent(n, places.absent[n])
+        factory.absent(n, places.absent[n])
         if n in places.absent
-        else maker.present(n, *places.found[n])
+        else factory.present(n, *places.found[n])
         for n in chosen
     )
     _check_shared(model, component, targets)
-    enc_dec = _side_of(maker.sides, targets[0].path)
+    enc_dec = _side_of(factory.sides, targets[0].path)
     return Component(
         targets, backbone_path(model, targets[0].path), enc_dec == "encoder", enc_dec == "decoder"
     )

@@ -1,4 +1,4 @@
-"""Checks of tensor values that never synchronise: at once on a CPU, one forward later on a GPU."""
+"""Checks of tensor values without synchronization: immediate on CPU, deferred on GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from torch import Tensor
 
 
 class DeferredChecks:
-    """Conditions on values that a batch must not meet.
+    """Raises if a bool tensor is true, without blocking on an accelerator.
 
-    On a CPU the error is raised at once. On a GPU the flag is copied to the host asynchronously and
-    read by :meth:`poll`, which
-    every forward begins with, once the copy is there: the error comes a step late, and no step
-    waits for it. Under ``torch.compile`` a CPU graph asserts; a GPU graph does not check, since a
-    failed device-side assertion ends the process.
+    On CPU the error is raised immediately. On GPU the flag is copied to the host asynchronously,
+    and :meth:`poll`, called at the start of every forward, raises once the copy has finished; the
+    error refers to an earlier batch. Under ``torch.compile``, a CPU graph contains an assertion; a
+    GPU graph has no check, because a failed device-side assertion makes the process unusable.
     """
 
     def __init__(self) -> None:
@@ -40,10 +39,10 @@ class DeferredChecks:
             self._waiting.append((host, copied, message))
 
     def poll(self) -> None:
-        """Raise what has been found since.
+        """Raise the first error of an earlier batch whose flag has reached the host.
 
         Raises:
-            ValueError: an earlier batch met a refused condition.
+            ValueError: a flag of an earlier batch was true.
         """
         waiting, self._waiting = self._waiting, []
         for index, (host, copied, message) in enumerate(waiting):

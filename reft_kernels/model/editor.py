@@ -1,16 +1,16 @@
-"""The editor of one model: its adapters, its hooks, and what one forward's hooks share.
+"""The editor of one model: its adapters and its hooks.
 
-Three kinds of interception, made once and removed with the last adapter:
+The editor intercepts three kinds of modules, from the first adapter until the last is removed:
 
-    the model          takes explicit arguments, labels and masks out of the call, which the
-                       backbone may not see
-    the backbone       (what embeds tokens and runs the blocks) before: rows from the call, weights
-                       of all layers in one build;
-                       after: closes the context
-    each edited place  applies its edits; see :mod:`reft_kernels.model.forward_context`
+    the model           stores the arguments of the call; the backbone may not receive labels,
+                        masks and explicit arguments
+    the backbone        (the module that embeds tokens and runs the blocks) before its forward,
+                        computes the rows and builds the weights of all layers; afterwards, closes
+                        the context
+    each edited module  applies its edits; see :mod:`reft_kernels.model.forward_context`
 
-What belongs to a running call is kept for each thread, and as a stack for nested calls: see
-:mod:`reft_kernels.model.model_call`. Which adapters are active is the model's, as PEFT has it.
+The state of a running call is kept per thread, with a stack for nested calls; see
+:mod:`reft_kernels.model.thread_state`. The active adapters are a property of the model, as in PEFT.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ BASE = "__base__"
 
 
 class Editor:
-    """Adapters of one model and the hooks that serve them.
+    """The adapters of one model and their hooks.
 
     Args:
-        model: the model as its users call it. token_labels: its labels ``[B, T]`` mark what follows
-            the prompt.
+        model: the outermost model, which users call.
+        token_labels: whether labels ``[B, T]`` mark the tokens after the prompt.
     """
 
     def __init__(self, model: nn.Module, *, token_labels: bool) -> None:
@@ -58,7 +58,7 @@ class Editor:
         self._sessions: dict[str, BackboneSession] = {}
         self._forward: InterceptedForward | None = None
         self._handles: list[Handle] = []
-        self._stand_ins: list[Generate] = []
+        self._generate_wrappers: list[Generate] = []
         self.names = argument_names(model)
 
     def __getstate__(self) -> dict:
@@ -66,6 +66,11 @@ class Editor:
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, state=EditorState())
+
+    @property
+    def sessions(self) -> tuple[BackboneSession, ...]:
+        """The sessions of all backbones that have adapters."""
+        return tuple(self._sessions.values())
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -79,15 +84,14 @@ class Editor:
     # ---- around the model
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before the model: note what the user passed."""
+        """Store the arguments of a call, before the model runs."""
         state = self.state
         state.outer.append((state.call, state.generation))
         generation = state.generation
         if generation is not None and not torch.compiler.is_compiling():
             if generation.total is not None and not generation.announced:
-                state.generation = (
-                    None  # a call of the model while it generates, by a hook or a logits processor
-                )
+                # a nested call during generate, made by a hook or a logits processor
+                state.generation = None
             generation.announced = False
         state.call = take_call(self.names, args, kwargs)
         if not torch.compiler.is_compiling():
@@ -95,13 +99,13 @@ class Editor:
         return args, kwargs
 
     def leave(self, output: Any) -> None:
-        """After the model."""
+        """Restore the state of the surrounding call, after the model ran."""
         state = self.state
         if state.outer:
             state.call, state.generation = state.outer.pop()
 
     def active_in(self, session: BackboneSession) -> list[Adapter]:
-        """The adapters that edit in a session now, in order."""
+        """The active adapters of a session, in the order in which they edit."""
         if not self.enabled:
             return []
         members = self.state.members
@@ -115,12 +119,15 @@ class Editor:
         rule: PositionRule,
         stacks: Mapping[int, Intervention],
     ) -> None:
-        """Add an adapter and register the hooks that are not there yet.
+        """Add an adapter and register missing hooks.
 
         Args:
-            component: the targets, in the order in which ``stacks`` (by width) hold their layers.
+            name: name of the adapter; replaces an adapter of the same name.
+            component: the targets to edit.
+            rule: the positions to edit.
+            stacks: for each width, the stacked intervention with the layers in the targets' order.
         """
-        ownership.calibrate()  # here, since a traced forward could not
+        ownership.calibrate()  # cannot run in a traced forward
         if self._forward is None:
             self._open()
         session = self._sessions.get(component.backbone) or self._session(component)
@@ -134,7 +141,7 @@ class Editor:
         session.adapters[name] = adapter
 
     def remove(self, name: str) -> None:
-        """Remove an adapter and the hooks that no other one needs."""
+        """Remove an adapter and the hooks that no other adapter needs."""
         self.active = tuple(n for n in self.active if n != name)
         for path, session in list(self._sessions.items()):
             session.adapters.pop(name, None)
@@ -148,14 +155,14 @@ class Editor:
         self._forward = InterceptedForward(self.model, self)
 
     def _watch_generate(self, module: nn.Module) -> None:
-        """Let the hooks know of a module's ``generate``."""
-        if any(stand_in.model is module for stand_in in self._stand_ins):
+        """Wrap ``generate`` and ``prepare_inputs_for_generation`` of a module that has them."""
+        if any(wrapper.model is module for wrapper in self._generate_wrappers):
             return
         for kind in (Generate, Prepare):
             if callable(getattr(type(module), kind.name, None)):
-                stand_in = kind(module, self, module.__dict__.get(kind.name))
-                module.__dict__[kind.name] = stand_in
-                self._stand_ins.append(stand_in)
+                wrapper = kind(module, self, module.__dict__.get(kind.name))
+                module.__dict__[kind.name] = wrapper
+                self._generate_wrappers.append(wrapper)
 
     def _close(self) -> None:
         for handle in self._handles:
@@ -164,14 +171,14 @@ class Editor:
         if self._forward is not None:
             self._forward.remove()
             self._forward = None
-        for stand_in in self._stand_ins:
-            attributes = stand_in.model.__dict__
-            if attributes.get(stand_in.name) is stand_in:
-                if stand_in.replaced is None:
-                    del attributes[stand_in.name]
+        for wrapper in self._generate_wrappers:
+            attributes = wrapper.model.__dict__
+            if attributes.get(wrapper.name) is wrapper:
+                if wrapper.replaced is None:
+                    del attributes[wrapper.name]
                 else:
-                    attributes[stand_in.name] = stand_in.replaced
-        self._stand_ins.clear()
+                    attributes[wrapper.name] = wrapper.replaced
+        self._generate_wrappers.clear()
 
     def _session(self, component: Component) -> BackboneSession:
         backbone = self.model.get_submodule(component.backbone)
@@ -180,21 +187,21 @@ class Editor:
         return session
 
     def _watch(self, session: BackboneSession, path: str) -> None:
-        """Intercept a session's backbone, and ``generate`` of what surrounds it."""
+        """Intercept a session's backbone, and ``generate`` of every module that contains it."""
         parts = path.split(".") if path else []
-        around = [
+        ancestors = [
             self.model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts) + 1)
         ]
-        for module in around:
+        for module in ancestors:
             self._watch_generate(module)
-        # the innermost that maps samples to frames
+        # the innermost module that maps audio samples to frames
         maps = [
-            m for m in around if callable(getattr(m, "_get_feature_vector_attention_mask", None))
+            m for m in ancestors if callable(getattr(m, "_get_feature_vector_attention_mask", None))
         ]
         if maps:
             session.frame_mask = _FrameMask(maps[-1])
-        session.drops_layers = _may_leave_layers_out(getattr(self.model, "config", None))
-        session.forward = InterceptedForward(around[-1], session)
+        session.drops_layers = _may_skip_layers(getattr(self.model, "config", None))
+        session.forward = InterceptedForward(ancestors[-1], session)
 
     def _site(self, session: BackboneSession, target: Target) -> int:
         key = (target.path, target.side)
@@ -206,7 +213,7 @@ class Editor:
                 handle = module.register_forward_pre_hook(
                     InputHook(session, site, target), with_kwargs=True
                 )
-            else:  # first, so that hooks which capture hidden states see the edited one
+            else:  # prepended, so that hooks that capture hidden states see the edited one
                 handle = module.register_forward_hook(
                     OutputHook(session, site, target), prepend=True
                 )
@@ -216,7 +223,14 @@ class Editor:
     def restrict_to_members(
         self, name: str, selection: Selection | DeferredSelection | None, window: Window | None
     ) -> Selection | DeferredSelection | None:
-        """A selection restricted to the examples that asked for adapter ``name``."""
+        """Restrict a selection to the examples that use adapter ``name``.
+
+        The adapter of each example is the argument ``adapter_names`` of the running call; without
+        it, the selection is returned unchanged.
+
+        Raises:
+            ValueError: the batch is packed or has no tokens, or its size does not fit the names.
+        """
         members = self.state.members
         if members is None or selection is None:
             return selection
@@ -227,21 +241,19 @@ class Editor:
         batch = window.batch
         if not members or batch % len(members):
             raise ValueError(f"adapter_names: got {len(members)} names for a batch of {batch}")
-        mine = torch.tensor(
+        uses_adapter = torch.tensor(
             [m == name for m in members for _ in range(batch // len(members))], device=window.device
         )
         if selection.rows is None:
             rows = torch.arange(batch * window.width, device=window.device, dtype=torch.int32)
         else:
             rows = selection.rows
-        rows = torch.where(mine.unsqueeze(1), rows.view(batch, -1), -1).flatten()
+        rows = torch.where(uses_adapter.unsqueeze(1), rows.view(batch, -1), -1).flatten()
         return Selection(mark_rows(rows, batch * window.width), selection.weight_ids)
 
 
-def _may_leave_layers_out(config: Any) -> bool:
-    """Whether a model runs some of its layers in some batches only: at random, or where there is
-    an image.
-    """
+def _may_skip_layers(config: Any) -> bool:
+    """Whether forwards may skip layers: at random, or cross-attention layers without an image."""
     text = getattr(config, "text_config", None)
     names = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
     at_random = any((getattr(config, name, 0.0) or 0.0) > 0 for name in names)
@@ -251,12 +263,14 @@ def _may_leave_layers_out(config: Any) -> bool:
 
 
 class _FrameMask:
-    """A model's own map from an audio input's mask to its frames. An object, so that a copied
-    model's is the copy's.
+    """Maps the mask of an audio input to its frames, with the model's own method.
+
+    An object rather than a closure, so that a copied model refers to the copy.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module: Any = module
 
     def __call__(self, frames: int, mask: Tensor) -> Tensor:
+        """Mask of the frames, ``[B, frames]``, from the mask ``[B, S]`` of the samples."""
         return self.module._get_feature_vector_attention_mask(frames, mask)

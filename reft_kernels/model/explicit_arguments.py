@@ -1,4 +1,4 @@
-"""Checks of the arguments by which a caller states the prompts of a batch."""
+"""Checks of the explicit arguments ``prompt_lengths`` and ``edit_positions``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,18 @@ from reft_kernels.checks import describe
 
 
 def repeat_examples(tensor: Tensor, batch: int, name: str) -> Tensor:
-    """One entry for each example as one for each row of the batch: beams and returned sequences
-    repeat theirs.
+    """Repeat the entries of a tensor for beams and returned sequences.
+
+    Args:
+        tensor: ``[examples, ...]``.
+        batch: batch size B, a multiple of the number of examples.
+        name: argument name for the error message.
+
+    Returns:
+        ``[B, ...]``, each example repeated B / examples times.
+
+    Raises:
+        ValueError: B is not a multiple of the number of examples.
     """
     count = tensor.shape[0]
     if count == batch:
@@ -25,11 +35,17 @@ def repeat_examples(tensor: Tensor, batch: int, name: str) -> Tensor:
 def explicit_lengths(
     value: Any, batch: int, limits: Tensor | int | None, device: torch.device
 ) -> Tensor:
-    """``prompt_lengths`` as int64 ``[B]``, checked.
+    """Check ``prompt_lengths`` and convert it to int64 ``[B]``.
 
     Args:
-        limits: the most tokens that each example's prompt can have; None: no limit, a part of the
-            prompt is still to come.
+        value: one integer per example: a sequence or an integer tensor ``[examples]``.
+        batch: batch size B.
+        limits: largest valid length, an int or int64 ``[B]``; None if later chunks may belong to
+            the prompt.
+        device: device of the result.
+
+    Raises:
+        ValueError: wrong shape or dtype, or a length out of range.
     """
     lengths = value if isinstance(value, Tensor) else torch.as_tensor(value)
     if lengths.dim() != 1 or lengths.is_floating_point() or lengths.dtype == torch.bool:

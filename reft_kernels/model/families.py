@@ -1,13 +1,12 @@
-"""What the structure of a model does not tell: architectures by ``config.model_type``, with a
-reason each.
+"""Exceptions for architectures, by ``config.model_type``, each with its reason.
 
-Names are those of transformers; a model type that is not listed here is judged by its structure
-alone.
+Names are those of transformers. Model types that are not listed follow the rules that
+:mod:`reft_kernels.model.roles` derives from the structure of a block.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -61,24 +60,33 @@ REFUSED: dict[str, str] = {
     "timm_backbone": "its blocks are those of another package, of any layout",
     "timm_wrapper": "its blocks are those of another package, of any layout",
 }
-"""Nothing in these can be edited: a place would not run, or would not be a row for each token."""
+"""Architectures without any editable module: hooks would not run, or rows would not be tokens."""
 
 _NO_BLOCKS = (
     "its attentions and feed-forwards are two lists, and there is no list of blocks; name "
     "'attentions.{layer}' or 'ffns.{layer}'"
 )
 ROLES_REFUSED: dict[str, str] = {"xlm": _NO_BLOCKS, "flaubert": _NO_BLOCKS}
-"""No role means a module in these; module paths do."""
+"""Architectures in which roles are undefined; module paths can be used."""
 
 
 class Refusal(NamedTuple):
-    """Modules of one architecture that cannot be edited: those below, or named, ``names``."""
+    """Modules of some architectures that cannot be edited.
+
+    Attributes:
+        model_types: values of ``config.model_type``.
+        names: parts of a module path; matches the modules of these names and those below. Empty:
+            every module.
+        reason: why, for the error message.
+        side: "encoder" or "decoder" of an encoder-decoder model; None: both.
+        last: match only the output of the named modules, not the modules below.
+    """
 
     model_types: tuple[str, ...]
-    names: tuple[str, ...]  # parts of a module path; none: every module
+    names: tuple[str, ...]
     reason: str
-    side: str | None = None  # of an encoder-decoder model; None: both
-    last: bool = False  # only the module itself, and only its output
+    side: str | None = None
+    last: bool = False
 
 
 _FIRST = "it reads the sequence first, [T, B, d]"
@@ -137,23 +145,26 @@ PADDED: dict[str, str | None] = {
     "pegasus_x": "encoder",
     "bigbird_pegasus": "encoder",
 }
-"""The sequence is padded on the right inside these, to a multiple of a window or block."""
+"""Architectures that pad the sequence on the right, to a multiple of a window or block.
+
+The value is the padded side of an encoder-decoder model; None: both.
+"""
 
 TIME_FIRST: dict[str, str | None] = {"xlnet": None, "fsmt": "layers"}
-"""Hidden states are [T, B, d] inside these: the backbone, or the module list of that name."""
+"""Architectures with hidden states ``[T, B, d]``, in the module list of that name; None: all."""
 
 NARROW: dict[str, str] = {"mobilebert": "true_hidden_size"}
-"""Configuration value with the width inside a block, where it is narrower than between blocks."""
+"""Configuration value with the width inside a block, if narrower than between blocks."""
 
 SIDE_BY_SIDE: dict[str, str] = {"qwen4_exp_text": "hc_count"}
-"""Configuration value with the number of streams that lie side by side between blocks, as
-[B, T, streams * d]."""
+"""Configuration value with the number of streams concatenated between blocks.
+
+Hidden states there are ``[B, T, streams * d]``.
+"""
 
 
-def config_of(model: nn.Module, path: str):
-    """The configuration of the innermost module at or above ``path`` that has its own; None if none
-    has.
-    """
+def config_of(model: nn.Module, path: str) -> Any:
+    """The configuration of the innermost module at or above ``path`` that has one, or None."""
     parts = path.split(".") if path else []
     for depth in range(len(parts), -1, -1):
         config = getattr(model.get_submodule(".".join(parts[:depth])), "config", None)
@@ -168,11 +179,13 @@ def model_type_of(model: nn.Module, path: str) -> str:
 
 
 def why_refused(model: nn.Module, path: str, where: str, side: str | None) -> str | None:
-    """Why a place cannot be edited in its architecture, or None.
+    """The reason why the architecture of a module does not allow an edit there, or None.
 
     Args:
-        where: "input" or "output" of the module at ``path``.
-        side: "encoder" or "decoder" in an encoder-decoder model.
+        model: the model.
+        path: module path.
+        where: "input" or "output" of the module.
+        side: "encoder" or "decoder" in an encoder-decoder model, else None.
     """
     kind = model_type_of(model, path)
     if kind in REFUSED:
@@ -191,11 +204,14 @@ def why_refused(model: nn.Module, path: str, where: str, side: str | None) -> st
 
 
 def layout_of(model: nn.Module, path: str, tower: str, is_block: bool, side: str | None) -> str:
-    """How the hidden state at a place lies in memory; see
-    :class:`~reft_kernels.model.components.Target`.
+    """The ``layout`` of a :class:`~reft_kernels.model.components.Target`.
 
     Args:
-        tower: path of the module that is called for the blocks.
+        model: the model.
+        path: module path of the target.
+        tower: path of the module that runs the blocks.
+        is_block: whether the target is a block.
+        side: "encoder" or "decoder" in an encoder-decoder model, else None.
     """
     kind = model_type_of(model, path)
     inside = path.startswith(f"{tower}.") or not tower

@@ -1,17 +1,17 @@
 """The edits of one forward.
 
-A :class:`ForwardContext` is made once for each forward of a backbone. Layer hooks read it and
-compute nothing about positions or weights themselves.
+Each forward of a backbone creates one :class:`ForwardContext`. It holds the rows and weights of all
+layers; layer hooks only apply them.
 
-A context outlives its forward, because recomputation (gradient checkpointing) runs layer hooks
-again during the backward. A hook on the autograd node that produced the backbone's output holds the
-context; when the backward reaches that node, recomputed layers get this context. Two forwards
-before two backwards therefore each get their own.
+The context must outlive its forward, because gradient checkpointing runs the layer hooks again
+during the backward. A hook on the autograd node of the backbone's output refers to the context;
+layers that are recomputed after the backward has reached this node use it. This also works for
+several forwards followed by several backwards.
 
-A reentrant checkpoint runs a layer's backward by itself, outside the graph in which the weights of
-all layers were built. Such layers use detached weights. When the whole backward ends, the gradients
-of the detached weights go through one build to the parameters, so that each parameter gets its
-gradient once, as data parallelism expects.
+A reentrant checkpoint runs the backward of a layer outside the graph in which the weights of all
+layers were built. These layers use detached weights. At the end of the whole backward, the
+gradients of the detached weights are backpropagated through one build, so that each parameter
+receives its gradient once, as ``DistributedDataParallel`` requires.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _TOKENS_FIRST = ("btd", "btd_padded")
 
 
 class Edit:
-    """One adapter's edit of one layer in one context.
+    """One adapter's edit of one layer in one forward.
 
     Attributes:
-        stack: the module that holds the weights of all layers of one width.
-        index: of the layer in the stack.
-        weights: the layer's built weights.
-        selection: rows to edit; deferred where they are counted from the hidden state's own shape.
-        tokens: ``[B, T]`` that the rows were counted for; None for a deferred selection.
-        device: of the weights.
-        detached: leaves in place of ``weights``, for layers under a reentrant checkpoint.
+        stack: the stacked intervention that owns the weights of all layers of one width.
+        index: index of the layer in the stack.
+        weights: the built weights of the layer.
+        selection: rows to edit; deferred if they depend on the shape of the hidden state.
+        tokens: ``(B, T)`` of the tokens that the rows refer to; None for a deferred selection.
+        device: device of the weights.
+        detached: detached copies of ``weights``, for layers under a reentrant checkpoint.
     """
 
     __slots__ = ("stack", "index", "weights", "selection", "tokens", "device", "detached")
@@ -63,44 +63,56 @@ class Edit:
         self.detached: Weights | None = None
 
     def leaves(self) -> Weights:
-        """The weights as leaves that collect gradients."""
+        """The weights as detached leaves that accumulate gradients."""
         if self.detached is None:
-            made = (
-                t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
-                for t in self.weights
+            kind: Any = type(self.weights)
+            self.detached = kind(
+                *(
+                    t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
+                    for t in self.weights
+                )
             )
-            self.detached = type(self.weights)(*made)
         return self.detached
 
 
 class ForwardContext:
-    """State of one forward for its layer hooks: for each site, the edits in order."""
+    """The edits of one forward and the state that its layer hooks share.
+
+    Args:
+        edits: for each site, the edits in the order in which they apply.
+        has_graph: whether gradients are enabled around the forward.
+        shared: whether the weights come from a build that several forwards share.
+    """
 
     def __init__(self, edits: dict[int, list[Edit]], has_graph: bool, shared: bool = False) -> None:
         self.edits = edits
-        self.has_graph = has_graph  # gradients were enabled around the forward
-        self.shared = shared  # weights come from one build for several forwards
+        self.has_graph = has_graph
+        self.shared = shared
         self.reentrant = False  # a layer ran without gradients: a reentrant checkpoint
-        self.ran: set[int] = set()  # sites that ran
-        self.training = False  # one of the adapters is being trained
+        self.ran: set[int] = set()  # sites whose hook ran
+        self.training = False  # whether an adapter is trained
         self.cache: Any = None  # the key-value cache that the forward fills
         self.records: list[CachedEdit] = []  # edited columns that the forward adds to the cache
-        self._collecting = False
-        self._moved: dict[tuple, tuple[Selection, Selection]] = {}
+        self._collecting = False  # a backward will flush the detached weights at its end
+        # selections for other layouts and devices; values keep the key's selection alive
+        self._moved: dict[tuple, tuple[Selection | None, Selection]] = {}
 
     def apply(self, site: int, hidden: Any, inplace: bool, target: Target) -> Tensor:
         """Apply the edits of one site in order.
 
         Args:
             site: number of the site, a key of ``edits``.
-            hidden: what the module took or returned there; expected: a tensor
-                ``[..., target.embed_dim]``.
-            inplace: nothing else reads ``hidden``, so it may be edited in place.
+            hidden: the module's input or output; must be a tensor ``[..., target.embed_dim]``.
+            inplace: whether ``hidden`` may be edited in place; requires that nothing else reads it.
+            target: the target of the site.
+
+        Returns:
+            The edited hidden state, of the same shape and dtype.
 
         Raises:
-            ValueError: ``hidden`` is no hidden state of this width, or not the tensor that the
-                selection's rows were counted for.
-            RuntimeError: a reentrant checkpoint's backward did not come through the output.
+            ValueError: ``hidden`` is not a hidden state of this width, or its shape does not fit
+                the tokens that the rows refer to.
+            RuntimeError: the backward of a reentrant checkpoint did not pass through the output.
         """
         if (
             not isinstance(hidden, Tensor)
@@ -110,19 +122,19 @@ class ForwardContext:
             raise unexpected_output(hidden, target)
         graph = torch.is_grad_enabled()
         if torch.compiler.is_compiling():
-            inplace = False  # the compiler decides which memory to reuse
+            inplace = False  # the compiler plans memory reuse
         else:
-            # a view may share memory that others read; autograd forbids editing a leaf in place
+            # a view shares memory with its base; autograd forbids in-place edits of a leaf
             inplace = (
                 inplace and not hidden._is_view() and not (hidden.requires_grad and hidden.is_leaf)
             )
             self.ran.add(site)
             if self.has_graph and not graph:
                 self.reentrant = True
-        # rows counted for [B, T] are rows of a [B, T, d] tensor as they are
-        counted_for = hidden.shape[:-1] if target.layout in _TOKENS_FIRST else None
+        # if hidden is [B, T, d] of the same tokens, its rows need no conversion
+        lead = hidden.shape[:-1] if target.layout in _TOKENS_FIRST else None
         for edit in self.edits.get(site, ()):
-            selection, weights = edit.selection, edit.weights
+            weights = edit.weights
             if self.reentrant and graph:
                 if not self._collecting and torch._C._current_graph_task_id() >= 0:
                     raise RuntimeError(
@@ -130,31 +142,36 @@ class ForwardContext:
                         "model's output; compute the loss from it, or use use_reentrant=False"
                     )
                 weights = edit.leaves()
-            if isinstance(selection, DeferredSelection):
-                selection = selection.select(hidden)
-                if selection is None:
+            if isinstance(edit.selection, DeferredSelection):
+                deferred = edit.selection.select(hidden)
+                if deferred is None:
                     continue
-            elif counted_for != edit.tokens:
-                selection = self._placed(selection, edit.tokens, hidden, target)
+                selection = deferred
+            elif edit.tokens is None or lead == edit.tokens:
+                selection = edit.selection
+            else:
+                selection = self._placed(edit.selection, edit.tokens, hidden, target)
             rows, weight_ids = selection
             if edit.device != hidden.device or (rows is not None and rows.device != hidden.device):
-                weights = type(weights)(*(self._to(t, hidden.device) for t in weights))
-                rows, weight_ids = self._on(selection, hidden.device)
+                kind: Any = type(weights)
+                weights = kind(*(self._to(t, hidden.device) for t in weights))
+                rows, weight_ids = self.selection_on(selection, hidden.device)
             hidden = edit.stack.edit(
                 hidden, weights, rows=rows, weight_ids=weight_ids, inplace=inplace
             )
         return hidden
 
     def enter_backward(self) -> None:
-        """Called when a backward reaches the backbone.
+        """Schedule the gradients of detached weights for the end of the running backward.
 
-        Queues the gradients of detached weights for the end of that backward.
+        Called when a backward reaches the output of the backbone.
         """
         if self.reentrant and not self._collecting:
             self._collecting = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._carry_back)
+            torch.autograd.Variable._execution_engine.queue_callback(self._flush_detached)
 
-    def _carry_back(self) -> None:
+    def _flush_detached(self) -> None:
+        """Backpropagate the gradients of detached weights through one build per stack."""
         self._collecting = False
         by_stack: dict[Intervention, list[Edit]] = {}
         for edit in (e for edits in self.edits.values() for e in edits if e.detached is not None):
@@ -162,9 +179,10 @@ class ForwardContext:
         for stack, edits in by_stack.items():
             with torch.enable_grad():
                 built = {edit.index: edit.weights for edit in edits} if self.shared else stack()
-            outputs, grads = [], []
+            outputs: list[Tensor] = []
+            grads: list[Tensor] = []
             for edit in edits:
-                for weight, leaf in zip(built[edit.index], edit.detached, strict=True):
+                for weight, leaf in zip(built[edit.index], edit.leaves(), strict=True):
                     if isinstance(leaf, Tensor) and leaf.grad is not None:
                         outputs.append(weight)
                         grads.append(leaf.grad)
@@ -179,12 +197,12 @@ class ForwardContext:
     def _placed(
         self, selection: Selection, tokens: TokenShape, hidden: Tensor, target: Target
     ) -> Selection:
-        """The selection for a hidden state of another layout, computed once for each layout."""
+        """The selection as rows of a hidden state of another layout; cached per layout."""
         if torch.compiler.is_compiling():
             placed = place_rows(selection, tokens, hidden, target.layout)
         else:
             key = (id(selection), tuple(hidden.shape[:-1]), target.layout)
-            if key not in self._moved:  # holds the selection too, so that its id is not reused
+            if key not in self._moved:
                 self._moved[key] = (place_rows(selection, tokens, hidden, target.layout), selection)
             placed = self._moved[key][0]
         if placed is None:
@@ -196,17 +214,18 @@ class ForwardContext:
             )
         return placed
 
-    def _on(self, selection: Selection, device: torch.device) -> Selection:
-        """The selection on another device, copied once by the first layer there."""
+    def selection_on(self, selection: Selection, device: torch.device) -> Selection:
+        """The selection on another device; copied once per device."""
         key = (id(selection), device)
-        if key not in self._moved:
-            rows, weight_ids = (self._to(t, device) for t in selection)
-            self._moved[key] = (Selection(rows, weight_ids), selection)
-        return self._moved[key][0]
+        moved = self._moved[key][0] if key in self._moved else None
+        if moved is None:
+            moved = Selection(*(self._to(t, device) for t in selection))
+            self._moved[key] = (moved, selection)
+        return moved
 
 
 def unexpected_output(hidden: Any, target: Target) -> ValueError:
-    """The error for a module whose input or output is no hidden state of the expected width."""
+    """The error for a module whose input or output is not a hidden state of the target's width."""
     got = f"shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
     return ValueError(
         f"component: the {target.side} of {target.path!r} is {got}, expected a hidden state "

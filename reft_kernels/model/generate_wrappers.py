@@ -1,4 +1,4 @@
-"""Wrappers of a model's ``generate`` that record the prompt for the hooks."""
+"""Wrappers of ``generate`` and ``prepare_inputs_for_generation`` that record the prompt."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from reft_kernels.model.thread_state import EditorState
 
 
 class HasState(Protocol):
-    """The owner of the calls' state: an editor."""
+    """The interface of the editor that the wrappers use."""
 
     state: EditorState
 
 
 class Generate:
-    """Stands in for an edited model's ``generate``: the same call, with the prompt known to the
-    hooks.
+    """Replaces ``generate`` of a model: records the prompt, then calls the original.
 
-    An object and not a closure, so that a copied or pickled model gets one that refers to the copy.
+    An object rather than a closure, so that a copied or pickled model refers to the copy.
+
+    Args:
+        model: the module whose ``generate`` is replaced.
+        editor: the editor that stores the :class:`Generation`.
+        replaced: the instance attribute that is replaced; None if it is the class's method.
     """
 
     name = "generate"
@@ -32,11 +36,9 @@ class Generate:
 
     @property
     def __wrapped__(self) -> Any:
-        return (
-            self.replaced
-            if self.replaced is not None
-            else getattr(type(self.model), self.name).__get__(self.model)
-        )
+        if self.replaced is not None:
+            return self.replaced
+        return getattr(type(self.model), self.name).__get__(self.model)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self.editor.state
@@ -49,9 +51,7 @@ class Generate:
 
 
 class Prepare(Generate):
-    """Stands in for ``prepare_inputs_for_generation``, whose arguments tell how many columns
-    there are by now.
-    """
+    """Replaces ``prepare_inputs_for_generation``: records the number of columns so far."""
 
     name = "prepare_inputs_for_generation"
 

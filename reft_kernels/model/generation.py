@@ -1,4 +1,4 @@
-"""Tracks the prompts during ``generate``, across prefill chunks, beams and decoding steps."""
+"""Tracks prompt boundaries during ``generate``, across prefill chunks, beams and decode steps."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ _INPUTS = ("input_ids", "inputs", "inputs_embeds")
 
 
 class Generation:
-    """What a running ``generate`` was called with: the whole prompt, of which a forward may see a
-    part.
+    """The prompt of a running ``generate``. A forward may process only a part of it.
 
     Args:
-        mask: ``[B, width]`` of the whole prompt, None where all tokens are real or where only the
-            model's calls tell.
-        width: columns of the whole prompt; None for a decoder whose first call brings it. text:
-        token ids ``[B, n]`` that were passed, the last n of ``width`` columns; None where
-        embeddings were.
-        cached: columns that a cache held when it started.
+        mask: attention mask ``[B, width]`` of the whole prompt; None if there is no padding or if
+            only the model's calls have the mask.
+        width: number of columns of the whole prompt; None for an encoder-decoder model until the
+            first call of the decoder.
+        call: the explicit arguments of ``generate``.
+        text: integer token ids ``[B, n]`` passed to ``generate``, the last n of ``width`` columns;
+            None if only embeddings were passed.
+        cache: the cache passed to ``generate``.
     """
 
     def __init__(
@@ -40,29 +41,29 @@ class Generation:
         self.call = call
         self.text = text
         self.cache = cache
-        self.total: int | None = None  # columns up to the end of the model's next call
-        self.announced = (
-            False  # a call of the model is being prepared: the next one is generate's own
-        )
-        self.is_first = True  # no call of the backbone has come yet
-        self._found: dict[Template, Occurrences] = {}
+        self.total: int | None = None  # number of columns at the end of the next call
+        self.announced = False  # prepare() ran, so the next call of the model is generate's own
+        self.is_first = True  # the backbone was not called yet
+        self._occurrences: dict[Template, Occurrences] = {}
 
     def offset(self, width: int) -> int | None:
-        """Column at which a forward of ``width`` tokens starts; None where generate's own
-        bookkeeping does not tell.
-        """
+        """First column of a forward of ``width`` tokens, or None if :meth:`prepare` did not run."""
         if self.total is None or width > self.total:
             return None
         return self.total - width
 
     def prepare(self, input_ids: Any, kwargs: dict[str, Any], encoder_decoder: bool) -> None:
-        """Note how many columns the next call of the model ends with, from what it is prepared
-        with.
+        """Record the number of columns at the end of the next call of the model.
+
+        Args:
+            input_ids: token ids so far, ``[B, n]``.
+            kwargs: keyword arguments of ``prepare_inputs_for_generation``.
+            encoder_decoder: whether the mask belongs to the encoder.
         """
         self.announced = True
         mask = kwargs.get("attention_mask")
         if not encoder_decoder and isinstance(mask, Tensor) and mask.dim() == 2:
-            self.total = mask.shape[1]  # of all columns so far, whatever part of them is passed
+            self.total = mask.shape[1]  # the mask spans all columns, cached ones too
         elif isinstance(input_ids, Tensor) and input_ids.dim() >= 2:
             unseen = (
                 0 if self.width is None or self.text is None else self.width - self.text.shape[1]
@@ -75,26 +76,35 @@ class Generation:
     def occurrences(
         self, template: Template, batch: int, device: torch.device
     ) -> Occurrences | None:
-        """Where ``template`` ends in the prompt, for each row of a batch of beams; None where
-        the whole text is not known.
+        """Occurrences of ``template`` in the prompt, repeated for beams.
+
+        Args:
+            template: the response template.
+            batch: batch size of the forward, beams included.
+            device: device of the result.
+
+        Returns:
+            None if the token ids of the whole prompt are not known.
         """
         if self.text is None or self.text.shape[1] != self.width:
             return None
-        if template not in self._found:
-            text = (
-                self.text
-                if self.mask is None
-                else torch.where(self.mask.to(self.text.device) != 0, self.text, -1)
-            )
-            self._found[template] = find_template(text, template)
-        found = self._found[template]
-        repeats = max(1, batch // found.last.shape[0])
-        return Occurrences(*(t.repeat_interleave(repeats, dim=0).to(device) for t in found))
+        if template not in self._occurrences:
+            text = self.text
+            if self.mask is not None:
+                text = torch.where(self.mask.to(text.device) != 0, text, -1)
+            self._occurrences[template] = find_template(text, template)
+        occurrences = self._occurrences[template]
+        repeats = max(1, batch // occurrences.last.shape[0])
+        return Occurrences(*(t.repeat_interleave(repeats, dim=0).to(device) for t in occurrences))
 
 
 def _mask_from_padding(model: nn.Module, tokens: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """The mask that transformers infers where none is given: padding tokens are hidden, unless
-    they also end a text.
+    """The attention mask that ``generate`` of transformers infers if none is passed.
+
+    Padding tokens are masked, unless the padding token is also an end-of-sequence token.
+
+    Returns:
+        int64 ``[B, T]``, or None if no token is masked.
     """
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
     pad = kwargs.get("pad_token_id", getattr(config, "pad_token_id", None))
@@ -110,11 +120,13 @@ def _mask_from_padding(model: nn.Module, tokens: Tensor, kwargs: dict[str, Any])
 def describe_generation(
     model: nn.Module, args: tuple, kwargs: dict[str, Any], around: Generation | None = None
 ) -> Generation:
-    """What a call of ``generate`` says about its prompts; takes the explicit arguments out of
-    ``kwargs``.
+    """The :class:`Generation` of a call of ``generate``.
 
     Args:
-        around: the generation of a model around this one, whose explicit arguments hold here too.
+        model: the module whose ``generate`` is called.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call; the explicit arguments are removed.
+        around: the generation of a surrounding call, whose explicit arguments apply here too.
     """
     call = ModelCall(**{name: kwargs.pop(name) for name in EXPLICIT if name in kwargs})
     if around is not None and not call.is_explicit:
@@ -122,7 +134,7 @@ def describe_generation(
             prompt_lengths=around.call.prompt_lengths, edit_positions=around.call.edit_positions
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        # the encoder's call brings its own mask; the decoder's first call is its prompt
+        # the encoder's call has its own mask; the decoder's first call is the decoder's prompt
         return Generation(None, None, call)
     tokens = next(
         (kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), Tensor)),
@@ -140,25 +152,20 @@ def describe_generation(
     mask = kwargs.get("attention_mask")
     if not (isinstance(mask, Tensor) and mask.dim() == 2):
         mask = _mask_from_padding(model, tokens, kwargs)
-    # continued from a cache, the mask spans what the cache holds and what is new
+    # with a filled cache, the mask spans the cached and the new columns
     width = tokens.shape[1] if mask is None else max(mask.shape[1], tokens.shape[1])
+    cache = kwargs.get("past_key_values")
     if around is not None and around.text is not None:
         if text is None and around.text.shape == tokens.shape[:2]:
             text = around.text
-        elif text is not None and _continues(
-            text, around.text
-        ):  # the model drafts for itself: the prompt stays what it was
-            return Generation(
-                around.mask,
-                around.width,
-                call,
-                text=around.text,
-                cache=kwargs.get("past_key_values"),
-            )
-    return Generation(mask, width, call, text=text, cache=kwargs.get("past_key_values"))
+        elif text is not None and _continues(text, around.text):
+            # self-speculative decoding: the tokens after the prompt are drafts
+            return Generation(around.mask, around.width, call, text=around.text, cache=cache)
+    return Generation(mask, width, call, text=text, cache=cache)
 
 
 def _continues(text: Tensor, prompt: Tensor) -> bool:
+    """Whether ``text`` ``[B, n]`` starts with ``prompt`` ``[B, m]`` and is longer."""
     batch, width = prompt.shape
     return (
         text.shape[0] == batch

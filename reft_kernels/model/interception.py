@@ -1,8 +1,8 @@
-"""Runs code before and after a module, whether it is called or its ``forward`` is called directly.
+"""Runs code before and after a module, also if its ``forward`` is called directly.
 
-Hooks run for ``module(...)`` alone, and ``module.forward(...)`` passes them by:
-sentence-transformers and some models call it. So the instance's ``forward`` is replaced too, and
-runs the same code where no hook has.
+Module hooks run for ``module(...)`` only. sentence-transformers and some models call
+``module.forward(...)``, so the instance's ``forward`` is replaced as well; it runs the same code
+unless a hook already did.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ Handle = Any
 
 
 class Observer(Protocol):
-    """What runs around a module's forward."""
+    """Code that runs before and after a module's forward."""
 
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Before: returns the arguments to go on with. :meth:`leave` follows in any case."""
+        """Run before the forward.
+
+        Returns:
+            The arguments for the forward. :meth:`leave` is called even if this method raises.
+        """
 
     def leave(self, output: Any) -> None:
-        """After; ``output`` is None where the forward raised."""
+        """Run after the forward; ``output`` is None if it raised."""
 
 
 class _Called(threading.local):
@@ -31,8 +35,13 @@ class _Called(threading.local):
 
 
 class InterceptedForward:
-    """Stands in for one module's ``forward``. An object and not a closure, so that a copied or
-    pickled module has its own.
+    """Replaces ``forward`` of one module and registers its hooks.
+
+    An object rather than a closure, so that a copied or pickled module refers to the copy.
+
+    Args:
+        module: the module to intercept.
+        observer: the code to run.
     """
 
     def __init__(self, module: nn.Module, observer: Observer) -> None:
@@ -47,7 +56,7 @@ class InterceptedForward:
         module.__dict__["forward"] = self
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
-        # the module, since a replica of data parallelism shares its original's hooks and attributes
+        # not self.module: replicas of nn.DataParallel share the hooks of the original
         self.called.module = module
         return self.observer.enter(args, kwargs)
 
@@ -69,7 +78,7 @@ class InterceptedForward:
         return type(module).forward.__get__(module) if self.replaced is None else self.replaced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args and args[0] is self.module:  # accelerate binds what it unwraps as a method
+        if args and args[0] is self.module:  # accelerate binds an unwrapped forward as a method
             args = args[1:]
         called = self.called.module
         if called is not None:
@@ -84,13 +93,13 @@ class InterceptedForward:
             self.observer.leave(output)
 
     def remove(self) -> None:
-        """Give the module its own ``forward`` back and remove the hooks."""
+        """Restore the module's ``forward`` and remove the hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
         current = self.module.__dict__.get("forward")
         if getattr(current, "__func__", current) is not self:
-            return  # something else wraps it by now, and nothing of ours edits any more
+            return  # wrapped by other code since; without hooks this wrapper does nothing
         if self.replaced is None:
             del self.module.__dict__["forward"]
         else:

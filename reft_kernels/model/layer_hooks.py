@@ -1,4 +1,4 @@
-"""Hooks of the edited modules: each takes the hidden state from its module and edits it."""
+"""Forward hooks that edit the input or output of a module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reft_kernels.model.thread_state import SessionState
 
 
 class ContextSource(Protocol):
-    """What knows the context of the running forward: a backbone's session."""
+    """The interface of a backbone's session that hooks use."""
 
     state: SessionState
 
@@ -21,7 +21,13 @@ class ContextSource(Protocol):
 
 
 class LayerHook:
-    """The hook of one site; subclasses find the hidden state in the module's input or output."""
+    """The hook of one site.
+
+    Args:
+        session: the session of the backbone that contains the module.
+        site: number of the site.
+        target: the target of the site.
+    """
 
     def __init__(self, session: ContextSource, site: int, target: Target) -> None:
         self.session = session
@@ -30,7 +36,7 @@ class LayerHook:
 
 
 class OutputHook(LayerHook):
-    """Forward hook: edits the module's output, or the first element of a tuple or list."""
+    """Forward hook that edits the module's output, or the first element of a tuple or list."""
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         session = self.session
@@ -41,7 +47,7 @@ class OutputHook(LayerHook):
         target = self.target
         several = isinstance(output, tuple | list) and len(output) > 0
         hidden = output[0] if several else output
-        # a layer that returns its input has not made the tensor
+        # a module may return its input, which others still read
         fresh = target.inplace and not (args and hidden is args[0])
         edited = context.apply(self.site, hidden, fresh, target)
         if not several:
@@ -50,7 +56,7 @@ class OutputHook(LayerHook):
 
 
 class InputHook(LayerHook):
-    """Forward pre-hook: edits the module's first tensor argument, positional or not."""
+    """Forward pre-hook that edits the module's first tensor argument, positional or keyword."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         session = self.session

@@ -1,9 +1,9 @@
-"""Merging an edit into weights, where that is exact.
+"""Merges edits into weights, if the result is exact.
 
-An edit of a linear layer's output, at all positions and with a linear activation, is affine: h -> M
-h + v. With h = W0 x + b0 it merges exactly into weight M W0 and bias M b0 + v. Nothing else does:
-an edit at chosen positions depends on the position, an edit of the residual stream acts on what
-earlier layers wrote too, and an activation is not affine.
+An edit of a linear layer's output, at all positions and with a linear activation, is affine:
+h -> M h + v. With h = W0 x + b0 it merges exactly into weight M W0 and bias M b0 + v. Other edits
+cannot be merged: an edit of some positions depends on the position, an edit of the residual stream
+also changes what earlier layers wrote, and a nonlinear activation is not affine.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 def why_not(module: nn.Module, target: Target, spec: Spec, activation: str) -> str | None:
-    """None when an edit merges exactly into ``module``, else the reason why not."""
+    """The reason why an edit does not merge exactly into ``module``, or None if it does.
+
+    Args:
+        module: the edited module.
+        target: its target.
+        spec: the positions of the edit.
+        activation: the activation of the edit.
+    """
     if spec.kind != "all":
         return (
             "it edits chosen positions, and a weight acts on all of them; positions='all' would "
@@ -43,7 +50,15 @@ def why_not(module: nn.Module, target: Target, spec: Spec, activation: str) -> s
 
 
 def affine(weights: EditWeights | RedWeights, width: int) -> tuple[Tensor, Tensor]:
-    """M ``[d, d]`` and v ``[d]`` in fp64 with edit(h) = M h + v, for a linear activation."""
+    """The affine map of an edit with a linear activation, edit(h) = M h + v.
+
+    Args:
+        weights: the weights of one layer.
+        width: d, the last dimension of the hidden state.
+
+    Returns:
+        M ``[d, d]`` and v ``[d]``, both fp64.
+    """
     if isinstance(weights, RedWeights):
         return torch.diag(weights.scale.double()), weights.bias.double()
     B = weights.write.double()
@@ -58,34 +73,52 @@ def affine(weights: EditWeights | RedWeights, width: int) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def merge(module: nn.Module, weights: EditWeights | RedWeights, safe: bool) -> None:
-    """Fold one edit into a linear layer: computed in fp64, rounded once to the weight's dtype.
+    """Merge one edit into a linear layer, in place.
+
+    Computed in fp64 and rounded once to the dtype of the layer's weight.
+
+    Args:
+        module: ``nn.Linear`` or transformers' ``Conv1D``; a missing bias is created.
+        weights: the weights of the edit.
+        safe: whether to check that the result is finite.
 
     Raises:
-        ValueError: ``safe``, and the merged weight is not finite.
+        ValueError: ``safe`` is true and a merged value is not finite.
     """
-    M, v = affine(weights, module.weight.shape[1] if _is_conv1d(module) else module.weight.shape[0])
-    weight = module.weight.double()
-    M, v = M.to(weight.device), v.to(weight.device)
+    old_weight, old_bias = module.weight, module.bias
+    assert isinstance(old_weight, Tensor)
+    M, v = affine(weights, old_weight.shape[1] if _is_conv1d(module) else old_weight.shape[0])
+    M, v = M.to(old_weight.device), v.to(old_weight.device)
+    weight = old_weight.double()
     weight = weight @ M.mT if _is_conv1d(module) else M @ weight
-    bias = v if module.bias is None else M @ module.bias.double() + v
+    bias = M @ old_bias.double() + v if isinstance(old_bias, Tensor) else v
     if safe and not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
         raise ValueError(
             "safe_merge: the merged weights are not finite; the adapter seems to be broken"
         )
-    dtype = module.weight.dtype
-    module.weight.data = weight.to(dtype)
-    if module.bias is None:
-        module.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    old_weight.data = weight.to(old_weight.dtype)
+    if isinstance(old_bias, Tensor):
+        old_bias.data = bias.to(old_weight.dtype)
     else:
-        module.bias.data = bias.to(dtype)
+        module.bias = nn.Parameter(bias.to(old_weight.dtype), requires_grad=False)
 
 
 Place = tuple[Target, Intervention, int]
-"""A target with the stack and the index that hold its weights."""
+"""A target, the stack with its weights, and its index in the stack."""
 
 
 def check_mergeable(name: str, model: nn.Module, places: Iterable[Place], spec: Spec) -> None:
-    """Raise ValueError, with the reason, where an adapter does not merge exactly."""
+    """Check that an adapter merges exactly.
+
+    Args:
+        name: name of the adapter.
+        model: the model.
+        places: the places that the adapter edits.
+        spec: the positions that it edits.
+
+    Raises:
+        ValueError: it does not, with the reason.
+    """
     for target, stack, _ in places:
         reason = why_not(model.get_submodule(target.path), target, spec, stack.activation)
         if reason is not None:
@@ -93,7 +126,7 @@ def check_mergeable(name: str, model: nn.Module, places: Iterable[Place], spec: 
 
 
 def merge_adapter(model: nn.Module, places: Iterable[Place], safe: bool) -> None:
-    """Merge an adapter that :func:`check_mergeable` accepts into the model's linear layers."""
+    """Merge an adapter into linear layers of the model; call :func:`check_mergeable` first."""
     for target, stack, index in places:
         with torch.no_grad():
             weights = stack.build()[index]

@@ -1,4 +1,4 @@
-"""The arguments of one call of a model that tell what to edit."""
+"""Reads the arguments of a model's call that determine the edited positions."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 EXPLICIT = ("prompt_lengths", "edit_positions")
-"""Keyword arguments of the edited model's ``forward`` and ``generate``, not passed on to it.
-
+"""Keyword arguments that ``forward`` and ``generate`` of an edited model accept in addition.
 
 prompt_lengths   integers ``[B]``: prompt tokens of each example, or of each packed sequence
-edit_positions   columns to edit, integers ``[B, P]`` padded by -1 or a bool mask ``[B, T]``;
+edit_positions   columns to edit, integers ``[B, P]`` padded with -1, or a bool mask ``[B, T]``;
                  replaces the adapter's positions
 """
-_SEEN = (
+_RECORDED = (
     "labels",
     "input_ids",
     "inputs_embeds",
@@ -29,8 +28,9 @@ _SEEN = (
 
 
 class ModelCall(NamedTuple):
-    """What a user passed to the model itself. A backbone inside it may get these in another form,
-    or not at all.
+    """Arguments that the user passed to the model.
+
+    The backbone may receive them in another form, or not at all.
     """
 
     labels: Any = None
@@ -46,23 +46,23 @@ class ModelCall(NamedTuple):
 
     @property
     def has_tokens(self) -> bool:
-        """Whether the call names tokens, which explicit positions then count."""
+        """Whether the call has tokens; explicit positions then refer to them."""
         return isinstance(self.input_ids, Tensor) or isinstance(self.inputs_embeds, Tensor)
 
     @property
     def is_explicit(self) -> bool:
-        """Whether the caller said which positions to edit, or where prompts end."""
+        """Whether the call has ``prompt_lengths`` or ``edit_positions``."""
         return self.prompt_lengths is not None or self.edit_positions is not None
 
     @property
     def audio_mask(self) -> Tensor | None:
-        """The mask ``[B, S]`` of an audio input's samples or frames."""
+        """The attention mask ``[B, S]`` of an audio input, or None."""
         audio = isinstance(self.input_values, Tensor) or isinstance(self.input_features, Tensor)
         return self.attention_mask if audio and isinstance(self.attention_mask, Tensor) else None
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
-    """Names of a module's positional ``forward`` parameters."""
+    """Names of the positional parameters of a module's ``forward``."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(
         name for name, p in inspect.signature(module.forward).parameters.items() if p.kind in kinds
@@ -70,13 +70,16 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
 
 
 def take_call(names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> ModelCall:
-    """Read a call's arguments, and remove the explicit ones from ``kwargs``.
+    """Read the arguments of a call and remove the explicit ones from ``kwargs``.
 
     Args:
-        names: of the module's positional parameters.
+        names: names of the module's positional parameters.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call; modified.
     """
-    taken = {name: kwargs.pop(name) for name in EXPLICIT if name in kwargs}
-    given: Mapping[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
+    explicit = {name: kwargs.pop(name) for name in EXPLICIT if name in kwargs}
+    arguments: Mapping[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
     return ModelCall(
-        **{name: given[name] for name in _SEEN if given.get(name) is not None}, **taken
+        **{name: arguments[name] for name in _RECORDED if arguments.get(name) is not None},
+        **explicit,
     )

@@ -1,18 +1,16 @@
-"""From one call's arguments to a window: where each example's prompt starts and ends, and the part
-that a forward sees.
+"""Computes the window of a forward: the start and end of each prompt, and the visible part.
 
-Where a prompt ends, by the first of these that says so:
+The end of a prompt is determined by the first of these that applies:
 
-    edit_positions, prompt_lengths     given to the model or to ``generate``
-    the adapter's response template    after its last occurrence in the text, the same in every path
-    generate                           its whole input
-    labels                             before the first that is not -100, where labels ``[B, T]``
+    edit_positions, prompt_lengths     arguments of the model or of ``generate``
+    the adapter's response template    the end of its last occurrence in the text
+    generate                           the end of its input
+    labels                             the first label that is not -100, if labels ``[B, T]``
                                        continue a prompt
-    the attention mask, the sequence   every real token
+    the attention mask                 the last real token
 
-A prompt starts at its first real token, so either padding side is understood. Everything here is
-tensor arithmetic on the tokens' device: no synchronisation but for explicit arguments, which are
-checked.
+A prompt starts at its first real token, so both padding sides work. All operations run on the
+tokens' device and do not synchronize, except for checks of explicit arguments.
 """
 
 from __future__ import annotations
@@ -45,6 +43,7 @@ def _usable_mask(mask: Any, batch: int, width: int) -> Tensor | None:
 def _text_of(
     arguments: Mapping[str, Any], call: ModelCall, batch: int, width: int
 ) -> Tensor | None:
+    """Token ids ``[B, width]`` from the arguments of the backbone or the model, or None."""
     for ids in (arguments.get("input_ids"), call.input_ids):
         if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.shape == (batch, width):
             return ids
@@ -54,9 +53,7 @@ def _text_of(
 def _offset(
     arguments: Mapping[str, Any], cache: Any, width: int, generation: Generation | None
 ) -> int | Tensor | None:
-    """Column of the whole at which a forward starts; None where a cache holds some columns and
-    cannot say how many.
-    """
+    """First column of a forward; None if a cache has an unknown number of columns."""
     if generation is not None and not torch.compiler.is_compiling():
         offset = generation.offset(width)
         if offset is not None:
@@ -72,19 +69,22 @@ def compute_prompt_window(
     token_labels: bool,
     decoder: bool,
 ) -> Window | None:
-    """The window of one backbone call; None where the arguments do not tell how many tokens there
-    are (images, say).
+    """The window of one call of a backbone.
 
     Args:
-        arguments: the backbone call's arguments by name. call: what the user passed to the model.
-        token_labels: labels ``[B, T]`` mark what follows the prompt (a generating model, not a
-        token classifier).
-        decoder: the backbone is the decoder of an encoder-decoder model, whose inputs are its
-            labels shifted by one.
+        arguments: arguments of the backbone's call, by name.
+        call: arguments that the user passed to the model.
+        generation: the running ``generate``, if any.
+        token_labels: whether labels ``[B, T]`` mark the tokens after the prompt, as for a
+            generating model and unlike a token classifier.
+        decoder: whether the backbone is the decoder of an encoder-decoder model, whose inputs are
+            its labels shifted by one.
+
+    Returns:
+        None if the call has no tokens (images, for example).
 
     Raises:
-        ValueError: explicit arguments that do not fit the batch, or a mask that hides tokens and
-            fits no tokens.
+        ValueError: explicit arguments do not fit the batch.
     """
     tokens = arguments.get("input_ids")
     if tokens is None:
@@ -100,59 +100,64 @@ def compute_prompt_window(
         batch, width, device, 0 if past is None else past, call=call, generation=generation
     )
     mask = _usable_mask(arguments.get("attention_mask"), batch, width)
-    if mask is None:  # a wrapper hands on another form of it
+    if mask is None:  # the model may pass the backbone a mask in another form
         mask = _usable_mask(
             call.decoder_attention_mask if decoder else call.attention_mask, batch, width
         )
     if mask is not None:
         window.tokens = mask[:, mask.shape[1] - width :] != 0
     if past is None:
-        return window  # a recurrent state and no word about the prompt: decoding
+        return window  # recurrent states of unknown length: decoding
     at_start = isinstance(past, int) and past == 0
+    total: int | Tensor
     if generation is not None:
-        if isinstance(past, int) and past >= generation.width:
+        total = width if generation.width is None else generation.width
+        if isinstance(past, int) and past >= total:
             return window
-        whole, total = _generated_prompt(generation, mask, batch, device)
+        whole = _generated_prompt(generation, total, mask, batch, device)
     elif at_start or isinstance(past, Tensor) or call.is_explicit:
         whole = None if mask is None else mask != 0
         total = width if at_start else past + width
         window.continues = not at_start or (cache is not None and not torch.is_grad_enabled())
         if not at_start and whole is not None and isinstance(past, int) and whole.shape[1] != total:
-            whole = None  # a mask of these tokens alone does not tell where the whole starts
+            whole = None  # the mask lacks the cached columns
         if at_start:
             window.text = _text_of(arguments, call, batch, width)
     else:
-        return window  # a cache and no word about the prompt: decoding
+        return window  # a filled cache and no explicit arguments: decoding
     window.total, window.whole = total, whole
     zeros = torch.zeros(batch, dtype=torch.int64, device=device)
     window.starts = zeros if whole is None else positions.first_tokens(whole)
     if whole is not None and (generation is not None or window.continues):
-        # a chunk that is all padding so far: the prompt starts after it
+        # a row that is all padding so far: its prompt starts in a later chunk
         window.starts = torch.where(whole.any(dim=1), window.starts, whole.shape[1])
     _find_lengths(window, token_labels, decoder)
     return window
 
 
 def _generated_prompt(
-    generation: Generation, mask: Tensor | None, batch: int, device: torch.device
-) -> tuple[Tensor | None, int]:
-    """The mask of the whole prompt of a generation (or of what is known of it), and its width."""
+    generation: Generation, width: int, mask: Tensor | None, batch: int, device: torch.device
+) -> Tensor | None:
+    """Mask ``[B, width]`` of the whole prompt of a generation, as far as it is known, or None."""
     if generation.mask is not None:
-        return repeat_examples(
-            generation.mask.to(device) != 0, batch, "attention_mask"
-        ), generation.width
+        return repeat_examples(generation.mask.to(device) != 0, batch, "attention_mask")
     if mask is None:
-        return None, generation.width
-    whole = mask[:, : generation.width] != 0
-    missing = generation.width - whole.shape[1]
-    if missing > 0:  # later chunks: padded left, what is still to come is real
+        return None
+    whole = mask[:, :width] != 0
+    missing = width - whole.shape[1]
+    if missing > 0:  # generate pads on the left, so the tokens of later chunks are real
         whole = torch.cat([whole, whole.new_ones(batch, missing)], dim=1)
-    return whole, generation.width
+    return whole
 
 
 def _pack(position_ids: Tensor) -> Packed:
-    """Sequences of a packed batch: a new one starts in each row's first column and where
-    positions do not go up by one.
+    """The sequences of a packed batch.
+
+    A sequence starts in the first column of each row, and where position ids do not increase by
+    one.
+
+    Args:
+        position_ids: integers ``[B, T]``.
     """
     batch, width = position_ids.shape
     steps = position_ids[:, 1:] != position_ids[:, :-1] + 1
@@ -163,15 +168,18 @@ def _pack(position_ids: Tensor) -> Packed:
 
 
 def _find_lengths(window: Window, token_labels: bool, decoder: bool) -> None:
+    """Set ``packed``, or ``lengths`` and ``source``, of a window."""
     batch, device, call = window.batch, window.device, window.call
     labels, ids = call.labels, call.position_ids
     shape = (batch, window.width)
     if token_labels and isinstance(labels, Tensor) and labels.shape == shape:
         window.labels = labels.to(device)
-    # only what the user passed says packed: models make position ids of their own, in many forms
-    packs = token_labels and window.whole is None and window.generation is None and not decoder
+    # only position ids from the user mark packing; models compute their own, in several forms
+    may_be_packed = (
+        token_labels and window.whole is None and window.generation is None and not decoder
+    )
     if (
-        packs
+        may_be_packed
         and isinstance(ids, Tensor)
         and ids.shape == shape
         and isinstance(window.offset, int)
@@ -179,13 +187,9 @@ def _find_lengths(window: Window, token_labels: bool, decoder: bool) -> None:
     ):
         window.packed = _pack(ids.to(device))
     elif call.prompt_lengths is not None:
-        limits = (
-            None
-            if window.continues
-            else window.total
-            if window.whole is None
-            else window.whole.sum(dim=1)
-        )
+        limits: Tensor | int | None = None
+        if not window.continues:
+            limits = window.total if window.whole is None else window.whole.sum(dim=1)
         window.lengths = explicit_lengths(call.prompt_lengths, batch, limits, device)
         window.source = "prompt_lengths"
     elif window.labels is not None and window.generation is None:
@@ -206,16 +210,19 @@ def _find_lengths(window: Window, token_labels: bool, decoder: bool) -> None:
 def window_of_shape(
     shape: torch.Size, device: torch.device, call: ModelCall, frame_mask: Any = None
 ) -> Window:
-    """The window of a hidden state ``[B, T, d]`` or ``[T, d]`` whose rows are no tokens: all of it
-    is prompt unless said.
+    """The window of a hidden state whose rows are not the tokens of the call.
+
+    All rows are prompt, unless the call has explicit arguments and no tokens.
 
     Args:
-        frame_mask: (frames, audio mask ``[B, S]``) -> bool ``[B, frames]``, a model's own map from
-            samples to frames.
+        shape: shape of the hidden state, ``[B, T, d]`` or ``[T, d]``.
+        device: device of the hidden state.
+        call: arguments of the model's call.
+        frame_mask: the model's map from samples to frames, (frames, audio mask ``[B, S]``) ->
+            bool ``[B, frames]``; None if it has none.
 
     Raises:
-        ValueError: an audio mask that hides samples, of a model that does not tell which frames
-            they are.
+        ValueError: an audio mask has padding, and the model has no ``frame_mask``.
     """
     batch, width = (1, shape[0]) if len(shape) == 2 else shape[:2]
     positioned = (
@@ -239,7 +246,7 @@ def window_of_shape(
 def _frames(
     mask: Tensor | None, batch: int, width: int, device: torch.device, frame_mask: Any
 ) -> Tensor | None:
-    """Real frames ``[B, width]`` by the mask of an audio input; None where all are."""
+    """Mask of the real frames of an audio input, bool ``[B, width]``; None: all."""
     if mask is None or mask.dim() != 2 or mask.shape[0] != batch:
         return None
     if frame_mask is not None:

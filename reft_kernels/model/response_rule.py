@@ -1,7 +1,6 @@
-"""Where a response starts: after the last occurrence of a template in the text, and what labels say
-about it.
+"""Finds where responses start: after the last response template, or at the first label.
 
-Tensor operations on the tokens' device only; nothing here synchronises.
+All operations run on the tokens' device and do not synchronize.
 """
 
 from __future__ import annotations
@@ -14,14 +13,15 @@ from torch import Tensor
 from reft_kernels.positions import IGNORED_LABEL
 
 Template = tuple[tuple[int, ...], ...]
-"""Alternatives, each a sequence of token ids: any of them ends a prompt."""
+"""Alternative sequences of token ids; each of them ends a prompt."""
 
 
 class Occurrences(NamedTuple):
-    """Where templates end.
+    """The ends of a template's occurrences in a batch ``[B, T]``.
 
-    after: bool ``[B, T + 1]``, true at column c where an occurrence ends right before c.
-    last: int64 ``[B]``, the largest such c of each example, 0 where there is none.
+    Attributes:
+        after: bool ``[B, T + 1]``, true at column c if an occurrence ends right before c.
+        last: int64 ``[B]``, the largest such c of each example, 0 without an occurrence.
     """
 
     after: Tensor
@@ -31,11 +31,13 @@ class Occurrences(NamedTuple):
 def find_template(
     input_ids: Tensor, template: Template, segments: Tensor | None = None
 ) -> Occurrences:
-    """Find every occurrence of a template.
+    """Find all occurrences of a template.
 
     Args:
-        input_ids: integers ``[B, T]``. template: the alternatives. segments: int64 ``[B, T]``; an
-        occurrence lies within one segment (padding, a sequence of a packed batch). None: one.
+        input_ids: integer token ids ``[B, T]``.
+        template: the alternative token sequences.
+        segments: int64 ``[B, T]``, numbers of the sequences of a packed batch; occurrences that
+            span several segments are ignored. None: each row is one segment.
     """
     batch, width = input_ids.shape
     after = torch.zeros(batch, width + 1, dtype=torch.bool, device=input_ids.device)
@@ -58,7 +60,7 @@ def find_template(
 
 
 def supervised(labels: Tensor) -> Tensor:
-    """Bool ``[B, T]``: the tokens that the loss is taken at."""
+    """Mask of the labels that contribute to the loss, bool ``[B, T]``."""
     return labels != IGNORED_LABEL
 
 
@@ -66,21 +68,29 @@ def supervised_spans(labels: Tensor, starts: Tensor | None = None) -> Tensor:
     """Number of runs of supervised labels in each row, int64 ``[B]``.
 
     Args:
-        starts: bool ``[B, T]``, true where a sequence of a packed batch starts, which starts a run
-            anew; None: none.
+        labels: int64 ``[B, T]``.
+        starts: bool ``[B, T]``, true where a sequence of a packed batch starts; a run ends there.
     """
     return run_starts(labels, starts).sum(dim=1)
 
 
 def run_starts(labels: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Bool ``[B, T]``: the first token of each run of supervised labels."""
+    """Mask of the first token of each run of supervised labels, bool ``[B, T]``.
+
+    The arguments are those of :func:`supervised_spans`.
+    """
     chosen = supervised(labels)
     before = torch.nn.functional.pad(chosen, (1, 0))[:, :-1]
     return chosen & ~before if starts is None else chosen & (~before | starts)
 
 
-def earlier_turn_is_supervised(found: Occurrences, labels: Tensor) -> Tensor:
-    """Bool ``[B]``: a response that starts before the last one is supervised too."""
+def earlier_turn_is_supervised(occurrences: Occurrences, labels: Tensor) -> Tensor:
+    """Whether a response before the last one has labels, bool ``[B]``.
+
+    Args:
+        occurrences: the response templates of the batch.
+        labels: int64 ``[B, T]``.
+    """
     columns = torch.arange(labels.shape[1], device=labels.device)
-    earlier = found.after[:, :-1] & (columns < found.last.unsqueeze(1))
+    earlier = occurrences.after[:, :-1] & (columns < occurrences.last.unsqueeze(1))
     return (earlier & supervised(labels)).any(dim=1)

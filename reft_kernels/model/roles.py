@@ -1,4 +1,4 @@
-"""The parts of a block by their names and classes, and what roles mean in terms of them."""
+"""Finds the module of a role in a block, from names and classes of its submodules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from reft_kernels.model.widths import own_width
+from reft_kernels.model.widths import is_matrix, own_width
 
 ROLES = (
     "block_output",
@@ -25,7 +25,8 @@ ROLES = (
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _ATTENTION = re.compile(r"(Attention|Attn|MLA)\d*$")
 _MIXER = re.compile(
-    r"(Mixer|DeltaNet|DeltaAttention|LightningAttention|ShortConv(olution)?|ConvolutionModule|RecurrentBlock|"
+    r"(Mixer|DeltaNet|DeltaAttention|LightningAttention|ShortConv(olution)?|ConvolutionModule|"
+    r"RecurrentBlock|"
     r"MambaLayer|Mamba\d*|SSM|[xm]LSTMLayer|FourierTransform|Retention)$|^Rwkv\w*Attention$"
 )
 _MLP_NAMES = (
@@ -47,7 +48,8 @@ _EXPERTS = re.compile(r"Experts$")
 _ROUTER = re.compile(r"(Router|Gating)$")
 _EXPERT_NAME = re.compile(r"^(routed_)?experts$|^expert_\d+$")
 _KEYS_VALUES = re.compile(
-    r"^(k|v|kv|key|value|c_attn|Wkv|(k|v|kv|key|value|to_k|to_v)_(proj|lin|norm|layernorm)|to_[kv])$"
+    r"^(k|v|kv|key|value|c_attn|Wkv|to_[kv]|"
+    r"(k|v|kv|key|value|to_k|to_v)_(proj|lin|norm|layernorm))$"
 )
 _FLAT = (
     ("intermediate", "output"),
@@ -65,8 +67,11 @@ _WORDS = {
 
 
 class Place(NamedTuple):
-    """A place in a block: the module's path from the block ("" is the block) and "input" or
-    "output".
+    """A place in a block.
+
+    Attributes:
+        path: path of the module relative to the block; "" is the block.
+        side: "input" or "output".
     """
 
     path: str
@@ -74,8 +79,13 @@ class Place(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One part of a block. ``pair``: a feed-forward that is two layers of the block, by their
-    paths.
+    """One part of a block.
+
+    Attributes:
+        kind: "attention", "cross", "mixer", "mlp" or "experts".
+        path: path of the module relative to the block.
+        module: the module; the first one for a pair.
+        pair: paths of the two layers of a feed-forward without a module of its own.
     """
 
     kind: str
@@ -85,8 +95,11 @@ class Part(NamedTuple):
 
 
 def is_cross_attention(name: str, module: nn.Module) -> bool:
-    """Whether a module is attention to another sequence, by the last part of its path and its
-    class.
+    """Whether a module is cross-attention.
+
+    Args:
+        name: last part of the module's path.
+        module: the module.
     """
     kind = type(module).__name__
     if isinstance(module, _CONTAINERS):
@@ -97,11 +110,11 @@ def is_cross_attention(name: str, module: nn.Module) -> bool:
 
 
 def _kind(name: str, module: nn.Module, block_class: str) -> str | None:
+    """The kind of :class:`Part` of a module; None if it is not a part."""
     kind = type(module).__name__
     if is_cross_attention(name, module):
         return "cross"
-    # a family may be called Linear itself: KimiLinearAttention is the attention of
-    # KimiLinearDecoderLayer
+    # "Linear" may belong to the family's name: KimiLinearAttention of KimiLinearDecoderLayer
     if _MIXER.search(kind) or kind[len(os.path.commonprefix([kind, block_class])) :].endswith(
         "LinearAttention"
     ):
@@ -118,7 +131,7 @@ def _kind(name: str, module: nn.Module, block_class: str) -> str | None:
 
 
 def _flat_pair(module: nn.Module) -> tuple[str, str] | None:
-    """The two layers of a feed-forward that stand in the block itself, as BERT's and BART's do."""
+    """The two layers of a feed-forward that are direct children of a block, as in BERT and BART."""
     children = dict(module.named_children())
     for first, last in _FLAT:
         if first in children and last in children:
@@ -129,7 +142,7 @@ def _flat_pair(module: nn.Module) -> tuple[str, str] | None:
 
 
 def parts(block: nn.Module) -> list[Part]:
-    """The parts of a block, in order; what is in a part is not looked at."""
+    """The outermost parts of a block, in order."""
     found: list[Part] = []
 
     def walk(module: nn.Module, prefix: str) -> None:
@@ -166,23 +179,25 @@ def is_mixture(module: nn.Module) -> bool:
 
 
 def _last_projection(module: nn.Module, width: int | None) -> str | None:
-    """Path of the projection that a feed-forward ends with: back to the width of the residual
-    stream.
+    """Path of a feed-forward's last projection, the one back to the residual stream, or None.
+
+    Args:
+        module: the feed-forward.
+        width: width of the residual stream; None if unknown.
     """
-    found = [
-        (name, own_width(m, "output"))
+    projections = [
+        name
         for name, m in module.named_modules()
         if name
-        and getattr(m, "weight", None) is not None
-        and m.weight.dim() == 2
+        and is_matrix(getattr(m, "weight", None))
         and own_width(m, "input")
+        and (width is None or own_width(m, "output") == width)
     ]
-    back = [name for name, out in found if width is None or out == width]
-    return (back or [None])[-1]
+    return projections[-1] if projections else None
 
 
 def _only(found: list[Part], part: str) -> Part | str:
-    """The one part of a kind, or why there is none."""
+    """The only part of a kind, or the reason why there is none, as text."""
     word = _WORDS[part]
     same = [p for p in found if p.kind == part]
     if part == "mlp":
@@ -209,10 +224,15 @@ def _only(found: list[Part], part: str) -> Part | str:
 
 
 def find_role(block: nn.Module, role: str, width: int | None = None) -> Place | str:
-    """The place that a role means in a block, or why it means none, in words.
+    """The place of a role in a block.
 
     Args:
-        width: of the residual stream, which tells a feed-forward's last projection.
+        block: the block.
+        role: one of :data:`ROLES`.
+        width: width of the residual stream, to find a feed-forward's last projection.
+
+    Returns:
+        The reason, as text, if the role is not defined in the block.
     """
     part, side = role.rsplit("_", 1)
     if part == "block":
@@ -231,20 +251,23 @@ def find_role(block: nn.Module, role: str, width: int | None = None) -> Place | 
         return Place(only.path, side)
     if is_mixture(only.module):
         return (
-            f"is a mixture of experts, which has no single activation ({only.path!r}): each "
-            "expert's are of its own "
-            "tokens; mlp_input and mlp_output are its whole input and output"
+            f"is a mixture of experts, which has no single activation ({only.path!r}): each expert "
+            "runs on its own tokens; mlp_input and mlp_output are its whole input and output"
         )
-    last = _last_projection(only.module, width)
-    return (
-        "has a feed-forward without a last projection"
-        if last is None
-        else Place(f"{only.path}.{last}", "input")
-    )
+    projection = _last_projection(only.module, width)
+    if projection is None:
+        return "has a feed-forward without a last projection"
+    return Place(f"{only.path}.{projection}", "input")
 
 
 def why_unfit(model: nn.Module, path: str, stream: str) -> str | None:
-    """Why the module at a path has no row for each token, whatever its architecture, or None."""
+    """The reason why a module does not have one row per token in any architecture, or None.
+
+    Args:
+        model: the model.
+        path: path of the module.
+        stream: see :class:`~reft_kernels.model.components.Target`.
+    """
     names = path.split(".")
     chain = [model.get_submodule(".".join(names[: n + 1])) for n in range(len(names))]
     for name, module in zip(names, chain, strict=True):
@@ -283,7 +306,7 @@ def why_unfit(model: nn.Module, path: str, stream: str) -> str | None:
 
 
 def holds_maps(block: nn.Module) -> bool:
-    """Whether a block is convolutional: it holds channels first, [B, C, T] or [B, C, H, W]."""
+    """Whether a block is convolutional, with hidden states ``[B, C, T]`` or ``[B, C, H, W]``."""
     kinds = {p.kind for p in parts(block)}
     if "attention" in kinds or "mixer" in kinds:
         return False

@@ -1,6 +1,4 @@
-"""From a window of a batch to the rows that one adapter edits there, and those rows on the
-tensor that a module really has.
-"""
+"""Computes the rows that an adapter edits in a window, for any layout of the hidden state."""
 
 from __future__ import annotations
 
@@ -15,13 +13,17 @@ from reft_kernels.model.explicit_arguments import repeat_examples
 from reft_kernels.model.model_call import ModelCall
 from reft_kernels.model.prompts import window_of_shape
 from reft_kernels.model.response_rule import Template
-from reft_kernels.model.window import Window
+from reft_kernels.model.window import Packed, Window
 from reft_kernels.positions import Spec
 
 
 class PositionRule(NamedTuple):
-    """Which tokens an adapter edits: the spec, whether first and last have their own weights,
-    where a response starts.
+    """The positions that an adapter edits.
+
+    Attributes:
+        spec: the parsed positions.
+        untied: whether first and last positions have separate weights.
+        template: token ids that end a prompt; see :mod:`reft_kernels.model.response_rule`.
     """
 
     spec: Spec
@@ -30,8 +32,11 @@ class PositionRule(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """Rows of ``hidden.view(-1, d)`` (None: all), and the weight set of each row where prefix
-    and suffix are untied.
+    """The rows to edit.
+
+    Attributes:
+        rows: int32 ``[N]``, rows of ``hidden.view(-1, d)``, -1 is skipped; None: all rows.
+        weight_ids: int32 ``[N]``, weight set of each row; None if there is one set.
     """
 
     rows: Tensor | None
@@ -39,11 +44,17 @@ class Selection(NamedTuple):
 
 
 def select(window: Window, rule: PositionRule) -> Selection | None:
-    """The rows that ``rule`` selects in a window; None when there are none, as in every decoding
-    step of a prompt's edit.
+    """The rows that ``rule`` selects in a window.
+
+    Args:
+        window: the part of the batch that the forward processes.
+        rule: the positions to edit.
+
+    Returns:
+        None if no row can be selected, as in a decode step.
 
     Raises:
-        ValueError: explicit arguments that do not fit the batch.
+        ValueError: explicit arguments do not fit the batch.
     """
     if window.call.edit_positions is not None:
         return _from_positions(window, rule.untied)
@@ -51,9 +62,9 @@ def select(window: Window, rule: PositionRule) -> Selection | None:
     if spec.kind == "all" and not rule.untied:
         return Selection(_real_rows(window), None)
     if window.packed is not None:
-        return _from_packed(window, rule)
+        return _from_packed(window, window.packed, rule)
     lengths = window.prompt_lengths(rule.template)
-    if lengths is None:
+    if lengths is None or window.starts is None:
         return None
     rows = positions.prompt_rows(
         spec, window.starts, lengths, window.width, token_mask=window.tokens, offset=window.offset
@@ -65,18 +76,18 @@ def select(window: Window, rule: PositionRule) -> Selection | None:
 
 
 def _real_rows(window: Window) -> Tensor | None:
-    """Rows of real tokens, None for all; where asking costs a synchronisation a mask is taken to
-    hide something.
-    """
+    """Rows of real tokens; None: all rows."""
     tokens = window.tokens
     if tokens is None or window.lengths is None:
         return None
+    # on an accelerator, assume that the mask hides tokens: checking would synchronize
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and bool(tokens.all()):
         return None
     return positions.from_mask(tokens)
 
 
 def _from_positions(window: Window, untied: bool) -> Selection | None:
+    """Rows of the explicit argument ``edit_positions``."""
     chosen = window.call.edit_positions
     if not isinstance(chosen, Tensor):
         chosen = torch.as_tensor(chosen)
@@ -102,7 +113,7 @@ def _from_positions(window: Window, untied: bool) -> Selection | None:
         limit = int(window.total)
         if window.continues and chosen.numel():
             limit = max(limit, int(chosen.max()) + 1)
-        positions.from_indices(chosen, limit)  # columns out of range or repeated are refused here
+        positions.from_indices(chosen, limit)  # raises for columns out of range or repeated
     columns = chosen - offset
     base = torch.arange(window.batch, device=window.device).unsqueeze(1) * window.width
     skipped = (chosen < 0) | (columns < 0) | (columns >= window.width)
@@ -124,9 +135,9 @@ def _from_positions(window: Window, untied: bool) -> Selection | None:
     return Selection(rows, mark_rows(ids, 2))
 
 
-def _from_packed(window: Window, rule: PositionRule) -> Selection:
-    """Rows of a packed batch, whose position ids restart with each sequence: one entry a token."""
-    packed, spec, device = window.packed, rule.spec, window.device
+def _from_packed(window: Window, packed: Packed, rule: PositionRule) -> Selection:
+    """Rows of a packed batch: one entry per token, -1 for tokens that are not edited."""
+    spec, device = rule.spec, window.device
     prompt, place = window.packed_prompt(rule.template), packed.place
     count = place.shape[0]
     index = torch.arange(count, device=device)
@@ -146,29 +157,32 @@ def _from_packed(window: Window, rule: PositionRule) -> Selection:
     return Selection(mark_rows(rows, count), None if ids is None else mark_rows(ids, 2))
 
 
-# ---- rows of their own
+# ---- hidden states whose rows are not tokens
 
 
 class DeferredSelection:
-    """A selection that waits for the hidden state, whose rows the call's tokens do not count:
-    images, audio frames.
+    """A selection that depends on the hidden state's shape, as for images and audio frames.
 
-    All of ``[B, T, d]`` is prompt unless the call says where it ends (where it names no tokens,
-    which that would mean).
+    All rows of ``[B, T, d]`` are prompt, unless the call has explicit arguments and no tokens.
+
+    Args:
+        rule: the positions to edit.
+        call: arguments of the model's call.
+        frame_mask: see :func:`~reft_kernels.model.prompts.window_of_shape`.
     """
 
     def __init__(self, rule: PositionRule, call: ModelCall, frame_mask: Any = None) -> None:
         self.rule = rule
         self.call = call
-        self.frame_mask = frame_mask  # (frames, audio mask) -> bool [B, frames]
-        self._known: dict[tuple, Selection | None] = {}
+        self.frame_mask = frame_mask
+        self._selections: dict[tuple, Selection | None] = {}
 
     def select(self, hidden: Tensor) -> Selection | None:
-        """The rows of ``hidden [B, T, d]`` or ``[N, d]``."""
+        """The rows of ``hidden``, ``[B, T, d]`` or ``[N, d]``; None if there are none."""
         key = (hidden.shape[:-1], hidden.device)
-        if key not in self._known:
-            self._known[key] = self._select(hidden)
-        return self._known[key]
+        if key not in self._selections:
+            self._selections[key] = self._select(hidden)
+        return self._selections[key]
 
     def _select(self, hidden: Tensor) -> Selection | None:
         return select(
@@ -176,11 +190,11 @@ class DeferredSelection:
         )
 
 
-# ---- on the tensor that a module has
+# ---- layouts
 
 
 class TokenShape(NamedTuple):
-    """The tokens ``[batch, width]`` that rows were counted for."""
+    """Shape ``(B, T)`` of the tokens that rows refer to."""
 
     batch: int
     width: int
@@ -189,16 +203,24 @@ class TokenShape(NamedTuple):
 def place_rows(
     selection: Selection, tokens: TokenShape, hidden: Tensor, layout: str
 ) -> Selection | None:
-    """Rows counted for ``tokens`` as rows of ``hidden [..., d]``; None where that is not the tensor
-    they were counted for.
+    """Convert rows of tokens ``[B, T]`` to rows of a hidden state of another layout.
 
-    Compares sizes on the host alone. Layouts of ``hidden``:
+    Compares sizes on the host only. Layouts:
 
         "btd"          ``[B, T, d]`` or flattened ``[B * T, d]``
         "btd_padded"   ``[B, T', d]`` with T' >= T: the model pads the sequence on the right
         "tbd"          ``[T, B, d]``
-        "btsd"         ``[B, T, S, d]``: every one of S streams of a token
+        "btsd"         ``[B, T, S, d]``: all S streams of a token are edited
         "sbtd"         ``[S, B, T, d]``
+
+    Args:
+        selection: the rows to convert.
+        tokens: the shape that the rows refer to.
+        hidden: the hidden state.
+        layout: its layout.
+
+    Returns:
+        None if the shape of ``hidden`` does not fit.
     """
     batch, width = tokens
     lead = tuple(hidden.shape[:-1])
@@ -208,16 +230,14 @@ def place_rows(
         rows = selection.rows
         if rows is None:
             rows = torch.arange(batch * width, device=hidden.device, dtype=torch.int32)
-        return _moved(
-            rows, selection.weight_ids, (rows // width) * lead[1] + rows % width, batch * lead[1]
-        )
+        moved = (rows // width) * lead[1] + rows % width
+        return _renumbered(rows, selection.weight_ids, moved, batch * lead[1])
     if layout == "tbd" and lead == (width, batch):
         rows = selection.rows
         if rows is None:
             return selection
-        return _moved(
-            rows, selection.weight_ids, (rows % width) * batch + rows // width, batch * width
-        )
+        moved = (rows % width) * batch + rows // width
+        return _renumbered(rows, selection.weight_ids, moved, batch * width)
     if layout == "btsd" and len(lead) == 3 and lead[:2] == (batch, width):
         return _streams(selection, tokens, lead[2], 1, lead[2])
     if layout == "sbtd" and len(lead) == 3 and lead[1:] == (batch, width):
@@ -225,16 +245,15 @@ def place_rows(
     return None
 
 
-def _moved(rows: Tensor, weight_ids: Tensor | None, numbers: Tensor, count: int) -> Selection:
-    return Selection(
-        mark_rows(torch.where(rows < 0, -1, numbers).to(torch.int32), count), weight_ids
-    )
+def _renumbered(rows: Tensor, weight_ids: Tensor | None, moved: Tensor, count: int) -> Selection:
+    """A selection with row numbers ``moved`` below ``count``; skipped rows stay -1."""
+    return Selection(mark_rows(torch.where(rows < 0, -1, moved).to(torch.int32), count), weight_ids)
 
 
 def _streams(
     selection: Selection, tokens: TokenShape, streams: int, step: int, stride: int
 ) -> Selection:
-    """Every stream of each row: row n of stream s is ``n * stride + s * step``."""
+    """Select all streams of each row; row n of stream s is ``n * stride + s * step``."""
     if selection.rows is None:
         return selection
     rows = selection.rows.unsqueeze(1)

@@ -1,7 +1,8 @@
-"""State of the running calls: one for each thread, a stack for nested calls.
+"""State of running calls: thread-local, with a stack for nested calls.
 
-Threads, nested calls (an assistant model, a ``generate`` inside a hook) and replicas of data
-parallelism each see their own call. Which adapters are active belongs to the model, as in PEFT.
+Threads, nested calls (an assistant model, a ``generate`` inside a hook) and replicas of
+``nn.DataParallel`` each have their own state. The active adapters are a property of the model, as
+in PEFT.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from reft_kernels.model.model_call import ModelCall
 
 
 class Frame:
-    """One running call of a backbone: the context that its layer hooks consume, and the frame
-    around it.
+    """One running call of a backbone.
+
+    Attributes:
+        context: the context for its layer hooks; None if nothing is edited.
+        outer: the frame of the surrounding call, or None.
     """
 
     __slots__ = ("context", "outer")
@@ -26,7 +30,14 @@ class Frame:
 
 
 class EditorState(threading.local):
-    """The running call of an editor's model, in one thread."""
+    """The running call of an editor's model, in one thread.
+
+    Attributes:
+        call: arguments of the running call.
+        outer: (call, generation) of the surrounding calls.
+        generation: the running ``generate``.
+        members: name of the adapter of each example, from the argument ``adapter_names``.
+    """
 
     def __init__(self) -> None:  # runs once in each thread
         self.call: ModelCall | None = None

@@ -1,6 +1,4 @@
-"""The towers of a model: its lists of blocks, the language model among them, the sides, and the
-module called with inputs.
-"""
+"""Finds the towers of a model: block lists, the language model, encoder and decoder, backbones."""
 
 from __future__ import annotations
 
@@ -31,8 +29,8 @@ MODEL_INPUTS = (*TOKEN_INPUTS, *MODALITY_INPUTS)
 _TRUE_INPUTS = tuple(name for name in MODEL_INPUTS if name != "inputs_embeds")
 _LANGUAGE = ("language_model", "text_model", "thinker", "llm")
 _MODALITY = re.compile(
-    r"vision|visual|image|audio|speech|video|pixel|q_?former|perceiver|resampler|connector|projector|merger|"
-    r"abstractor|tower",
+    r"vision|visual|image|audio|speech|video|pixel|q_?former|perceiver|resampler|connector|"
+    r"projector|merger|abstractor|tower",
     re.IGNORECASE,
 )
 _LOW_LEVEL = re.compile(r"conv|patch|vq|codec|feature_(extractor|encoder)", re.IGNORECASE)
@@ -52,22 +50,18 @@ def size(module: nn.Module) -> int:
 
 
 def of_modality(path: str) -> bool:
-    """Whether a module path leads through a tower of images or sounds, or what joins one to the
-    language model.
-    """
+    """Whether a module belongs to an image or audio tower, or to a connector, by its path."""
     return any(_MODALITY.search(part) for part in path.split("."))
 
 
 def block_lists(model: nn.Module) -> list[BlockList]:
-    """Every list of blocks, outermost only (a list of experts inside a block is no list of
-    blocks).
-    """
-    found: list[BlockList] = []
+    """The outermost lists of blocks; a list of experts inside a block is not one."""
+    lists: list[BlockList] = []
     for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer.path}.") for outer in found)
+        inside = any(path.startswith(f"{outer.path}.") for outer in lists)
         if isinstance(module, nn.ModuleList) and not inside and size(module):
-            found.append(BlockList(path, module))
-    return found
+            lists.append(BlockList(path, module))
+    return lists
 
 
 def _below(path: str, root: str) -> bool:
@@ -75,7 +69,7 @@ def _below(path: str, root: str) -> bool:
 
 
 def _language_root(model: nn.Module, lists: list[BlockList]) -> str:
-    """Path of the language model in a model of several towers; "" if it is the model itself."""
+    """Path of the language model in a model with several towers; "" is the model itself."""
     root = ""
     for path, _ in model.named_modules():
         inner = path and path != root and _below(path, root)
@@ -89,8 +83,10 @@ def _language_root(model: nn.Module, lists: list[BlockList]) -> str:
 
 
 def side_paths(model: nn.Module) -> dict[str, str]:
-    """Module paths of "encoder" and "decoder" of an encoder-decoder model, or of its language
-    model; empty if it is none.
+    """Paths of the encoder and decoder of a model or of its language model.
+
+    Returns:
+        Keys "encoder" and "decoder"; empty if the model is not an encoder-decoder model.
     """
     lists = block_lists(model)
     for path, module in model.named_modules():
@@ -108,21 +104,24 @@ def side_paths(model: nn.Module) -> dict[str, str]:
     sides = {}
     for side in ("encoder", "decoder"):
         getter = getattr(model, f"get_{side}", None)
-        held = names.get(id(getter())) if callable(getter) else None
-        if held:
-            sides[side] = held
+        path = names.get(id(getter()), "") if callable(getter) else ""
+        if path:
+            sides[side] = path
     return sides
 
 
 def find_blocks(model: nn.Module, side: str | None = None) -> BlockList | None:
     """The blocks of a model's language model, or of its only tower.
 
-    Among several lists: the largest with as many entries as the configuration of its own tower
-    says, else the largest.
+    Among several lists, prefers those whose length is the number of layers in the configuration of
+    their tower, then the one with the most parameters.
 
     Args:
-        side: "encoder" or "decoder" of an encoder-decoder model; None: the encoder of such a model,
-            or the only stack.
+        model: the model.
+        side: "encoder" or "decoder" of an encoder-decoder model; None means the encoder.
+
+    Returns:
+        None if the model has no list of blocks.
     """
     candidates = block_lists(model)
     sides = side_paths(model)
@@ -142,9 +141,9 @@ def find_blocks(model: nn.Module, side: str | None = None) -> BlockList | None:
         if not of_modality(inner[c.path]) and not _LOW_LEVEL.search(inner[c.path])
     ]
 
-    def rank(found: BlockList) -> tuple[bool, int]:
-        count = read(text_config(config_of(model, found.path)), _COUNTS)
-        return len(found.blocks) == count, size(found.blocks)
+    def rank(block_list: BlockList) -> tuple[bool, int]:
+        count = read(text_config(config_of(model, block_list.path)), _COUNTS)
+        return len(block_list.blocks) == count, size(block_list.blocks)
 
     return max(text or candidates, key=rank, default=None)
 
@@ -156,12 +155,13 @@ def takes(module: nn.Module, names: Iterable[str]) -> bool:
 
 
 def backbone_path(model: nn.Module, path: str) -> str:
-    """The module whose call brings what the place at ``path`` works on.
+    """Path of the module whose call receives the inputs of the module at ``path``.
 
-    The innermost ancestor that holds blocks and whose ``forward`` takes a model's input
-    (``input_ids``, ``pixel_values``, ...); if there is none, the innermost that takes
-    ``inputs_embeds``; "" is the model itself. Embedding layers take ``input_ids`` too, but hold no
-    blocks, and encoders within a tower take ``inputs_embeds`` and a mask of another shape.
+    The innermost ancestor that contains blocks and whose ``forward`` has a parameter for model
+    inputs (``input_ids``, ``pixel_values``, ...); if there is none, the innermost ancestor with
+    ``inputs_embeds``; else "", the model itself. Embedding layers also take ``input_ids`` but
+    contain no blocks. ``inputs_embeds`` has lower priority because encoders inside a tower take it
+    together with a mask of another shape.
     """
     parts = path.split(".")
     ancestors = [".".join(parts[:depth]) for depth in range(len(parts) - 1, -1, -1)]
@@ -176,12 +176,20 @@ def backbone_path(model: nn.Module, path: str) -> str:
 
 
 def stream_of(model: nn.Module, path: str, backbone: str, block_list: BlockList | None) -> str:
-    """ "tokens" where a place has one row for each token of the backbone's call, "own" where it
-    has rows of its own.
+    """The ``stream`` of a :class:`~reft_kernels.model.components.Target`.
+
+    Args:
+        model: the model.
+        path: path of the module.
+        backbone: path of its backbone.
+        block_list: the list of blocks that contains the module; None outside the blocks.
+
+    Returns:
+        "tokens" if the module has one row per token of the backbone's call, else "own".
     """
     caller = model.get_submodule(backbone)
     if not takes(caller, MODEL_INPUTS):
-        return "tokens"  # a model of no family: its only rows are the hidden state's
+        return "tokens"  # a custom model with unknown argument names
     if not takes(caller, TOKEN_INPUTS):
         return "own"
     inner = path[len(backbone) :].lstrip(".")

@@ -1,12 +1,11 @@
-"""The width of a hidden state, from the weights around it and from the configuration of the
-tower that holds it.
-"""
+"""Determines the width of a hidden state from nearby weights or the model's configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from reft_kernels.model.families import NARROW, SIDE_BY_SIDE, config_of, model_type_of
 
@@ -23,11 +22,11 @@ _READERS = (
     "k_lin",
     "v_lin",
 )
-_PASSIVE = ("Dropout", "Identity", "DropPath", "Norm")  # without weights: what comes in goes out
+_PASSIVE = ("Dropout", "Identity", "DropPath", "Norm")  # classes that keep the width
 
 
-def read(config, names: Iterable[str]) -> int | None:
-    """The first of a configuration's values that is a positive integer."""
+def read(config: Any, names: Iterable[str]) -> int | None:
+    """The first of a configuration's attributes ``names`` that is a positive integer, or None."""
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -35,15 +34,26 @@ def read(config, names: Iterable[str]) -> int | None:
     return None
 
 
-def text_config(config):
+def is_matrix(weight: Any) -> bool:
+    """Whether a weight is a matrix, as of a linear layer."""
+    return weight is not None and weight.dim() == 2
+
+
+def text_config(config: Any) -> Any:
     """The part of a configuration that describes the text model."""
     getter = getattr(config, "get_text_config", None)
     return getter() if callable(getter) else config
 
 
 def own_width(module: nn.Module, side: str) -> int | None:
-    """Width of a module's input or output, from its own weight; None where the weight does not
-    tell.
+    """Width of a module's input or output according to its own weight.
+
+    Args:
+        module: a linear layer, an embedding, a norm or any other module.
+        side: "input" or "output".
+
+    Returns:
+        None if the module has no weight that determines the width.
     """
     features = getattr(module, "in_features" if side == "input" else "out_features", None)
     if isinstance(features, int):
@@ -53,41 +63,46 @@ def own_width(module: nn.Module, side: str) -> int | None:
     weight = getattr(module, "weight", None)
     if weight is None or isinstance(module, nn.PReLU):
         return None
-    if (
-        isinstance(getattr(module, "nf", None), int) and weight.dim() == 2
-    ):  # transformers' Conv1D: [in, out]
+    # transformers' Conv1D has a weight [in, out]
+    if isinstance(getattr(module, "nf", None), int) and weight.dim() == 2:
         return weight.shape[0 if side == "input" else 1]
     return weight.shape[0] if weight.dim() == 1 else None
 
 
-def _is_norm(module: nn.Module) -> bool:
+def _norm_width(module: nn.Module) -> int | None:
+    """Width of a norm; None for other modules."""
     weight = getattr(module, "weight", None)
-    return weight is not None and weight.dim() == 1 and "norm" in type(module).__name__.lower()
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        return None
+    return weight.shape[0] if "norm" in type(module).__name__.lower() else None
 
 
 def _first_norms(block: nn.Module) -> list[int]:
-    """Widths of the norms that stand nearest to the block itself: inner ones may be of a head or
-    a bottleneck.
-    """
+    """Widths of the outermost norms of a block; inner ones may belong to a head or bottleneck."""
     level = [block]
     while level:
         children = [(name, child) for module in level for name, child in module.named_children()]
-        found = [child.weight.shape[0] for _, child in children if _is_norm(child)]
-        if found:
-            return found
+        widths = [w for _, child in children if (w := _norm_width(child)) is not None]
+        if widths:
+            return widths
         level = [child for name, child in children if name != "downsample"]
     return []
 
 
 def stream_width(model: nn.Module, path: str, block: nn.Module, side: str = "output") -> int | None:
-    """Width of the residual stream at a block, None where nothing tells.
+    """Width of the residual stream at a block.
 
-    The block's norms tell it; where they disagree, or have no weight, the configuration of the
-    block's own tower does.
+    Read from the block's norms; if they disagree or have no weight, from the configuration of the
+    tower that contains the block.
 
     Args:
-        path: the block's path in ``model``.
-        side: "input" or "output", which differ where a stage widens the stream.
+        model: the model.
+        path: path of the block.
+        block: the block.
+        side: "input" or "output"; they differ if the block changes the width.
+
+    Returns:
+        None if the width is unknown.
     """
     reduction = getattr(getattr(block, "downsample", None), "reduction", None)
     if side == "output" and isinstance(reduction, nn.Module):
@@ -109,8 +124,11 @@ def stream_width(model: nn.Module, path: str, block: nn.Module, side: str = "out
 def between_blocks(
     model: nn.Module, path: str, block: nn.Module, side: str = "output"
 ) -> int | None:
-    """Width of what stands between blocks: the residual stream's, or that of several streams
-    side by side.
+    """Width of the hidden state between blocks.
+
+    It is the width of the residual stream, or of several concatenated streams
+    (:data:`~reft_kernels.model.families.SIDE_BY_SIDE`). The arguments are those of
+    :func:`stream_width`.
     """
     count = SIDE_BY_SIDE.get(model_type_of(model, path))
     if count is None:
@@ -121,27 +139,21 @@ def between_blocks(
 
 
 def _single_projection(module: nn.Module) -> nn.Module | None:
-    """The one projection of a module that has nothing else but norms."""
-    two = [
-        m
-        for m in module.modules()
-        if getattr(m, "weight", None) is not None and m.weight.dim() == 2
-    ]
-    if len(two) != 1 or own_width(two[0], "input") is None:
+    """The projection of a module that consists of one projection and norms, or None."""
+    projections = [m for m in module.modules() if is_matrix(getattr(m, "weight", None))]
+    if len(projections) != 1 or own_width(projections[0], "input") is None:
         return None
-    known = sum(
+    counted = sum(
         p.numel()
         for m in module.modules()
-        if m in two or _is_norm(m)
+        if m in projections or _norm_width(m) is not None
         for p in m.parameters(recurse=False)
     )
-    return two[0] if known == sum(p.numel() for p in module.parameters()) else None
+    return projections[0] if counted == sum(p.numel() for p in module.parameters()) else None
 
 
 def _end_width(module: nn.Module, side: str) -> int | None:
-    """Width where a chain of layers begins or ends; None if it is not made of layers with widths
-    alone.
-    """
+    """Width at the start or end of a chain of layers; None if a layer has no width of its own."""
     leaves = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
     widths = [own_width(m, side) for m in leaves]
     if not leaves or any(w is None for w in widths):
@@ -157,24 +169,30 @@ def place_width(
     side: str,
     stated: int | None,
 ) -> int:
-    """Width of the input or output of the module at ``path``.
+    """Width of the input or output of a module.
 
     Args:
-        block_path: the block that holds the module, or is it; None outside the blocks.
-        stated: what the user says, which wins.
+        model: the model.
+        path: path of the module.
+        module: the module.
+        block_path: path of the block that contains or is the module; None outside the blocks.
+        side: "input" or "output".
+        stated: the width that the user passed; takes precedence.
 
     Raises:
-        ValueError: neither the weights nor the configuration tell.
+        ValueError: neither the weights nor the configuration determine the width.
     """
     width = stated
     if width is None and path == block_path:
         width = between_blocks(model, path, module, side)
     elif width is None:
         width = own_width(module, side)
-        if width is None and block_path is None:
-            width = _end_width(module, side)
-        elif width is None:
-            width = _width_in_block(model, path, module, block_path, side)
+        if width is None:
+            width = (
+                _end_width(module, side)
+                if block_path is None
+                else _width_in_block(model, path, module, block_path, side)
+            )
     if width is None:
         raise ValueError(
             f"embed_dim: cannot tell the width of the {side} of {path!r} "
@@ -187,10 +205,11 @@ def place_width(
 def _width_in_block(
     model: nn.Module, path: str, module: nn.Module, block_path: str, side: str
 ) -> int | None:
+    """Width of a module inside a block that has no width of its own, or None."""
     single = _single_projection(module)
     if single is not None:
         return own_width(single, side)
-    if side == "input":  # Zamba's attention reads the embeddings beside the hidden state
+    if side == "input":  # Zamba's attention reads the hidden state and the embeddings
         read_widths = {
             own_width(m, "input") for name, m in module.named_children() if name in _READERS
         }

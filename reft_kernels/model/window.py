@@ -1,4 +1,4 @@
-"""The part of a batch that one forward sees, and where each example's prompt is in it."""
+"""The part of a batch that one forward processes, and the prompts in it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ from reft_kernels.model.response_rule import Occurrences, Template, find_templat
 
 
 class Packed(NamedTuple):
-    """A packed batch, flattened to ``[B * T]``: each token's sequence, its place there, whether
-    it starts one.
+    """A packed batch, flattened to ``[B * T]``.
+
+    Attributes:
+        sequence: int64 ``[B * T]``, number of each token's sequence.
+        place: int64 ``[B * T]``, index of each token in its sequence.
+        begins: bool ``[B * T]``, whether a token starts a sequence.
     """
 
     sequence: Tensor
@@ -26,22 +30,34 @@ class Packed(NamedTuple):
 
 @dataclasses.dataclass
 class Window:
-    """The part of a batch that one forward of a backbone sees: columns ``offset`` to ``offset +
-    width``.
+    """The columns ``offset`` to ``offset + width`` of a batch, and its prompts.
 
-    ``starts`` and ``lengths`` int64 ``[B]`` are the prompts, in columns of the whole; None while
-    decoding. ``source`` says what
-    ended them: "prompt_lengths", "generate", "labels" or "sequence". ``tokens`` is the mask ``[B,
-    width]`` of real tokens here, None where all are; ``text`` the token ids ``[B, total]`` of the
-    whole, where they are known.
+    Attributes:
+        batch: batch size B.
+        width: number of columns of this forward.
+        device: device of the tokens.
+        offset: first column of this forward; an integer tensor if the cache counts on its device.
+        total: number of columns of the whole sequence so far.
+        continues: whether a cache is filled, so that later forwards may contain more of the prompt.
+        starts: int64 ``[B]``, first column of each prompt in the whole; None while decoding.
+        lengths: int64 ``[B]``, number of tokens of each prompt; None while decoding.
+        source: where the lengths are from: "prompt_lengths", "generate", "labels" or "sequence".
+        tokens: bool ``[B, width]``, real tokens of this forward; None: all.
+        whole: bool ``[B, n]``, real tokens of the whole; None: all.
+        text: integer token ids ``[B, total]`` of the whole; None if unknown.
+        packed: the sequences of a packed batch.
+        labels: int64 ``[B, width]``, if they continue a prompt.
+        call: arguments of the model's call.
+        generation: the running ``generate``.
+        found: cached occurrences of response templates.
     """
 
     batch: int
     width: int
     device: torch.device
     offset: int | Tensor = 0
-    total: int | Tensor = 0  # columns of the whole, where the prompts are
-    continues: bool = False  # a cache is filled: more of the prompt may be to come
+    total: int | Tensor = 0
+    continues: bool = False
     starts: Tensor | None = None
     lengths: Tensor | None = None
     source: str = "sequence"
@@ -55,7 +71,7 @@ class Window:
     found: dict[Template, Occurrences] = dataclasses.field(default_factory=dict)
 
     def occurrences(self, template: Template) -> Occurrences | None:
-        """Where ``template`` ends in the whole text; None where the text is not known."""
+        """Occurrences of ``template`` in the whole text; None if the text is unknown."""
         if self.generation is not None and self.text is None:
             return self.generation.occurrences(template, self.batch, self.device)
         if self.text is None:
@@ -69,17 +85,18 @@ class Window:
         return self.found[template]
 
     def prompt_lengths(self, template: Template | None) -> Tensor | None:
-        """Prompt lengths int64 ``[B]`` under an adapter's rule; None while decoding."""
+        """Prompt lengths for an adapter's response template, int64 ``[B]``; None while decoding."""
         if template is None or self.lengths is None or self.source == "prompt_lengths":
             return self.lengths
-        found = self.occurrences(template)
-        if found is None:
+        occurrences = self.occurrences(template)
+        if occurrences is None or self.starts is None:
             return self.lengths
-        return torch.where(found.last > 0, (found.last - self.starts).clamp(min=0), self.lengths)
+        last = occurrences.last
+        return torch.where(last > 0, (last - self.starts).clamp(min=0), self.lengths)
 
     def packed_prompt(self, template: Template | None) -> Tensor:
-        """Bool ``[B * T]``: the prompts' tokens of a packed batch under an adapter's rule."""
-        sequence, place, _ = self.packed
+        """Mask of the prompt tokens of a packed batch, bool ``[B * T]``."""
+        sequence, place, _ = self._packed()
         if self.call.prompt_lengths is not None:
             return place < self._packed_lengths()[sequence]
         prompt = torch.ones_like(place, dtype=torch.bool)
@@ -94,38 +111,47 @@ class Window:
         return torch.where(length > 0, place < length, prompt)
 
     def packed_ends(self, template: Template) -> Tensor:
-        """Int64 ``[B * T]``: for each sequence of a packed batch the tokens up to its last
-        template's end, 0 without one.
+        """Number of tokens up to the end of the last template in each packed sequence.
+
+        Returns:
+            int64 ``[B * T]``, indexed by the number of the sequence; 0 without an occurrence.
         """
-        found, (sequence, place, _) = self.occurrences(template), self.packed
-        ends = torch.where(found.after[:, 1:].reshape(-1), place + 1, 0)
+        sequence, place, _ = self._packed()
+        occurrences = self.occurrences(template)
+        if occurrences is None:
+            return torch.zeros_like(place)
+        ends = torch.where(occurrences.after[:, 1:].reshape(-1), place + 1, 0)
         return torch.zeros_like(place).scatter_reduce(0, sequence, ends, "amax")
 
+    def _packed(self) -> Packed:
+        assert self.packed is not None, "only for packed batches"
+        return self.packed
+
     def _packed_lengths(self) -> Tensor:
-        given = self.call.prompt_lengths
-        given = (given if isinstance(given, Tensor) else torch.as_tensor(given)).to(
-            device=self.device
-        )
+        """The argument ``prompt_lengths`` of a packed batch, checked; int64 ``[sequences]``."""
+        lengths = self.call.prompt_lengths
+        lengths = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths)
+        lengths = lengths.to(device=self.device)
         if (
-            given.dim() != 1
-            or given.is_floating_point()
-            or given.dtype == torch.bool
-            or not given.numel()
+            lengths.dim() != 1
+            or lengths.is_floating_point()
+            or lengths.dtype == torch.bool
+            or not lengths.numel()
         ):
             raise ValueError(
-                f"prompt_lengths: got {given.dtype} {tuple(given.shape)}, expected one integer "
+                f"prompt_lengths: got {lengths.dtype} {tuple(lengths.shape)}, expected one integer "
                 "for each sequence"
             )
-        sequence, place, _ = self.packed
+        sequence, place, _ = self._packed()
         if self.device.type == "cpu" and not torch.compiler.is_compiling():
             count = int(sequence[-1]) + 1 if sequence.numel() else 0
             sizes = torch.zeros(count, dtype=torch.int64).scatter_reduce(
                 0, sequence, place + 1, "amax"
             )
-            if given.shape[0] != count:
+            if lengths.shape[0] != count:
                 raise ValueError(
-                    f"prompt_lengths: got {given.shape[0]} for a packed batch, expected {count}, "
+                    f"prompt_lengths: got {lengths.shape[0]} for a packed batch, expected {count}, "
                     "its sequences"
                 )
-            explicit_lengths(given, count, sizes, self.device)
-        return given.to(torch.int64)[: place.shape[0]]
+            explicit_lengths(lengths, count, sizes, self.device)
+        return lengths.to(torch.int64)[: place.shape[0]]

@@ -1,4 +1,4 @@
-"""Several adapters, what PEFT and transformers do with them, loading what does not fit, merging."""
+"""Several adapters on one model, adapter methods of transformers, loading errors, merging."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_two_adapters_take_turns(inputs, tmp_path):
     model = PeftModel.from_pretrained(make("llama"), tmp_path / "one", adapter_name="one")
     count = hook_count(model)
     model.load_adapter(tmp_path / "other", adapter_name="other")
-    assert hook_count(model) == count  # the same places, the same hooks
+    assert hook_count(model) == count  # both adapters edit the same modules
     for name in ("one", "other", "one"):
         model.set_adapter(name)
         assert torch.equal(logits(model, inputs), expected[name])
@@ -152,7 +152,7 @@ def test_every_member_trains_saves_and_loads(name, parametrization, inputs, tmp_
     )
 
 
-# ---- transformers' own adapter methods
+# ---- adapter methods of transformers
 
 
 def test_transformers_adds_switches_and_deletes(inputs):
@@ -182,7 +182,7 @@ def test_transformers_loads_what_peft_saved(inputs, tmp_path):
     assert torch.equal(logits(model, inputs), logits(trained, inputs))
 
 
-# ---- loading what does not fit
+# ---- loading errors
 
 
 def spoil(folder, change):
@@ -272,7 +272,7 @@ def test_an_edit_of_a_linear_layers_output_at_all_positions_merges(family, name)
     merged = model.merge_and_unload(safe_merge=True)
     assert hook_count(merged) == 0 and not any(CONTAINER in n for n, _ in merged.named_modules())
     assert not torch.allclose(edited, frozen)
-    # the merged weight is rounded once to fp32, which is no more than one layer's own rounding
+    # merging rounds the weight to fp32 once, about as much as the rounding of one layer
     torch.testing.assert_close(logits(merged, inputs), edited)
 
 

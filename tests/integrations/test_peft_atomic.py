@@ -1,6 +1,4 @@
-"""Saving over an adapter: whatever moment it is cut short at, the old adapter or the new one
-loads.
-"""
+"""Interrupted saves over an existing adapter: either the old or the new adapter loads."""
 
 from __future__ import annotations
 
@@ -43,13 +41,11 @@ def loaded(folder) -> torch.Tensor:
 
 
 class Cut(BaseException):
-    """The moment of the crash."""
+    """Simulates a crash."""
 
 
 def cut(monkeypatch, after: int, folder=None) -> None:
-    """The process ends in place of rename number ``after``: nothing later is done, not even
-    cleaning up.
-    """
+    """Simulate a crash instead of rename number ``after``; cleanup does not run either."""
     real, seen = os.replace, []
 
     def replace(source, target):
@@ -81,7 +77,7 @@ def test_a_save_cut_short_leaves_the_old_adapter_or_the_new_one(after, new, tmp_
     assert finished == (after >= 3)
     expected = logits(before) if after == 0 else logits(after_it)
     assert torch.equal(loaded(tmp_path), expected)
-    after_it.save_pretrained(tmp_path)  # the next save mends it
+    after_it.save_pretrained(tmp_path)  # the next save completes the folder
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         ReftConfig.from_pretrained(tmp_path)
@@ -94,11 +90,11 @@ def test_the_loading_of_a_save_cut_short_says_so(tmp_path, monkeypatch):
         cut(patch, 1)
         with pytest.raises(Cut):
             build(NEW, seed=2).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="cut short before it replaced adapter_config.json"):
+    with pytest.warns(UserWarning, match="interrupted before it replaced adapter_config.json"):
         found = ReftConfig.from_pretrained(str(tmp_path))
     assert found.positions == "f2"
     model = build()
-    with pytest.warns(UserWarning, match="cut short"):
+    with pytest.warns(UserWarning, match="interrupted"):
         model.load_adapter(str(tmp_path), adapter_name="other")
     assert model.peft_config["other"].positions == "f2"
 
@@ -177,7 +173,7 @@ def test_over_an_adapter_of_another_method_nothing_is_mixed(after, tmp_path, mon
 def test_over_a_folder_of_an_earlier_version_or_another_format(kind, after, tmp_path, monkeypatch):
     before, after_it = build(), build(NEW, seed=2)
     before.save_pretrained(tmp_path, safe_serialization=kind != "torch")
-    if kind == "earlier":  # no marks in either file
+    if kind == "earlier":  # no id in either file
         save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS)
         content = json.loads((tmp_path / CONFIG).read_text())
         del content["save_id"]
@@ -187,7 +183,7 @@ def test_over_a_folder_of_an_earlier_version_or_another_format(kind, after, tmp_
         cut(patch, after)
         with pytest.raises(Cut):
             after_it.save_pretrained(tmp_path, safe_serialization=kind != "to torch")
-    old = after == 0 or kind == "to torch"  # the other format's weights go last
+    old = after == 0 or kind == "to torch"  # weights of the other format are removed last
     assert torch.equal(loaded(tmp_path), logits(before) if old else logits(after_it))
 
 

@@ -1,5 +1,6 @@
-"""Programs that never import reft_kernels load ReFT adapters: fresh processes, with the
-package's entry point in place.
+"""Loading ReFT adapters without importing reft_kernels, through the package's entry point.
+
+Each test runs a program in a new process.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ENTRY = ("torch.backends", "reft_kernels", "reft_kernels_autoload:watch_peft")
 
 
 def declared() -> str:
-    """The entry point as pyproject.toml declares it, in the format of installed metadata."""
+    """The entry point in pyproject.toml, in the format of ``entry_points.txt``."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     group, name, value = re.search(
         r'^\[project\.entry-points\."([^"]+)"\]\n(\w+) = "([^"]+)"$', text, re.MULTILINE
@@ -67,7 +68,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def run(place: Path, source: str, *front: Path, module: bool = False, **variables: str) -> str:
-    """What a program prints that runs in a process of its own, away from the project's folder."""
+    """The output of a program in a new process, outside the project's folder."""
     program = place / "program.py"
     program.write_text("import sys\n" + textwrap.dedent(source))
     path = os.pathsep.join(map(str, [*front, place / "path", ROOT, ROOT / "python"]))
@@ -171,7 +172,7 @@ def test_a_package_that_cannot_be_imported_stops_its_own_adapters_only(place, tm
     )
 
 
-# a PEFT of a few lines, without torch: what the finder and the loader do with it
+# a stub of PEFT without torch, to test the finder and the loader
 FAKE = {
     "__init__": "from peft import mapping",
     "mapping": "PEFT_TYPE_TO_CONFIG_MAPPING = {'LORA': int}",
@@ -198,7 +199,7 @@ def test_the_module_imports_neither_torch_nor_the_package(place, tmp_path):
 
 
 def test_a_half_imported_peft_is_found(place, tmp_path):
-    """As it is when PEFT is what imports torch."""
+    """PEFT is only partly imported if it is PEFT that imports torch."""
     source = (
         "import peft; assert isinstance(peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING, dict) and "
         "peft.kind != 'dict'"

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: the gradients of every mode equal those without it, bit for bit."""
+"""Gradient checkpointing: gradients are bit-identical to those without checkpointing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from peft import get_peft_model
 
 from reft_kernels.integrations.peft import ReftConfig
-from tests.model.families import batch, blocks, make, shake, stacks
+from tests.model.families import batch, blocks, make, shake
 
 MODES = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non_reentrant"])
 COMPONENTS = {
@@ -53,8 +53,9 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
 
 
 def close(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Equal but for the order in which layers add to one gradient: an epsilon of its largest
-    entry, for each of 3 layers.
+    """Whether gradients are equal up to the order in which 3 layers are added.
+
+    The tolerance is one epsilon of the largest entry per layer.
     """
     eps = torch.finfo(torch.float32).eps
     return left.keys() == right.keys() and all(
@@ -128,7 +129,7 @@ def test_untied_and_two_active_adapters(reentrant):
 
 
 def test_non_reentrant_checkpoints_of_a_users_own(monkeypatch):
-    """torch's own checkpoint around a block's call, hooks and all."""
+    """``torch.utils.checkpoint`` around the call of a block, including its hooks."""
     from torch.utils.checkpoint import checkpoint
 
     inputs, plain, wrapped = batch("gpt2"), build("gpt2"), build("gpt2")
@@ -159,7 +160,7 @@ def test_a_loss_that_bypasses_the_output_is_refused_where_it_would_lose_gradient
 
 
 def test_every_second_layer_checkpointed():
-    """Layers that are and layers that are not in one graph."""
+    """Checkpointed and plain layers in one graph."""
     inputs, plain, mixed = (
         batch("llama"),
         build("llama", "mlp_output"),
@@ -173,19 +174,17 @@ def test_every_second_layer_checkpointed():
     assert close(gradients(mixed), gradients(plain))
 
 
-def test_the_step_does_not_outlive_its_graph():
+def test_the_context_does_not_outlive_its_graph():
     import gc
     import weakref
 
     model = build("llama")
     loss = model(**batch("llama")).loss
-    (scope,) = (
-        stacks(model) and model.base_model.model.representation_edits.editor._sessions.values()
-    )
-    (step,) = (weakref.ref(step) for step in scope.live)
+    (session,) = model.base_model.model.representation_edits.editor.sessions
+    (context,) = (weakref.ref(context) for context in session.live)
     loss.backward()
     with torch.no_grad():
         model(**batch("llama"))
     del loss
     gc.collect()
-    assert step() is None
+    assert context() is None

@@ -1,6 +1,4 @@
-"""One model, many callers: what belongs to a call stays in it, over threads, tasks, nested calls
-and replicas.
-"""
+"""Concurrent calls of one model do not affect each other: threads, tasks, nested calls, replicas."""
 
 from __future__ import annotations
 
@@ -51,8 +49,8 @@ def prompt(seed: int, rows: int = 1) -> torch.Tensor:
 
 
 def request(model, seed: int):
-    """One of several kinds of call: generate, forward, with and without an adapter's name, with
-    lengths.
+    """A call whose kind depends on the seed: generate or forward, with or without adapter names
+    and prompt lengths.
     """
     ids, kind = prompt(seed, 1 + seed % 3), seed % 5
     names = (
@@ -147,9 +145,7 @@ def test_tasks_of_an_event_loop():
 
 
 class Nested(LogitsProcessor):
-    """Scores with the model itself while it generates: a forward, and a generation of another
-    text.
-    """
+    """A logits processor that calls the generating model: a forward and a nested ``generate``."""
 
     def __init__(self, model, other):
         self.model, self.other, self.seen = model, other, []
@@ -200,12 +196,10 @@ def test_calls_nested_in_generate_and_in_a_hook():
 
 @pytest.mark.filterwarnings("ignore:ReFT")
 def test_assisted_generation():
-    """A draft by another edited model, by the same layers of the model itself, and by looking up
-    the prompt.
-    """
+    """Drafts by another edited model, by early layers of the same model, and by prompt lookup."""
     model, draft = build(), build("f1+l1")
     ids = prompt(13)
-    greedy = {**GREEDY, "eos_token_id": VOCAB - 1}  # drafts ask for one
+    greedy = {**GREEDY, "eos_token_id": VOCAB - 1}  # assisted generation requires one
     expected = model.generate(input_ids=ids, max_new_tokens=6, **greedy)
     for options in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 3}):
         assert torch.equal(
@@ -239,14 +233,12 @@ def test_an_exception_leaves_nothing_behind():
     assert (
         editor.state.call is None and editor.state.generation is None and editor.state.outer == []
     )
-    assert all(scope.state.frame is None for scope in editor._sessions.values())
+    assert all(session.state.frame is None for session in editor.sessions)
     assert torch.equal(model(input_ids=other).logits, expected)
 
 
 def replica_of(module: torch.nn.Module) -> torch.nn.Module:
-    """What ``nn.DataParallel`` makes of a module for one device: shallow copies that share hooks
-    and attributes.
-    """
+    """A replica as in ``nn.DataParallel``: shallow copies that share hooks and attributes."""
     copies = {m: m._replicate_for_data_parallel() for m in module.modules()}
     for original, made in copies.items():
         for name, child in original._modules.items():
@@ -261,7 +253,7 @@ def replica_of(module: torch.nn.Module) -> torch.nn.Module:
 
 @pytest.mark.filterwarnings("ignore:ReFT")
 def test_replicas_of_data_parallelism():
-    """Each replica runs its own modules, in its own thread, with the original's edits."""
+    """Each replica runs its own modules in its own thread and applies the original's edits."""
     model = build()
     inputs = [prompt(seed) for seed in (3, 11, 16)]
     with torch.no_grad():
@@ -286,7 +278,7 @@ def test_replicas_of_data_parallelism():
 
 @pytest.mark.parametrize("family", ["llama", "bert", "t5", "vit"])
 def test_forward_called_directly(family):
-    """sentence-transformers and others call ``model.forward(...)``, which runs no hooks."""
+    """``model.forward(...)`` runs no hooks; sentence-transformers and others call it."""
     model = get_peft_model(make(family), ReftConfig(rank=4, positions="f2+l2"))
     shake(model)
     inner, inputs = model.base_model.model, batch(family)
@@ -340,9 +332,8 @@ def test_copies_have_a_forward_of_their_own():
 
 @pytest.mark.filterwarnings("ignore:ReFT")
 def test_accelerates_mixed_precision_wraps_and_unwraps_a_model():
-    AcceleratorState._reset_state(
-        True
-    )  # another test of this process may have chosen another precision
+    # another test in this process may have set another precision
+    AcceleratorState._reset_state(True)
     plain = make("llama")
     plain.add_adapter(ReftConfig(rank=4, positions="f2+l2"))
     shake(plain)

@@ -1,6 +1,4 @@
-"""The configuration: what it refuses, what it keeps, and that a refused one leaves the model as
-it was.
-"""
+"""``ReftConfig``: validation, saving, and no changes of the model after an error."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Two processes on gloo: gradients under DDP and FSDP2 equal those of one process, accumulated
-ones too.
-"""
+"""DDP and FSDP2 with two gloo processes: gradients equal those of one process."""
 
 from __future__ import annotations
 
@@ -95,8 +93,9 @@ def _micro_step(wrapped, engine, last):
 
 
 def _accumulated(rank: int) -> None:
-    """Two steps, since what an engine leaves behind shows in the next; a head gets its gradient
-    in the main backward.
+    """Two steps with accumulation, because stale state of an engine would affect the second.
+
+    The head receives its gradient in the main backward.
     """
     batches = [batch("llama", seed=seed) for seed in range(MICRO)]
     whole = _build("loreft", modules_to_save=["lm_head"])
@@ -124,7 +123,7 @@ def _accumulated(rank: int) -> None:
 
 
 def _forgotten(rank: int) -> None:
-    """An optimizer owns a sharded stack's shards, which the forward saw before it gathered them."""
+    """The optimizer has the shards of a sharded stack, not the gathered parameters."""
     inputs = {k: v[rank : rank + 1] for k, v in batch("llama").items()}
     for engine in ("ddp", "fsdp2"):
         model = _build("loreft")
@@ -176,7 +175,7 @@ def _work(rank: int, port: int) -> None:
 
 
 def test_gradients_are_those_of_one_process():
-    """One pair of processes for every check, since starting them takes longer than they do."""
+    """All checks run in one pair of processes, because starting processes is slow."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

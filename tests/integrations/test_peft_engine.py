@@ -1,6 +1,4 @@
-"""What a step costs and touches: operators in a layer's hook, builds of R, foreign hooks, shared
-tensors, compiled models.
-"""
+"""Operators in a layer's hook, builds of R, foreign hooks, shared tensors, compiled models."""
 
 from __future__ import annotations
 
@@ -74,7 +72,7 @@ def builds(monkeypatch):
     "kwargs", [{}, {"positions": "f3+l2", "share_weights": False}, {"positions": "all"}], ids=str
 )
 def test_a_layers_hook_runs_one_operator_and_nothing_else(monkeypatch, training, kwargs):
-    """No synchronisation, no copy, no index building: one edit for each layer."""
+    """One edit per layer, without synchronization, copies or index computation."""
     model = build(**kwargs).train(training)
     inputs, traces = batch("llama"), []
     apply = ForwardContext.apply
@@ -85,7 +83,7 @@ def test_a_layers_hook_runs_one_operator_and_nothing_else(monkeypatch, training,
         traces.append(trace.ops)
         return result
 
-    # seen from outside an edit is one operator; what a backend does inside is its own business
+    # do not trace the operators inside a backend
     from reft_kernels import autograd
 
     monkeypatch.setattr(ForwardContext, "apply", traced)
@@ -159,7 +157,7 @@ def test_foreign_hooks_stay_and_see_the_edited_state():
 
 
 def test_captured_hidden_states_are_the_edited_ones():
-    """As transformers gives them: the input of each block, and the last normalised."""
+    """``output_hidden_states`` returns the input of each block and the last normalized state."""
     inputs, model, plain = batch("llama"), build(), make("llama")
     with torch.no_grad():
         ours = model(**inputs, output_hidden_states=True).hidden_states
@@ -170,9 +168,7 @@ def test_captured_hidden_states_are_the_edited_ones():
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_second_consumer_of_the_hidden_state_and_of_its_gradient(when):
-    """A foreign hook that uses the hidden state for a loss of its own; gradients equal those of
-    out-of-place edits.
-    """
+    """A foreign hook adds a loss on the hidden state; gradients equal those of out-of-place edits."""
     grads = []
     for inplace in (True, False):
         model, kept, received = build().train(), [], []
@@ -290,16 +286,14 @@ def test_other_numbers_of_rows_do_not_recompile():
 
 
 def test_weights_and_rows_that_are_elsewhere_are_brought_once(monkeypatch):
-    """A layer on another device than the stack: weights move with the layer, rows once for the
-    device.
-    """
+    """Layers on another device than the stack: rows are copied once per device."""
     model, inputs = build(), batch("llama")
     expected = model(**inputs).logits
     moved = []
-    copied = forward_context.ForwardContext._on
+    copied = forward_context.ForwardContext.selection_on
     monkeypatch.setattr(
         forward_context.ForwardContext,
-        "_on",
+        "selection_on",
         lambda self, s, d: moved.append(copied(self, s, d)) or moved[-1],
     )
     constructor = forward_context.Edit.__init__
@@ -314,9 +308,7 @@ def test_weights_and_rows_that_are_elsewhere_are_brought_once(monkeypatch):
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_bare_backbones(family):
-    """A model without a head is its own backbone; explicit arguments are taken out of its call
-    too.
-    """
+    """A model without a head is its own backbone and accepts explicit arguments."""
     inputs = {k: v for k, v in batch(family).items() if k != "labels"}
     backbone = {"llama": "model", "bert": "bert", "gpt2": "transformer"}[family]
     model = get_peft_model(make(family).get_submodule(backbone), ReftConfig(rank=4))
@@ -331,7 +323,7 @@ def test_bare_backbones(family):
         for explicit in ({}, {"prompt_lengths": [20, 12, 5]}):
             whole(**inputs, **explicit)
             assert torch.equal(model(**inputs, **explicit)[0], seen[-1])
-        # the inner model called by itself, as some pipelines do
+        # some pipelines call the backbone directly
         inner = whole.get_submodule(f"base_model.model.{backbone}")
         assert torch.equal(inner(**inputs, prompt_lengths=[20, 12, 5])[0], seen[-2])
 

@@ -1,6 +1,4 @@
-"""Every family: identity at the start, the right rows and nothing else, gradients, save and
-load, off means off.
-"""
+"""Each family: identity at initialization, edited rows, gradients, saving, disabling."""
 
 from __future__ import annotations
 
@@ -31,8 +29,9 @@ def adapted(family: str, **kwargs):
 
 
 def straightforward(family: str, stack, inputs, dtype, *, learn=False):
-    """Logits and loss of the plain model under plain hooks; with ``learn`` the gradients of R
-    (by layer), W and b too.
+    """Logits and loss of the base model with plain hooks.
+
+    With ``learn``, also the gradients of R (by layer), W and b.
     """
     plain = make(family).to(dtype).requires_grad_(False)
     cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
@@ -61,7 +60,7 @@ def test_identity_leaves_the_logits_bit_identical(family):
     assert torch.equal(edited, expected)
 
 
-# padding on the left is a generating model's habit; Bloom in fp64, padded left: NaN
+# only generating models pad on the left; Bloom in fp64 gives NaN with left padding
 @pytest.mark.parametrize(
     ("family", "side"),
     [(f, "right") for f in FAMILIES] + [(f, "left") for f in ("llama", "gpt2", "neox")],
@@ -75,7 +74,7 @@ def test_logits_equal_those_of_straightforward_hooks(family, side):
     with torch.no_grad():
         got = model(**inputs).logits
         frozen = make(family)(**inputs).logits
-    if family in DECODERS:  # what a model says about padding is nobody's business
+    if family in DECODERS:  # logits at padding tokens are undefined
         real = inputs["attention_mask"].bool()
         got, plain, exact, frozen = (t[real] for t in (got, plain, exact, frozen))
     assert within(got, plain, exact)
@@ -84,9 +83,7 @@ def test_logits_equal_those_of_straightforward_hooks(family, side):
 
 @EVERY
 def test_edits_exactly_the_chosen_rows(family):
-    """The output of the first block, edited and not: rows that were not chosen are
-    bit-identical, all the others differ.
-    """
+    """In the output of the first block, exactly the chosen rows differ from the base model's."""
     inputs, model, plain = batch(family), adapted(family), make(family)
     shake(model)
     seen = []
@@ -123,7 +120,7 @@ def test_gradients_reach_every_parameter_and_equal_the_straightforward_ones(fami
     )
     assert within(stack.W.grad, plain_W, exact_W)
     assert within(stack.b.grad, plain_b, exact_b)
-    # R's gradient, carried to X by the same map in fp64
+    # X's gradient from R's, by the same map in fp64
     X = stack.X.detach().double().requires_grad_()
     R = torch.stack([_householder(x) for x in X]) * stack.signs.double().unsqueeze(-1)
     R.backward(exact_R)
@@ -176,7 +173,7 @@ def test_off_is_the_frozen_model_bit_for_bit_and_unloading_leaves_no_trace(famil
 def test_hooks_are_registered_once(family):
     inputs, plain, model = batch(family), make(family), adapted(family)
     count = hook_count(model)
-    # the model: 2, its backbone: 2, one for each block
+    # 2 on the model, 2 on its backbone, 1 on each block
     assert count == hook_count(plain) + 4 + len(blocks(family, plain))
     for _ in range(3):
         model(**inputs).loss.backward()

@@ -1,6 +1,4 @@
-"""The folder of a saved adapter: its model card, and what is damaged is refused before the model
-is touched.
-"""
+"""Adapter folders: the model card, and errors for damaged files before the model changes."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ def logits(model) -> torch.Tensor:
 
 
 class Executed:
-    """What a pickle with code in it holds: ``os.mkdir`` of a folder beside the file."""
+    """An object whose unpickling executes code: ``os.mkdir`` of a folder beside the file."""
 
     def __init__(self, path):
         self.path = path
@@ -134,8 +132,8 @@ def test_the_card_says_once_how_to_load_and_keeps_what_the_user_wrote(tmp_path):
     card = tmp_path / "README.md"
     assert "import reft_kernels.integrations.peft\nmodel = " in card.read_text()
     assert card.read_text().startswith("---\n") and "library_name: peft" in card.read_text()
-    mine = card.read_text().replace(HEADING, "## What I trained\n\nÄ table of mine.\n\n" + HEADING)
-    card.write_text(mine, encoding="utf-8")
+    text = card.read_text().replace(HEADING, "## What I trained\n\nÄ table of mine.\n\n" + HEADING)
+    card.write_text(text, encoding="utf-8")
     model.save_pretrained(tmp_path)
     again = card.read_text(encoding="utf-8")
     assert again.count(HEADING) == 1 and "Ä table of mine." in again

@@ -1,6 +1,4 @@
-"""generate: prompt-only edits, however the prompt is padded, chunked or multiplied into beams;
-decoding costs nothing.
-"""
+"""``generate``: only the prompt is edited, with padding, prefill chunks and beams."""
 
 from __future__ import annotations
 
@@ -50,9 +48,7 @@ def columns_of(mask: torch.Tensor, positions: str) -> list[list[int]]:
 
 
 class Naive:
-    """The reference: hooks on a plain model that edit by absolute column, with a cursor kept by
-    hand through every forward.
-    """
+    """The reference: plain hooks that edit absolute columns and count the columns so far."""
 
     def __init__(self, family, model, stack, mask, positions, repeats=1):
         self.model, self.columns, self.repeats = model, columns_of(mask, positions), repeats
@@ -69,7 +65,7 @@ class Naive:
             width = hidden.shape[1]
             here = range(self.cursor, self.cursor + width)
             columns = [c for c in self.columns for _ in range(self.repeats)]
-            if self.everything:  # every real token of the prompt, and each token after it
+            if self.everything:  # all real tokens of the prompt and all generated tokens
                 end = max(map(max, columns))
                 columns = [
                     [c - here.start for c in here if c in chosen or c > end] for chosen in columns
@@ -108,8 +104,10 @@ SETTINGS = {
 
 
 def combinations():
-    """Everything on Llama; on the others what depends on the family. After padding on the right
-    which columns "all" means is the model's own affair."""
+    """All settings for Llama; for other families, those that depend on the family.
+
+    Right padding with positions "all" is left out: which columns are edited depends on the model.
+    """
     for side in ("left", "right"):
         for setting in (n for n in SETTINGS if n != "no_cache"):
             for positions in ("f7+l7", "l5", "prompt", "all"):
@@ -140,9 +138,8 @@ def test_generates_what_naive_hooks_generate(family, side, positions, setting):
             subject.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
         )
     assert torch.equal(results[0].sequences, results[1].sequences)
-    if (
-        torch.equal(results[0].sequences, results[2].sequences) and family != "bloom"
-    ):  # Bloom in fp64, padded left: NaN
+    # Bloom in fp64 gives NaN with left padding
+    if torch.equal(results[0].sequences, results[2].sequences) and family != "bloom":
         for got, plain, exact in zip(*(r.logits for r in results), strict=True):
             assert within(got, plain, exact)
 

@@ -1,6 +1,4 @@
-"""LoRA and other PEFT methods together with ReFT: trained, saved, loaded and generating right,
-or refused at once.
-"""
+"""LoRA and other PEFT methods together with ReFT: training, saving, generation and errors."""
 
 from __future__ import annotations
 
@@ -80,7 +78,7 @@ def of_reft(model) -> dict[str, torch.nn.Parameter]:
 
 @contextlib.contextmanager
 def oracle(model, columns):
-    """The base model with LoRA merged by hand, and ReFT (if ``columns``) by temporary hooks."""
+    """The base model with LoRA merged manually and, with ``columns``, ReFT by temporary hooks."""
     plain = make("llama")
     weights = of_lora(model)
     with torch.no_grad():
@@ -126,7 +124,7 @@ def test_both_train_and_the_logits_are_those_of_both(way, inputs, columns):
     with oracle(model, columns) as plain:
         expected = logits(plain, inputs)
     torch.testing.assert_close(logits(model, inputs), expected, rtol=1e-4, atol=1e-4)
-    with oracle(model, None) as plain:  # and the edit is no small part of it
+    with oracle(model, None) as plain:  # the edit must change the logits
         assert (logits(plain, inputs) - expected).abs().max() > 0.05
 
 
@@ -288,7 +286,7 @@ def test_what_would_lose_weights_is_refused_and_changes_nothing(case, inputs, tm
     assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
     assert torch.equal(logits(model, inputs), before)
     model.save_pretrained(tmp_path)
-    if config not in (PREFIX, ADALORA):  # which PEFT does not load for such a comparison
+    if config not in (PREFIX, ADALORA):  # PEFT cannot load these for the comparison
         assert torch.equal(
             logits(PeftModel.from_pretrained(make("llama"), tmp_path), inputs), before
         )
@@ -338,7 +336,7 @@ def test_two_reft_adapters_take_turns_over_one_lora(inputs, tmp_path):
     assert model.active_adapters == ["second", "default"] and not torch.equal(one, two)
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable == {*of_lora(model), *(n for n in of_reft(model) if ".second." in n)}
-    model.set_adapter("default")  # LoRA's only one: ReFT keeps its own
+    model.set_adapter("default")  # an adapter of LoRA: the active ReFT adapter does not change
     assert torch.equal(logits(model, inputs), two)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(make("llama"), tmp_path)
@@ -419,9 +417,8 @@ def test_the_head_that_lora_trains_stays_its_own(inputs, tmp_path):
     shake(inner)
     alone = logits(inner, inputs)
     model = get_peft_model(inner, reft(), adapter_name="reft")
-    assert torch.equal(
-        logits(model, inputs), alone
-    )  # the identity at the start: the head is still active
+    # ReFT is the identity at initialization, and the head is still active
+    assert torch.equal(logits(model, inputs), alone)
     assert any(p.requires_grad for n, p in model.named_parameters() if "lm_head" in n)
     shake(model)
     both = logits(model, inputs)
@@ -454,7 +451,9 @@ def test_other_methods_are_combined_as_lora_is(config, inputs, tmp_path):
 
 
 def test_a_batch_of_several_tasks_is_refused(inputs):
-    with pytest.raises(ValueError, match="serves one choice at a time"):
+    with pytest.raises(
+        ValueError, match="adapter_names: not supported for a model with adapters of another method"
+    ):
         nested().eval()(**inputs, adapter_names=["default", "reft", "__base__"])
 
 

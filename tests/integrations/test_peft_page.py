@@ -1,4 +1,4 @@
-"""docs/peft.md: every Python block runs, in order, in one namespace."""
+"""Runs all Python blocks of docs/peft.md, in order and in one namespace."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Where a prompt ends: one rule in training, scoring and generation, and an error where nothing
-tells.
-"""
+"""Prompt ends in training, scoring and generation, and errors if they are unknown."""
 
 from __future__ import annotations
 
@@ -31,8 +29,10 @@ def build(positions: str = SPEC, template=HEADER, **kwargs):
 
 
 def chat(prompts=(9, 6, 4), answers=(5, 3, 7), side="right", seed=2):
-    """Texts of a prompt that ends with the header and an answer: ids, mask, labels that mask the
-    prompt, prompt lengths.
+    """A batch of prompts that end with the header, each followed by an answer.
+
+    Returns:
+        Token ids, attention mask, labels that mask the prompts, prompt lengths.
     """
     generator = torch.Generator().manual_seed(seed)
     width = max(p + a for p, a in zip(prompts, answers, strict=True))
@@ -78,7 +78,7 @@ def test_the_template_gives_the_same_rows_in_every_path(side, share_weights):
 @pytest.mark.parametrize("chunk", [None, 4])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_template_in_generate(chunk, beams):
-    """A prefilled answer belongs to no prompt, though generate gets it."""
+    """A prefilled answer in the input of ``generate`` does not belong to the prompt."""
     if chunk and beams > 1:
         chunk = None
     model = build().eval()
@@ -93,9 +93,9 @@ def test_the_template_in_generate(chunk, beams):
     if chunk:
         options["prefill_chunk_size"] = chunk
     got = model.generate(input_ids=ids, attention_mask=mask, **options)
-    told = model.generate(input_ids=ids, attention_mask=mask, prompt_lengths=lengths, **options)
+    want = model.generate(input_ids=ids, attention_mask=mask, prompt_lengths=lengths, **options)
     whole = build(template=None).eval().generate(input_ids=ids, attention_mask=mask, **options)
-    assert all(torch.equal(a, b) for a, b in zip(got.logits, told.logits, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got.logits, want.logits, strict=True))
     assert not torch.allclose(got.logits[0], whole.logits[0], atol=1e-3)
 
 
@@ -144,11 +144,11 @@ def test_the_rule_is_saved(tmp_path):
         )
 
 
-# ---- what a batch cannot tell
+# ---- batches without prompt ends
 
 
 def test_labels_that_mask_nothing():
-    """labels = input_ids trained nothing, with the frozen model's loss."""
+    """With labels = input_ids nothing would be edited, and the loss would be the base model's."""
     model = build(template=None).train()
     ids, mask, labels, _ = chat()
     with pytest.raises(
@@ -158,7 +158,7 @@ def test_labels_that_mask_nothing():
         model(input_ids=ids, labels=ids, attention_mask=mask)
     for inputs in ({"labels": labels}, {"labels": ids, "prompt_lengths": [9, 6, 4]}):
         model(input_ids=ids, attention_mask=mask, **inputs).loss.backward()
-    model(input_ids=ids, labels=ids, prompt_lengths=[0, 0, 0]).loss.backward()  # asked for
+    model(input_ids=ids, labels=ids, prompt_lengths=[0, 0, 0]).loss.backward()  # explicit
     model(input_ids=ids, labels=ids, edit_positions=torch.full((3, 1), -1)).loss.backward()
     everything = build("all", template=None).train()
     everything(input_ids=ids, labels=ids, attention_mask=mask).loss.backward()
@@ -173,14 +173,14 @@ def test_nothing_tells_where_prompts_end():
     ids, mask, _, _ = chat()
     with pytest.raises(
         ValueError,
-        match="neither labels nor prompt_lengths reached the model in training; give the adapter",
+        match="the training batch has neither labels nor prompt_lengths; give the adapter",
     ):
         model(input_ids=ids, attention_mask=mask)
-    with torch.no_grad(), pytest.warns(UserWarning, match="wrong for a prompt with its answer"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="but not for a prompt with its response"):
         model.eval()(input_ids=ids, attention_mask=mask)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model(input_ids=ids, attention_mask=mask)  # once
+        model(input_ids=ids, attention_mask=mask)  # warns only once
         model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1)
 
 
@@ -196,11 +196,12 @@ def test_a_template_that_is_not_in_the_text():
         ValueError, match="response_template: an example of this training batch does not contain it"
     ):
         model(input_ids=ids, attention_mask=mask, labels=ids)
-    told = model(input_ids=ids, attention_mask=mask, labels=labels).logits  # masked labels tell
+    # labels that mask the prompt define its end
+    with_labels = model(input_ids=ids, attention_mask=mask, labels=labels).logits
     assert torch.equal(
-        told, model(input_ids=ids, attention_mask=mask, prompt_lengths=lengths).logits
+        with_labels, model(input_ids=ids, attention_mask=mask, prompt_lengths=lengths).logits
     )
-    with pytest.raises(ValueError, match="response_template"):  # embeddings hold no text
+    with pytest.raises(ValueError, match="response_template"):  # embeddings have no token ids
         model(inputs_embeds=model.get_input_embeddings()(ids).detach(), attention_mask=mask)
 
 
@@ -268,7 +269,7 @@ def test_a_cache_filled_with_a_part_of_the_prompt():
     with torch.no_grad():
         cache = DynamicCache(config=model.config)
         model(input_ids=system, past_key_values=cache, prompt_lengths=[13, 13])
-    # generate takes the whole text; from transformers 5 on also what is new, with the whole's mask
+    # generate takes the whole text; transformers 5 also takes the new tokens with the whole mask
     for inputs in (whole, question) if VERSION_5 else (whole,):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
@@ -291,14 +292,14 @@ def test_a_cache_whose_edits_are_not_the_prompts_is_said():
     mask = torch.ones_like(whole)
     empty = DynamicCache(config=model.config)
     with torch.no_grad():
-        own = model(input_ids=system, past_key_values=copy.deepcopy(empty)).past_key_values
+        stale = model(input_ids=system, past_key_values=copy.deepcopy(empty)).past_key_values
         with model.disable_adapter():
             frozen = model(input_ids=system, past_key_values=copy.deepcopy(empty)).past_key_values
     with pytest.warns(
         UserWarning,
         match=r"past_key_values holds 7 columns.*\(columns 4, 5, 6 of example 0 differ\)",
     ):
-        run(model, whole, attention_mask=mask, past_key_values=own)
+        run(model, whole, attention_mask=mask, past_key_values=stale)
     with pytest.warns(UserWarning, match=r"\(columns 0, 1, 2 of example 0 differ\)"):
         run(model, whole, attention_mask=mask, past_key_values=frozen)
     everything = build("all", template=None).eval()
@@ -312,7 +313,7 @@ def test_a_cache_whose_edits_are_not_the_prompts_is_said():
         )
 
 
-def test_a_chat_that_keeps_its_cache_is_told():
+def test_a_chat_that_keeps_its_cache_warns():
     model = build("f3+l3", template=None).eval()
     system, question = texts()
     cache = DynamicCache(config=model.config)
@@ -336,7 +337,7 @@ def test_tokens_that_continue_a_cache_outside_of_generate():
         cache = DynamicCache(config=model.config)
         model(input_ids=system, past_key_values=cache, prompt_lengths=[13, 13])
         kept = copy.deepcopy(cache)
-        with pytest.warns(UserWarning, match="counts as decoding"):
+        with pytest.warns(UserWarning, match="is taken as decoding"):
             model(input_ids=question, past_key_values=cache)
         got = model(input_ids=question, past_key_values=kept, prompt_lengths=[13, 13]).logits
         expected = model(

@@ -1,6 +1,4 @@
-"""transformers' Trainer: trains, saves, resumes to the same place; what it takes away from the
-model is noticed.
-"""
+"""transformers' Trainer: training, saving, resuming, and errors for removed columns."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from tests.model.families import VOCAB, batch, make, stacks
 
 
 class Texts(torch.utils.data.Dataset):
-    """Prompts of 9 tokens and 5 to learn."""
+    """Examples with 9 prompt tokens and 5 response tokens."""
 
     def __init__(self, count: int = 16, **extra):
         generator = torch.Generator().manual_seed(0)
@@ -129,9 +127,7 @@ def test_labels_that_do_not_arrive_are_refused_in_training_and_noticed_once_in_e
 
 
 def test_prompt_lengths_as_a_column_of_the_data(tmp_path):
-    """With remove_unused_columns=False a collator's prompt_lengths reach the hooks, and not the
-    model.
-    """
+    """With remove_unused_columns=False, prompt_lengths of a collator are used and not passed on."""
     data = Texts(prompt_lengths=9)
     run = trainer(
         tmp_path / "column",

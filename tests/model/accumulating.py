@@ -1,4 +1,4 @@
-"""Models in fp64 whose micro-batches accumulate, and what their gradients should be."""
+"""Models and micro-batches for tests of gradient accumulation, and the expected gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OTHER = {
 
 
 def build(family: str = "llama", **kwargs):
-    """In fp64, where the order of sums does not show."""
+    """A model in fp64, so that the order of summation does not matter."""
     model = get_peft_model(make(family), ReftConfig(rank=4, **kwargs))
     shake(model)
     return model.double().train()
@@ -35,10 +35,10 @@ def two_adapters():
 
 
 def micro_batches(family: str = "llama", count: int = MICRO) -> list[dict[str, torch.Tensor]]:
-    found = [batch(family, seed=seed) for seed in range(count)]
+    batches = [batch(family, seed=seed) for seed in range(count)]
     return [
         {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-        for inputs in found
+        for inputs in batches
     ]
 
 
@@ -57,10 +57,10 @@ def expected(make_model, inputs) -> dict[str, torch.Tensor]:
     return gradients(model)
 
 
-def compare(model, wanted: dict[str, torch.Tensor]) -> None:
-    found = gradients(model)
-    assert found.keys() == wanted.keys() and any(g.abs().max() > 0 for g in found.values())
-    torch.testing.assert_close(found, wanted)
+def compare(model, want: dict[str, torch.Tensor]) -> None:
+    got = gradients(model)
+    assert got.keys() == want.keys() and any(g.abs().max() > 0 for g in got.values())
+    torch.testing.assert_close(got, want)
 
 
 def checkpointing(model, reentrant: bool) -> None:

@@ -1,18 +1,25 @@
-"""What tests of whole models share: the calls that build weights."""
+"""Fixtures for tests of whole models."""
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Iterator
 
-from reft_kernels import interventions
+import pytest
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from reft_kernels.interventions import STACKED
 
 
 @pytest.fixture
-def builds(monkeypatch) -> list:
-    """The stacks that were called, in order."""
-    called = []
-    forward = interventions._Stacked.forward
-    monkeypatch.setattr(
-        interventions._Stacked, "forward", lambda self: called.append(self) or forward(self)
-    )
-    return called
+def builds() -> Iterator[list[nn.Module]]:
+    """The stacked interventions whose weights were built, in order of the calls."""
+    called: list[nn.Module] = []
+
+    def record(module: nn.Module, args: tuple, output: object) -> None:
+        if isinstance(module, tuple(STACKED.values())):
+            called.append(module)
+
+    handle = register_module_forward_hook(record)
+    yield called
+    handle.remove()

@@ -1,6 +1,4 @@
-"""Tiny random models of each family, a batch for each, and the edit written the straightforward
-way.
-"""
+"""Tiny random models of several families, a batch for each, and a plain implementation of LoReFT."""
 
 from __future__ import annotations
 
@@ -153,7 +151,7 @@ BLOCKS = {
 def make(family: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = FAMILIES[family]().eval()
-    with torch.no_grad():  # biases and norms that start at 0 or 1 would hide mistakes
+    with torch.no_grad():  # biases of 0 and norms of 1 would hide errors
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(0.05 * torch.randn_like(parameter))
@@ -161,7 +159,7 @@ def make(family: str, seed: int = 0) -> nn.Module:
 
 
 def blocks(family: str, model: nn.Module) -> nn.ModuleList:
-    if family == "vit":  # its path changed between releases
+    if family == "vit":  # its path depends on the version of transformers
         return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == LAYERS)
     return model.get_submodule(BLOCKS[family])
 
@@ -174,9 +172,7 @@ def mask_of(lengths: list[int], side: str = "right", width: int = LENGTH) -> tor
 
 
 def batch(family: str, seed: int = 1, side: str = "right") -> dict[str, torch.Tensor]:
-    """Inputs with labels: padded, with prompts of different lengths, some shorter than 14
-    tokens.
-    """
+    """Padded inputs with labels; the prompts have different lengths, some below 14 tokens."""
     generator = torch.Generator().manual_seed(seed)
     if family == "vit":
         images = torch.randn(BATCH, 3, 16, 16, generator=generator)
@@ -200,7 +196,7 @@ def batch(family: str, seed: int = 1, side: str = "right") -> dict[str, torch.Te
 def prompt_columns(
     family: str, inputs: dict[str, torch.Tensor], first: int, last: int, width: int
 ) -> list[list[int]]:
-    """Columns that f{first}+l{last} selects, example by example, by plain loops."""
+    """Columns of each example that f{first}+l{last} selects, by plain loops."""
     chosen = []
     for row in range(next(iter(inputs.values())).shape[0]):
         mask = inputs.get("attention_mask")
@@ -221,7 +217,7 @@ def plain_loreft(
     W: torch.Tensor,
     b: torch.Tensor,
 ):
-    """h + R^T (W h + b - R h) at the columns, out of place, in the dtype of its arguments."""
+    """h + R^T (W h + b - R h) at the given columns, out of place, in the dtype of the arguments."""
     edited = hidden.clone()
     for row, chosen in enumerate(columns):
         h = hidden[row, chosen]
@@ -231,9 +227,7 @@ def plain_loreft(
 
 @contextlib.contextmanager
 def plain_hooks(family: str, model: nn.Module, columns_of, weights):
-    """The straightforward implementation: a temporary hook on every block, edits by gather,
-    matmul and scatter.
-    """
+    """A plain implementation: a temporary hook on each block that gathers, edits and scatters."""
     handles = []
     for layer, block in enumerate(blocks(family, model)):
 
@@ -252,7 +246,7 @@ def plain_hooks(family: str, model: nn.Module, columns_of, weights):
 
 
 def shake(model: nn.Module, scale: float = 0.3, seed: int = 7) -> None:
-    """Move an adapter's parameters away from the identity."""
+    """Add noise to the trainable parameters, so that the adapter is not the identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -260,16 +254,14 @@ def shake(model: nn.Module, scale: float = 0.3, seed: int = 7) -> None:
 
 
 def stacks(model: nn.Module) -> list[nn.Module]:
-    """An edited model's stacked interventions."""
+    """The stacked interventions of a model."""
     return [m for m in model.modules() if type(m).__name__.startswith("Stacked")]
 
 
 def allowed(plain: torch.Tensor, exact: torch.Tensor) -> float:
-    """The error budget: twice what the straightforward fp32 computation loses against fp64, and
-    one rounding.
-    """
-    lost = (plain.double() - exact).abs().max()
-    return float(2 * lost + torch.finfo(plain.dtype).eps * exact.abs().max())
+    """The tolerance: twice the error of the plain fp32 computation, plus one rounding."""
+    error = (plain.double() - exact).abs().max()
+    return float(2 * error + torch.finfo(plain.dtype).eps * exact.abs().max())
 
 
 def within(got: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> bool:

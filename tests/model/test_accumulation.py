@@ -1,6 +1,4 @@
-"""Accumulated micro-batches share one build: the gradients of separate builds, whatever happens
-in between.
-"""
+"""Micro-batches that share one build have the same gradients as with separate builds."""
 
 from __future__ import annotations
 
@@ -82,15 +80,15 @@ def test_a_trained_model_is_the_one_that_separate_builds_train():
 
 def test_two_adapters_of_different_widths(builds):
     inputs = micro_batches()
-    wanted = expected(two_adapters, inputs)
+    want = expected(two_adapters, inputs)
     builds.clear()
     model = two_adapters()
     with share_build(model) as shared:
         accumulate(model, inputs)
         shared.flush()
     assert len(stacks(model)) == 2 and sorted(map(id, builds)) == sorted(map(id, stacks(model)))
-    assert any(".other." in name for name in wanted)
-    compare(model, wanted)
+    assert any(".other." in name for name in want)
+    compare(model, want)
 
 
 @pytest.mark.parametrize(
@@ -120,19 +118,19 @@ def test_a_head_gets_its_gradient_in_the_main_backward():
         return build("bert", modules_to_save=["classifier"])
 
     inputs, model = micro_batches("bert"), with_head()
-    wanted = expected(with_head, inputs)
+    want = expected(with_head, inputs)
     with share_build(model) as shared:
         accumulate(model, inputs)
-        heads = {n: g for n, g in wanted.items() if "classifier" in n}
+        heads = {n: g for n, g in want.items() if "classifier" in n}
         assert heads
         torch.testing.assert_close(gradients(model), heads)
         shared.flush()
-        compare(model, wanted)
+        compare(model, want)
 
 
 def test_an_evaluation_in_between_disturbs_nothing():
     inputs, model = micro_batches(), build()
-    wanted = expected(build, inputs)
+    want = expected(build, inputs)
     with torch.no_grad():
         logits = build().eval()(**inputs[0]).logits
     with share_build(model) as shared:
@@ -143,14 +141,14 @@ def test_an_evaluation_in_between_disturbs_nothing():
             model.train()
             loss.backward()
         shared.flush()
-    compare(model, wanted)
+    compare(model, want)
 
 
 @MODES
 @pytest.mark.parametrize("component", ["block_output", "mlp_output", "attention_input"])
 def test_gradient_checkpointing_builds_once_too(builds, component, reentrant):
     inputs = micro_batches()
-    wanted = expected(lambda: build(component=component), inputs)
+    want = expected(lambda: build(component=component), inputs)
     model = build(component=component)
     checkpointing(model, reentrant)
     builds.clear()
@@ -159,7 +157,7 @@ def test_gradient_checkpointing_builds_once_too(builds, component, reentrant):
         assert not gradients(model)
         shared.flush()
     assert builds == stacks(model)
-    compare(model, wanted)
+    compare(model, want)
 
 
 @MODES

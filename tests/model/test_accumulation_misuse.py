@@ -1,6 +1,4 @@
-"""The life of a shared build: what is refused when a flush is forgotten or late, what copies and
-closing leave behind.
-"""
+"""Shared builds: errors for missing or late flushes, copies of the model, closing."""
 
 from __future__ import annotations
 
@@ -105,9 +103,9 @@ def test_a_flush_with_nothing_waiting_does_nothing(builds):
             loss.backward()
         assert builds == stacks(model)
         shared.flush()
-        found = gradients(model)
+        before = gradients(model)
         shared.flush()
-        assert all(torch.equal(found[n], g) for n, g in gradients(model).items())
+        assert all(torch.equal(before[n], g) for n, g in gradients(model).items())
     compare(model, expected(build, inputs))
 
 
@@ -174,7 +172,7 @@ def test_models_are_found_through_wrappers_and_share_once():
             self.module = model
 
     shared = share_build(Wrapper())
-    with pytest.raises(ValueError, match="shares its builds already"):
+    with pytest.raises(ValueError, match="already shares its builds"):
         share_build(model)
     shared.close()
     share_build(model).close()

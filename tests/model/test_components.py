@@ -1,4 +1,4 @@
-"""Finding components by structure and by path, and saying what is wrong with a name."""
+"""Resolving components by role and by path, and the errors for names that do not match."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from tests.model.families import BLOCKS, FAMILIES, LAYERS, WIDTH, blocks, make
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_blocks_are_found_by_structure(family):
     model = make(family)
-    found = find_blocks(model)
-    assert found.blocks is blocks(family, model)
+    path, modules = find_blocks(model)
+    assert modules is blocks(family, model)
     component = resolve(model, "block_output")
     assert [t.layer for t in component.targets] == list(range(LAYERS))
-    assert [t.path for t in component.targets] == [f"{found.path}.{n}" for n in range(LAYERS)]
+    assert [t.path for t in component.targets] == [f"{path}.{n}" for n in range(LAYERS)]
     assert all(t.embed_dim == WIDTH and t.side == "output" and t.inplace for t in component.targets)
     backbone = model.get_submodule(component.backbone)
-    assert backbone is not model and found.path.startswith(component.backbone)
+    assert backbone is not model and path.startswith(component.backbone)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -31,11 +31,8 @@ def test_every_role_of_every_family_names_a_module_of_each_block(family, role):
     assert len(targets) == LAYERS
     for target in targets:
         assert isinstance(model.get_submodule(target.path), nn.Module)
-        assert target.embed_dim == (
-            64
-            if role == "mlp_activation" and family != "gpt2" and family != "bloom"
-            else target.embed_dim
-        )
+        if role == "mlp_activation" and family not in ("gpt2", "bloom"):
+            assert target.embed_dim == 64
         assert target.inplace == (role == "block_output")
 
 
@@ -125,7 +122,7 @@ class Mixer(nn.Module):
 
 
 class Custom(nn.Module):
-    """A model of nobody's family: a list of lists, experts inside blocks, an empty stage."""
+    """A model that is not from transformers, with a second list of modules and an empty stage."""
 
     def __init__(self, stages: int = 4):
         super().__init__()
@@ -150,7 +147,7 @@ def test_a_model_of_no_family():
         resolve(Custom(), "attention_output")
 
 
-def test_an_unknown_width_asks_to_be_told():
+def test_an_unknown_width_must_be_passed():
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Bilinear(3, 4, 5), nn.Bilinear(3, 4, 5)])
     with pytest.raises(ValueError, match="embed_dim: cannot tell the width"):

@@ -1,4 +1,4 @@
-"""Models and functions under torch.inference_mode, whose tensors do not count their changes."""
+"""Models and functions under ``torch.inference_mode``, whose tensors have no version counter."""
 
 from __future__ import annotations
 

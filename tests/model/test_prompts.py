@@ -1,4 +1,4 @@
-"""Where prompts end and which rows that makes, against plain loops."""
+"""Prompt ends and the rows of positions, compared with plain loops."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_a_cache_without_a_word_about_the_prompt_is_decoding():
         "attention_mask": torch.ones(2, 12),
     }
     assert rows("f7+l7", arguments) is None
-    assert rows("all", arguments) is None  # which for "all" means every row
+    assert rows("all", arguments) is None  # all rows
     window = compute_prompt_window(arguments, ModelCall(), None, token_labels=True, decoder=False)
     assert select(window, PositionRule(positions.parse("all"))).rows is None
     assert rows(
@@ -147,12 +147,12 @@ def test_a_cache_without_a_word_about_the_prompt_is_decoding():
     ) == [3, 5]
 
 
-# the end of a prompt that is padded right stands in the whole mask alone
+# with right padding, only the whole mask determines the end of the prompt
 @pytest.mark.parametrize(("side", "known"), [("left", True), ("left", False), ("right", True)])
 def test_chunks_of_a_generation_add_up_to_the_prompt(side, known):
     mask = mask_of([12, 5], side, WIDTH)
     whole = rows("f2+l3", {**tokens(), "attention_mask": mask})
-    generation, found = Generation(mask if known else None, WIDTH, ModelCall()), []
+    generation, edited = Generation(mask if known else None, WIDTH, ModelCall()), []
     for start in range(0, WIDTH, 5):
         width = min(5, WIDTH - start)
         arguments = {
@@ -161,8 +161,8 @@ def test_chunks_of_a_generation_add_up_to_the_prompt(side, known):
             "past_key_values": Cache(start),
         }
         chosen = rows("f2+l3", arguments, generation=generation) or []
-        found += [(r // width) * WIDTH + start + r % width for r in chosen]
-    assert sorted(found) == sorted(whole)
+        edited += [(r // width) * WIDTH + start + r % width for r in chosen]
+    assert sorted(edited) == sorted(whole)
     after = {**tokens(width=1), "attention_mask": torch.ones(2, 13), "past_key_values": Cache(12)}
     assert rows("f2+l3", after, generation=generation) is None
 
@@ -171,15 +171,12 @@ def test_beams_repeat_their_examples():
     mask = mask_of([12, 5], "left", WIDTH)
     generation = Generation(mask, WIDTH, ModelCall(prompt_lengths=[12, 4]))
     arguments = {**tokens(batch=6), "attention_mask": mask.repeat_interleave(3, dim=0)}
-    arguments_only = rows("f1", arguments, generation=generation)
-    assert arguments_only == [0, 12, 24, 36 + 7, 48 + 7, 60 + 7]
+    assert rows("f1", arguments, generation=generation) == [0, 12, 24, 36 + 7, 48 + 7, 60 + 7]
 
 
 @pytest.mark.parametrize("untied", [False, True])
 def test_packed_sequences_each_have_their_prompt(untied):
-    """Position ids that start again, no mask: sequences of 6, 2 and 4 tokens with prompts of 4,
-    1 and 4.
-    """
+    """Packed by position ids, without a mask: 6, 2 and 4 tokens with prompts of 4, 1 and 4."""
     sizes, prompts = [6, 2, 4], [4, 1, 4]
     position_ids = torch.cat([torch.arange(n) for n in sizes]).unsqueeze(0)
     labels = torch.ones(1, WIDTH, dtype=torch.int64)
@@ -191,35 +188,17 @@ def test_packed_sequences_each_have_their_prompt(untied):
         expected += [(start + prompt - min(2, n) + c, 1) for c in range(min(2, n))]
         start += size
     arguments = tokens(batch=1)
-    call = ModelCall(
-        position_ids=position_ids
-    )  # as the user passed them; models make ids of their own
+    call = ModelCall(position_ids=position_ids)  # from the user, not computed by the model
     got = rows("f1+l2", arguments, explicit=call._replace(labels=labels), untied=untied)
     assert sorted(got) == (sorted(expected) if untied else sorted(r for r, _ in expected))
     if not untied:
-        stated = rows("f1+l2", arguments, explicit=call._replace(prompt_lengths=prompts))
-        assert stated == got
-        assert rows("prompt", arguments, explicit=call._replace(labels=labels)) == [
-            0,
-            1,
-            2,
-            3,
-            6,
-            8,
-            9,
-            10,
-            11,
-        ]
+        with_lengths = rows("f1+l2", arguments, explicit=call._replace(prompt_lengths=prompts))
+        assert with_lengths == got
+        edited = rows("prompt", arguments, explicit=call._replace(labels=labels))
+        assert edited == [0, 1, 2, 3, 6, 8, 9, 10, 11]
 
 
-def test_images_say_nothing_about_tokens():
-    assert (
-        compute_prompt_window(
-            {"pixel_values": torch.ones(1, 3, 4, 4)},
-            ModelCall(),
-            None,
-            token_labels=False,
-            decoder=False,
-        )
-        is None
-    )
+def test_images_have_no_tokens():
+    images = {"pixel_values": torch.ones(1, 3, 4, 4)}
+    window = compute_prompt_window(images, ModelCall(), None, token_labels=False, decoder=False)
+    assert window is None

@@ -1,4 +1,4 @@
-"""Where templates end and what labels supervise, against plain loops over lists."""
+"""Occurrences of templates and spans of labels, compared with plain loops over lists."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ def ends_by_loop(row: list[int], template) -> list[int]:
 def test_every_occurrence_is_found(template):
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(6, 10, (50, 23), generator=generator)
-    found = find_template(ids, template)
-    for row, after, last in zip(ids.tolist(), found.after, found.last.tolist(), strict=True):
+    occurrences = find_template(ids, template)
+    rows = zip(ids.tolist(), occurrences.after, occurrences.last.tolist(), strict=True)
+    for row, after, last in rows:
         ends = ends_by_loop(row, template)
         assert after.nonzero().flatten().tolist() == ends
         assert last == (ends[-1] if ends else 0)
@@ -63,5 +64,5 @@ def test_a_supervised_response_before_the_last():
     )
     labels = ids.clone()
     labels[1, :6] = -100
-    found = find_template(ids, ((7,),))
-    assert earlier_turn_is_supervised(found, labels).tolist() == [True, False, False]
+    occurrences = find_template(ids, ((7,),))
+    assert earlier_turn_is_supervised(occurrences, labels).tolist() == [True, False, False]

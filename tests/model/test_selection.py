@@ -1,6 +1,4 @@
-"""Rows counted for tokens, on the tensors that modules have: every layout against plain
-indexing, every other refused.
-"""
+"""Rows for each layout of the hidden state, compared with plain indexing; other shapes raise."""
 
 from __future__ import annotations
 

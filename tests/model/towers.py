@@ -1,6 +1,4 @@
-"""Tiny random models of special families: mixtures, hybrids, several towers, unusual layouts;
-and a plain run of one.
-"""
+"""Tiny random models of special families: mixtures, hybrids, several towers, unusual layouts."""
 
 from __future__ import annotations
 
@@ -472,7 +470,7 @@ def make(family: str) -> nn.Module:
 
 
 def batch(family: str) -> dict[str, torch.Tensor]:
-    """Inputs of a family: two rows of 12 tokens; images of two; six tokens for a decoder."""
+    """Inputs of a family, two examples: 12 tokens, images or audio, 6 tokens for a decoder."""
     generator = torch.Generator().manual_seed(1)
     inputs = {}
     if family not in _NO_TOKENS:
@@ -506,8 +504,11 @@ def _hidden(values) -> torch.Tensor | None:
 def record(
     model: nn.Module, component: Component, inputs: dict[str, torch.Tensor]
 ) -> tuple[list[list], list[tuple | None]]:
-    """By plain hooks: the shapes of each target's hidden state, one a call, and of each call's
-    tokens of the backbone.
+    """Record shapes in a plain run of the model.
+
+    Returns:
+        For each target, the shapes of its hidden state, one per call; for each call of the
+        backbone, the shape of its tokens, or None.
     """
     shapes: list[list] = [[] for _ in component.targets]
     calls: list[tuple | None] = []
@@ -515,30 +516,20 @@ def record(
     names = list(inspect.signature(backbone.forward).parameters)
 
     def called(module, args, kwargs):
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        wanted = (
-            ("decoder_input_ids",)
-            if component.decoder and given.get("decoder_input_ids") is not None
-            else ()
-        )
-        found = [
-            given[n]
-            for n in (*wanted, "input_ids", "inputs_embeds")
-            if isinstance(given.get(n), torch.Tensor)
-        ]
-        calls.append(tuple(found[0].shape[:2]) if found else None)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        inputs = ("input_ids", "inputs_embeds")
+        if component.decoder:
+            inputs = ("decoder_input_ids", *inputs)
+        tokens = [arguments[n] for n in inputs if isinstance(arguments.get(n), torch.Tensor)]
+        calls.append(tuple(tokens[0].shape[:2]) if tokens else None)
 
     def output(seen):
         return lambda module, args, result: seen.append(tuple(_hidden(result).shape))
 
     def entry(seen):
         def hook(module, args, kwargs):
-            found = [
-                v
-                for v in (*args, kwargs.get("hidden_states"), *kwargs.values())
-                if isinstance(v, torch.Tensor)
-            ]
-            seen.append(tuple(found[0].shape))
+            values = (*args, kwargs.get("hidden_states"), *kwargs.values())
+            seen.append(next(tuple(v.shape) for v in values if isinstance(v, torch.Tensor)))
 
         return hook
 
@@ -557,7 +548,7 @@ def record(
 
 
 def fits(shape: tuple[int, ...], layout: str, tokens: tuple[int, int]) -> bool:
-    """Whether a hidden state of this shape is of that layout for these tokens [B, T]."""
+    """Whether a hidden state of a layout may have this shape for tokens ``[B, T]``."""
     batch_size, length = tokens
     before = shape[:-1]
     return {

@@ -1,7 +1,6 @@
-"""ReFT as a PEFT method: ``get_peft_model(model, ReftConfig(...))``, and everything PEFT does with
-a model after that.
+"""ReFT as a PEFT method, for ``get_peft_model(model, ReftConfig(...))``.
 
-Importing this module registers the method, so import it before loading a saved adapter too.
+Importing this module registers the method; import it before loading a saved adapter as well.
 """
 
 from reft_kernels.integrations.peft.atomic import install

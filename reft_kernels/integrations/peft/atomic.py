@@ -1,14 +1,14 @@
-"""Saving over an adapter that is there: a crash leaves the old adapter or the new one.
+"""Atomic saving: after a crash, the folder contains either the old adapter or the new one.
 
-PEFT writes weights and configuration one after the other, in place. For a model with ReFT adapters,
-``PeftModel.save_pretrained`` writes into a hidden folder inside the target instead, and each file
-then takes its place by a rename, an adapter's weights first. The weights carry their configuration
-and a mark, in the metadata of the safetensors file, and ``adapter_config.json`` carries the mark
-too. Where the marks differ, the save was cut short between the two renames, and the configuration
-that the weights carry is theirs: loading uses it.
+PEFT writes weights and configuration in place, one after the other. For a model with ReFT adapters,
+``PeftModel.save_pretrained`` writes to a hidden folder inside the target instead and then renames
+each file to its final name, the weights first. The metadata of the safetensors file contains a copy
+of the configuration and an id of the save; ``adapter_config.json`` contains the same id. If the ids
+differ, the save was interrupted between the two renames, and loading uses the configuration from
+the metadata.
 
-Weights of ``safe_serialization=False`` have no such metadata: each of their files is whole, and no
-more. transformers' own ``save_pretrained`` writes in place.
+With ``safe_serialization=False`` there is no metadata: each file is replaced atomically, but not
+the pair. ``save_pretrained`` of transformers writes in place.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +39,23 @@ _WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)
 
 
 def install() -> None:
-    """Put the function below in the place of ``PeftModel.save_pretrained``, once."""
+    """Replace ``PeftModel.save_pretrained`` by the atomic version, once."""
     if not hasattr(PeftModel.save_pretrained, "reft_original"):
-        PeftModel.save_pretrained = _around(PeftModel.save_pretrained)
+        PeftModel.save_pretrained = _atomic(PeftModel.save_pretrained)
 
 
-def _around(original: Any) -> Any:
+def _atomic(original: Any) -> Any:
+    """The atomic version of ``PeftModel.save_pretrained``."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def save_pretrained(
         self: PeftModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
     ) -> None:
-        given = signature.bind(self, save_directory, *args, **kwargs).arguments
+        arguments = signature.bind(self, save_directory, *args, **kwargs).arguments
         reft = any(config.peft_type == REFT for config in self.peft_config.values())
-        writes = given.get("is_main_process", True) and not os.path.isfile(save_directory)
-        if not reft or not writes or given.get("path_initial_model_for_weight_conversion"):
+        writes = arguments.get("is_main_process", True) and not os.path.isfile(save_directory)
+        if not reft or not writes or arguments.get("path_initial_model_for_weight_conversion"):
             return original(self, save_directory, *args, **kwargs)
         target = Path(save_directory)
         target.mkdir(parents=True, exist_ok=True)
@@ -66,12 +68,19 @@ def _around(original: Any) -> Any:
             shutil.rmtree(scratch, ignore_errors=True)
         return result
 
-    save_pretrained.reft_original = original
-    return save_pretrained
+    wrapper: Any = save_pretrained
+    wrapper.reft_original = original
+    return wrapper
 
 
-def _copy_cards(target: Path, scratch: Path, names: Any) -> None:
-    """Model cards are amended, so what is there has to be there."""
+def _copy_cards(target: Path, scratch: Path, names: Iterable[str]) -> None:
+    """Copy the model cards to the scratch folder: PEFT extends existing cards.
+
+    Args:
+        target: the folder to save to.
+        scratch: the hidden folder that PEFT writes to.
+        names: adapter names, which are names of subfolders except for "default".
+    """
     for folder in ("", *(name for name in names if name != "default")):
         if (target / folder / _CARD).is_file():
             (scratch / folder).mkdir(exist_ok=True)
@@ -79,24 +88,28 @@ def _copy_cards(target: Path, scratch: Path, names: Any) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Give the weights and the configuration of a ReFT adapter their common mark."""
+    """Write the id of the save to the weights and the configuration of a ReFT adapter."""
     config = read_json(folder / CONFIG_NAME)
     if config.get("peft_type") != REFT.value:
         return
     weights = folder / SAFETENSORS_WEIGHTS_NAME
-    other = folder / WEIGHTS_NAME
-    known = hashlib.sha256(json.dumps({**config, MARK: None}, sort_keys=True).encode())
-    known.update((weights if weights.is_file() else other).read_bytes())
-    config[MARK] = known.hexdigest()[:32]
+    pickled = folder / WEIGHTS_NAME
+    digest = hashlib.sha256(json.dumps({**config, MARK: None}, sort_keys=True).encode())
+    digest.update((weights if weights.is_file() else pickled).read_bytes())
+    config[MARK] = digest.hexdigest()[:32]
     if weights.is_file():
-        own = {MARK: config[MARK], OWN_CONFIG: json.dumps(config, sort_keys=True)}
-        _add_metadata(weights, own)
-    text = json.dumps(config, indent=2, sort_keys=True)  # as PEFT writes it
+        entries = {MARK: config[MARK], OWN_CONFIG: json.dumps(config, sort_keys=True)}
+        _add_metadata(weights, entries)
+    text = json.dumps(config, indent=2, sort_keys=True)  # the format of PEFT
     (folder / CONFIG_NAME).write_text(text, encoding="utf-8")
 
 
 def _add_metadata(path: Path, entries: dict[str, str]) -> None:
-    """Add entries to a safetensors file's header: its length in 8 bytes, JSON, then the tensors."""
+    """Add entries to the ``__metadata__`` of a safetensors file.
+
+    The file starts with the length of the header in 8 bytes and the header as JSON, padded with
+    spaces to a multiple of 8; the tensors follow.
+    """
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -107,35 +120,37 @@ def _add_metadata(path: Path, entries: dict[str, str]) -> None:
 
 
 def _publish(scratch: Path, target: Path) -> None:
-    """Move every file to its place: in each folder the weights, the configuration, the rest."""
-    for found, _, names in os.walk(scratch):
-        source = Path(found)
-        place = target / source.relative_to(scratch)
-        place.mkdir(exist_ok=True)
+    """Move all files to the target: in each folder weights, then configuration, then the rest."""
+    for folder, _, names in os.walk(scratch):
+        source = Path(folder)
+        destination = target / source.relative_to(scratch)
+        destination.mkdir(exist_ok=True)
         if CONFIG_NAME in names:
             _seal(source)
         order = sorted(names, key=lambda name: (name not in _WEIGHTS, name != CONFIG_NAME, name))
-        if CONFIG_NAME in names and _of_another_method(place):
-            order.remove(CONFIG_NAME)  # its weights are not ReFT's: no mark would tell
+        if CONFIG_NAME in names and _has_other_method(destination):
+            # weights of another method have no id, so an interruption would go unnoticed
+            order.remove(CONFIG_NAME)
             order.insert(0, CONFIG_NAME)
         for name in order:
             _flush(source / name)
-            os.replace(source / name, place / name)
-        _flush(place)
-        for stale in _WEIGHTS:  # PEFT would go on loading weights of the other format
+            os.replace(source / name, destination / name)
+        _flush(destination)
+        for stale in _WEIGHTS:  # PEFT would still load weights of the other format
             if CONFIG_NAME in names and stale not in names:
-                (place / stale).unlink(missing_ok=True)
+                (destination / stale).unlink(missing_ok=True)
 
 
-def _of_another_method(place: Path) -> bool:
+def _has_other_method(folder: Path) -> bool:
+    """Whether a folder contains an adapter of another method."""
     try:
-        return read_json(place / CONFIG_NAME).get("peft_type") != REFT.value
+        return read_json(folder / CONFIG_NAME).get("peft_type") != REFT.value
     except ConversionError:
         return False
 
 
 def _flush(path: Path) -> None:
-    """Put a file, or a folder's names, on the disk before what follows; where the system can."""
+    """Flush a file or a folder's entries to disk, if the file system supports it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -148,11 +163,16 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def cut_short(folder: Path) -> dict[str, Any] | None:
-    """The configuration that a local folder's weights carry, where another one stands beside them.
+def interrupted_config(folder: Path) -> dict[str, Any] | None:
+    """The configuration in the weights' metadata, if a save to the folder was interrupted.
 
-    ``adapter_config.json`` without a mark is of an earlier version; one whose mark is null was
-    written by itself, as by a user, and holds.
+    Args:
+        folder: a local adapter folder.
+
+    Returns:
+        None if the save was complete: the ids agree, or the id in ``adapter_config.json`` is null,
+        as when the user saved the configuration alone. A configuration without an id was written
+        by an earlier version, so it does not belong to weights that have one.
     """
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file() or not (folder / CONFIG_NAME).is_file():
@@ -162,10 +182,10 @@ def cut_short(folder: Path) -> dict[str, Any] | None:
     try:
         with safe_open(path, framework="pt", device="cpu") as opened:
             metadata = opened.metadata() or {}
-        own = json.loads(metadata[OWN_CONFIG])
+        config = json.loads(metadata[OWN_CONFIG])
         beside = read_json(folder / CONFIG_NAME)
-    except Exception:  # damaged files are refused when they are read
+    except Exception:  # loading reports damaged files
         return None
-    if not isinstance(own, dict) or beside.get(MARK, "") in (None, metadata.get(MARK)):
+    if not isinstance(config, dict) or beside.get(MARK, "") in (None, metadata.get(MARK)):
         return None
-    return own
+    return config

@@ -1,14 +1,14 @@
-"""ReFT on a model that has adapters of another method, such as LoRA: what may be combined, and
-which adapters are whose.
+"""Combines ReFT with adapters of another PEFT method, such as LoRA, on one model.
 
-PEFT keeps one table of configurations for a model, shared by every tuner on it. ReFT attaches to
-the model itself, under any ``PeftModel``, so that both methods' weights keep the names under which
-PEFT saves and loads them.
+All tuners of a model share one table of configurations. ReFT attaches to the innermost model, below
+every ``PeftModel``, so that the weights of both methods keep the names under which PEFT saves and
+loads them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -28,27 +28,27 @@ ORDER = (
 
 
 class AdapterConfigs(dict):
-    """A model's configurations by adapter name, refusing a tuner of another method around a ReFT
-    model.
+    """A model's configurations by adapter name; rejects other methods around a ReFT model.
 
-    Such a tuner would save its weights, and ReFT's, under names that do not load on the model
-    alone.
+    A tuner of another method that wraps a ReFT model would save the weights of both methods under
+    names that do not load on the base model.
     """
 
-    def update(self, other: Mapping[str, PeftConfig]) -> None:
-        """Add configurations, as a tuner does that ``get_peft_model`` wraps around the model.
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Add configurations; ``get_peft_model`` calls it if the model has a tuner already.
 
         Raises:
-            ValueError: one of them is of another method.
+            ValueError: a configuration of another method.
         """
-        for name, config in other.items():
+        added: dict[str, PeftConfig] = dict(*args, **kwargs)
+        for name, config in added.items():
             if config.peft_type != REFT:
                 raise ValueError(
                     f"adapter {name!r}: {_method(config)} cannot be attached to a model with ReFT "
                     "adapters, since PEFT would "
                     f"save neither so that it loads again; {ORDER}"
                 )
-        super().update(other)
+        super().update(added)
 
 
 def _method(config: PeftConfig) -> str:
@@ -56,10 +56,10 @@ def _method(config: PeftConfig) -> str:
 
 
 def _why_alone(config: PeftConfig) -> str | None:
-    """Why an adapter cannot be combined with ReFT, or None."""
+    """The reason why an adapter cannot be combined with ReFT, or None."""
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     if config.is_prompt_learning or config.is_adaption_prompt:
-        return "it puts tokens of its own into the sequence, which ReFT's positions do not count"
+        return "it adds tokens to the sequence, which ReFT's positions do not count"
     if tuner is None or not issubclass(tuner, BaseTuner) or tuner.uses_shared_state:
         return "it keeps weights outside the layers that it adapts"
     if tuner.forward is not BaseTuner.forward:
@@ -70,10 +70,10 @@ def _why_alone(config: PeftConfig) -> str | None:
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The model under every ``PeftModel`` around it, to which ReFT attaches.
+    """The model below every ``PeftModel``, to which ReFT attaches.
 
     Raises:
-        ValueError: an adapter on it cannot be combined with ReFT.
+        ValueError: the model has an adapter that cannot be combined with ReFT.
     """
     while True:
         configs = getattr(model, "peft_config", None)
@@ -89,16 +89,18 @@ def innermost(model: nn.Module) -> nn.Module:
 
 
 def check_new(configs: Mapping[str, PeftConfig], name: str, config: PeftConfig) -> None:
-    """Refuse an adapter that would take the place of another method's.
+    """Check that a new adapter does not conflict with adapters of other methods.
 
     Args:
-        configs: what the model has already.
+        configs: the configurations that the model has already.
+        name: name of the new adapter.
+        config: configuration of the new adapter.
 
     Raises:
-        ValueError: the name is another method's, or both train the same module in full.
+        ValueError: an adapter of another method has the name or the same ``modules_to_save``.
     """
     other = configs.get(name)
-    if other is not None and other.peft_type != REFT:  # ReFT's own is replaced, as PEFT does
+    if other is not None and other.peft_type != REFT:  # a ReFT adapter is replaced, as in PEFT
         raise ValueError(
             f"adapter_name: {name!r} is already an adapter of this model ({_method(other)}); pass "
             "another name, as in "
@@ -112,22 +114,24 @@ def check_new(configs: Mapping[str, PeftConfig], name: str, config: PeftConfig) 
         if other.peft_type != REFT and both:
             raise ValueError(
                 f"modules_to_save: {sorted(both)} belong to adapter {other_name!r} "
-                f"({_method(other)}) already, and only one "
-                "adapter can train a module in full; leave them to that one (with a task_type of "
-                "SEQ_CLS or TOKEN_CLS PEFT "
-                "adds the head by itself: leave task_type out of the ReftConfig)"
+                f"({_method(other)}) already, and only one adapter can train a module in full; "
+                "leave them to that one (for task_type SEQ_CLS or TOKEN_CLS, PEFT adds the head: "
+                "leave task_type out of the ReftConfig)"
             )
 
 
 def share_configs(model: nn.Module, tuner: BaseTuner, wrapped: nn.Module) -> None:
-    """Give the model and every tuner on it one :class:`AdapterConfigs`.
+    """Let the model and all tuners on it share one :class:`AdapterConfigs`.
 
     Args:
-        wrapped: what was passed as the model: the model itself or a ``PeftModel`` around it.
+        model: the innermost model.
+        tuner: the ReFT tuner.
+        wrapped: the model that was passed to PEFT: the innermost model or a ``PeftModel``.
     """
     if not isinstance(tuner.peft_config, AdapterConfigs):
         tuner.peft_config = AdapterConfigs(tuner.peft_config)
-    model.peft_config = tuner.peft_config
+    holder: Any = model
+    holder.peft_config = tuner.peft_config
     while isinstance(wrapped, PeftModel | PeftMixedModel):
         wrapped.base_model.peft_config = tuner.peft_config
         wrapped = wrapped.base_model.model
@@ -141,7 +145,7 @@ def other_layers(model: nn.Module) -> list[BaseTunerLayer]:
 
 
 def auxiliary(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
-    """The modules that adapters train in full (``modules_to_save``)."""
+    """The wrappers of modules that adapters train in full (``modules_to_save``)."""
     return [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
 
 
@@ -151,38 +155,44 @@ def other_active(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[st
         name
         for layer in other_layers(model)
         for name in layer.active_adapters
-        if name in held(layer)
+        if name in adapters_of(layer)
     }
     return [name for name, config in configs.items() if name in active and config.peft_type != REFT]
 
 
-def held(layer: BaseTunerLayer) -> set[str]:
-    """The adapters of which a tuner layer holds weights."""
+def adapters_of(layer: BaseTunerLayer) -> set[str]:
+    """The adapters that have weights in a tuner layer."""
     return layer._get_available_adapters()
 
 
 def without_weights(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[str]:
-    """Adapters in ``configs`` of other methods that no layer of the model holds any more."""
-    found: set[str] = set()
+    """Adapters of other methods in ``configs`` that have no weights in the model any more."""
+    present: set[str] = set()
     for layer in other_layers(model):
-        found |= held(layer)
+        present |= adapters_of(layer)
     for module in auxiliary(model):
-        found |= set(module._adapters)
+        present |= set(module._adapters)
     return [
-        name for name, config in configs.items() if config.peft_type != REFT and name not in found
+        name for name, config in configs.items() if config.peft_type != REFT and name not in present
     ]
 
 
 def set_active(
     model: nn.Module, configs: Mapping[str, PeftConfig], names: Iterable[str], inference_mode: bool
 ) -> list[str]:
-    """Make adapters active, each in place of its own method's; other methods keep theirs.
+    """Set the active adapters of each method in ``names``; other methods are not changed.
+
+    Args:
+        model: the innermost model.
+        configs: the configurations of all its adapters.
+        names: names of the adapters to activate.
+        inference_mode: whether to freeze the activated adapters.
 
     Returns:
-        Every active adapter, ReFT's first.
+        All active adapters, those of ReFT first.
 
     Raises:
-        ValueError: a name that the model does not have.
+        ValueError: unknown names.
     """
     names = list(names)
     unknown = sorted(set(names) - set(configs))
@@ -197,26 +207,26 @@ def set_active(
                 [n for n in names if configs[n].peft_type == method], inference_mode=inference_mode
             )
     for module in auxiliary(model):
-        mine = [name for name in names if name in module._adapters]
-        if mine or set(module.active_adapters) & replaced:
-            module.set_adapter(mine, inference_mode=inference_mode)
+        activated = [name for name in names if name in module._adapters]
+        if activated or set(module.active_adapters) & replaced:
+            module.set_adapter(activated, inference_mode=inference_mode)
     return all_active(model, configs)
 
 
 def all_active(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[str]:
-    """Every active adapter of a model, ReFT's first."""
+    """All active adapters of a model, those of ReFT first."""
     reft = {
         n: None
         for m in model.modules()
         if isinstance(m, ReftLayer)
         for n in m.active_adapters
-        if n in held(m)
+        if n in adapters_of(m)
     }
     return [*reft, *other_active(model, configs)]
 
 
 def delete_other(model: nn.Module, configs: dict[str, PeftConfig], name: str) -> None:
-    """Delete an adapter of another method, as that method's tuner does."""
+    """Delete an adapter of another method, like the tuner of that method."""
     config = configs.pop(name)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]

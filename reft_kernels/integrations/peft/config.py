@@ -1,4 +1,4 @@
-"""What a user says about a ReFT adapter: a PEFT configuration, checked when it is made."""
+"""``ReftConfig``, the PEFT configuration of a ReFT adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES
@@ -35,38 +35,41 @@ def _is_count(value: object) -> bool:
 
 @dataclasses.dataclass
 class ReftConfig(PeftConfig):
-    """Configuration of a ReFT adapter: h + R^T (W h + b - R h) at chosen tokens of chosen layers,
-    and its family.
+    """Configuration of a ReFT adapter.
+
+    LoReFT edits the hidden states h of chosen tokens and layers to h + R^T (W h + b - R h); the
+    other interventions are variants of this formula.
 
     Args:
         layers: "all" or a list of layer numbers.
         rank: r, 1 to 256.
-        positions: tokens to edit: "f7+l7" (first and last n of the prompt), "f3", "l1", "prompt" or
-            "all".
-        share_weights: False gives first and last positions their own weights ("fN+lM" only).
-        pyreft_positions: count first and last tokens as pyreft's ReftDataset classes do: without
-        the prompt's last token, and never more than half of the rest. The paper's script counts the
-        last token, as False does.
-        response_template: what stands right before a response, such as a chat template's assistant
-            header: token ids, a list of alternatives (each of them token ids), or ``(text,
-            tokenizer)``. A prompt ends after its last occurrence, in training, scoring and
-            generation alike. Saved as token ids. See :func:`from_chat_template`.
+        positions: tokens to edit: "f7+l7" (first 7 and last 7 tokens of the prompt), "f3", "l1",
+            "prompt" or "all".
+        share_weights: False for separate weights at first and last positions ("fN+lM" only).
+        pyreft_positions: count first and last tokens like pyreft's ReftDataset classes: without
+            the last token of the prompt, and at most half of the others each. The paper's script
+            counts the last token, which is the default here.
+        response_template: the text right before a response, such as the assistant header of a chat
+            template: token ids, a list of alternatives (token ids each), or ``(text, tokenizer)``.
+            A prompt ends after the last occurrence, in training, scoring and generation. Saved as
+            token ids. See :func:`from_chat_template`.
         intervention: loreft, direft, nodireft, noreft, consreft, lobireft or red.
-        component: what to edit: a role such as "block_output", or a module path such as
+        component: a role such as "block_output", or a module path such as
             "model.layers.{layer}.mlp"; see :mod:`reft_kernels.model.components`.
         activation: linear, relu, gelu, gelu_tanh, silu, tanh or sigmoid.
-        dropout: probability with which an entry of the edit is dropped in training.
-        parametrization: of R: householder or cayley.
-        init: "identity" (the model is unchanged at the start) or "orthogonal"; None: identity where
-            the intervention has one.
-        embed_dim: width of the component, where neither the model's configuration nor its weights
-            tell it.
-        modules_to_save: modules trained and saved in full besides, such as a classification head.
-        save_id: set by saving: the weights in the same folder carry it too; see
-            :mod:`reft_kernels.integrations.peft.atomic`.
+        dropout: dropout probability for the entries of the edit in training.
+        parametrization: parametrization of R: householder or cayley.
+        init: "identity" (the edit is zero at initialization) or "orthogonal"; None: "identity" if
+            the intervention supports it.
+        embed_dim: width of the component; needed only if neither the model's configuration nor its
+            weights determine it.
+        modules_to_save: further modules that are trained and saved in full, such as a
+            classification head.
+        save_id: set when the adapter is saved; see :mod:`reft_kernels.integrations.peft.atomic`.
 
     Raises:
-        ValueError, TypeError: a value out of range, naming the argument.
+        ValueError: a value out of range.
+        TypeError: a value of a wrong type.
     """
 
     layers: str | list[int] = dataclasses.field(
@@ -113,17 +116,17 @@ class ReftConfig(PeftConfig):
         default=None,
         repr=False,
         compare=False,
-        metadata={"help": "Mark of the weights it was saved with"},
+        metadata={"help": "Id of the save that wrote the configuration and its weights"},
     )
 
-    # PEFT matches modules by name; this method finds its components itself
+    # PEFT requires this attribute, but this method resolves its components without it
     target_modules: ClassVar[str] = DUMMY_TARGET_MODULES
-    # set by from_pretrained: a file's weights are still to come
-    awaits_weights: ClassVar[bool] = False
-    folder: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # not dataclass fields, so that they are not saved; from_pretrained sets them
+        self.awaits_weights = False  # weights from a file will be loaded next
+        self.folder: str | None = None  # the folder of the file
         self.peft_type = REFT
         if self.layers != "all":
             self.layers = self._checked_layers()
@@ -158,7 +161,7 @@ class ReftConfig(PeftConfig):
             )
 
     def _checked_layers(self) -> list[int]:
-        layers = self.layers
+        layers: object = self.layers
         if isinstance(layers, range | tuple | set):
             layers = sorted(layers) if isinstance(layers, set) else list(layers)
         if (
@@ -181,42 +184,43 @@ class ReftConfig(PeftConfig):
 
     @property
     def rule(self) -> PositionRule:
-        """Which tokens are edited, as the engine has it."""
+        """The edited positions, in the form that :mod:`reft_kernels.model` uses."""
         template = self.response_template
         alternatives = None if template is None else tuple(tuple(ids) for ids in template)
         return PositionRule(self.spec, not self.share_weights, alternatives)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> ReftConfig:
-        """As :meth:`peft.PeftConfig.from_pretrained`.
+        """Load a configuration; see :meth:`peft.PeftConfig.from_pretrained`.
 
-        Where a save into a local folder was cut short between weights and configuration, the
-        configuration that the weights carry is read, with a warning.
+        If a save to a local folder was interrupted between weights and configuration, uses the
+        configuration in the weights' metadata and gives a warning.
         """
         folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
         config = super().from_pretrained(
             pretrained_model_name_or_path, subfolder=subfolder, **kwargs
         )
-        own = atomic.cut_short(Path(folder))
-        if own is not None:
+        saved_with_weights = atomic.interrupted_config(Path(folder))
+        if saved_with_weights is not None:
             warnings.warn(
-                f"{folder}: a save was cut short before it replaced {CONFIG_NAME}; the "
-                "configuration that the weights carry "
-                "is used in its place",
+                f"{folder}: a save was interrupted before it replaced {CONFIG_NAME}; using the "
+                "configuration in the weights' metadata instead",
                 stacklevel=2,
             )
-            with tempfile.TemporaryDirectory() as found:
-                (Path(found) / CONFIG_NAME).write_text(json.dumps(own), encoding="utf-8")
-                config = super().from_pretrained(found, **kwargs)
+            with tempfile.TemporaryDirectory() as temporary:
+                text = json.dumps(saved_with_weights)
+                (Path(temporary) / CONFIG_NAME).write_text(text, encoding="utf-8")
+                config = super().from_pretrained(temporary, **kwargs)
         config.awaits_weights = True
         config.folder = folder
         return config
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As :meth:`peft.PeftConfig.save_pretrained`; the folder's model card says how to load
-        the adapter.
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save a configuration; see :meth:`peft.PeftConfig.save_pretrained`.
+
+        Also adds a section to the folder's model card that explains how to load the adapter.
         """
         super().save_pretrained(save_directory, **kwargs)
         saving.write_card(Path(save_directory), self)

@@ -1,11 +1,8 @@
-"""The adapters of one model as PEFT sees them: tuner layers that hold the stacked parameters of one
-width.
-"""
+"""PEFT tuner layers with the stacked parameters of a model's ReFT adapters."""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,16 +12,22 @@ from reft_kernels.interventions import Intervention
 from reft_kernels.model import Editor
 
 CONTAINER = "representation_edits"
-"""Name of the child module added to an edited model. It must not contain the method's prefix:
-PEFT skips modules whose path does."""
+"""Name of the child module that is added to an edited model.
+
+Must not contain the prefix of the method, because PEFT skips modules whose path contains it.
+"""
 
 
 class ReftLayer(nn.Module, BaseTunerLayer):
-    """The stacked interventions of one width, one for each adapter: a tuner layer without a base
-    layer.
+    """A tuner layer without a base layer: one stacked intervention of one width per adapter.
+
+    Args:
+        editor: the editor of the model.
     """
 
     adapter_layer_names = ("reft_stack",)
+    reft_stack: nn.ModuleDict
+    active_adapters: list[str]  # property of BaseTunerLayer
 
     def __init__(self, editor: Editor) -> None:
         super().__init__()
@@ -35,18 +38,20 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Make these adapters the ones that edit, in this order."""
+        """Set the active adapters, in the order in which they edit."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.editor.active = tuple(self.active_adapters)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Turn every edit on or off."""
+        """Enable or disable all edits."""
         super().enable_adapters(enabled)
         self.editor.enabled = enabled
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Drop an adapter; where it was active the first of the others takes its place, and with
-        the last the hooks go.
+        """Delete an adapter.
+
+        If it was the only active one, activates the first of the others by name. Deleting the last
+        adapter removes the hooks.
         """
         self.editor.remove(adapter_name)
         if adapter_name in self.reft_stack:
@@ -63,22 +68,26 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(active)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Not possible in place: see :meth:`ReftTuner.merge_and_unload`."""
+        """Not supported in place; use :meth:`ReftTuner.merge_and_unload`.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(
             "merge_adapter: ReFT edits are not weights of a base layer; merge_and_unload merges "
             "what is exact"
         )
 
     def unmerge(self) -> None:
-        """Nothing is ever merged in place."""
+        """Do nothing: adapters are never merged in place."""
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move an adapter that was loaded onto its model's device; its dtype stays."""
+        """Move a loaded adapter to the device of the model; keeps its dtype."""
         if adapter_name not in self.reft_stack:
             return
-        target = device if device is not None else _device_of(self.editor.model)
+        target = device if device is not None else device_of(self.editor.model)
         stack = self.reft_stack[adapter_name]
         if not any(t.is_meta for t in (*stack.parameters(), *stack.buffers())):
             stack.to(target)
@@ -88,59 +97,71 @@ class ReftLayer(nn.Module, BaseTunerLayer):
 
 
 class AdapterContainer(nn.Module):
-    """The child of an edited model under which its adapters live: one :class:`ReftLayer` for each
-    width.
+    """The child of an edited model that contains its adapters: one :class:`ReftLayer` per width.
+
+    Args:
+        editor: the editor of the model.
+
+    Attributes:
+        frozen: parameters that the first adapter froze, to undo a failed injection.
     """
 
     def __init__(self, editor: Editor) -> None:
         super().__init__()
         self.editor = editor
-        self.frozen: list[
-            nn.Parameter
-        ] = []  # what the first adapter froze, for an adapter that has to be taken back
+        self.frozen: list[nn.Parameter] = []
+
+    def _layers(self) -> dict[str, ReftLayer]:
+        return {name: m for name, m in self._modules.items() if isinstance(m, ReftLayer)}
 
     def layer(self, width: int) -> ReftLayer:
-        """The layer of a width, made when first asked for."""
+        """The layer of a width; created if there is none."""
         name = f"d{width}"
-        if name not in self._modules:
-            layer = ReftLayer(self.editor)
-            first = next(iter(self.children()), None)
-            if first is not None:
-                layer._active_adapter, layer._disable_adapters = (
-                    first._active_adapter,
-                    first._disable_adapters,
-                )
-            self.add_module(name, layer)
-        return self._modules[name]
+        layers = self._layers()
+        if name in layers:
+            return layers[name]
+        layer = ReftLayer(self.editor)
+        first = next(iter(layers.values()), None)
+        if first is not None:
+            layer._active_adapter = first._active_adapter
+            layer._disable_adapters = first._disable_adapters
+        self.add_module(name, layer)
+        return layer
 
     def drop(self, adapter_name: str) -> None:
-        """Take an adapter out of every layer, and layers that hold none out of the model."""
-        for name, layer in list(self.named_children()):
+        """Remove an adapter from all layers, and remove layers without adapters."""
+        for name, layer in self._layers().items():
             if adapter_name in layer.reft_stack:
                 del layer.reft_stack[adapter_name]
             if not layer.reft_stack:
                 del self._modules[name]
 
     def stacks(self, adapter_name: str) -> dict[int, Intervention]:
-        """An adapter's stacks by width."""
-        return {
-            int(name[1:]): layer.reft_stack[adapter_name]
-            for name, layer in self.named_children()
-            if adapter_name in layer.reft_stack
-        }
+        """The stacked interventions of an adapter, by width."""
+        stacks: dict[int, Intervention] = {}
+        for name, layer in self._layers().items():
+            if adapter_name in layer.reft_stack:
+                stack = layer.reft_stack[adapter_name]
+                assert isinstance(stack, Intervention)
+                stacks[int(name[1:])] = stack
+        return stacks
 
 
 def find_container(model: nn.Module) -> tuple[str, AdapterContainer] | None:
-    """The container of a model's adapters, and its path."""
+    """The path and the container of a model's adapters; None if it has none."""
     return next(
         ((name, m) for name, m in model.named_modules() if isinstance(m, AdapterContainer)), None
     )
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    """Where a model's own first parameter is, adapters apart."""
-    tensors: Any = (
-        p for name, p in model.named_parameters() if not name.startswith(f"{CONTAINER}.")
-    )
-    first = next(tensors, None)
+def container_of(model: nn.Module) -> AdapterContainer | None:
+    """The container that is a child of ``model``; None if it has none."""
+    container = model._modules.get(CONTAINER)
+    return container if isinstance(container, AdapterContainer) else None
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of a model's first parameter outside the adapters; CPU if it is a meta tensor."""
+    parameters = (p for name, p in model.named_parameters() if not name.startswith(f"{CONTAINER}."))
+    first = next(parameters, None)
     return torch.device("cpu") if first is None or first.is_meta else first.device

@@ -1,6 +1,4 @@
-"""PEFT's list of methods is an enum: this adds ours to it at run time, without touching PEFT's
-source.
-"""
+"""Adds the method to PEFT's enum ``PeftType`` at run time and registers it."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ PREFIX = "reft_"
 
 
 def _member(value: str) -> PeftType:
+    """The member of ``PeftType`` with this name and value; added if it is missing."""
     if value in PeftType.__members__:
         return PeftType[value]
     member = str.__new__(PeftType, value)
@@ -31,16 +30,20 @@ REFT = _member(NAME.upper())
 def register(config_class: type, tuner_class: type) -> None:
     """Register the method with PEFT, once.
 
+    Args:
+        config_class: the configuration class.
+        tuner_class: the tuner class.
+
     Raises:
-        ImportError: PEFT has a method of that name which is not this one.
+        ImportError: PEFT has another method of the same name.
     """
-    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(REFT)
-    if known is None:
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(REFT)
+    if registered is None:
         register_peft_method(
             name=NAME, config_cls=config_class, model_cls=tuner_class, prefix=PREFIX
         )
-    elif known is not config_class:
+    elif registered is not config_class:
         raise ImportError(
-            f"PEFT has another method called {NAME!r} ({known.__module__}); reft_kernels cannot "
-            "register its own"
+            f"PEFT has another method called {NAME!r} ({registered.__module__}); reft_kernels "
+            "cannot register its own"
         )

@@ -1,10 +1,9 @@
-"""What stands around PEFT's saving and loading of an adapter folder: the model card's section, and
-refusing what is damaged.
-"""
+"""Checks before PEFT saves or loads an adapter folder, and the section of the model card."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from peft.config import PeftConfig
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
@@ -30,12 +29,15 @@ model = peft.PeftModel.from_pretrained(base_model, "path/to/this/folder")
 
 
 def write_card(folder: Path, config: PeftConfig) -> None:
-    """Add to a folder's model card how to load the adapter, once; what the card says already
-    stays.
+    """Append a section that explains how to load the adapter to the model card, once.
+
+    Args:
+        folder: the adapter folder.
+        config: the adapter's configuration, for the header of a new card.
     """
     path = folder / CARD
     if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:  # line ends stay as they are
+        with path.open(encoding="utf-8", newline="") as file:  # newline="" keeps line endings
             text = file.read()
         if HEADING in text:
             return
@@ -48,14 +50,18 @@ def write_card(folder: Path, config: PeftConfig) -> None:
 
 
 def check_weights(config: PeftConfig) -> None:
-    """Refuse a local folder whose weights are missing or damaged, before the model is touched.
+    """Check the weights in a local folder before the model is changed.
+
+    Args:
+        config: a configuration from ``from_pretrained``. Folders on the Hub are not checked.
 
     Raises:
-        ValueError: no weights, a truncated or foreign file, or one that would have to execute code.
+        ValueError: the weights are missing, truncated or of another format, or loading them would
+            execute code.
     """
     folder = Path(config.folder) if config.folder else None
     if folder is None or not (folder / CONFIG_NAME).is_file():
-        return  # of the Hub: PEFT downloads it
+        return  # on the Hub: PEFT downloads it later
     if (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         read_safetensors(folder / SAFETENSORS_WEIGHTS_NAME)
     elif (folder / WEIGHTS_NAME).is_file():
@@ -68,24 +74,28 @@ def check_weights(config: PeftConfig) -> None:
 
 
 def check_complete(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to save where another adapter's weights, or these, would be lost.
+    """Check before saving that no adapter's weights would be lost.
+
+    Args:
+        model: the model to save.
+        adapter_name: name of the adapter to save.
 
     Raises:
-        ValueError: an adapter without layers, or a ``PeftModel`` around the one that ReFT attached
-            to.
+        ValueError: an adapter of another method has no weights in the model any more, or another
+            ``PeftModel`` wraps the model.
     """
     found = find_container(model)
     path = "" if found is None else found[0]
     if path.split(".").count("base_model") > 1:
         raise ValueError(
-            f"adapter {adapter_name!r}: another PeftModel stands around the model with ReFT, so "
-            "that what is saved would not "
-            f"load again; {combining.ORDER}"
+            f"adapter {adapter_name!r}: another PeftModel wraps the model with ReFT, so the saved "
+            f"files would not load again; {combining.ORDER}"
         )
-    lost = combining.without_weights(model, model.peft_config)
+    configs: Any = model.peft_config
+    lost = combining.without_weights(model, configs)
     if lost:
         raise ValueError(
             f"adapter {lost[0]!r} has no weights in this model any more, as after "
-            "merge_and_unload; call "
-            f"delete_adapter({lost[0]!r}), and save the merged base model besides"
+            f"merge_and_unload; call delete_adapter({lost[0]!r}), and save the merged base model "
+            "separately"
         )

@@ -1,6 +1,4 @@
-"""Gradient accumulation with one build of R for each optimizer step, for a PEFT model however it
-is wrapped.
-"""
+"""Gradient accumulation with one build of R per optimizer step, for PEFT models."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from reft_kernels.model.accumulation import SharedBuild
 
 
 def share_build(model: nn.Module) -> SharedBuild:
-    """Build R once for each optimizer step of ``model`` until the result is closed.
+    """Build R once per optimizer step of ``model``, until the returned object is closed.
 
     ::
 
@@ -24,18 +22,21 @@ def share_build(model: nn.Module) -> SharedBuild:
                 optimizer.zero_grad()
 
     Args:
-        model: a model with ReFT adapters, or whatever wraps one (``PeftModel``,
+        model: a model with ReFT adapters, or a wrapper of it (``PeftModel``,
             ``DistributedDataParallel``, a compiled model).
 
+    Returns:
+        A :class:`~reft_kernels.model.SharedBuild`.
+
     Raises:
-        ValueError: no ReFT adapter, or several edited models, or one that shares its builds
-            already.
+        ValueError: the model has no ReFT adapters, contains several models that have, or already
+            shares its builds.
     """
     editors = [m.editor for m in model.modules() if isinstance(m, AdapterContainer)]
     if len(editors) != 1:
         raise ValueError(f"model: got {len(editors)} models with ReFT adapters, expected one")
     (editor,) = editors
     if editor.shared is not None and not editor.shared.closed:
-        raise ValueError("model: it shares its builds already; close() ends that")
+        raise ValueError("model: it already shares its builds; call close() first")
     editor.shared = SharedBuild()
     return editor.shared

@@ -1,6 +1,4 @@
-"""The tuner: adds, loads, switches and removes ReFT adapters on a model, through PEFT's own
-interface.
-"""
+"""The PEFT tuner: adds, loads, switches and removes ReFT adapters of a model."""
 
 from __future__ import annotations
 
@@ -18,20 +16,22 @@ from reft_kernels.integrations.peft.layer import (
     CONTAINER,
     AdapterContainer,
     ReftLayer,
-    _device_of,
+    container_of,
+    device_of,
     find_container,
 )
 from reft_kernels.integrations.peft.register import PREFIX, REFT
 from reft_kernels.interventions import STACKED, Intervention
 from reft_kernels.model import BASE, Component, Editor, resolve
-from reft_kernels.model.merging import check_mergeable, merge_adapter
+from reft_kernels.model.merging import Place, check_mergeable, merge_adapter
 
 _TOKEN_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 
 def _labels_follow_the_prompt(model: nn.Module, config: ReftConfig) -> bool:
-    """Whether labels ``[B, T]`` continue a prompt, as a generating model's do, or stand at every
-    token, as a tagger's do.
+    """Whether labels ``[B, T]`` continue a prompt, as for generating models.
+
+    False for models with a label for every token, such as taggers.
     """
     if config.task_type is not None:
         return str(getattr(config.task_type, "value", config.task_type)) in _TOKEN_TASKS
@@ -40,11 +40,11 @@ def _labels_follow_the_prompt(model: nn.Module, config: ReftConfig) -> bool:
 
 
 def _check_template(model: nn.Module, config: ReftConfig, component: Component) -> None:
-    """Refuse a response template that a model can never contain.
+    """Check that a response template can occur in the prompts of a model.
 
     Raises:
-        ValueError: an encoder-decoder model, whose prompts are its encoder's input; a token id
-            beyond the vocabulary.
+        ValueError: the model is an encoder-decoder model, whose prompt is the encoder's input, or a
+            token id is not in the vocabulary.
     """
     if config.response_template is None:
         return
@@ -53,11 +53,8 @@ def _check_template(model: nn.Module, config: ReftConfig, component: Component) 
             "response_template: got one for an encoder-decoder model, expected None: its prompt "
             "is the encoder's input"
         )
-    embedding = (
-        model.get_input_embeddings()
-        if callable(getattr(model, "get_input_embeddings", None))
-        else None
-    )
+    get_embeddings = getattr(model, "get_input_embeddings", None)
+    embedding = get_embeddings() if callable(get_embeddings) else None
     size = getattr(embedding, "num_embeddings", None)
     largest = max(max(ids) for ids in config.response_template)
     if size is not None and largest >= size:
@@ -70,9 +67,7 @@ def _check_template(model: nn.Module, config: ReftConfig, component: Component) 
 def _make_stacks(
     config: ReftConfig, component: Component, device: torch.device
 ) -> dict[int, Intervention]:
-    """One stacked intervention for each width among the targets; targets of a width are stacked
-    in order.
-    """
+    """One stacked intervention per width; the layers of a stack are in the targets' order."""
     counts: dict[int, int] = {}
     for target in component.targets:
         counts[target.embed_dim] = counts.get(target.embed_dim, 0) + 1
@@ -100,7 +95,8 @@ def _attach(
     component: Component,
     stacks: dict[int, Intervention],
 ) -> None:
-    container = model._modules.get(CONTAINER)
+    """Add an adapter's stacks and hooks, and the container if there is none."""
+    container = container_of(model)
     if container is None:
         container = AdapterContainer(
             Editor(model, token_labels=_labels_follow_the_prompt(model, config))
@@ -114,8 +110,8 @@ def _attach(
 
 
 def _detach(model: nn.Module, name: str) -> None:
-    """Take one adapter out; with the last one everything goes that was added."""
-    container = model._modules.get(CONTAINER)
+    """Remove an adapter's stacks and hooks, and the container with the last adapter."""
+    container = container_of(model)
     if container is None:
         return
     container.editor.remove(name)
@@ -124,22 +120,27 @@ def _detach(model: nn.Module, name: str) -> None:
         del model._modules[CONTAINER]
 
 
-def _set_trainable(container: AdapterContainer, trainable: bool) -> None:
-    """Freeze what was trainable before the first adapter came, or make it so again."""
+def _set_base_trainable(container: AdapterContainer, trainable: bool) -> None:
+    """Freeze or unfreeze the parameters that were trainable before the first adapter."""
     for parameter in container.frozen:
         parameter.requires_grad_(trainable)
 
 
 class ReftTuner(BaseTuner):
-    """ReFT on a model: a child module holds the stacked parameters, hooks apply the edits, the
-    model itself is untouched.
+    """The ReFT tuner.
 
-    On a model with adapters of another method, such as LoRA, both stay active and trainable: see
-    :mod:`reft_kernels.integrations.peft.combining`.
+    Adds a child module with the stacked parameters and hooks that apply the edits; the modules of
+    the model are not replaced. Adapters of another method on the model, such as LoRA, stay active
+    and trainable; see :mod:`reft_kernels.integrations.peft.combining`.
+
+    Args:
+        model: the model, which may be a ``PeftModel`` with adapters of another method.
+        peft_config: the configuration, or configurations by adapter name.
+        adapter_name: name of the adapter.
+        **kwargs: arguments of ``BaseTuner``.
 
     Raises:
-        ValueError: an adapter of that name is there already, or one that cannot be combined with
-            ReFT.
+        ValueError: an adapter of another method has the name or cannot be combined with ReFT.
     """
 
     prefix = PREFIX
@@ -155,14 +156,15 @@ class ReftTuner(BaseTuner):
     ) -> None:
         inner = combining.innermost(model)
         config = peft_config if isinstance(peft_config, ReftConfig) else peft_config[adapter_name]
-        known = dict(getattr(inner, "peft_config", None) or {})
-        combining.check_new(known, adapter_name, config)
+        previous = dict(getattr(inner, "peft_config", None) or {})
+        combining.check_new(previous, adapter_name, config)
         try:
             super().__init__(inner, peft_config, adapter_name, **kwargs)
         except Exception:
-            if known:  # PEFT has put the configuration into the model's table
-                del inner.peft_config[adapter_name]
-                inner.peft_config |= {n: c for n, c in known.items() if n == adapter_name}
+            if previous:  # undo PEFT's change of the model's table of configurations
+                configs: Any = inner.peft_config
+                del configs[adapter_name]
+                configs |= {n: c for n, c in previous.items() if n == adapter_name}
             raise
         combining.share_configs(inner, self, model)
 
@@ -174,12 +176,19 @@ class ReftTuner(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
-        """Add the adapter that ``self.peft_config[adapter_name]`` describes; on any error the model
-        is as it was.
+        """Add the adapter ``adapter_name`` of ``self.peft_config``; on errors, undo all changes.
+
+        Args:
+            model: the innermost model.
+            adapter_name: name of the adapter.
+            autocast_adapter_dtype: see PEFT.
+            low_cpu_mem_usage: whether to create the parameters on the meta device.
+            state_dict: not used.
 
         Raises:
-            ValueError, TypeError: a component, layers or an initialisation that this model or
-                intervention does not have.
+            ValueError: the model does not have the component or layers, or the intervention does
+                not support an argument of the configuration.
+            TypeError: an argument of the configuration has a wrong type.
         """
         config = self.peft_config[adapter_name]
         if config.awaits_weights:
@@ -189,8 +198,8 @@ class ReftTuner(BaseTuner):
         )
         component = resolve(model, config.component, config.layers, embed_dim=config.embed_dim)
         _check_template(model, config, component)
-        device = torch.device("meta") if low_cpu_mem_usage else _device_of(model)
-        first = CONTAINER not in model._modules
+        device = torch.device("meta") if low_cpu_mem_usage else device_of(model)
+        first = container_of(model) is None
         stacks = _make_stacks(config, component, device)
         _attach(model, adapter_name, config, component, stacks)
         try:
@@ -201,22 +210,25 @@ class ReftTuner(BaseTuner):
                 low_cpu_mem_usage=low_cpu_mem_usage,
             )
         except Exception:
-            container = model._modules[CONTAINER]
+            container = container_of(model)
             _detach(model, adapter_name)
-            if first:
-                _set_trainable(container, True)
+            if first and container is not None:
+                _set_base_trainable(container, True)
             raise
-        # PEFT leaves trainable what was so when it finds tuner layers there already, as ours are by
-        # now
-        if first:
-            _set_trainable(model._modules[CONTAINER], False)
+        # PEFT does not freeze a model that has tuner layers, and _attach has added them
+        container = container_of(model)
+        if first and container is not None:
+            _set_base_trainable(container, False)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
         raise TypeError("ReFT replaces no module; its configuration matches none")
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Make adapters active in place of those of the same method; adapters of other methods
-        stay as they are.
+        """Set the active adapters of a method; adapters of other methods are not changed.
+
+        Args:
+            adapter_name: name or names of the adapters.
+            inference_mode: whether to freeze them.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         if not combining.other_layers(self.model):
@@ -227,8 +239,9 @@ class ReftTuner(BaseTuner):
             )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, of this method or another; with the last of this one no hook or
-        module of ours is left.
+        """Delete an adapter of this or another method.
+
+        Deleting the last ReFT adapter removes all hooks and modules that were added.
         """
         config = self.peft_config.get(adapter_name)
         if config is not None and config.peft_type != REFT:
@@ -246,7 +259,7 @@ class ReftTuner(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        container = self.model._modules.get(CONTAINER)
+        container = container_of(self.model)
         if container is not None:
             if merge:
                 names = self.active_adapters if adapter_names is None else adapter_names
@@ -262,27 +275,33 @@ class ReftTuner(BaseTuner):
         )
 
     def _merge(self, container: AdapterContainer, names: list[str], safe: bool) -> None:
-        places = {}
+        places: dict[str, list[Place]] = {}
         for name in names:
             config = self.peft_config[name]
             component = resolve(
                 self.model, config.component, config.layers, embed_dim=config.embed_dim
             )
-            stacks, counts = container.stacks(name), dict.fromkeys(container.stacks(name), 0)
+            stacks = container.stacks(name)
+            counts = dict.fromkeys(stacks, 0)
             places[name] = []
             for target in component.targets:
                 index = counts[target.embed_dim]
                 counts[target.embed_dim] += 1
                 places[name].append((target, stacks[target.embed_dim], index))
-        for name in names:  # all are looked at before any is merged
+        for name in names:  # check all before merging any
             check_mergeable(name, self.model, places[name], self.peft_config[name].spec)
         for name in names:
             merge_adapter(self.model, places[name], safe)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """``adapter_names=[...]``, one for each example ("__base__" for none): several tasks in
-        one batch.
+        """Handle the argument ``adapter_names`` of a call: a batch with several adapters.
+
+        ``adapter_names`` has one name per example; "__base__" means no adapter.
+
+        Raises:
+            ValueError: unknown names; or the model is in training mode, has adapters of another
+                method, or has ``modules_to_save``.
         """
         names = kwargs.get("adapter_names")
         if names is None:
@@ -290,10 +309,9 @@ class ReftTuner(BaseTuner):
             return
         if combining.other_layers(self.model):
             raise ValueError(
-                "adapter_names: a model with adapters of another method beside ReFT serves one "
-                "choice at a time"
+                "adapter_names: not supported for a model with adapters of another method; use "
+                "set_adapter"
             )
-        container = self.model._modules[CONTAINER]
         unknown = sorted(set(names) - set(self.peft_config) - {BASE})
         if unknown:
             raise ValueError(
@@ -301,27 +319,28 @@ class ReftTuner(BaseTuner):
             )
         if self.training:
             raise ValueError(
-                "adapter_names: several adapters in a batch serve inference; call model.eval() "
-                "first"
+                "adapter_names: several adapters in a batch are supported for inference only; call "
+                "model.eval() first"
             )
         if any(config.modules_to_save for config in self.peft_config.values()):
             raise ValueError("adapter_names: adapters with modules_to_save cannot share a batch")
+        container = container_of(self.model)
+        assert container is not None, "a model without ReFT adapters"
         state = container.editor.state
-        before, state.members = state.members, tuple(names)
+        outer_members, state.members = state.members, tuple(names)
         try:
             yield
         finally:
-            state.members = before
+            state.members = outer_members
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: ReftConfig, adapter_name: str, **kwargs: Any
     ) -> dict:
-        """As PEFT's, refusing to save a model of which another adapter's weights would be lost.
+        """The state dict of an adapter, as PEFT saves it.
 
         Raises:
-            ValueError: an adapter of another method has no layers any more, or a tuner stands
-                around ReFT's model.
+            ValueError: see :func:`reft_kernels.integrations.peft.saving.check_complete`.
         """
         saving.check_complete(model, adapter_name)
         return super()._get_adapter_state_dict(
@@ -336,12 +355,11 @@ class ReftTuner(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
-        """Fit a file's keys to the model, refusing a file that does not fit before anything is
-        loaded.
+        """Convert a file's keys to the model's, and check them before anything is loaded.
 
         Raises:
-            ValueError: keys that are missing or foreign, or weights of another shape; an adapter
-                that was waiting for them is taken out of the model again.
+            ValueError: keys are missing or unexpected, or a weight has another shape. An adapter
+                that was created for the file is removed from the model.
         """
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
@@ -351,47 +369,52 @@ class ReftTuner(BaseTuner):
             config.awaits_weights = False
             return remapped
         if config.awaits_weights:
-            _take_back(model, adapter_name)
+            _undo_injection(model, adapter_name)
         raise ValueError(f"adapter {adapter_name!r}: {problem}")
 
 
 def _why_unfit(
     model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]
 ) -> str | None:
-    path, _ = find_container(model)
-    known = model.state_dict()
-    given = {
-        (k if k in known else k.removeprefix("base_model.model.")): v for k, v in state_dict.items()
+    """The reason why a file's weights do not fit an adapter of the model, or None."""
+    found = find_container(model)
+    path = CONTAINER if found is None else found[0]
+    in_model = model.state_dict()
+    in_file = {
+        (k if k in in_model else k.removeprefix("base_model.model.")): v
+        for k, v in state_dict.items()
     }
     expected = {
-        k for k in known if k.startswith(f"{path}.") and f".reft_stack.{adapter_name}." in k
+        k for k in in_model if k.startswith(f"{path}.") and f".reft_stack.{adapter_name}." in k
     }
-    missing, foreign = sorted(expected - given.keys()), sorted(given.keys() - known.keys())
-    other = [
-        f"{k} is {tuple(v.shape)}, expected {tuple(known[k].shape)}"
-        for k, v in given.items()
-        if k in expected and known[k].numel() and known[k].shape != v.shape
+    missing, foreign = sorted(expected - in_file.keys()), sorted(in_file.keys() - in_model.keys())
+    reshaped = [
+        f"{k} is {tuple(v.shape)}, expected {tuple(in_model[k].shape)}"
+        for k, v in in_file.items()
+        if k in expected and in_model[k].numel() and in_model[k].shape != v.shape
     ]
     parts = []
     if missing:
         parts.append(f"the file lacks {missing}")
     if foreign:
         parts.append(f"the file has foreign keys {foreign}")
-    if other:
+    if reshaped:
         parts.append(
-            f"the file's rank, layers or width differ from the configuration's: {'; '.join(other)}"
+            "the file's rank, layers or width differ from the configuration's: "
+            f"{'; '.join(reshaped)}"
         )
     return "; ".join(parts) or None
 
 
-def _take_back(model: nn.Module, adapter_name: str) -> None:
-    """Undo the injection of an adapter whose weights turned out not to fit."""
-    _, container = find_container(model)
+def _undo_injection(model: nn.Module, adapter_name: str) -> None:
+    """Remove an adapter whose weights do not fit."""
+    found = find_container(model)
     tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, ReftTuner):
+    if found is None or not isinstance(tuner, ReftTuner):
         return
+    _, container = found
     if set(container.editor.adapters) == {adapter_name}:
         tuner.unload()
-        _set_trainable(container, True)
+        _set_base_trainable(container, True)
     else:
         tuner.delete_adapter(adapter_name)
