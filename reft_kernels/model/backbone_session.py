@@ -17,6 +17,7 @@ from reft_kernels.model.components import Component, Target
 from reft_kernels.model.forward_context import Edit, ForwardContext
 from reft_kernels.model.interception import InterceptedForward
 from reft_kernels.model.model_call import ModelCall, argument_names, take_call
+from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.prompt_checks import Mode, PromptChecks
 from reft_kernels.model.prompts import compute_prompt_window
 from reft_kernels.model.selection import (
@@ -37,7 +38,10 @@ class ModelEditor(Protocol):
 
     model: nn.Module
     token_labels: bool
-    state: EditorState
+
+    @property
+    def state(self) -> EditorState: ...
+
     checks: PromptChecks
     shared: SharedBuild | None
 
@@ -124,7 +128,7 @@ class BackboneSession:
         self.adapters: dict[str, Adapter] = {}
         self.frame_mask: Any = None  # (frames, audio mask) -> bool [B, frames]
         self.drops_layers = False  # some forwards skip layers
-        self.state = SessionState()
+        self.threads = PerThread(SessionState)
         # contexts of forwards whose graph is alive
         self.live: weakref.WeakSet[ForwardContext] = weakref.WeakSet()
         # keeps the latest context alive until the next forward, even without the output
@@ -133,10 +137,15 @@ class BackboneSession:
 
     def __getstate__(self) -> dict:
         # a context holds an autograd graph, which cannot be copied or pickled
-        return {**self.__dict__, "state": None, "live": None, "last": None, "_recomputed": {}}
+        return {**self.__dict__, "threads": None, "live": None, "last": None, "_recomputed": {}}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, state=SessionState(), live=weakref.WeakSet())
+        self.__dict__.update(state, threads=PerThread(SessionState), live=weakref.WeakSet())
+
+    @property
+    def state(self) -> SessionState:
+        """State of this thread's running call."""
+        return self.threads.here
 
     # ---- around the backbone
 

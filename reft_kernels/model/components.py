@@ -45,11 +45,11 @@ from typing import NamedTuple
 from torch import nn
 
 from reft_kernels.model.families import (
-    REFUSED,
     ROLES_REFUSED,
     config_of,
     layout_of,
     model_type_of,
+    refused,
     why_refused,
 )
 from reft_kernels.model.roles import ROLES, Place, find_role, holds_maps, why_unfit
@@ -179,10 +179,11 @@ def _candidates(model: nn.Module, block_list: BlockList | None, pattern: str = "
 def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
     block_list = find_blocks(model, side)
     kind = model_type_of(model, "" if block_list is None else block_list.path)
-    if kind in REFUSED:
+    reason = refused(kind)
+    if reason is not None:
         raise ValueError(
             f"component: got {role!r}, which cannot be edited in {type(model).__name__} ({kind}): "
-            f"{REFUSED[kind]}"
+            f"{reason}"
         )
     if kind in ROLES_REFUSED:
         raise ValueError(

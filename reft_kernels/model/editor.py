@@ -31,6 +31,7 @@ from reft_kernels.model.generate_wrappers import Generate, Prepare
 from reft_kernels.model.interception import InterceptedForward
 from reft_kernels.model.layer_hooks import InputHook, OutputHook
 from reft_kernels.model.model_call import argument_names, take_call
+from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.prompt_checks import PromptChecks
 from reft_kernels.model.selection import DeferredSelection, PositionRule, Selection
 from reft_kernels.model.thread_state import EditorState
@@ -52,7 +53,7 @@ class Editor:
         self.token_labels = token_labels
         self.active: tuple[str, ...] = ()
         self.enabled = True
-        self.state = EditorState()
+        self.threads = PerThread(EditorState)
         self.checks = PromptChecks()
         self.shared: SharedBuild | None = None  # one build for the forwards of an optimizer step
         self._sessions: dict[str, BackboneSession] = {}
@@ -62,10 +63,15 @@ class Editor:
         self.names = argument_names(model)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "state": None, "shared": None}
+        return {**self.__dict__, "threads": None, "shared": None}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, state=EditorState())
+        self.__dict__.update(state, threads=PerThread(EditorState))
+
+    @property
+    def state(self) -> EditorState:
+        """State of this thread's running call."""
+        return self.threads.here
 
     @property
     def sessions(self) -> tuple[BackboneSession, ...]:

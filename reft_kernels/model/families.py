@@ -6,6 +6,7 @@ Names are those of transformers. Model types that are not listed follow the rule
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -178,6 +179,21 @@ def model_type_of(model: nn.Module, path: str) -> str:
     return str(getattr(config_of(model, path), "model_type", None) or "")
 
 
+def refused(kind: str) -> str | None:
+    """Why nothing in an architecture can be edited, or None."""
+    if kind == "lilt" and _major_version() < 5:
+        return (
+            "its blocks return the text's and the layout's states in a tuple of their own before "
+            "transformers 5"
+        )
+    return REFUSED.get(kind)
+
+
+def _major_version() -> int:
+    version = getattr(sys.modules.get("transformers"), "__version__", "5")
+    return int(version.split(".")[0])
+
+
 def why_refused(model: nn.Module, path: str, where: str, side: str | None) -> str | None:
     """The reason why the architecture of a module does not allow an edit there, or None.
 
@@ -188,8 +204,8 @@ def why_refused(model: nn.Module, path: str, where: str, side: str | None) -> st
         side: "encoder" or "decoder" in an encoder-decoder model, else None.
     """
     kind = model_type_of(model, path)
-    if kind in REFUSED:
-        return f"{kind}: {REFUSED[kind]}"
+    if refused(kind) is not None:
+        return f"{kind}: {refused(kind)}"
     parts = path.split(".")
     for refusal in PLACES_REFUSED:
         if kind not in refusal.model_types or refusal.side not in (None, side):

@@ -13,7 +13,8 @@ from reft_kernels.model.thread_state import EditorState
 class HasState(Protocol):
     """The interface of the editor that the wrappers use."""
 
-    state: EditorState
+    @property
+    def state(self) -> EditorState: ...
 
 
 class Generate:

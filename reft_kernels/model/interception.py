@@ -7,10 +7,11 @@ unless a hook already did.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Protocol
 
 from torch import nn
+
+from reft_kernels.model.per_thread import PerThread
 
 Handle = Any
 
@@ -29,7 +30,7 @@ class Observer(Protocol):
         """Run after the forward; ``output`` is None if it raised."""
 
 
-class _Called(threading.local):
+class _Called:
     def __init__(self) -> None:
         self.module: nn.Module | None = None
 
@@ -48,7 +49,7 @@ class InterceptedForward:
         self.module = module
         self.observer = observer
         self.replaced = module.__dict__.get("forward")
-        self.called = _Called()
+        self.threads = PerThread(_Called)
         self.handles: list[Handle] = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after, always_call=True),
@@ -65,10 +66,15 @@ class InterceptedForward:
         self.observer.leave(output)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "called": None}
+        return {**self.__dict__, "threads": None}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, called=_Called())
+        self.__dict__.update(state, threads=PerThread(_Called))
+
+    @property
+    def called(self) -> _Called:
+        """The module whose hooks have run in this thread, before its ``forward``."""
+        return self.threads.here
 
     @property
     def __wrapped__(self) -> Any:

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from reft_kernels.model.components import Target
 from reft_kernels.model.forward_context import ForwardContext, unexpected_output
+from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.thread_state import SessionState
 
 
 class ContextSource(Protocol):
     """The interface of a backbone's session that hooks use."""
 
-    state: SessionState
+    threads: PerThread[SessionState]
 
     def recomputed_context(self) -> ForwardContext | None:
         """The context of the forward whose layers the running backward recomputes."""
@@ -40,7 +41,7 @@ class OutputHook(LayerHook):
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         session = self.session
-        frame = session.state.frame
+        frame = session.threads.here.frame
         context = frame.context if frame is not None else session.recomputed_context()
         if context is None:
             return None
@@ -60,7 +61,7 @@ class InputHook(LayerHook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         session = self.session
-        frame = session.state.frame
+        frame = session.threads.here.frame
         context = frame.context if frame is not None else session.recomputed_context()
         if context is None:
             return None

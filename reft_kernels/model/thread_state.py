@@ -1,4 +1,4 @@
-"""State of running calls: thread-local, with a stack for nested calls.
+"""State of running calls: one per thread, with a stack for nested calls.
 
 Threads, nested calls (an assistant model, a ``generate`` inside a hook) and replicas of
 ``nn.DataParallel`` each have their own state. The active adapters are a property of the model, as
@@ -6,8 +6,6 @@ in PEFT.
 """
 
 from __future__ import annotations
-
-import threading
 
 from reft_kernels.model.forward_context import ForwardContext
 from reft_kernels.model.generation import Generation
@@ -29,7 +27,7 @@ class Frame:
         self.outer = outer
 
 
-class EditorState(threading.local):
+class EditorState:
     """The running call of an editor's model, in one thread.
 
     Attributes:
@@ -39,14 +37,14 @@ class EditorState(threading.local):
         members: name of the adapter of each example, from the argument ``adapter_names``.
     """
 
-    def __init__(self) -> None:  # runs once in each thread
+    def __init__(self) -> None:
         self.call: ModelCall | None = None
         self.outer: list[tuple[ModelCall | None, Generation | None]] = []
         self.generation: Generation | None = None
         self.members: tuple[str, ...] | None = None
 
 
-class SessionState(threading.local):
+class SessionState:
     """The running call of a backbone, in one thread."""
 
     def __init__(self) -> None:

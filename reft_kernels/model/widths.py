@@ -161,6 +161,58 @@ def _end_width(module: nn.Module, side: str) -> int | None:
     return widths[0 if side == "input" else -1]
 
 
+def _own_parameters_fit(module: nn.Module, width: int) -> int | None:
+    """The width after a module's own parameters: tables of ``width`` leave it, one matrix turns
+    it.
+    """
+    other = [
+        p
+        for p in module.parameters(recurse=False)
+        if p.dim() and p.shape[-1] != width and p.numel() > 1
+    ]
+    if not other:
+        return width
+    (matrix, *more) = other
+    if more or matrix.dim() != 2 or matrix.shape[0] != width:
+        return None
+    return matrix.shape[1]
+
+
+def _last_width(module: nn.Module) -> int | None:
+    """Width of a module's output by its last part with parameters, in the order of registration.
+
+    None where that part does not tell, where a parameter of the module itself has no place in it,
+    and for pooling, whose rows are examples. The first forward compares it with the tensor's.
+    """
+    if "Pool" in type(module).__name__:
+        return None
+    own = own_width(module, "output")
+    if own is not None:
+        return own
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return module.out_channels
+    inner = [m for m in module.children() if next(m.parameters(), None) is not None]
+    width = _last_width(inner[-1]) if inner else None
+    if inner and isinstance(inner[-1], nn.Embedding) and width not in map(_last_width, inner[:-1]):
+        return None  # a table alone can be of several rows in one
+    return None if width is None else _own_parameters_fit(module, width)
+
+
+def _chain_width(block: nn.Module) -> int | None:
+    """Width where a chain of projections and norms ends, such as a merger in a list of mergers;
+    None if it is no chain.
+    """
+    leaves = [m for m in block.children() if next(m.parameters(), None) is not None]
+    if len(leaves) < 2 or next(block.parameters(recurse=False), None) is not None:
+        return None
+    width = own_width(leaves[0], "input")
+    for leaf in leaves:
+        if width is None or own_width(leaf, "input") != width:
+            return None
+        width = own_width(leaf, "output")
+    return width
+
+
 def place_width(
     model: nn.Module,
     path: str,
@@ -184,15 +236,15 @@ def place_width(
     """
     width = stated
     if width is None and path == block_path:
-        width = between_blocks(model, path, module, side)
+        width = (_chain_width(module) if side == "output" else None) or between_blocks(
+            model, path, module, side
+        )
     elif width is None:
         width = own_width(module, side)
-        if width is None:
-            width = (
-                _end_width(module, side)
-                if block_path is None
-                else _width_in_block(model, path, module, block_path, side)
-            )
+        if width is None and block_path is None:
+            width = _end_width(module, side) or (_last_width(module) if side == "output" else None)
+        elif width is None:
+            width = _width_in_block(model, path, module, block_path, side)
     if width is None:
         raise ValueError(
             f"embed_dim: cannot tell the width of the {side} of {path!r} "

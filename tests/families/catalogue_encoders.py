@@ -12,6 +12,7 @@ from tests.families.family import (
     DECODER,
     ENCODER,
     SPECIAL,
+    VERSION_5,
     VOCAB,
     WIDTH,
     Batch,
@@ -419,7 +420,14 @@ def _corners(padding: str, batch: int) -> Batch | None:
 
 
 BOXED = {"inputs": _boxed, "max_2d_position_embeddings": 64}
-encoder("lilt", "LiltForSequenceClassification", "lilt.encoder.layer", hidden_size=48, **BOXED)
+encoder(
+    "lilt",
+    "LiltForSequenceClassification",
+    "lilt.encoder.layer",
+    hidden_size=48,
+    refused="" if VERSION_5 else "lilt",
+    **BOXED,
+)
 encoder("bros", "BrosModel", "encoder.layer", hidden_size=64, **{**BOXED, "inputs": _corners})
 encoder("neomme", "NeoMMEForMaskedLM", "model.layers", head_dim=16, embedding_rank=8)
 encoder("clip_text", "CLIPTextModel", ("encoder.layers", "text_model.encoder.layers"))

@@ -73,6 +73,8 @@ def _base(name: str) -> nn.Module:
         for parameter in model.parameters():
             if parameter.dim() == 1 and parameter.is_floating_point():
                 parameter.add_(0.05 * torch.randn_like(parameter))
+            elif parameter.is_floating_point() and not parameter.any():
+                parameter.normal_(std=0.15)
         for module in model.modules():  # nor a root of a zero at padding, whose slope is infinite
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx].normal_(std=0.05)

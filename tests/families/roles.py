@@ -127,6 +127,15 @@ means("llava", "mlp_output", "model.language_model.layers.{}.mlp")
 means("llava", "attention_output", "model.language_model.layers.{}.self_attn")
 means("llava_images", f"{TOWER}.{{layer}}.mlp", f"{TOWER}.{{}}.mlp", tokens=False)
 means("llava", "model.multi_modal_projector", "model.multi_modal_projector", tokens=False)
+means("gemma3", "model.multi_modal_projector", "model.multi_modal_projector", tokens=False)
+means("kosmos2", "image_to_text_projection", "image_to_text_projection", tokens=False)
+means("idefics2", "model.connector", "model.connector", tokens=False)
+means("clip_images", "vision_model.embeddings", "vision_model.embeddings", tokens=False)
+means("qwen3_vl", "model.visual.merger", "model.visual.merger", tokens=False)
+MERGERS = "model.visual.deepstack_merger_list.{}"
+means("qwen3_vl", MERGERS.format("{layer}"), MERGERS, (0, 1), tokens=False)
+refuses("siglip_images", "vision_model.head", "embed_dim: cannot tell the width")
+refuses("mllama", "model.vision_model.post_tile_positional_embedding", "embed_dim: cannot tell")
 means(
     "clip_images",
     "vision_model.encoder.layers.{layer}.self_attn",
@@ -146,5 +155,6 @@ WIDTHS = {
     "llava_images": 24,
     "clip": 32,
     "clip_images": 24,
+    "qwen4_exp_text": 64,
     "bert2bert": 32,
 }

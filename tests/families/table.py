@@ -45,8 +45,6 @@ through PEFT, compared with the same model under plain PyTorch hooks that edit t
 - checkpointing: with gradient checkpointing, `use_reentrant` False and True, logits agree within
   1e-6 of the largest and gradients within 2e-5 with those without it. A mode in which the bare
   model fails, or gives other gradients, is left out.
-- compile: {len(modes.COMPILED)} families under `torch.compile(backend="aot_eager")`, in training,
-  for two batch sizes.
 
 All runs are on the CPU in float32 with one thread. In mixtures of experts a router at a tie can
 choose another expert by rounding alone; each check of such a family has up to three draws of the
@@ -55,8 +53,8 @@ adapter's weights, and passes when one of them agrees throughout.
 "works": every check passed. "refused": the library raises an error with this reason when the
 adapter is attached. "fails": the check named. "not in this version": this transformers lacks the
 class. "base model fails": in this version the model raises without an adapter, or PEFT cannot
-attach LoRA to it either; "works but for generate" (checkpointing, compile): the bare model fails
-there alone.
+attach LoRA to it either; "works but for generate" (or checkpointing): the bare model fails there
+alone.
 
 Make the table anew with
 
@@ -66,6 +64,8 @@ python -m tests.families.table --out docs/families.md
 
 in an environment with the transformers in question; the results of each version stay in
 `docs/families/`. Components within blocks have tests of their own, `tests/families/test_roles.py`.
+{len(modes.COMPILED)} families are also compared under `torch.compile(backend="aot_eager")`, in
+training, at two batch sizes: `pytest tests/families -m full -k compile`.
 """
 
 
@@ -73,13 +73,15 @@ def verdict(family: Family) -> Result:
     """All checks of one family in this process."""
     failures = []
     for name in checks.checks_of(family):
+        if name == "compile":  # half a minute each, with their own tests
+            continue
         try:
             checks.run(family, name)
         except checks.MissingClass as error:
             return {"verdict": "not in this version", "note": str(error)}
         except checks.BaseFails as error:
             found = {"verdict": "base model fails", "note": str(error)[:160]}
-            if name not in ("generate", "checkpointing", "compile"):
+            if name not in ("generate", "checkpointing"):
                 return found
             failures.append({**found, "verdict": f"works but for {name}"})
         except Exception as error:
@@ -147,6 +149,16 @@ def page(folder: Path) -> str:
     return "\n".join([TEXT, "\n\n".join(counts), "", *lines, ""])
 
 
+def write(path: Path, results: dict[str, Result]) -> None:
+    """The results of the installed transformers, in the catalogue's order."""
+    written = {
+        "transformers": transformers.__version__,
+        "torch": torch.__version__.split("+")[0],
+        "families": {name: results[name] for name in FAMILIES if name in results},
+    }
+    path.write_text(json.dumps(written, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("docs/families.md"))
@@ -166,12 +178,7 @@ def main() -> None:
         for name in given.only.split(",") if given.only else FAMILIES:
             results[name] = in_a_child(FAMILIES[name], given.seconds)
             print(name, cell(results[name]), flush=True)
-        written = {
-            "transformers": transformers.__version__,
-            "torch": torch.__version__.split("+")[0],
-            "families": {name: results[name] for name in FAMILIES if name in results},
-        }
-        path.write_text(json.dumps(written, indent=1) + "\n")
+            write(path, results)
     given.out.write_text(page(folder))
 
 

@@ -3,7 +3,7 @@
 Importing this module registers the method; import it before loading a saved adapter as well.
 """
 
-from reft_kernels.integrations.peft.atomic import install
+from reft_kernels.integrations.peft import atomic, combining
 from reft_kernels.integrations.peft.config import ReftConfig
 from reft_kernels.integrations.peft.layer import ReftLayer
 from reft_kernels.integrations.peft.register import register
@@ -12,6 +12,7 @@ from reft_kernels.integrations.peft.tuner import ReftTuner
 from reft_kernels.integrations.response_template import from_chat_template
 
 register(ReftConfig, ReftTuner)
-install()
+atomic.install()
+combining.install()
 
 __all__ = ["ReftConfig", "ReftLayer", "ReftTuner", "from_chat_template", "share_build"]

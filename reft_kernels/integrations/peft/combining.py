@@ -7,6 +7,7 @@ loads them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -246,3 +247,50 @@ def trainable_of_the_base(model: nn.Module) -> list[nn.Parameter]:
         for n, p in model.named_parameters()
         if p.requires_grad and id(p) not in adapters and not n.startswith(f"{CONTAINER}.")
     ]
+
+
+def refuse_prompts(model: nn.Module, name: str, config: PeftConfig) -> None:
+    """Refuse virtual tokens around a model with ReFT adapters: its positions would count them.
+
+    Raises:
+        ValueError: ``config`` is of prefix tuning, prompt tuning, P-tuning or another such method.
+    """
+    reason = _why_alone(config)
+    if reason is None or not (config.is_prompt_learning or config.is_adaption_prompt):
+        return
+    if any(isinstance(module, ReftLayer) for module in model.modules()):
+        raise ValueError(
+            f"adapter {name!r}: {_method(config)} cannot be put around a model with ReFT adapters: "
+            f"{reason}; train them apart"
+        )
+
+
+def install() -> None:
+    """Have :func:`refuse_prompts` run before a ``PeftModel`` is made and before it adds an
+    adapter.
+    """
+    if hasattr(PeftModel.add_adapter, "reft_original"):
+        return
+    made, adding = PeftModel.__init__, PeftModel.add_adapter
+
+    @functools.wraps(made)
+    def make(
+        self: PeftModel,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        refuse_prompts(model, adapter_name, peft_config)
+        made(self, model, peft_config, adapter_name, *args, **kwargs)
+
+    @functools.wraps(adding)
+    def add_adapter(
+        self: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
+    ) -> Any:
+        refuse_prompts(self, adapter_name, peft_config)
+        return adding(self, adapter_name, peft_config, *args, **kwargs)
+
+    add_adapter.reft_original = adding
+    PeftModel.__init__, PeftModel.add_adapter = make, add_adapter
