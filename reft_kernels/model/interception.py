@@ -78,10 +78,18 @@ class InterceptedForward:
 
     @property
     def __wrapped__(self) -> Any:
-        return self._forward_of(self.module)
+        return (
+            type(self.module).forward.__get__(self.module)
+            if self.replaced is None
+            else self.replaced
+        )
 
-    def _forward_of(self, module: nn.Module) -> Any:
-        return type(module).forward.__get__(module) if self.replaced is None else self.replaced
+    def _run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.replaced is not None:
+            return self.replaced(*args, **kwargs)
+        # the function of the class: after a graph break torch.compile looks up a bound method by
+        # its name on the module, which finds this wrapper again
+        return type(module).forward(module, *args, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.module:  # accelerate binds an unwrapped forward as a method
@@ -89,11 +97,11 @@ class InterceptedForward:
         called = self.called.module
         if called is not None:
             self.called.module = None
-            return self._forward_of(called)(*args, **kwargs)
+            return self._run(called, args, kwargs)
         output = None
         try:
             args, kwargs = self.observer.enter(args, kwargs)
-            output = self._forward_of(self.module)(*args, **kwargs)
+            output = self._run(self.module, args, kwargs)
             return output
         finally:
             self.observer.leave(output)

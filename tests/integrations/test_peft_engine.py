@@ -87,8 +87,8 @@ def test_a_layers_hook_runs_one_operator_and_nothing_else(monkeypatch, training,
     from reft_kernels import autograd
 
     monkeypatch.setattr(ForwardContext, "apply", traced)
-    monkeypatch.setattr(autograd._op, "edit_", _opaque("edit_"))
-    monkeypatch.setattr(autograd._op, "edit", _opaque("edit"))
+    monkeypatch.setattr(autograd, "_edit_", _opaque("edit_"))
+    monkeypatch.setattr(autograd, "_edit", _opaque("edit"))
     with torch.set_grad_enabled(training):
         model(**inputs)
     assert len(traces) == len(blocks("llama", model.base_model.model))
