@@ -158,6 +158,7 @@ def _cpu_rules(library: Path, objects: Path, sanitize: str | None, isa: str | No
         add("kernels.cpp", f"kernels_{name}", f"{_KERNEL_FLAGS} {sets[name]} -DREFT_ISA={name}")
     add("isa.cpp", "isa", " ".join(f"-DREFT_HAS_{name}" for name in kept))
     add("host_pool.cpp", "host_pool", "")
+    add("scratch.cpp", "scratch", "")
     add(
         "registration.cpp",
         "registration",

@@ -1,7 +1,8 @@
 """Fused kernels for representation finetuning (ReFT).
 
-Importing this package requires only torch. A backend's kernels are loaded when an operator first
-runs on a device that the backend supports.
+Importing this package requires only torch. The native CPU library, if it was built, is loaded on
+import, so that its kernels are registered before a thread calls one. Other kernels are loaded when
+an operator first runs on a device that the backend supports.
 """
 
 from reft_kernels import positions

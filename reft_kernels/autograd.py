@@ -4,9 +4,10 @@ place, what is copied.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from reft_kernels import (
     ops,  # noqa: F401  (declares the operators)
@@ -78,6 +79,20 @@ def _to(grad: Tensor, dtype: torch.dtype, wanted: bool) -> Tensor | None:
     return grad if grad.dtype is dtype else grad.to(dtype)
 
 
+def _applied(function: type[torch.autograd.Function]) -> Callable:
+    """``function.apply`` without what only functorch's transforms need, where none is active and
+    nothing is traced.
+    """
+    apply, direct = function.apply, super(torch.autograd.Function, function).apply
+
+    def call(*args):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return apply(*args)
+        return direct(*args)
+
+    return call
+
+
 class _Edit(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -124,7 +139,7 @@ class _Edit(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @ownership.once_differentiable
     def backward(ctx, grad):
         may_overwrite = not torch.compiler.is_compiling() and ownership.is_sole_owner(grad)
         saved_input, u, z, rows, weight_ids, read, write, coeff = ctx.saved_tensors
@@ -182,7 +197,7 @@ class _Red(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @ownership.once_differentiable
     def backward(ctx, grad):
         may_overwrite = not torch.compiler.is_compiling() and ownership.is_sole_owner(grad)
         saved_input, rows, weight_ids, scale = ctx.saved_tensors
@@ -202,6 +217,9 @@ class _Red(torch.autograd.Function):
             _to(grad_bias, ctx.bias_dtype, needs[4]),
         )
         return grad_hidden, None, None, grad_scale, grad_bias, None
+
+
+_apply_edit, _apply_red = _applied(_Edit), _applied(_Red)
 
 
 def operators_check(hidden: Tensor) -> bool:
@@ -259,7 +277,7 @@ def apply_edit(
         if inplace and torch.compiler.is_compiling():
             return _copied_back(hidden, _Edit.apply(hidden, *args, False))
         ownership.calibrate()
-        return _Edit.apply(hidden, *args, inplace)
+        return _apply_edit(hidden, *args, inplace)
     if inplace:
         return _edit_without_graph(hidden, _edit_, *args, False)
     return _edit(_as_rows(hidden), *args, False)[0].view(hidden.shape)
@@ -280,7 +298,7 @@ def apply_red(hidden: Tensor, weights: RedWeights, chosen: RowSelection, inplace
                 hidden, _Red.apply(saved_input, rows, weight_ids, scale, bias, False)
             )
         ownership.calibrate()
-        return _Red.apply(hidden, rows, weight_ids, scale, bias, inplace)
+        return _apply_red(hidden, rows, weight_ids, scale, bias, inplace)
     if inplace:
         return _edit_without_graph(hidden, _red_, rows, weight_ids, scale, bias, False)
     return _red(_as_rows(hidden), rows, weight_ids, scale, bias, False)[0].view(hidden.shape)

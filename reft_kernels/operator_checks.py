@@ -1,7 +1,8 @@
 """What every operator asks of its arguments before anything is allocated or written.
 
 :mod:`reft_kernels.checks` gives the public functions errors in the words of the family; this file
-guards the operators themselves, which a program can also call as ``torch.ops.reft_kernels.*``.
+guards the operators themselves, which a program can also call as ``torch.ops.reft_kernels.*``. The
+``cpu`` backend has these checks in the native library (``csrc/cpu/argument_checks.h``).
 Shapes, dtypes and devices are checked in the implementations and in the fakes. The values of
 ``rows`` and ``weight_ids`` are checked by the implementations on the CPU, once for each tensor
 (:func:`reft_kernels.checks.check_row_values` remembers). On a GPU reading them would wait for the

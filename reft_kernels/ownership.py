@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import function
 
 _baseline: tuple[int, int, int] | None = None
 _lock = threading.Lock()
@@ -45,6 +46,16 @@ def is_sole_owner(grad: Tensor) -> bool:
     ):
         return False
     return _counts(grad) == _baseline
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """torch's decorator, without its cost where no graph of the backward is asked for."""
+    guarded = function.once_differentiable(backward)
+
+    def called(ctx, grad):
+        return guarded(ctx, grad) if torch.is_grad_enabled() else backward(ctx, grad)
+
+    return called
 
 
 class _Probe(torch.autograd.Function):

@@ -278,7 +278,7 @@ class Watch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x): return x * 1
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @ownership.once_differentiable
     def backward(ctx, grad):
         seen.append(ownership.is_sole_owner(grad))
         return grad

@@ -2,10 +2,9 @@
 // order in which entries are visited, and rows of a tile as vectors whatever their dtype.
 #pragma once
 
-#include <stdlib.h>
-
 #include "edit.h"
 #include "parallel.h"
+#include "scratch.h"
 #include "vector.h"
 
 namespace reft {
@@ -19,22 +18,21 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count = 0) { reset(count); }
-  ~Scratch() { free(data_); }
+  ~Scratch() { scratch_give(data_, bytes_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   void reset(int64_t count) {
-    free(data_);
-    data_ = nullptr;
-    if (count > 0 && posix_memalign(&data_, 64, size_t(count) * sizeof(T)) != 0) {
-      data_ = nullptr;
-      out_of_memory();
-    }
+    scratch_give(data_, bytes_);
+    bytes_ = count > 0 ? size_t(count) * sizeof(T) : 0;
+    data_ = count > 0 ? scratch_take(bytes_) : nullptr;
+    if (count > 0 && data_ == nullptr) out_of_memory();
   }
   operator T*() const { return static_cast<T*>(data_); }
   T* get() const { return static_cast<T*>(data_); }
 
  private:
   void* data_ = nullptr;
+  size_t bytes_ = 0;
 };
 
 constexpr int64_t kChunkBytes =
