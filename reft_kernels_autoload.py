@@ -56,6 +56,7 @@ class _Loader:
 
     def exec_module(self, module: ModuleType) -> None:
         # Restore the original loader, so that importlib.reload and inspect use it
+        assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         table = getattr(module, TABLE, None)

@@ -36,9 +36,11 @@ def _hidden_of(key: str, args: tuple, kwargs: Mapping[str, Any], output: Any) ->
 
     They are the first of the module's outputs, or of its inputs if ``output`` is None.
     """
-    value: Any = output
-    if value is None:
-        value = args or next(iter(kwargs.values()), None)
+    value: Any
+    if output is not None:
+        value = output
+    else:
+        value = args or (next(iter(kwargs.values())) if kwargs else None)
     if isinstance(value, tuple) and value:
         value = value[0]
     elif isinstance(value, Mapping) and value:
