@@ -6,7 +6,6 @@ Also the errors for components that cannot be edited.
 from __future__ import annotations
 
 import pytest
-import torch
 from torch import nn
 
 from reft_kernels.model import ROLES, resolve
