@@ -56,10 +56,9 @@ class ModelEditor(Protocol):
 
 _STALE_CACHE = (
     "ReFT: past_key_values holds {past} columns whose edits by adapter {name!r} are not those of "
-    "this prompt "
-    "(columns {columns} of example {example} differ), so the output differs from generating "
-    "without the cache. Fill the "
-    "cache with prompt_lengths=[...] of the whole prompt, or generate without it"
+    "this prompt (columns {columns} of example {example} differ), so the output differs from "
+    "generating without the cache. Fill the cache with prompt_lengths=[...] of the whole prompt, "
+    "or generate without it"
 )
 
 
@@ -212,9 +211,8 @@ class BackboneSession:
         if idle:
             raise ValueError(
                 f"component: {', '.join(idle[:4])}{', ...' if len(idle) > 4 else ''} did not run "
-                "in this forward, so nothing "
-                "would be trained there; name a component that the model calls, or leave these "
-                "layers out of layers=[...]"
+                "in this forward, so nothing would be trained there; name a component that the "
+                "model calls, or leave these layers out of layers=[...]"
             )
 
     # ---- recomputation
@@ -240,16 +238,15 @@ class BackboneSession:
         task = torch._C._current_graph_task_id()
         if task < 0:
             return None
-        known = self._recomputed.get(task)
-        if known is not None:
-            return None if known is _NO_CONTEXT else known()
+        recalled = self._recomputed.get(task)
+        if recalled is not None:
+            return None if recalled is _NO_CONTEXT else recalled()
         live = list(self.live)
         if len(live) > 1:
             raise RuntimeError(
-                "gradient checkpointing: several forwards wait for their backward, and this one "
-                "did not come through the "
-                "model's output, so it cannot be told which forward's layers it recomputes; "
-                "compute the loss from the output"
+                "gradient checkpointing: several forwards wait for their backward, and this "
+                "backward did not come through the model's output, so it is unknown which "
+                "forward's layers it recomputes; compute the loss from the output"
             )
         return live[0] if live else None
 

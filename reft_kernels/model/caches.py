@@ -131,16 +131,16 @@ def record_edits(cache: Any, edits: Sequence[CachedEdit]) -> None:
     if cache is None or isinstance(cache, tuple | list | dict):
         return
     # a cache that was reset or cropped is filled again: drop the edits of overwritten columns
-    known = [e for e in getattr(cache, _EDITS, ()) if all(e.offset < new.offset for new in edits)]
+    kept = [e for e in getattr(cache, _EDITS, ()) if all(e.offset < new.offset for new in edits)]
     for new in edits:
         last = next(
-            (i for i in range(len(known) - 1, -1, -1) if known[i].adapter == new.adapter), None
+            (i for i in range(len(kept) - 1, -1, -1) if kept[i].adapter == new.adapter), None
         )
-        if last is not None and known[last].is_followed_by(new):
-            known[last] = known[last]._replace(width=known[last].width + new.width)
+        if last is not None and kept[last].is_followed_by(new):
+            kept[last] = kept[last]._replace(width=kept[last].width + new.width)
         else:
-            known.append(new)
-    setattr(cache, _EDITS, tuple(known))
+            kept.append(new)
+    setattr(cache, _EDITS, tuple(kept))
 
 
 def edited_columns(

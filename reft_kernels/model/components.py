@@ -194,8 +194,7 @@ def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
         where = "" if side is None else f" in the {side}"
         raise ValueError(
             f"component: got {role!r}, but {type(model).__name__} has no list of blocks{where}; "
-            "name modules by path, such as "
-            "'model.layers.{layer}.mlp'"
+            "name modules by path, such as 'model.layers.{layer}.mlp'"
         )
     places = _Places({}, {}, {})
     for layer, block in enumerate(block_list.blocks):
@@ -280,8 +279,7 @@ def _by_path(model: nn.Module, component: str) -> _Places:
     if not hits:
         raise ValueError(
             f"component: got {component!r}, which names no module of {type(model).__name__}; "
-            "expected one of "
-            f"{', '.join(ROLES)}, or a module path such as "
+            f"expected one of {', '.join(ROLES)}, or a module path such as "
             f"{_candidates(model, find_blocks(model), pattern)}"
         )
     numbers = {path: int(hit[1]) if hit.groups() else 0 for path, hit in hits.items()}
@@ -377,8 +375,8 @@ class _TargetFactory:
             width = between_blocks(self.model, list_path, next(b for b in blocks if size(b)))
         if width is None:
             raise ValueError(
-                f"embed_dim: cannot tell the width of {path!r}, which is in another process; "
-                "state it"
+                f"embed_dim: got None, but the width of {path!r}, which is in another process, is "
+                "unknown; expected an integer: ReftConfig(embed_dim=...)"
             )
         return Target(layer, path, "output", width, False, present=False)
 

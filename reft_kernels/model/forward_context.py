@@ -229,6 +229,6 @@ def unexpected_output(hidden: Any, target: Target) -> ValueError:
     got = f"shape {tuple(hidden.shape)}" if isinstance(hidden, Tensor) else type(hidden).__name__
     return ValueError(
         f"component: the {target.side} of {target.path!r} is {got}, expected a hidden state "
-        f"[..., {target.embed_dim}]; name another component, or state its width: "
+        f"[..., {target.embed_dim}]; name another component, or pass its width: "
         "ReftConfig(embed_dim=...)"
     )

@@ -41,8 +41,8 @@ def why_not(module: nn.Module, target: Target, spec: Spec, activation: str) -> s
     if not (type(module) is nn.Linear or _is_conv1d(module)):
         return (
             f"{target.path!r} is a {type(module).__name__}: its edit acts on the whole residual "
-            "stream, or its weight is not a "
-            "plain matrix; an edit of a linear layer's output would merge"
+            "stream, or its weight is not a plain matrix; an edit of a linear layer's output "
+            "would merge"
         )
     if target.side != "output":
         return f"it edits the input of {target.path!r}; an edit of its output would merge"

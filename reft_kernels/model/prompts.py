@@ -257,6 +257,5 @@ def _frames(
         return None
     raise ValueError(
         f"attention_mask: got {tuple(mask.shape)} for hidden states of {width} frames, and the "
-        "model does not tell which of "
-        "them are padding; pass edit_positions=, or a batch without padding"
+        "model does not map the mask to frames; pass edit_positions=, or a batch without padding"
     )

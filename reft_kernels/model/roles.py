@@ -143,13 +143,13 @@ def _flat_pair(module: nn.Module) -> tuple[str, str] | None:
 
 def parts(block: nn.Module) -> list[Part]:
     """The outermost parts of a block, in order."""
-    found: list[Part] = []
+    block_parts: list[Part] = []
 
     def walk(module: nn.Module, prefix: str) -> None:
         pair = _flat_pair(module)
         if pair is not None:
             first, last = (f"{prefix}{name}" for name in pair)
-            found.append(Part("mlp", first, block.get_submodule(first), (first, last)))
+            block_parts.append(Part("mlp", first, block.get_submodule(first), (first, last)))
         for name, child in module.named_children():
             path = f"{prefix}{name}"
             listed = isinstance(child, nn.ModuleList | nn.ModuleDict)
@@ -161,10 +161,10 @@ def parts(block: nn.Module) -> list[Part]:
             if kind is None:
                 walk(child, f"{path}.")
             else:
-                found.append(Part(kind, path, child))
+                block_parts.append(Part(kind, path, child))
 
     walk(block, "")
-    return found
+    return block_parts
 
 
 def is_mixture(module: nn.Module) -> bool:
@@ -196,12 +196,12 @@ def _last_projection(module: nn.Module, width: int | None) -> str | None:
     return projections[-1] if projections else None
 
 
-def _only(found: list[Part], part: str) -> Part | str:
+def _only(block_parts: list[Part], part: str) -> Part | str:
     """The only part of a kind, or the reason why there is none, as text."""
     word = _WORDS[part]
-    same = [p for p in found if p.kind == part]
+    same = [p for p in block_parts if p.kind == part]
     if part == "mlp":
-        same += [p for p in found if p.kind == "experts"]
+        same += [p for p in block_parts if p.kind == "experts"]
     if len(same) == 1 and same[0].kind == part:
         return same[0]
     if same and all(p.kind == "experts" for p in same):
@@ -215,7 +215,7 @@ def _only(found: list[Part], part: str) -> Part | str:
             f"has more than one {word}, none of which is the whole ({names}); name one of them by "
             "path"
         )
-    if part == "attention" and any(p.kind == "cross" for p in found):
+    if part == "attention" and any(p.kind == "cross" for p in block_parts):
         return (
             "has no such part: it has no self-attention, but cross-attention, which is named by "
             "path"

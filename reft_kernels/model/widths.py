@@ -247,9 +247,8 @@ def place_width(
             width = _width_in_block(model, path, module, block_path, side)
     if width is None:
         raise ValueError(
-            f"embed_dim: cannot tell the width of the {side} of {path!r} "
-            f"({type(module).__name__}); "
-            "state it: ReftConfig(embed_dim=...)"
+            f"embed_dim: got None, but the width of the {side} of {path!r} "
+            f"({type(module).__name__}) is unknown; expected an integer: ReftConfig(embed_dim=...)"
         )
     return width
 

@@ -49,7 +49,7 @@ class Window:
         labels: int64 ``[B, width]``, if they continue a prompt.
         call: arguments of the model's call.
         generation: the running ``generate``.
-        found: cached occurrences of response templates.
+        cached_occurrences: occurrences of response templates, by template.
     """
 
     batch: int
@@ -68,7 +68,7 @@ class Window:
     labels: Tensor | None = None
     call: ModelCall = ModelCall()
     generation: Generation | None = None
-    found: dict[Template, Occurrences] = dataclasses.field(default_factory=dict)
+    cached_occurrences: dict[Template, Occurrences] = dataclasses.field(default_factory=dict)
 
     def occurrences(self, template: Template) -> Occurrences | None:
         """Occurrences of ``template`` in the whole text; None if the text is unknown."""
@@ -76,13 +76,13 @@ class Window:
             return self.generation.occurrences(template, self.batch, self.device)
         if self.text is None:
             return None
-        if template not in self.found:
+        if template not in self.cached_occurrences:
             text = self.text if self.whole is None else torch.where(self.whole, self.text, -1)
             segments = (
                 None if self.packed is None else self.packed.sequence.view(self.batch, self.width)
             )
-            self.found[template] = find_template(text, template, segments)
-        return self.found[template]
+            self.cached_occurrences[template] = find_template(text, template, segments)
+        return self.cached_occurrences[template]
 
     def prompt_lengths(self, template: Template | None) -> Tensor | None:
         """Prompt lengths for an adapter's response template, int64 ``[B]``; None while decoding."""

@@ -1,1 +1,1 @@
-"""Every model family of transformers that the library claims, against plain PyTorch hooks."""
+"""Tests of all supported model families of transformers, compared with plain PyTorch hooks."""

@@ -1,4 +1,4 @@
-"""All families in one dictionary."""
+"""Imports all catalogues, so that ``FAMILIES`` is complete."""
 
 from __future__ import annotations
 

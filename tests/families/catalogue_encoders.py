@@ -1,4 +1,4 @@
-"""Encoders that read text, and encoder-decoders of text."""
+"""Text encoders and text encoder-decoder models."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.families.family import (
     add,
     decoder_tokens,
     generator,
-    known,
     maker,
     paths,
     split,
     text,
     text_tokens,
+    transformers_class,
     with_decoder_ids,
 )
 
@@ -33,7 +33,7 @@ HEADS = ("ForSequenceClassification", "ForMaskedLM", "Model")
 
 
 def encoder(name: str, model: str, at: str | tuple[str, ...], **keywords: Any) -> None:
-    """Enter an encoder: a configuration's name is the model's without its head."""
+    """Add an encoder; the configuration's name is the model's without its head."""
     family, settings = split(keywords)
     config = family.pop("config", None)
     if config is None:
@@ -158,7 +158,7 @@ encoder(
 
 
 def unmasked(padding: str, batch: int) -> Batch | None:
-    """FNet takes no mask: it mixes all tokens."""
+    """A batch without a mask, for FNet, which mixes all tokens."""
     return text("none", batch) if padding == "none" else None
 
 
@@ -226,7 +226,7 @@ encoder(
 
 
 def pair(name: str, model: str | Any, at: str, dec: str = "", **keywords: Any) -> None:
-    """Enter an encoder-decoder by its encoder, and by its decoder where the path is given."""
+    """Add the encoder of an encoder-decoder model and, if its path is passed, the decoder."""
     family, settings = split(keywords)
     base, config = family.pop("base", BART), family.pop("config", "")
     start = {**base, **settings}.get("decoder_start_token_id", 2)
@@ -358,17 +358,19 @@ def _t5gemma() -> nn.Module:
         "layer_types": ["sliding_attention", "full_attention"],
     }
     dec = {**side, "cross_attention_hidden_size": WIDTH, "is_decoder": True}
-    config = known("T5GemmaConfig")(encoder=side, decoder=dec, vocab_size=VOCAB, **SPECIAL)
-    return known("T5GemmaForConditionalGeneration")(config)
+    config = transformers_class("T5GemmaConfig")(
+        encoder=side, decoder=dec, vocab_size=VOCAB, **SPECIAL
+    )
+    return transformers_class("T5GemmaForConditionalGeneration")(config)
 
 
 def _bert2bert() -> nn.Module:
     side = {**ENCODER, "num_hidden_layers": 2}
-    make = known("BertConfig")
+    make = transformers_class("BertConfig")
     enc, dec = make(**side), make(**side, is_decoder=True, add_cross_attention=True)
-    config = known("EncoderDecoderConfig").from_encoder_decoder_configs(enc, dec)
+    config = transformers_class("EncoderDecoderConfig").from_encoder_decoder_configs(enc, dec)
     config.decoder_start_token_id, config.pad_token_id = 2, 0
-    model = known("EncoderDecoderModel")(config)
+    model = transformers_class("EncoderDecoderModel")(config)
     model.generation_config.decoder_start_token_id = 2
     return model
 
@@ -376,7 +378,7 @@ def _bert2bert() -> nn.Module:
 pair("t5gemma", _t5gemma, *SIDES)
 pair("bert2bert", _bert2bert, "encoder.encoder.layer", "decoder.bert.encoder.layer")
 
-# ---- encoders that few use, or that transformers 5 brought
+# ---- less common encoders, and those new in transformers 5
 for _name, _bare, _at in (
     ("data2vec_text_mlm", "Data2VecText", "data2vec_text.encoder.layer"),
     ("roberta_prelayernorm_mlm", "RobertaPreLayerNorm", "roberta_prelayernorm.encoder.layer"),
@@ -403,20 +405,22 @@ encoder("embedding_gemma2_text", "EmbeddingGemma2TextModel", "layers", head_dim=
 
 
 def _boxed(padding: str, batch: int) -> Batch | None:
-    """Words with their boxes on a page."""
-    found = text(padding, batch)
-    if found is not None:
-        found["bbox"] = torch.randint(0, 40, (*found["input_ids"].shape, 4), generator=generator())
-        found["bbox"] = found["bbox"].sort(-1).values
-    return found
+    """Tokens with their bounding boxes on a page."""
+    tensors = text(padding, batch)
+    if tensors is not None:
+        tensors["bbox"] = torch.randint(
+            0, 40, (*tensors["input_ids"].shape, 4), generator=generator()
+        )
+        tensors["bbox"] = tensors["bbox"].sort(-1).values
+    return tensors
 
 
 def _corners(padding: str, batch: int) -> Batch | None:
-    """Boxes by their four corners, between 0 and 1."""
-    found = _boxed(padding, batch)
-    if found is not None:
-        found["bbox"] = torch.cat([found["bbox"]] * 2, -1).float() / 40
-    return found
+    """Bounding boxes as four corners with coordinates between 0 and 1."""
+    tensors = _boxed(padding, batch)
+    if tensors is not None:
+        tensors["bbox"] = torch.cat([tensors["bbox"]] * 2, -1).float() / 40
+    return tensors
 
 
 BOXED = {"inputs": _boxed, "max_2d_position_embeddings": 64}

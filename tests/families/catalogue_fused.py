@@ -1,4 +1,4 @@
-"""Models whose images or sounds pass a query transformer, cross-attention or an audio encoder."""
+"""Models with a query transformer, cross-attention to images, or an audio encoder."""
 
 from __future__ import annotations
 
@@ -83,21 +83,21 @@ seeing(
     **BLIP2,
 )
 
-# ---- with cross-attention to the images
+# ---- cross-attention to images
 TILES = {"aspect_ratio_mask": [[1, 1, 0, 0]], "aspect_ratio_ids": [2]}
 RATIOS = [[1, 1], [1, 2], [2, 1], [2, 2], [1, 3], [1, 4], [3, 1], [4, 1]]
 
 
 def crossed(padding: str, batch: int) -> Batch:
-    """The image's token first, then words that all see it."""
-    found = text(padding, batch, (12, 8, 6))
-    ids = found["input_ids"] = found["input_ids"].clamp(max=80)
-    mask = found.get("attention_mask", torch.ones_like(ids))
+    """An image token followed by text tokens that all attend to the image."""
+    tensors = text(padding, batch, (12, 8, 6))
+    ids = tensors["input_ids"] = tensors["input_ids"].clamp(max=80)
+    mask = tensors.get("attention_mask", torch.ones_like(ids))
     ids[torch.arange(batch), mask.argmax(1)] = IMAGE
     seen = torch.zeros(batch, ids.shape[1], 1, 4, dtype=torch.int64)
     seen[..., :2] = 1
-    found["cross_attention_mask"] = seen * mask[:, :, None, None]
-    return {**found, **pixels(1, 4, 3, 8, 8, **TILES)(batch)}
+    tensors["cross_attention_mask"] = seen * mask[:, :, None, None]
+    return {**tensors, **pixels(1, 4, 3, 8, 8, **TILES)(batch)}
 
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
@@ -155,14 +155,14 @@ seeing("qwen2_audio", "Qwen2Audio", 10, heard, at=HEARS, **AUDIO)
 
 
 def positioned(padding: str, batch: int) -> Batch:
-    """Kosmos-2's image stands at four marked positions after the first token."""
-    found = text(padding, batch, (12, 9, 8))
-    mask = found.get("attention_mask", torch.ones_like(found["input_ids"]))
+    """Inputs of Kosmos-2, whose image occupies four marked positions after the first token."""
+    tensors = text(padding, batch, (12, 9, 8))
+    mask = tensors.get("attention_mask", torch.ones_like(tensors["input_ids"]))
     marks = torch.zeros_like(mask)
     for row in range(batch):
         start = int(mask[row].argmax())
         marks[row, start + 1 : start + 5] = 1
-    return {**found, "image_embeds_position_mask": marks, **EIGHT(batch)}
+    return {**tensors, "image_embeds_position_mask": marks, **EIGHT(batch)}
 
 
 KOSMOS = {
@@ -187,7 +187,7 @@ seeing(
     latent_query_num=4,
 )
 
-# ---- Gemma's later models, with images and with text alone
+# ---- later Gemma models, with images and text only
 GEMMA4 = {
     "head_dim": 8,
     "global_head_dim": 8,

@@ -1,4 +1,4 @@
-"""More towers of images, videos and sounds, and encoder-decoders that few use."""
+"""More image, video and audio towers, and less common encoder-decoder models."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ vision("videomae", "VideoMAEModel", "layers", "encoder.layer", **BARE, **VIDEO)
 vision("vivit", "VivitModel", "layers", "encoder.layer", tubelet_size=[2, 4, 4], **BARE, **VIDEO)
 vision("timesformer", "TimesformerModel", "layers", "encoder.layer", **BARE, **VIDEO)
 
-# ---- sounds
+# ---- audio
 audio("data2vec_audio", "Data2VecAudio", "data2vec_audio.encoder.layers")
 audio("unispeech", "UniSpeech", "unispeech.encoder.layers", num_codevectors_per_group=8)
 audio("unispeech_sat", "UniSpeechSat", "unispeech_sat.encoder.layers")

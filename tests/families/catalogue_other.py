@@ -1,4 +1,4 @@
-"""Models that see and hear: towers alone, dual encoders, encoder-decoders of other inputs."""
+"""Vision and audio models: single towers, dual encoders, encoder-decoder models."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from tests.families.family import (
     add,
     decoder_tokens,
     generator,
-    known,
     maker,
     padding_mask,
     paths,
     split,
     text,
     text_tokens,
+    transformers_class,
     with_decoder_ids,
 )
 
 
 def shaped(key: str, *shape: int, padded: bool = False) -> Callable[[str, int], Batch | None]:
-    """Batches of random numbers that nothing pads."""
+    """Batches of random numbers without padding."""
 
     def inputs(padding: str, batch: int) -> Batch | None:
         if padding == "left" or (padding == "none" and padded):
@@ -54,7 +54,7 @@ CLASSES = {"initializer_range": 0.15, "num_labels": 3}
 
 
 def vision(name: str, model: str, *at: str, size: int = 16, **keywords: Any) -> None:
-    """Enter a model of images; its blocks count rows of their own."""
+    """Add an image model; the rows of its blocks are counted from their own shape."""
     family, settings = split(keywords)
     bare = model.removesuffix("ForImageClassification").removesuffix("Model")
     make = maker(model, f"{bare}Config", {**family.pop("base", {**VIT, **CLASSES}), **settings})
@@ -117,16 +117,18 @@ vision(
 )
 
 
-# ---- two towers: the text's by role, the images' by path, of another width
+# ---- two towers of different widths: text by role, images by path
 
 
 def dual(name: str, prefix: str, words: dict[str, Any], **more: Any) -> None:
-    """Enter a model of a text tower and a vision tower, once by each."""
+    """Add a model with a text and a vision tower, once for each tower."""
     small = {**VIT, "hidden_size": 24, "intermediate_size": 48, "projection_dim": 16}
 
     def make() -> nn.Module:
-        config = known(f"{prefix}Config")(text_config=words, vision_config=small, **more)
-        return known(f"{prefix}Model")(config)
+        config = transformers_class(f"{prefix}Config")(
+            text_config=words, vision_config=small, **more
+        )
+        return transformers_class(f"{prefix}Model")(config)
 
     def inputs(padding: str, batch: int) -> Batch:
         return {**text(padding, batch), **shaped("pixel_values", 3, 16, 16)("none", batch)}
@@ -206,7 +208,7 @@ WAVES = {
 
 
 def waves(padding: str, batch: int) -> Batch | None:
-    """Waveforms of several lengths."""
+    """Waveforms of different lengths."""
     if padding == "left":
         return None
     wave = torch.randn(batch, SAMPLES, generator=generator())
@@ -217,7 +219,7 @@ def waves(padding: str, batch: int) -> Batch | None:
 
 
 def frames(batch: Batch) -> Tensor | None:
-    """Bool ``[B, T]``: frames that the convolutions make of real samples alone."""
+    """Mask of the frames computed from real samples only, bool ``[B, T]``."""
     mask = batch.get("attention_mask")
     if mask is None:
         return None
@@ -228,7 +230,7 @@ def frames(batch: Batch) -> Tensor | None:
 
 
 def audio(name: str, prefix: str, at: str, **settings: Any) -> None:
-    """Enter a model of waveforms."""
+    """Add an audio model that takes waveforms."""
     make = maker(f"{prefix}ForSequenceClassification", f"{prefix}Config", {**WAVES, **settings})
     where = {"inputs": waves, "blocks": paths(at), "count": 3, "tokens": frames}
     add(Family(name=name, kind="audio", make=make, **where))
@@ -248,7 +250,7 @@ def featured(
     dec: str = "",
     **more: Any,
 ) -> None:
-    """Enter an encoder-decoder whose encoder reads features, and its decoder by its path."""
+    """Add an encoder-decoder model whose encoder takes features, and its decoder."""
     common = {"kind": "encoder-decoder", "make": make, "count": 2, **more}
     common["inputs"] = lambda padding, batch: with_decoder_ids(inputs(padding, batch))
     add(Family(name=name, blocks=paths(at), generates=True, **common))
@@ -333,16 +335,21 @@ add(
 )
 
 
-# ---- an encoder of images, a decoder of text, of different widths
+# ---- an image encoder and a text decoder of different widths
 
 
 def _captions(config: str, settings: dict[str, Any]) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         small = {**VIT, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 48}
-        enc, dec = known("ViTConfig")(**small, initializer_range=0.15), known(config)(**settings)
-        both = known("VisionEncoderDecoderConfig").from_encoder_decoder_configs(enc, dec)
+        enc, dec = (
+            transformers_class("ViTConfig")(**small, initializer_range=0.15),
+            transformers_class(config)(**settings),
+        )
+        both = transformers_class("VisionEncoderDecoderConfig").from_encoder_decoder_configs(
+            enc, dec
+        )
         both.decoder_start_token_id, both.pad_token_id = 2, 0
-        model = known("VisionEncoderDecoderModel")(both)
+        model = transformers_class("VisionEncoderDecoderModel")(both)
         model.generation_config.decoder_start_token_id = 2
         return model
 

@@ -1,4 +1,4 @@
-"""Decoders of text that transformers 5 brought, and some older ones that few use."""
+"""Text decoders new in transformers 5, and some less common older ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoders that read text, each with three blocks or so."""
+"""Text decoders, with about three blocks each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.families.family import (
 
 
 def decoder(name: str, classes: str | tuple[str, str], **keywords: Any) -> None:
-    """Enter a decoder: "Llama" stands for LlamaConfig and LlamaForCausalLM."""
+    """Add a decoder; "Llama" means LlamaConfig and LlamaForCausalLM."""
     family, settings = split(keywords)
     config, model = (
         (f"{classes}Config", f"{classes}ForCausalLM") if isinstance(classes, str) else classes

@@ -1,4 +1,4 @@
-"""Vision-language and audio-language models: a tower's features stand among the text's tokens."""
+"""Vision-language and audio-language models that insert a tower's features among the tokens."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.families.family import (
     Family,
     add,
     generator,
-    known,
     padding_mask,
     paths,
     split,
     text_tokens,
+    transformers_class,
 )
 
-IMAGE = 90  # the placeholder's token; tokens of the text are below 88
+IMAGE = 90  # token id of the placeholder; token ids of text are below 88
 WORDS = (8, 5, 3)
 Pixels = Callable[[int], Batch]
 
@@ -31,7 +31,7 @@ Pixels = Callable[[int], Batch]
 def mixed(
     count: int, pixels: Pixels, types: str = "", before: tuple = (1,), after: tuple = ()
 ) -> Callable[[str, int], Batch]:
-    """Batches of ``count`` placeholders between two prefixes, words, and what the tower reads."""
+    """Batches of a prefix, ``count`` placeholders, a suffix and text, with inputs of the tower."""
 
     def inputs(padding: str, batch: int) -> Batch:
         head = [*before, *[IMAGE] * count, *after]
@@ -42,18 +42,18 @@ def mixed(
         for row, n in enumerate(words):
             tail = torch.randint(5, 80, (n,), generator=draw).tolist()
             ids[row, mask[row].bool()] = torch.tensor(head + tail)
-        found: Batch = {"input_ids": ids, **pixels(batch)}
+        tensors: Batch = {"input_ids": ids, **pixels(batch)}
         if padding != "none":
-            found["attention_mask"] = mask
+            tensors["attention_mask"] = mask
         if types:
-            found[types] = (ids == IMAGE).long()
-        return found
+            tensors[types] = (ids == IMAGE).long()
+        return tensors
 
     return inputs
 
 
 def pixels(*shape: int, **more: Any) -> Pixels:
-    """Random images, and settings repeated for each example."""
+    """Random images, and other inputs repeated for each example."""
 
     def make(batch: int) -> Batch:
         repeated = {k: torch.tensor([v] * batch) for k, v in more.items()}
@@ -63,19 +63,22 @@ def pixels(*shape: int, **more: Any) -> Pixels:
 
 
 def seeing(name: str, prefix: str, holders: int, read: Pixels, **keywords: Any) -> None:
-    """Enter a vision-language model; settings whose name ends in ``_config`` are
-    (class or None, settings): None leaves them a dictionary."""
+    """Add a vision-language model.
+
+    Settings whose name ends in ``_config`` are (class name or None, settings); with None they are
+    passed as a dictionary.
+    """
     family, settings = split(keywords)
     where = {k: settings.pop(k) for k in ("types", "before", "after") if k in settings}
 
     def make() -> nn.Module:
-        given = {}
+        arguments = {}
         for key, value in settings.items():
             if isinstance(value, tuple):
-                value = value[1] if value[0] is None else known(value[0])(**value[1])
-            given[key] = value
-        model = known(family.get("config", f"{prefix}ForConditionalGeneration"))
-        return model(known(f"{prefix}Config")(**given))
+                value = value[1] if value[0] is None else transformers_class(value[0])(**value[1])
+            arguments[key] = value
+        model = transformers_class(family.get("config", f"{prefix}ForConditionalGeneration"))
+        return model(transformers_class(f"{prefix}Config")(**arguments))
 
     common: dict[str, Any] = {
         "kind": "vision-language",
@@ -143,17 +146,17 @@ seeing(
 )
 
 
-# ---- Qwen's and GLM's: patches in a row, positions in three dimensions
+# ---- Qwen and GLM: flattened patches, three-dimensional positions
 
 
 def patches(batch: int) -> Batch:
-    """Each image is 4 by 4 patches of 4 by 4 pixels, two frames deep."""
+    """Images of 4 by 4 patches with 4 by 4 pixels and two frames each."""
     rows = torch.randn(batch * 16, 3 * 2 * 4 * 4, generator=generator())
     return {"pixel_values": rows, "image_grid_thw": torch.tensor([[1, 4, 4]] * batch)}
 
 
 def sections(spread: list[int], **more: Any) -> dict[str, Any]:
-    """Rotary settings of three dimensions, in the spelling of both versions."""
+    """Settings of three-dimensional rotary embeddings, for both major versions."""
     both = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": spread, **more}
     return {"rope_parameters": both, "rope_scaling": dict(both), "rope_theta": 10000.0}
 
@@ -259,7 +262,7 @@ seeing(
     **AMONG,
 )
 
-# ---- Gemma's
+# ---- Gemma
 GEMMA = {**DECODER, "head_dim": 8}
 seeing(
     "paligemma",

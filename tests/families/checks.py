@@ -1,4 +1,4 @@
-"""The checks that every family must pass, each against the oracle of plain hooks."""
+"""The checks of each family, compared with plain hooks."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ RANDOM = ("dropout", "drop_path", "layerdrop", "jitter", "mask_time_prob", "mask
 
 
 class BaseFails(Exception):
-    """The base model alone, without an adapter, raises in this version of transformers."""
+    """The base model without an adapter raises in this version of transformers."""
 
 
 # ---- models
 
 
 def _quiet(holder: Any, depth: int = 0) -> None:
-    """No dropout, layer drop, jitter or masking, in a module or a configuration."""
+    """Set dropout, layer drop, jitter and masking of a module or configuration to 0."""
     for name, value in list(vars(holder).items()):
         if isinstance(value, float) and any(word in name for word in RANDOM):
             with contextlib.suppress(Exception):
@@ -69,13 +69,13 @@ def _base(name: str) -> nn.Module:
         _quiet(module)
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-    with torch.no_grad():  # biases and norms that start at 0 or 1 would hide mistakes
+    with torch.no_grad():  # biases of 0 and norms of 1 would hide errors
         for parameter in model.parameters():
             if parameter.dim() == 1 and parameter.is_floating_point():
                 parameter.add_(0.05 * torch.randn_like(parameter))
             elif parameter.is_floating_point() and not parameter.any():
                 parameter.normal_(std=0.15)
-        for module in model.modules():  # nor a root of a zero at padding, whose slope is infinite
+        for module in model.modules():  # sqrt(0) at padding tokens has an infinite gradient
             if isinstance(module, nn.Embedding) and module.padding_idx is not None:
                 module.weight[module.padding_idx].normal_(std=0.05)
     model = model.float().eval().requires_grad_(False)
@@ -88,20 +88,20 @@ def _base(name: str) -> nn.Module:
 
 
 def base_of(family: Family) -> nn.Module:
-    """A fresh copy of the family's base model, in evaluation.
+    """A copy of the family's base model in evaluation mode.
 
     Raises:
-        MissingClass: transformers does not have it.
-        BaseFails: it cannot be made, or does not run.
+        MissingClass: transformers does not have the model.
+        BaseFails: the model cannot be created or does not run.
     """
     return copy.deepcopy(_base(family.name))
 
 
 def attach(model: nn.Module, component: str, layers: Any = "all", **more: Any) -> PeftModel:
-    """An adapter of rank 4 at a component of all layers.
+    """Attach an adapter of rank 4.
 
     Raises:
-        BaseFails: PEFT cannot attach an adapter of its own to this model either.
+        BaseFails: PEFT cannot attach LoRA to this model either.
     """
     config = ReftConfig(layers=layers, rank=4, positions=POSITIONS, component=component, **more)
     try:
@@ -122,12 +122,12 @@ def lora_fails(model: nn.Module, message: str) -> bool:
 
 
 def stacks(model: nn.Module) -> list[nn.Module]:
-    """The modules that hold the adapter's parameters, one for each width."""
+    """The stacked interventions of the adapter, one per width."""
     return [m for m in model.modules() if type(m).__name__.startswith("Stacked")]
 
 
 def shake(model: nn.Module, seed: int = 7, scale: float = 0.5) -> nn.Module:
-    """Move every adapter parameter off its initial value."""
+    """Add noise to all adapter parameters."""
     noise = generator(seed)
     with torch.no_grad():
         for stack in stacks(model):
@@ -138,7 +138,7 @@ def shake(model: nn.Module, seed: int = 7, scale: float = 0.5) -> nn.Module:
 
 
 def widths_of(model: nn.Module, at: list[Place], batch: Batch) -> list[int]:
-    """The width of each place's hidden state, seen in a call of the base model."""
+    """The width of the hidden state at each place, from a run of the base model."""
     widths = [0] * len(at)
 
     def note(index: int, hidden: Tensor) -> Tensor:
@@ -151,18 +151,18 @@ def widths_of(model: nn.Module, at: list[Place], batch: Batch) -> list[int]:
 
 
 def layers_in(model: nn.Module, widths: list[int]) -> list[tuple[nn.Module, int]]:
-    """(stack, index in it) of each place: places of one width follow each other in one stack."""
-    found, count = [], dict.fromkeys(widths, 0)
+    """(stack, index in the stack) of each place; a stack has all places of one width in order."""
+    layers, count = [], dict.fromkeys(widths, 0)
     by_width = {stack.W.shape[-1]: stack for stack in stacks(model)}
     for width in widths:
-        found.append((by_width[width], count[width]))
+        layers.append((by_width[width], count[width]))
         count[width] += 1
     assert count == {width: stack.W.shape[0] for width, stack in by_width.items()}, count
-    return found
+    return layers
 
 
 def weights_of(layers: list[tuple[nn.Module, int]], *, learn: bool = False) -> list[Weights]:
-    """R, W and b of each place, copied out of the adapter."""
+    """Copies of R, W and b of each place."""
     out = []
     for stack, k in layers:
         R = orthonormal(stack.X[k].detach().double(), stack.signs[k].double()).float()
@@ -175,13 +175,13 @@ def weights_of(layers: list[tuple[nn.Module, int]], *, learn: bool = False) -> l
 
 
 def batches(family: Family) -> list[Batch]:
-    """Padded on the right, on the left, unpadded, and unpadded alone."""
-    asked = (("right", BATCH), ("left", BATCH), ("none", BATCH), ("none", 1))
-    return [b for b in (family.inputs(*one) for one in asked) if b is not None]
+    """Batches padded on the right, on the left, without padding, and of one example."""
+    kinds = (("right", BATCH), ("left", BATCH), ("none", BATCH), ("none", 1))
+    return [b for b in (family.inputs(*kind) for kind in kinds) if b is not None]
 
 
 def leading(output: Any) -> Tensor:
-    """The logits of an output, or what stands in for them."""
+    """The logits of an output, or its first floating-point tensor."""
     for name in ("logits", "logits_per_text", "last_hidden_state", "prediction_logits"):
         value = getattr(output, name, None)
         if isinstance(value, Tensor):
@@ -190,7 +190,7 @@ def leading(output: Any) -> Tensor:
 
 
 def meaningful(family: Family, batch: Batch, logits: Tensor) -> Tensor:
-    """Logits without those at padding."""
+    """Logits without those at padding tokens."""
     mask = batch.get("attention_mask")
     if family.scores_tokens and mask is not None and logits.shape[:2] == mask.shape:
         return logits[mask.bool()]
@@ -198,7 +198,7 @@ def meaningful(family: Family, batch: Batch, logits: Tensor) -> Tensor:
 
 
 def distance(got: Tensor, want: Tensor) -> float:
-    """The largest difference, relative to the largest entry; infinite where shapes differ."""
+    """The largest difference relative to the largest entry; infinite if shapes differ."""
     got, want = got.detach().double(), want.detach().double()
     if got.shape != want.shape:
         return float("inf")
@@ -209,9 +209,10 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got - want).abs().max() / want.abs().max().clamp(min=1e-9))
 
 
-def close(got: Tensor, want: Tensor, limit: float, what: str) -> None:
-    found = distance(got, want)
-    assert found <= limit, f"{what}: {found:.1e} apart, allowed {limit:.0e}"
+def close(got: Tensor, want: Tensor, limit: float, name: str) -> None:
+    """Assert that :func:`distance` is at most ``limit``."""
+    difference = distance(got, want)
+    assert difference <= limit, f"{name}: differs by {difference:.1e}, allowed {limit:.0e}"
 
 
 def edited_tokens(family: Family, batch: Batch) -> Tensor | None:
@@ -220,14 +221,14 @@ def edited_tokens(family: Family, batch: Batch) -> Tensor | None:
 
 @contextlib.contextmanager
 def calm():
-    """Warnings about prompts whose ends are not known are expected here."""
+    """Ignore warnings, such as those about unknown prompt ends."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    torch.manual_seed(4)  # models that draw in their forward draw the same
+    torch.manual_seed(4)  # for models with random numbers in their forward
     return model(**batch)
 
 
@@ -235,7 +236,7 @@ def call(model: nn.Module, batch: Batch) -> Any:
 
 
 def check_places(family: Family, seed: int = 7) -> None:
-    """The component means the modules that the catalogue names."""
+    """The component resolves to the modules in the catalogue."""
     model = base_of(family)
     want = places(model, family.role(), family.count)
     got = [(target.path, target.side) for target in resolve(model, family.component).targets]
@@ -243,7 +244,7 @@ def check_places(family: Family, seed: int = 7) -> None:
 
 
 def check_identity(family: Family, seed: int = 7) -> None:
-    """A fresh adapter changes nothing."""
+    """A new adapter does not change the logits."""
     base = base_of(family)
     model = attach(base_of(family), family.component).eval()
     with torch.no_grad(), calm():
@@ -253,8 +254,12 @@ def check_identity(family: Family, seed: int = 7) -> None:
 
 
 def labelled(family: Family) -> list[tuple[str, Batch, Batch, Tensor]]:
-    """(name, what the adapter's call has, what the base's has, the prompts' tokens)."""
-    found = []
+    """Batches with labels or prompt lengths.
+
+    Returns:
+        (name, batch for the edited model, batch for the base model, prompt tokens bool ``[B, T]``).
+    """
+    cases = []
     for padding in ("right", "left"):
         batch = family.inputs(padding, BATCH) if family.labels else None
         if batch is None:
@@ -262,15 +267,15 @@ def labelled(family: Family) -> list[tuple[str, Batch, Batch, Tensor]]:
         labels, prompt, lengths = mark_prompt(family, batch)
         if family.tokens is not None and family.tokens(batch).shape != prompt.shape:
             continue
-        found.append((f"labels, {padding}", {**batch, "labels": labels}, batch, prompt))
+        cases.append((f"labels, {padding}", {**batch, "labels": labels}, batch, prompt))
         if family.labels == "prompt":
-            given = {**batch, "prompt_lengths": lengths}
-            found.append((f"prompt_lengths, {padding}", given, batch, prompt))
-    return found
+            with_lengths = {**batch, "prompt_lengths": lengths}
+            cases.append((f"prompt_lengths, {padding}", with_lengths, batch, prompt))
+    return cases
 
 
 def check_rows(family: Family, seed: int = 7, role: Role | None = None) -> None:
-    """Logits as under plain hooks, whatever the padding and wherever the prompt ends."""
+    """Logits equal those with plain hooks, for all paddings and prompt ends."""
     base = base_of(family)
     role = role or family.role()
     layers = "all" if role.layers is None else list(role.layers)
@@ -281,20 +286,21 @@ def check_rows(family: Family, seed: int = 7, role: Role | None = None) -> None:
         (f"batch {n}", batch, batch, edited_tokens(family, batch) if role.tokens else None)
         for n, batch in enumerate(batches(family))
     ]
-    power = 0.0
-    for name, given, bare, tokens in cases + (labelled(family) if role.tokens else []):
+    effect = 0.0
+    for name, inputs, bare, tokens in cases + (labelled(family) if role.tokens else []):
         with torch.no_grad(), calm():
             with plain_edits(base, at, weights, tokens, family.layout, pads=family.pads) as ran:
                 want = meaningful(family, bare, leading(call(base, bare)))
             assert ran, "no place ran"
-            got = meaningful(family, bare, leading(call(model, given)))
-            power = max(power, distance(meaningful(family, bare, leading(call(base, bare))), want))
+            got = meaningful(family, bare, leading(call(model, inputs)))
+            unedited = meaningful(family, bare, leading(call(base, bare)))
+            effect = max(effect, distance(unedited, want))
         close(got, want, ROWS, name)
-    assert power > 1e-4, f"the edit hardly shows: {power:.0e}"
+    assert effect > 1e-4, f"the edit barely changes the logits: {effect:.0e}"
 
 
 def loss_of(family: Family, batch: Batch, output: Any) -> Tensor:
-    """The output's loss, or a fixed combination of the logits where it has none."""
+    """The loss of an output, or a fixed linear combination of the logits."""
     if getattr(output, "loss", None) is not None and "labels" in batch:
         return output.loss
     logits = meaningful(family, batch, leading(output)).float()
@@ -302,7 +308,7 @@ def loss_of(family: Family, batch: Batch, output: Any) -> Tensor:
 
 
 def check_gradients(family: Family, seed: int = 7, role: Role | None = None) -> None:
-    """Gradients of every adapter parameter as autograd has them through the plain hooks."""
+    """Gradients of all adapter parameters equal those of autograd through the plain hooks."""
     base = base_of(family).train()
     role = role or family.role()
     chosen = "all" if role.layers is None else list(role.layers)
@@ -329,11 +335,11 @@ def check_gradients(family: Family, seed: int = 7, role: Role | None = None) -> 
 def compare_gradients(
     name: str, layers: list[tuple[nn.Module, int]], weights: list[Weights], ran: set[int]
 ) -> None:
-    """X's gradient is R's, through the reflections."""
+    """Compare gradients; that of X is computed from R's through the reflections."""
     reached = 0
     for index in sorted(ran):
         (stack, k), (R, W, b) = layers[index], weights[index]
-        if W.grad is None or not W.grad.any():  # a place whose edit the loss does not see
+        if W.grad is None or not W.grad.any():  # the loss does not depend on this place
             assert stack.W.grad is None or not stack.W.grad[k].any(), f"{name}, place {index}"
             continue
         reached += 1
@@ -347,7 +353,7 @@ def compare_gradients(
 
 
 def generated(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Greedy tokens and their logits."""
+    """Greedily generated tokens and their logits."""
     torch.manual_seed(4)
     with torch.no_grad(), calm():
         out = model.generate(
@@ -363,13 +369,13 @@ def generated(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def check_generate(family: Family, seed: int = 7) -> None:
-    """Greedy generation as under hooks that edit the prompt and nothing after it."""
+    """Greedy generation equals generation with hooks that edit only the prompt."""
     base = base_of(family)
     settings = base.generation_config
     settings.eos_token_id = settings.forced_eos_token_id = settings.forced_bos_token_id = None
     settings.suppress_tokens = settings.begin_suppress_tokens = None
     settings.pad_token_id = 0
-    if family.kind == "vision-language":  # a placeholder of an image must not be generated
+    if family.kind == "vision-language":  # image placeholders must not be generated
         settings.suppress_tokens = list(range(88, 97))
     whole = family.inputs("left", 2) or family.inputs("right", 2)
     batch = without(whole, "decoder_input_ids")
@@ -384,7 +390,7 @@ def check_generate(family: Family, seed: int = 7) -> None:
     once = family.kind not in ("encoder-decoder", "audio")
     with plain_edits(base, at, weights, tokens, family.layout, pads=family.pads, prompt_only=once):
         want, want_logits = generated(base, batch)
-    for _ in range(2):  # a second call starts anew
+    for _ in range(2):  # the second call must not depend on the first
         got, logits = generated(model, batch)
         close(logits[:, 0], want_logits[:, 0], ROWS, "the first token's logits")
         assert torch.equal(got, want), f"tokens {got.tolist()}, expected {want.tolist()}"
@@ -393,7 +399,7 @@ def check_generate(family: Family, seed: int = 7) -> None:
 
 
 def check_save(family: Family, seed: int = 7) -> None:
-    """A reloaded adapter gives the same bits; a disabled one gives the base model's."""
+    """A reloaded adapter has the same parameters; a disabled one gives the base model's logits."""
     base = base_of(family)
     model = shake(attach(base_of(family), family.component).eval(), seed)
     with tempfile.TemporaryDirectory() as folder:
@@ -402,9 +408,9 @@ def check_save(family: Family, seed: int = 7) -> None:
     batch = batches(family)[0]
     with torch.no_grad(), calm():
         want, got = (meaningful(family, batch, leading(call(m, batch))) for m in (model, again))
-        for own, other in zip(stacks(model), stacks(again), strict=True):
-            for p, q in zip(own.parameters(), other.parameters(), strict=True):
-                assert torch.equal(p, q), "a parameter changed on the way to disk and back"
+        for saved, loaded in zip(stacks(model), stacks(again), strict=True):
+            for p, q in zip(saved.parameters(), loaded.parameters(), strict=True):
+                assert torch.equal(p, q), "saving and loading changed a parameter"
         close(got, want, 5e-6, "a reloaded adapter")
         with model.disable_adapter():
             off = leading(call(model, batch))
@@ -413,7 +419,7 @@ def check_save(family: Family, seed: int = 7) -> None:
 
 
 def refusal(family: Family) -> str:
-    """The message with which the library refuses the family; empty where it attaches."""
+    """The library's error message for the family; empty if the adapter attaches."""
     try:
         attach(base_of(family), family.component)
     except (ValueError, NotImplementedError) as error:
@@ -422,13 +428,13 @@ def refusal(family: Family) -> str:
 
 
 def check_refused(family: Family, seed: int = 7) -> None:
-    """The library names the family and says why it cannot serve it."""
+    """The library raises an error with the reason in the catalogue."""
     message = refusal(family)
-    assert message, "attached, but the catalogue expects a refusal"
-    assert family.refused in message, f"refused, but says {message}"
+    assert message, "attached, but the catalogue expects an error"
+    assert family.refused in message, f"unexpected error message: {message}"
 
 
-from tests.families import modes  # noqa: E402  (its checks use what stands above)
+from tests.families import modes  # noqa: E402  (it uses the functions above)
 
 CHECKS: dict[str, Callable[..., None]] = {
     "places": check_places,
@@ -446,18 +452,18 @@ def checks_of(family: Family) -> list[str]:
     """The names of the family's checks."""
     if family.refused:
         return ["refused"]
-    left_out = set() if family.generates else {"generate"}
-    left_out |= set() if family.name in modes.COMPILED else {"compile"}
-    return [name for name in CHECKS if name not in left_out]
+    omitted = set() if family.generates else {"generate"}
+    omitted |= set() if family.name in modes.COMPILED else {"compile"}
+    return [name for name in CHECKS if name not in omitted]
 
 
 def routed(model: nn.Module) -> bool:
-    """Whether a router chooses experts: at a tie, rounding alone can change its choice."""
+    """Whether the model routes tokens to experts; rounding can change the choice at a tie."""
     return any("expert" in name or "router" in name for name, _ in model.named_modules())
 
 
 def run(family: Family, name: str) -> None:
-    """One check of one family; routers have three draws of the adapter, the others one."""
+    """Run one check of one family; models with routers have up to three attempts (seeds)."""
     function = check_refused if name == "refused" else CHECKS[name]
     for seed in (7, 8, 9):
         try:

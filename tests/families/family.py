@@ -1,7 +1,7 @@
-"""What a family says about itself, and the batches that its models read.
+"""The description of a model family, and batches for its models.
 
-All is written by hand: which modules are blocks, what a role means, which tokens are real.
-Nothing asks the library.
+The descriptions (paths of blocks and roles, real tokens) are written by hand and do not use the
+library.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LENGTHS = (12, 7, 3)
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
 
-# a decoder of today, an encoder of BERT's time, GPT-2's and BART's spelling of the same
+# configuration values of recent decoders, BERT-like encoders, GPT-2 and BART
 DECODER: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": WIDTH,
@@ -68,41 +68,42 @@ class MissingClass(Exception):
     """The installed transformers has no such class."""
 
 
-def known(name: str) -> Any:
+def transformers_class(name: str) -> Any:
     """A class of transformers by name.
 
     Raises:
         MissingClass: this version of transformers does not have it.
     """
-    found = getattr(transformers, name, None)
-    if found is None:
+    cls = getattr(transformers, name, None)
+    if cls is None:
         raise MissingClass(f"transformers {transformers.__version__} has no {name}")
-    return found
+    return cls
 
 
 def rope(**more: Any) -> dict[str, Any]:
-    """Settings of rotary embeddings, in the spelling of the installed transformers."""
+    """Settings of rotary embeddings, in the format of the installed transformers."""
     if VERSION_5:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, **more}}
     return {"rope_theta": 10000.0, "rope_scaling": {"rope_type": "default", **more}}
 
 
 def maker(model: str, config: str, settings: Mapping[str, Any]) -> Callable[[], nn.Module]:
-    """A function that makes ``model`` from ``config(**settings)``, less those that are ``...``."""
-    given = {k: v for k, v in settings.items() if v is not ...}
-    return lambda: known(model)(known(config)(**given))
+    """A function that creates ``model`` from ``config(**settings)``; omits settings of ``...``."""
+    arguments = {k: v for k, v in settings.items() if v is not ...}
+    return lambda: transformers_class(model)(transformers_class(config)(**arguments))
 
 
 @dataclasses.dataclass(frozen=True)
 class Role:
-    """A component and the places that it means.
+    """A component and the expected places.
 
     Args:
-        component: as a user writes it.
-        at: templates of module paths, ``{}`` the layer, one for each spelling that a version
-            of transformers has; the first whose modules exist is meant.
-        layers: the layers asked for; None: all.
-        tokens: whether the rows are the text's tokens; else the place counts rows of its own.
+        component: a role or a module path.
+        at: templates of module paths with ``{}`` for the layer, one for each naming scheme in
+            the supported versions of transformers; the first whose modules exist is used.
+        side: "input" or "output".
+        layers: the layers; None: all.
+        tokens: whether the rows are the tokens of the text.
     """
 
     component: str
@@ -114,18 +115,25 @@ class Role:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One family of models: how to make a tiny one, what it reads, and where its blocks are.
+    """A tiny model of one family, its inputs and its blocks.
 
     Args:
-        inputs: (padding, batch size) -> a batch, None where the family has no such padding.
-        blocks: templates of the blocks' paths, as in :class:`Role`. count: how many there are.
-        tokens: a batch -> bool ``[B, T]``, the real rows of the hidden states; None: all rows.
+        name: name of the family.
+        kind: group of families in the table.
+        make: creates the model.
+        inputs: (padding, batch size) -> a batch; None if the family has no such padding.
+        blocks: templates of the blocks' paths, as in :class:`Role`.
+        count: number of blocks.
+        tokens: batch -> bool ``[B, T]``, the real rows of the hidden states; None: all rows.
+        component: the component to edit.
         layout: axes of the hidden states: batch, time, streams, width.
-        labels: "prompt": labels continue a prompt; "decoder": labels of a decoder, one column ahead
-            of its input; "": the model's calls have no labels.
-        scores_tokens: logits are ``[B, T, V]`` and those at padding mean nothing.
-        refused: a part of the message with which the library refuses the family.
-        pads: the model pads its own hidden states on the right.
+        generates: whether the model has ``generate``.
+        labels: "prompt" if labels continue a prompt, "decoder" if they are a decoder's labels (one
+            column before its input), "" if the calls have no labels.
+        scores_tokens: whether logits are ``[B, T, V]`` and undefined at padding tokens.
+        refused: part of the library's error message; "" if the family is supported.
+        pads: whether the model pads its hidden states on the right.
+        note: remark for the table.
     """
 
     name: str
@@ -150,7 +158,7 @@ class Family:
 
 
 def places(model: nn.Module, role: Role, count: int) -> list[Place]:
-    """The role's places, by the first spelling whose modules the model has."""
+    """The places of a role, from the first template whose modules exist."""
     layers = range(count) if role.layers is None else role.layers
     names = {name for name, _ in model.named_modules()}
     for template in role.at:
@@ -164,7 +172,7 @@ FAMILIES: dict[str, Family] = {}
 
 
 def add(family: Family) -> Family:
-    """Enter a family into the catalogue."""
+    """Add a family to the catalogue."""
     assert family.name not in FAMILIES, family.name
     FAMILIES[family.name] = family
     return family
@@ -174,14 +182,14 @@ _FIELDS = {field.name for field in dataclasses.fields(Family)} | {"at", "config"
 
 
 def split(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what describes the family, settings of its configuration)."""
+    """Split keywords into arguments of :class:`Family` and settings of the configuration."""
     family = {k: v for k, v in keywords.items() if k in _FIELDS}
     return family, {k: v for k, v in keywords.items() if k not in _FIELDS}
 
 
 def paths(at: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Templates of the blocks' paths of the paths of their lists."""
-    return tuple(f"{one}.{{}}" for one in ([at] if isinstance(at, str) else at))
+    """Templates of block paths, from the paths of their lists."""
+    return tuple(f"{path}.{{}}" for path in ([at] if isinstance(at, str) else at))
 
 
 # ---- batches
@@ -192,7 +200,7 @@ def generator(seed: int = 5) -> torch.Generator:
 
 
 def padding_mask(lengths: list[int], padding: str, width: int) -> Tensor:
-    """Int64 ``[B, width]``: 1 at real tokens."""
+    """Attention mask, int64 ``[B, width]``, 1 at real tokens."""
     mask = torch.zeros(len(lengths), width, dtype=torch.int64)
     for row, length in enumerate(lengths):
         mask[row, (slice(width - length, width) if padding == "left" else slice(length))] = 1
@@ -200,7 +208,7 @@ def padding_mask(lengths: list[int], padding: str, width: int) -> Tensor:
 
 
 def text(padding: str, batch: int, lengths: tuple[int, ...] = LENGTHS) -> Batch:
-    """Token ids, and their mask unless nothing is padded."""
+    """A batch of token ids, with a mask if it is padded."""
     width = max(lengths)
     mask = padding_mask(
         [width] * batch if padding == "none" else list(lengths[:batch]), padding, width
@@ -210,18 +218,18 @@ def text(padding: str, batch: int, lengths: tuple[int, ...] = LENGTHS) -> Batch:
 
 
 def text_tokens(batch: Batch) -> Tensor:
-    """Bool ``[B, T]``: the text's real tokens."""
+    """Mask of the real tokens of the text, bool ``[B, T]``."""
     mask = batch.get("attention_mask")
     return torch.ones_like(batch["input_ids"]).bool() if mask is None else mask.bool()
 
 
 def decoder_tokens(batch: Batch) -> Tensor:
-    """Bool ``[B, T]``: a decoder's input, all real."""
+    """Mask of the decoder's tokens, bool ``[B, T]``; all are real."""
     return torch.ones_like(batch["decoder_input_ids"]).bool()
 
 
 def with_decoder_ids(batch: Batch | None, start: int = 2) -> Batch | None:
-    """A batch with six decoder tokens besides."""
+    """A batch with six decoder tokens added."""
     if batch is None:
         return None
     size = next(iter(batch.values())).shape[0]
@@ -235,13 +243,17 @@ def without(batch: Batch, *names: str) -> Batch:
 
 
 def mark_prompt(family: Family, batch: Batch) -> tuple[Tensor, Tensor, list[int]]:
-    """About two thirds are the prompt: labels, bool ``[B, T]`` of the prompts' tokens, lengths."""
+    """Mark about two thirds of each example as prompt.
+
+    Returns:
+        Labels int64 ``[B, T]``, prompt tokens bool ``[B, T]``, prompt lengths.
+    """
     if family.labels == "decoder":
         ids = batch["decoder_input_ids"]
         lengths = [2 + row % 3 for row in range(ids.shape[0])]
         labels = torch.full_like(ids, -100)
         prompt = torch.zeros_like(ids, dtype=torch.bool)
-        for row, length in enumerate(lengths):  # label j stands at the decoder's column j + 1
+        for row, length in enumerate(lengths):  # label j is the decoder's input at column j + 1
             labels[row, length - 1 : -1] = ids[row, length:]
             labels[row, -1] = 2
             prompt[row, :length] = True

@@ -1,4 +1,4 @@
-"""Checks of ways to run a model: recomputation in the backward, and torch.compile."""
+"""Checks of gradient checkpointing and ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -20,63 +20,63 @@ COMPILED = _COMPILED.split()
 """The families whose compiled model is compared with its uncompiled one."""
 
 ENDLESS = ("wavlm",)
-"""Reentrant recomputation of the bare model does not end: its layers hand a bias to each other."""
+"""Families whose base model hangs with reentrant checkpointing: layers pass a bias to the next."""
 
 
 def training_batch(family: Family) -> Batch:
-    """A batch with labels where the family has them."""
-    for _, given, *_ in checks.labelled(family):
-        if "labels" in given:
-            return given
+    """A batch for training, with labels if the family has them."""
+    for _, batch, *_ in checks.labelled(family):
+        if "labels" in batch:
+            return batch
     return family.inputs("right", BATCH) or family.inputs("none", BATCH)
 
 
 def trained(family: Family, seed: int) -> nn.Module:
-    """An adapted model in training, the adapter off its initial value; the same at each call."""
+    """A model with an adapter in training mode; the same in each call."""
     base = checks.base_of(family)
     torch.manual_seed(0)
     return checks.shake(checks.attach(base, family.component).train(), seed)
 
 
 def step(family: Family, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor | None]]:
-    """Logits, and the gradients of the adapter's parameters."""
+    """Logits and gradients of the adapter's parameters."""
     model.zero_grad(set_to_none=True)
     with checks.calm():
         output = checks.call(model, batch)
         checks.loss_of(family, batch, output).backward()
     logits = checks.meaningful(family, batch, checks.leading(output))
-    found = [p.grad for stack in checks.stacks(model) for p in stack.parameters()]
-    return logits.detach(), [None if g is None else g.clone() for g in found]
+    grads = [p.grad for stack in checks.stacks(model) for p in stack.parameters()]
+    return logits.detach(), [None if g is None else g.clone() for g in grads]
 
 
 def compare(
-    got: tuple[Tensor, list], want: tuple[Tensor, list], rows: float, gradients: float, what: str
+    got: tuple[Tensor, list], want: tuple[Tensor, list], rows: float, gradients: float, name: str
 ) -> None:
-    """Logits and gradients of two runs of one step."""
-    checks.close(got[0], want[0], rows, f"{what}, logits")
-    assert any(g is not None for g in want[1]), "no gradient without it"
+    """Compare the logits and gradients of two runs."""
+    checks.close(got[0], want[0], rows, f"{name}, logits")
+    assert any(g is not None for g in want[1]), "the reference has no gradients"
     for index, (one, other) in enumerate(zip(got[1], want[1], strict=True)):
-        assert (one is None) == (other is None), f"{what}, parameter {index}: a gradient is missing"
+        assert (one is None) == (other is None), f"{name}, parameter {index}: a gradient is missing"
         if other is not None:
-            checks.close(one, other, gradients, f"{what}, gradient {index}")
+            checks.close(one, other, gradients, f"{name}, gradient {index}")
 
 
 def checkpointed(model: nn.Module, reentrant: bool) -> bool:
-    """Turn checkpointing on; False where the model has none."""
+    """Enable checkpointing; returns False if the model does not support it."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         return False
     with checks.calm():
         model.gradient_checkpointing_enable(
             gradient_checkpointing_kwargs={"use_reentrant": reentrant}
         )
-        if reentrant:  # which needs a graph before the first layer
+        if reentrant:  # requires that the input of the first layer has a graph
             with contextlib.suppress(NotImplementedError):
                 model.enable_input_require_grads()
     return True
 
 
-def base_runs(family: Family, reentrant: bool, batch: Batch) -> str:
-    """Why the base model, its blocks trained, does not run with checkpointing; empty if it does."""
+def base_failure(family: Family, reentrant: bool, batch: Batch) -> str:
+    """The reason why checkpointing fails for the base model with trained blocks; "" if it works."""
     base = checks.base_of(family).train()
     for path, _ in places(base, family.role(), family.count):
         base.get_submodule(path).requires_grad_(True)
@@ -89,8 +89,8 @@ def base_runs(family: Family, reentrant: bool, batch: Batch) -> str:
             loss = checks.loss_of(family, batch, checks.call(base, batch))
             loss.backward()
             losses.append(loss.detach())
-            found = [p.grad for p in base.parameters()]
-            gradients.append([None if g is None else g.clone() for g in found])
+            grads = [p.grad for p in base.parameters()]
+            gradients.append([None if g is None else g.clone() for g in grads])
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:160]}"
     for one, other in zip(*gradients, strict=True):
@@ -102,10 +102,10 @@ def base_runs(family: Family, reentrant: bool, batch: Batch) -> str:
 
 
 def check_checkpointing(family: Family, seed: int = 7) -> None:
-    """Recomputed layers, reentrant and not: the same logits and gradients.
+    """Gradient checkpointing, reentrant and not, gives the same logits and gradients.
 
     Raises:
-        BaseFails: the base model runs with neither.
+        BaseFails: the base model works with neither.
     """
     batch = training_batch(family)
     model = trained(family, seed)
@@ -119,7 +119,7 @@ def check_checkpointing(family: Family, seed: int = 7) -> None:
         try:
             compare(step(family, model, batch), want, SAME_ROWS, SAME_GRADIENTS, name)
         except Exception:
-            reason = base_runs(family, reentrant, batch)
+            reason = base_failure(family, reentrant, batch)
             if not reason:
                 raise
             reasons.append(f"{name}: {reason}")
@@ -137,13 +137,13 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def check_compile(family: Family, seed: int = 7) -> None:
-    """A compiled model: the same logits and gradients, and again with a batch of another shape."""
+    """A compiled model gives the same logits and gradients, for two batch shapes."""
     batch = training_batch(family)
     with fresh_compiler():
         model, plain = trained(family, seed), trained(family, seed)
         compiled = torch.compile(model, backend="aot_eager", fullgraph=False)
-        fewer = {name: value[:2] for name, value in batch.items()}
-        for given in (batch, fewer):
-            want = step(family, plain, given)
-            got = step(family, compiled, given)
+        smaller = {name: value[:2] for name, value in batch.items()}
+        for inputs in (batch, smaller):
+            want = step(family, plain, inputs)
+            got = step(family, compiled, inputs)
             compare(got, want, COMPILED_ROWS, COMPILED_GRADIENTS, "compiled")

@@ -1,4 +1,4 @@
-"""The straightforward ReFT: plain hooks, rows chosen by loops, R rebuilt from its parameters."""
+"""A plain implementation of LoReFT: forward hooks, positions by loops, R from its parameters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIME = {"btd": 1, "btsd": 1, "tbd": 0, "sbtd": 2}
 
 
 class Weights(NamedTuple):
-    """One place's R [r, d], W [r, d] and b [r]."""
+    """Weights of one place: R ``[r, d]``, W ``[r, d]`` and b ``[r]``."""
 
     R: Tensor
     W: Tensor
@@ -25,7 +25,7 @@ class Weights(NamedTuple):
 
 
 def orthonormal(X: Tensor, signs: Tensor) -> Tensor:
-    """R from the lower triangle of ``X [d, r]``: r columns of a product of reflections."""
+    """R ``[r, d]`` from the lower triangle of X ``[d, r]``, by a product of reflections."""
     d, r = X.shape
     Q = torch.eye(d, r, dtype=X.dtype)
     for column in reversed(range(r)):
@@ -35,7 +35,11 @@ def orthonormal(X: Tensor, signs: Tensor) -> Tensor:
 
 
 def choose(tokens: Tensor) -> Tensor:
-    """Bool ``[B, T]``: first and last tokens of each prompt, at most half of it each."""
+    """Mask of the first and last tokens of each prompt, at most half of it each.
+
+    Args:
+        tokens: bool ``[B, T]``, the prompt tokens.
+    """
     chosen = torch.zeros_like(tokens, dtype=torch.bool)
     for row in range(tokens.shape[0]):
         columns = [c for c in range(tokens.shape[1]) if tokens[row, c]]
@@ -46,7 +50,7 @@ def choose(tokens: Tensor) -> Tensor:
 
 
 def grid(hidden: Tensor, layout: str) -> tuple[int, int]:
-    """(batch, time) of a hidden state."""
+    """Batch size and sequence length of a hidden state."""
     if layout == "btd" and hidden.dim() == 2:
         return 1, hidden.shape[0]
     batch = {"btd": 0, "btsd": 0, "tbd": 1, "sbtd": 1}[layout]
@@ -54,7 +58,7 @@ def grid(hidden: Tensor, layout: str) -> tuple[int, int]:
 
 
 def edit(hidden: Tensor, chosen: Tensor, weights: Weights, layout: str) -> Tensor:
-    """h + (h W^T + b - h R^T) R at the chosen tokens."""
+    """h + (h W^T + b - h R^T) R at the tokens ``chosen``, bool ``[B, T]``."""
     if layout == "btd":
         flags = chosen.reshape(-1) if hidden.dim() == 2 else chosen
         expected = hidden.shape[:-1]
@@ -80,7 +84,7 @@ def _first(output: Any) -> Tensor:
 def on_hidden(
     model: nn.Module, places: list[Place], change: Callable[[int, Tensor], Tensor]
 ) -> Iterator[None]:
-    """``change(index, hidden)`` stands in for the hidden state at each place."""
+    """Replace the hidden state at each place by ``change(index, hidden)``."""
     handles = []
     for index, (path, side) in enumerate(places):
         module = model.get_submodule(path)
@@ -119,12 +123,16 @@ def plain_edits(
     pads: bool = False,
     prompt_only: bool = False,
 ) -> Iterator[set[int]]:
-    """The model under plain hooks; yields the indices of the places that ran.
+    """Edit a model by plain hooks; yields the indices of the places that ran.
 
     Args:
-        tokens: bool ``[B, T]``, the prompts' tokens; None: every row of the hidden state.
-        pads: rows beyond the tokens are the model's own padding.
-        prompt_only: the first call at a place is the prompt, shorter ones are decoding steps.
+        model: the base model.
+        places: the places to edit.
+        weights: the weights of each place.
+        tokens: bool ``[B, T]``, the prompt tokens; None: all rows of the hidden state.
+        layout: axes of the hidden states.
+        pads: whether the model pads its hidden states on the right.
+        prompt_only: whether later, shorter calls are decode steps, which are not edited.
     """
     ran: set[int] = set()
     widths: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""What components mean inside the blocks of a family, and which ones the library must refuse."""
+"""Expected modules of components inside blocks, and components that must raise an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.families.family import VERSION_5, Role
 
 
 class Case(NamedTuple):
-    """A role of a family, its layers and the module it means; ``refused``: part of a message."""
+    """A role of a family; ``refused`` is part of the error message, or empty."""
 
     family: str
     role: Role
@@ -32,13 +32,13 @@ def means(
     *,
     tokens: bool = True,
 ) -> None:
-    """``component`` on ``layers`` of ``family`` means the modules at ``at``."""
-    spellings = (at,) if isinstance(at, str) else at
-    CASES.append(Case(family, Role(component, spellings, side, layers, tokens)))
+    """Add a case: ``component`` of ``family`` resolves to the modules ``at``."""
+    templates = (at,) if isinstance(at, str) else at
+    CASES.append(Case(family, Role(component, templates, side, layers, tokens)))
 
 
 def refuses(family: str, component: str, words: str, layers: tuple[int, ...] | None = None) -> None:
-    """The library refuses ``component`` and says ``words``."""
+    """Add a case: ``component`` raises an error whose message contains ``words``."""
     CASES.append(Case(family, Role(component, (), layers=layers), words))
 
 
@@ -100,7 +100,7 @@ means("deepseek_v3", "mlp_activation", f"{B}.mlp.down_proj", (0,), "input")
 refuses("deepseek_v3", "mlp_activation", "mixture", (1,))
 refuses("mixtral", "mlp_activation", "mixture")
 refuses("granitemoehybrid", "mlp_output", "more than one feed-forward")
-if VERSION_5:  # the fused experts' rows are in an order of their own
+if VERSION_5:  # the rows of the fused experts are not in the order of the tokens
     refuses("mixtral", "model.layers.{layer}.mlp.experts", "expert")
     EXPERT = "mlp.experts.act_fn"
 else:

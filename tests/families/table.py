@@ -1,9 +1,10 @@
-"""Runs every check of every family and writes the table of docs/families.md.
+"""Runs all checks of all families and writes docs/families.md.
 
     python -m tests.families.table --out docs/families.md [--only llama,bert] [--seconds 120]
 
-Results of the installed transformers go to docs/families/transformers-VERSION.json; the page has a
-column for each such file. ``--page`` writes the page from the files and runs nothing.
+The results for the installed transformers are written to
+docs/families/transformers-VERSION.json; the page has one column per file. With ``--page``, only
+writes the page from the existing files.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ training, at two batch sizes: `pytest tests/families -m full -k compile`.
 
 
 def verdict(family: Family) -> Result:
-    """All checks of one family in this process."""
+    """Run all checks of one family in this process."""
     failures = []
     for name in checks.checks_of(family):
         if name == "compile":  # half a minute each, with their own tests
@@ -80,14 +81,14 @@ def verdict(family: Family) -> Result:
         except checks.MissingClass as error:
             return {"verdict": "not in this version", "note": str(error)}
         except checks.BaseFails as error:
-            found = {"verdict": "base model fails", "note": str(error)[:160]}
+            result = {"verdict": "base model fails", "note": str(error)[:160]}
             if name not in ("generate", "checkpointing"):
-                return found
-            failures.append({**found, "verdict": f"works but for {name}"})
+                return result
+            failures.append({**result, "verdict": f"works but for {name}"})
         except Exception as error:
             text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             failures.append({"verdict": f"fails: {name}", "note": " ".join(text.split())[:200]})
-    if failures:  # a failure of the library before one of the base model
+    if failures:  # failures of the library take precedence over those of the base model
         return sorted(failures, key=lambda one: not one["verdict"].startswith("fails"))[0]
     if family.refused:
         return {"verdict": "refused", "note": " ".join(checks.refusal(family).split())[:240]}
@@ -95,7 +96,7 @@ def verdict(family: Family) -> Result:
 
 
 def in_a_child(family: Family, seconds: int) -> Result:
-    """The verdict from a forked child: neither a crash nor a hang ends the run."""
+    """Run the checks in a forked process, so that a crash or hang does not end the run."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -108,17 +109,17 @@ def in_a_child(family: Family, seconds: int) -> Result:
             os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        said = pipe.read()
+        answer = pipe.read()
     _, status = os.waitpid(child, 0)
-    if said:
-        return json.loads(said)
+    if answer:
+        return json.loads(answer)
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-    what = f"no end within {seconds} s" if number == signal.SIGALRM else f"ended by signal {number}"
-    return {"verdict": "fails: process", "note": what}
+    note = f"no end within {seconds} s" if number == signal.SIGALRM else f"ended by signal {number}"
+    return {"verdict": "fails: process", "note": note}
 
 
 def cell(result: Result | None) -> str:
-    """One verdict as the page shows it."""
+    """The table cell of a verdict."""
     if result is None:
         return ""
     shown = result["verdict"]
@@ -131,21 +132,22 @@ def cell(result: Result | None) -> str:
 
 
 def page(folder: Path) -> str:
-    """The page, with a column for each file of results."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("transformers-*.json"))]
-    heads = ["family", "kind", *(f"transformers {one['transformers']}" for one in found), "remark"]
+    """The text of the page, with one column per file of results."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob("transformers-*.json"))]
+    versions = [f"transformers {result['transformers']}" for result in results]
+    heads = ["family", "kind", *versions, "remark"]
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * len(heads)]
     for name, family in sorted(FAMILIES.items(), key=lambda item: KINDS.index(item[1].kind)):
-        cells = [cell(one["families"].get(name)) for one in found]
+        cells = [cell(result["families"].get(name)) for result in results]
         plain = family.component == "block_output" or "{layer}" in family.component
-        named = () if plain else (f"`{family.component}`",)  # paths differ between versions
+        named = () if plain else (f"`{family.component}`",)  # paths depend on the version
         remark = "; ".join((*named, *filter(None, (family.note,))))
         lines.append(f"| {' | '.join([name, family.kind, *cells, remark])} |")
     counts = []
-    for one in found:
-        verdicts = [r["verdict"].split(":")[0] for r in one["families"].values()]
-        said = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts)))
-        counts.append(f"transformers {one['transformers']}, PyTorch {one['torch']}: {said}.")
+    for version, result in zip(versions, results, strict=True):
+        verdicts = [r["verdict"].split(":")[0] for r in result["families"].values()]
+        counted = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(sorted(verdicts)))
+        counts.append(f"{version}, PyTorch {result['torch']}: {counted}.")
     return "\n".join([TEXT, "\n\n".join(counts), "", *lines, ""])
 
 
@@ -165,21 +167,21 @@ def main() -> None:
     parser.add_argument("--only", help="names of families, separated by commas")
     parser.add_argument("--seconds", type=int, default=120, help="a family's time limit")
     parser.add_argument("--page", action="store_true", help="write the page and run nothing")
-    given = parser.parse_args()
-    folder = given.out.with_suffix("")
+    args = parser.parse_args()
+    folder = args.out.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"transformers-{transformers.__version__}.json"
-    if not given.page:
+    if not args.page:
         warnings.filterwarnings("ignore")
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(1)
         old = json.loads(path.read_text())["families"] if path.exists() else {}
         results = {name: result for name, result in old.items() if name in FAMILIES}
-        for name in given.only.split(",") if given.only else FAMILIES:
-            results[name] = in_a_child(FAMILIES[name], given.seconds)
+        for name in args.only.split(",") if args.only else FAMILIES:
+            results[name] = in_a_child(FAMILIES[name], args.seconds)
             print(name, cell(results[name]), flush=True)
             write(path, results)
-    given.out.write_text(page(folder))
+    args.out.write_text(page(folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every family of the catalogue against plain hooks; a representative part without ``-m full``."""
+"""All families of the catalogue, compared with plain hooks; without ``-m full``, a selection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.families.catalogue import FAMILIES
 
 QUICK = ("places", "rows", "gradients", "generate", "checkpointing")
 
-# those whose structure another family here has, and the slow ones: with -m full alone
+# only with -m full: slow families, and those whose structure another family also has
 _RARE = """
 ministral gemma vaultgemma falcon_new falcon_alibi gptj codegen openai_gpt gpt_neox_japanese
 opt_projected olmo olmo3 stablelm cohere glm granite nemotron persimmon smollm3 exaone4 ernie4_5
@@ -43,15 +43,15 @@ def test_the_rare_families_are_in_the_catalogue():
 
 
 def pairs() -> list:
-    """Family by family, so that a base model is made once."""
-    found = []
+    """(family, check), ordered by family so that each base model is created once."""
+    params = []
     for name, family in FAMILIES.items():
         for check in checks.checks_of(family):
             quick = name not in RARE and check in (*QUICK, "refused")
             quick = quick or (name, check) == ("gpt2", "compile")  # its graph breaks
             marks = () if quick else pytest.mark.full
-            found.append(pytest.param(name, check, marks=marks, id=f"{name}-{check}"))
-    return found
+            params.append(pytest.param(name, check, marks=marks, id=f"{name}-{check}"))
+    return params
 
 
 @pytest.mark.parametrize(("name", "check"), pairs())

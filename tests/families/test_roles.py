@@ -1,4 +1,4 @@
-"""Components inside blocks: the places, the rows and the gradients by role and by path."""
+"""Components inside blocks, by role and by path: modules, rows and gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def layers_of(case: Case) -> str | list[int]:
     return "all" if case.role.layers is None else list(case.role.layers)
 
 
-ORDER = sorted(range(len(CASES)), key=lambda n: CASES[n].family)  # a base model is made once
+# ordered by family, so that each base model is created once
+ORDER = sorted(range(len(CASES)), key=lambda n: CASES[n].family)
 SERVED = [CASES[n] for n in ORDER if not CASES[n].refused]
 REFUSED = [CASES[n] for n in ORDER if CASES[n].refused]
 
@@ -31,9 +32,9 @@ REFUSED = [CASES[n] for n in ORDER if CASES[n].refused]
 def test_a_role_means_its_modules_and_edits_their_rows(case):
     family, base = FAMILIES[case.family], base_or_skip(case.family)
     want = places(base, case.role, family.count)
-    found = resolve(base, case.role.component, layers_of(case))
-    assert [(target.path, target.side) for target in found.targets] == want
-    for seed in (7, 8, 9):  # at a router's tie rounding alone can choose another expert
+    component = resolve(base, case.role.component, layers_of(case))
+    assert [(target.path, target.side) for target in component.targets] == want
+    for seed in (7, 8, 9):  # at a tie, rounding can change a router's choice
         try:
             checks.check_rows(family, seed, case.role)
             checks.check_gradients(family, seed, case.role)

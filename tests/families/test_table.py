@@ -1,4 +1,4 @@
-"""The page of families says what its files of results say, and no family fails."""
+"""docs/families.md matches the files of results, and no family fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Concurrent calls of one model do not affect each other: threads, tasks, nested calls, replicas."""
+"""Concurrent calls of one model: threads, tasks, nested calls and replicas are independent."""
 
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def test_captured_hidden_states_are_the_edited_ones():
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_second_consumer_of_the_hidden_state_and_of_its_gradient(when):
-    """A foreign hook adds a loss on the hidden state; gradients equal those of out-of-place edits."""
+    """A foreign hook adds a loss on the hidden state; the reference edits out of place."""
     grads = []
     for inplace in (True, False):
         model, kept, received = build().train(), [], []

@@ -1,4 +1,4 @@
-"""Tiny random models of several families, a batch for each, and a plain implementation of LoReFT."""
+"""Tiny random models of several families, their batches, and a plain version of LoReFT."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def test_a_model_of_no_family():
 def test_an_unknown_width_must_be_passed():
     model = nn.Module()
     model.blocks = nn.ModuleList([nn.Bilinear(3, 4, 5), nn.Bilinear(3, 4, 5)])
-    with pytest.raises(ValueError, match="embed_dim: cannot tell the width"):
+    with pytest.raises(ValueError, match="embed_dim: got None, but the width"):
         resolve(model, "block_output")
     assert resolve(model, "block_output", embed_dim=5).targets[0].embed_dim == 5
     with pytest.raises(ValueError, match="no list of blocks"):

@@ -567,7 +567,12 @@ REFUSED = [
     ("convnext", "block_output", ALL, r"feature maps \[B, C, H, W\]"),
     ("segformer", "block_output", ALL, r"feature maps \[B, C, H, W\]"),
     ("wav2vec2", "feature_extractor.conv_layers.{layer}", ALL, "channels first"),
-    ("opt", "model.decoder.layers.{layer}.activation_fn", ALL, "embed_dim: cannot tell the width"),
+    (
+        "opt",
+        "model.decoder.layers.{layer}.activation_fn",
+        ALL,
+        "embed_dim: got None, but the width",
+    ),
 ]
 
 

@@ -75,7 +75,7 @@ class ReftLayer(nn.Module, BaseTunerLayer):
         """
         raise ValueError(
             "merge_adapter: ReFT edits are not weights of a base layer; merge_and_unload merges "
-            "what is exact"
+            "edits for which this is exact"
         )
 
     def unmerge(self) -> None:
