@@ -11,12 +11,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reft_train import run
+from reft_train import evaluate, run
 from reft_train.compare import command as compare
 from reft_train.demo import command as demo
 from reft_train.doctor import command as doctor
 from reft_train.errors import ReportedError, UserError
-from reft_train.evaluation import command as evaluation
 from reft_train.search import command as search
 
 # what an installation without the extra ``train`` may lack, by the name it is imported by
@@ -26,13 +25,14 @@ _TRAIN = (
     "matplotlib",
     "optuna",
     "peft",
+    "rich",
     "safetensors",
     "scipy",
     "tqdm",
     "transformers",
 )
 _EXTRAS = {name: name for name in _TRAIN} | {"sklearn": "scikit-learn", "yaml": "pyyaml"}
-COMMANDS = (run, evaluation, search, compare, doctor, demo)
+COMMANDS = (run, evaluate, search, compare, doctor, demo)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,41 +51,39 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; 0 when all is well, 1 when a check or a training failed, 2 for bad input,
-    130 when interrupted.
+    """Run a command: 0, or 1 when a check or a training failed, 2 for bad input, 130 when
+    interrupted.
     """
-    # started several times by torchrun or accelerate launch, one process of a machine says what all
-    # of them see
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"
-    with contextlib.nullcontext() if speaks else contextlib.redirect_stderr(io.StringIO()):
+    # of several processes of a machine, started by torchrun, one prints what all of them see
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
         parsed = parser().parse_args(arguments)
+
+    def report(text: object) -> int:
+        print(f"reft_train {parsed.command}: {text}", file=sys.stderr)
+        return 2
+
     try:
         return parsed.run(parsed)
     except ReportedError:
         return 2
     except UserError as error:
-        print(f"reft_train {parsed.command}: error: {error}", file=sys.stderr)
-        return 2
+        # of a data loader's worker torch gives the whole traceback, which ends in the message
+        return report(f"error: {str(error).strip().rpartition('UserError: ')[2]}")
     except FloatingPointError as error:
-        if speaks:
-            print(f"reft_train {parsed.command}: {error}", file=sys.stderr)
+        if first:
+            report(error)
         return 1
     except ModuleNotFoundError as error:
         package = _EXTRAS.get((error.name or "").partition(".")[0])
         if package is None:
             raise
-        print(
-            f"reft_train {parsed.command}: error: needs the package {package}, which is not "
-            "installed; "
-            'pip install "reft_kernels[train]" brings it',
-            file=sys.stderr,
-        )
-        return 2
+        hint = 'pip install "reft_kernels[train]" brings it'
+        return report(f"error: needs the package {package}, which is not installed; {hint}")
     except OSError as error:  # no space left, no permission: nothing that a traceback would explain
-        print(f"reft_train {parsed.command}: error: {error}", file=sys.stderr)
-        return 2
+        return report(f"error: {error}")
     except KeyboardInterrupt:
-        print(f"reft_train {parsed.command}: interrupted", file=sys.stderr)
+        report("interrupted")
         return 130
 
 

@@ -4,6 +4,7 @@ before anything is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import types
@@ -161,10 +162,8 @@ class RunConfig:
     num_beams: int = _field(1, "beams", None, 1)
 
     def __post_init__(self) -> None:
-        for name, value in _checked(
-            {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        ).items():
-            object.__setattr__(self, name, value)
+        for name in FIELDS:
+            object.__setattr__(self, name, check(name, getattr(self, name)))
         if not self.model:
             raise UserError("model: got none, expected a model's folder or hub name")
         if not self.task:
@@ -221,11 +220,7 @@ class RunConfig:
         return dataclasses.asdict(self)
 
     def replace(self, **changes: Any) -> RunConfig:
-        """A copy with other values, checked again.
-
-        Raises:
-            UserError: as :func:`build`.
-        """
+        """A copy with other values, checked again."""
         known(changes, "setting")
         return dataclasses.replace(self, **changes)
 
@@ -237,11 +232,7 @@ TYPES: Mapping[str, Any] = types.MappingProxyType(typing.get_type_hints(RunConfi
 
 
 def known(names: typing.Iterable[str], what: str) -> None:
-    """Refuse names that are no settings.
-
-    Raises:
-        UserError: naming the nearest one.
-    """
+    """Refuse names that are no settings."""
     for name in names:
         if name not in FIELDS:
             near = get_close_matches(str(name), FIELDS, n=1)
@@ -249,16 +240,8 @@ def known(names: typing.Iterable[str], what: str) -> None:
             raise UserError(f"{what}: got {name!r}, which is none; {hint}")
 
 
-def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: check(name, value) for name, value in values.items()}
-
-
 def check(name: str, value: Any) -> Any:
-    """A setting's value in its own type.
-
-    Raises:
-        UserError: of another type, not among the choices, out of range.
-    """
+    """A setting's value in its own type."""
     hint, about = TYPES[name], FIELDS[name].metadata
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
@@ -267,50 +250,40 @@ def check(name: str, value: Any) -> Any:
     choices, low, high = about.get("choices"), about.get("low"), about.get("high")
     if choices is not None and value not in choices:
         raise UserError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and not (
-        math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
-    ):
-        limits = f">= {low:g}" if high is None else f"from {low:g} to {high:g}"
-        raise UserError(f"{name}: got {value!r}, expected a number {limits}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        ends = (-math.inf if low is None else low), (math.inf if high is None else high)
+        if not (math.isfinite(value) and ends[0] <= value <= ends[1]):
+            limits = f">= {low:g}" if high is None else f"from {low:g} to {high:g}"
+            raise UserError(f"{name}: got {value!r}, expected a number {limits}")
     return value
 
 
 def _converted(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
-    lists = [kind for kind in kinds if typing.get_origin(kind) is list]
-    if bool in kinds:
-        if isinstance(value, bool):
+    inner = next((typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is list), None)
+    expected = {int: "a whole number", str: "text", float: "a number", bool: "true or false"}.get(
+        kinds[0], "a list"
+    )
+    if bool in kinds or isinstance(value, bool):
+        if bool in kinds and isinstance(value, bool):
             return value
-        raise UserError(f"{name}: got {value!r}, expected true or false")
-    if int in kinds and isinstance(value, int) and not isinstance(value, bool):
+    elif int in kinds and isinstance(value, int):
         return value
-    if float in kinds and not isinstance(value, bool):
-        try:
+    elif float in kinds:
+        with contextlib.suppress(TypeError, ValueError):
             return float(value)  # YAML reads 9e-4 as text
-        except (TypeError, ValueError):
-            raise UserError(f"{name}: got {value!r}, expected a number") from None
-    if lists and isinstance(value, list | tuple):
-        (inner,) = typing.get_args(lists[0])
+    elif inner and isinstance(value, list | tuple):
         if all(type(item) is inner for item in value):
             return list(value)
-        raise UserError(
-            f"{name}: got {list(value)!r}, expected a list of "
-            f"{'numbers' if inner is int else 'names'}"
-        )
-    if str in kinds and isinstance(value, str):
-        if name == "layers" and value != "all":
-            raise UserError(f"layers: got {value!r}, expected 'all' or a list of layer numbers")
-        return value
-    expected = {int: "a whole number", str: "text"}.get(kinds[0], "a list")
+        value, expected = list(value), f"a list of {'numbers' if inner is int else 'names'}"
+    elif str in kinds and isinstance(value, str):
+        if name != "layers" or value == "all":
+            return value
+        expected = "'all' or a list of layer numbers"
     raise UserError(f"{name}: got {value!r}, expected {expected}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings from a YAML file: one mapping, names as in :class:`RunConfig`.
-
-    Raises:
-        UserError: no such file, not YAML, not a mapping, unknown names.
-    """
+    """Settings from a YAML file: one mapping, names as in :class:`RunConfig`."""
     import yaml
 
     try:
@@ -334,10 +307,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def build(*layers: Mapping[str, Any]) -> RunConfig:
-    """Settings from several mappings, later ones over earlier ones, all of them over the recipe's.
-
-    Raises:
-        UserError: a missing, unknown or wrong value, an unknown recipe or task.
+    """Settings from several mappings, later ones over earlier ones, all of them over the
+    recipe's.
     """
     from reft_train import tasks
 

@@ -1,4 +1,7 @@
-"""The error that a user can mend: printed as one line, without a traceback."""
+"""The error that a user can mend: printed as one line, without a traceback.
+
+Any function of the program may raise it for bad input; docstrings name it where more is to be said.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Peak memory of a stretch of work, and a sentence that says what was measured.
 
 On CUDA it is the allocator's own peak. On the CPU it is the process's peak resident set
-(``VmHWM``), reset when the stretch begins; a variant that is trained in a process of its own
-therefore shows its own peak. ``ru_maxrss`` would not
-do on Linux: it cannot be reset, and a child's starts at its parent's size.
+(``VmHWM``), reset when the stretch begins. ``ru_maxrss`` would not do on Linux: it cannot be reset,
+and a child's starts at its parent's size.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from reft_train.proc import STATUS, sizes
+from reft_train.procfs import STATUS, sizes
 
 _MIB = 2**20
-_CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,16 @@ def _max_rss_mib() -> float:
         import resource
     except ImportError:  # Windows
         return 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / _MIB if sys.platform == "darwin" else peak / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        _MIB if sys.platform == "darwin" else 1024
+    )
 
 
 class PeakMeter:
     """``start()`` before the work, ``stop()`` after it."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._before = 0.0
-        self._method = ""
+        self.device, self._before, self._method = device, 0.0, ""
 
     def start(self) -> None:
         """Reset the high-water mark, where the system allows it."""
@@ -54,15 +51,15 @@ class PeakMeter:
             self._before = torch.cuda.memory_allocated(self.device) / _MIB
             self._method = "peak of PyTorch's CUDA allocator while training"
             return
-        self._before = sizes(STATUS).get("VmRSS", 0) / _MIB
+        self._before, self._method = (
+            sizes(STATUS).get("VmRSS", 0) / _MIB,
+            "peak resident memory of the ",
+        )
         try:
-            _CLEAR.write_text("5")  # 5 resets VmHWM to the present size
-            self._method = (
-                "peak resident memory of the variant's process while training (VmHWM, reset "
-                "before it)"
-            )
+            Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM to the present size
+            self._method += "variant's process while training (VmHWM, reset before it)"
         except OSError:
-            self._method = "peak resident memory of the variant's process since its start (VmHWM)"
+            self._method += "variant's process since its start (VmHWM)"
 
     def stop(self) -> Peak:
         """The peak since ``start()``."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,15 +27,12 @@ _IDENTITY = (
     "n_layer",
     "vocab_size",
 )
+_PLACE = "expected a model's folder: --model FOLDER"
 
 
 @dataclass
 class Loaded:
-    """A model with its tokenizer.
-
-    ``kind`` is "causal", "seq2seq" or "classification"; ``heads`` are the modules that are new and
-    have to be trained.
-    """
+    """A model with its tokenizer; ``heads`` are the modules that are new and have to be trained."""
 
     model: Any
     tokenizer: Any
@@ -41,34 +40,88 @@ class Loaded:
     heads: list[str]
 
 
-def _offline_reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's own mode comes back at the end.
+
+    Not inference mode: what a model keeps from one call to the next must still serve training.
+    """
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def bare(model: Any) -> Any:
+    """The transformers model under an adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def model_config(config: RunConfig) -> Any:
-    """The model's configuration.
-
-    Raises:
-        UserError: no such folder or hub name, or no network.
-    """
+    """The model's configuration; a model that cannot be reached is refused with what was tried."""
     from transformers import AutoConfig
 
     path = Path(config.model)
     if not path.exists() and _is_local(config.model):
         raise UserError(
-            f"model: got {config.model!r}, which cannot be loaded (no such folder), expected a "
-            "model's folder"
+            f"model: got {config.model!r}, which cannot be loaded: there is no such folder; "
+            f"{_PLACE}"
         )
     if path.exists() and not (path / "config.json").is_file():
-        raise UserError(
-            f"model: got {path}, expected a folder with config.json, weights and a tokenizer"
-        )
+        expected = "a folder with config.json, weights and a tokenizer: --model FOLDER"
+        raise UserError(f"model: got {path}, expected {expected}")
+    logger = logging.getLogger("huggingface_hub")  # keeps back its line for each retry
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         return AutoConfig.from_pretrained(config.model)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"model: got {config.model!r}, which cannot be loaded ({_offline_reason(error)})"
-        ) from None
+    except Exception as error:  # the hub's client and broken files raise errors of many kinds
+        raise _unloadable(config.model, "which cannot be loaded", error) from None
+    finally:
+        logger.setLevel(level)
+
+
+def _unloadable(name: str, what: str, error: Exception) -> UserError:
+    """The error for a model of which something cannot be loaded; of a hub name, what was tried."""
+    reason = " ".join(str(error).split())
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return UserError(f"model: got {name!r}, {what} ({reason[:300]})")
+    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    chain: list[BaseException] = [error]
+    while (
+        cause := chain[-1].__cause__ or chain[-1].__context__
+    ) is not None and cause not in chain:
+        chain.append(cause)
+    hub = f"what huggingface.co gave cannot be used ({reason[:300]})"
+    for kind, said in (
+        (
+            GatedRepoError,
+            "huggingface.co gives it to accepted users alone: accept its terms there, hf auth "
+            "login",
+        ),
+        (RepositoryNotFoundError, "huggingface.co has no such model, or not without hf auth login"),
+        (
+            OSError | OfflineModeIsEnabled,
+            f"huggingface.co did not give it, as without a network ({reason[:100]})",
+        ),
+    ):
+        if any(isinstance(part, kind) for part in chain):
+            hub = said
+            break
+    return UserError(
+        f"model: got {name!r}, {what}: it is no folder here, the hub's cache does not have it, "
+        f"and {hub}; "
+        f"download it first, where there is a network: hf download {name} --local-dir FOLDER, and "
+        "give that: "
+        "--model FOLDER"
+    )
 
 
 def _is_local(name: str) -> bool:
@@ -79,20 +132,17 @@ def _is_local(name: str) -> bool:
 
 
 def check_reachable(config: RunConfig, run: Path) -> None:
-    """Refuse to go on with a run whose base model is not where it was.
-
-    Raises:
-        UserError: naming the recorded model, and the flag that gives its new place.
+    """Refuse to go on with a run whose base model is not where it was, naming the recorded
+    place.
     """
     try:
         model_config(config)
     except UserError as error:
+        reason = f"does not exist as a folder here and cannot be loaded by that name ({error})"
         if Path(config.model).exists():
             reason = f"cannot be loaded ({error})"
         elif _is_local(config.model):
             reason = "does not exist any more"
-        else:
-            reason = f"does not exist as a folder here and cannot be loaded by that name ({error})"
         where = f"{config.model!r}, which {reason}"
         raise UserError(
             f"model: {run} was trained on {where}; --model DIR gives its new place"
@@ -103,21 +153,14 @@ def identity(hf_config: Any) -> dict[str, Any]:
     """What tells one base model from another, for adapters that were trained on it."""
     configs = [hf_config]
     if callable(getattr(hf_config, "get_text_config", None)):
-        configs.append(hf_config.get_text_config())  # which holds a multimodal model's sizes
-    found: dict[str, Any] = {}
-    for part in configs:
-        for name in _IDENTITY:
-            if isinstance(getattr(part, name, None), int | str):
-                found.setdefault(name, getattr(part, name))
-    return found
+        configs.insert(0, hf_config.get_text_config())  # which holds a multimodal model's sizes
+    pairs = [(name, getattr(part, name, None)) for part in configs for name in _IDENTITY]
+    return {name: value for name, value in pairs if isinstance(value, int | str)}
 
 
 def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
-    """How the model is used for a task: the wish of ``architecture``, or what the model and the
-    task say.
-
-    Raises:
-        UserError: a task that this use does not serve.
+    """How the model is used for a task: as ``architecture`` says, or what the model and the task
+    say.
     """
     generates, classifies = (
         task.decoding is not None,
@@ -126,19 +169,17 @@ def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
     named = " ".join(getattr(hf_config, "architectures", None) or ())
     if config.architecture != "auto":
         kind = {"encoder": CLASSIFICATION}.get(config.architecture, config.architecture)
-    elif not generates:
-        kind = CLASSIFICATION
-    elif getattr(hf_config, "is_encoder_decoder", False):
+    elif generates and getattr(hf_config, "is_encoder_decoder", False):
         kind = SEQ2SEQ
-    elif "CausalLM" in named or "LMHead" in named or "ConditionalGeneration" in named:
+    elif generates and any(
+        part in named for part in ("CausalLM", "LMHead", "ConditionalGeneration")
+    ):
         kind = CAUSAL
     else:
         kind = CLASSIFICATION
     if kind == CLASSIFICATION and not classifies:
-        raise UserError(
-            f"task: got {task.name!r}, which generates text, with {hf_config.model_type}, "
-            "expected a causal model"
-        )
+        what = f"which generates text, with {hf_config.model_type}"
+        raise UserError(f"task: got {task.name!r}, {what}, expected a causal model")
     if kind != CLASSIFICATION and not generates:
         raise UserError(
             f"architecture: got {config.architecture!r} with {task.name!r}, expected encoder or "
@@ -148,20 +189,13 @@ def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    """The model's tokenizer.
-
-    Raises:
-        UserError: there is none that can be loaded.
-    """
+    """The model's tokenizer, with a padding token."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
     except Exception as error:  # what a broken file raises differs from one tokenizer to the next
-        raise UserError(
-            f"model: got {config.model!r}, whose tokenizer cannot be loaded "
-            f"({_offline_reason(error)})"
-        ) from None
+        raise _unloadable(config.model, "whose tokenizer cannot be loaded", error) from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(
@@ -185,7 +219,6 @@ def _quantization(config: RunConfig) -> Any:
 
     # it says in every forward that it rounds activations, which 8 bits mean
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -197,11 +230,7 @@ def _quantization(config: RunConfig) -> Any:
 
 
 def pick_device(config: RunConfig) -> str:
-    """``cuda`` or ``cpu``.
-
-    Raises:
-        UserError: cuda is wanted and not there.
-    """
+    """``cuda`` or ``cpu``."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -224,32 +253,23 @@ def weight_dtype(config: RunConfig) -> Any:
 
 
 def class_of(config: RunConfig, kind: str) -> str:
-    """The name of transformers' class that is loaded.
-
-    Raises:
-        UserError: pooling by a model that does not classify.
-    """
-    if config.pooling == "mean":
-        if kind != CLASSIFICATION:
-            raise UserError(
-                f"pooling: got 'mean' with a {kind} model, expected 'model': it generates text"
-            )
-        return "AutoModel"
-    return {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}.get(
-        kind, "AutoModelForSequenceClassification"
-    )
+    """The name of transformers' class that is loaded."""
+    if config.pooling != "mean":
+        names = {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}
+        return names.get(kind, "AutoModelForSequenceClassification")
+    if kind != CLASSIFICATION:
+        raise UserError(
+            f"pooling: got 'mean' with a {kind} model, expected 'model': it generates text"
+        )
+    return "AutoModel"
 
 
 def load(config: RunConfig, task: Task) -> Loaded:
-    """The frozen model in the wanted dtype, with its tokenizer; a new head is drawn from the seed.
-
-    Raises:
-        UserError: weights that cannot be loaded, or packages that the settings need and that are
-            missing.
+    """The frozen model in the requested dtype, with its tokenizer; a new head is drawn from the
+    seed.
     """
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     from reft_train.pooling import HEAD, MeanPooledClassifier
 
@@ -260,14 +280,16 @@ def load(config: RunConfig, task: Task) -> Loaded:
         "config": hf_config,
         "dtype": weight_dtype(config),
         "quantization_config": _quantization(config),
+        "attn_implementation": config.attention,
+        "device_map": "auto" if config.device_map == "auto" else None,
     }
-    options = {name: value for name, value in options.items() if value is not None}
-    if config.attention is not None:
-        options["attn_implementation"] = config.attention
-    if config.device_map == "auto":
-        options["device_map"] = "auto"
-    elif config.quantization != "none" and pick_device(config) == "cpu":
+    if (
+        config.quantization != "none"
+        and config.device_map != "auto"
+        and pick_device(config) == "cpu"
+    ):
         options["device_map"] = "cpu"  # bitsandbytes would take a GPU that is there
+    options = {name: value for name, value in options.items() if value is not None}
     if kind == CLASSIFICATION:
         hf_config.num_labels = task.num_labels
         hf_config.problem_type = (
@@ -282,29 +304,20 @@ def load(config: RunConfig, task: Task) -> Loaded:
         model, info = getattr(transformers, class_of(config, kind)).from_pretrained(
             config.model, output_loading_info=True, use_safetensors=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(
-            f"model: got {config.model!r}, whose weights cannot be loaded "
-            f"({_offline_reason(error)})"
-        ) from None
-    heads = _new_modules(model, info["missing_keys"]) if kind == CLASSIFICATION else []
+    except UserError:
+        raise
+    except Exception as error:  # of the hub's client, safetensors, transformers
+        raise _unloadable(config.model, "whose weights cannot be loaded", error) from None
+    heads = []
+    if kind == CLASSIFICATION:
+        missing = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
+        heads = missing or [name for name in HEADS if hasattr(model, name)]
     if config.pooling == "mean":
         model, heads = MeanPooledClassifier(model, hf_config.num_labels, config.seed), [HEAD]
     if config.liger:
-        _apply_liger(model)
+        if find_spec("liger_kernel") is None:
+            raise UserError("liger: got true, expected false: liger-kernel is not installed")
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model=model)
     return Loaded(model.requires_grad_(False), tokenizer, kind, heads)
-
-
-def _new_modules(model: Any, missing: Any) -> list[str]:
-    fresh = sorted({key.rpartition(".")[0] for key in missing})
-    if fresh:
-        return fresh
-    return [name for name in HEADS if hasattr(model, name)]
-
-
-def _apply_liger(model: Any) -> None:
-    if find_spec("liger_kernel") is None:
-        raise UserError("liger: got true, expected false: liger-kernel is not installed")
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-    _apply_liger_kernel_to_instance(model=model)

@@ -78,11 +78,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def recipe(name: str) -> Mapping[str, Any]:
-    """The settings of a recipe.
-
-    Raises:
-        UserError: no recipe of that name.
-    """
+    """The settings of a recipe."""
     if name not in RECIPES:
         raise UserError(f"recipe: got {name!r}, expected one of {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -6,15 +6,17 @@ import argparse
 import os
 import sys
 
-DESCRIPTION = """Train a ReFT adapter (or a PEFT baseline) on a frozen Hugging Face model and score it on the task's test sets.
-Settings come from the task's recipe, then from --config, then from flags. Under torchrun or accelerate launch several
-processes share the work. Ctrl-C saves a checkpoint and says how to go on."""
+from reft_train.errors import ReportedError, UserError
+from reft_train.flags import add_settings, settings
+
+DESCRIPTION = """Train a ReFT adapter (or a PEFT baseline) on a frozen Hugging Face model and score it
+on the task's test sets. Settings come from the task's recipe, then from --config, then from flags.
+Under torchrun or accelerate launch several processes share the work. Ctrl-C saves a checkpoint and
+says how to go on."""
 
 
 def add_parser(subparsers) -> None:
     """Add the command and its flags."""
-    from reft_train.flags import add_settings
-
     command = subparsers.add_parser(
         "run", help="train and score an adapter on a task", description=DESCRIPTION
     )
@@ -23,24 +25,19 @@ def add_parser(subparsers) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """The command: 0, or 130 where Ctrl-C ended it early.
-
-    Raises:
-        UserError: bad input, found before any training.
+    """The command: 0, or 130 where Ctrl-C ended it early. Bad input is found before any
+    training.
     """
-    from reft_train.errors import ReportedError, UserError
-    from reft_train.flags import settings
-
     try:
         config = settings(parsed)
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
-        raise ReportedError(str(error)) from None  # the first process of this machine says it
-    from reft_train.training.folder import resume_hint
+        raise ReportedError(str(error)) from None  # the first process of this machine prints it
+    from reft_train.training.outcome import summary
     from reft_train.training.processes import leave
+    from reft_train.training.run_dir import resume_hint
     from reft_train.training.session import train
-    from reft_train.training.summary import summary
 
     try:
         outcome = train(config)
@@ -58,5 +55,4 @@ def run(parsed: argparse.Namespace) -> int:
             f"stopped at step {outcome.steps}, checkpoint saved; to go on: {resume_hint(config)}",
             file=sys.stderr,
         )
-        return 130
-    return 0
+    return 130 if outcome.interrupted else 0

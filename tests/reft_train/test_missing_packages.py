@@ -8,6 +8,23 @@ import pytest
 from reft_train.__main__ import main
 
 
+@pytest.fixture
+def _modules_of_before():
+    """Modules that the test imports anew have classes of their own: later tests must not meet
+    them.
+    """
+    before = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] == "reft_train"
+    }
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "reft_train"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.mark.usefixtures("_modules_of_before")
 @pytest.mark.parametrize(
     "module, package",
     [("yaml", "pyyaml"), ("transformers", "transformers"), ("datasets", "datasets")],

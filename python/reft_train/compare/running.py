@@ -1,23 +1,112 @@
-"""The comparison itself: every method's search under the same budget, then the tested runs in
-turn.
-"""
+"""The comparison: every method's search under the same budget, then the tested runs in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from reft_train import tasks
-from reft_train.compare.collect import Row, Tuned, finished, row
-from reft_train.compare.isolated import RunFailed, run_isolated
-from reft_train.compare.plan import Plan
-from reft_train.config import RunConfig
+from reft_train.config import RunConfig, dump_yaml
 from reft_train.errors import UserError
+from reft_train.files import write_text
+from reft_train.search.objective import Objective
 from reft_train.search.space import Space
-from reft_train.search.storing import open_study, trials
 from reft_train.search.study import Plan as SearchPlan
-from reft_train.search.study import Search, Train, search
+from reft_train.search.study import Train, open_study, search, trials
+from reft_train.subprocess_env import environment
 from reft_train.training.outcome import Outcome
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison.
+
+    Attributes:
+        config: settings that all methods share; ``output`` is the comparison's folder.
+        trials, seconds: of each method's search; exactly one of the two is None.
+        seeds: one tested run of each method for each.
+    """
+
+    config: RunConfig
+    methods: tuple[str, ...]
+    objective: Objective
+    seeds: tuple[int, ...] = (42, 43, 44)
+    trials: int | None = 8
+    seconds: float | None = None
+    sampler_seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where the comparison leaves its files."""
+        return Path(self.config.output)
+
+    def search_plan(self, method: str, space: Space) -> SearchPlan:
+        """A method's search, in a folder of its own."""
+        output = str(self.folder / "search" / method)
+        config = self.config.replace(method=method, output=output, resume=False, overwrite=False)
+        return SearchPlan(
+            config,
+            space,
+            self.objective,
+            self.trials,
+            self.seconds,
+            pruner="none",
+            sampler_seed=self.sampler_seed,
+            start=False,
+        )
+
+    def final_config(self, best: RunConfig, seed: int) -> RunConfig:
+        """Settings of a tested run: the best ones of the method's search, with another seed."""
+        output = str(self.folder / "runs" / best.method / f"seed-{seed}")
+        return best.replace(seed=seed, output=output, skip_test=False, resume=False, overwrite=True)
+
+    def order(self, methods: Sequence[str]) -> list[tuple[str, int]]:
+        """The tested runs, seed by seed, another method first each time: noise hits all alike."""
+        count = len(methods)
+        turns = enumerate(self.seeds)
+        return [
+            (methods[(place + turn) % count], seed)
+            for turn, seed in turns
+            for place in range(count)
+        ]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and sample standard deviation (None for a single number)."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method's line. ``test`` is the mean over the test sets in each run, then over runs."""
+
+    method: str
+    status: str = "ok"
+    varied: dict[str, Any] = field(default_factory=dict)
+    trials: int = 0
+    search_seconds: float = 0.0
+    seeds: int = 0
+    test: Spread | None = None
+    tests: dict[str, Spread] = field(default_factory=dict)
+    validation: Spread | None = None
+    trainable: int | None = None
+    head: int | None = None
+    step_seconds: float | None = None
+    tokens_per_second: float | None = None
+    peak_mib: float | None = None
+    memory_method: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,61 +118,54 @@ class Comparison:
     outcomes: Mapping[tuple[str, int], Outcome]
 
 
+class RunFailed(Exception):
+    """The process of a run ended without a result; the message is its last words."""
+
+
+def run_isolated(config: RunConfig) -> Outcome:
+    """``reft-train run`` in a process, so that its peak memory is its own; it prints to a ``.log``
+    file.
+
+    Raises:
+        RunFailed: it failed. KeyboardInterrupt: it was interrupted.
+    """
+    output = Path(config.output)
+    plan = write_text(output.with_name(f"{output.name}.yaml"), dump_yaml(config))
+    log = output.with_name(f"{output.name}.log")
+    command = [sys.executable, "-m", "reft_train", "run", "--config", str(plan)]
+    with log.open("wb") as file:
+        code = subprocess.run(
+            command, env=environment(), stdout=file, stderr=subprocess.STDOUT
+        ).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [
+            "no output"
+        ]
+        raise RunFailed(f"{words[-1][:300]} (exit code {code}, see {log})")
+    return Outcome.load(output)
+
+
 def compare(
     plan: Plan,
     spaces: Mapping[str, Space],
     train: Train,
     final: Callable[[RunConfig], Outcome] = run_isolated,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Comparison:
     """Tune every method on held-out rows, then train and test its best settings with each seed.
 
     What was done before, with the same settings, is not done again.
 
     Args:
-        spaces: what each method's search varies. train: of the searches, in this process. final: of
-            the tested runs.
+        spaces: what each method's search varies.
+        train: of the searches, in this process. final: of the tested runs.
 
     Raises:
         UserError: what every method refuses, or a folder with another comparison.
-            KeyboardInterrupt: Ctrl-C.
+        KeyboardInterrupt: Ctrl-C.
     """
-    _check_folder(plan)
-    tuned = {method: _tuned(plan, method, spaces[method], train, say) for method in plan.methods}
-    refused = [result.reason for result in tuned.values() if not result.available]
-    if len(refused) == len(tuned):
-        raise UserError(refused[0])
-    outcomes: dict[tuple[str, int], Outcome] = {}
-    failures: dict[str, list[str]] = {method: [] for method in plan.methods}
-    for method, seed in plan.order(
-        [method for method in plan.methods if tuned[method].best is not None]
-    ):
-        config = plan.final_config(tuned[method].best, seed)
-        outcome = finished(config)
-        if outcome is None:
-            say(f"{method}, seed {seed}: training and testing")
-            try:
-                outcome = final(config)
-            except RunFailed as error:
-                say(f"{method}, seed {seed}: failed: {error}")
-                failures[method].append(str(error))
-                continue
-        outcomes[method, seed] = outcome
-    metric = next(iter(tasks.get(plan.config.task).metrics), None)
-    rows = [
-        row(
-            tuned[method],
-            [outcomes[method, seed] for seed in plan.seeds if (method, seed) in outcomes],
-            failures[method],
-            metric,
-            plan.objective.name,
-        )
-        for method in plan.methods
-    ]
-    return Comparison(plan, rows, outcomes)
-
-
-def _check_folder(plan: Plan) -> None:
     folder = plan.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: got {folder}, which is a file, expected a folder")
@@ -92,60 +174,121 @@ def _check_folder(plan: Plan) -> None:
             f"output: got {folder}, which holds other files than a comparison's, expected a new "
             "folder"
         )
+    tuned = {method: _tuned(plan, method, spaces[method], train, log) for method in plan.methods}
+    refused = [row.status.removeprefix("not available: ") for row, _ in tuned.values()]
+    if all(row.status.startswith("not available: ") for row, _ in tuned.values()):
+        raise UserError(refused[0])
+    outcomes: dict[tuple[str, int], Outcome] = {}
+    failures: dict[str, list[str]] = {method: [] for method in plan.methods}
+    for method, seed in plan.order(
+        [method for method, (_, best) in tuned.items() if best is not None]
+    ):
+        config = plan.final_config(tuned[method][1], seed)
+        outcome = _finished(config)
+        if outcome is None:
+            log(f"{method}, seed {seed}: training and testing")
+            try:
+                outcome = final(config)
+            except RunFailed as error:
+                log(f"{method}, seed {seed}: failed: {error}")
+                failures[method].append(str(error))
+                continue
+        outcomes[method, seed] = outcome
+    metric = next(iter(tasks.get(plan.config.task).metrics), None)
+    rows = []
+    for method, (row, _) in tuned.items():
+        done = [outcomes[method, seed] for seed in plan.seeds if (method, seed) in outcomes]
+        rows.append(_measured(row, done, failures[method], metric, plan.objective.name))
+    return Comparison(plan, rows, outcomes)
 
 
 def _tuned(
-    plan: Plan, method: str, space: Space, train: Train, say: Callable[[str], None]
-) -> Tuned:
-    config = plan.search_config(method)
-    say(f"{method}: choosing {', '.join(space)} on held-out rows")
+    plan: Plan, method: str, space: Space, train: Train, log: Callable
+) -> tuple[Row, RunConfig | None]:
+    """A method's row as far as its search goes, and the best settings, None where there are
+    none.
+    """
+    own = plan.search_plan(method, space)
+    log(f"{method}: choosing {', '.join(space)} on held-out rows")
+    if (
+        plan.seconds is not None and own.folder.exists()
+    ):  # less what an interrupted comparison has spent
+        spent = sum(trial.seconds for trial in trials(open_study(own)))
+        own = replace(own, timeout=plan.seconds - spent)
     try:
-        found = search(
-            SearchPlan(
-                config,
-                space,
-                plan.objective,
-                plan.trials,
-                _seconds_left(plan, config, space),
-                None,
-                "none",
-                plan.sampler_seed,
-                start=False,
-            ),
-            train,
-            lambda line: say(f"  {line}"),
-        )
+        found = search(own, train, lambda line: log(f"  {line}"))
     except UserError as error:
-        return Tuned(method, None, reason=str(error), available=False)
+        return Row(method, f"not available: {error}"), None
     except (
         ValueError,
         TypeError,
         AttributeError,
         LookupError,
-    ) as error:  # PEFT and models fail so where they do not fit
-        return Tuned(
-            method, None, reason=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        )
+    ) as error:  # PEFT and models where they do not fit
+        return Row(
+            method, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ), None
     if found.interrupted:
         raise KeyboardInterrupt
-    return _chosen(method, found)
-
-
-def _chosen(method: str, found: Search) -> Tuned:
     settled = [trial for trial in found.trials if trial.settled]
-    spent = sum(trial.seconds for trial in found.trials)
+    row = Row(
+        method, trials=len(settled), search_seconds=sum(trial.seconds for trial in found.trials)
+    )
     if found.best is None:
         reason = next(
             (trial.reason for trial in settled if trial.reason),
             "no trial finished within the budget",
         )
-        return Tuned(method, None, trials=len(settled), seconds=spent, reason=reason)
-    return Tuned(method, found.best_config, found.best.settings, len(settled), spent)
+        return replace(row, status=f"failed: {reason}"), None
+    return replace(row, varied=found.best.settings), found.best_config
 
 
-def _seconds_left(plan: Plan, config: RunConfig, space: Space) -> float | None:
-    """The budget less what an earlier, interrupted comparison has spent."""
-    if plan.seconds is None or not (plan.folder / "search" / config.method).exists():
-        return plan.seconds
-    study = open_study(config, space, plan.objective, None, "none", start=False)
-    return plan.seconds - sum(trial.seconds for trial in trials(study, space))
+def _finished(config: RunConfig) -> Outcome | None:
+    """The outcome of the very same run, where it was done before to its end."""
+    try:
+        outcome = Outcome.load(config.output)
+    except UserError:
+        return None
+    place = dict.fromkeys(("output", "resume", "overwrite"))  # not what a run is
+    same = {**config.to_dict(), **place} == {**outcome.config, **place}
+    return outcome if same and not outcome.interrupted else None
+
+
+def _spread(values: Sequence[float]) -> Spread | None:
+    if not values:
+        return None
+    return Spread(
+        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
+    )
+
+
+def _measured(
+    row: Row,
+    outcomes: Sequence[Outcome],
+    failures: Sequence[str],
+    metric: str | None,
+    held_out: str,
+) -> Row:
+    """The row with what the tested runs gave."""
+    if failures:
+        seeds = len(failures) + len(outcomes)
+        row = replace(row, status=f"{len(failures)} of {seeds} seeds failed: {failures[0]}")
+    if not outcomes:
+        return row
+    sets = list(outcomes[0].tests) if metric is not None else []
+    by_set = {name: [outcome.tests[name][metric] for outcome in outcomes] for name in sets}
+    return replace(
+        row,
+        seeds=len(outcomes),
+        test=_spread([statistics.fmean(values) for values in zip(*by_set.values(), strict=True)]),
+        tests={name: _spread(values) for name, values in by_set.items()},
+        validation=_spread(
+            [outcome.validation[held_out] for outcome in outcomes if held_out in outcome.validation]
+        ),
+        trainable=outcomes[0].trainable,
+        head=outcomes[0].head,
+        step_seconds=statistics.median(outcome.step_seconds for outcome in outcomes),
+        tokens_per_second=statistics.median(outcome.tokens_per_second for outcome in outcomes),
+        peak_mib=max(outcome.memory.peak for outcome in outcomes),
+        memory_method=outcomes[0].memory.method,
+    )

@@ -1,8 +1,7 @@
 """Several examples in one row, without padding between them.
 
-Position ids start at 0 again with each example, and there is no attention mask: that is how
-transformers' models know that tokens of different examples must not see each other, and how the
-engine finds each example's prompt.
+Position ids start at 0 again with each example, and there is no attention mask: so transformers'
+models keep tokens of different examples apart, and the engine finds each example's prompt.
 """
 
 from __future__ import annotations
@@ -17,27 +16,30 @@ from torch import Tensor, nn
 
 from reft_train.data.tokenizing import IGNORED
 from reft_train.errors import UserError
-from reft_train.evaluation.batching import evaluating
+from reft_train.models import bare, evaluating
 
 Items = Sequence[Mapping[str, Any]]
+FILLING = 0.05  # part of the tokens that short rows may waste
+_EXAMPLES_A_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_PROBES, _PROBE_ROW = (
+    (9, 5, 7, 12),
+    17,
+)  # tokens of the sequences tried: two rows of two, one of them filled
 
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Causal items as ``input_ids``, ``labels`` and ``position_ids`` ``[n, T]``, T about
-    ``row_length`` or less.
+    """Causal items as ``input_ids``, ``labels`` and ``position_ids`` ``[n, T]``.
 
-    The longest example goes first, each into the emptiest row. A row's end is filled by a sequence
-    of its own, which nothing is learned from. The first label of each example is -100: models
-    compare a token's logits with the next label, and an example's first token does not follow from
-    the one before. ``use_cache`` is False since a cache would hide the position ids from the mask.
+    A row's end is filled by a sequence of its own, which nothing is learned from. The first label
+    of each example is -100: it does not follow from the example before. ``use_cache`` is False
+    since a cache would hide the position ids from the mask.
 
     Args:
         row_length: tokens of a row to aim at: rows are shorter where shorter ones are full as well
             (:func:`packed_rows`), and longer where examples do not divide evenly.
         pad_id: fills the ends of rows.
-        flat: one row ``[1, M]`` without any filling, and the boundaries that flash attention asks
-            for (``cu_seq_lens_q``, ``cu_seq_lens_k``, ``max_length_q``, ``max_length_k``).
+        flat: one row ``[1, M]`` without filling, and the boundaries that flash attention asks for.
     """
 
     row_length: int
@@ -49,40 +51,44 @@ class PackingCollator:
             raise ValueError(f"row_length: got {self.row_length}, expected at least 1")
 
     def __call__(self, items: Items) -> dict[str, Any]:
-        rows = (
-            [list(range(len(items)))]
-            if self.flat
-            else packed_rows([len(i["input_ids"]) for i in items], self.row_length)
-        )
-        width = max(sum(len(items[i]["input_ids"]) for i in row) for row in rows)
+        lengths = [len(item["input_ids"]) for item in items]
+        rows = [list(range(len(items)))] if self.flat else packed_rows(lengths, self.row_length)
+        width = max(sum(lengths[index] for index in row) for row in rows)
         ids = torch.full((len(rows), width), self.pad_id, dtype=torch.int64)
         labels = torch.full_like(ids, IGNORED)
         positions = torch.zeros_like(ids)
         for number, row in enumerate(rows):
             start = 0
             for index in row:
-                tokens = torch.as_tensor(items[index]["input_ids"], dtype=torch.int64)
-                place = slice(start, start + len(tokens))
-                ids[number, place] = tokens
+                place = slice(start, start + lengths[index])
+                ids[number, place] = torch.as_tensor(items[index]["input_ids"], dtype=torch.int64)
                 labels[number, place] = torch.as_tensor(items[index]["labels"], dtype=torch.int64)
                 labels[number, start] = IGNORED
-                positions[number, place] = torch.arange(len(tokens))
-                start += len(tokens)
-            # to the engine the filling is a prompt: edits there are wasted work, seen by no other
-            # token and by no loss
+                positions[number, place] = torch.arange(lengths[index])
+                start = place.stop
+            # to the engine the filling is a prompt: edits there are seen by no other token and no
+            # loss
             positions[number, start:] = torch.arange(width - start)
         batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "use_cache": False}
-        return (
-            batch | _boundaries([len(item["input_ids"]) for item in items]) if self.flat else batch
-        )
+        if self.flat:
+            ends, longest = (
+                torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+                max(lengths),
+            )
+            batch |= {
+                "cu_seq_lens_q": ends,
+                "cu_seq_lens_k": ends,
+                "max_length_q": longest,
+                "max_length_k": longest,
+            }
+        return batch
 
 
 def packed_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Indices of the examples of each row: the shortest rows that are full but for ``FILLING``, or
-    rows of ``row_length``.
+    """Indices of each row's examples: the shortest rows that are full but for ``FILLING``.
 
     Attention costs as much for a packed row as for one long example, so short examples go into
-    short rows.
+    short rows; where none are full, rows have ``row_length``.
     """
     longest = balanced(lengths, -(-sum(lengths) // row_length))
     for each in _EXAMPLES_A_ROW:
@@ -107,44 +113,17 @@ def balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
     return rows
 
 
-def _boundaries(lengths: Sequence[int]) -> dict[str, Any]:
-    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return {
-        "cu_seq_lens_q": ends,
-        "cu_seq_lens_k": ends,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
-    }
-
-
-# ---- whether a model can
-
-
-FILLING = 0.05  # part of the tokens that short rows may waste
-_EXAMPLES_A_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_PROBES = (9, 5, 7, 12)  # tokens of the sequences tried: two rows of two, of which one is filled
-_PROBE_ROW = 17
-
-
 def check_model_packs(model: nn.Module, pad_id: int, flat: bool = False) -> None:
-    """Try whether a model keeps packed sequences apart: random ones, alone and packed, must have
-    the same logits.
+    """Refuse a model that mixes packed sequences: random ones, alone and packed, must have the same
+    logits.
 
     With eps of the model's dtype, ``rounding`` = eps * max|logits|, and ``leak`` what the logits
     change by where a mask lets every example see those before it, the largest difference allowed is
-
-        sqrt(rounding * leak),   half way, in digits, between what rounding and what a leak would
-                                 make of it
-
-    Where rounding alone is as large as a leak nothing can be told, and the model is refused too.
+    sqrt(rounding * leak), half way in digits between what rounding and what a leak would make of
+    it.
 
     Args:
-        model: on its device, in the dtype it is trained in. Modes of its modules are as before
-            afterwards.
-        flat: as of :class:`PackingCollator`.
-
-    Raises:
-        UserError: a model that does not.
+        model: on its device, in the dtype it is trained in. Modes of its modules stay as they are.
     """
     with evaluating(model):
         if not _keeps_apart(model, pad_id, flat):
@@ -181,11 +160,10 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
         if tensor.is_floating_point()
     )
     differences = []
-    rows = [list(range(len(items)))] if flat else packed_rows(_PROBES, _PROBE_ROW)
-    for number, row in enumerate(rows):
+    for number, row in enumerate([range(len(items))] if flat else packed_rows(_PROBES, _PROBE_ROW)):
         start = 0
         for index in row:
-            place = slice(start, start + len(items[index]["input_ids"]))
+            place = slice(start, start + _PROBES[index])
             start = place.stop
             alone = _logits(
                 model,
@@ -212,8 +190,7 @@ def _logits(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
 
 
 def _refused(model: nn.Module) -> UserError:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    what = f"got a {type(bare(model)).__name__}, which does not keep packed sequences apart"
     return UserError(
-        f"--packing: got a {type(inner).__name__}, which does not keep packed sequences apart, "
-        "expected a causal language model whose attention follows position ids"
+        f"--packing: {what}, expected a causal language model whose attention follows position ids"
     )

@@ -1,5 +1,6 @@
-"""Files of rows: .json (a list of objects), .jsonl, .csv, .tsv and .parquet, with errors that
-name the line or row.
+"""Files of rows: .json (a list of objects), .jsonl, .csv, .tsv and .parquet.
+
+Not by ``datasets``: its errors do not name the line, and a column has one type in all rows.
 """
 
 from __future__ import annotations
@@ -24,26 +25,17 @@ def iter_rows(path: Path, name: str = "--train") -> Iterator[Row]:
     """The rows of a file, one after another; only .json is read whole before the first.
 
     JSON objects keep their types and Parquet its columns'; .csv and .tsv have a header and give
-    strings. In .tsv nothing is quoted, so that a field cannot hold a tab or a newline. Blank lines
-    of .jsonl are skipped.
+    strings. In .tsv nothing is quoted. Blank lines of .jsonl are skipped.
 
     Args:
         name: the argument that errors name.
-
-    Raises:
-        UserError: no such file or an unknown suffix (at once); not UTF-8, malformed, or without a
-            row (on the way).
     """
     path = existing_file(path, name)
     return _at_least_one(_READERS[path.suffix.lower()](path, name), path, name)
 
 
 def existing_file(path: Path, name: str) -> Path:
-    """``path``, once it is sure that it is a file of a known suffix.
-
-    Raises:
-        UserError: it is not; the message says what the folder holds instead.
-    """
+    """``path``, once it is sure that it is a file of a known suffix."""
     path = Path(path)
     if path.is_dir():
         raise UserError(
@@ -52,19 +44,16 @@ def existing_file(path: Path, name: str) -> Path:
     if path.suffix.lower() not in _READERS:
         raise UserError(f"{name}: got {path}, expected a file that ends in {', '.join(SUFFIXES)}")
     if not path.is_file():
-        raise UserError(
-            f"{name}: got {path}, which does not exist, expected a "
-            f"file{_nearby(path.parent, path.name)}"
-        )
+        nearby = _nearby(path.parent, path.name)
+        raise UserError(f"{name}: got {path}, which does not exist, expected a file{nearby}")
     return path
 
 
-def _nearby(folder: Path, wanted: str) -> str:
+def _nearby(folder: Path, name: str) -> str:
     if not folder.is_dir():
         return f" (there is no folder {folder} either)"
     files = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in _READERS)
-    close = difflib.get_close_matches(wanted, files, n=3)
-    shown = close or files[:5]
+    shown = difflib.get_close_matches(name, files, n=3) or files[:5]
     return (
         f" ({folder} holds {', '.join(shown)}{', ...' if len(files) > len(shown) else ''})"
         if shown
@@ -78,8 +67,9 @@ def _at_least_one(rows: Iterator[Row], path: Path, name: str) -> Iterator[Row]:
         for row in rows:
             yield row
     except OSError as error:
+        reason = error.strerror or error
         raise UserError(
-            f"{name}: got {path}, which cannot be read ({error.strerror or error}), expected a file"
+            f"{name}: got {path}, which cannot be read ({reason}), expected a file"
         ) from None
     if row is None:
         raise UserError(f"{name}: got {path} without a row, expected at least one")
@@ -91,10 +81,9 @@ def _lines(path: Path, name: str) -> Iterator[str]:
             try:
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
+                reason = f"which is not UTF-8 ({error.reason} at byte {error.start + 1})"
                 raise UserError(
-                    f"{name}: got line {number} of {path}, which is not UTF-8 ({error.reason} at "
-                    f"byte {error.start + 1}), "
-                    "expected UTF-8"
+                    f"{name}: got line {number} of {path}, {reason}, expected UTF-8"
                 ) from None
 
 
@@ -114,8 +103,9 @@ def _json(path: Path, name: str) -> Iterator[Row]:
         rows = json.loads(content)
     except json.JSONDecodeError as error:
         lines = " (one object on each line is .jsonl)" if error.msg == "Extra data" else ""
+        reason = f"which is not JSON ({error})"
         raise UserError(
-            f"{name}: got {path}, which is not JSON ({error}), expected a list of objects{lines}"
+            f"{name}: got {path}, {reason}, expected a list of objects{lines}"
         ) from None
     if not isinstance(rows, list):
         raise UserError(
@@ -132,25 +122,24 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                reason = f"{error.msg}, column {error.colno}"
-                raise UserError(
-                    f"{name}: got {where}, which is not JSON ({reason}), expected an object"
-                ) from None
+                reason = f"which is not JSON ({error.msg}, column {error.colno})"
+                raise UserError(f"{name}: got {where}, {reason}, expected an object") from None
             yield _object(value, where, name)
 
 
-def _table(path: Path, name: str, **dialect: Any) -> Iterator[Row]:
+def _table(path: Path, name: str) -> Iterator[Row]:
+    tabs = path.suffix.lower() == ".tsv"
+    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
     reader = csv.reader(_lines(path, name), strict=True, **dialect)
     try:
         columns = next(reader, [])
-        repeated = {column for column in columns if columns.count(column) > 1}
+        repeated = sorted({column for column in columns if columns.count(column) > 1})
         if repeated:
             raise UserError(
-                f"{name}: got {path} with column {sorted(repeated)[0]!r} more than once, expected "
-                "each once"
+                f"{name}: got {path} with column {repeated[0]!r} more than once, expected each once"
             )
-        rows = (values for values in reader if values)  # a blank line is no row
-        for number, values in enumerate(rows, start=1):
+        # a blank line is no row
+        for number, values in enumerate((values for values in reader if values), start=1):
             where = f"row {number} of {path}"
             if len(values) != len(columns):
                 place = f"{where} (line {reader.line_num})"
@@ -160,34 +149,20 @@ def _table(path: Path, name: str, **dialect: Any) -> Iterator[Row]:
                 )
             yield Row(dict(zip(columns, values, strict=True)), where)
     except csv.Error as error:
-        raise UserError(
-            f"{name}: got {path}, line {reader.line_num}: {error}, expected a table with a header"
-        ) from None
-
-
-def _csv(path: Path, name: str) -> Iterator[Row]:
-    return _table(path, name)
-
-
-def _tsv(path: Path, name: str) -> Iterator[Row]:
-    return _table(path, name, delimiter="\t", quoting=csv.QUOTE_NONE)
+        place = f"{path}, line {reader.line_num}"
+        raise UserError(f"{name}: got {place}: {error}, expected a table with a header") from None
 
 
 def _parquet(path: Path, name: str) -> Iterator[Row]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(
-            f"{name}: got {path} without pyarrow to read it, expected pip install pyarrow"
-        ) from None
+    import pyarrow
+    from pyarrow import parquet
+
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Row(fields, f"row {number} of {path}")
+            for fields in (row for batch in file.iter_batches() for row in batch.to_pylist()):
+                number += 1
+                yield Row(fields, f"row {number} of {path}")
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0]
         raise UserError(
@@ -195,5 +170,5 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
         ) from None
 
 
-_READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".tsv": _tsv, ".parquet": _parquet}
+_READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _table, ".tsv": _table, ".parquet": _parquet}
 SUFFIXES = tuple(_READERS)

@@ -1,5 +1,5 @@
-"""The order of examples: a function of a seed and an epoch alone, so that a resumed run sees
-what the first would have seen.
+"""The order of examples: a function of seed and epoch alone, so that a resumed run sees the
+same.
 """
 
 from __future__ import annotations
@@ -20,17 +20,10 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 
 class ShuffledSampler(Sampler[int]):
-    """Indices 0 to ``count`` - 1 in random order, another one each epoch.
-
-    Args:
-        count: number of examples.
-        seed: with the epoch, decides the order.
-    """
+    """Indices 0 to ``count`` - 1 in random order, another one each epoch."""
 
     def __init__(self, count: int, seed: int) -> None:
-        self.count = count
-        self.seed = seed
-        self.epoch = 0
+        self.count, self.seed, self.epoch = count, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration is of; transformers' Trainer and accelerate call it."""
@@ -50,35 +43,28 @@ class GroupedSampler(ShuffledSampler):
     """Indices in random order, examples of similar length next to each other.
 
     Shuffled indices are sorted by length in buckets of sixteen groups, the buckets cut into groups,
-    and the groups shuffled. What is left over, less than a group, is drawn at random and comes
-    last.
+    and the groups shuffled. What is left over, less than a group, comes last.
 
     Args:
         lengths: tokens of each example.
-        group: examples of one optimizer step: batch size x accumulation steps x processes. A step
-            is then as random as a group, and its batches are of similar length on every process.
-        seed: with the epoch, decides the order.
+        group: examples of one optimizer step over all processes, whose batches are then alike.
     """
 
     def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
         if group < 1:
             raise ValueError(f"group: got {group}, expected at least 1")
-        self.lengths = list(lengths)
-        self.group = group
-        super().__init__(len(self.lengths), seed)
+        super().__init__(len(lengths), seed)
+        self.lengths, self.group = list(lengths), group
 
     def __iter__(self) -> Iterator[int]:
-        generator = self._generator()
+        generator, length = self._generator(), self.lengths.__getitem__
         order = _shuffled(range(self.count), generator)
         whole = self.count - self.count % self.group
         groups = []
         for start in range(0, whole, self.group * _BUCKET):
-            bucket = sorted(
-                order[start : min(start + self.group * _BUCKET, whole)],
-                key=self.lengths.__getitem__,
-            )
+            bucket = sorted(order[start : min(start + self.group * _BUCKET, whole)], key=length)
             groups += [bucket[i : i + self.group] for i in range(0, len(bucket), self.group)]
-        rest = sorted(order[whole:], key=self.lengths.__getitem__)
+        rest = sorted(order[whole:], key=length)
         return iter([index for group in [*_shuffled(groups, generator), rest] for index in group])
 
 

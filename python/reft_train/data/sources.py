@@ -1,5 +1,5 @@
-"""Which files a task trains on and is tested on: those named, or those of a folder; GLUE from
-the hub as well.
+"""Which files a task trains on and is tested on: those named, or a folder's; GLUE's from the
+hub.
 """
 
 from __future__ import annotations
@@ -47,18 +47,13 @@ def find(
     """The files of a task. A file that is named wins over the folder's.
 
     In a folder a set's files are ``<data>/<set>/{train,test}.json`` (GLUE: ``validation`` instead
-    of test), or directly in ``<data>`` where it is the folder of the one set. Mixtures train on
-    ``<data>/commonsense_170k.json``, ``math_10k.json`` or ``alpaca_data_cleaned.json``, or on
-    ``train.json`` in a folder of that name, and are tested on those of their sets that are there.
-    Any suffix of :data:`reading.SUFFIXES` will do, and a Parquet file can have the name that the
-    hub gives it, ``train-00000-of-00001.parquet``.
+    of test), or directly in ``<data>`` where it is the folder of the one set. Mixtures train on a
+    file of :data:`TRAINING_SETS`, or on ``train.json`` in a folder of that name, and are tested on
+    those of their sets that are there. Any of :data:`reading.SUFFIXES` will do, and for Parquet the
+    name that the hub gives it, ``train-00000-of-00001.parquet``.
 
     Args:
         data, train, tests: of the command line. train_needed, tests_needed: what must be found.
-
-    Raises:
-        UserError: no such file or folder, two files for one set, or something needed that is
-            nowhere; the message names the places looked at.
     """
     if data is not None and not Path(data).is_dir():
         kind = "a file (--train and --test name files)" if Path(data).exists() else "not there"
@@ -67,7 +62,13 @@ def find(
     if train is not None:
         train = existing_file(train, "--train")
     elif data is not None:
-        train = _first(_training_places(task, Path(data)), train_needed)
+        name = TRAINING_SETS.get(task.name)
+        places = (
+            [Path(data, name), Path(data, name, "train")]
+            if name
+            else [Path(data, _short(task), "train")]
+        )
+        train = _first([*places, Path(data, "train")], train_needed)
     elif train_needed:
         raise UserError(
             f"--train: got nothing for task {task.name}, expected a file, or a folder with --data"
@@ -81,24 +82,14 @@ def find(
     return Files(train, named)
 
 
-def _is_glue(task: Task) -> bool:
-    return task.name.startswith("glue/")
-
-
-def _set_folder(task: Task) -> str:
+def _short(task: Task) -> str:
     return task.name.removeprefix("glue/")
 
 
-def _training_places(task: Task, data: Path) -> list[Path]:
-    name = TRAINING_SETS.get(task.name)
-    places = [data / name, data / name / "train"] if name else [data / _set_folder(task) / "train"]
-    return [*places, data / "train"]
-
-
 def _folder_tests(task: Task, data: Path, needed: bool) -> dict[str, Path]:
-    if _is_glue(task):
+    if task.name.startswith("glue/"):
         (split,) = task.test_sets
-        places = {split: [data / _set_folder(task) / split, data / split]}
+        places = {split: [data / _short(task) / split, data / split]}
     else:
         places = {name: [data / name / "test", data / name] for name in task.test_sets}
         if len(places) == 1:
@@ -113,15 +104,13 @@ def _folder_tests(task: Task, data: Path, needed: bool) -> dict[str, Path]:
 
 def _first(stems: Sequence[Path], needed: bool) -> Path | None:
     for stem in stems:
-        candidates = [
-            stem.with_name(stem.name + suffix) for suffix in (*SUFFIXES, "-00000-of-00001.parquet")
+        suffixes = (*SUFFIXES, "-00000-of-00001.parquet")
+        files = [
+            path for suffix in suffixes if (path := stem.with_name(stem.name + suffix)).is_file()
         ]
-        files = [path for path in candidates if path.is_file()]
         if len(files) > 1:
-            raise UserError(
-                f"--data: got both {files[0]} and {files[1]}, expected one of them (--train and "
-                "--test name files)"
-            )
+            hint = "expected one of them (--train and --test name files)"
+            raise UserError(f"--data: got both {files[0]} and {files[1]}, {hint}")
         if files:
             return files[0]
     if needed:
@@ -130,11 +119,8 @@ def _first(stems: Sequence[Path], needed: bool) -> Path | None:
 
 
 def _nothing(stems: Iterable[Path]) -> UserError:
-    places = ", ".join(map(str, stems))
-    return UserError(
-        f"--data: got a folder without a file for the task, expected one of {places} "
-        f"({', '.join(SUFFIXES)})"
-    )
+    places = f"{', '.join(map(str, stems))} ({', '.join(SUFFIXES)})"
+    return UserError(f"--data: got a folder without a file for the task, expected one of {places}")
 
 
 def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
@@ -147,8 +133,7 @@ def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
             if path.stem == "test" and path.parent.name in task.test_sets
             else path.stem
         )
-        if name in named:
-            name = str(path)
+        name = str(path) if name in named else name
         if name in named:
             raise UserError(f"--test: got {path} twice, expected each file once")
         named[name] = path
@@ -156,36 +141,19 @@ def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
 
 
 def hub_rows(task: Glue, split: str) -> list[Row]:
-    """The rows of a GLUE set's split from the Hugging Face hub, or from its cache.
+    """The rows of a GLUE set's split from the Hugging Face hub, or from its cache."""
+    from datasets import load_dataset
 
-    Args:
-        split: "train", or the one of ``task.test_sets``.
-
-    Raises:
-        UserError: whatever keeps the set from being loaded, most often that there is no network.
-    """
-    local = (
-        f"a folder with {task.subset}/train.parquet and {task.subset}/{task.test_sets[0]}.parquet "
-        f"(or {_others()})"
-    )
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(
-            f"--data: got none, and no datasets package to load GLUE with, expected it, or {local}"
-        ) from None
     try:
         rows = load_dataset(GLUE_ON_THE_HUB, task.subset, split=split)
     except Exception as error:  # the hub's clients raise errors of many packages
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        files = f"{task.subset}/train.parquet and {task.subset}/{task.test_sets[0]}.parquet"
+        others = ", ".join(suffix for suffix in SUFFIXES if suffix != ".parquet")
         raise UserError(
             f"--data: got none, and {GLUE_ON_THE_HUB} {task.subset} does not load from the hub, "
-            "as without a network "
-            f"({reason}), expected {local}"
+            "as without a "
+            f"network ({reason}), expected a folder with {files} (or {others})"
         ) from None
     place = f"{GLUE_ON_THE_HUB} {task.subset} {split}"
     return [Row(dict(row), f"row {number} of {place}") for number, row in enumerate(rows, start=1)]
-
-
-def _others() -> str:
-    return ", ".join(suffix for suffix in SUFFIXES if suffix != ".parquet")

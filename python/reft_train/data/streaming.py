@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from reft_train.data.reading import existing_file, iter_rows
 from reft_train.data.sampling import epoch_seed
-from reft_train.data.tokenizing import KINDS, iter_items
+from reft_train.data.tokenizing import iter_items
 from reft_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,9 +23,7 @@ T = TypeVar("T")
 
 
 def shuffled(values: Iterable[T], buffer: int, generator: random.Random) -> Iterator[T]:
-    """``values`` in an order random within about ``buffer`` of them, which is how many are held;
-    1: as they come.
-    """
+    """``values`` in an order random within about ``buffer`` of them, which is how many are held."""
     held: list[T] = []
     for value in values:
         if len(held) < buffer:
@@ -39,25 +37,17 @@ def shuffled(values: Iterable[T], buffer: int, generator: random.Random) -> Iter
 
 
 class StreamingRows(IterableDataset):
-    """Items of a file, without lost ones and without columns of lengths and cuts.
+    """Items of a file without lost ones; an epoch is a function of the seed and its number alone.
 
-    An epoch is a function of the seed and its number alone.
-
-    Each worker of a data loader takes its share of rows. Processes are accelerate's business: it
-    deals the items out.
+    Each worker of a data loader takes its share of rows; accelerate deals the items to processes.
 
     Args:
         path: .jsonl, .csv, .tsv or .parquet, read row by row; .json works and is read whole.
         task, tokenizer, kind, max_length: as of :func:`reft_train.data.tokenizing.tokenize_rows`.
-        seed: with the epoch, decides the order.
         buffer: rows to shuffle among; 1 keeps the file's order.
         name: the argument that errors about the file name.
         endless: begin again at the end, each pass in another order.
         all_turns: of a conversation, an item for each answer instead of the last.
-
-    Raises:
-        UserError: an argument out of range, no such file; while reading, no rows or one that the
-            task refuses.
     """
 
     def __init__(
@@ -74,17 +64,14 @@ class StreamingRows(IterableDataset):
         endless: bool = False,
         all_turns: bool = False,
     ) -> None:
-        if kind not in KINDS:
-            raise UserError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
         if buffer < 1:
             raise UserError(f"buffer: got {buffer}, expected at least 1")
         self.path, self.name = existing_file(path, name), name
         self.task, self.tokenizer, self.kind, self.max_length = task, tokenizer, kind, max_length
-        self.seed, self.buffer = seed, buffer
-        self.endless, self.all_turns = endless, all_turns
+        self.seed, self.buffer, self.endless, self.all_turns = seed, buffer, endless, all_turns
         self._epoch = torch.zeros(
             (), dtype=torch.int64
-        ).share_memory_()  # workers that stay alive see it change
+        ).share_memory_()  # seen by workers that stay alive
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next iteration is of; accelerate and transformers' Trainer call it."""
@@ -96,19 +83,24 @@ class StreamingRows(IterableDataset):
             yield from self._pass(epoch)
 
     def _pass(self, epoch: int) -> Iterator[dict[str, Any]]:
-        generator = random.Random(epoch_seed(self.seed, epoch))
-        rows = self._share(shuffled(self._rows(), self.buffer, generator))
+        worker, usable = get_worker_info(), 0
+        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        rows = shuffled(self._rows(), self.buffer, random.Random(epoch_seed(self.seed, epoch)))
+        rows = itertools.islice(rows, index, None, workers)
         for item in iter_items(rows, self.task, self.tokenizer, self.kind, self.max_length):
             if item.lost:
                 continue
+            usable += 1
             types = {} if item.token_type_ids is None else {"token_type_ids": item.token_type_ids}
             yield {"input_ids": item.input_ids, "labels": item.labels, **types}
+        if self.endless and not usable:  # another pass would not find more
+            share = f" in the share of worker {index} of {workers}" if workers > 1 else ""
+            raise UserError(
+                f"{self.name}: got {self.path} without a usable row{share}, expected rows that "
+                "keep a "
+                f"prompt and an answer within max_length {self.max_length}"
+            )
 
     def _rows(self) -> Iterator[Row]:
         for row in iter_rows(self.path, self.name):
             yield from self.task.training_rows(row) if self.all_turns else [row]
-
-    def _share(self, rows: Iterable[T]) -> Iterator[T]:
-        worker = get_worker_info()
-        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        return itertools.islice(rows, index, None, workers)

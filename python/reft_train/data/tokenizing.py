@@ -1,13 +1,10 @@
 """From a task's rows to token ids: what a model reads, and which of its tokens are learned.
 
-Prompt and target are tokenized apart and joined, so that a prompt's tokens are the same when its
-answer is generated:
+Prompt and target are tokenized apart, so that a prompt's tokens are the same when it is answered:
 
     causal          prompt = BOS + text, labels -100;   target = text + EOS, learned
-    seq2seq         input_ids = the prompt with the tokenizer's special tokens;   labels = text +
-                    EOS
-    classification  input_ids = the tokenizer's own encoding of a text or a pair;   labels = a
-                    number
+    seq2seq         input_ids = the prompt with its special tokens;   labels = text + EOS
+    classification  input_ids = the tokenizer's encoding of a text or a pair;   labels = a number
 """
 
 from __future__ import annotations
@@ -32,8 +29,7 @@ class Item(NamedTuple):
     """One example as token ids; ``cut_prompt`` and ``cut_target`` are numbers of tokens that did
     not fit.
 
-    ``lost``: of a prompt or a target that was cut, nothing is left but its special tokens (or a
-    prompt's last token).
+    ``lost``: of a prompt or a target that was cut, nothing is left but its special tokens.
     """
 
     input_ids: list[int]
@@ -45,17 +41,15 @@ class Item(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """How many examples of a data set lost tokens, of prompts (or of texts to classify) and of
-    targets.
-    """
+    """How many examples lost tokens, of prompts (or of texts to classify) and of targets."""
 
     prompts: int
     targets: int
 
 
 class Specials(NamedTuple):
-    """What a tokenizer puts around a text: ids before it and after it, the id that ends an
-    answer, the text of BOS.
+    """What a tokenizer puts around a text: ids before and after it, ids of EOS and BOS, BOS's
+    text.
     """
 
     before: list[int]
@@ -66,18 +60,14 @@ class Specials(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any) -> Specials:
-        """Ask a tokenizer, by a letter with and without special tokens.
-
-        Raises:
-            UserError: a tokenizer that has no token for it.
-        """
+        """Ask a tokenizer, by a letter with and without special tokens."""
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = tokenizer("a")["input_ids"]
         found = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
         if not found:
+            name = type(tokenizer).__name__
             raise UserError(
-                f"tokenizer: got a {type(tokenizer).__name__} that reads 'a' as {whole}, expected "
-                "a token for it"
+                f"tokenizer: got a {name} that reads 'a' as {whole}, expected a token for it"
             )
         before, after = whole[: found[0]], whole[found[0] + len(bare) :]
         return cls(
@@ -86,64 +76,40 @@ class Specials(NamedTuple):
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that fills a row: the pad token's, or the EOS token's where there is none, since
-    padding is not learned.
-
-    Raises:
-        UserError: a tokenizer with neither.
+    """The id that fills a row: the pad token's, or the EOS token's, since padding is not
+    learned.
     """
     for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if found is not None:
             return found
-    raise UserError(
-        f"tokenizer: got a {type(tokenizer).__name__} without a pad or EOS token, expected one of "
-        "them"
-    )
+    name = type(tokenizer).__name__
+    raise UserError(f"tokenizer: got a {name} without a pad or EOS token, expected one of them")
 
 
-def causal(example: Example, tokenizer: Any, max_length: int, *, where: str | None = None) -> Item:
-    """An example of a causal language model, at most ``max_length`` tokens.
+def encode(
+    kind: str,
+    example: Example | Classified,
+    tokenizer: Any,
+    max_length: int,
+    *,
+    where: str | None = None,
+) -> Item:
+    """One example of a model of ``kind``.
 
     The target is kept and the prompt is cut from the left, after its BOS; a target that does not
-    fit beside one token of the prompt is cut at its end, before its EOS.
+    fit beside one token of the prompt is cut at its end, before its EOS. Prompt and target of an
+    encoder-decoder have ``max_length`` each. Of a pair to classify the longer text is cut first.
 
     Args:
         where: tells a user which row it is.
-
-    Raises:
-        UserError: an empty prompt, a tokenizer without EOS, ``max_length`` under 2.
     """
-    return _causal([example], [where], tokenizer, Specials.of(tokenizer), max_length)[0]
-
-
-def seq2seq(example: Example, tokenizer: Any, max_length: int, *, where: str | None = None) -> Item:
-    """An example of an encoder-decoder, its prompt (cut from the left) and its target (cut at its
-    end) ``max_length`` each.
-
-    Args, Raises: as :func:`causal`.
-    """
-    return _seq2seq([example], [where], tokenizer, Specials.of(tokenizer), max_length)[0]
-
-
-def classification(
-    classified: Classified, tokenizer: Any, max_length: int, *, where: str | None = None
-) -> Item:
-    """A text or a pair to classify; of a pair the longer text is cut first.
-
-    Args, Raises: as :func:`causal`, without the EOS.
-    """
-    return _classification([classified], [where], tokenizer, None, max_length)[0]
+    return _encode(kind, [example], [where], tokenizer, max_length)[0]
 
 
 def prompt_ids(
     prompts: Sequence[str], tokenizer: Any, max_length: int, kind: str = "causal"
 ) -> list[list[int]]:
-    """The tokens of prompts to generate from: those of training, each cut from the left to
-    ``max_length`` of them.
-
-    Raises:
-        UserError: an empty prompt, or a ``max_length`` that leaves it no token.
-    """
+    """The tokens of prompts to generate from: those of training, each cut from the left."""
     specials = Specials.of(tokenizer)
     after = specials.after if kind == "seq2seq" else []
     if max_length <= len(after):
@@ -155,47 +121,31 @@ def prompt_ids(
 def tokenize_rows(
     rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int
 ) -> datasets.Dataset:
-    """Every row that is not lost (:class:`Item`) as a data set.
-
-    Its columns: ``input_ids``, ``labels``, ``length`` (of ``input_ids``), ``cut_prompt`` and
-    ``cut_target``; ``token_type_ids`` are there where the tokenizer gives them; :func:`count_cuts`
-    counts what was cut.
-
-    Raises:
-        UserError: no rows, all of them lost, a row that the task refuses, or one that
-            :func:`causal` does.
-    """
+    """Every row that is not lost (:class:`Item`), with a column ``length`` of ``input_ids``."""
     import datasets
 
-    tokens = datasets.Sequence(datasets.Value("int32"))
-    count = datasets.Value("int32")
+    tokens, count = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
     number = datasets.Value(
         "float64" if kind == "classification" and task.labels is None else "int64"
     )
+    labels = number if kind == "classification" else tokens
     features = {
         "input_ids": tokens,
-        "labels": number if kind == "classification" else tokens,
-        "length": count,
+        "labels": labels,
+        "token_type_ids": tokens,
         "cut_prompt": count,
         "cut_target": count,
     }
     parts, read = [], 0
-    for items in _chunks(rows, task, tokenizer, kind, max_length):
+    for items in _chunks(rows, task, tokenizer, kind, max_length, _CHUNK):
         read += len(items)
         items = [item for item in items if not item.lost]
-        if not items:
-            continue
-        columns = {
-            name: [getattr(item, name) for item in items] for name in features if name != "length"
-        }
-        columns["length"] = [len(item.input_ids) for item in items]
-        present = dict(features)
-        if items[0].token_type_ids is not None:
-            columns["token_type_ids"], present["token_type_ids"] = (
-                [item.token_type_ids for item in items],
-                tokens,
-            )
-        parts.append(datasets.Dataset.from_dict(columns, features=datasets.Features(present)))
+        if items:
+            names = [name for name in features if getattr(items[0], name) is not None]
+            columns = {name: [getattr(item, name) for item in items] for name in names}
+            columns["length"] = [len(item.input_ids) for item in items]
+            schema = datasets.Features({name: features[name] for name in names} | {"length": count})
+            parts.append(datasets.Dataset.from_dict(columns, features=schema))
     if not read:
         raise UserError("data: got no rows, expected at least one")
     if not parts:
@@ -207,7 +157,7 @@ def iter_items(
     rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int
 ) -> Iterator[Item]:
     """An item of each row, the lost ones too, one at a time and as they are asked for."""
-    for items in _chunks(rows, task, tokenizer, kind, max_length, chunk=1):
+    for items in _chunks(rows, task, tokenizer, kind, max_length, 1):
         yield from items
 
 
@@ -224,83 +174,66 @@ def all_lost(max_length: int) -> UserError:
     )
 
 
-# ---- many at once
-
-
-def _chunks(rows, task, tokenizer, kind, max_length, chunk: int = _CHUNK) -> Iterator[list[Item]]:
-    if kind not in KINDS:
-        raise UserError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
-    specials = None if kind == "classification" else Specials.of(tokenizer)
-    encode = {"causal": _causal, "seq2seq": _seq2seq, "classification": _classification}[kind]
+def _chunks(rows, task, tokenizer, kind, max_length: int, chunk: int) -> Iterator[list[Item]]:
     rows = iter(rows)
     while taken := list(islice(rows, chunk)):
         if kind == "classification":
             read = [task.classified(row) for row in taken]
         else:
             read = [task.example(row, tokenizer) for row in taken]
-        yield encode(read, [row.where for row in taken], tokenizer, specials, max_length)
+        yield _encode(kind, read, [row.where for row in taken], tokenizer, max_length)
 
 
-def _causal(examples, wheres, tokenizer, specials: Specials, max_length: int) -> list[Item]:
-    _check_length(max_length)
-    items = []
-    for (before, body), whole in _prompts_and_targets(examples, wheres, tokenizer, specials):
-        target = _cut_end(whole, max_length - 1)
-        prompt = _cut_left(before, body, max_length - len(target))
-        cuts = len(before) + len(body) - len(prompt), len(whole) - len(target)
-        lost = _lost(len(prompt), len(before), cuts[0]) or (cuts[1] > 0 and len(target) == 1)
-        items.append(Item(prompt + target, [IGNORED] * len(prompt) + target, None, *cuts, lost))
-    return items
-
-
-def _seq2seq(examples, wheres, tokenizer, specials: Specials, max_length: int) -> list[Item]:
-    _check_length(max_length)
-    items = []
-    for (before, body), whole in _prompts_and_targets(examples, wheres, tokenizer, specials):
-        target = _cut_end(whole, max_length)
-        prompt = _cut_left(before, body, max_length - len(specials.after))
-        cuts = len(before) + len(body) - len(prompt), len(whole) - len(target)
-        lost = _lost(len(prompt), len(before), cuts[0]) or (cuts[1] > 0 and len(target) == 1)
-        items.append(Item(prompt + specials.after, target, None, *cuts, lost))
-    return items
-
-
-def _classification(examples, wheres, tokenizer, specials: None, max_length: int) -> list[Item]:
-    _check_length(max_length)
-    items = []
-    for classified, where in zip(examples, wheres, strict=True):
-        texts = (
-            (classified.text,) if classified.pair is None else (classified.text, classified.pair)
-        )
-        encoded = tokenizer(*texts, verbose=False)
-        full = len(encoded["input_ids"])
-        if full == 0:
-            raise _empty("text", classified.text, where)
-        if full > max_length:
-            encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length)
-        cut = full - len(encoded["input_ids"])
-        items.append(
-            Item(encoded["input_ids"], classified.label, encoded.get("token_type_ids"), cut)
-        )
-    return items
-
-
-def _prompts_and_targets(examples, wheres, tokenizer, specials: Specials):
+def _encode(kind: str, examples, wheres, tokenizer, max_length: int) -> list[Item]:
+    if kind not in KINDS:
+        raise UserError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    if max_length < 2:
+        raise UserError(f"max_length: got {max_length}, expected at least 2")
+    if kind == "classification":
+        return [
+            _text(classified, where, tokenizer, max_length)
+            for classified, where in zip(examples, wheres, strict=True)
+        ]
+    specials, causal, items = Specials.of(tokenizer), kind == "causal", []
     for example, where in zip(examples, wheres, strict=True):
         if not example.target.strip():
             raise _empty("target", example.target, where)
     prompts = _prompts([example.prompt for example in examples], wheres, tokenizer, specials)
-    return zip(prompts, _targets(examples, tokenizer, specials), strict=True)
+    for (before, body), whole in zip(prompts, _targets(examples, tokenizer, specials), strict=True):
+        room = max_length - causal  # a causal prompt keeps one token beside its target
+        target = whole if len(whole) <= room else [*whole[: room - 1], whole[-1]]
+        prompt = _cut_left(before, body, max_length - len(target if causal else specials.after))
+        cuts = len(before) + len(body) - len(prompt), len(whole) - len(target)
+        lost = (cuts[0] > 0 and len(prompt) <= max(len(before), 1)) or (
+            cuts[1] > 0 and len(target) == 1
+        )
+        if causal:
+            items.append(Item(prompt + target, [IGNORED] * len(prompt) + target, None, *cuts, lost))
+        else:
+            items.append(Item(prompt + specials.after, target, None, *cuts, lost))
+    return items
+
+
+def _text(classified: Classified, where: str | None, tokenizer, max_length: int) -> Item:
+    texts = (classified.text,) if classified.pair is None else (classified.text, classified.pair)
+    encoded = tokenizer(*texts, verbose=False)
+    full = len(encoded["input_ids"])
+    if full == 0:
+        raise _empty("text", classified.text, where)
+    if full > max_length:
+        encoded = tokenizer(*texts, truncation="longest_first", max_length=max_length)
+    cut = full - len(encoded["input_ids"])
+    return Item(encoded["input_ids"], classified.label, encoded.get("token_type_ids"), cut)
 
 
 def _prompts(
     prompts: Sequence[str], wheres, tokenizer, specials: Specials
 ) -> list[tuple[list[int], list[int]]]:
-    """Of each prompt, the special tokens before it and its text's; a BOS that a chat template
-    wrote is not doubled.
+    """Of each prompt, the special tokens before it and its text's; a template's BOS is not
+    doubled.
     """
     found = []
-    for prompt, where, body in zip(prompts, wheres, _encode(prompts, tokenizer), strict=True):
+    for prompt, where, body in zip(prompts, wheres, _ids(prompts, tokenizer), strict=True):
         before = specials.before
         if (
             specials.bos_text
@@ -316,15 +249,15 @@ def _prompts(
 
 def _targets(examples: Sequence[Example], tokenizer, specials: Specials) -> list[list[int]]:
     if specials.eos is None:
+        name = type(tokenizer).__name__
         raise UserError(
-            f"tokenizer: got a {type(tokenizer).__name__} without an EOS token, expected one: it "
-            "ends an answer"
+            f"tokenizer: got a {name} without an EOS token, expected one: it ends an answer"
         )
-    ids = _encode([e.target for e in examples], tokenizer)
-    return [row if row[-1:] == [specials.eos] else [*row, specials.eos] for row in ids]
+    rows = _ids([example.target for example in examples], tokenizer)
+    return [row if row[-1:] == [specials.eos] else [*row, specials.eos] for row in rows]
 
 
-def _encode(texts: Sequence[str], tokenizer) -> list[list[int]]:
+def _ids(texts: Sequence[str], tokenizer) -> list[list[int]]:
     return [
         list(ids)
         for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
@@ -332,29 +265,12 @@ def _encode(texts: Sequence[str], tokenizer) -> list[list[int]]:
 
 
 def _cut_left(before: list[int], body: list[int], room: int) -> list[int]:
-    """``before + body`` in at most ``room`` tokens: the last ones of ``body`` go after the first
-    ones of ``before``.
+    """``before + body`` in ``room`` tokens: the last ones of ``body`` after the first of
+    ``before``.
     """
     before = before[:room]
     kept = room - len(before)
     return before + (body if len(body) <= kept else body[len(body) - kept :])
-
-
-def _lost(kept: int, before: int, cut: int) -> bool:
-    """Whether a prompt that was cut has lost its text: no more than its special tokens, or one
-    token, is left.
-    """
-    return cut > 0 and kept <= max(before, 1)
-
-
-def _cut_end(target: list[int], room: int) -> list[int]:
-    """``target`` in at most ``room`` tokens, the last of which ends it."""
-    return target if len(target) <= room else [*target[: room - 1], target[-1]]
-
-
-def _check_length(max_length: int) -> None:
-    if max_length < 2:
-        raise UserError(f"max_length: got {max_length}, expected at least 2")
 
 
 def _empty(name: str, text: str, where: str | None) -> UserError:

@@ -1,3 +1,1 @@
-"""``demo``: LoReFT on real weights and text beside a frozen model and a plain implementation, in
-minutes on a CPU.
-"""
+"""``demo``: LoReFT on real weights and text, beside a frozen model and plain PyTorch."""

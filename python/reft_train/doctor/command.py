@@ -1,126 +1,168 @@
-"""``doctor``: what is installed, whether a model fits this machine, and a trial of a few steps.
-
-Here are the command's flags and the order of its checks; the modules beside it do the work.
-"""
+"""``doctor``: what is installed, whether a model fits this machine, and a trial of a few steps."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_train import arguments
+from reft_train import flags
+from reft_train.config import RunConfig
 from reft_train.errors import UserError
-from reft_train.flags import add_settings, given, settings
 
 if TYPE_CHECKING:
-    from reft_train.config import RunConfig
-    from reft_train.tasks.base import Task
+    from reft_train.doctor.environment import Memory
+    from reft_train.doctor.estimate import Estimate
+    from reft_train.doctor.trial import Trial
 
-DESCRIPTION = """Say what is installed and which backend serves which operator. With --model and --task, estimate the memory
-that a training needs before any weight is loaded, compare it with the machine's, and train a few steps on random tokens. Exits
-with 1 when the memory does not suffice or the trial fails."""
+DESCRIPTION = """Say what is installed and which backend serves which operator. With --model and
+--task, estimate the memory that a training needs before any weight is loaded, compare it with the
+machine's, and train a few steps on random tokens. Exits with 1 when the memory does not suffice or
+the trial fails."""
 
 
 def add_parser(subparsers) -> None:
     """Add the command and its flags."""
     summary = "check the installation, the memory that a model needs, and a few training steps"
     command = subparsers.add_parser("doctor", help=summary, description=DESCRIPTION)
-    command.add_argument(
-        "--trial-steps",
-        type=arguments.count(0),
-        default=10,
-        metavar="N",
-        help="timed steps; 0: no trial (default: 10)",
-    )
+    text = "timed steps; 0: no trial (default: 10)"
+    command.add_argument("--trial-steps", type=flags.count(0), default=10, metavar="N", help=text)
     command.add_argument("--json", metavar="FILE", help="write everything to a file too")
-    add_settings(command)
+    flags.add_settings(command)
     command.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """The command.
-
-    Returns:
-        0; 1 when the memory does not suffice or the trial failed.
-
-    Raises:
-        UserError: bad input, found before the trial starts.
-    """
+    """The command: 0, or 1 when the memory does not suffice or the trial failed."""
     if parsed.json is not None and Path(parsed.json).is_dir():
         raise UserError(f"--json: got {parsed.json}, which is a folder, expected a file")
-    config = _config(parsed)
+    config = None
+    if parsed.config is not None or "model" in parsed:
+        config = flags.settings(parsed)
+    elif stray := sorted(flags.given(parsed), key="task".__eq__):
+        name = stray[0].replace("_", "-")
+        raise UserError(f"--model: got none with --{name}, expected a model's folder or hub name")
     from reft_train.doctor.environment import environment, environment_lines
+    from reft_train.files import dumps, write_text
 
     found: dict[str, Any] = {"environment": environment()}
-    _say(environment_lines(found["environment"]))
+    print("", *environment_lines(found["environment"]), sep="\n", flush=True)
     code = 0 if config is None else _examine(config, parsed.trial_steps, found)
     if parsed.json is not None:
-        from reft_train.files import write_text
-        from reft_train.reporting.strict_json import dumps
-
         print(f"written: {write_text(Path(parsed.json), dumps(found))}")
     return code
 
 
-def _config(parsed: argparse.Namespace) -> RunConfig | None:
-    if parsed.config is None and "model" not in parsed:
-        stray = [name for name in given(parsed) if name != "task"]
-        if stray or "task" in parsed:
-            name = (stray or ["task"])[0].replace("_", "-")
-            raise UserError(
-                f"--model: got none with --{name}, expected a model's folder or hub name"
-            )
-        return None
-    return settings(parsed)
-
-
-def _say(lines: list[str]) -> None:
-    print("\n".join(["", *lines]), flush=True)
-
-
 def _examine(config: RunConfig, steps: int, found: dict[str, Any]) -> int:
-    from dataclasses import asdict
-
     from reft_train import models, tasks
-    from reft_train.doctor.estimate import estimate, length_of, remedies
-    from reft_train.doctor.machine import memory_of
-    from reft_train.doctor.skeleton import build
-    from reft_train.doctor.text import estimate_lines, remedy_lines, verdict
-
-    task = tasks.get(config.task)
-    device = models.pick_device(config)
-    skeleton = build(config, task)
-    needed, length = estimate(config, task, skeleton), length_of(config, skeleton)
-    memory = memory_of(device, spread=config.device_map == "auto")
-    found["settings"] = config.to_dict()
-    found["estimate"] = {**asdict(needed), "total": needed.total, "length": length}
-    found["memory"] = None if memory is None else {"device": device, **asdict(memory)}
-    found["verdict"] = verdict(needed, memory, device)
-    _say([*estimate_lines(needed, config.batch_size, length), found["verdict"]])
-    if length < config.max_length:
-        print(f"the model reads {length} tokens, fewer than --max-length {config.max_length}")
-    if memory is not None and needed.total > memory.free:
-        hints = list(remedies(config, task, skeleton, memory.free, device == "cuda"))
-        found["remedies"] = {flags: other.total for flags, other in hints}
-        print("\n".join(remedy_lines(hints, memory)))
-        if steps:
-            print("no trial, since it would run out of memory")
-        return 1
-    return _try(config, task, steps, length, needed, found) if steps else 0
-
-
-def _try(
-    config: RunConfig, task: Task, steps: int, length: int, needed: Any, found: dict[str, Any]
-) -> int:
-    from dataclasses import asdict
-
-    from reft_train.doctor.text import trial_lines
+    from reft_train.doctor import environment
+    from reft_train.doctor.estimate import estimate, remedies
     from reft_train.doctor.trial import run_trial
 
+    task, device = tasks.get(config.task), models.pick_device(config)
+    needed = estimate(config, task)
+    memory = environment.memory_of(device, spread=config.device_map == "auto")
+    found["settings"] = config.to_dict()
+    found["estimate"] = {**asdict(needed), "total": needed.total}
+    found["memory"] = None if memory is None else {"device": device, **asdict(memory)}
+    found["verdict"] = verdict(needed, memory, device)
+    print("", *estimate_lines(needed, config.batch_size), found["verdict"], sep="\n", flush=True)
+    if needed.length < config.max_length:
+        print(
+            f"the model reads {needed.length} tokens, fewer than --max-length {config.max_length}"
+        )
+    if memory is not None and needed.total > memory.free:
+        hints = list(remedies(config, task, memory.free, device == "cuda"))
+        found["remedies"] = {changes: other.total for changes, other in hints}
+        for changes, other in hints:
+            fits = "" if other.total <= memory.free else ", which does not fit either"
+            print(f"hint: {changes}: {size(other.total)}{fits}")
+        if not hints:
+            print(
+                "hint: nothing can be made smaller; take a smaller model or a shorter --max-length"
+            )
+        print("no trial, since it would run out of memory")
+        return 1
+    if not steps:
+        return 0
     print(f"\nloading {config.model} for a trial", file=sys.stderr)
-    trial = run_trial(config, task, steps, length)
+    trial = run_trial(config, task, steps, needed.length)
     found["trial"] = asdict(trial)
-    _say(trial_lines(trial, needed))
+    print("", *trial_lines(trial, needed), sep="\n", flush=True)
     return 0 if trial.failure is None else 1
+
+
+def size(count: float) -> str:
+    """Bytes in a unit that reads well."""
+    unit, factor = next(
+        (pair for pair in (("GiB", 2**30), ("MiB", 2**20)) if count >= pair[1]), ("KiB", 2**10)
+    )
+    return f"{count / factor:,.2f} {unit}"
+
+
+def estimate_lines(found: Estimate, batch: int) -> list[str]:
+    """The estimate, part by part."""
+    share = f"{found.trainable / found.model_numbers:.4%} of the model's {found.model_numbers:,}"
+    trained = f"  {found.trainable:,} parameters ({share})" + (
+        f" and {found.head:,} of a head" if found.head else ""
+    )
+    parts = {
+        "frozen weights": (found.frozen, ""),
+        "trained weights": (found.trained, trained),
+        "gradients": (found.gradients, ""),
+        "Adam's moments": (found.optimizer, ""),
+        "activations": (found.activations, ""),
+        "total": (found.total, ""),
+    }
+    title = (
+        f"memory for batches of {batch} x {found.length} tokens, estimated from the model's "
+        "configuration"
+    )
+    return [
+        title,
+        *(f"  {name:<16}{size(count):>12}{text}" for name, (count, text) in parts.items()),
+    ]
+
+
+def verdict(found: Estimate, memory: Memory | None, device: str) -> str:
+    """Whether the estimate fits, in a line."""
+    if memory is None:
+        return (
+            f"the system does not tell how much memory the {device} has; the estimate is "
+            f"{size(found.total)}"
+        )
+    have = (
+        f"{size(found.total)} estimated, {size(memory.free)} free of {size(memory.total)} "
+        f"({memory.source})"
+    )
+    if found.total <= memory.free:
+        return f"fits: {have}"
+    if found.total <= memory.total:
+        return f"does not fit now: {have}; other programs hold the rest"
+    return f"does not fit: {have}"
+
+
+def trial_lines(trial: Trial, found: Estimate) -> list[str]:
+    """The trial's figures, or why it failed."""
+    lines = [
+        f"trial: {trial.steps} timed training steps on random tokens, {trial.length} an example"
+    ]
+    if trial.left_out:
+        lines.append(f"  without {', '.join(trial.left_out)}, which a trial leaves out")
+    if trial.step_seconds is not None:
+        over, peak = (trial.peak.peak - trial.peak.before) * 2**20, size(trial.peak.peak * 2**20)
+        facts = {
+            "step, median": f"{trial.step_seconds * 1e3:,.1f} ms",
+            "frozen model alone": f"{trial.frozen_seconds * 1e3:,.1f} ms, forward and backward",
+            "ratio, median": f"{trial.ratio:.3f}",
+            "tokens per second": f"{trial.tokens_per_second:,.0f}",
+            "memory over weights": f"{size(over)}; estimated {size(found.step)}",
+            "peak memory": f"{peak}: {trial.peak.method}",
+            "loss": f"{trial.losses[0]:.4f} first, {trial.losses[-1]:.4f} last",
+        }
+        if trial.orthonormality is not None:
+            facts["max |R Rᵀ − I|"] = f"{trial.orthonormality:.2e}"
+        lines += [f"  {name:<23}{text}" for name, text in facts.items()]
+    return [*lines, "  all is well" if trial.failure is None else f"  FAILED: {trial.failure}"]

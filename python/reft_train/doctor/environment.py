@@ -1,13 +1,14 @@
-"""What is installed, which devices there are, and which backend of reft_kernels serves which
-operator.
-"""
+"""What is installed, which devices there are, which backend serves which operator, free memory."""
 
 from __future__ import annotations
 
 import os
 import platform
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from reft_train.procfs import MEMINFO, sizes
 from reft_train.reporting.versions import MISSING, installed
 
 NEEDED_FOR = {
@@ -19,6 +20,7 @@ NEEDED_FOR = {
     "datasets": "Parquet files and training data",
     "safetensors": "weights and adapters",
     "matplotlib": "loss.png and report.html",
+    "rich": "tables",
     "scikit-learn": "scores of GLUE tasks",
     "optuna": "search",
     "bitsandbytes": "--quantization 8bit and 4bit",
@@ -26,14 +28,27 @@ NEEDED_FOR = {
     "deepspeed": "--deepspeed",
     "tensorboard": "TensorBoard logs",
 }
+_GROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes, and where the numbers are from."""
+
+    free: int
+    total: int
+    source: str
 
 
 def environment() -> dict[str, Any]:
-    """Plain values: ``python``, ``platform``, ``packages``, ``devices``, ``threads``,
-    ``instruction_set`` and ``backends``.
-
-    ``backends`` has for each kind of device the backend that serves each operator and dtype, and
-    why others are off.
+    """Plain values; ``backends`` has what serves each operator by device, and why others are
+    off.
     """
     import torch
 
@@ -51,8 +66,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_set": cpu.instruction_set(),
         "backends": {
-            device: {"serving": env.serving(device), "off": env.unable(device)}
-            for device, _ in devices
+            name: {"serving": env.serving(name), "off": env.unable(name)} for name, _ in devices
         },
     }
 
@@ -64,11 +78,46 @@ def environment_lines(found: dict[str, Any]) -> list[str]:
     lines = [f"reft_kernels {found['reft_kernels']}, Python {found['python']}, {found['platform']}"]
     for name, version in found["packages"].items():
         lines.append(
-            f"  {name:<14}"
-            + (f"{version}, needed for {NEEDED_FOR[name]}" if version == MISSING else version)
+            f"  {name:<14}{version}"
+            + (f", needed for {NEEDED_FOR[name]}" if version == MISSING else "")
         )
-    lines.append(
-        f"  CPU: {found['cores']} cores, {found['threads']} threads, instruction set "
+    cpu = (
+        f"{found['cores']} cores, {found['threads']} threads, instruction set "
         f"{found['instruction_set']}"
     )
-    return lines + env.backend_lines()
+    return [*lines, f"  CPU: {cpu}", *env.backend_lines()]
+
+
+def _number(path: Path) -> int | None:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdecimal() else None  # cgroup says "max" where there is no limit
+
+
+def _cpu() -> Memory | None:
+    fields = sizes(MEMINFO)
+    if not {"MemAvailable", "MemTotal"} <= fields.keys():
+        return None
+    memory = Memory(fields["MemAvailable"], fields["MemTotal"], "/proc/meminfo")
+    for paths in _GROUPS:
+        limit, used = map(_number, paths)
+        if limit is not None and used is not None and limit < memory.total:
+            return Memory(
+                min(memory.free, max(0, limit - used)), limit, "the control group's limit"
+            )
+    return memory
+
+
+def memory_of(device: str, spread: bool = False) -> Memory | None:
+    """The memory of ``cpu`` or ``cuda`` (``spread``: of all GPUs); None where the system does
+    not tell.
+    """
+    if device != "cuda":
+        return _cpu()
+    import torch
+
+    numbers = range(torch.cuda.device_count()) if spread else [torch.cuda.current_device()]
+    free, total = map(sum, zip(*map(torch.cuda.mem_get_info, numbers), strict=True))
+    return Memory(free, total, f"CUDA, {len(numbers)} device(s)")

@@ -1,59 +1,31 @@
-"""The memory that a training needs, estimated from the model's configuration before any weight is
-read.
+"""The memory that a training needs, counted on PyTorch's meta device before any weight is read.
 
-With B the batch, S the tokens of an example, T = B S, e the bytes of a number in the forward (2
-under autocast), V the
-vocabulary, h the hidden size:
-
-    frozen       numbers times their bytes, buffers included; quantized linear layers: 8bit 1 +
-                 4/inputs bytes a number, 4bit
-                 (NF4, doubly quantized) 1/2 + 1/64 + 4/(64 256); embeddings, output layer and heads
-                 stay as they are
-    trained      numbers times 4 (fp32; a head as its dtype says), gradients the same, Adam's two
-                 moments twice that
-    layer        T (e K + (4 - e) N) kept for the backward, K the outputs of the layer's linear
-                 modules and, for each module
-                 that holds several, the inputs of its last; N the widths of RMSNorms, which keep
-                 their input in fp32.
-                 Llama's K is 2q + 2k + 3i + 2h, with q, k, i the widths of queries, keys and
-                 feed-forward. Eager attention
-                 adds heads B S^2 (e + 4), or 4 in fp32. Linear modules that are trained keep their
-                 input, 4 bytes a number
-    edits        rows that are edited times h e, for each edited layer
-    activations  the sum over the layers that the backward passes (after the first edit of a block's
-                 output, from the first
-                 trained layer on otherwise), T h e of the last norm, and the larger of one layer
-                 more (the gradients that are
-                 under way) and of a language model's logits: T V (4 * 4 + e, or 4 * 4 in fp32), for
-                 logits, log-softmax and
-                 both gradients in fp32. With gradient checkpointing T h e for each layer, and two
-                 layers or the logits
-    autocast     2 bytes for each number of a linear module: its copy is kept, as frozen weights are
-                 not cached
-
-Left out: what the libraries themselves occupy, what the allocator holds beyond what is used (on a
-CPU a trial's resident memory shows both), experts of a mixture (their weights count), sharding.
+Weights are counted by accelerate, activations by a forward without memory whose saved tensors are
+added up. Left out: what the libraries themselves occupy, what the allocator holds beyond what is
+used, experts of a mixture (their weights count), sharding.
 """
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from reft_train import methods, models
 from reft_train.config import REFT_METHODS, RunConfig
-from reft_train.doctor.skeleton import Skeleton, Widths, build, linears
-from reft_train.models import CAUSAL, CLASSIFICATION
+from reft_train.errors import UserError
 from reft_train.tasks.base import Task
-
-_QUANTIZED = {
-    "8bit": lambda inputs: 1 + 4 / inputs,
-    "4bit": lambda inputs: 0.5 + 1 / 64 + 4 / (64 * 256),
-}
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Numbers and bytes; ``activations`` hold autocast's copies too."""
+    """Numbers and bytes; ``length``: tokens of an example that the model reads."""
 
     model_numbers: int
     trainable: int
@@ -63,6 +35,7 @@ class Estimate:
     gradients: int
     optimizer: int
     activations: int
+    length: int
 
     @property
     def step(self) -> int:
@@ -75,172 +48,201 @@ class Estimate:
         return self.frozen + self.trained + self.step
 
 
-def _frozen_bytes(config: RunConfig, skeleton: Skeleton) -> int:
-    size = skeleton.base_bytes
-    if config.quantization == "none":
-        return size
-    model = skeleton.adapted.get_base_model()
-    output = model.get_output_embeddings()
-    for name, module, (inputs, outputs) in linears(model):
-        weight = module.weight
-        kept = (
-            module is output
-            or ".modules_to_save." in f".{name}"
-            or ".original_module" in f".{name}"
-        )
-        if not kept and not weight.requires_grad:
-            size += round(
-                inputs * outputs * (_QUANTIZED[config.quantization](inputs) - weight.element_size())
-            )
-    return size
+def empty_model(config: RunConfig, task: Task, dtype: torch.dtype) -> tuple[nn.Module, str]:
+    """The frozen model without memory, from ``config.json`` alone, and how it is used."""
+    import transformers
+
+    from reft_train.pooling import MeanPooledClassifier
+
+    hf_config = models.model_config(config)
+    kind = models.kind_of(config, hf_config, task)
+    if kind == models.CLASSIFICATION:
+        hf_config.num_labels = task.num_labels
+    options = {} if config.attention is None else {"attn_implementation": config.attention}
+    try:
+        with torch.device("meta"):
+            build = getattr(transformers, models.class_of(config, kind)).from_config
+            model = build(hf_config, dtype=dtype, **options)
+            if config.pooling == "mean":
+                model = MeanPooledClassifier(model, hf_config.num_labels, config.seed)
+    except (ValueError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model: got {config.model!r}, which cannot be built ({reason})") from None
+    return model.requires_grad_(False), kind
 
 
-def compute_bytes(config: RunConfig, skeleton: Skeleton) -> int:
-    """Bytes of a number in the forward."""
-    if config.mixed_precision != "no":
-        return 2
-    return next(p.element_size() for p in skeleton.adapted.parameters() if not p.requires_grad)
+def _matrices(part: nn.Module) -> list[nn.Module]:
+    """The linear layers, GPT-2's Conv1D among them."""
+    return [m for m in part.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
 
 
-def _edited_rows(config: RunConfig, length: int) -> int:
-    from reft_kernels.positions import parse
-
-    spec = parse(config.positions)
-    count = (spec.first or 0) + (spec.last or 0)
-    return config.batch_size * (min(count, length) if count else length)
-
-
-def _trained_inputs(skeleton: Skeleton) -> int:
-    return sum(
-        shape[0] for _, module, shape in linears(skeleton.adapted) if module.weight.requires_grad
-    )
+def _blocks(model: nn.Module) -> list[nn.ModuleList]:
+    """The lists of layers: one, or an encoder's and a decoder's."""
+    found: list[nn.ModuleList] = []
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and _matrices(module[0]):
+            found += [] if any(module in set(other.modules()) for other in found) else [module]
+    return found
 
 
-def length_of(config: RunConfig, skeleton: Skeleton) -> int:
-    """Tokens of an example: ``max_length``, as far as the model reads."""
-    return (
-        config.max_length if skeleton.longest is None else min(config.max_length, skeleton.longest)
-    )
+def _frozen_bytes(config: RunConfig, model: nn.Module) -> int:
+    from accelerate.utils import CustomDtype
+    from accelerate.utils.modeling import compute_module_sizes
+
+    special: dict[str, Any] = {}
+    if config.quantization != "none":
+        kind = CustomDtype.INT4 if config.quantization == "4bit" else torch.int8
+        output = model.get_output_embeddings()
+        linears = [
+            name
+            for name, m in model.named_modules()
+            if isinstance(m, nn.Linear) and m is not output
+        ]
+        special = {f"{name}.weight": kind for name in linears}
+    return int(compute_module_sizes(model, special_dtypes=special)[""])
 
 
-def saved_bytes(config: RunConfig, skeleton: Skeleton) -> int:
-    """What the forward keeps for the backward, logits apart, without gradient checkpointing."""
+def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
+    """What a forward keeps for the backward, without checkpointing, and the largest tensor of
+    it.
+    """
+    dtype = models.weight_dtype(config) if config.mixed_precision == "no" else torch.bfloat16
+    model, kind = empty_model(config, task, dtype)
     if config.method == "head":
-        return 0
-    length, size = length_of(config, skeleton), compute_bytes(config, skeleton)
-    tokens = config.batch_size * length
-    layers = [layer for blocks in _reached(config, skeleton) for layer in blocks]
-    kept = (
-        sum(_layer_bytes(config, skeleton, layer.kept, layer.normed) for layer in layers)
-        + tokens * skeleton.hidden * size
-    )
+        return 0, 0
+    blocks, length = _blocks(model), _length(config, model)
+    width, edits, rows = model.get_input_embeddings().weight.shape[1], 0, 0
+    embeddings = [
+        m for m in model.modules() if isinstance(m, nn.Embedding) and m.embedding_dim == width
+    ]
     if config.method in REFT_METHODS:
-        edited = sum(map(len, skeleton.widths)) if config.layers == "all" else len(config.layers)
-        return kept + edited * _edited_rows(config, length) * skeleton.hidden * size
-    return kept + tokens * _trained_inputs(skeleton) * 4
+        from reft_kernels.positions import parse
+
+        spec = parse(config.positions)
+        numbers = range(sum(map(len, blocks))) if config.layers == "all" else config.layers
+        ends = (spec.first or 0) + (spec.last or 0)
+        edits, rows = len(numbers), config.batch_size * (min(ends, length) if ends else length)
+        first = [blocks[0][min(*numbers, len(blocks[0]) - 1)]] if blocks else embeddings
+    else:
+        first = embeddings
+        if config.method in ("lora", "dora"):
+            model = _adapted(config, model, kind)
+    for module in first:
+        module.register_forward_hook(lambda module, args, output: _wanting(output))
+    fixed = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in fixed:
+            kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    tokens = torch.zeros(config.batch_size, length, dtype=torch.int64, device="meta")
+    labels = tokens if kind != models.CLASSIFICATION else tokens[:, 0]
+    if kind == models.CLASSIFICATION and task.labels is None:
+        labels = labels.to(dtype)
+    options = {"use_cache": False} if kind != models.CLASSIFICATION else {}
+    model.train()
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(
+        logging.CRITICAL
+    )  # what fails is caught
+    # without fake tensors transformers would read values of masks
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    try:
+        with fake, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model(input_ids=tokens, labels=labels, **options)
+        sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
+    except (
+        Exception
+    ):  # experts chosen by values, kernels for GPUs alone: what linear layers give, and the logits
+        outputs = [
+            min(m.weight.shape) if m.weight.shape[0] == width else m.weight.shape[0]
+            for m in _matrices(model)
+        ]
+        sizes = [tokens.numel() * dtype.itemsize * output for output in outputs]
+    edited = edits * rows * width * dtype.itemsize
+    return sum(sizes) + edited, max(sizes, default=0)
 
 
-def _layer_bytes(config: RunConfig, skeleton: Skeleton, kept: int, normed: int) -> int:
-    length, size = length_of(config, skeleton), compute_bytes(config, skeleton)
-    tokens = config.batch_size * length
-    scores = 4 if size == 4 else 4 + size
-    eager = scores * skeleton.heads * config.batch_size * length**2 if skeleton.eager else 0
-    return tokens * (size * kept + (4 - size) * normed) + eager
+def _wanting(output: Any) -> Any:
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not hidden.requires_grad:
+        hidden.requires_grad_()
+    return output
 
 
-def _reached(config: RunConfig, skeleton: Skeleton) -> list[list[Widths]]:
-    """The layers that the backward passes; all of an encoder-decoder's, whose two stacks depend
-    on each other.
-    """
-    if config.method == "head":
-        return []
-    if len(skeleton.widths) > 1:
-        return skeleton.widths
-    first = (
-        0
-        if config.layers == "all" or config.method not in (*REFT_METHODS, "lora", "dora")
-        else min(config.layers)
-    )
-    after = config.method in REFT_METHODS and config.component == "block_output"
-    return [blocks[first + after :] for blocks in skeleton.widths]
+def _length(config: RunConfig, model: nn.Module) -> int:
+    text = model.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return min(config.max_length, longest or config.max_length)
 
 
-def _activations(config: RunConfig, skeleton: Skeleton) -> int:
-    size = compute_bytes(config, skeleton)
-    tokens = config.batch_size * length_of(config, skeleton)
-    everything = [layer for blocks in skeleton.widths for layer in blocks]
-    largest = max((_layer_bytes(config, skeleton, w.kept, w.normed) for w in everything), default=0)
-    generates = skeleton.kind != CLASSIFICATION
-    logits = tokens * skeleton.vocabulary * (16 + (size if size < 4 else 0)) if generates else 0
-    copies = 2 * sum(layer.linear for layer in everything) if config.mixed_precision != "no" else 0
-    if config.gradient_checkpointing:
-        reached = sum(map(len, _reached(config, skeleton)))
-        return (
-            reached * tokens * skeleton.hidden * size
-            + max(2 * largest, logits)
-            + copies // max(len(everything), 1)
+def _adapted(config: RunConfig, model: nn.Module, kind: str) -> nn.Module:
+    heads = [name for name in models.HEADS if hasattr(model, name)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of initialisations that do nothing without memory
+        return methods.adapt(
+            config, models.Loaded(model, None, kind, heads if kind == models.CLASSIFICATION else [])
         )
-    return saved_bytes(config, skeleton) + max(largest, logits) + copies
 
 
-def estimate(config: RunConfig, task: Task, skeleton: Skeleton | None = None) -> Estimate:
-    """The memory of a training with these settings.
-
-    Args:
-        skeleton: the model, where it was built already; for these settings' model, method and
-            dtype.
-
-    Raises:
-        UserError: as :func:`reft_train.doctor.skeleton.build`.
-    """
-    skeleton = build(config, task) if skeleton is None else skeleton
-    trained = {name: p for name, p in skeleton.adapted.named_parameters() if p.requires_grad}
+def estimate(config: RunConfig, task: Task) -> Estimate:
+    """The memory of a training with these settings."""
+    model, kind = empty_model(config, task, models.weight_dtype(config))
+    numbers, frozen = sum(p.numel() for p in model.parameters()), _frozen_bytes(config, model)
+    blocks, length = _blocks(model), _length(config, model)
+    linear = sum(m.weight.numel() for part in blocks for m in _matrices(part))
+    adapted = _adapted(config, model, kind)
+    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     head = sum(p.numel() for name, p in trained.items() if "modules_to_save." in name)
     size = sum(p.numel() * p.element_size() for p in trained.values())
+    kept, largest = kept_bytes(config, task)
+    depth = max(1, sum(map(len, blocks)))
+    if config.gradient_checkpointing:  # the layers' inputs, and one layer computed again
+        width = model.get_input_embeddings().weight.shape[1] * (
+            2 if config.mixed_precision != "no" else 4
+        )
+        kept = min(
+            kept, depth * config.batch_size * length * width + max(2 * kept // depth, largest)
+        )
+    copies = 2 * linear if config.mixed_precision != "no" else 0  # autocast's, of frozen weights
     return Estimate(
-        model_numbers=skeleton.base_numbers,
+        model_numbers=numbers,
         trainable=sum(p.numel() for p in trained.values()) - head,
         head=head,
-        frozen=_frozen_bytes(config, skeleton),
+        frozen=frozen,
         trained=size,
         gradients=size,
         optimizer=2 * size,
-        activations=_activations(config, skeleton),
+        activations=kept + 2 * largest + copies,
+        length=length,
     )
 
 
 def remedies(
-    config: RunConfig, task: Task, skeleton: Skeleton, memory: int, cuda: bool
+    config: RunConfig, task: Task, memory: int, cuda: bool
 ) -> Iterator[tuple[str, Estimate]]:
-    """Settings that need less, each with its estimate: all that could fit, or those tried where
-    none does.
+    """Settings that need less, each with its estimate: all that fit, or those tried where none
+    does.
 
     Args:
-        memory: bytes that there are.
-        cuda: whether there is a GPU, which quantization needs.
+        memory: bytes that there are. cuda: whether there is a GPU, which quantization needs.
     """
-    tried = []
-    if not config.gradient_checkpointing:
-        tried.append(config.replace(gradient_checkpointing=True))
+    tried = [] if config.gradient_checkpointing else [{"gradient_checkpointing": True}]
     batch = config.batch_size
-    while batch > 1 and estimate(config.replace(batch_size=batch), task, skeleton).total > memory:
+    while batch > 1 and estimate(config.replace(batch_size=batch), task).total > memory:
         batch //= 2
     if batch < config.batch_size:
         factor = -(-config.batch_size // batch)
-        tried.append(config.replace(batch_size=batch, accumulation=config.accumulation * factor))
-    if cuda and config.quantization == "none" and skeleton.kind == CAUSAL:
-        tried.append(config.replace(quantization="4bit"))
+        tried.append({"batch_size": batch, "accumulation": config.accumulation * factor})
+    if cuda and config.quantization == "none" and task.decoding is not None:
+        tried.append({"quantization": "4bit"})
     found = []
-    for changed in tried:
-        names = [
-            name for name, value in changed.to_dict().items() if value != getattr(config, name)
-        ]
-        flags = " ".join(
-            "--"
-            + name.replace("_", "-")
-            + ("" if getattr(changed, name) is True else f" {getattr(changed, name)}")
-            for name in names
+    for changes in tried:
+        flags = (
+            f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+            for name, value in changes.items()
         )
-        found.append((flags, estimate(changed, task, skeleton)))
+        found.append((" ".join(flags), estimate(config.replace(**changes), task)))
     fitting = [pair for pair in found if pair[1].total <= memory]
     yield from fitting or found

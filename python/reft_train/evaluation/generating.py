@@ -1,6 +1,4 @@
-"""Answers to prompts: batched generation that gives each prompt the same answer whatever stands
-beside it in the batch.
-"""
+"""Answers to prompts: batched generation that does not depend on what stands beside a prompt."""
 
 from __future__ import annotations
 
@@ -14,8 +12,8 @@ import torch
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
 from reft_train.data.tokenizing import pad_id, prompt_ids
-from reft_train.evaluation.batching import evaluating, run_batches
-from reft_train.models import CAUSAL
+from reft_train.evaluation.batching import run_batches
+from reft_train.models import CAUSAL, bare, evaluating
 from reft_train.ranks import joined
 from reft_train.tasks.base import Decoding
 
@@ -25,11 +23,8 @@ class Decode:
     """How answers are generated.
 
     Attributes:
-        max_new_tokens: of an answer. max_total_tokens: of prompt and answer together; None for no
-            limit.
-        temperature: 0 decodes greedily (or by beams); above, tokens are drawn. top_p: nucleus that
-            is drawn from.
-        num_beams: beams. seed: of the draws.
+        max_total_tokens: of prompt and answer together; None for no limit.
+        temperature: 0 decodes greedily (or by beams); above, tokens are drawn from ``top_p``.
     """
 
     max_new_tokens: int
@@ -41,20 +36,10 @@ class Decode:
 
     @classmethod
     def of(cls, config: RunConfig, decoding: Decoding, window: int | None = None) -> Decode:
-        """From a run's settings, which win, and the task's.
-
-        Args:
-            window: tokens that the model can hold, see :func:`context_window`.
-        """
+        """From a run's settings, which win, the task's, and the tokens that the model can hold."""
         limits = [limit for limit in (decoding.max_total_tokens, window) if limit is not None]
-        return cls(
-            max_new_tokens=config.max_new_tokens or decoding.max_new_tokens,
-            max_total_tokens=min(limits, default=None),
-            temperature=config.temperature,
-            top_p=config.top_p,
-            num_beams=config.num_beams,
-            seed=config.seed,
-        )
+        new, total = config.max_new_tokens or decoding.max_new_tokens, min(limits, default=None)
+        return cls(new, total, config.temperature, config.top_p, config.num_beams, config.seed)
 
     def answer_room(self, prompt: int) -> int:
         """Tokens that the answer to a prompt of so many tokens can have."""
@@ -66,8 +51,8 @@ class Decode:
         )
 
     def prompt_room(self, max_length: int) -> int:
-        """Tokens of a prompt: ``max_length``, or less, where the answer (or half of all tokens)
-        would not fit beside it.
+        """Tokens of a prompt: ``max_length``, or less, where half of all or the answer would not
+        fit.
         """
         total = self.max_total_tokens
         return (
@@ -78,20 +63,12 @@ class Decode:
 
 
 def context_window(model: Any, kind: str) -> int | None:
-    """Tokens of prompt and answer that a causal model can hold, a trained prefix taken off; None
-    where nothing says.
-    """
+    """Tokens that a causal model can hold, a trained prefix taken off; None where nothing says."""
     if kind != CAUSAL:
         return None
-    config = _base(model).config.get_text_config()
-    window = next(
-        (
-            size
-            for name in ("max_position_embeddings", "n_positions")
-            if (size := getattr(config, name, None))
-        ),
-        None,
-    )
+    config = bare(model).config.get_text_config()
+    sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    window = next(filter(None, sizes), None)
     prefix = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     return None if window is None else max(2, window - prefix)
 
@@ -99,11 +76,8 @@ def context_window(model: Any, kind: str) -> int | None:
 def encode_prompts(
     prompts: Sequence[str], tokenizer: Any, kind: str, decode: Decode, max_length: int
 ) -> list[list[int]]:
-    """The prompts' tokens as in training, cut from the left where they are longer than
-    ``max_length`` or leave no room.
-
-    Raises:
-        UserError: an empty prompt.
+    """The prompts' tokens as in training, cut from the left where they are too long or leave no
+    room.
     """
     return prompt_ids(
         prompts, tokenizer, decode.prompt_room(max_length) if kind == CAUSAL else max_length, kind
@@ -122,69 +96,55 @@ def generate(
 ) -> list[str]:
     """The model's answers, in the order of the prompts.
 
-    Prompts of a causal model are padded on the left, those of an encoder on the right. Greedy
-    answers do not depend on the batch; drawn ones are the same again with the same seed and batch
-    size. Only what is generated is decoded, up to the end token and without special tokens.
+    Greedy answers do not depend on the batch; drawn ones are the same again with the same seed and
+    batch size. Only what is generated is decoded, up to the end token and without special tokens.
 
     Args:
         model: a transformers model or a PeftModel. kind: "causal" or "seq2seq". prompts: token ids.
-
-    Raises:
-        UserError: a batch that does not fit the GPU's memory.
     """
     collate = PaddingCollator(pad_id(tokenizer), "left" if kind == CAUSAL else "right")
-    ends = _end_tokens(model, tokenizer)
-    wait = joined() and _is_sharded(model)
+    base = bare(model)
+    own = getattr(base.generation_config, "eos_token_id", None)
+    # the tokenizer's, which training teaches, and the model's own
+    ends = dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])])
+    ends = [token for token in ends if token is not None]
+    # FSDP and DeepSpeed ZeRO-3 hold parts of the weights, so each process takes part in each
+    # forward
+    sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
     def forward(batch: list[int]) -> list[str]:
         rooms = [decode.answer_room(len(prompts[index])) for index in batch]
         inputs = collate([{"input_ids": prompts[index]} for index in batch])
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        _base(model).generation_config.max_new_tokens = max(1, *rooms)
-        output = model.generate(**inputs, synced_gpus=wait).cpu()
+        base.generation_config.max_new_tokens = max(1, *rooms)
+        output = model.generate(**inputs, synced_gpus=joined() and sharded).cpu()
         start = (
             inputs["input_ids"].shape[1] if kind == CAUSAL else 1
         )  # a decoder starts from a token of its own
-        rows = output[:, start:].tolist()
-        return [_text(row[:room], ends, tokenizer) for row, room in zip(rows, rooms, strict=True)]
+        return [
+            text(row[:room]) for row, room in zip(output[:, start:].tolist(), rooms, strict=True)
+        ]
+
+    def text(tokens: list[int]) -> str:
+        end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+        return tokenizer.decode(
+            tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
     lengths = [len(prompt) for prompt in prompts]
     with (
         evaluating(model),
-        _decoding_by(model, tokenizer, decode, ends),
-        _seeded(model, decode.seed),
+        _decoding_by(base, tokenizer, decode, ends),
+        _seeded(model.device, decode.seed),
     ):
         return run_batches(lengths, batch_size, forward, title, progress)
 
 
-def _text(tokens: list[int], ends: list[int], tokenizer: Any) -> str:
-    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokenizer.decode(
-        tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, which training teaches, and the model's
-    own.
-    """
-    own = getattr(_base(model).generation_config, "eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
-    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *own]) if token is not None]
-
-
 @contextmanager
-def _decoding_by(model: Any, tokenizer: Any, decode: Decode, ends: list[int]) -> Iterator[None]:
-    """Replace the model's own habits (a repetition penalty, a temperature) by these settings for
-    a while.
-    """
+def _decoding_by(base: Any, tokenizer: Any, decode: Decode, ends: list[int]) -> Iterator[None]:
+    """Replace the model's own habits (a repetition penalty, a temperature) by these settings."""
     from transformers import GenerationConfig
 
-    base = _base(model)
     before = base.generation_config
     draws = {
         "do_sample": True,
@@ -208,16 +168,8 @@ def _decoding_by(model: Any, tokenizer: Any, decode: Decode, ends: list[int]) ->
 
 
 @contextmanager
-def _seeded(model: Any, seed: int) -> Iterator[None]:
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
     """Draw from the seed, and leave the generators of a training in progress as they were."""
-    device = model.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-def _is_sharded(model: Any) -> bool:
-    """Whether every process has to take part in each forward: FSDP or DeepSpeed ZeRO-3 hold
-    parts of the weights.
-    """
-    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,20 +12,19 @@ import torch
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import ClassificationCollator
-from reft_train.data.tokenizing import classification, pad_id
+from reft_train.data.tokenizing import encode, pad_id
 from reft_train.errors import UserError
-from reft_train.evaluation.batching import evaluating, run_batches
+from reft_train.evaluation.batching import run_batches
 from reft_train.evaluation.generating import Decode, context_window, encode_prompts, generate
-from reft_train.models import CLASSIFICATION, Loaded
+from reft_train.models import CLASSIFICATION, Loaded, evaluating
+from reft_train.reporting.page import text_table
 from reft_train.tasks.base import Row, Task
 
 
 @dataclass(frozen=True)
 class SetScore:
-    """Metrics of a set by name (fractions and correlations, the task's main one first), and its
-    rows with their predictions.
-
-    A task that is not scored here, such as ``instruct``, has no metrics.
+    """Metrics of a set by name (the task's main one first; none where it is not scored), and
+    predictions.
     """
 
     name: str
@@ -41,32 +42,29 @@ def score_set(
     *,
     progress: bool = True,
 ) -> SetScore:
-    """Score a model on rows; neither their order nor the batch size matters to greedy answers and
-    to classes.
+    """Score a model on rows; neither their order nor the batch size matters to greedy answers.
 
     Args:
         name: of the set. loaded: the model, adapted or not; it stays where it is and keeps its
-            training mode.
+            mode.
         config: batch size, lengths and decoding.
 
     Returns:
         The score. A prediction repeats its row's fields and adds ``index``, ``prediction`` and
         ``answer``, where answers are generated ``generated`` and ``right`` (None where the task has
         no rule), and where there are classes ``probabilities`` by label.
-
-    Raises:
-        UserError: no rows, a row that the task refuses, memory that does not suffice, or a model
-            whose output is not finite.
     """
     if not rows:
         raise UserError(f"test set {name}: got no rows, expected at least one")
     score = _classes if loaded.kind == CLASSIFICATION else _answers
-    return score(name, rows, loaded, task, config, progress)
+    metrics, predictions = score(name, rows, loaded, task, config, progress)
+    predictions = [{**row, "index": index, **rest} for index, (row, rest) in enumerate(predictions)]
+    return SetScore(name, metrics, len(rows), predictions)
 
 
 def _answers(
     name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
-) -> SetScore:
+) -> tuple:
     examples = [task.example(row, loaded.tokenizer) for row in rows]
     decode = Decode.of(config, task.decoding, context_window(loaded.model, loaded.kind))
     texts = [example.prompt for example in examples]
@@ -82,41 +80,33 @@ def _answers(
         f"scoring {name}",
     )
     predictions = []
-    for index, (example, text) in enumerate(zip(examples, generated, strict=True)):
+    for example, text in zip(examples, generated, strict=True):
         scored = task.score(text, example) if task.metrics else None
+        found = {"generated": text, "prediction": scored and scored.prediction}
         predictions.append(
-            {
-                **example.row,
-                "index": index,
-                "generated": text,
-                "prediction": scored and scored.prediction,
-                "answer": example.answer,
-                "right": scored and scored.right,
-            }
+            (example.row, {**found, "answer": example.answer, "right": scored and scored.right})
         )
-    right = sum(bool(prediction["right"]) for prediction in predictions)
-    metrics = {task.metrics[0]: right / len(rows)} if task.metrics else {}
-    return SetScore(name, metrics, len(rows), predictions)
+    right = sum(bool(found["right"]) for _, found in predictions)
+    return {task.metrics[0]: right / len(rows)} if task.metrics else {}, predictions
 
 
 def _classes(
     name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
-) -> SetScore:
-    classified = [task.classified(row) for row in rows]
-    items = []
+) -> tuple:
+    classified, items, model = [task.classified(row) for row in rows], [], loaded.model
     for text, row in zip(classified, rows, strict=True):
-        item = classification(text, loaded.tokenizer, config.max_length, where=row.where)
-        fields = {"input_ids": item.input_ids, "token_type_ids": item.token_type_ids}
-        items.append({key: value for key, value in fields.items() if value is not None})
+        item = encode(CLASSIFICATION, text, loaded.tokenizer, config.max_length, where=row.where)
+        types = {} if item.token_type_ids is None else {"token_type_ids": item.token_type_ids}
+        items.append({"input_ids": item.input_ids, **types})
     collate = ClassificationCollator(pad_id(loaded.tokenizer))
-    model = loaded.model
 
     def forward(batch: list[int]) -> list[list[float]]:
-        inputs = {
-            key: tensor.to(model.device)
-            for key, tensor in collate([items[index] for index in batch]).items()
-        }
-        return model(**inputs).logits.float().tolist()
+        inputs = collate([items[index] for index in batch])
+        return (
+            model(**{key: tensor.to(model.device) for key, tensor in inputs.items()})
+            .logits.float()
+            .tolist()
+        )
 
     with evaluating(model):
         lengths = [len(item["input_ids"]) for item in items]
@@ -125,26 +115,41 @@ def _classes(
         )
     for finite, row in zip(logits.isfinite().all(-1).tolist(), rows, strict=True):
         if not finite:
-            raise UserError(
-                f"model: got an output that is not finite for {row.where}, expected numbers; "
-                "--dtype float32 may help"
-            )
+            hint = "expected numbers; --dtype float32 may help"
+            raise UserError(f"model: got an output that is not finite for {row.where}, {hint}")
     values = (logits.squeeze(-1) if task.labels is None else logits.argmax(-1)).tolist()
-    metrics = task.measure(values, [text.label for text in classified])
-    predictions: list[dict[str, Any]] = [
-        {
-            **text.row,
-            "index": index,
-            "prediction": _label(value, task),
-            "answer": _label(text.label, task),
-        }
-        for index, (text, value) in enumerate(zip(classified, values, strict=True))
+    predictions = []
+    for text, value, shares in zip(classified, values, logits.softmax(-1).tolist(), strict=True):
+        found = {"prediction": value, "answer": text.label}
+        if task.labels is not None:
+            found = {key: task.labels[number] for key, number in found.items()}
+            found["probabilities"] = dict(zip(task.labels, shares, strict=True))
+        predictions.append((text.row, found))
+    return task.measure(values, [text.label for text in classified]), predictions
+
+
+def average(scores: Sequence[SetScore]) -> dict[str, float]:
+    """The mean over sets, each set counting once, of every metric that all of them have."""
+    shared = (
+        [name for name in scores[0].metrics if all(name in score.metrics for score in scores)]
+        if scores
+        else []
+    )
+    return {name: statistics.fmean(score.metrics[name] for score in scores) for name in shared}
+
+
+def render(scores: Sequence[SetScore]) -> str:
+    """Scores in hundredths, a row for each set, and their average where there are several."""
+    names = list(dict.fromkeys(name for score in scores for name in score.metrics))
+    rows = list(scores)
+    if len(scores) > 1 and names:
+        rows.append(SetScore("average", average(scores), sum(score.count for score in scores), []))
+
+    def shown(value: float | None) -> str:
+        return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
+
+    lines = [
+        (row.name, *(shown(row.metrics.get(name)) for name in names), f"{row.count:,}")
+        for row in rows
     ]
-    if task.labels is not None:
-        for prediction, row in zip(predictions, logits.softmax(-1).tolist(), strict=True):
-            prediction["probabilities"] = dict(zip(task.labels, row, strict=True))
-    return SetScore(name, metrics, len(rows), predictions)
-
-
-def _label(value: int | float, task: Task) -> str | float:
-    return value if task.labels is None else task.labels[value]
+    return text_table(("set", *names, "rows"), lines)

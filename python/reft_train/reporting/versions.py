@@ -21,9 +21,5 @@ def versions() -> dict[str, str]:
     """Python, platform, :data:`PACKAGES` and reft_kernels."""
     from reft_kernels.version import __version__
 
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{name: installed(name) for name in PACKAGES},
-        "reft_kernels": __version__,
-    }
+    own = {"python": platform.python_version(), "platform": platform.platform()}
+    return {**own, **{name: installed(name) for name in PACKAGES}, "reft_kernels": __version__}

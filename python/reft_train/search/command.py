@@ -7,34 +7,28 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from reft_train import arguments, flags
+from reft_train import flags
 from reft_train.config import FIELDS, RunConfig
 from reft_train.errors import UserError
 
 if TYPE_CHECKING:
-    from reft_train.search.space import Choices, Range
+    from reft_train.search.space import Space
 
-DESCRIPTION = """Hyperparameter search with optuna. Each trial trains on the training rows that are not held out and is judged
-on those that are; test sets are never read. Without --space, rank, layers, positions, lr, dropout and parametrization vary, as
-far as the method has them; a setting whose flag is given stays fixed. The same command again goes on where it stopped. Writes
-best.yaml (for reft-train run --config), trials.json and report.html to --output, by default runs/search. Needs optuna."""
-_OUTPUT = "runs/search"
+DESCRIPTION = """Hyperparameter search with optuna. Each trial trains on the training rows that are
+not held out and is judged on those that are; test sets are never read. Without --space, rank,
+layers, positions, lr, dropout and parametrization vary, as far as the method has them; a setting
+whose flag is given stays fixed. The same command again goes on where it stopped. Writes best.yaml
+(for reft-train run --config), trials.json and report.html to --output, by default runs/search."""
 _NOT_HERE = ("resume", "skip_test")
 
 
 def add_choice(add: Callable) -> None:
-    """Add what any search is told: by what it judges trials, and the seed of the sampler that
-    proposes them.
-    """
-    add(
-        "--objective",
-        default="auto",
-        metavar="NAME",
-        help="held-out loss or metric (default: auto, metric of a task with classes)",
-    )
+    """Add the flags of any search: what trials are judged by, and the sampler's seed."""
+    text = "held-out loss or metric (default: auto, metric of a task with classes)"
+    add("--objective", default="auto", metavar="NAME", help=text)
     add(
         "--sampler-seed",
-        type=arguments.count(0, 2**31 - 1),
+        type=flags.SEED,
         default=0,
         metavar="N",
         help="of the choice of trials (default: 0)",
@@ -43,39 +37,20 @@ def add_choice(add: Callable) -> None:
 
 def add_parser(subparsers) -> None:
     """Add the command and its flags."""
-    command = subparsers.add_parser(
-        "search", help="choose hyperparameters on held-out training rows", description=DESCRIPTION
-    )
+    summary = "choose hyperparameters on held-out training rows"
+    command = subparsers.add_parser("search", help=summary, description=DESCRIPTION)
     add = command.add_argument_group("search").add_argument
+    forms = "setting: {choices: [...]} or {low, high, log, step}"
+    add("--space", metavar="FILE", help=f"YAML: {forms}; none: the method's default")
+    text = "more of the same, such as 'rank=[4, 8]'; wins over --space"
+    add("--vary", nargs="+", default=[], metavar="NAME=VALUES", help=text)
     add(
-        "--space",
-        metavar="FILE",
-        help=(
-            "YAML: setting: {choices: [...]} or {low, high, log, step}; none: the method's default"
-        ),
+        "--trials", type=flags.count(1), default=20, metavar="N", help="trials in all (default: 20)"
     )
-    add(
-        "--vary",
-        nargs="+",
-        default=[],
-        metavar="NAME=VALUES",
-        help="more of the same, such as 'rank=[4, 8]'; wins over --space",
-    )
-    add(
-        "--trials",
-        type=arguments.count(1),
-        default=20,
-        metavar="N",
-        help="trials in all (default: 20)",
-    )
-    add("--timeout", type=arguments.rate, metavar="SECONDS", help="end the search after so long")
+    add("--timeout", type=flags.rate, metavar="SECONDS", help="end the search after so long")
     add_choice(add)
-    add(
-        "--pruner",
-        choices=("median", "hyperband", "none"),
-        default="median",
-        help="ends hopeless trials (default: median)",
-    )
+    text = "ends hopeless trials (default: median)"
+    add("--pruner", choices=("median", "hyperband", "none"), default="median", help=text)
     add(
         "--storage",
         metavar="URL",
@@ -85,58 +60,38 @@ def add_parser(subparsers) -> None:
     command.set_defaults(run=run)
 
 
-def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> dict[str, Choices | Range]:
-    """The space of file and flags, or the method's default without the settings that a flag fixes.
-
-    Raises:
-        UserError: a wrong entry, a setting that is varied and given, or nothing to vary.
+def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> Space:
+    """The space of file and flags, or the method's default without the settings that a flag
+    fixes.
     """
+    from reft_train import models, tasks
     from reft_train.search import space
 
-    fixed = flags.given(parsed)
-    stated: dict[str, Choices | Range] = (
-        {} if parsed.space is None else space.read(parsed.space, config.method)
-    )
+    fixed, requested = flags.given(parsed), {}
+    if parsed.space is not None:
+        requested |= space.read(parsed.space, config.method)
     if parsed.vary:
-        stated.update(space.parse_flags(parsed.vary, config.method))
-    for name in stated:
+        requested |= space.parse_flags(parsed.vary, config.method)
+    for name in requested:
         if name in fixed:
+            flag = f"--{name.replace('_', '-')}"
             raise UserError(
-                f"--{name.replace('_', '-')}: got {fixed[name]!r}, but the search varies it, "
-                "expected one of the two"
+                f"{flag}: got {fixed[name]!r}, but the search varies it, expected one of the two"
             )
     if parsed.space is not None:
-        return stated
-    default = {name: entry for name, entry in _default(config).items() if name not in fixed}
-    if not {**default, **stated}:
-        raise UserError(
-            "--vary: got nothing to vary, expected settings such as 'lr={low: 1e-4, high: 1e-2, "
-            "log: true}'"
-        )
-    return {**default, **stated}
+        return requested
+    hf_config = models.model_config(config)
+    encoder = models.kind_of(config, hf_config, tasks.get(config.task)) == models.CLASSIFICATION
+    default = space.space_of(config, hf_config, encoder)
+    found = {**{name: entry for name, entry in default.items() if name not in fixed}, **requested}
+    if not found:
+        expected = "settings such as 'lr={low: 1e-4, high: 1e-2, log: true}'"
+        raise UserError(f"--vary: got nothing to vary, expected {expected}")
+    return found
 
 
-def _default(config: RunConfig) -> dict[str, Choices | Range]:
-    from reft_train import tasks
-    from reft_train.models import CLASSIFICATION, kind_of, model_config
-    from reft_train.search.defaults import space_of
-
-    hf_config = model_config(config)
-    return space_of(
-        config, hf_config, kind_of(config, hf_config, tasks.get(config.task)) == CLASSIFICATION
-    )
-
-
-def needs_optuna() -> None:
-    """Refuse to go on without optuna, or as one of several processes.
-
-    Raises:
-        UserError: so.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("optuna") is None:
-        raise UserError("optuna: got no such package, expected it installed: pip install optuna")
+def one_process() -> None:
+    """Refuse to go on as one of several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "WORLD_SIZE: got more than one process, expected one: trials are run in turn"
@@ -148,26 +103,20 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
 
     Args:
         train: in place of :func:`reft_train.training.session.train`.
-
-    Raises:
-        UserError: bad input, or what the first trial refuses.
     """
-    needs_optuna()
+    one_process()
     if parsed.config is None and "output" not in parsed:
-        parsed.output = _OUTPUT
+        parsed.output = "runs/search"
     config = flags.settings(parsed)
+    from reft_train.reporting.page import text_table
+    from reft_train.search import report, study
     from reft_train.search.objective import resolve
+    from reft_train.training import session
 
     objective, config = resolve(config, parsed.objective)
-    space = resolve_space(parsed, config)
-    if train is None:
-        from reft_train.training.session import train
-    from reft_train.search import report
-    from reft_train.search.study import BEST, Plan, search
-
-    plan = Plan(
+    plan = study.Plan(
         config,
-        space,
+        resolve_space(parsed, config),
         objective,
         parsed.trials,
         parsed.timeout,
@@ -175,17 +124,17 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
         parsed.pruner,
         parsed.sampler_seed,
     )
-    found = search(plan, train)
+    found = study.search(plan, train or session.train)
     report.write(found)
-    print(report.text(found))
+    print(text_table(*report.table(found)))
     if found.interrupted:
         print(f"interrupted: the search is kept in {plan.folder}; the same command goes on")
         return 130
     if found.best is None:
-        print("no trial has finished; the reasons are above and in trials.json")
+        print(f"no trial has finished; the reasons are above and in {study.TRIALS}")
         return 1
+    path = plan.folder / study.BEST
     print(
-        f"best: trial {found.best.number}; train and test it with: reft-train run --config "
-        f"{plan.folder / BEST}"
+        f"best: trial {found.best.number}; train and test it with: reft-train run --config {path}"
     )
     return 0

@@ -11,7 +11,6 @@ from reft_train.config import RunConfig
 from reft_train.errors import UserError
 
 LOSS = "loss"
-_MINIMIZED = (LOSS, "perplexity")
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Objective:
     @property
     def direction(self) -> str:
         """``minimize`` for a loss, ``maximize`` for every other metric."""
-        return "minimize" if self.name in _MINIMIZED else "maximize"
+        return "minimize" if self.name in (LOSS, "perplexity") else "maximize"
 
     def best(self, values: Mapping[int, float]) -> int | None:
         """The key of the best value, the first of equal ones; None where there are none."""
@@ -38,55 +37,38 @@ class Objective:
         """
         plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         if self.name not in plain:
+            names = ", ".join(plain) or "none"
             raise UserError(
-                f"objective: got {self.name!r}, expected one of the held-out metrics: "
-                f"{', '.join(plain) or 'none'}"
+                f"objective: got {self.name!r}, expected one of the held-out metrics: {names}"
             )
-        value = float(plain[self.name])
-        if not math.isfinite(value):
-            raise FloatingPointError(f"held-out {self.name} is {value}")
-        return value
+        if not math.isfinite(plain[self.name]):
+            raise FloatingPointError(f"held-out {self.name} is {plain[self.name]}")
+        return float(plain[self.name])
 
 
-def held_out(config: RunConfig) -> None:
-    """Refuse settings that hold no rows out.
+def resolve(config: RunConfig, requested: str = "auto") -> tuple[Objective, RunConfig]:
+    """The objective, and the settings under which a run computes it.
 
-    Raises:
-        UserError: so.
+    Args:
+        requested: a metric of the task, ``loss``, ``metric`` (the task's first), or ``auto``: the
+            metric of a task with classes or where ``select`` says so, else the loss.
     """
     if not config.holds_out:
         raise UserError(
             "validation: got 0, expected held-out training rows to choose by, such as "
             "--validation 0.1"
         )
-
-
-def resolve(config: RunConfig, wish: str = "auto") -> tuple[Objective, RunConfig]:
-    """The objective, and the settings under which a run computes it.
-
-    Args:
-        wish: a metric of the task, ``loss``, ``metric`` (the task's first), or ``auto``: the metric
-            of a task with classes or where ``select`` says so, else the loss.
-
-    Raises:
-        UserError: no held-out rows, or no such metric.
-    """
-    held_out(config)
     task = tasks.get(config.task)
-    if wish == "auto":
-        wish = (
-            "metric"
-            if task.metrics and (task.decoding is None or config.select == "metric")
-            else LOSS
-        )
-    if wish == LOSS:
-        unseen = (
-            config.select == "none" and not config.validation
-        )  # GLUE's own held-out rows are read for selecting alone
+    if requested == "auto":
+        metric = task.metrics and (task.decoding is None or config.select == "metric")
+        requested = "metric" if metric else LOSS
+    if requested == LOSS:
+        # GLUE's own held-out rows are read for selecting alone
+        unseen = config.select == "none" and not config.validation
         return Objective(LOSS), config.replace(select="loss") if unseen else config
-    if not task.metrics or wish not in ("metric", *task.metrics):
-        expected = ", ".join(("loss", *task.metrics))
-        raise UserError(f"objective: got {wish!r}, expected auto or one of {expected}")
-    name = task.metrics[0] if wish == "metric" else wish
+    if not task.metrics or requested not in ("metric", *task.metrics):
+        expected = ", ".join((LOSS, *task.metrics))
+        raise UserError(f"objective: got {requested!r}, expected auto or one of {expected}")
+    name = task.metrics[0] if requested == "metric" else requested
     # a run computes its task's metrics on held-out rows when it selects by them
     return Objective(name), config.replace(select="metric") if config.select == "none" else config

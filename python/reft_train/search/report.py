@@ -1,150 +1,78 @@
-"""What a search shows: its trials as a table, values by trial, and which settings mattered."""
+"""What a search shows: its trials as a table, and optuna's plots of values and importances."""
 
 from __future__ import annotations
 
 import warnings
-from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from reft_train.files import write_bytes, write_text
-from reft_train.reporting import html, plots
-from reft_train.reporting.text import aligned
+import optuna
+
+from reft_train.files import write_bytes
+from reft_train.reporting import page
 from reft_train.reporting.versions import versions
-from reft_train.search.space import plain
 from reft_train.search.study import Search, shown
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-REPORT, HISTORY, IMPORTANCE = "report.html", "history.png", "importance.png"
 _FEW = 4  # completed trials below which importances would be noise
 
 
-def header(found: Search) -> tuple[str, ...]:
-    """The table's columns."""
-    return ("trial", f"held-out {found.plan.objective.name}", "state", "seconds", *found.plan.space)
-
-
-def lines(found: Search) -> list[tuple[str, ...]]:
-    """A line for each trial that has run, the best ones first."""
-    objective = found.plan.objective
+def table(found: Search) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header, and a line for each trial that has run, the best ones first."""
+    objective, names = found.plan.objective, found.plan.space
     sign = 1 if objective.direction == "minimize" else -1
-
-    def order(trial) -> tuple:
-        return (
-            trial.value is None,
-            0.0 if trial.value is None else sign * trial.value,
-            trial.number,
-        )
-
+    header = ("trial", f"held-out {objective.name}", "state", "seconds", *names)
     rows = []
     for trial in sorted(
-        (trial for trial in found.trials if trial.state not in ("waiting", "running")), key=order
+        found.trials, key=lambda t: (t.value is None, sign * (t.value or 0.0), t.number)
     ):
-        value = "-" if trial.value is None else f"{trial.value:.4f}"
-        settings = (
-            shown(trial.settings[name]) if name in trial.settings else "-"
-            for name in found.plan.space
-        )
-        rows.append((str(trial.number), value, trial.state, f"{trial.seconds:.0f}", *settings))
-    return rows
+        if trial.state not in ("waiting", "running"):
+            value = "-" if trial.value is None else f"{trial.value:.4f}"
+            settings = (
+                shown(trial.settings[name]) if name in trial.settings else "-" for name in names
+            )
+            rows.append((str(trial.number), value, trial.state, f"{trial.seconds:.0f}", *settings))
+    return header, rows
 
 
-def text(found: Search) -> str:
-    """The table for a terminal."""
-    return aligned(header(found), lines(found))
+def plots(found: Search) -> dict[str, bytes]:
+    """PNGs by name: values by trial, and after a few trials each setting's part in their spread."""
+    import matplotlib
 
-
-def importances(found: Search) -> dict[str, float]:
-    """Each setting's part in the spread of the values (PED-ANOVA); empty after fewer than four
-    completed trials.
-    """
-    import optuna
-
-    complete = [trial for trial in found.trials if trial.value is not None]
-    if len(complete) < _FEW or len({trial.value for trial in complete}) < 2:
+    values = [trial.value for trial in found.trials if trial.value is not None]
+    if not values:
         return {}
+    matplotlib.use("Agg")  # optuna draws with pyplot, which would look for a display
+    from matplotlib import pyplot
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        return optuna.importance.get_param_importances(found.study, evaluator=evaluator)
+        draw = optuna.visualization.matplotlib
+        axes = {"history.png": draw.plot_optimization_history(found.study)}
+        if len(values) >= _FEW and len(set(values)) > 1:
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            axes["importance.png"] = draw.plot_param_importances(found.study, evaluator=evaluator)
+    pngs = {name: page.to_png(part.figure) for name, part in axes.items()}
+    pyplot.close("all")
+    return pngs
 
 
-def history_figure(found: Search) -> bytes:
-    """A PNG: each completed trial's value by its number, and the best so far."""
-    figure = plots.new_figure()
-    axes: Axes = figure.subplots()
-    complete = [trial for trial in found.trials if trial.value is not None]
-    numbers, values = [trial.number for trial in complete], [trial.value for trial in complete]
-    pick = min if found.plan.objective.direction == "minimize" else max
-    axes.scatter(numbers, values, color="#1f77b4", label="trial")
-    axes.step(
-        numbers,
-        [pick(values[: end + 1]) for end in range(len(values))],
-        where="post",
-        color="#ff7f0e",
-        label="best so far",
+def write(found: Search) -> None:
+    """Write ``report.html`` and its figures."""
+    plan, folder = found.plan, found.plan.folder
+    pngs = plots(found)
+    for name, png in pngs.items():
+        write_bytes(folder / name, png)
+    best = "no trial has finished" if found.best is None else f"best: trial {found.best.number}"
+    reasons = [(trial.number, trial.state, trial.reason) for trial in found.trials if trial.reason]
+    page.write_page(
+        folder / "report.html",
+        f"Search: {plan.config.method} on {plan.config.task}",
+        page.note(
+            f"{best}; by held-out {plan.objective.name} ({plan.objective.direction}). No test set "
+            "was read."
+        ),
+        page.table(*table(found)),
+        page.heading("Trials that ended early") + page.table(("trial", "state", "reason"), reasons),
+        *(page.image(png, name) for name, png in pngs.items()),
+        page.heading("What was varied") + page.facts(dict(plan.space)),
+        page.heading("Other settings and versions")
+        + page.facts({**plan.config.to_dict(), **versions()}),
     )
-    axes.set(xlabel="trial", ylabel=f"held-out {found.plan.objective.name}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return plots.to_png(figure)
-
-
-def importance_figure(parts: dict[str, float]) -> bytes:
-    """A PNG: bars of :func:`importances`, the largest on top."""
-    figure = plots.new_figure((8, 0.6 + 0.4 * len(parts)))
-    axes: Axes = figure.subplots()
-    names = sorted(parts, key=parts.__getitem__)
-    axes.barh(names, [parts[name] for name in names], color="#1f77b4")
-    axes.set(xlabel="part in the spread of the held-out values", xlim=(0, 1))
-    return plots.to_png(figure)
-
-
-def write(found: Search) -> list[Path]:
-    """Write ``report.html`` and its figures; their paths."""
-    folder, objective = found.plan.folder, found.plan.objective
-    paths, pictures = [], ""
-    if any(trial.value is not None for trial in found.trials):
-        png = history_figure(found)
-        paths.append(write_bytes(folder / HISTORY, png))
-        pictures += "<h2>Values by trial</h2>" + html.image(
-            png, "Held-out value of each trial and the best so far"
-        )
-    parts = importances(found)
-    if parts:
-        png = importance_figure(parts)
-        paths.append(write_bytes(folder / IMPORTANCE, png))
-        pictures += "<h2>Importance of the settings</h2>" + html.image(
-            png, "Part of each setting in the spread of values"
-        )
-        pictures += html.note(
-            "PED-ANOVA over the completed trials; with few of them, a hint rather than a "
-            "measurement."
-        )
-    reasons = [
-        (str(trial.number), trial.state, trial.reason) for trial in found.trials if trial.reason
-    ]
-    why = (
-        "<h2>Trials that ended early</h2>" + html.table(("trial", "state", "reason"), reasons)
-        if reasons
-        else ""
-    )
-    best = (
-        "no trial has finished"
-        if found.best is None
-        else f"best: trial {found.best.number}; its settings are in best.yaml"
-    )
-    facts = [(name, str(entry)) for name, entry in plain(found.plan.space).items()]
-    base = [
-        (name, str(value)) for name, value in {**found.plan.config.to_dict(), **versions()}.items()
-    ]
-    body = f"""<h1>Search: {escape(found.plan.config.method)} on {escape(found.plan.config.task)}</h1>
-<p>{escape(best)}. Chosen by held-out {escape(objective.name)} ({objective.direction}); no test set was read.</p>
-{html.table(header(found), lines(found))}{why}{pictures}
-<h2>What was varied</h2>{html.table(("setting", "values"), facts)}
-<h2>Other settings and versions</h2>{html.table(("name", "value"), base)}"""
-    paths.append(write_text(folder / REPORT, html.page("reft-train search", body)))
-    return paths

@@ -1,21 +1,24 @@
-"""What a search varies: for each setting its choices or its range, from a YAML file, from flags,
-or a method's default.
-"""
+"""What a search varies: optuna's distributions, from a YAML file, from flags, or by default."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from reft_train.config import REFT_METHODS, check
+import yaml
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+
+from reft_train.config import REFT_METHODS, RunConfig, check
 from reft_train.errors import UserError
 
-if TYPE_CHECKING:
-    from optuna.trial import Trial
-
+Space = Mapping[str, BaseDistribution]
 _OPTIMIZATION = (
     "lr",
     "head_lr",
@@ -43,62 +46,9 @@ _OF_METHOD: Mapping[str, tuple[str, ...]] = {
     "ia3": ("lora_targets",),
     "head": (),
 }
-
-
-@dataclass(frozen=True)
-class Choices:
-    """A few values, in any order."""
-
-    values: tuple[Any, ...]
-
-    def suggest(self, trial: Trial, name: str) -> Any:
-        """One of the values."""
-        values = {stored(value): value for value in self.values}
-        return values[trial.suggest_categorical(name, list(values))]
-
-    def holds(self, value: Any) -> bool:
-        """Whether ``value`` is one of them."""
-        return value in self.values
-
-    def plain(self) -> dict[str, Any]:
-        """As the YAML file says it."""
-        return {
-            "choices": [list(value) if isinstance(value, list) else value for value in self.values]
-        }
-
-
-@dataclass(frozen=True)
-class Range:
-    """Numbers from ``low`` to ``high``, both included; ``log``: evenly by magnitude; ``step``:
-    low, low + step, ...
-    """
-
-    low: int | float
-    high: int | float
-    log: bool = False
-    step: int | float | None = None
-
-    def suggest(self, trial: Trial, name: str) -> int | float:
-        """A number of the range."""
-        if isinstance(self.low, int):
-            return trial.suggest_int(name, self.low, self.high, step=self.step or 1, log=self.log)
-        return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
-
-    def holds(self, value: Any) -> bool:
-        """Whether ``value`` lies in the range, on a step where it has steps."""
-        if not isinstance(value, type(self.low)) or not self.low <= value <= self.high:
-            return False
-        return self.step is None or math.isclose(
-            (value - self.low) / self.step, round((value - self.low) / self.step)
-        )
-
-    def plain(self) -> dict[str, Any]:
-        """As the YAML file says it."""
-        extra = {"log": True} if self.log else {"step": self.step} if self.step is not None else {}
-        return {"low": self.low, "high": self.high, **extra}
-
-
-Space = Mapping[str, Choices | Range]
+# two decades for each method, so that a trial covers as much of one as of another
+_RATES = {"lora": (2e-5, 2e-3), "dora": (2e-5, 2e-3), "prefix": (1e-3, 1e-1), "ia3": (5e-4, 5e-2)}
+_RANKS = (1, 2, 4, 8, 16, 32)
 
 
 def stored(value: Any) -> Any:
@@ -106,31 +56,37 @@ def stored(value: Any) -> Any:
     return ";".join(map(str, value)) if isinstance(value, list) else value
 
 
-def suggest(trial: Trial, space: Space) -> dict[str, Any]:
-    """Settings of a trial."""
-    return {name: entry.suggest(trial, name) for name, entry in space.items()}
+def restored(name: str, value: Any) -> Any:
+    """A setting's value from what optuna stores."""
+    if name == "lora_targets":
+        return value.split(";") if value else []
+    return list(map(int, value.split(";"))) if name == "layers" and value != "all" else value
 
 
-def plain(space: Space) -> dict[str, dict[str, Any]]:
-    """The space as :func:`parse` takes it."""
-    return {name: entry.plain() for name, entry in space.items()}
+def choices(values: Sequence[Any]) -> CategoricalDistribution:
+    """A few values, in any order."""
+    return CategoricalDistribution([stored(value) for value in values])
+
+
+def holds(entry: BaseDistribution, value: Any) -> bool:
+    """Whether a value is one that the search could try."""
+    if isinstance(entry, CategoricalDistribution):
+        return stored(value) in entry.choices
+    if not isinstance(value, int | float) or not entry.low <= value <= entry.high:
+        return False
+    steps = 0.0 if entry.step is None else (value - entry.low) / entry.step
+    return math.isclose(steps, round(steps))
 
 
 def varied(method: str) -> tuple[str, ...]:
-    """The settings that a search can vary for a method. Data, seed and held-out rows are none:
-    trials must be comparable.
+    """The settings that a search can vary; not data, seed and held-out rows: trials must
+    compare.
     """
     return (*_OF_METHOD[method], *_OPTIMIZATION)
 
 
-def read(path: str | Path, method: str) -> dict[str, Choices | Range]:
-    """The space of a YAML file.
-
-    Raises:
-        UserError: a file that cannot be read, or as :func:`parse`.
-    """
-    import yaml
-
+def read(path: str | Path, method: str) -> Space:
+    """The space of a YAML file."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -144,112 +100,124 @@ def read(path: str | Path, method: str) -> dict[str, Choices | Range]:
     return parse(values, method, f"--space {path}")
 
 
-def parse_flags(texts: Sequence[str], method: str) -> dict[str, Choices | Range]:
-    """The entries of ``--vary NAME=YAML`` flags.
-
-    Raises:
-        UserError: as :func:`parse`.
-    """
-    import yaml
-
+def parse_flags(texts: Sequence[str], method: str) -> Space:
+    """The entries of ``--vary NAME=YAML`` flags."""
     values = {}
     for text in texts:
         name, equals, entry = text.partition("=")
-        if not equals:
-            raise UserError(f"--vary: got {text!r}, expected NAME=VALUES such as rank=[4, 8]")
         try:
             values[name.strip().replace("-", "_")] = yaml.safe_load(entry)
         except yaml.YAMLError:
-            raise UserError(
-                f"--vary: got {text!r}, expected a list, or a mapping with low and high"
-            ) from None
+            equals = ""
+        if not equals:
+            raise UserError(f"--vary: got {text!r}, expected NAME=VALUES such as rank=[4, 8]")
     return parse(values, method, "--vary")
 
 
-def parse(values: Any, method: str, where: str) -> dict[str, Choices | Range]:
-    """A space from plain values: a setting's name with a list, ``{choices: [...]}`` or ``{low,
-    high, log, step}``.
-
-    Raises:
-        UserError: no mapping, settings that the method does not have or a search cannot vary,
-            values out of their range.
-    """
+def parse(values: Any, method: str, where: str) -> Space:
+    """A space from names with a list, ``{choices: [...]}`` or ``{low, high, log, step}``."""
     if not isinstance(values, Mapping) or not values:
         raise UserError(
             f"{where}: got {values!r}, expected a mapping of settings to choices or ranges"
         )
-    possible = varied(method)
     for name in values:
-        if name not in possible:
+        if name not in (possible := varied(method)):
+            names = ", ".join(possible)
             raise UserError(
-                f"{where}: got {name!r}, expected settings that {method} can vary: "
-                f"{', '.join(possible)}"
+                f"{where}: got {name!r}, expected settings that {method} can vary: {names}"
             )
-    return {name: _entry(name, value, where) for name, value in values.items()}
+    space = {}
+    for name, value in values.items():
+        try:
+            space[name] = _entry(name, value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        except (TypeError, ValueError) as error:  # optuna's
+            raise UserError(f"{where}: {name}: got {value!r}: {error}") from None
+    return space
 
 
-def _entry(name: str, value: Any, where: str) -> Choices | Range:
+def _entry(name: str, value: Any) -> BaseDistribution:
     if isinstance(value, Mapping) and set(value) == {"choices"}:
         value = value["choices"]
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return _choices(name, value, where)
-    if isinstance(value, Mapping) and {"low", "high"} <= set(value) <= {
+    if isinstance(value, list):
+        values = [check(name, one) for one in value]
+        if not values or len({str(stored(one)) for one in values}) < len(values):
+            raise UserError(f"{name}: got {value!r}, expected one or more values, each once")
+        return choices(values)
+    if not isinstance(value, Mapping) or not {"low", "high"} <= set(value) <= {
         "low",
         "high",
         "log",
         "step",
     }:
-        return _range(name, value, where)
-    raise UserError(
-        f"{where}: {name}: got {value!r}, expected a list, {{choices: [...]}} or "
-        f"{{low, high, log, step}}"
-    )
-
-
-def _choices(name: str, values: Sequence[Any], where: str) -> Choices:
-    try:
-        checked = [check(name, value) for value in values]
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    if not checked or len({str(stored(value)) for value in checked}) < len(checked):
-        raise UserError(
-            f"{where}: {name}: got {list(values)!r}, expected one or more values, each once"
-        )
-    return Choices(tuple(checked))
-
-
-def _range(name: str, value: Mapping[str, Any], where: str) -> Range:
-    try:
-        low, high = check(name, value["low"]), check(name, value["high"])
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    log, step = value.get("log", False), value.get("step")
-
-    def wrong(expected: str) -> UserError:
-        return UserError(f"{where}: {name}: got {dict(value)!r}, expected {expected}")
-
+        forms = "a list, {choices: [...]} or {low, high, log, step}"
+        raise UserError(f"{name}: got {value!r}, expected {forms}")
+    low, high, step = check(name, value["low"]), check(name, value["high"]), value.get("step")
     if any(isinstance(end, bool) or not isinstance(end, int | float) for end in (low, high)):
-        raise wrong("choices: this setting is no number")
-    if not low < high:
-        raise wrong("low < high")
-    if not isinstance(log, bool) or (log and low <= 0):
-        raise wrong("log true or false, and low > 0 with log")
-    if step is not None:
-        step = _step(step, isinstance(low, int))
-        if log or step is None or step > high - low:
-            raise wrong("a step > 0, at most high - low, without log, whole for a whole number")
-    return Range(low, high, log, step)
-
-
-def _step(step: Any, whole: bool) -> int | float | None:
-    try:
-        number = None if isinstance(step, bool) else float(step)  # YAML reads 1e-4 as text
-    except (TypeError, ValueError):
-        return None
+        raise UserError(f"{name}: got {value!r}, expected choices: this setting is no number")
+    whole, log = isinstance(low, int), value.get("log", False)
+    step = (1 if whole else None) if step is None else float(step)  # YAML reads 1e-4 as text
     if (
-        number is None
-        or not (math.isfinite(number) and number > 0)
-        or (whole and number != int(number))
+        not low < high
+        or not isinstance(log, bool)
+        or (step is not None and not 0 < step <= high - low)
     ):
-        return None
-    return int(number) if whole else number
+        raise UserError(
+            f"{name}: got {value!r}, expected low < high, log true or false, 0 < step <= high - low"
+        )
+    if not whole:
+        return FloatDistribution(low, high, log=log, step=step)
+    if step != int(step):
+        raise UserError(f"{name}: got {value!r}, expected a whole step")
+    return IntDistribution(low, high, log=log, step=int(step))
+
+
+def ranks(hf_config: Any) -> CategoricalDistribution:
+    """Powers of two up to 32 that the model's width allows."""
+    width = getattr(hf_config.get_text_config(), "hidden_size", None) or _RANKS[-1]
+    return choices([rank for rank in _RANKS if rank <= width])
+
+
+def layer_sets(hf_config: Any) -> CategoricalDistribution:
+    """All layers, every second one, and four spread evenly (the paper's 2;10;18;26 in kind)."""
+    depth = getattr(hf_config.get_text_config(), "num_hidden_layers", None) or 0
+    sets: list[Any] = ["all"]
+    for numbers in (
+        list(range(1, depth, 2)),
+        sorted({depth * (2 * part + 1) // 8 for part in range(4)}),
+    ):
+        if 0 < len(numbers) < depth and numbers not in sets:
+            sets.append(numbers)
+    return choices(sets)
+
+
+def space_of(config: RunConfig, hf_config: Any, encoder: bool) -> Space:
+    """Rank, layers, positions, learning rate, dropout and parametrization, as far as a method has
+    them.
+
+    Args:
+        encoder: the model reads whole texts, where the paper edits the first 1, 3 or 11 tokens.
+    """
+    positions = ("f1", "f3", "f11") if encoder else ("f1+l1", "f3+l3", "f5+l5", "f7+l7")
+    if not config.share_weights:
+        positions = tuple(spec for spec in positions if "+" in spec) or (config.positions,)
+    space = {
+        **small_space_of(config, hf_config),
+        "layers": layer_sets(hf_config),
+        "positions": choices(positions),
+        "dropout": choices((0.0, 0.05, 0.1, 0.2)),
+        "parametrization": choices(("householder", "cayley")),
+    }
+    return {name: entry for name, entry in space.items() if name in varied(config.method)}
+
+
+def small_space_of(config: RunConfig, hf_config: Any) -> Space:
+    """Learning rate and what sets a method's size: the space of a comparison."""
+    low, high = _RATES.get(config.method, (1e-4, 1e-2))
+    space = {
+        "lr": FloatDistribution(low, high, log=True),
+        "rank": ranks(hf_config),
+        "prefix_tokens": choices((5, 10, 20, 40)),
+    }
+    return {name: entry for name, entry in space.items() if name in varied(config.method)}

@@ -1,35 +1,52 @@
-"""The search itself: ask for a trial, train it, tell its held-out value; failures are recorded,
-interruptions mended.
+"""A search by optuna: ask for a trial, train it, tell its held-out value; go on where it
+stopped.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import random
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
-from optuna.trial import TrialState
+import torch
+from optuna.distributions import distribution_to_json
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
+from transformers import TrainerCallback
 
 from reft_train.config import RunConfig, dump_yaml
 from reft_train.errors import UserError
-from reft_train.files import write_text
-from reft_train.reporting.strict_json import dumps
+from reft_train.files import dumps, write_text
 from reft_train.search.objective import Objective
-from reft_train.search.space import Space, plain, stored, suggest
-from reft_train.search.storing import DATABASE, Trial, open_study, trials
-from reft_train.search.watching import TimeUp, Watch
+from reft_train.search.space import Space, holds, restored, stored
 from reft_train.training.outcome import Outcome
 
-BEST, TRIALS, MARKER = "best.yaml", "trials.json", "search.json"
+BEST, TRIALS, DATABASE = "best.yaml", "trials.json", "search.db"
+# what does not change a trial's value, or is the search's own business
+_FREE = (
+    "output",
+    "resume",
+    "overwrite",
+    "skip_test",
+    "test",
+    "test_rows",
+    "workers",
+    "threads",
+    "cache",
+    "keep",
+    "log_every",
+    "save_every",
+    "eval_batch_size",
+)
 Train = Callable[..., Outcome]
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -38,11 +55,10 @@ class Plan:
 
     Attributes:
         config: settings of every trial, apart from what varies; ``output`` is the search's folder.
-        trials: how many in all, over all continuations; None: as many as the time allows. timeout:
-        seconds from now; a trial under way is then stopped, and taken up again when the search goes
-        on.
-        storage: URL for optuna; None: a file in the output folder. start: try the settings' own
-            values first.
+        trials: how many in all, over all continuations; None: as many as the time allows.
+        timeout: seconds from now; a trial under way is then stopped, and later taken up again.
+        storage: URL for optuna; None: a file in the output folder.
+        start: try the settings' own values first.
     """
 
     config: RunConfig
@@ -62,10 +78,29 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Search:
-    """A search as it stands: its trials, the best one (None: none finished), and whether Ctrl-C
-    ended it.
+class Trial:
+    """A trial as reports show it; ``state``: complete, pruned, failed, interrupted, running,
+    waiting.
     """
+
+    number: int
+    state: str
+    value: float | None
+    settings: dict[str, Any]
+    seconds: float
+    reason: str
+    curve: list[tuple[int, float]]
+    retries: int | None
+
+    @property
+    def settled(self) -> bool:
+        """It will not be run again."""
+        return self.state in ("complete", "pruned", "failed")
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search as it stands; ``best`` is None where no trial finished."""
 
     plan: Plan
     trials: list[Trial]
@@ -76,65 +111,78 @@ class Search:
     @property
     def best_config(self) -> RunConfig:
         """The best trial's settings, for a run in a folder ``best`` under the search's."""
-        assert self.best is not None
+        output = str(self.plan.folder / "best")
         return self.plan.config.replace(
-            **self.best.settings,
-            output=str(self.plan.folder / "best"),
-            resume=False,
-            overwrite=False,
+            **self.best.settings, output=output, resume=False, overwrite=False
         )
 
 
-Clock = Callable[[], float]
+class TimeUp(Exception):
+    """The search's time is over."""
+
+
+class Watch(TrainerCallback):
+    """Tells optuna each held-out value, numbered from 1: batch sizes, so steps, differ between
+    trials.
+    """
+
+    def __init__(
+        self, trial: optuna.Trial, objective: Objective, deadline: float | None, clock: Clock
+    ) -> None:
+        self.trial, self.objective, self.deadline, self.clock = trial, objective, deadline, clock
+        self.evaluations = 0
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Report; raise TrialPruned when the pruner says so and there is still training to save."""
+        value = self.objective.of(metrics or {})
+        self.evaluations += 1
+        self.trial.report(value, self.evaluations)
+        if state.global_step < state.max_steps and self.trial.should_prune():
+            raise optuna.TrialPruned(
+                f"held-out {self.objective.name} {value:.4g} at evaluation {self.evaluations}"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise TimeUp after the deadline."""
+        if self.deadline is not None and self.clock() >= self.deadline:
+            raise TimeUp
 
 
 def search(
-    plan: Plan, train: Train, say: Callable[[str], None] = print, clock: Clock = time.monotonic
+    plan: Plan, train: Train, log: Callable[[str], None] = print, clock: Clock = time.monotonic
 ) -> Search:
     """Run the trials that are missing, and write ``best.yaml`` and ``trials.json``.
 
     A trial that fails (RuntimeError, which out-of-memory errors are, MemoryError, ArithmeticError,
-    or a UserError once another trial has worked) is recorded with its reason. The test sets are not
-    read.
+    or a UserError once another trial has worked) is recorded with its reason.
 
     Args:
-        train: ``train(config, callbacks=..., report=False)``, as
-            :func:`reft_train.training.session.train`.
-
-    Raises:
-        UserError: a folder or a storage that cannot be used, or what a trial refuses before any has
-            worked.
+        train: called as :func:`reft_train.training.session.train`.
     """
     _prepare(plan)
-    study = open_study(
-        plan.config, plan.space, plan.objective, plan.storage, plan.pruner, start=plan.start
-    )
-    write_text(
-        plan.folder / MARKER,
-        json.dumps({"objective": plan.objective.name, "space": plain(plan.space)}, indent=1),
-    )
+    study = open_study(plan)
     deadline = None if plan.timeout is None else clock() + plan.timeout
     interrupted = False
-    while not interrupted and not _over(plan, study, deadline, clock):
-        interrupted = _trial(plan, study, train, deadline, say, clock)
+    while not interrupted and (deadline is None or clock() < deadline):
+        settled = sum(trial.settled for trial in trials(study))
+        if plan.trials is not None and settled >= plan.trials:
+            break
+        # seeded anew for each trial: an interrupted search tries what an uninterrupted one would
+        # have
+        seed = random.Random(f"{plan.sampler_seed} {settled}").randrange(2**31)
+        study.sampler = optuna.samplers.TPESampler(seed=seed)
+        interrupted = _trial(plan, study, train, deadline, log, clock)
         _save(plan, study)
     return _result(plan, study, interrupted)
-
-
-def _over(plan: Plan, study: optuna.Study, deadline: float | None, clock: Clock) -> bool:
-    enough = plan.trials is not None and _settled(plan, study) >= plan.trials
-    return enough or (deadline is not None and clock() >= deadline)
-
-
-def _settled(plan: Plan, study: optuna.Study) -> int:
-    return sum(trial.settled for trial in trials(study, plan.space))
 
 
 def _prepare(plan: Plan) -> None:
     folder = plan.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: got {folder}, which is a file, expected a folder")
-    own = any((folder / name).is_file() for name in (MARKER, DATABASE))
+    own = any((folder / name).exists() for name in (DATABASE, TRIALS, "trials"))
     if folder.exists() and any(folder.iterdir()) and not own:
         raise UserError(
             f"output: got {folder}, which holds other files than a search's, expected a new folder"
@@ -146,16 +194,84 @@ def _prepare(plan: Plan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _sampler(plan: Plan, study: optuna.Study) -> optuna.samplers.BaseSampler:
-    # seeded anew for each trial, so that a search that was interrupted tries what an uninterrupted
-    # one would have
-    seed = np.random.SeedSequence([plan.sampler_seed, _settled(plan, study)]).generate_state(1)[0]
-    return optuna.samplers.TPESampler(seed=int(seed))
+def open_study(plan: Plan) -> optuna.Study:
+    """The plan's study, with interrupted trials queued again."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config, space = plan.config, plan.space
+    url = f"sqlite:///{plan.folder.absolute() / DATABASE}" if plan.storage is None else plan.storage
+    name = "reft-train" if plan.storage is None else str(plan.folder)
+    settings = {
+        key: value for key, value in config.to_dict().items() if key not in (*_FREE, *space)
+    }
+    entries = {key: json.loads(distribution_to_json(entry)) for key, entry in space.items()}
+    # through JSON, as the storage gives it back
+    identity = json.loads(
+        json.dumps({"objective": plan.objective.name, "space": entries, **settings})
+    )
+    kinds = {"median": optuna.pruners.MedianPruner, "hyperband": optuna.pruners.HyperbandPruner}
+    options = {
+        "study_name": name,
+        "direction": plan.objective.direction,
+        "load_if_exists": True,
+        "pruner": kinds.get(plan.pruner, optuna.pruners.NopPruner)(),
+    }
+    try:
+        storage = optuna.storages.get_storage(url)
+        study = optuna.create_study(storage=storage, **options)
+        old = study.user_attrs.get("identity", identity)
+        if (
+            old != identity
+            and not config.overwrite
+            and any(trial.settled for trial in trials(study))
+        ):
+            raise UserError(_difference(old, identity, plan.folder))
+        if old != identity or config.overwrite:
+            optuna.delete_study(study_name=name, storage=storage)
+            study = optuna.create_study(storage=storage, **options)
+    except UserError:
+        raise
+    except (SQLAlchemyError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--storage: got {url}, which cannot be used ({reason})") from None
+    if "identity" not in study.user_attrs:
+        study.set_user_attr("identity", identity)
+        values = {key: getattr(config, key) for key in space}
+        values = {key: stored(value) for key, value in values.items() if holds(space[key], value)}
+        if plan.start and values:
+            study.enqueue_trial(values)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)  # its process is gone
+    again = {trial.retries for trial in trials(study)}
+    for trial, frozen in zip(trials(study), study.get_trials(deepcopy=False), strict=True):
+        if trial.state == "interrupted" and frozen.params and trial.number not in again:
+            study.enqueue_trial(frozen.params, user_attrs={"retries": trial.number})
+    return study
 
 
-def trial_folder(plan: Plan, number: int) -> Path:
-    """Where a trial leaves its files."""
-    return plan.folder / "trials" / str(number)
+def _difference(old: dict[str, Any], new: dict[str, Any], folder: Path) -> str:
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    shown = "; ".join(f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in names[:3])
+    what = f"which holds a search with other settings ({shown})"
+    return f"output: got {folder}, {what}, expected another folder or --overwrite"
+
+
+def trials(study: optuna.Study) -> list[Trial]:
+    """All trials of a study by number."""
+    return [_record(frozen) for frozen in study.get_trials(deepcopy=False)]
+
+
+def _record(frozen: FrozenTrial) -> Trial:
+    reason, state = frozen.user_attrs.get("reason", ""), frozen.state.name.lower()
+    return Trial(
+        number=frozen.number,
+        state=("failed" if reason else "interrupted") if state == "fail" else state,
+        value=frozen.value if state == "complete" else None,
+        settings={name: restored(name, value) for name, value in frozen.params.items()},
+        seconds=float(frozen.user_attrs.get("seconds", 0.0)),
+        reason=reason,
+        curve=sorted(frozen.intermediate_values.items()),
+        retries=frozen.user_attrs.get("retries"),
+    )
 
 
 def _trial(
@@ -163,64 +279,51 @@ def _trial(
     study: optuna.Study,
     train: Train,
     deadline: float | None,
-    say: Callable[[str], None],
+    log: Callable,
     clock: Clock,
 ) -> bool:
     """One trial, from asking to telling; whether it was interrupted."""
-    study.sampler = _sampler(plan, study)
-    trial = study.ask()
-    settings = suggest(trial, plan.space)
-    watch = Watch(trial, plan.objective, deadline, clock)
-    started = clock()
-    value, reason, state = None, "", TrialState.FAIL
+    trial = study.ask(dict(plan.space))
+    settings = {name: restored(name, value) for name, value in trial.params.items()}
+    started, value, reason, state, interrupted = clock(), None, "", TrialState.FAIL, False
     try:
+        output = str(plan.folder / "trials" / str(trial.number))
         config = plan.config.replace(
-            **settings,
-            output=str(trial_folder(plan, trial.number)),
-            skip_test=True,
-            resume=False,
-            overwrite=True,
+            **settings, output=output, skip_test=True, resume=False, overwrite=True
         )
-        outcome = train(config, callbacks=[watch], report=False)
-        if not outcome.interrupted:
-            value, state = plan.objective.of(outcome.validation), TrialState.COMPLETE
+        outcome = train(
+            config, callbacks=[Watch(trial, plan.objective, deadline, clock)], report=False
+        )
         interrupted = outcome.interrupted
+        if not interrupted:
+            value, state = plan.objective.of(outcome.validation), TrialState.COMPLETE
     except optuna.TrialPruned as error:
-        reason, state, interrupted = str(error), TrialState.PRUNED, False
+        reason, state = str(error), TrialState.PRUNED
     except TimeUp:
-        interrupted = (
-            False  # the loop sees the deadline; without a reason the trial is taken up again
-        )
+        pass  # without a reason the trial is taken up again
     except KeyboardInterrupt:
         interrupted = True
     except UserError as error:
-        if not any(known.state in ("complete", "pruned") for known in trials(study, plan.space)):
+        if not any(known.state in ("complete", "pruned") for known in trials(study)):
             study.tell(trial, state=TrialState.FAIL)
             raise
-        reason, interrupted = str(error), False
+        reason = str(error)
     except (RuntimeError, MemoryError, ArithmeticError) as error:
-        reason, interrupted = _first_line(error), False
+        text = (str(error).strip().splitlines() or [""])[0]
+        reason = f"{type(error).__name__}: {text}"[:300]
     _free_memory()
     trial.set_user_attr("seconds", clock() - started)
     if reason:
         trial.set_user_attr("reason", reason)
     study.tell(trial, value, state=state)
-    record = trials(study, plan.space)[trial.number]
-    say(describe(record, plan.objective))
+    log(describe(trials(study)[trial.number], plan.objective))
     return interrupted
-
-
-def _first_line(error: BaseException) -> str:
-    text = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {text}"[:300]
 
 
 def _free_memory() -> None:
     gc.collect()
-    if "torch" in sys.modules:
-        torch = sys.modules["torch"]
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def shown(value: Any) -> str:
@@ -236,8 +339,8 @@ def describe(trial: Trial, objective: Objective) -> str:
     return f"trial {trial.number}: {result}{why} in {trial.seconds:.0f} s with {settings}"
 
 
-def _result(plan: Plan, study: optuna.Study, interrupted: bool) -> Search:
-    known = trials(study, plan.space)
+def _result(plan: Plan, study: optuna.Study, interrupted: bool = False) -> Search:
+    known = trials(study)
     number = plan.objective.best(
         {trial.number: trial.value for trial in known if trial.value is not None}
     )
@@ -246,7 +349,7 @@ def _result(plan: Plan, study: optuna.Study, interrupted: bool) -> Search:
 
 def _save(plan: Plan, study: optuna.Study) -> None:
     """Write what is known, and remove weights and checkpoints of all trials but the best."""
-    found = _result(plan, study, False)
+    found = _result(plan, study)
     numbers = {
         "objective": plan.objective.name,
         "direction": plan.objective.direction,
@@ -258,6 +361,6 @@ def _save(plan: Plan, study: optuna.Study) -> None:
         write_text(plan.folder / BEST, dump_yaml(found.best_config))
     for trial in found.trials:
         if found.best is None or trial.number != found.best.number:
-            folder = trial_folder(plan, trial.number)
-            for path in [folder / "adapter", *folder.glob("checkpoint-*"), *folder.glob(".saving")]:
+            folder = plan.folder / "trials" / str(trial.number)
+            for path in (folder / "adapter", *folder.glob("checkpoint-*"), folder / ".saving"):
                 shutil.rmtree(path, ignore_errors=True)

@@ -26,11 +26,7 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Task:
-    """The task of that name.
-
-    Raises:
-        UserError: no such task; the message lists the names.
-    """
+    """The task of that name."""
     tasks = _tasks()
     if name not in tasks:
         close = difflib.get_close_matches(name, tasks, n=1)

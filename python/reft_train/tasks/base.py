@@ -1,5 +1,5 @@
-"""What a task is: rows of a file in, prompts and targets (or texts and labels) out, and the rule
-that scores an answer.
+"""What a task is: rows in, prompts and targets (or texts and labels) out, and the rule that
+scores.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt to continue: ``target`` is learned (empty where a row has none), ``answer`` is what
-    scoring compares with.
+    """A prompt to continue: ``target`` is learned, ``answer`` is what scoring compares with.
 
     ``row`` is what prediction files repeat.
     """
@@ -33,9 +32,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Classified:
-    """A text, or a pair of texts, with a class number, or a number to predict where the task has
-    no labels.
-    """
+    """A text, or a pair of texts, with a class number, or a number to predict."""
 
     text: str
     pair: str | None
@@ -45,8 +42,8 @@ class Classified:
 
 @dataclass(frozen=True)
 class Scored:
-    """One generated text under a task's rule: what was found in it (None: nothing) and whether
-    that is right.
+    """One generated text under a task's rule: what was found in it (None: nothing), and whether
+    right.
     """
 
     prediction: str | None
@@ -64,12 +61,12 @@ class Decoding:
 class Task:
     """A task; subclasses say how its rows read and how its answers are scored.
 
+    A row with a missing, misspelt or empty field, or a label outside the set, is a UserError.
+
     Attributes:
-        name: as the command line gives it. recipe: the named settings that are its defaults.
-        decoding: None where nothing is generated. labels: of classification; None where there are
-        none.
-        test_sets: names of the files under a data folder that are reported, each
-            ``<name>/test.json``.
+        recipe: the named settings that are its defaults. decoding: None where nothing is generated.
+        labels: of classification; None where there are none. test_sets: names of the files under a
+            data folder that are reported, each ``<name>/test.json``.
         metrics: names of what :meth:`measure` gives, the one that selects models first.
     """
 
@@ -86,30 +83,15 @@ class Task:
         return 1 if self.labels is None else len(self.labels)
 
     def example(self, row: Row, tokenizer: Any = None) -> Example:
-        """The prompt and target of a row.
-
-        Args:
-            tokenizer: for tasks that use its chat template.
-
-        Raises:
-            UserError: a missing, misspelt or empty field, named with ``row.where``.
-        """
+        """The prompt and target of a row; ``tokenizer`` is for tasks that use its chat template."""
         raise NotImplementedError(f"{self.name} has no prompts to continue")
 
     def training_rows(self, row: Row) -> list[Row]:
-        """The rows that are trained of a file's row: itself, or one for each of its answers.
-
-        Raises:
-            UserError: as :meth:`example`, of a row that has no answer to learn.
-        """
+        """The rows that are trained of a file's row: itself, or one for each of its answers."""
         return [row]
 
     def classified(self, row: Row) -> Classified:
-        """The texts and the class number of a row.
-
-        Raises:
-            UserError: as :meth:`example`, or a label outside the set.
-        """
+        """The texts and the class number of a row."""
         raise NotImplementedError(f"{self.name} has no classes")
 
     def score(self, generated: str, example: Example) -> Scored:

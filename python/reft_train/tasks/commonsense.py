@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from reft_train.errors import UserError
 from reft_train.tasks import answers, fields
 from reft_train.tasks.base import Classified, Decoding, Example, Row, Scored, Task
-from reft_train.tasks.measures import accuracy
+from reft_train.tasks.measures import measure
 
 SETS = {
     "boolq": ("true", "false"),
@@ -77,7 +77,7 @@ class Commonsense(Task):
         self, predictions: Sequence[int | float], references: Sequence[int | float]
     ) -> dict[str, float]:
         """The fraction of right classes."""
-        return {"accuracy": accuracy(predictions, references)}
+        return {"accuracy": measure("accuracy", predictions, references)}
 
 
 def tasks() -> list[Task]:

@@ -1,12 +1,12 @@
-"""Reading a row's fields: what is missing, misspelt, empty or of a wrong type is an error that
-names the row.
+"""Reading a row's fields: what is missing, misspelt, empty or of a wrong type is named with its
+row.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from reft_train.errors import UserError
@@ -22,9 +22,6 @@ def string(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
 
     Args:
         known: the fields a row can have; any other may be a misspelt one.
-
-    Raises:
-        UserError: no such field, or not a string.
     """
     if name not in row.fields:
         raise missing(row, name, known)
@@ -43,35 +40,23 @@ def filled(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
 
 
 def optional(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
-    """The text of a field that may be absent, null or blank, all of which give "".
-
-    Raises:
-        UserError: absent where another field looks like a misspelling of it, or not a string.
-    """
-    if name not in row.fields:
-        if _misspelt(row.fields, name, known, MISSPELT):
-            raise missing(row, name, known)
-        return ""
-    value = string(row, name, known) if row.fields[name] is not None else ""
+    """The text of a field that may be absent (and not misspelt), null or blank, which give ""."""
+    if name not in row.fields and _misspelt(row, name, known, MISSPELT):
+        raise missing(row, name, known)
+    value = string(row, name, known) if row.fields.get(name) is not None else ""
     return value if value.strip() else ""
 
 
 def answer(row: Row, name: str = "answer", known: Sequence[str] = ADAPTERS) -> str:
-    """An answer: a string, a number, or a list of one of these, as stripped text.
-
-    Raises:
-        UserError: no such field, another type, or blank.
-    """
+    """An answer: a string, a number, or a list of one of these, as stripped text."""
     if name not in row.fields:
         raise missing(row, name, known)
     value = given = row.fields[name]
-    if isinstance(value, (list, tuple)) and len(value) == 1:
+    if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise UserError(
-            f"{row.where}: {name}: got {described(given)}, expected a string, a number or a list "
-            "of one of these"
-        )
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        expected = "a string, a number or a list of one of these"
+        raise UserError(f"{row.where}: {name}: got {described(given)}, expected {expected}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{row.where}: {name}: got {value}, expected a finite number")
     text = str(value).strip()
@@ -82,7 +67,7 @@ def answer(row: Row, name: str = "answer", known: Sequence[str] = ADAPTERS) -> s
 
 def missing(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> UserError:
     """The error that a field is not there, with the field that may have been meant for it."""
-    close = _misspelt(row.fields, name, known, 0.6)
+    close = _misspelt(row, name, known, 0.6)
     meant = f" (did you mean {name!r} by {close!r}?)" if close else ""
     return UserError(
         f"{row.where}: got fields {', '.join(map(str, row.fields)) or 'none'}, expected "
@@ -96,9 +81,7 @@ def described(value: Any) -> str:
     return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
 
 
-def _misspelt(
-    fields: Mapping[str, Any], name: str, known: Sequence[str], likeness: float
-) -> str | None:
-    others = {str(other).strip().casefold(): other for other in fields if other not in known}
+def _misspelt(row: Row, name: str, known: Sequence[str], likeness: float) -> str | None:
+    others = {str(other).strip().casefold(): other for other in row.fields if other not in known}
     close = difflib.get_close_matches(name.casefold(), others, n=1, cutoff=likeness)
     return others[close[0]] if close else None

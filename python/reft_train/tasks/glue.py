@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from reft_train.errors import UserError
 from reft_train.tasks import fields
 from reft_train.tasks.base import Classified, Row, Task
-from reft_train.tasks.measures import MEASURES
+from reft_train.tasks.measures import measure
 
 _ENTAILMENT = ("entailment", "not_entailment")
 STSB_RANGE = (0.0, 5.0)
@@ -92,7 +92,7 @@ class Glue(Task):
             correlations.
         The others: accuracy, MNLI's on its matched part.
         """
-        return {name: MEASURES[name](predictions, references) for name in self.metrics}
+        return {name: measure(name, predictions, references) for name in self.metrics}
 
 
 def validation_split(n: int, seed: int) -> tuple[list[int], list[int]]:
@@ -103,9 +103,6 @@ def validation_split(n: int, seed: int) -> tuple[list[int], list[int]]:
 
     Returns:
         The numbers of either part's rows, ascending.
-
-    Raises:
-        UserError: fewer than 2 rows.
     """
     if n < 2:
         raise UserError(

@@ -1,6 +1,4 @@
-"""A user's own rows: instruction and output, prompt and completion, or messages of a chat;
-scored by exact match.
-"""
+"""A user's own rows: instruction and output, prompt and completion, or messages of a chat."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ LAYOUTS = (("messages",), ("prompt", "completion"), ("instruction", "input", "ou
 
 
 class Jsonl(Task):
-    """Rows in any of three layouts, which the fields tell apart.
+    """Rows in any of three layouts, which the fields tell apart; scored by exact match.
 
     ``messages``: the prompt is the tokenizer's chat template of all but the last message, the
     target that message, which is the assistant's; in training every message of the assistant
@@ -37,10 +35,9 @@ class Jsonl(Task):
             (names for names in LAYOUTS if any(name in row.fields for name in names)), None
         )
         if layout is None:
-            raise UserError(
-                f"{row.where}: got fields {', '.join(map(str, row.fields)) or 'none'}, "
-                "expected messages, or prompt and completion, or instruction and output"
-            )
+            given = ", ".join(map(str, row.fields)) or "none"
+            expected = "messages, or prompt and completion, or instruction and output"
+            raise UserError(f"{row.where}: got fields {given}, expected {expected}")
         if layout[0] == "messages":
             prompt, target = _chat(row, tokenizer)
         elif layout[0] == "prompt":
@@ -56,26 +53,22 @@ class Jsonl(Task):
         return Example(prompt, target, target.strip(), row.fields)
 
     def training_rows(self, row: Row) -> list[Row]:
-        """See :meth:`Task.training_rows`; an assistant's message that comes first has no prompt
-        and is left out.
-        """
+        """See :meth:`Task.training_rows`; an assistant's message that comes first has no prompt."""
         if "messages" not in row.fields:
             return [row]
         from reft_kernels.integrations.turns import expand_turns
 
-        messages = _conversation(row)
-        turns = [
-            turn for turn in expand_turns({"messages": [messages]})["messages"] if len(turn) > 1
-        ]
+        expanded = expand_turns({"messages": [_conversation(row)]})["messages"]
+        turns = [turn for turn in expanded if len(turn) > 1]
         if not turns:
             raise UserError(
                 f"{row.where}: messages: got none of role 'assistant' after another, expected one"
             )
-        if len(turns) == 1:
-            return [Row({**row.fields, "messages": turns[0]}, row.where)]
+        where = [f"{row.where}, turn {number}" for number in range(1, len(turns) + 1)]
+        where = [row.where] if len(turns) == 1 else where
         return [
-            Row({**row.fields, "messages": turn}, f"{row.where}, turn {number}")
-            for number, turn in enumerate(turns, start=1)
+            Row({**row.fields, "messages": turn}, place)
+            for turn, place in zip(turns, where, strict=True)
         ]
 
     def score(self, generated: str, example: Example) -> Scored:
@@ -85,12 +78,16 @@ class Jsonl(Task):
 
 
 def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
-    messages = _messages(row)
-    if getattr(tokenizer, "chat_template", None) is None:
+    messages = _conversation(row)
+    if messages[-1]["role"] != "assistant":
+        role = messages[-1]["role"]
         raise UserError(
-            f"{row.where}: messages: got a tokenizer without a chat template, expected one that "
-            "has it, "
-            "or rows of prompt and completion"
+            f"{row.where}: message {len(messages)}: got role {role!r} last, expected 'assistant'"
+        )
+    if getattr(tokenizer, "chat_template", None) is None:
+        expected = "one that has it, or rows of prompt and completion"
+        raise UserError(
+            f"{row.where}: messages: got a tokenizer without a chat template, expected {expected}"
         )
     import jinja2  # the template engine behind apply_chat_template
 
@@ -99,22 +96,19 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
             messages[:-1], tokenize=False, add_generation_prompt=True
         )
     except jinja2.TemplateError as error:
-        reason = " ".join(str(error).split())
+        reason = f"a chat that the tokenizer's template refuses ({' '.join(str(error).split())})"
         raise UserError(
-            f"{row.where}: messages: got a chat that the tokenizer's template refuses ({reason}), "
-            f"expected roles in an order that it takes"
+            f"{row.where}: messages: got {reason}, expected roles in an order that it takes"
         ) from None
-    return _without_second_start(prompt, tokenizer), messages[-1]["content"]
-
-
-def _messages(row: Row) -> list[dict[str, str]]:
-    messages = _conversation(row)
-    if messages[-1]["role"] != "assistant":
-        raise UserError(
-            f"{row.where}: message {len(messages)}: got role {messages[-1]['role']!r} last, "
-            "expected 'assistant'"
-        )
-    return messages
+    start = tokenizer.bos_token
+    # some templates write the token that the tokenizer adds again when it reads the prompt
+    if (
+        start
+        and prompt.startswith(start)
+        and tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
+    ):
+        prompt = prompt[len(start) :]
+    return prompt, messages[-1]["content"]
 
 
 def _conversation(row: Row) -> list[dict[str, str]]:
@@ -137,16 +131,6 @@ def _conversation(row: Row) -> list[dict[str, str]]:
             raise UserError(f"{where}: role: got {role!r}, expected one of {', '.join(ROLES)}")
         fields.filled(part, "content", ("role", "content"))
     return messages
-
-
-def _without_second_start(prompt: str, tokenizer: Any) -> str:
-    # some templates write the token that the tokenizer adds again when it reads the prompt
-    start = tokenizer.bos_token
-    if start and prompt.startswith(start):
-        ids = tokenizer(prompt)["input_ids"]
-        if ids[:2] == [tokenizer.bos_token_id] * 2:
-            return prompt[len(start) :]
-    return prompt
 
 
 def tasks() -> list[Task]:

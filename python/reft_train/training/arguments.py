@@ -24,8 +24,8 @@ def steps_in_all(config: RunConfig, examples: int | None, processes: int) -> int
     return config.epochs * max(1, math.ceil(forwards / config.accumulation))
 
 
-def _strategy(every: int | None, name: str, wanted: bool) -> dict[str, Any]:
-    if not wanted:
+def _strategy(every: int | None, name: str, requested: bool) -> dict[str, Any]:
+    if not requested:
         return {f"{name}_strategy": "no"}
     return (
         {f"{name}_strategy": "epoch"}
@@ -41,10 +41,7 @@ def training_arguments(
 
     Args:
         model: the PEFT model. examples: number of training examples, None for a stream. metric:
-        what the best checkpoint is chosen by, "loss" or a metric's name; None where none is chosen.
-
-    Raises:
-        UserError: settings that this machine or these packages cannot serve.
+        what the best checkpoint is chosen by, "loss" or a metric's name; None: none is chosen.
     """
     import torch
     import transformers
@@ -61,13 +58,11 @@ def training_arguments(
         and config.save_every is not None
         and config.save_every != config.evaluate_every
     ):
-        raise UserError(
-            f"save_every: got {config.save_every} with select, expected evaluate_every, "
-            f"{config.evaluate_every}: "
-            "the best checkpoint must have been evaluated"
+        expected = (
+            f"evaluate_every, {config.evaluate_every}: the best checkpoint must have been evaluated"
         )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    total = steps_in_all(config, examples, processes)
+        raise UserError(f"save_every: got {config.save_every} with select, expected {expected}")
+    total = steps_in_all(config, examples, int(os.environ.get("WORLD_SIZE", "1")))
     save_every = config.evaluate_every if metric is not None else config.save_every
     if config.streaming and save_every is None:
         save_every = math.ceil(total / 10)  # a stream has no epochs
@@ -76,18 +71,14 @@ def training_arguments(
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / BOARD)
     extra: dict[str, Any] = {}
     if metric is not None:
-        name = f"eval_{metric}"
-        extra = {
-            "load_best_model_at_end": True,
-            "metric_for_best_model": name,
-            "greater_is_better": metric != "loss",
-        }
+        extra = {"load_best_model_at_end": True, "metric_for_best_model": f"eval_{metric}"}
+        extra["greater_is_better"] = metric != "loss"
     if config.gradient_checkpointing:
         # the name changed in transformers 5.23
-        fields = transformers.TrainingArguments.__dataclass_fields__
+        names = transformers.TrainingArguments.__dataclass_fields__
         name = (
             "activation_checkpointing"
-            if "activation_checkpointing" in fields
+            if "activation_checkpointing" in names
             else "gradient_checkpointing"
         )
         extra |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
@@ -119,7 +110,7 @@ def training_arguments(
         dataloader_num_workers=config.workers,
         accelerator_config={
             "dispatch_batches": False
-        },  # batches differ in width, so one process cannot deal them out
+        },  # batches differ in width, so nobody can deal them out
         dataloader_pin_memory=device == "cuda",
         report_to=["tensorboard"] if board else [],
         save_total_limit=None,

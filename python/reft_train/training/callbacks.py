@@ -1,6 +1,4 @@
-"""What a run does beside its steps: a log that survives a kill, an orderly end on Ctrl-C, a stop
-on a loss that is NaN.
-"""
+"""What a run does beside its steps: a log that survives a kill, an orderly end, a stop on NaN."""
 
 from __future__ import annotations
 
@@ -24,23 +22,20 @@ if TYPE_CHECKING:
 
 
 class Journal(TrainerCallback):
-    """Appends each line of the log to ``log.jsonl``; on resuming, lines after the checkpoint are
-    dropped first.
-    """
+    """Appends each line of the log to ``log.jsonl``; on resuming, lines after the checkpoint go."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the file, or cut it back to the step that the run goes on from."""
-        if not state.is_world_process_zero:
-            return
-        lines = [json.dumps(entry) for entry in state.log_history if "train_runtime" not in entry]
-        write_text(self.path, "".join(f"{line}\n" for line in lines))
+        if state.is_world_process_zero:
+            lines = [
+                json.dumps(entry) for entry in state.log_history if "train_runtime" not in entry
+            ]
+            write_text(self.path, "".join(f"{line}\n" for line in lines))
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Append the newest line."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a", encoding="utf-8") as file:
@@ -50,20 +45,17 @@ class Journal(TrainerCallback):
 class FiniteLoss(TrainerCallback):
     """Stops a run whose loss is no number any more."""
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Raise FloatingPointError, which names the step."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss} at step {state.global_step}; a lower lr or float32 may help"
-            )
+            hint = "a lower lr or float32 may help"
+            raise FloatingPointError(f"the loss is {loss} at step {state.global_step}; {hint}")
 
 
 class Interrupt(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) ends the run after the present step, with a checkpoint; the
-    second one at once.
+    """The first Ctrl-C (or SIGTERM) ends the run after the step, with a checkpoint; the second
+    at once.
     """
 
     def __init__(self) -> None:
@@ -79,7 +71,6 @@ class Interrupt(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous.clear()
 
     def _note(self, number: int, frame: Any) -> None:
         if self.asked:
@@ -88,41 +79,32 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Save and stop; several processes agree on the step."""
-        asked = self.asked
         if joined():
-            flag = torch.tensor(int(asked), device=args.device)
+            flag = torch.tensor(int(self.asked), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            asked = self.asked = bool(flag)
-        if asked and state.global_step < state.max_steps:
+            self.asked = bool(flag)
+        if self.asked and state.global_step < state.max_steps:
             control.should_training_stop = True
-            control.should_save = control.should_save or not _ends_epoch(state)
+            control.should_save = control.should_save or state.epoch != int(state.epoch)
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Save after the epoch's evaluation where one ends here; elsewhere do nothing that an
-        uninterrupted run would not.
-        """
+        """Save after the epoch's evaluation where one ends here; elsewhere change nothing."""
         if self.asked and state.global_step < state.max_steps:
-            control.should_save = _ends_epoch(state)
-            control.should_evaluate = control.should_evaluate and _ends_epoch(state)
+            control.should_save = state.epoch == int(state.epoch)
+            control.should_evaluate = control.should_evaluate and control.should_save
         return control
 
 
-def _ends_epoch(state: Any) -> bool:
-    return state.epoch == int(state.epoch)
-
-
 class Bookkeeping(TrainerCallback):
-    """Tells the trainer when an optimizer step is over, and what orders the examples which epoch
-    begins.
-    """
+    """Tells the trainer when an optimizer step is over, and what orders the examples the epoch."""
 
     def __init__(self, trainer: ReftTrainer) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch of sampler or stream: wrapped twice, as in a resumed run, engines do not
-        reach them.
+        """Set the epoch: wrapped twice, as in a resumed run, engines do not reach sampler or
+        stream.
         """
         order = (
             self.trainer.sampler if self.trainer.sampler is not None else self.trainer.train_dataset
@@ -140,8 +122,7 @@ class Progress(TrainerCallback):
     """
 
     def __init__(self, title: str) -> None:
-        self.title = title
-        self._bar: Any = None
+        self.title, self._bar = title, bar(0, title, show=False)
         self._shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -153,24 +134,20 @@ class Progress(TrainerCallback):
         """Move on by one."""
         self._bar.update()
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the newest numbers."""
-        titles = {"loss": "loss", "tokens_per_second": "tokens/s", "eval_loss": "held out"}
-        for name, title in titles.items():
-            if logs and name in logs:
-                self._shown[title] = (
-                    f"{logs[name]:.4g}" if name != "tokens_per_second" else f"{logs[name]:,.0f}"
-                )
-        if self._bar is not None:
-            self._bar.set_postfix(self._shown, refresh=False)
+        forms = {
+            "loss": ("loss", ".4g"),
+            "tokens_per_second": ("tokens/s", ",.0f"),
+            "eval_loss": ("held out", ".4g"),
+        }
+        self._shown |= {
+            title: format(logs[name], form) for name, (title, form) in forms.items() if name in logs
+        }
+        self._bar.set_postfix(self._shown, refresh=False)
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if (
-            self._bar is not None
-        ):  # closed after an error, too, so that its message has a line of its own
-            self._bar.close()
+        self._bar.close()  # after an error, too, so that its message has a line of its own

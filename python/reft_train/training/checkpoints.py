@@ -9,10 +9,7 @@ from pathlib import Path
 
 from reft_train.errors import UserError
 
-_NAME = re.compile(r"checkpoint-(\d+)")
-STAGING = ".saving"
-LOSS = "loss.json"
-_STATE = "trainer_state.json"
+STAGING, LOSS, _STATE = ".saving", "loss.json", "trainer_state.json"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", LOSS, _STATE)
 
 
@@ -33,9 +30,8 @@ def publish(staged: Path, target: Path) -> None:
     files = sorted(
         (path for path in staged.rglob("*") if path.is_file()), key=lambda path: path.name == _STATE
     )
-    for path in files:
+    for path in (*files, staged):
         _sync(path)
-    _sync(staged)
     if target.exists():
         for path in files:
             place = target / path.relative_to(staged)
@@ -54,33 +50,22 @@ def sweep(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def step_of(path: Path) -> int:
-    """The optimizer step of a checkpoint's folder; -1 for another folder."""
-    match = _NAME.fullmatch(path.name)
-    return int(match[1]) if match and path.is_dir() else -1
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """A run's checkpoints, oldest first."""
-    found = [path for path in folder.iterdir() if step_of(path) >= 0] if folder.is_dir() else []
-    return sorted(found, key=step_of)
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    named = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in found}
+    return sorted((path for path in found if named[path]), key=lambda path: int(named[path][1]))
 
 
 def last(folder: Path) -> Path | None:
-    """A run's newest checkpoint; None where there is none.
-
-    Raises:
-        UserError: it lacks a file, so this program did not write it.
-    """
+    """A run's newest checkpoint; None where there is none."""
     found = checkpoints(folder)
-    if not found:
-        return None
-    missing = [name for name in NEEDED if not (found[-1] / name).is_file()]
+    missing = [name for name in NEEDED if found and not (found[-1] / name).is_file()]
     if missing:
         raise UserError(
             f"resume: got {found[-1]} without {', '.join(missing)}, expected a whole checkpoint"
         )
-    return found[-1]
+    return found[-1] if found else None
 
 
 def rotate(folder: Path, keep: int, best: str | None) -> None:

@@ -9,8 +9,8 @@ import torch
 
 
 class StepClock:
-    """``begin()`` and ``end()`` around each step; ``settle()`` where the device has been waited for
-    anyway.
+    """``begin()`` and ``end()`` around each step; ``settle()`` where the device has been waited
+    for.
 
     On CUDA a step is the time between two events on its stream, on the CPU that between two calls.
     """
@@ -36,11 +36,9 @@ class StepClock:
     def end(self) -> None:
         """The step ends; without a beginning there is none."""
         begun, self._begun = self._begun, None
-        if begun is None:
-            return
-        if self._cuda:
+        if begun is not None and self._cuda:
             self._open.append((begun, self._now()))
-        else:
+        elif begun is not None:
             self._seconds.append(self._now() - begun)
 
     def settle(self) -> None:

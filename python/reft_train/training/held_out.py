@@ -39,7 +39,7 @@ def held_out(
     """The mean loss over ``dataset``, and the logits of each example where ``step`` gives them.
 
     Args:
-        step: a batch in, its mean loss and logits (None: not wanted) out. shifted: a label is
+        step: a batch in, its mean loss and logits (None: not needed) out. shifted: a label is
             predicted one token earlier, so the first one of a row is not.
     """
     rank, processes = place()

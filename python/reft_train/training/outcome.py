@@ -1,4 +1,4 @@
-"""What a run gives, as numbers that other commands and other processes read."""
+"""What a run gives, as numbers that other commands read, and as a few lines of text."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from reft_train.errors import UserError
-from reft_train.files import write_text
+from reft_train.files import dumps, write_text
 from reft_train.memory import Peak
-from reft_train.reporting.strict_json import dumps
+from reft_train.methods import TITLES
 
 RESULTS = "results.json"
 
@@ -20,15 +20,12 @@ class Outcome:
     """A finished (or interrupted) training.
 
     Attributes:
-        config: the settings. trainable: numbers trained in the method, head excluded. head: numbers
-            of a new head.
-        total: the frozen model's numbers. steps: optimizer steps. losses: (step, mean loss since
-            the last line) pairs.
-        validation: metrics on held-out training rows, by name. tests: metrics of each test set.
-        seconds: of training. step_seconds: median of an optimizer step. tokens_per_second: real
-        tokens, padding excluded.
-        orthonormality: max |R R^T - I| at the end; None where there is no R. interrupted: Ctrl-C
-            came before the end.
+        trainable: numbers trained in the method, without the head's. total: the frozen model's
+            numbers.
+        losses: (step, mean loss since the last line) pairs. validation: held-out metrics by name.
+        tests: metrics of each test set. step_seconds: median of an optimizer step.
+        tokens_per_second: padding excluded. orthonormality: max |R R^T - I|; None where there is no
+        R.
     """
 
     config: dict[str, Any]
@@ -51,16 +48,29 @@ class Outcome:
         """Write ``results.json``."""
         return write_text(folder / RESULTS, dumps(asdict(self)))
 
+    def figures(self) -> dict[str, str]:
+        """What the run measured, by name."""
+        share = self.trainable / max(1, self.total)
+        found = {
+            "trained parameters": f"{self.trainable:,} ({share:.4%} of the model's {self.total:,})",
+            "trained parameters of the head": f"{self.head:,}" if self.head else "",
+            "optimizer steps": f"{self.steps:,}",
+            "training time": f"{self.seconds:,.1f} s",
+            "time of a step, median": f"{self.step_seconds:.4g} s",
+            "tokens per second, padding excluded": f"{self.tokens_per_second:,.0f}",
+            "peak memory": f"{self.memory.peak:,.0f} MiB, {self.memory.before:,.0f} MiB of it before training",
+            "measured as": self.memory.method,
+            "max |R Rᵀ − I| at the end": ""
+            if self.orthonormality is None
+            else f"{self.orthonormality:.2e}",
+        }
+        return {name: text for name, text in found.items() if text}
+
     @classmethod
     def load(cls, folder: str | Path) -> Outcome:
-        """The outcome that a run left in its folder.
-
-        Raises:
-            UserError: there is none, or it cannot be read.
-        """
-        path = Path(folder) / RESULTS
+        """The outcome that a run left in its folder."""
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
             losses = [(int(step), float(loss)) for step, loss in fields["losses"]]
             return cls(**{**fields, "memory": Peak(**fields["memory"]), "losses": losses})
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -68,3 +78,16 @@ class Outcome:
                 f"run: got {folder}, without a readable {RESULTS} ({error}), expected a finished "
                 "run"
             ) from None
+
+
+def summary(outcome: Outcome) -> str:
+    """What the run measured, its scores, and where the files are."""
+    lines = {"method": TITLES[outcome.config["method"]], **outcome.figures()}
+    if outcome.losses:
+        (first, loss), (_, final) = outcome.losses[0], outcome.losses[-1]
+        lines["training loss"] = f"{loss:.4g} at step {first}, {final:.4g} at the end"
+    for name, metrics in {"held out": outcome.validation, **outcome.tests}.items():
+        if metrics:
+            lines[name] = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
+    rows = [f"{name}: {text}" for name, text in lines.items()]
+    return "\n".join([*rows, f"written: {Path(outcome.config['output'])}"])

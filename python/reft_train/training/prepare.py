@@ -1,5 +1,5 @@
-"""From a run's settings to tokenized examples: rows found, read, split, tokenized, cached, and
-how to batch them.
+"""From a run's settings to tokenized examples: rows read, split, tokenized, and how to batch
+them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from reft_train import tasks
 from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.data import caching, collating, packing, sampling, sources, streaming, tokenizing
 from reft_train.data.reading import iter_rows, read_rows
@@ -29,9 +28,7 @@ _TRIED = 1000  # rows of a stream that are looked at before the training
 
 @dataclass
 class Rows:
-    """Rows of a run: to train on (None where they are streamed from ``stream``), held out, and
-    of each test set.
-    """
+    """Rows to train on (None where ``stream`` is their file), held out, and of each test set."""
 
     train: list[Row] | None
     held_out: list[Row] = field(default_factory=list)
@@ -40,15 +37,9 @@ class Rows:
 
 
 def _expanded(rows: Iterable[Row], config: RunConfig, task: Task) -> Iterator[Row]:
-    """The rows that are trained: of a conversation one for each answer, unless the last alone is
-    wanted.
-    """
+    """The rows that are trained: of a conversation one for each answer, or the last alone."""
     for row in rows:
         yield from task.training_rows(row) if config.turns == "all" else [row]
-
-
-def _limited(rows: Sequence[Row], limit: int | None) -> list[Row]:
-    return list(rows if limit is None else rows[:limit])
 
 
 def _split(rows: list[Row], validation: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -56,77 +47,65 @@ def _split(rows: list[Row], validation: float, seed: int) -> tuple[list[Row], li
         return rows, []
     count = round(len(rows) * validation) if validation < 1 else int(validation)
     if not 0 < count < len(rows):
-        raise UserError(
-            f"validation: got {validation:g} of {len(rows)} training rows, expected at least one "
-            "on either side"
-        )
+        what = f"{validation:g} of {len(rows)} training rows"
+        raise UserError(f"validation: got {what}, expected at least one on either side")
     order = list(range(len(rows)))
     random.Random(f"validation/{seed}").shuffle(order)
     held = set(order[:count])
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
-def _path(name: str | None) -> Path | None:
-    return None if name is None else Path(name)
-
-
 def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
-    """Read a run's rows. Held-out rows come from the training part (for GLUE, from a part of
-    validation), never from a test.
+    """Read a run's rows. Held-out rows come from the training part (for GLUE, from validation).
 
     Args:
-        train: whether training rows are wanted; False for evaluation alone.
-
-    Raises:
-        UserError: files that are missing or malformed, a split that leaves nothing.
+        train: whether training rows are needed; False for evaluation alone.
     """
-    tests_wanted = not config.skip_test
+    scored = not config.skip_test
     if isinstance(task, Glue) and config.data is None and config.train is None and not config.test:
-        read = {
-            "train": sources.hub_rows(task, "train") if train else [],
-            "test": sources.hub_rows(task, task.test_sets[0]),
-        }
-        found, tests = read["train"], {task.test_sets[0]: read["test"]}
+        found = sources.hub_rows(task, "train") if train else []
+        tests = {task.test_sets[0]: sources.hub_rows(task, task.test_sets[0])}
     else:
+        data, path = (None if name is None else Path(name) for name in (config.data, config.train))
         files = sources.find(
             task,
-            _path(config.data),
-            _path(config.train),
-            [Path(p) for p in config.test],
+            data,
+            path,
+            list(map(Path, config.test)),
             train_needed=train,
             tests_needed=not train,
         )
-        if train and config.streaming:
+        streams = train and config.streaming
+        found = read_rows(files.train, "--train") if train and not streams else []
+        needed = scored or (isinstance(task, Glue) and not streams)
+        tests = (
+            {name: read_rows(path, "--test") for name, path in files.tests.items()}
+            if needed
+            else {}
+        )
+        if streams:
             return Rows(
                 None,
                 [],
-                _shortened(_tests(files.tests), config) if tests_wanted else {},
+                {name: rows[: config.test_rows] for name, rows in tests.items()},
                 files.train,
             )
-        found = read_rows(files.train, "--train") if train else []
-        tests = _tests(files.tests) if tests_wanted or isinstance(task, Glue) else {}
     held_out: list[Row] = []
     if isinstance(task, Glue) and tests:
         # the paper's protocol: a part of validation chooses, the rest reports
-        (name, rows), *others = tests.items()
+        name, rows = next(iter(tests.items()))
         chosen, reported = validation_split(len(rows), config.seed)
-        held_out = [rows[i] for i in chosen]
-        tests = {name: [rows[i] for i in reported], **dict(others)}
-    found = _limited(found, config.train_rows)
+        held_out, tests[name] = [rows[i] for i in chosen], [rows[i] for i in reported]
+    found = found[: config.train_rows]
     if train and config.validation:
         found, held_out = _split(found, config.validation, config.seed)
     if train:  # a conversation is whole on one side of the split
         found, held_out = (list(_expanded(part, config, task)) for part in (found, held_out))
-    return Rows(found, held_out, _shortened(tests, config) if tests_wanted else {})
-
-
-def _tests(files: dict[str, Path]) -> dict[str, list[Row]]:
-    return {name: read_rows(path, "--test") for name, path in files.items()}
-
-
-def _shortened(tests: dict[str, list[Row]], config: RunConfig) -> dict[str, list[Row]]:
-    """After GLUE's split, so that the rows that choose are the same ones."""
-    return {name: _limited(rows, config.test_rows) for name, rows in tests.items()}
+    return Rows(
+        found,
+        held_out,
+        {name: rows[: config.test_rows] for name, rows in tests.items()} if scored else {},
+    )
 
 
 def _digest(rows: list[Row]) -> str:
@@ -140,6 +119,11 @@ def _digest(rows: list[Row]) -> str:
 def digest(rows: Rows) -> str:
     """Of the training rows; of a stream, which is not read for it, the size of its file."""
     return _digest(rows.train) if rows.train is not None else f"{rows.stream.stat().st_size} bytes"
+
+
+def _log(text: str) -> None:
+    if is_first():
+        print(text, file=sys.stderr)
 
 
 def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], name: str) -> Any:
@@ -162,53 +146,39 @@ def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], na
     dataset = caching.cached(
         build, parts, None if config.cache is None else Path(config.cache) / "tokenized"
     )
-    _say_lost(name, len(rows) - len(dataset), len(rows), config)
+    _log_lost(name, len(rows) - len(dataset), len(rows), config)
     cuts = tokenizing.count_cuts(dataset)
-    if (cuts.prompts or cuts.targets) and is_first():
-        print(
-            f"{name}: {cuts.prompts} of {len(dataset)} prompts cut from the left and "
-            f"{cuts.targets} targets cut at the end "
-            f"to fit max_length {config.max_length}",
-            file=sys.stderr,
-        )
+    if cuts.prompts or cuts.targets:
+        prompts = f"{cuts.prompts} of {len(dataset)} prompts cut from the left"
+        targets = f"{cuts.targets} targets cut at the end"
+        _log(f"{name}: {prompts} and {targets} to fit max_length {config.max_length}")
     return dataset
 
 
-def _say_lost(name: str, lost: int, count: int, config: RunConfig) -> None:
-    if lost and is_first():
-        print(
+def _log_lost(name: str, lost: int, count: int, config: RunConfig) -> None:
+    if lost:
+        _log(
             f"{name}: {lost} of {count} dropped: max_length {config.max_length} leaves them no "
-            "prompt or no answer",
-            file=sys.stderr,
+            "prompt or no answer"
         )
 
 
 def check_rows(rows: Iterable[Row], loaded: Loaded, task: Task) -> None:
-    """Try whether the task takes rows, before a training that they come after.
-
-    Raises:
-        UserError: a row that it refuses.
-    """
+    """Try whether the task takes rows, before a training that they come after."""
     for row in rows:
-        if loaded.kind == CLASSIFICATION:
-            task.classified(row)
-        else:
-            task.example(row, loaded.tokenizer)
+        task.classified(row) if loaded.kind == CLASSIFICATION else task.example(
+            row, loaded.tokenizer
+        )
 
 
 def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
-    """A training file, read and tokenized while training; its first rows are tried before.
-
-    Raises:
-        UserError: a row among them that the task refuses, or none that keeps a prompt and an
-            answer.
-    """
+    """A training file, read and tokenized while training; its first rows are tried before."""
     tried = _expanded(islice(iter_rows(path, "--train"), _TRIED), config, task)
     items = tokenizing.iter_items(tried, task, loaded.tokenizer, loaded.kind, config.max_length)
     lost = [item.lost for item in items]
     if all(lost):
         raise tokenizing.all_lost(config.max_length)
-    _say_lost("first training rows", sum(lost), len(lost), config)
+    _log_lost("first training rows", sum(lost), len(lost), config)
     return streaming.StreamingRows(
         path,
         task,
@@ -225,11 +195,11 @@ def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
 def response_template(
     config: RunConfig, loaded: Loaded, task: Task, rows: Rows
 ) -> list[int] | None:
-    """What ends a prompt in a chat, for the adapter to keep; None where the rows are no chats of a
+    """What ends a prompt in a chat, for the adapter to keep; None where rows are no chats of a
     causal model.
 
-    It must end every prompt that is looked at, and stand in no answer; else, and where the
-    tokenizer's chat template has none, a line says why and the labels tell where prompts end.
+    It must end every prompt that is looked at, and stand in no answer; else, and where the chat
+    template has none, a line says why and the labels tell where prompts end.
     """
     from reft_kernels.integrations.peft import from_chat_template
 
@@ -243,10 +213,11 @@ def response_template(
         or not loaded.tokenizer.chat_template
     ):
         return None
+    reason = None
     try:
         template = from_chat_template(loaded.tokenizer)
     except ValueError as error:
-        return _without_template(" ".join(str(error).split()))
+        reason, tried = " ".join(str(error).split()), []
     for row, item in zip(
         tried,
         tokenizing.iter_items(tried, task, loaded.tokenizer, CAUSAL, sys.maxsize),
@@ -256,20 +227,16 @@ def response_template(
         ends = [end for end in range(length, len(ids) + 1) if ids[end - length : end] == template]
         if not ends or ends[-1] > prompt:
             where = "ends inside the answer" if ends else "is not in the prompt"
-            return _without_template(
-                f"{loaded.tokenizer.decode(template)!r} {where} of {row.where}"
-            )
-    return template
-
-
-def _without_template(reason: str) -> None:
-    if is_first():
-        print(
-            f"response_template: none ({reason}); the labels tell where prompts end in training, "
-            "and scoring without labels "
-            "needs prompt_lengths",
-            file=sys.stderr,
-        )
+            reason = f"{loaded.tokenizer.decode(template)!r} {where} of {row.where}"
+            break
+    if reason is None:
+        return template
+    hint = (
+        "the labels tell where prompts end in training, and scoring without labels needs "
+        "prompt_lengths"
+    )
+    _log(f"response_template: none ({reason}); {hint}")
+    return None
 
 
 def sampler(config: RunConfig, dataset: Any, processes: int) -> Any:
@@ -277,26 +244,20 @@ def sampler(config: RunConfig, dataset: Any, processes: int) -> Any:
     if not hasattr(dataset, "__len__"):
         return None
     if config.group_by_length:
-        group = config.batch_size * config.accumulation * processes
-        return sampling.GroupedSampler(dataset["length"], group, config.seed)
+        return sampling.GroupedSampler(
+            dataset["length"], config.batch_size * config.accumulation * processes, config.seed
+        )
     return sampling.ShuffledSampler(len(dataset), config.seed)
 
 
 def collator(config: RunConfig, loaded: Loaded) -> Callable[[Sequence[dict]], dict]:
-    """What makes batches: padded ones, or packed ones where that is wanted.
-
-    Raises:
-        UserError: packing with a model that does not keep packed examples apart.
+    """What makes batches: padded ones, or packed ones where the model keeps packed examples
+    apart.
     """
     pad = tokenizing.pad_id(loaded.tokenizer)
-    if loaded.kind == SEQ2SEQ:
-        collate: Callable = collating.Seq2SeqCollator(pad)
-    elif loaded.kind == CAUSAL:
-        collate = collating.PaddingCollator(pad)
-    else:
-        collate = collating.ClassificationCollator(pad)
     if not config.packing:
-        return collate
+        kinds = {SEQ2SEQ: collating.Seq2SeqCollator, CAUSAL: collating.PaddingCollator}
+        return kinds.get(loaded.kind, collating.ClassificationCollator)(pad)
     if loaded.kind != CAUSAL:
         raise UserError(f"packing: got true with a {loaded.kind} model, expected a causal one")
     flat = str(getattr(loaded.model.config, "_attn_implementation", "")).startswith(
@@ -304,8 +265,3 @@ def collator(config: RunConfig, loaded: Loaded) -> Callable[[Sequence[dict]], di
     )
     packing.check_model_packs(loaded.model, pad, flat)
     return packing.PackingCollator(config.packed_length or config.max_length, pad, flat)
-
-
-def task_of(config: RunConfig) -> Task:
-    """The run's task."""
-    return tasks.get(config.task)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from reft_train import tasks
 from reft_train.config import RunConfig, dump_yaml
 from reft_train.errors import UserError
 from reft_train.evaluation.scoring import score_set
@@ -23,12 +25,13 @@ from reft_train.reporting.log import LOG
 from reft_train.reporting.run_report import write_run_report
 from reft_train.reporting.versions import versions
 from reft_train.tasks.base import Row, Task
-from reft_train.tasks.instruct import Instruct
 from reft_train.training import prepare
 from reft_train.training.arguments import training_arguments
 from reft_train.training.callbacks import FiniteLoss, Interrupt, Journal, Progress
 from reft_train.training.checkpoints import sweep
-from reft_train.training.folder import (
+from reft_train.training.outcome import Outcome
+from reft_train.training.processes import join, together
+from reft_train.training.run_dir import (
     CONFIG,
     DATA,
     check_output,
@@ -37,51 +40,21 @@ from reft_train.training.folder import (
     clear,
     publish_adapter,
 )
-from reft_train.training.outcome import Outcome
-from reft_train.training.processes import join, together
 from reft_train.training.sharding import engine_environment, gather_to_generate
 from reft_train.training.trainer import ReftTrainer, orthonormality
 
 
-def _counts(model: Any, loaded: Loaded) -> tuple[int, int, int]:
-    """Numbers trained in the method and in the head, and the frozen model's."""
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    head = sum(
-        count
-        for name, count in trained.items()
-        if any(f".{part}." in name for part in loaded.heads)
-    )
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return sum(trained.values()) - head, head, frozen
-
-
 def _class_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
     def measure(prediction: Any) -> dict[str, float]:
-        logits = (
-            prediction.predictions[0]
-            if isinstance(prediction.predictions, tuple)
-            else prediction.predictions
-        )
+        logits = prediction.predictions
         given = logits.squeeze(-1) if task.labels is None else logits.argmax(-1)
         return task.measure(given.tolist(), prediction.label_ids.tolist())
 
     return measure
 
 
-def _scorer(
-    config: RunConfig, loaded: Loaded, task: Task, rows: list[Row]
-) -> Callable[[Any], dict[str, float]]:
-    def score(model: Any) -> dict[str, float]:
-        bare = Loaded(model, loaded.tokenizer, loaded.kind, loaded.heads)
-        return score_set("held out", rows, bare, task, config, progress=False).metrics
-
-    return score
-
-
 def quiet() -> None:
-    """Leave the terminal to the run's own bar: no bars for reading a model or writing a cache,
-    no notes between libraries.
-    """
+    """Leave the terminal to the run's own bar: no bars and notes of libraries."""
     import datasets
 
     warnings.filterwarnings(
@@ -91,40 +64,31 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def _threads(config: RunConfig) -> None:
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-
-
 def train(
     config: RunConfig,
     *,
     callbacks: Sequence[transformers.TrainerCallback] = (),
     report: bool = True,
 ) -> Outcome:
-    """Train an adapter as ``config`` says and leave it, the log, the numbers and a report in
-    ``config.output``.
+    """Train an adapter and leave it, the log, the numbers and a report in ``config.output``.
 
     Args:
-        callbacks: more of them, for a search that prunes, say. report: write figures and the HTML
-            page.
+        callbacks: more of them, for a search that prunes, say. report: write figures and the page.
 
     Returns:
-        The outcome; ``interrupted`` where Ctrl-C or SIGTERM ended it early, with a checkpoint to go
-        on from.
+        The outcome; ``interrupted`` where Ctrl-C or SIGTERM ended it early, with a checkpoint.
 
     Raises:
-        UserError: bad input, found before anything is written. FloatingPointError: the loss is no
-            number.
+        UserError: bad input, found before anything is written.
+        FloatingPointError: the loss is no number.
     """
     join(config)
     with engine_environment(config):
         return _train(config, callbacks, report)
 
 
-def _read(config: RunConfig) -> tuple[Task, Path | None, prepare.Rows, Loaded, Callable]:
-    task, checkpoint = prepare.task_of(config), check_output(config)
-    rows = prepare.find_rows(config, task)
+def _read(config: RunConfig, task: Task) -> tuple[Path | None, prepare.Rows, Loaded, Callable]:
+    checkpoint, rows = check_output(config), prepare.find_rows(config, task)
     if config.select == "metric" and not rows.held_out:
         raise UserError("select: got 'metric' without held-out rows, expected validation")
     if config.select == "metric" and not task.metrics:
@@ -135,7 +99,7 @@ def _read(config: RunConfig) -> tuple[Task, Path | None, prepare.Rows, Loaded, C
     if checkpoint is not None:
         check_base(loaded.model.config, checkpoint)
         check_same_data(rows, Path(config.output))
-    return task, checkpoint, rows, loaded, prepare.collator(config, loaded)
+    return checkpoint, rows, loaded, prepare.collator(config, loaded)
 
 
 def _tokenized(
@@ -152,26 +116,15 @@ def _tokenized(
     ) if rows.held_out else None
 
 
-def _adapted(
-    config: RunConfig,
-    task: Task,
-    rows: prepare.Rows,
-    loaded: Loaded,
-    count: int | None,
-    metric: str | None,
-) -> Any:
-    model = adapt(config, loaded, prepare.response_template(config, loaded, task, rows))
-    check_room(model, config)
-    return model, training_arguments(config, Path(config.output), model, count, metric)
-
-
 def _train(
     config: RunConfig, callbacks: Sequence[transformers.TrainerCallback], report: bool
 ) -> Outcome:
-    _threads(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     quiet()
     output = Path(config.output)
-    task, checkpoint, rows, loaded, collate = together(lambda: _read(config))
+    task = together(lambda: tasks.get(config.task))
+    checkpoint, rows, loaded, collate = together(lambda: _read(config, task))
     examples, held_out = together(lambda: _tokenized(config, task, rows, loaded), in_turn=True)
     count = None if rows.train is None else len(examples)
     metric = (
@@ -181,60 +134,73 @@ def _train(
         if config.select == "loss"
         else None
     )
-    model, arguments = together(lambda: _adapted(config, task, rows, loaded, count, metric))
+
+    def adapted() -> tuple[Any, Any]:
+        model = adapt(config, loaded, prepare.response_template(config, loaded, task, rows))
+        check_room(model, config)
+        return model, training_arguments(config, output, model, count, metric)
+
+    def score(model: Any) -> dict[str, float]:
+        own = replace(loaded, model=model)
+        return score_set("held out", rows.held_out, own, task, config, progress=False).metrics
+
+    model, arguments = together(adapted)
     if arguments.should_save:
         sweep(output)
         if config.overwrite:
             clear(output)
-    by_generation = config.select == "metric" and loaded.kind != CLASSIFICATION
+    classifies = loaded.kind == CLASSIFICATION
     interrupt, progress = Interrupt(), Progress(TITLES[config.method])
     trainer = ReftTrainer(
         collate=collate,
         sampler=prepare.sampler(config, examples, arguments.world_size),
         heads=loaded.heads,
         head_lr=config.head_lr,
-        score=_scorer(config, loaded, task, rows.held_out) if by_generation else None,
+        score=score if config.select == "metric" and not classifies else None,
         keep=config.keep,
         model=model,
         args=arguments,
         train_dataset=examples,
         eval_dataset=held_out,
-        compute_metrics=_class_metrics(task) if loaded.kind == CLASSIFICATION else None,
+        compute_metrics=_class_metrics(task) if classifies else None,
         callbacks=[FiniteLoss(), Journal(output / LOG), progress, interrupt, *callbacks],
     )
-    if loaded.kind == CLASSIFICATION:
-        # such models take num_items_in_batch and ignore it, and Trainer would then sum the means of
-        # micro-batches and processes
+    if classifies:
+        # such models ignore num_items_in_batch, and Trainer would then sum the means of
+        # micro-batches
         trainer.model_accepts_loss_kwargs = False
-    numbers = _counts(model, loaded)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    head = sum(
+        number
+        for name, number in trained.items()
+        if any(f".{part}." in name for part in loaded.heads)
+    )
+    total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if arguments.should_save:
         write_text(output / DATA, prepare.digest(rows))
         record_base(loaded.model.config, output)
         write_text(output / CONFIG, dump_yaml(config.replace(resume=False, overwrite=False)))
-    meter = PeakMeter(arguments.device)
+    meter, started = PeakMeter(arguments.device), time.perf_counter()
     meter.start()
-    started = time.perf_counter()
     with interrupt, progress:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, memory = time.perf_counter() - started, meter.stop()
-    error = orthonormality(trainer.model)
-    interrupted = interrupt.asked and trainer.state.global_step < trainer.state.max_steps
+    error, state = orthonormality(trainer.model), trainer.state
+    interrupted = interrupt.asked and state.global_step < state.max_steps
     trainer.close()
     publish_adapter(trainer, output)
     outcome = Outcome(
         config=config.to_dict(),
-        trainable=numbers[0],
-        head=numbers[1],
-        total=numbers[2],
-        steps=trainer.state.global_step,
-        losses=[
-            (entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry
-        ],
+        trainable=sum(trained.values()) - head,
+        head=head,
+        total=total,
+        steps=state.global_step,
+        losses=[(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry],
         seconds=seconds,
         step_seconds=trainer.clock.median(),
         tokens_per_second=trainer.tokens * arguments.world_size / seconds,
         memory=memory,
-        validation={} if interrupted else _validation(trainer, metric),
+        validation={} if interrupted else _validation(state, metric),
         tests={}
         if interrupted
         else _score_tests(trainer, config, loaded, task, rows.tests, output),
@@ -244,22 +210,21 @@ def _train(
     )
     if arguments.should_save:
         if report:
-            write_run_report(output, outcome, trainer.state.log_history)
+            write_run_report(output, outcome, state.log_history)
         outcome.save(output)
     return outcome
 
 
-def _validation(trainer: ReftTrainer, metric: str | None) -> dict[str, float]:
+def _validation(state: Any, metric: str | None) -> dict[str, float]:
     """Held-out metrics of the adapter that is kept: the last ones, or the best checkpoint's."""
-    lines = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
-    if not lines:
-        return {}
-    chosen = lines[-1]
-    if metric is not None and trainer.state.best_global_step:
-        chosen = next(entry for entry in lines if entry["step"] == trainer.state.best_global_step)
-    speed = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "step")
+    lines = [entry for entry in state.log_history if "eval_loss" in entry]
+    if metric is not None and state.best_global_step:
+        lines = [entry for entry in lines if entry["step"] == state.best_global_step][:1]
+    other = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch", "step")
     return {
-        name.removeprefix("eval_"): value for name, value in chosen.items() if name not in speed
+        name.removeprefix("eval_"): value
+        for name, value in (lines or [{}])[-1].items()
+        if name not in other
     }
 
 
@@ -273,10 +238,12 @@ def _score_tests(
 ) -> dict[str, dict[str, float]]:
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     gather_to_generate(model)
-    bare = Loaded(model, loaded.tokenizer, loaded.kind, loaded.heads)
-    scored = [score_set(name, rows, bare, task, config) for name, rows in tests.items()]
+    scored = [
+        score_set(name, rows, replace(loaded, model=model), task, config)
+        for name, rows in tests.items()
+    ]
     if scored and trainer.args.should_save:
         write_predictions(output, scored)
-        if isinstance(task, Instruct):
+        if not task.metrics:
             write_alpaca_eval(output, scored, f"{Path(config.model).name}-reft")
     return {score.name: score.metrics for score in scored}

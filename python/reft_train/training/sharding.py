@@ -1,5 +1,5 @@
-"""FSDP2 for a model with edits: how to ask the engines for it, the edits' own units, and what is
-saved of a sharded model.
+"""FSDP2 for a model with edits: how engines are asked for it, the edits' units, what is saved of
+it.
 """
 
 from __future__ import annotations
@@ -26,34 +26,38 @@ _SETTINGS = {
 }
 
 
-def wanted(config: RunConfig) -> bool:
+def requested(config: RunConfig) -> bool:
     """Whether a run is to be sharded: by its settings, or by ``accelerate launch --use_fsdp``."""
     return config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 @contextmanager
 def engine_environment(config: RunConfig) -> Iterator[None]:
-    """Where engines read their settings from while a run lasts; the next run in this process
-    finds what this one found.
+    """Where engines read their settings from while a run lasts; the next run finds what this one
+    found.
     """
-    before = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(("ACCELERATE_", "FSDP_"))
-    }
-    if wanted(config):
+
+    def ours() -> dict[str, str]:
+        return {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("ACCELERATE_", "FSDP_"))
+        }
+
+    before = ours()
+    if requested(config):
         os.environ.update(_SETTINGS)
     try:
         yield
     finally:
-        for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        for name in ours():
             del os.environ[name]
         os.environ.update(before)
 
 
 def _block_classes(model: Any) -> list[str]:
-    """Names of the classes whose modules are units; not of those around the embedding, which
-    accelerate makes a unit itself.
+    """Classes whose modules are units; not those around the embedding, which accelerate makes a
+    unit.
     """
     named = {
         name
@@ -70,8 +74,8 @@ def _block_classes(model: Any) -> list[str]:
 
 
 def _tied_elsewhere(model: Any) -> bool:
-    """Whether a parameter has more owners than the embedding and the output layer, the pair that
-    accelerate keeps together.
+    """Whether a parameter has more owners than embedding and output layer, which accelerate
+    keeps together.
     """
     pair = (model.get_input_embeddings(), model.get_output_embeddings())
     owners: dict[int, list[nn.Module]] = {}
@@ -85,24 +89,18 @@ def _tied_elsewhere(model: Any) -> bool:
 
 
 def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
-    """What TrainingArguments need to be told.
-
-    Raises:
-        UserError: a single process, a method or a model that FSDP2 does not serve.
-    """
-    if not wanted(config):
+    """What TrainingArguments need; refuses a single process, and what FSDP2 does not serve."""
+    if not requested(config):
         return {}
+    base = model.get_base_model()
+    blocks, name = _block_classes(base), type(base).__name__
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise UserError(
             "fsdp: got true in a single process, expected torchrun or accelerate launch with "
             "several"
         )
-    base = model.get_base_model()
-    blocks = _block_classes(base)
     if not blocks:
-        raise UserError(
-            f"fsdp: got true with {type(base).__name__}, whose blocks transformers does not name"
-        )
+        raise UserError(f"fsdp: got true with {name}, whose blocks transformers does not name")
     if config.method == "prefix":
         raise UserError(
             "fsdp: got true with method prefix, expected another method: PEFT does not save "
@@ -110,8 +108,8 @@ def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
         )
     if _tied_elsewhere(base):
         raise UserError(
-            f"fsdp: got true with {type(base).__name__}, which ties more than its first and last "
-            "layer, expected false"
+            f"fsdp: got true with {name}, which ties more than its first and last layer, expected "
+            "false"
         )
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(blocks)
     settings = {
@@ -125,8 +123,8 @@ def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
 
 
 def shard_on_cpus(accelerator: Any, arguments: Any) -> None:
-    """Have accelerate shard on CPUs as on accelerators; by itself it would take DDP there and
-    say nothing.
+    """Have accelerate shard on CPUs as on accelerators; by itself it would silently take DDP
+    there.
     """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -143,8 +141,8 @@ def shard_stacks(model: nn.Module) -> None:
     """Shard every stack of edits as a unit of its own, before the rest of ``model`` is.
 
     A stack's call builds the weights of all layers and its gradients come after the whole backward,
-    so it belongs to no layer's unit. It computes in float32 whatever the rest does: R built from
-    rounded parameters is not orthonormal. What is sharded already stays as it is.
+    so it belongs to no layer's unit. It computes in float32: R built from rounded parameters is not
+    orthonormal.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -162,7 +160,7 @@ def shard_stacks(model: nn.Module) -> None:
 
 def gather_to_generate(model: nn.Module) -> None:
     """Have a sharded model's ``generate`` gather weights as its forward does; transformers 4
-    leaves that out.
+    does not.
     """
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
@@ -175,8 +173,8 @@ def gather_to_generate(model: nn.Module) -> None:
 
 
 def forget_built(model: nn.Module) -> None:
-    """Have stacks build their weights anew: what is loaded into shards leaves no trace in what a
-    stack compares.
+    """Have stacks build their weights anew: what is loaded into shards leaves no trace to
+    compare.
     """
     for stack in model.modules():
         if isinstance(stack, Intervention):
@@ -184,13 +182,13 @@ def forget_built(model: nn.Module) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """A sharded model's trained parameters and its buffers, whole and on the CPU; every rank
-    must call it.
+    """A sharded model's trained parameters and buffers, whole and on the CPU; every rank must
+    call it.
     """
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if name not in frozen:
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            state[name] = whole.detach().cpu()
-    return state
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+    def whole(tensor: Tensor) -> Tensor:
+        return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
+
+    return {name: whole(tensor) for name, tensor in state.items()}

@@ -1,5 +1,5 @@
-"""transformers' Trainer with what ReFT adds: seeded order, one build of R a step, two learning
-rates, whole checkpoints.
+"""transformers' Trainer with seeded order, one build of R a step, two rates and whole
+checkpoints.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from reft_kernels.integrations.peft import share_build
 from reft_kernels.interventions import Intervention
 from reft_kernels.parametrization import orthonormality_error
 from reft_train.errors import UserError
-from reft_train.evaluation.batching import evaluating
 from reft_train.files import write_text
 from reft_train.methods import save_adapter
+from reft_train.models import evaluating
 from reft_train.training.callbacks import Bookkeeping
 from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
 from reft_train.training.clock import StepClock
@@ -38,31 +38,20 @@ from reft_train.training.sharding import (
 )
 
 
-class _Counted:
-    """A collator that notes how many real tokens its batch has."""
-
-    def __init__(self, collate: Callable[[Sequence[dict]], dict]) -> None:
-        self.collate = collate
-
-    def __call__(self, features: Sequence[dict]) -> dict:
-        batch = self.collate(features)
-        batch["token_count"] = sum(
-            len(feature["input_ids"]) for feature in features
-        )  # not a tensor: reading one waits
-        return batch
-
-
 def orthonormality(model: nn.Module) -> float | None:
-    """max |R R^T - I| over every R of a model; None where there is none. On a sharded model
-    every rank must call it.
+    """max |R R^T - I| over every R of a model; None where there is none. Every rank must call
+    it.
     """
-    worst = None
-    for stack in model.modules():
-        if isinstance(stack, Intervention) and stack.orthonormal:
-            with torch.no_grad():
-                errors = [orthonormality_error(weights.write) for weights in stack()]
-            worst = max([float(error) for error in errors] + ([] if worst is None else [worst]))
-    return worst
+    stacks = [
+        module
+        for module in model.modules()
+        if isinstance(module, Intervention) and module.orthonormal
+    ]
+    with torch.no_grad():
+        errors = [
+            float(orthonormality_error(weights.write)) for stack in stacks for weights in stack()
+        ]
+    return max(errors, default=None)
 
 
 class ReftTrainer(transformers.Trainer):
@@ -89,19 +78,24 @@ class ReftTrainer(transformers.Trainer):
         callbacks: Sequence[transformers.TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            data_collator=_Counted(collate), callbacks=[Bookkeeping(self), *callbacks], **kwargs
-        )
+        def counted(features: Sequence[dict]) -> dict:
+            # not a tensor: reading one waits for the device
+            return {
+                **collate(features),
+                "token_count": sum(len(feature["input_ids"]) for feature in features),
+            }
+
+        super().__init__(data_collator=counted, callbacks=[Bookkeeping(self), *callbacks], **kwargs)
         for display in (ProgressCallback, PrinterCallback):
             self.remove_callback(display)
-        self.sampler = sampler
-        self.heads = tuple(heads)
-        self.head_lr = head_lr
-        self.score = score
-        self.keep = keep
-        self.clock = StepClock(self.args.device)
-        self.tokens = 0
-        self._batch_tokens = 0
+        self.sampler, self.heads, self.head_lr, self.score, self.keep = (
+            sampler,
+            tuple(heads),
+            head_lr,
+            score,
+            keep,
+        )
+        self.clock, self.tokens, self._batch_tokens = StepClock(self.args.device), 0, 0
         self._logged: tuple[float, int] | None = None
         self._staging = False
         self._loss: torch.Tensor | float = 0.0
@@ -127,14 +121,12 @@ class ReftTrainer(transformers.Trainer):
             shard_on_cpus(self.accelerator, self.args)
             self.is_fsdp_enabled = True
 
-    # ---- order and optimizer
-
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler | None:
         return self.sampler
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """AdamW (or what the arguments say) over a few groups: edits and head, each with and
-        without decay.
+        """AdamW (or what the arguments say) over a few groups: edits and head, with and without
+        decay.
         """
         if self.is_fsdp_enabled:
             shard_stacks(self.model)  # the engine takes the optimizer's parameters from here on
@@ -145,29 +137,26 @@ class ReftTrainer(transformers.Trainer):
         return self.optimizer
 
     def _groups(self, model: nn.Module) -> list[dict]:
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        groups: dict[tuple[bool, bool], dict] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 head = any(f".{part}." in f".{name}." for part in self.heads)
                 bias = name.endswith((".b", ".bias", ".s"))
-                groups.setdefault((head, bias), []).append(parameter)
-        made = []
-        for (head, bias), parameters in groups.items():
-            group = {"params": parameters, "weight_decay": 0.0 if bias else self.args.weight_decay}
-            if head and self.head_lr is not None:
-                group["lr"] = self.head_lr
-            made.append(group)
-        return made
-
-    # ---- steps
+                rate = {"lr": self.head_lr} if head and self.head_lr is not None else {}
+                decay = 0.0 if bias else self.args.weight_decay
+                group = groups.setdefault(
+                    (head, bias), {"params": [], "weight_decay": decay, **rate}
+                )
+                group["params"].append(parameter)
+        return list(groups.values())
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         self._batch_tokens = inputs.pop("token_count", 0)
         return super()._prepare_inputs(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer's; after the last forward of an optimizer step R's gradients go to its
-        parameters, in one build.
+        """As Trainer's; after a step's last forward R's gradients go to its parameters, in one
+        build.
         """
         self.clock.begin()
         loss = super().training_step(*args, **kwargs)
@@ -181,8 +170,6 @@ class ReftTrainer(transformers.Trainer):
         """Note the time of an optimizer step; the callback calls it."""
         self._loss_steps += 1
         self.clock.end()
-
-    # ---- log
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """As Trainer's; lines with a training loss get tokens per second and R's orthonormality."""
@@ -213,14 +200,14 @@ class ReftTrainer(transformers.Trainer):
             dataloader.dataset,
             not getattr(self.model.config, "is_encoder_decoder", False),
         )
-        wanted = self.compute_metrics is not None
+        measured = self.compute_metrics is not None
 
         def step(inputs: dict) -> tuple:
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
                 # not prediction_step: there the mean is over all processes' tokens
                 loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
-            return loss.detach(), outputs["logits"] if wanted else None
+            return loss.detach(), outputs["logits"] if measured else None
 
         with evaluating(self.model):
             loss, logits = held_out(
@@ -232,7 +219,7 @@ class ReftTrainer(transformers.Trainer):
                 self.args.device,
             )
         metrics = {"loss": loss}
-        if wanted:
+        if measured:
             labels = torch.tensor([example["labels"] for example in dataset])
             metrics |= self.compute_metrics(
                 EvalPrediction(torch.stack(logits).numpy(), labels.numpy())
@@ -244,8 +231,6 @@ class ReftTrainer(transformers.Trainer):
         return EvalLoopOutput(
             predictions=None, label_ids=None, metrics=named, num_samples=len(dataset)
         )
-
-    # ---- checkpoints
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """As Trainer's; the first line of the log after a resume counts the steps before it,
@@ -268,8 +253,8 @@ class ReftTrainer(transformers.Trainer):
         return str(Path(folder) / STAGING) if self._staging else folder
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint aside and put it in its place in one step, so that a kill leaves
-        the previous one whole.
+        """Write a checkpoint aside and put it in its place in one step: a kill leaves the
+        previous one.
         """
         folder = Path(self._get_output_dir())
         try:
@@ -300,12 +285,10 @@ class ReftTrainer(transformers.Trainer):
             if best.exists() or best.name == name:
                 self.state.best_model_checkpoint = str(best)
         if self.args.should_save:
-            write_text(
-                folder / STAGING / name / LOSS,
-                json.dumps({"losses": losses, "steps": self._loss_steps}),
-            )
-            self.state.save_to_json(str(folder / STAGING / name / "trainer_state.json"))
-            publish(folder / STAGING / name, folder / name)
+            staged = folder / STAGING / name
+            write_text(staged / LOSS, json.dumps({"losses": losses, "steps": self._loss_steps}))
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+            publish(staged, folder / name)
             rotate(folder, self.keep, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -7,19 +7,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from reft_train.compare.isolated import RunFailed
-from reft_train.compare.plan import Plan
-from reft_train.compare.running import Comparison, compare
+from optuna.distributions import FloatDistribution
+from reft_train.compare.running import Comparison, Plan, RunFailed, compare
 from reft_train.config import RunConfig
 from reft_train.search.objective import Objective
-from reft_train.search.space import Range
 from reft_train.training.outcome import Outcome
 
 from tests.reft_train.fake_training import FakeTrain, finished, quality
 from tests.reft_train.search.plans import config, silent
 
 METHODS = ("loreft", "lora", "ia3")
-SPACE = {"lr": Range(1e-5, 1e-1, log=True)}
+SPACE = {"lr": FloatDistribution(1e-5, 1e-1, log=True)}
 
 
 class FakeFinal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from reft_train.__main__ import parser
 from reft_train.compare import command
-from reft_train.compare.plan import DEFAULT
+from reft_train.compare.command import DEFAULT
 from reft_train.errors import UserError
 
 from tests.reft_train.compare.plans import FakeFinal

@@ -10,7 +10,7 @@ import warnings
 import datasets
 import pytest
 from reft_train.data import caching
-from reft_train.data.caching import cached, file_digest, tokenizer_digest
+from reft_train.data.caching import cached, tokenizer_digest
 
 from tests.reft_train.tiny import tokenizer_of
 
@@ -48,24 +48,16 @@ def test_the_order_of_parts_does_not_matter(tmp_path):
     assert build.calls == 1
 
 
-def _flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
 DAMAGE = {
-    "one bit": _flip,
-    "cut short": lambda file: file.write_bytes(file.read_bytes()[:-8]),
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "emptied": lambda file: file.write_bytes(b""),
     "gone": lambda file: file.unlink(),
 }
 
 
-@pytest.mark.parametrize(
-    "name", ["data-00000-of-00001.arrow", "dataset_info.json", "state.json", "reft_train.json"]
-)
+@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_noticed_and_the_data_made_again(tmp_path, name, damage):
+def test_a_file_that_cannot_be_read_is_noticed_and_the_data_made_again(tmp_path, name, damage):
     build = _Build()
     cached(build, PARTS, tmp_path)
     (folder,) = tmp_path.iterdir()
@@ -142,15 +134,6 @@ def test_who_loses_the_race_takes_what_the_winner_left(tmp_path, monkeypatch):
         warnings.simplefilter("error")
         dataset = cached(_Build(), PARTS, tmp_path)
     assert dataset.to_dict() == ROWS and dataset.cache_files  # from disk
-
-
-def test_a_files_digest_is_its_contents(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.write_bytes(b"rows")
-    two.write_bytes(b"rows")
-    assert file_digest(one) == file_digest(two)
-    two.write_bytes(b"Rows")
-    assert file_digest(one) != file_digest(two)
 
 
 def test_a_tokenizers_digest_survives_its_use_and_being_saved(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 from reft_train import tasks
 from reft_train.data.sources import Files, find, hub_rows
@@ -208,11 +206,3 @@ def test_no_network_is_one_line_that_says_how_to_do_without(error, monkeypatch):
     message = str(caught.value)
     assert message.startswith("--data: ") and "\n" not in message
     assert type(error).__name__ in message and "mnli/validation_matched.parquet" in message
-
-
-def test_no_datasets_package_is_one_line_too(monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(
-        UserError, match="--data: got none, and no datasets package to load GLUE with"
-    ):
-        hub_rows(tasks.get("glue/cola"), "train")

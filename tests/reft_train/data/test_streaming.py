@@ -149,3 +149,16 @@ def test_a_buffer_of_nothing_is_refused(path):
 def test_a_missing_file_is_refused_at_once(tmp_path):
     with pytest.raises(UserError, match="--train: got .*absent.jsonl"):
         _stream(tmp_path / "absent.jsonl")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("endless", [True, False])
+def test_a_stream_without_a_usable_row_ends(path, endless, workers):
+    stream = _stream(path, endless=endless)
+    stream.max_length = 3  # no room for a prompt beside the answer
+    loader = DataLoader(stream, batch_size=None, num_workers=workers)
+    if not endless:
+        assert list(loader) == []
+        return
+    with pytest.raises(UserError, match=rf"--train: got {path} without a usable row.*max_length 3"):
+        next(iter(loader))

@@ -4,16 +4,16 @@ where.
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 from reft_train.data import tokenizing
 from reft_train.data.tokenizing import (
     IGNORED,
-    causal,
-    classification,
     count_cuts,
+    encode,
     pad_id,
     prompt_ids,
-    seq2seq,
     tokenize_rows,
 )
 from reft_train.errors import UserError
@@ -21,6 +21,7 @@ from reft_train.tasks.base import Classified, Example, Row, Task
 
 from tests.reft_train.tiny import tokenizer_of
 
+causal, seq2seq, classification = (partial(encode, kind) for kind in tokenizing.KINDS)
 EXAMPLE = Example("what is the correct answer?", "the correct answer is true", "true")
 WITH_BOS = [True, False]
 

@@ -1,4 +1,4 @@
-"""The command: bad arguments are refused before any training, and a tiny run does all of it."""
+"""The demo: its data, its three trainings from one start, its table and what it leaves."""
 
 from __future__ import annotations
 
@@ -6,20 +6,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
+from collections import Counter
 
 import pytest
-import torch
 from reft_train.__main__ import main, parser
-from reft_train.demo import command as demo
-from reft_train.demo import experiment, training, worker
-from reft_train.demo.batching import encode
-from reft_train.demo.encoder import load_tokenizer
-from reft_train.demo.stdlib_docs import load_stdlib
-from reft_train.demo.variants import KERNELS, TORCH, VARIANTS, build
+from reft_train.demo import command, training
+from reft_train.demo.data import load_docstrings, load_file
 from reft_train.errors import UserError
-from reft_train.files import check_folder
 
 SMALL = {
     "epochs": 1,
@@ -32,84 +25,149 @@ SMALL = {
 FLAGS = [f"--{name}={value}" for name, value in SMALL.items()]
 
 
-def parse(*flags):
-    return parser().parse_args(["demo", *map(str, flags)])
+@pytest.fixture
+def rows(tmp_path):
+    """A file of two labels."""
+    path = tmp_path / "rows.csv"
+    lines = [f"event loop task {n},asyncio\nheader mail body {n},email\n" for n in range(24)]
+    path.write_text("text,label\n" + "".join(lines))
+    return path
+
+
+def run(*flags):
+    return command.run(parser().parse_args(["demo", *map(str, flags)]), isolate=False)
+
+
+def test_the_two_loreft_trainings_coincide(tiny_model, rows, tmp_path, monkeypatch, capsys):
+    results = {}
+    original = training.train
+
+    def noted(name, *arguments):
+        results[name] = original(name, *arguments)
+        return results[name]
+
+    monkeypatch.setattr(training, "train", noted)
+    flags = [
+        "--model",
+        tiny_model,
+        "--data",
+        rows,
+        "--positions",
+        "f3+l3",
+        *FLAGS,
+        "--out",
+        tmp_path / "out",
+    ]
+    assert run(*flags) == 0
+    assert results["torch"].losses == pytest.approx(results["kernels"].losses, abs=2e-5)
+    assert results["frozen"].losses[0] == pytest.approx(results["kernels"].losses[0], abs=1e-5)
+    assert [(found.edits, found.head) for found in results.values()] == [
+        (0, 50),
+        (196, 50),
+        (196, 50),
+    ]
+    printed = capsys.readouterr().out
+    for text in (
+        "bit-identical",
+        "LoReFT, reft_kernels",
+        "step / frozen",
+        "held-out accuracy",
+        "peak memory",
+    ):
+        assert text in printed
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "adapter",
+        "loss.png",
+        "report.html",
+        "results.json",
+    ]
+    numbers = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(numbers["results"]) == list(training.TITLES)
+
+
+def test_an_adapter_that_does_not_come_back_the_same_is_reported(
+    tiny_model, rows, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("reft_train.methods.load_adapter", lambda loaded, folder: loaded.model)
+    assert run("--model", tiny_model, "--data", rows, *FLAGS, "--out", tmp_path / "out") == 1
+    assert "FAILED: the reloaded adapter" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command_with_processes_of_its_own(tiny_model, rows, tmp_path, capsys):
+    assert (
+        main(
+            [
+                "demo",
+                "--model",
+                str(tiny_model),
+                "--data",
+                str(rows),
+                *FLAGS,
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
+    assert "resident memory" in capsys.readouterr().out
+
+
+def test_docstrings_hold_out_modules_and_hide_the_label(library):
+    data = load_docstrings(library)
+    assert data.labels == ["asyncio", "email", "xml"]
+    texts = [text for text, _ in (*data.train, *data.held_out)]
+    assert len(set(texts)) == len(texts) and not any(
+        label in text for label in data.labels for text in texts
+    )
+    held, kept = (Counter(label for _, label in part) for part in (data.held_out, data.train))
+    assert all(0.1 < held[label] / (held[label] + kept[label]) < 0.5 for label in range(3))
+    assert load_docstrings(library) == data
+
+
+def test_a_file_of_instructions_is_read_and_contradictions_go(tmp_path):
+    rows = [{"instruction": f"Q{n}", "input": "", "answer": "ab"[n % 2]} for n in range(8)]
+    rows += [{"instruction": "same", "answer": "a"}, {"instruction": "SAME", "answer": "b"}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    data = load_file(tmp_path / "rows.json")
+    assert data.labels == ["a", "b"] and len(data.train) == 6 and len(data.held_out) == 2
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"),
+    "content, message",
     [
-        ("--rank", "0"),
-        ("--rank", "257"),
-        ("--rank", "x"),
-        ("--epochs", "0"),
-        ("--seed", "-1"),
-        ("--batch-size", "0"),
-        ("--lr", "0"),
-        ("--lr", "nan"),
-        ("--lr", "fast"),
-        ("--max-length", "2"),
-        ("--timing-steps", "1"),
-        ("--device", "tpu"),
-        ("--positions", "f0"),
-        ("--positions", "middle"),
-        ("--layers", "0;x"),
-        ("--layers", "1;1"),
-        ("--layers", ""),
+        ("text,label\na,x\nb,x\nc,x\nd,x\n", "with 1 labels, expected at least 2"),
+        ("text,label\na,x\nb,x\nc,x\nd,x\ne,y\n", "each of 4 texts"),
+        ("text,label\na,x\nb,\n", "row 2 of .*label: got no text"),
+        ("text,kind\na,b\n", "got fields text, kind, expected label"),
+        ("text,label\n", "without a row"),
     ],
 )
-def test_bad_flag_values_name_flag_and_value(flag, value, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse(f"{flag}={value}")
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and f"argument {flag}" in message and repr(value) in message
+def test_bad_files_are_refused(content, message, tmp_path):
+    (tmp_path / "rows.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_file(tmp_path / "rows.csv")
 
 
-def test_flags_that_the_model_decides_about(tiny_model, tmp_path, monkeypatch):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "config.json").write_text("{}")
-    (broken / "model.safetensors").write_text("")
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny_model, rows, capsys):
     for flags, message in {
-        ("--rank", "25"): "--rank: got 25, expected at most the model's hidden size, 24",
-        ("--layers", "0;2"): "--layers: got 2, expected 0 to 1",
+        ("--rank", "25"): "rank",
+        ("--layers", "0;2"): "layer",
         ("--max-length", "65"): "--max-length: got 65, expected at most 64",
-        ("--model", tmp_path / "nowhere"): "--model: got .*nowhere, which is not a folder",
-        ("--model", tmp_path / "empty"): "--model: got .*empty, expected a folder with config.json",
-        ("--model", broken): "--model: got .*broken, whose config.json cannot be used",
+        ("--data", str(tmp_path / "no.csv")): "--data: got",
+        ("--model", str(tmp_path / "nowhere")): "model: got",
+        ("--out", str(rows)): "is a file",
     }.items():
-        with pytest.raises(UserError, match=message):
-            demo.resolve_settings(parse("--model", tiny_model, *flags))
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="--device: got cuda"):
-            demo.resolve_settings(
-                parse("--model", tiny_model, "--max-length", 24, "--device", "cuda")
-            )
-    with pytest.raises(UserError, match="--out: got .* is a file"):
-        check_folder(tmp_path / "file" / "out", "--out")
-
-
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny_model, capsys):
-    flags = [
-        "--model",
-        str(tiny_model),
-        "--out",
-        str(tmp_path / "out"),
-        "--data",
-        str(tmp_path / "no.csv"),
-    ]
-    assert main(["demo", *FLAGS, *flags]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("reft_train demo: error: --data: got ") and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_specs_are_made_canonical():
-    parsed = parse("--positions", "L7 + f7", "--layers", "3,1")
-    assert (parsed.positions, parsed.layers) == ("f7+l7", [1, 3])
-    assert parse("--positions", "prompt").positions == "all"
+        given = {
+            "--model": str(tiny_model),
+            "--data": str(rows),
+            "--out": str(tmp_path / "out"),
+            flags[0]: flags[1],
+        }
+        assert main(["demo", *FLAGS, *(text for pair in given.items() for text in pair)]) == 2
+        error = capsys.readouterr().err
+        assert "reft_train demo: error: " in error and message in error.splitlines()[-1], error
+        assert not (tmp_path / "out").exists()
 
 
 def test_help_does_not_need_torch():
@@ -118,78 +176,8 @@ def test_help_does_not_need_torch():
         "main(['demo', '--help'])"
     )
     paths = os.pathsep.join(sys.path)
-    command, environment = [sys.executable, "-c", code], {"PYTHONPATH": paths}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    command_line, environment = [sys.executable, "-c", code], {"PYTHONPATH": paths}
+    done = subprocess.run(
+        command_line, capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0 and "--positions" in done.stdout, done.stderr
-
-
-def test_the_two_loreft_trainings_coincide(tiny_model, library, tmp_path):
-    dataset = load_stdlib(tmp_path / "cache", library)
-    flags = ["--model", tiny_model, *FLAGS, "--positions", "f3+l3", "--lr", "1e-2"]
-    settings = demo.resolve_settings(parse(*flags))
-    data = encode(
-        load_tokenizer(Path(settings.model)), dataset.train, dataset.labels, settings.max_length
-    )
-    runs, counts = {}, {}
-    for name in VARIANTS:
-        variant = build(name, settings, len(dataset.labels))
-        counts[name] = (variant.edit_count, variant.head_count)
-        runs[name] = training.train(variant, data, settings).losses
-    assert counts[TORCH] == counts[KERNELS] == (2 * (2 * 24 * 2 + 2), 3 * 24 + 3)
-    assert runs[TORCH] == pytest.approx(runs[KERNELS], abs=2e-5)
-    assert (
-        runs["frozen"][0] == pytest.approx(runs[KERNELS][0], abs=1e-5)
-        and runs["frozen"] != runs[KERNELS]
-    )
-
-
-def test_whole_run_on_a_tiny_model(tiny_model, library, tmp_path, capsys):
-    dataset = load_stdlib(tmp_path / "cache", library)
-    settings = demo.resolve_settings(parse("--model", tiny_model, *FLAGS))
-    out = tmp_path / "out"
-    for _ in range(2):  # the second replaces what the first wrote
-        assert experiment.run_demo(settings, dataset, out, isolate=False) == 0
-    printed = capsys.readouterr().out
-    assert (
-        "predictions bit-identical" in printed
-        and "LoReFT, reft_kernels" in printed
-        and "step / frozen" in printed
-    )
-    assert sorted(os.listdir(out)) == ["adapter", "loss.png", "report.html", "results.json"]
-    assert {"adapter_config.json", "adapter_model.safetensors", "labels.json"} <= set(
-        os.listdir(out / "adapter")
-    )
-    assert [r["name"] for r in json.loads((out / "results.json").read_text())["results"]] == list(
-        VARIANTS
-    )
-
-
-def test_an_adapter_that_does_not_come_back_the_same_is_reported(
-    tiny_model, library, tmp_path, capsys, monkeypatch
-):
-    dataset = load_stdlib(tmp_path / "cache", library)
-    settings = demo.resolve_settings(parse("--model", tiny_model, *FLAGS))
-    monkeypatch.setattr(experiment, "load_reft", lambda model, folder: model)  # forgets the adapter
-    assert experiment.run_demo(settings, dataset, tmp_path / "out", isolate=False) == 1
-    assert "FAILED: the reloaded adapter" in capsys.readouterr().out
-
-
-def test_a_process_of_its_own_trains_the_same(tiny_model, library, tmp_path, capfd):
-    dataset = load_stdlib(tmp_path / "cache", library)
-    settings = demo.resolve_settings(parse("--model", tiny_model, *FLAGS, "--threads", 1))
-    here = worker.run_variant(KERNELS, settings, dataset, tmp_path / "here")
-    there = worker.run_isolated(KERNELS, settings, dataset, tmp_path / "there")
-    assert there.losses == here.losses and there.accuracy == here.accuracy
-    assert there.memory.peak > there.memory.before > 0
-    assert "LoReFT, reft_kernels" in capfd.readouterr().err  # its progress bar
-
-
-def test_a_process_that_fails_is_reported(tiny_model, library, tmp_path, capfd):
-    dataset = load_stdlib(tmp_path / "cache", library)
-    settings = demo.resolve_settings(parse("--model", tiny_model, *FLAGS))
-    broken = replace(settings, model=str(tmp_path / "gone"))
-    with pytest.raises(
-        RuntimeError, match="LoReFT, reft_kernels: its process ended with exit code 1"
-    ):
-        worker.run_isolated(KERNELS, broken, dataset, tmp_path / "there")
-    assert "gone" in capfd.readouterr().err

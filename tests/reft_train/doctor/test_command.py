@@ -9,8 +9,8 @@ import math
 
 import pytest
 from reft_train.__main__ import main
-from reft_train.doctor import machine, trial
-from reft_train.doctor.machine import Memory, memory_of
+from reft_train.doctor import environment, trial
+from reft_train.doctor.environment import Memory, memory_of
 
 SMALL = ["--task", "gsm8k", "--batch-size", "2", "--max-length", "16", "--device", "cpu"]
 
@@ -113,7 +113,7 @@ def test_a_length_that_the_model_does_not_read_is_cut_and_told(tiny_llama, capsy
 
 
 def test_too_little_memory_ends_with_1_and_a_hint(tiny_llama, monkeypatch, capsys):
-    monkeypatch.setattr(machine, "_cpu", lambda: Memory(10, 20, "a test"))
+    monkeypatch.setattr(environment, "_cpu", lambda: Memory(10, 20, "a test"))
     assert main(["doctor", "--model", str(tiny_llama), *SMALL]) == 1
     text = capsys.readouterr().out
     assert (
@@ -179,10 +179,10 @@ def test_a_control_group_s_limit_counts(monkeypatch, tmp_path):
     (tmp_path / "meminfo").write_text("MemTotal: 1000 kB\nMemAvailable: 800 kB\n")
     (tmp_path / "max").write_text("512000\n")
     (tmp_path / "now").write_text("500000\n")
-    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(machine, "_GROUPS", ((tmp_path / "max", tmp_path / "now"),))
+    monkeypatch.setattr(environment, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(environment, "_GROUPS", ((tmp_path / "max", tmp_path / "now"),))
     assert memory_of("cpu") == Memory(12_000, 512_000, "the control group's limit")
     (tmp_path / "max").write_text("max\n")
     assert memory_of("cpu") == Memory(800 * 1024, 1000 * 1024, "/proc/meminfo")
-    monkeypatch.setattr(machine, "MEMINFO", tmp_path / "absent")
+    monkeypatch.setattr(environment, "MEMINFO", tmp_path / "absent")
     assert memory_of("cpu") is None

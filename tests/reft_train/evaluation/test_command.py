@@ -145,6 +145,49 @@ def test_the_frozen_model_answers_otherwise(finished, tmp_path, tiny_llama, data
     )
 
 
+def test_an_adapter_names_its_model(finished, tmp_path, tiny_llama, data):
+    folder, config, _ = finished
+    path = folder / "adapter" / "adapter_config.json"
+    flags = [
+        "--adapter",
+        folder / "adapter",
+        "--task",
+        "boolq",
+        "--data",
+        data,
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        3,
+    ]
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(tiny_llama)})
+    )
+    assert evaluate(*flags, "--out", tmp_path / "named") == 0
+    assert evaluate(*flags, "--out", tmp_path / "given", "--model", tiny_llama) == 0
+    assert said(tmp_path / "named") == said(tmp_path / "given")
+    assert json.loads((tmp_path / "named" / "scores.json").read_text())["model"] == str(tiny_llama)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3"])
+@pytest.mark.parametrize(
+    "file", ["adapter/adapter_config.json", "base_model.json", "adapter/base_model.json"]
+)
+def test_a_broken_record_is_refused(finished, data, content, file, capsys):
+    folder, _, _ = finished
+    (folder / file).write_text(content)
+    given = (
+        ["--run", folder]
+        if "base" in file
+        else ["--adapter", folder / "adapter", "--task", "boolq", "--data", data]
+    )
+    assert evaluate(*given) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.count("\n") == 1 and f"got {folder / file}" in error and "expected an object" in error
+    )
+
+
 def test_instruct_writes_what_alpaca_eval_reads(tmp_path, tiny_llama, capsys):
     (tmp_path / "alpaca_eval.json").write_text(json.dumps([{"instruction": "count", "output": ""}]))
     flags = [
@@ -199,6 +242,10 @@ def test_glue_is_scored_on_the_half_that_did_not_choose_the_model(tmp_path, tiny
         (["--run", "{tmp}/nowhere"], "--run: got {tmp}/nowhere, without a config.yaml"),
         (
             ["--run", "{run}", "--adapter", "{tmp}"],
+            "--adapter: got {tmp}, without an adapter_config.json",
+        ),
+        (
+            ["--adapter", "{tmp}", "--task", "boolq"],
             "--adapter: got {tmp}, without an adapter_config.json",
         ),
         (["--model", "{model}", "--task", "boolq", "--data", "{data}"], "--adapter: got nothing"),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from reft_train.evaluation.scoring import SetScore
-from reft_train.evaluation.table import average, render
+from reft_train.evaluation.scoring import SetScore, average, render
 
 SCORES = [
     SetScore("boolq", {"accuracy": 0.5}, 1000, []),

@@ -9,8 +9,8 @@ import warnings
 
 import pytest
 from reft_train.errors import UserError
+from reft_train.files import dumps
 from reft_train.reporting.log import read_log
-from reft_train.reporting.strict_json import dumps
 
 
 def test_entries_come_in_order(tmp_path):

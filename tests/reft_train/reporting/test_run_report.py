@@ -12,11 +12,10 @@ from html.parser import HTMLParser
 
 import pytest
 from reft_train.memory import Peak
-from reft_train.reporting.curves import finite, run_curves, series
-from reft_train.reporting.html import image, page, table
-from reft_train.reporting.run_report import figures, render_html, write_run_report
+from reft_train.reporting.page import image, smoothed, table, text_table, write_page
+from reft_train.reporting.run_report import run_curves, series, write_run_report
 from reft_train.reporting.versions import versions
-from reft_train.training.outcome import Outcome
+from reft_train.training.outcome import Outcome, summary
 
 HOSTILE = '<script>alert("x")</script>&\'"'
 OUTCOME = Outcome(
@@ -70,8 +69,12 @@ def test_two_files_are_written(tmp_path):
     assert paths[0].read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_page_fetches_nothing_and_has_no_script():
-    text = render_html(OUTCOME, LOG, b"png")
+def _page(outcome, folder):
+    return write_run_report(folder, outcome, LOG)[1].read_text()
+
+
+def test_the_page_fetches_nothing_and_has_no_script(tmp_path):
+    text = _page(OUTCOME, tmp_path)
     parsed = _Tags(text)
     assert parsed.open == [] and not parsed.tags & {"script", "link", "iframe", "object"}
     assert re.findall(r'(?:src|href)="([^"]{0,22})', text) == ["data:image/png;base64,"]
@@ -97,11 +100,11 @@ def test_the_page_fetches_nothing_and_has_no_script():
         "<td>torch</td><td>9.9</td>",
     ],
 )
-def test_the_page_shows_each_figure(shown):
-    assert shown in render_html(OUTCOME, LOG, b"png")
+def test_the_page_shows_each_figure(shown, tmp_path):
+    assert shown in _page(OUTCOME, tmp_path)
 
 
-def test_hostile_texts_are_escaped_wherever_they_stand():
+def test_hostile_texts_are_escaped_wherever_they_stand(tmp_path):
     outcome = replace(
         OUTCOME,
         config={"model": HOSTILE, "task": HOSTILE, "method": HOSTILE, HOSTILE: HOSTILE},
@@ -110,21 +113,30 @@ def test_hostile_texts_are_escaped_wherever_they_stand():
         tests={HOSTILE: {HOSTILE: 1.0}},
         versions={HOSTILE: HOSTILE},
     )
-    text = render_html(outcome, LOG, b"png")
+    text = _page(outcome, tmp_path)
     assert "script" not in _Tags(text).tags and HOSTILE not in text
-    title, settings, others = 2 * 3, 3 + 2, 1 + 1 + 2 + 2
+    # twice two names in the titles, five settings, memory, metric, set and its metric, and a
+    # version
     assert (
         text.count("&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt;&amp;&#x27;&quot;")
-        == title + settings + others
+        == 4 + 5 + 1 + 1 + 2 + 2
     )
 
 
-def test_a_picture_s_description_is_escaped():
-    assert (
-        'alt="&quot;&gt;"' in image(b"", '">')
-        and "<title>&lt;" in page("<", "")
-        and "&lt;" in table(("<",), [])
-    )
+def test_pictures_titles_and_cells_are_escaped(tmp_path):
+    assert 'alt="&quot;&gt;"' in image(b"", '">') and "&lt;" in table(("<",), [])
+    assert "<title>&lt;" in write_page(tmp_path / "page.html", "<").read_text()
+
+
+def test_a_table_for_a_terminal_lines_up_and_takes_any_text():
+    lines = text_table(("", "a"), [("[b]x[/b]", 1), ("y", "1,000")]).splitlines()
+    assert lines == ["              a", "[b]x[/b]      1", "y         1,000"]
+    assert "x" * 300 in text_table(("name",), [("x" * 300,)])
+
+
+def test_smoothing_starts_at_the_first_loss_and_keeps_a_constant():
+    assert smoothed([3.0, 3.0, 3.0]) == pytest.approx([3.0, 3.0, 3.0])
+    assert smoothed([4.0, 0.0])[0] == 4.0
 
 
 def test_a_run_that_was_interrupted_at_once_has_a_report(tmp_path):
@@ -150,7 +162,7 @@ def test_losses_that_are_not_finite_are_told_and_not_drawn(tmp_path):
     log = [*LOG, {"step": 30, "loss": math.nan}, {"step": 40, "loss": math.inf}]
     _, html = write_run_report(tmp_path, OUTCOME, log)
     assert "2 of 4 logged losses are not finite, the first at step 30" in html.read_text()
-    assert finite(series(log, "loss")) == [(10, 2.0), (20, 1.0)]
+    assert run_curves(log) == run_curves(LOG)
 
 
 def test_the_later_entry_of_a_step_counts():
@@ -180,8 +192,20 @@ def test_each_panel_is_drawn_only_where_it_was_logged():
 
 
 def test_figures_name_the_head_only_where_there_is_one():
-    assert any("head" in name for name, _ in figures(OUTCOME))
-    assert not any("head" in name for name, _ in figures(replace(OUTCOME, head=0)))
+    assert any("head" in name for name in OUTCOME.figures())
+    assert not any("head" in name for name in replace(OUTCOME, head=0).figures())
+
+
+def test_the_summary_names_losses_and_scores():
+    outcome = replace(OUTCOME, config={**OUTCOME.config, "output": "runs/x"})
+    lines = summary(outcome).splitlines()
+    assert lines[0] == "method: LoReFT" and lines[-1] == "written: runs/x"
+    for line in (
+        "training loss: 2 at step 10, 1 at the end",
+        "held out: accuracy 0.75",
+        "boolq: accuracy 0.5, f1 0.25",
+    ):
+        assert line in lines
 
 
 def test_versions_name_what_results_depend_on():

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from optuna.distributions import FloatDistribution
 from reft_train.config import RunConfig, build
 from reft_train.search.objective import Objective
-from reft_train.search.space import Choices, Range
+from reft_train.search.space import choices
 from reft_train.search.study import Plan
 
-SPACE = {"lr": Range(1e-5, 1e-1, log=True), "rank": Choices((1, 2, 4, 8))}
+SPACE = {"lr": FloatDistribution(1e-5, 1e-1, log=True), "rank": choices((1, 2, 4, 8))}
 ACCURACY = Objective("accuracy")
 
 

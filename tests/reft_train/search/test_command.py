@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from optuna.distributions import IntDistribution
 from reft_train.__main__ import parser
 from reft_train.errors import UserError
 from reft_train.search import command
-from reft_train.search.space import Choices, Range
+from reft_train.search.space import choices
 
 from tests.reft_train.fake_training import FakeTrain
 
@@ -90,13 +91,15 @@ def test_a_setting_that_a_flag_gives_is_not_varied(flags):
 def test_a_flag_joins_the_default_space(flags):
     assert space_of([*flags, "--vary", "warmup=[0, 0.1]"]) == {
         **space_of(flags),
-        "warmup": Choices((0.0, 0.1)),
+        "warmup": choices((0.0, 0.1)),
     }
 
 
 def test_a_file_replaces_the_default_space(flags, tmp_path):
     (tmp_path / "space.yaml").write_text("rank: {low: 1, high: 4}")
-    assert space_of([*flags, "--space", str(tmp_path / "space.yaml")]) == {"rank": Range(1, 4)}
+    assert space_of([*flags, "--space", str(tmp_path / "space.yaml")]) == {
+        "rank": IntDistribution(1, 4)
+    }
 
 
 def test_a_setting_that_is_given_and_varied_is_refused(flags):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from optuna.distributions import FloatDistribution
 from reft_train.config import build, read_yaml
 from reft_train.errors import UserError
 from reft_train.search.objective import Objective
-from reft_train.search.space import Choices, Range
+from reft_train.search.space import choices
 from reft_train.search.study import search
 
 from tests.reft_train.fake_training import FakeTrain, finished, quality
@@ -84,7 +85,7 @@ def test_the_best_settings_make_a_run_that_is_tested(tmp_path):
 
 
 def test_layers_come_back_from_the_best_settings_as_numbers(tmp_path):
-    found = run(plan(tmp_path / "s", space={"layers": Choices(([0, 2], [1, 3]))}), FakeTrain())
+    found = run(plan(tmp_path / "s", space={"layers": choices(([0, 2], [1, 3]))}), FakeTrain())
     assert (
         build(read_yaml(tmp_path / "s" / "best.yaml")).layers
         == found.best.settings["layers"]
@@ -243,7 +244,7 @@ def test_a_search_with_other_settings_is_refused(tmp_path):
 def test_a_search_in_another_space_is_refused(tmp_path):
     run(plan(tmp_path / "s"), FakeTrain())
     with pytest.raises(UserError, match="which holds a search with other settings"):
-        run(plan(tmp_path / "s", space={"lr": Range(1e-4, 1e-3)}), FakeTrain())
+        run(plan(tmp_path / "s", space={"lr": FloatDistribution(1e-4, 1e-3)}), FakeTrain())
 
 
 def test_overwriting_starts_anew(tmp_path):

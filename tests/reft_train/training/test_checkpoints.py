@@ -287,4 +287,4 @@ def test_the_newest_and_the_best_checkpoint_stay(best, left, tmp_path):
     for step in range(1, 5):
         (tmp_path / f"checkpoint-{step}").mkdir()
     checkpoints.rotate(tmp_path, 2, None if best is None else str(tmp_path / f"checkpoint-{best}"))
-    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)] == left
+    assert [int(path.name.rpartition("-")[2]) for path in checkpoints.checkpoints(tmp_path)] == left

@@ -1,6 +1,4 @@
-"""A run's folder: what is in it, whether a run may begin or go on there, and how an adapter gets
-into it whole.
-"""
+"""A run's folder: what is in it, whether a run may begin or go on there, and its adapter."""
 
 from __future__ import annotations
 
@@ -55,11 +53,7 @@ _FREE = {
 
 
 def check_output(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, None to start.
-
-    Raises:
-        UserError: a folder that cannot be written to, one that holds a run, or nothing to resume.
-    """
+    """The checkpoint to go on from, None to start; refuses a folder where neither is possible."""
     output = Path(config.output)
     check_folder(output, "output")
     if config.resume:
@@ -84,32 +78,22 @@ def _check_same(config: RunConfig, output: Path) -> None:
         raise UserError(f"resume: got {output} without {CONFIG}, expected a run of reft-train")
     for name, value in read_yaml(path).items():
         own = getattr(config, name)
-        if name == "model":
-            _check_model(config, value, output)
-            continue
         free = name in _FREE and not (
             name == "workers" and config.streaming
         )  # which deal out a stream's rows
-        if not free and own != value:
+        if name == "model":  # may have another place, but must be the same one
+            if own == value:
+                check_reachable(config, output)
+            check_run_base(config, output, model_config(config))
+        elif not free and own != value:
             raise UserError(
                 f"resume: got {name} {own!r}, but the run was begun with {value!r}, expected the "
                 "same"
             )
 
 
-def _check_model(config: RunConfig, begun: str, output: Path) -> None:
-    """The model may have another place, but must be the same one."""
-    if config.model == begun:
-        check_reachable(config, output)
-    check_run_base(config, output, model_config(config))
-
-
 def check_same_data(rows: prepare.Rows, output: Path) -> None:
-    """Refuse to go on with other training rows than the run was begun with.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Refuse to go on with other training rows than the run was begun with."""
     try:
         begun = (output / DATA).read_text(encoding="utf-8")
     except OSError:
@@ -121,30 +105,27 @@ def check_same_data(rows: prepare.Rows, output: Path) -> None:
 
 
 def check_room(model: torch.nn.Module, config: RunConfig) -> None:
-    """Refuse a disk that cannot hold the run's checkpoints: parameters and two moments, each one
-    more than are kept.
-
-    Raises:
-        UserError: saying how much is free and how much is needed.
+    """Refuse a disk that cannot hold the checkpoints: parameters and two moments, one more than
+    are kept.
     """
     output = Path(config.output)
-    existing = check_folder(output, "output")
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     needed = (config.keep + 2) * (3 * trained + 2**20)
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(check_folder(output, "output")).free
     if free < needed:
+        expected = f"at least {needed / 2**20:.0f} MiB for checkpoints"
         raise UserError(
-            f"output: got {output} with {free / 2**20:.0f} MiB free, expected at least "
-            f"{needed / 2**20:.0f} MiB for checkpoints"
+            f"output: got {output} with {free / 2**20:.0f} MiB free, expected {expected}"
         )
 
 
 def clear(output: Path) -> None:
     """Remove what a run left there, for another one to begin."""
-    for path in checkpoints(output):
-        shutil.rmtree(path)
-    for name in (ADAPTER, PREDICTIONS, ALPACA_EVAL, BOARD):
-        shutil.rmtree(output / name, ignore_errors=True)
+    for path in (
+        *checkpoints(output),
+        *(output / name for name in (ADAPTER, PREDICTIONS, ALPACA_EVAL, BOARD)),
+    ):
+        shutil.rmtree(path, ignore_errors=True)
     for name in (RESULTS, LOG, PICTURE, PAGE):
         (output / name).unlink(missing_ok=True)
 

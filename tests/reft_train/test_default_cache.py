@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from reft_train.cache_folder import default_cache
+from reft_train.files import default_cache
 
 
 @pytest.mark.parametrize(

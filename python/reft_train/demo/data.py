@@ -1,0 +1,81 @@
+"""Labelled texts: a user's file, or docstrings of the standard library with their package."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from reft_train.data.reading import read_rows
+from reft_train.errors import UserError
+from reft_train.tasks.base import Task
+from reft_train.tasks.fields import answer, filled, optional
+
+PACKAGES = ("asyncio", "email", "idlelib", "importlib", "multiprocessing", "unittest", "xml")
+
+
+@dataclass(frozen=True)
+class Data(Task):
+    """(text, class number) pairs to train on and held-out ones."""
+
+    train: list[tuple[str, int]]
+    held_out: list[tuple[str, int]]
+    labels: list[str]
+    name = "demo"
+
+
+def _split(rows: list[tuple[str, str, str]], name: str) -> Data:
+    """Hold out about a quarter of each label, groups whole; rows are (text, label, group)."""
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    given: dict[str, dict[str, tuple[str, str, str]]] = {}
+    for row in rows:
+        given.setdefault(row[0].casefold(), {}).setdefault(row[1], row)
+    # once each, and of a text that occurs under two labels no answer is right
+    kept = [row for same in given.values() if len(same) == 1 for row in same.values()]
+    texts, names, groups = ([row[place] for row in kept] for place in range(3))
+    labels = sorted(set(names))
+    if len(labels) < 2 or min(map(names.count, labels)) < 4:
+        raise UserError(
+            f"--data: got {name} with {len(labels)} labels, expected at least 2, each of 4 texts"
+        )
+    parts = next(StratifiedGroupKFold(4, shuffle=True, random_state=0).split(texts, names, groups))
+    return Data(*([(texts[i], labels.index(names[i])) for i in part] for part in parts), labels)
+
+
+def load_file(path: Path) -> Data:
+    """Rows of ``text`` and ``label``, or of ``instruction``, perhaps ``input``, and ``answer``."""
+    rows = []
+    for number, row in enumerate(read_rows(path, "--data")):
+        known = ("text", "label") if "text" in row.fields else ("instruction", "input", "answer")
+        more = [optional(row, name, known) for name in known[1:-1]]
+        text = "\n".join(filter(None, [filled(row, known[0], known), *more]))
+        rows.append((text.strip(), answer(row, known[-1], known), str(number)))
+    return _split(rows, str(path))
+
+
+def load_docstrings(root: Path | None = None) -> Data:
+    """Docstrings of the standard library, which is parsed, not imported; modules are held out
+    whole.
+    """
+    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    names = re.compile(rf"\b(?:{'|'.join(PACKAGES)})\b", re.IGNORECASE)
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    rows = []
+    for path in (path for package in PACKAGES for path in sorted((root / package).rglob("*.py"))):
+        parts = path.relative_to(root).parts
+        if {"test", "tests", "idle_test"} & set(parts):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # invalid escapes in others' sources
+            nodes = [
+                node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)
+            ]
+        texts = [" ".join((ast.get_docstring(node) or "").split()) for node in nodes]
+        texts = [text for text in texts if text.count(" ") > 3][:150]  # short ones say nothing
+        # the label must not be written in the text
+        rows += [(names.sub("package", text), parts[0], "/".join(parts)) for text in texts]
+    return _split(rows, f"the standard library in {root}")
