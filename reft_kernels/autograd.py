@@ -73,17 +73,19 @@ def _edit_without_graph(hidden: Tensor, in_place_op, *args) -> Tensor:
     return hidden
 
 
-def _to(grad: Tensor, dtype: torch.dtype, wanted: bool) -> Tensor | None:
-    if not wanted:
+def _to(grad: Tensor, dtype: torch.dtype | None, wanted: bool) -> Tensor | None:
+    if not wanted or dtype is None:
         return None
     return grad if grad.dtype is dtype else grad.to(dtype)
 
 
 def _applied(function: type[torch.autograd.Function]) -> Callable:
-    """``function.apply`` without what only functorch's transforms need, where none is active and
-    nothing is traced.
+    """Return ``function.apply`` without its support for functorch's transforms.
+
+    ``Function.apply`` is used where a transform is active or the call is traced.
     """
-    apply, direct = function.apply, super(torch.autograd.Function, function).apply
+    apply = function.apply
+    direct = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # defined in C++
 
     def call(*args):
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

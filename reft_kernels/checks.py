@@ -8,6 +8,8 @@ construction and are marked as checked when they are created.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from reft_kernels.orthonormal import MAX_RANK
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHECKED = "_reft_checked"  # tensor attribute: (num_rows, version) of the last value check
+_ASSERTED = "_reft_asserted"
 
 
 def describe(value: object) -> str:
@@ -181,7 +184,7 @@ def assert_range(name: str, index: Tensor, low: int, high: int) -> None:
         or torch.cuda.is_current_stream_capturing()
     ):
         return
-    asserted = getattr(index, "_reft_asserted", None)
+    asserted = getattr(index, _ASSERTED, None)
     if _is_marked(index, high) or asserted == (low, high, _version(index)):
         return
     least, most = torch.aminmax(index)
@@ -189,7 +192,7 @@ def assert_range(name: str, index: Tensor, low: int, high: int) -> None:
         (least >= low) & (most < high), f"{name}: expected numbers in [{low}, {high})"
     )
     if not index.is_inference():
-        index._reft_asserted = (low, high, index._version)
+        setattr(index, _ASSERTED, (low, high, index._version))
 
 
 def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
@@ -280,8 +283,8 @@ def _check_selection(
 
 def check_edit(
     hidden: Tensor,
-    weights: dict[str, Tensor],
-    biases: dict[str, Tensor],
+    weights: Mapping[str, Tensor | None],
+    biases: Mapping[str, Tensor | None],
     rows: Tensor | None,
     activation: str | None,
     coeff: Tensor | None,

@@ -112,14 +112,15 @@ def _small(tensor: Tensor | None) -> Tensor | None:
     return (tensor if tensor.dtype in _DTYPES else tensor.float()).contiguous()
 
 
-def _weights(hidden: Tensor, *weights: Tensor | None) -> list[Tensor | None]:
-    """Weights as the row kernels read them: all fp32, or all of the hidden state's dtype. Any
-    other mix is copied to fp32.
+def _weights(hidden: Tensor, read: Tensor | None, write: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Convert weights for the row kernels: all fp32, or all of the hidden state's dtype.
+
+    Any other combination is converted to fp32.
     """
-    kinds = {w.dtype for w in weights if w is not None}
+    kinds = {w.dtype for w in (read, write) if w is not None}
     if kinds not in ({torch.float32}, {hidden.dtype}):
-        weights = tuple(None if w is None else w.float() for w in weights)
-    return [None if w is None else w.contiguous() for w in weights]
+        read, write = None if read is None else read.float(), write.float()
+    return contiguous(read), write.contiguous()
 
 
 def _check_rank(write: Tensor) -> None:

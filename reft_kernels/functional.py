@@ -68,8 +68,9 @@ _READS_W, _READS_W1, _CONSTANT = (
 def _check(
     names: _Names, hidden: Tensor, weights: EditWeights, chosen: RowSelection, activation: str
 ) -> None:
-    """Say what is wrong in the function's words."""
-    matrices, biases = {names.write: weights.write}, {names.read_bias: weights.read_bias}
+    """Check the arguments of an edit; errors name the parameters of the public function."""
+    matrices: dict[str, Tensor | None] = {names.write: weights.write}
+    biases: dict[str, Tensor | None] = {names.read_bias: weights.read_bias}
     if names.read is not None:
         matrices[names.read] = weights.read
     if weights.subtract_bias is not None:
@@ -85,8 +86,10 @@ def _edit(
     activation: str | None,
     inplace: bool,
 ) -> Tensor:
-    """One edit. The operators check their arguments; what is wrong is then said again, in the
-    function's words.
+    """Apply one edit.
+
+    The operators check their arguments. If one raises, the checks run again here, so that the error
+    names the parameters of the public function.
     """
     if activation not in ACTIVATIONS:
         activation = canonical_activation(activation)

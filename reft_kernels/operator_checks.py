@@ -47,12 +47,14 @@ def _check_place(name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def _check_apart(op: str, written: Tensor, **others: Tensor | None) -> None:
-    """Refuse an argument that lies in the memory which the call writes to, where both are dense."""
+    """Raise ValueError if a contiguous argument overlaps the memory that the call writes."""
     if not written.is_contiguous():
         return
     begin, size = written.data_ptr(), written.nbytes
     for name, other in others.items():
-        offset = size if other is None else other.data_ptr() - begin
+        if other is None:
+            continue
+        offset = other.data_ptr() - begin
         if offset >= size or (offset < 0 and offset + other.nbytes <= 0) or not other.numel():
             continue
         if other.is_contiguous():

@@ -243,7 +243,7 @@ def place_width(
         width = own_width(module, side)
         if width is None and block_path is None:
             width = _end_width(module, side) or (_last_width(module) if side == "output" else None)
-        elif width is None:
+        elif width is None and block_path is not None:
             width = _width_in_block(model, path, module, block_path, side)
     if width is None:
         raise ValueError(

@@ -292,5 +292,5 @@ def install() -> None:
         refuse_prompts(self, adapter_name, peft_config)
         return adding(self, adapter_name, peft_config, *args, **kwargs)
 
-    add_adapter.reft_original = adding
+    setattr(add_adapter, "reft_original", adding)  # noqa: B010  (mypy: a function has no such attribute)
     PeftModel.__init__, PeftModel.add_adapter = make, add_adapter
