@@ -64,7 +64,7 @@ def _check_hidden(hidden: Tensor) -> None:
         raise ValueError(f"hidden: got shape {tuple(hidden.shape)}, expected [..., d] with d >= 1")
 
 
-def _check_weight(name: str, weight: Tensor, shape: tuple[int, ...], hidden: Tensor) -> None:
+def _check_weight(name: str, weight: Tensor | None, shape: tuple[int, ...], hidden: Tensor) -> None:
     if not isinstance(weight, Tensor):
         raise TypeError(f"{name}: got {describe(weight)}, expected a tensor of shape {shape}")
     if weight.shape != shape:
