@@ -32,16 +32,9 @@ from pathlib import Path
 from types import ModuleType
 
 from reft_kernels.activations import canonical_activation
+from reft_kernels.adapter_files import ConversionError, check_target, new_folder
 from reft_kernels.conversion import adapterhub_folder, exact, peft_folder, pyreft_folder
-from reft_kernels.conversion.common import (
-    DTYPES,
-    Adapter,
-    ConversionError,
-    Options,
-    check,
-    select_layers,
-)
-from reft_kernels.conversion.files import check_target, new_folder
+from reft_kernels.conversion.common import DTYPES, Adapter, Options, check, select_layers
 from reft_kernels.interventions import STACKED
 
 FORMATS: dict[str, ModuleType] = {

@@ -34,17 +34,22 @@ import torch
 from torch import Tensor
 
 from reft_kernels.activations import canonical_activation
+from reft_kernels.adapter_files import (
+    ConversionError,
+    read_bin,
+    read_json,
+    read_safetensors,
+    write_json,
+)
 from reft_kernels.conversion.common import (
     Adapter,
-    ConversionError,
     Options,
     Weights,
     cast,
     fold_subtract_bias,
     required_positions,
 )
-from reft_kernels.conversion.files import read_bin, read_json, read_safetensors, write_json
-from reft_kernels.conversion.orthogonal_state import BASE, ORIGINAL, evaluate, state
+from reft_kernels.integrations.torch_orthogonal_state import BASE, ORIGINAL, evaluate, state
 
 NAME = "adapterhub"
 CONFIG = "adapter_config.json"

@@ -23,19 +23,13 @@ import torch
 from torch import Tensor
 
 from reft_kernels import positions as positions_module
+from reft_kernels.adapter_files import ConversionError
 from reft_kernels.interventions import STACKED, Intervention
 
 Weights = dict[str, Tensor]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SPARE = "spare"
-
-
-class ConversionError(ValueError):
-    """Raised if an adapter cannot be converted.
-
-    The message is one line with the file or setting, its value and what was expected.
-    """
 
 
 @dataclasses.dataclass(frozen=True)

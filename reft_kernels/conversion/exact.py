@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from reft_kernels.conversion.common import SPARE, Adapter, ConversionError, bits, digest
-from reft_kernels.conversion.files import read_safetensors, write_safetensors
+from reft_kernels.adapter_files import ConversionError, read_safetensors, write_safetensors
+from reft_kernels.conversion.common import SPARE, Adapter, bits, digest
 
 FILE = "reft_exact.safetensors"
 VERSION = "1"

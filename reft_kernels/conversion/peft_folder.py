@@ -22,16 +22,20 @@ import torch
 from torch import Tensor
 
 from reft_kernels.activations import canonical_activation
+from reft_kernels.adapter_files import (
+    ConversionError,
+    read_json,
+    read_safetensors,
+    write_safetensors,
+)
 from reft_kernels.conversion.common import (
     Adapter,
-    ConversionError,
     Options,
     Weights,
     cast,
     fold_subtract_bias,
     required_positions,
 )
-from reft_kernels.conversion.files import read_json, read_safetensors, write_safetensors
 from reft_kernels.interventions import STACKED, Intervention
 from reft_kernels.model.components import ROLES
 from reft_kernels.parametrization import INVERSES, PARAMETRIZATIONS, build

@@ -24,9 +24,8 @@ import torch
 from torch import Tensor
 
 from reft_kernels.activations import canonical_activation
-from reft_kernels.conversion.common import DTYPES, Adapter, ConversionError, Options, Weights, cast
-from reft_kernels.conversion.files import read_bin, read_json, write_json
-from reft_kernels.conversion.orthogonal_state import BASE, ORIGINAL, evaluate, state
+from reft_kernels.adapter_files import ConversionError, read_bin, read_json, write_json
+from reft_kernels.conversion.common import DTYPES, Adapter, Options, Weights, cast
 from reft_kernels.conversion.pyreft_keys import (
     SAME_ROLES,
     Key,
@@ -34,6 +33,7 @@ from reft_kernels.conversion.pyreft_keys import (
     parse_file_key,
     their_component,
 )
+from reft_kernels.integrations.torch_orthogonal_state import BASE, ORIGINAL, evaluate, state
 
 NAME = "pyreft"
 CONFIG = "config.json"

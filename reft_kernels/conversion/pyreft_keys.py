@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from reft_kernels.conversion.common import ConversionError
+from reft_kernels.adapter_files import ConversionError
 from reft_kernels.model.components import ROLES
 
 SAME_ROLES = tuple(

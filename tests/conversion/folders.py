@@ -12,8 +12,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from reft_kernels.conversion.orthogonal_state import BASE, ORIGINAL
 from reft_kernels.integrations.peft import ReftConfig
+from reft_kernels.integrations.torch_orthogonal_state import BASE, ORIGINAL
 from tests.model.families import LAYERS, WIDTH, make, shake
 
 RANK = 4

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from reft_kernels import adapter_files
 from reft_kernels import convert as command
-from reft_kernels.conversion import files
 from tests.conversion import folders
 from tests.conversion.command_line import contents, refused, run
 from tests.model.families import make
@@ -367,14 +367,14 @@ def test_a_failure_half_way_leaves_the_old(tmp_path, monkeypatch, capsys, peft, 
     if place == "write":
         monkeypatch.setattr(torch, "save", fail)
     else:
-        rename = files.Path.rename
+        rename = adapter_files.Path.rename
 
         def once(path, new):
             if ".new-" in path.name:
                 fail()
             return rename(path, new)
 
-        monkeypatch.setattr(files.Path, "rename", once)
+        monkeypatch.setattr(adapter_files.Path, "rename", once)
     capsys.readouterr()
     refused(capsys, tmp_path, "no space left on device", peft, target, "--to", "pyreft", "--force")
     assert contents(target) == before

@@ -11,7 +11,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from reft_kernels.conversion.common import ConversionError, Options
+from reft_kernels.adapter_files import ConversionError
+from reft_kernels.conversion.common import Options
 from reft_kernels.convert import convert, load
 from tests.conversion import folders
 from tests.conversion.exact_edit import exact, ids

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from reft_kernels.conversion import exact
 from reft_kernels.conversion.common import Options, bits
-from reft_kernels.conversion.orthogonal_state import evaluate, state
 from reft_kernels.convert import convert, load
+from reft_kernels.integrations.torch_orthogonal_state import evaluate, state
 from reft_kernels.parametrization import INVERSES, build
 from tests.conversion import folders
 from tests.model.families import LAYERS, stacks

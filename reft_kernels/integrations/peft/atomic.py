@@ -27,8 +27,7 @@ from typing import Any
 from peft.peft_model import PeftModel
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
-from reft_kernels.conversion.common import ConversionError
-from reft_kernels.conversion.files import read_json
+from reft_kernels.adapter_files import ConversionError, read_json
 from reft_kernels.integrations.peft.register import REFT
 
 MARK = "save_id"

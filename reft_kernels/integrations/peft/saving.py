@@ -9,7 +9,7 @@ from peft.config import PeftConfig
 from peft.utils.constants import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 
-from reft_kernels.conversion.files import read_bin, read_safetensors
+from reft_kernels.adapter_files import read_bin, read_safetensors
 from reft_kernels.integrations.peft import combining
 from reft_kernels.integrations.peft.layer import find_container
 

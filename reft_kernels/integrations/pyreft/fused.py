@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from reft_kernels.arguments import RowSelection
 from reft_kernels.autograd import apply_edit
 from reft_kernels.checks import HIDDEN_DTYPES, check_count, describe, mark_rows, num_rows_of
-from reft_kernels.conversion.orthogonal_state import BASE, ORIGINAL
 from reft_kernels.integrations.pyreft.rotate import RotateLayer, weight_of_parametrization
 from reft_kernels.integrations.pyreft.subspaces import coefficients
+from reft_kernels.integrations.torch_orthogonal_state import BASE, ORIGINAL
 from reft_kernels.interventions import EditWeights
 from reft_kernels.parametrization import MAX_RANK, _checked_orthonormal
 

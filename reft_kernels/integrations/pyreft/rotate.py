@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from reft_kernels.conversion.orthogonal_state import BASE, ORIGINAL, evaluate, state
 from reft_kernels.dtypes import accumulation_dtype
+from reft_kernels.integrations.torch_orthogonal_state import BASE, ORIGINAL, evaluate, state
 from reft_kernels.orthonormal import BasePoint
 from reft_kernels.parametrization import _checked_orthonormal, base_point, build, orthonormalize
 

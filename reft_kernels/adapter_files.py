@@ -17,7 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft_kernels.conversion.common import ConversionError
+
+class ConversionError(ValueError):
+    """Raised if an adapter cannot be converted.
+
+    The message is one line with the file or setting, its value and what was expected.
+    """
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from reft_kernels.conversion.common import ConversionError
+from reft_kernels.adapter_files import ConversionError
 
 ORIGINAL = "parametrizations.weight.original"
 BASE = "parametrizations.weight.0.base"
