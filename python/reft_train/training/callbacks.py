@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,8 +17,15 @@ from reft_train.files import write_text
 from reft_train.progress import bar
 from reft_train.ranks import joined
 
-if TYPE_CHECKING:
-    from reft_train.training.trainer import ReftTrainer
+
+class HasSampler(Protocol):
+    """The trainer as its bookkeeping callback uses it."""
+
+    sampler: Any
+    train_dataset: Any
+
+    def step_done(self) -> None:
+        """Called after each optimizer step."""
 
 
 class Journal(TrainerCallback):
@@ -99,7 +106,7 @@ class Interrupt(TrainerCallback):
 class Bookkeeping(TrainerCallback):
     """Tells the trainer when an optimizer step is over, and what orders the examples the epoch."""
 
-    def __init__(self, trainer: ReftTrainer) -> None:
+    def __init__(self, trainer: HasSampler) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -17,11 +17,11 @@ from reft_train.files import check_folder, replace_folder
 from reft_train.methods import check_run_base, save_adapter
 from reft_train.models import check_reachable, model_config
 from reft_train.reporting.log import LOG
-from reft_train.reporting.run_report import PAGE, PICTURE
 from reft_train.training import prepare
 from reft_train.training.arguments import BOARD
 from reft_train.training.checkpoints import checkpoints, last
 from reft_train.training.outcome import RESULTS
+from reft_train.training.run_report import PAGE, PICTURE
 from reft_train.training.sharding import trained_state
 
 if TYPE_CHECKING:

@@ -22,7 +22,6 @@ from reft_train.memory import PeakMeter
 from reft_train.methods import TITLES, adapt, check_base, record_base
 from reft_train.models import CLASSIFICATION, Loaded, load
 from reft_train.reporting.log import LOG
-from reft_train.reporting.run_report import write_run_report
 from reft_train.reporting.versions import versions
 from reft_train.tasks.base import Row, Task
 from reft_train.training import prepare
@@ -40,6 +39,7 @@ from reft_train.training.run_dir import (
     clear,
     publish_adapter,
 )
+from reft_train.training.run_report import write_run_report
 from reft_train.training.sharding import engine_environment, gather_to_generate
 from reft_train.training.trainer import ReftTrainer, orthonormality
 

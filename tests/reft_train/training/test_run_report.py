@@ -13,9 +13,9 @@ from html.parser import HTMLParser
 import pytest
 from reft_train.memory import Peak
 from reft_train.reporting.page import image, smoothed, table, text_table, write_page
-from reft_train.reporting.run_report import run_curves, series, write_run_report
 from reft_train.reporting.versions import versions
 from reft_train.training.outcome import Outcome, summary
+from reft_train.training.run_report import run_curves, series, write_run_report
 
 HOSTILE = '<script>alert("x")</script>&\'"'
 OUTCOME = Outcome(

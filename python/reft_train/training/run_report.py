@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reft_train.files import write_bytes
 from reft_train.reporting import page
 from reft_train.reporting.versions import versions
-
-if TYPE_CHECKING:
-    from reft_train.training.outcome import Outcome
+from reft_train.training.outcome import Outcome
 
 PICTURE, PAGE = "loss.png", "report.html"
 Log = Sequence[Mapping[str, Any]]
