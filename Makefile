@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-full test-transformers4 test-gpu lint typecheck coverage wheel docs bench bench-transformers4 clean
+.PHONY: demo test test-full test-transformers4 test-gpu lint coverage wheel docs bench bench-transformers4 clean
 
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
@@ -48,9 +48,6 @@ test-transformers4: $(VENV)-transformers4/.installed
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
-
-# the checks of mypy; its configuration is in pyproject.toml. Not part of lint until it passes.
-typecheck: $(VENV)/.installed
 	$(BIN)/python -m mypy
 
 coverage: $(VENV)/.installed

@@ -20,7 +20,6 @@ from benchmarks.plot_data import (
     select,
     speed_over,
 )
-from benchmarks.plot_data import base as base
 from benchmarks.plot_style import FLOORS, STYLE, order
 from benchmarks.rows import Measurement
 

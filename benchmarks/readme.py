@@ -19,10 +19,10 @@ from pathlib import Path
 
 from reft_train.files import write_text
 
-from benchmarks import compare, plots, suites
+from benchmarks import compare, plot_data, suites
 from benchmarks.compare import Behind
 from benchmarks.page import NO_GPU, without_gpu
-from benchmarks.rows import RESULTS, Row
+from benchmarks.rows import RESULTS, Measurement
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "measured.md"
 BEGIN, END = "<!-- figures -->", "<!-- /figures -->"
@@ -33,15 +33,15 @@ MODES = {
     "step": "",
     "call": "",
 }
-Case = list[Row]
+Case = list[Measurement]
 
 
-def _number(row: Row, name: str) -> int:
+def _number(row: Measurement, name: str) -> int:
     return int(row.dimensions.get(name, 1))
 
 
 def _largest(
-    cases: Sequence[Case], same: Callable[[Row], object], size: Callable[[Row], int]
+    cases: Sequence[Case], same: Callable[[Measurement], object], size: Callable[[Measurement], int]
 ) -> list[Case]:
     """Of the cases that agree in ``same`` those of the largest ``size``."""
     largest: dict[object, int] = {}
@@ -55,7 +55,7 @@ def _edits(cases: Sequence[Case]) -> list[Case]:
     """Forward, forward + backward, and both inside a graph, at d = 4096, r = 8 and 32, as many rows
     as the base shape has.
     """
-    centre = plots.base([case[0] for case in cases])
+    centre = plot_data.base([case[0] for case in cases])
     at = [
         c
         for c in cases
@@ -71,7 +71,7 @@ def _edits(cases: Sequence[Case]) -> list[Case]:
 
 def _selected(cases: Sequence[Case]) -> list[Case]:
     """T = 512 and 8192, or the longest below, otherwise the base shape."""
-    centre = plots.base([case[0] for case in cases])
+    centre = plot_data.base([case[0] for case in cases])
     centre.pop("T", None)
     at = [case for case in cases if {**case[0].dimensions, **centre} == case[0].dimensions]
     lengths = {_number(case[0], "T") for case in at}
@@ -92,7 +92,7 @@ def _builds(cases: Sequence[Case]) -> list[Case]:
 
 def _models(cases: Sequence[Case]) -> list[Case]:
     """Each model with the most tokens measured, without checkpointing or torch.compile."""
-    at = [case for case in cases if not case[0].dimensions.keys() & set(plots.SWITCHES)]
+    at = [case for case in cases if not case[0].dimensions.keys() & set(plot_data.SWITCHES)]
     return _largest(
         at,
         lambda row: (row.mode, row.dimensions.get("model"), row.dtype, row.allocator),
@@ -122,7 +122,7 @@ def _times(value: float) -> str:
     )
 
 
-def _time(row: Row) -> str:
+def _time(row: Measurement) -> str:
     """The median with its unit, or why there is none."""
     if row.median_ms is None:
         return row.note.split(":")[0] or "no time"
@@ -131,7 +131,7 @@ def _time(row: Row) -> str:
     return f"{row.median_ms:,.0f} ms" if row.median_ms >= 100 else f"{row.median_ms:.3g} ms"
 
 
-def _figure(row: Row) -> str:
+def _figure(row: Measurement) -> str:
     """The ratio, with the share of torch.clone's bandwidth for reft_kernels; the time where it has
     none; or the note.
     """
@@ -143,7 +143,7 @@ def _figure(row: Row) -> str:
     return _times(row.ratio) + (f" ({clone:.0%} of clone)" if clone is not None else "")
 
 
-def _title(row: Row) -> str:
+def _title(row: Measurement) -> str:
     return suites.load(row.suite).TITLE + MODES.get(row.mode, f", {row.mode}")
 
 
@@ -194,7 +194,7 @@ def _table(group: Sequence[Case]) -> list[str]:
     return [*lines, ""]
 
 
-def _lines(devices: dict[str, list[Row]]) -> list[str]:
+def _lines(devices: dict[str, list[Measurement]]) -> list[str]:
     lines = []
     for suite, pick in PICKED.items():
         for found in devices.values():
@@ -223,7 +223,7 @@ def _loss(loss: Behind) -> str:
     return f"- {case}: {faster}{said}"
 
 
-def _losses(devices: dict[str, list[Row]]) -> list[str]:
+def _losses(devices: dict[str, list[Measurement]]) -> list[str]:
     losses = sorted(
         (loss for rows in devices.values() for loss in compare.behind(rows)),
         key=lambda loss: -loss.factor,
@@ -243,7 +243,7 @@ def _losses(devices: dict[str, list[Row]]) -> list[str]:
     ]
 
 
-def figures(devices: dict[str, list[Row]]) -> str:
+def figures(devices: dict[str, list[Measurement]]) -> str:
     """What belongs between the markers.
 
     Raises:

@@ -183,6 +183,3 @@ def latest(rows: Iterable[Measurement]) -> list[Measurement]:
 def folder(device: str) -> Path:
     """Return the folder of a device's CSV files."""
     return RESULTS / device
-
-
-Row = Measurement  # former name, still imported by benchmarks.readme

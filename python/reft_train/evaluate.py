@@ -36,9 +36,9 @@ SETTINGS = (
     "threads",
 )
 CONFIG, ADAPTER, FROZEN = "config.yaml", "adapter", "none"
-DESCRIPTION = """Score an adapter on test sets: generate answers or predict classes, apply the task's
-rule, print a table with the average over sets. Writes scores.json, predictions/<set>.jsonl and, for
-instruct, alpaca_eval/<set>.json."""
+DESCRIPTION = """Score an adapter on test sets: generate answers or predict classes, apply the
+task's rule, print a table with the average over sets. Writes scores.json,
+predictions/<set>.jsonl and, for instruct, alpaca_eval/<set>.json."""
 
 
 def add_parser(subparsers) -> None:

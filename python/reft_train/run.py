@@ -9,10 +9,10 @@ import sys
 from reft_train.errors import ReportedError, UserError
 from reft_train.flags import add_settings, settings
 
-DESCRIPTION = """Train a ReFT adapter (or a PEFT baseline) on a frozen Hugging Face model and score it
-on the task's test sets. Settings come from the task's recipe, then from --config, then from flags.
-Under torchrun or accelerate launch several processes share the work. Ctrl-C saves a checkpoint and
-says how to go on."""
+DESCRIPTION = """Train a ReFT adapter (or a PEFT baseline) on a frozen Hugging Face model and
+score it on the task's test sets. Settings come from the task's recipe, then from --config, then
+from flags. Under torchrun or accelerate launch several processes share the work. Ctrl-C saves a
+checkpoint and says how to go on."""
 
 
 def add_parser(subparsers) -> None:

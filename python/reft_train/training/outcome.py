@@ -58,7 +58,9 @@ class Outcome:
             "training time": f"{self.seconds:,.1f} s",
             "time of a step, median": f"{self.step_seconds:.4g} s",
             "tokens per second, padding excluded": f"{self.tokens_per_second:,.0f}",
-            "peak memory": f"{self.memory.peak:,.0f} MiB, {self.memory.before:,.0f} MiB of it before training",
+            "peak memory": (
+                f"{self.memory.peak:,.0f} MiB, {self.memory.before:,.0f} MiB of it before training"
+            ),
             "measured as": self.memory.method,
             "max |R Rᵀ − I| at the end": ""
             if self.orthonormality is None
