@@ -1,5 +1,7 @@
-"""The autograd functions of the edits, outside the operators: what is saved, what is edited in
-place, what is copied.
+"""Autograd of the edits: what is saved for the backward, what is edited in place or copied.
+
+These functions run once for each layer and call, so the usual case (a contiguous hidden state) is
+written out in them: on the CPU the time of a small edit is that of its Python frames.
 """
 
 from __future__ import annotations
@@ -53,9 +55,14 @@ def _has_row_stride(tensor: Tensor) -> bool:
 
 
 def _edit_rows_of(hidden: Tensor, in_place_op, *args):
-    """Run an in-place operator on ``hidden`` as rows, through a copy where its strides do not
-    allow a view.
+    """Run an in-place operator on the rows of ``hidden``.
+
+    Goes through a copy if the strides of ``hidden`` do not allow a view as rows.
     """
+    if hidden.is_contiguous():
+        return in_place_op(
+            hidden if hidden.dim() == 2 else hidden.view(-1, hidden.shape[-1]), *args
+        )
     flat = _as_rows(hidden)
     result = in_place_op(flat, *args)
     if not _has_row_stride(hidden):
@@ -64,10 +71,14 @@ def _edit_rows_of(hidden: Tensor, in_place_op, *args):
 
 
 def _edit_without_graph(hidden: Tensor, in_place_op, *args) -> Tensor:
-    """An in-place edit that no graph records, but that other graphs see as a change: kernels do
-    not count versions.
+    """Edit in place without recording, and count the change.
+
+    Kernels do not increase the version counter, by which autograd detects changed tensors.
     """
-    _edit_rows_of(hidden, in_place_op, *args)
+    if hidden.is_contiguous():
+        in_place_op(hidden if hidden.dim() == 2 else hidden.view(-1, hidden.shape[-1]), *args)
+    else:
+        _edit_rows_of(hidden, in_place_op, *args)
     if not (torch.compiler.is_compiling() or hidden.is_inference()):
         torch.autograd.graph.increment_version(hidden)
     return hidden
@@ -124,7 +135,11 @@ class _Edit(torch.autograd.Function):
             True,
         )
         if inplace:
-            saved_input, u, z = _edit_rows_of(hidden, _edit_, *args)
+            if hidden.is_contiguous():
+                rows_of_hidden = hidden if hidden.dim() == 2 else hidden.view(-1, hidden.shape[-1])
+                saved_input, u, z = _edit_(rows_of_hidden, *args)
+            else:
+                saved_input, u, z = _edit_rows_of(hidden, _edit_, *args)
             ctx.mark_dirty(hidden)
             out = hidden
         else:
@@ -225,24 +240,16 @@ _apply_edit, _apply_red = _applied(_Edit), _applied(_Red)
 
 
 def operators_check(hidden: Tensor) -> bool:
-    """Whether the operators check all that a call of theirs with ``hidden`` needs, so that nobody
-    else has to.
+    """Return whether the operators check every argument of a call with ``hidden``.
 
-    Not on a GPU, where they do not wait for the values of ``rows``, nor while a compiler traces.
+    They do so on the CPU. On a GPU they do not check the values of ``rows``, because that would
+    synchronize, and while a compiler traces there are no values.
     """
     return (
         isinstance(hidden, Tensor)
         and hidden.device.type == "cpu"
         and not torch.compiler.is_compiling()
     )
-
-
-def _needs_graph(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
 
 
 def _copied_back(hidden: Tensor, out: Tensor) -> Tensor:
@@ -272,13 +279,26 @@ def apply_edit(
         subtract_projection,
         activation,
     )
-    graph = _needs_graph(hidden, write, read, read_bias, subtract_bias, coeff)
-    if inplace:
+    graph = torch.is_grad_enabled() and (
+        hidden.requires_grad
+        or write.requires_grad
+        or (read is not None and read.requires_grad)
+        or (read_bias is not None and read_bias.requires_grad)
+        or (subtract_bias is not None and subtract_bias.requires_grad)
+        or (coeff is not None and coeff.requires_grad)
+    )
+    # the conditions of check_writable that need only flags; it names the reason
+    if (
+        inplace
+        and not torch.compiler.is_compiling()
+        and (not hidden.is_contiguous() or (graph and (hidden.is_leaf or hidden._is_view())))
+    ):
         check_writable(hidden, graph)
     if graph:
         if inplace and torch.compiler.is_compiling():
             return _copied_back(hidden, _Edit.apply(hidden, *args, False))
-        ownership.calibrate()
+        if ownership.baseline is None:
+            ownership.calibrate()
         return _apply_edit(hidden, *args, inplace)
     if inplace:
         return _edit_without_graph(hidden, _edit_, *args, False)
@@ -288,8 +308,15 @@ def apply_edit(
 def apply_red(hidden: Tensor, weights: RedWeights, chosen: RowSelection, inplace: bool) -> Tensor:
     """RED with its gradient; it takes no ``coeff``."""
     (scale, bias), (rows, weight_ids, _) = weights, chosen
-    graph = _needs_graph(hidden, scale, bias)
-    if inplace:
+    graph = torch.is_grad_enabled() and (
+        hidden.requires_grad or scale.requires_grad or bias.requires_grad
+    )
+    # the conditions of check_writable that need only flags; it names the reason
+    if (
+        inplace
+        and not torch.compiler.is_compiling()
+        and (not hidden.is_contiguous() or (graph and (hidden.is_leaf or hidden._is_view())))
+    ):
         check_writable(hidden, graph)
     if graph:
         if inplace and torch.compiler.is_compiling():
@@ -299,7 +326,8 @@ def apply_red(hidden: Tensor, weights: RedWeights, chosen: RowSelection, inplace
             return _copied_back(
                 hidden, _Red.apply(saved_input, rows, weight_ids, scale, bias, False)
             )
-        ownership.calibrate()
+        if ownership.baseline is None:
+            ownership.calibrate()
         return _apply_red(hidden, rows, weight_ids, scale, bias, inplace)
     if inplace:
         return _edit_without_graph(hidden, _red_, rows, weight_ids, scale, bias, False)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import function
 
-_baseline: tuple[int, int, int] | None = None
+baseline: tuple[int, int, int] | None = None
 _lock = threading.Lock()
 
 
@@ -38,14 +38,14 @@ def is_sole_owner(grad: Tensor) -> bool:
     the call depth and local variables change the Python reference count.
     """
     if (
-        _baseline is None
+        baseline is None
         or torch.is_grad_enabled()
         or grad.requires_grad
         or grad._is_view()
         or not grad.is_contiguous()
     ):
         return False
-    return _counts(grad) == _baseline
+    return _counts(grad) == baseline
 
 
 def once_differentiable(backward: Callable) -> Callable:
@@ -82,8 +82,8 @@ def calibrate() -> None:
 
     The first edit that is recorded for a backward pass calls this; later calls do nothing.
     """
-    global _baseline
-    if torch.compiler.is_compiling() or _baseline is not None:
+    global baseline
+    if torch.compiler.is_compiling() or baseline is not None:
         return
     with (
         _lock,
@@ -93,4 +93,4 @@ def calibrate() -> None:
     ):
         x = torch.ones(4, 4, device="cpu", requires_grad=True)
         (_Probe.apply(x) * 2.0).backward(torch.ones_like(x))
-        _baseline = _Probe.seen
+        baseline = _Probe.seen
