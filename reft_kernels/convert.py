@@ -34,7 +34,7 @@ from types import ModuleType
 from reft_kernels.activations import canonical_activation
 from reft_kernels.adapter_files import ConversionError, check_target, new_folder
 from reft_kernels.conversion import adapterhub_folder, exact, peft_folder, pyreft_folder
-from reft_kernels.conversion.common import DTYPES, Adapter, Options, check, select_layers
+from reft_kernels.conversion.common import DTYPES, Options, SavedAdapter, check, select_layers
 from reft_kernels.interventions import STACKED
 
 FORMATS: dict[str, ModuleType] = {
@@ -63,7 +63,7 @@ def detect(folder: Path) -> str:
     return matching[0]
 
 
-def _read(folder: Path, form: str, options: Options) -> Adapter:
+def _read(folder: Path, form: str, options: Options) -> SavedAdapter:
     try:
         adapter = FORMATS[form].read(folder, options)
     except ConversionError:
@@ -83,7 +83,7 @@ def _read(folder: Path, form: str, options: Options) -> Adapter:
     return adapter
 
 
-def load(folder: Path, form: str, options: Options) -> Adapter:
+def load(folder: Path, form: str, options: Options) -> SavedAdapter:
     """Read an adapter.
 
     Args:
@@ -120,7 +120,7 @@ def convert(
     form: str | None = None,
     options: Options | None = None,
     force: bool = False,
-) -> Adapter:
+) -> SavedAdapter:
     """Convert a saved adapter; see the module documentation.
 
     Args:

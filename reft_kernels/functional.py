@@ -124,7 +124,11 @@ def loreft(
             not checked.
         W: Same shape as R.
         b: ``[r]``, or ``[S, r]`` with ``weight_ids``.
-        rows, activation, coeff, weight_ids, inplace: See the module documentation.
+        rows: See the module documentation.
+        activation: See the module documentation.
+        coeff: See the module documentation.
+        weight_ids: See the module documentation.
+        inplace: See the module documentation.
         set_ids: Deprecated name of ``weight_ids``.
 
     Returns:
@@ -186,7 +190,11 @@ def nodireft(
         W2: ``[r, d]``, or ``[S, r, d]`` with ``weight_ids``.
         W1: Same shape as W2.
         b: ``[r]``, or ``[S, r]`` with ``weight_ids``.
-        rows, activation, coeff, weight_ids, inplace: See the module documentation.
+        rows: See the module documentation.
+        activation: See the module documentation.
+        coeff: See the module documentation.
+        weight_ids: See the module documentation.
+        inplace: See the module documentation.
         set_ids: Deprecated name of ``weight_ids``.
 
     Returns:
@@ -291,7 +299,9 @@ def red(
         hidden: ``[..., d]``.
         scale: ``[d]``, or ``[S, d]`` with ``weight_ids``.
         bias: Same shape as ``scale``.
-        rows, weight_ids, inplace: See the module documentation.
+        rows: See the module documentation.
+        weight_ids: See the module documentation.
+        inplace: See the module documentation.
         set_ids: Deprecated name of ``weight_ids``.
 
     Returns:

@@ -42,8 +42,8 @@ from reft_kernels.adapter_files import (
     write_json,
 )
 from reft_kernels.conversion.common import (
-    Adapter,
     Options,
+    SavedAdapter,
     Weights,
     cast,
     fold_subtract_bias,
@@ -147,7 +147,7 @@ def _activation(content: dict[str, Any]) -> str:
         raise ConversionError(f"non_linearity: {error}") from None
 
 
-def read(folder: Path, options: Options) -> Adapter:
+def read(folder: Path, options: Options) -> SavedAdapter:
     """Read the adapter in a folder.
 
     Raises:
@@ -200,7 +200,7 @@ def read(folder: Path, options: Options) -> Adapter:
         if count == 2 and "+" not in positions:  # one of the two units has no positions
             spare[layer] = sets.pop(1 if positions[0] == "f" else 0)
         layers[layer] = sets
-    adapter = Adapter(
+    adapter = SavedAdapter(
         intervention=options.intervention
         or _KINDS[orthogonal, True if subtract_projection is None else bool(subtract_projection)],
         component="block_output",
@@ -236,7 +236,7 @@ def read(folder: Path, options: Options) -> Adapter:
     return adapter
 
 
-def _model(adapter: Adapter, options: Options) -> dict[str, Any]:
+def _model(adapter: SavedAdapter, options: Options) -> dict[str, Any]:
     """Return the settings that describe the model; "path" is the path of its blocks."""
     known = dict(adapter.details.get(NAME, {}))
     component = adapter.component.replace("[{layer}]", ".{layer}")
@@ -293,7 +293,7 @@ def _look_up(name: str) -> dict[str, Any]:
     }
 
 
-def _stored(adapter: Adapter, weights: Weights, dtype: str | None) -> dict[str, Tensor]:
+def _stored(adapter: SavedAdapter, weights: Weights, dtype: str | None) -> dict[str, Tensor]:
     stored = {
         "learned_source.weight": cast(weights["read"], dtype),
         "learned_source.bias": cast(fold_subtract_bias(adapter, weights, "AdapterHub"), dtype),
@@ -304,7 +304,7 @@ def _stored(adapter: Adapter, weights: Weights, dtype: str | None) -> dict[str, 
     return {**stored, f"projection.{ORIGINAL}": original, f"projection.{BASE}": base}
 
 
-def write(adapter: Adapter, folder: Path, options: Options) -> None:
+def write(adapter: SavedAdapter, folder: Path, options: Options) -> None:
     """Write the adapter to a folder.
 
     Raises:

@@ -48,7 +48,7 @@ class Options:
 
 
 @dataclasses.dataclass
-class Adapter:
+class SavedAdapter:
     """An adapter: its settings and weights.
 
     Attributes:
@@ -133,7 +133,7 @@ class Adapter:
         )
 
 
-def check(adapter: Adapter) -> None:
+def check(adapter: SavedAdapter) -> None:
     """Check the weights and positions of an adapter.
 
     Raises:
@@ -199,7 +199,7 @@ def parse_positions(spec: str) -> positions_module.Spec:
         raise ConversionError(str(error)) from None
 
 
-def required_positions(adapter: Adapter) -> positions_module.Spec:
+def required_positions(adapter: SavedAdapter) -> positions_module.Spec:
     """Return the parsed positions of an adapter.
 
     Raises:
@@ -213,7 +213,7 @@ def required_positions(adapter: Adapter) -> positions_module.Spec:
     return parse_positions(adapter.positions)
 
 
-def select_layers(adapter: Adapter, layers: str | list[int] | None) -> None:
+def select_layers(adapter: SavedAdapter, layers: str | list[int] | None) -> None:
     """Remove all layers of an adapter except the given ones.
 
     Args:
@@ -237,7 +237,7 @@ def select_layers(adapter: Adapter, layers: str | list[int] | None) -> None:
     adapter.spare = {n: w for n, w in adapter.spare.items() if n in adapter.layers}
 
 
-def fold_subtract_bias(adapter: Adapter, weights: Weights, target: str) -> Tensor:
+def fold_subtract_bias(adapter: SavedAdapter, weights: Weights, target: str) -> Tensor:
     """Return the bias for a target format without b2.
 
     With a linear activation, b - b2 gives the same edit.
@@ -279,7 +279,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().double().contiguous().view(torch.int64)
 
 
-def digest(adapter: Adapter) -> str:
+def digest(adapter: SavedAdapter) -> str:
     """Return the SHA-256 digest of an adapter's stored weights.
 
     It covers the name, dtype, shape and bytes of all tensors, except ``write`` if X is stored.

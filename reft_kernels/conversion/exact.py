@@ -20,19 +20,19 @@ from typing import Any
 import torch
 
 from reft_kernels.adapter_files import ConversionError, read_safetensors, write_safetensors
-from reft_kernels.conversion.common import SPARE, Adapter, bits, digest
+from reft_kernels.conversion.common import SPARE, SavedAdapter, bits, digest
 
 FILE = "reft_exact.safetensors"
 VERSION = "1"
 SETTINGS = ("positions", "pyreft_positions", "activation", "dropout", "all_layers")
 
 
-def _settings(adapter: Adapter) -> dict[str, Any]:
+def _settings(adapter: SavedAdapter) -> dict[str, Any]:
     named = {name: getattr(adapter, name) for name in (*SETTINGS, "parametrization", "base_model")}
     return {**named, "details": adapter.details}
 
 
-def keep(folder: Path, adapter: Adapter, restored: Adapter) -> None:
+def keep(folder: Path, adapter: SavedAdapter, restored: SavedAdapter) -> None:
     """Write the file, unless the folder already represents the adapter exactly.
 
     Args:
@@ -56,7 +56,7 @@ def keep(folder: Path, adapter: Adapter, restored: Adapter) -> None:
         write_safetensors(folder / FILE, lost, metadata)
 
 
-def restore(folder: Path, adapter: Adapter) -> None:
+def restore(folder: Path, adapter: SavedAdapter) -> None:
     """Restore the tensors and settings that :func:`keep` wrote, if the file exists and matches.
 
     Settings that the folder's format contains are not changed.
@@ -92,7 +92,7 @@ def restore(folder: Path, adapter: Adapter) -> None:
         raise ConversionError(f"{path}: is corrupt: {type(error).__name__} {error}") from None
 
 
-def _put(adapter: Adapter, tensors: dict[str, torch.Tensor]) -> None:
+def _put(adapter: SavedAdapter, tensors: dict[str, torch.Tensor]) -> None:
     for key, tensor in tensors.items():
         layer, label, name = key.split(".")
         sets = (

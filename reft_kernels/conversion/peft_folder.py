@@ -29,8 +29,8 @@ from reft_kernels.adapter_files import (
     write_safetensors,
 )
 from reft_kernels.conversion.common import (
-    Adapter,
     Options,
+    SavedAdapter,
     Weights,
     cast,
     fold_subtract_bias,
@@ -120,7 +120,7 @@ def _layer_numbers(config: dict[str, Any], count: int, options: Options, where: 
     return [int(n) for n in layers]
 
 
-def read(folder: Path, options: Options) -> Adapter:
+def read(folder: Path, options: Options) -> SavedAdapter:
     """Read the adapter in a folder.
 
     Raises:
@@ -184,7 +184,7 @@ def read(folder: Path, options: Options) -> Adapter:
         activation = canonical_activation(config.get("activation"))
     except ValueError as error:
         raise ConversionError(str(error)) from None
-    adapter = Adapter(
+    adapter = SavedAdapter(
         intervention=intervention,
         component=config.get("component", "block_output"),
         layers={
@@ -219,7 +219,7 @@ def _free_parameters(layer: int, weights: Weights, parametrization: str) -> tupl
     return X.float(), signs.float()
 
 
-def write(adapter: Adapter, folder: Path, options: Options) -> None:
+def write(adapter: SavedAdapter, folder: Path, options: Options) -> None:
     """Write the adapter to a folder. Requires PEFT.
 
     Raises:
@@ -256,7 +256,7 @@ def write(adapter: Adapter, folder: Path, options: Options) -> None:
     )
 
 
-def _configuration(adapter: Adapter, options: Options) -> Any:
+def _configuration(adapter: SavedAdapter, options: Options) -> Any:
     try:
         from reft_kernels.integrations.peft import ReftConfig
     except ImportError as error:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from reft_kernels.activations import canonical_activation
 from reft_kernels.adapter_files import ConversionError, read_bin, read_json, write_json
-from reft_kernels.conversion.common import DTYPES, Adapter, Options, Weights, cast
+from reft_kernels.conversion.common import DTYPES, Options, SavedAdapter, Weights, cast
 from reft_kernels.conversion.pyreft_keys import (
     SAME_ROLES,
     Key,
@@ -228,7 +228,7 @@ def _head(folder: Path, options: Options) -> list[str]:
     return saved
 
 
-def read(folder: Path, options: Options) -> Adapter:
+def read(folder: Path, options: Options) -> SavedAdapter:
     """Read the adapter in a folder.
 
     Without ``config.json``, layers and components are determined from the file names.
@@ -280,7 +280,7 @@ def read(folder: Path, options: Options) -> Adapter:
                 weights.pop("subtract_bias", None)
     dtype = next(iter(ordered.values()))[0]["bias"].dtype
     head = _head(folder, options)
-    return Adapter(
+    return SavedAdapter(
         intervention=intervention,
         component=components.pop(),
         layers=ordered,
@@ -325,12 +325,12 @@ def _state(weights: Weights, intervention: str, dtype: str) -> dict[str, Tensor]
     return {**tensors, f"rotate_layer.{ORIGINAL}": original, f"rotate_layer.{BASE}": base}
 
 
-def _order(adapter: Adapter) -> list[tuple[int, int]]:
+def _order(adapter: SavedAdapter) -> list[tuple[int, int]]:
     """Return (layer, set) pairs in pyreft's order: the first sets of all layers, then the last."""
     return [(layer, index) for index in range(1 + adapter.untied) for layer in adapter.layers]
 
 
-def write(adapter: Adapter, folder: Path, options: Options) -> None:
+def write(adapter: SavedAdapter, folder: Path, options: Options) -> None:
     """Write the adapter to a folder.
 
     Raises:
@@ -378,7 +378,7 @@ def write(adapter: Adapter, folder: Path, options: Options) -> None:
     _remark(adapter, dtype)
 
 
-def _remark(adapter: Adapter, dtype: str) -> None:
+def _remark(adapter: SavedAdapter, dtype: str) -> None:
     """Add notes about what the written folder does not contain."""
     notes = adapter.notes
     if adapter.dropout:

@@ -280,7 +280,10 @@ class Intervention(nn.Module):
         Args:
             hidden: ``[..., d]``.
             weights: An entry of the result of :meth:`build`.
-            rows, weight_ids, coeff, inplace: See :mod:`reft_kernels.functional`.
+            rows: See :mod:`reft_kernels.functional`.
+            weight_ids: See :mod:`reft_kernels.functional`.
+            coeff: See :mod:`reft_kernels.functional`.
+            inplace: See :mod:`reft_kernels.functional`.
 
         Returns:
             The edited hidden states, with the shape and dtype of ``hidden``.
@@ -334,8 +337,11 @@ class Intervention(nn.Module):
 
         Args:
             hidden: ``[..., d]``.
-            rows, weight_ids, coeff, inplace: See :mod:`reft_kernels.functional`. ``weight_ids`` is
-                required with ``num_sets`` and not allowed without.
+            rows: See :mod:`reft_kernels.functional`.
+            weight_ids: See :mod:`reft_kernels.functional`. Required with ``num_sets``, not
+                allowed without.
+            coeff: See :mod:`reft_kernels.functional`.
+            inplace: See :mod:`reft_kernels.functional`.
             set_ids: Deprecated name of ``weight_ids``.
 
         Returns:

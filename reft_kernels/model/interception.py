@@ -30,7 +30,7 @@ class Observer(Protocol):
         """Run after the forward; ``output`` is None if it raised."""
 
 
-class _Called:
+class _HookedModule:
     def __init__(self) -> None:
         self.module: nn.Module | None = None
 
@@ -49,7 +49,7 @@ class InterceptedForward:
         self.module = module
         self.observer = observer
         self.replaced = module.__dict__.get("forward")
-        self.threads = PerThread(_Called)
+        self.threads = PerThread(_HookedModule)
         self.handles: list[Handle] = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after, always_call=True),
@@ -69,10 +69,10 @@ class InterceptedForward:
         return {**self.__dict__, "threads": None}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, threads=PerThread(_Called))
+        self.__dict__.update(state, threads=PerThread(_HookedModule))
 
     @property
-    def called(self) -> _Called:
+    def called(self) -> _HookedModule:
         """The module whose hooks have run in this thread, before its ``forward``."""
         return self.threads.here
 

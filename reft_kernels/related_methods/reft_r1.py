@@ -143,7 +143,8 @@ class ReftR1(nn.Module):
         Args:
             hidden: ``[..., d]``, or ``[B, T, d]`` if ``factor`` is ``[B]``.
             factor: A number, ``[B]`` (one per example) or ``[N, 1]`` (one per row).
-            rows, inplace: See :mod:`reft_kernels.functional`.
+            rows: See :mod:`reft_kernels.functional`.
+            inplace: See :mod:`reft_kernels.functional`.
 
         Returns:
             The edited hidden states, with the shape and dtype of ``hidden``.
@@ -162,7 +163,8 @@ class ReftR1(nn.Module):
 
         Args:
             hidden: ``[B, T, d]``.
-            rows, inplace: See :mod:`reft_kernels.functional`.
+            rows: See :mod:`reft_kernels.functional`.
+            inplace: See :mod:`reft_kernels.functional`.
 
         Returns:
             The edited hidden states, with the shape and dtype of ``hidden``.

@@ -135,7 +135,8 @@ class RePS(nn.Module):
                 removes the direction.
             concepts: int32 or int64 ``[B]``, the concept of each example, below num_concepts. None
                 without ``num_concepts``.
-            rows, inplace: See :mod:`reft_kernels.functional`.
+            rows: See :mod:`reft_kernels.functional`.
+            inplace: See :mod:`reft_kernels.functional`.
 
         Returns:
             The edited hidden states, with the shape and dtype of ``hidden``.

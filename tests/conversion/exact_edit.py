@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from reft_kernels.conversion.common import Adapter
 from tests.model.families import BATCH, LENGTH, VOCAB, blocks, make
 from tests.plain import edit
 
@@ -23,7 +22,7 @@ def rows_of(columns: list[int]) -> torch.Tensor:
 
 
 def own_weights(
-    adapter: Adapter, weights: dict[str, torch.Tensor], dtype: torch.dtype
+    adapter: SavedAdapter, weights: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Return a set's weights by the names of :mod:`tests.plain`."""
     orthonormal, reads = adapter.kind.orthonormal, adapter.kind.reads
@@ -36,7 +35,7 @@ def own_weights(
 
 
 def exact(
-    adapter: Adapter, first: int, last: int, family: str = "llama", path: str | None = None
+    adapter: SavedAdapter, first: int, last: int, family: str = "llama", path: str | None = None
 ) -> torch.Tensor:
     """Return logits in fp64 with the first and last tokens edited.
 

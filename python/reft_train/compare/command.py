@@ -13,7 +13,7 @@ from reft_train.errors import UserError
 from reft_train.search.command import add_choice, one_process
 
 if TYPE_CHECKING:
-    from reft_train.compare.running import Plan
+    from reft_train.compare.running import ComparisonPlan
 
 DESCRIPTION = """Compare methods on one task and model. Each method gets the same budget to choose
 its learning rate and size on held-out training rows; its best settings are then trained and tested
@@ -54,9 +54,9 @@ def add_parser(subparsers) -> None:
     command.set_defaults(run=run)
 
 
-def resolve_plan(parsed: argparse.Namespace) -> Plan:
+def resolve_plan(parsed: argparse.Namespace) -> ComparisonPlan:
     """The comparison that the flags ask for."""
-    from reft_train.compare.running import Plan
+    from reft_train.compare.running import ComparisonPlan
     from reft_train.search.objective import resolve
 
     if parsed.config is None and "output" not in parsed:
@@ -66,7 +66,7 @@ def resolve_plan(parsed: argparse.Namespace) -> Plan:
         raise UserError(f"--seeds: got {' '.join(map(str, parsed.seeds))}, expected each seed once")
     trials = None if parsed.budget_seconds is not None else parsed.budget_trials or 8
     methods, seeds = _methods(config, parsed.methods), tuple(parsed.seeds)
-    return Plan(
+    return ComparisonPlan(
         config, methods, objective, seeds, trials, parsed.budget_seconds, parsed.sampler_seed
     )
 

@@ -6,7 +6,7 @@ import csv
 import io
 from dataclasses import asdict
 
-from reft_train.compare.running import Comparison, Row
+from reft_train.compare.running import Comparison, MethodResult
 from reft_train.files import dumps, write_bytes, write_text
 from reft_train.methods import TITLES
 from reft_train.reporting import page
@@ -44,7 +44,7 @@ def header(found: Comparison) -> tuple[str, ...]:
     )
 
 
-def line(row: Row, seeds: int) -> tuple[str, ...]:
+def line(row: MethodResult, seeds: int) -> tuple[str, ...]:
     """A method's line."""
     numbers = ("-",) * 4
     if row.trainable is not None:

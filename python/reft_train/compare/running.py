@@ -16,14 +16,13 @@ from reft_train.errors import UserError
 from reft_train.files import write_text
 from reft_train.search.objective import Objective
 from reft_train.search.space import Space
-from reft_train.search.study import Plan as SearchPlan
-from reft_train.search.study import Train, open_study, search, trials
+from reft_train.search.study import SearchPlan, Train, open_study, search, trials
 from reft_train.subprocess_env import environment
 from reft_train.training.outcome import Outcome
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """A comparison.
 
     Attributes:
@@ -89,7 +88,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodResult:
     """A method's line. ``test`` is the mean over the test sets in each run, then over runs."""
 
     method: str
@@ -113,8 +112,8 @@ class Row:
 class Comparison:
     """Rows in the order of the plan's methods; ``outcomes`` by (method, seed)."""
 
-    plan: Plan
-    rows: list[Row]
+    plan: ComparisonPlan
+    rows: list[MethodResult]
     outcomes: Mapping[tuple[str, int], Outcome]
 
 
@@ -148,7 +147,7 @@ def run_isolated(config: RunConfig) -> Outcome:
 
 
 def compare(
-    plan: Plan,
+    plan: ComparisonPlan,
     spaces: Mapping[str, Space],
     train: Train,
     final: Callable[[RunConfig], Outcome] = run_isolated,
@@ -203,8 +202,8 @@ def compare(
 
 
 def _tuned(
-    plan: Plan, method: str, space: Space, train: Train, log: Callable
-) -> tuple[Row, RunConfig | None]:
+    plan: ComparisonPlan, method: str, space: Space, train: Train, log: Callable
+) -> tuple[MethodResult, RunConfig | None]:
     """A method's row as far as its search goes, and the best settings, None where there are
     none.
     """
@@ -218,20 +217,20 @@ def _tuned(
     try:
         found = search(own, train, lambda line: log(f"  {line}"))
     except UserError as error:
-        return Row(method, f"not available: {error}"), None
+        return MethodResult(method, f"not available: {error}"), None
     except (
         ValueError,
         TypeError,
         AttributeError,
         LookupError,
     ) as error:  # PEFT and models where they do not fit
-        return Row(
+        return MethodResult(
             method, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ), None
     if found.interrupted:
         raise KeyboardInterrupt
     settled = [trial for trial in found.trials if trial.settled]
-    row = Row(
+    row = MethodResult(
         method, trials=len(settled), search_seconds=sum(trial.seconds for trial in found.trials)
     )
     if found.best is None:
@@ -263,12 +262,12 @@ def _spread(values: Sequence[float]) -> Spread | None:
 
 
 def _measured(
-    row: Row,
+    row: MethodResult,
     outcomes: Sequence[Outcome],
     failures: Sequence[str],
     metric: str | None,
     held_out: str,
-) -> Row:
+) -> MethodResult:
     """The row with what the tested runs gave."""
     if failures:
         seeds = len(failures) + len(outcomes)

@@ -15,7 +15,7 @@ from reft_train.errors import UserError
 if TYPE_CHECKING:
     from reft_train.doctor.environment import Memory
     from reft_train.doctor.estimate import Estimate
-    from reft_train.doctor.trial import Trial
+    from reft_train.doctor.trial import MemoryTrial
 
 DESCRIPTION = """Say what is installed and which backend serves which operator. With --model and
 --task, estimate the memory that a training needs before any weight is loaded, compare it with the
@@ -144,7 +144,7 @@ def verdict(found: Estimate, memory: Memory | None, device: str) -> str:
     return f"does not fit: {have}"
 
 
-def trial_lines(trial: Trial, found: Estimate) -> list[str]:
+def trial_lines(trial: MemoryTrial, found: Estimate) -> list[str]:
     """The trial's figures, or why it failed."""
     lines = [
         f"trial: {trial.steps} timed training steps on random tokens, {trial.length} an example"

@@ -26,7 +26,7 @@ _LEFT_OUT = ("compile", "fsdp", "deepspeed", "packing")
 
 
 @dataclass(frozen=True)
-class Trial:
+class MemoryTrial:
     """What the steps gave; ``failure`` says in a line why they stopped, None when all is well.
 
     Attributes:
@@ -130,7 +130,7 @@ class _Steps:
         return time.perf_counter() - started, result
 
 
-def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> Trial:
+def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> MemoryTrial:
     """Load, adapt and train for ``MEMORY_STEPS`` steps under the memory meter and ``steps``
     timed ones.
     """
@@ -143,11 +143,11 @@ def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> Trial:
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
     try:
-        return Trial(**found, **_measured(config, task, steps, length))
+        return MemoryTrial(**found, **_measured(config, task, steps, length))
     except UserError:  # bad input, not a failed step
         raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return Trial(
+        return MemoryTrial(
             **found, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         )
     finally:

@@ -114,7 +114,7 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
     from reft_train.training import session
 
     objective, config = resolve(config, parsed.objective)
-    plan = study.Plan(
+    plan = study.SearchPlan(
         config,
         resolve_space(parsed, config),
         objective,

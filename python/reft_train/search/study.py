@@ -50,7 +50,7 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """A search.
 
     Attributes:
@@ -102,7 +102,7 @@ class Trial:
 class Search:
     """A search as it stands; ``best`` is None where no trial finished."""
 
-    plan: Plan
+    plan: SearchPlan
     trials: list[Trial]
     best: Trial | None
     interrupted: bool
@@ -151,7 +151,10 @@ class Watch(TrainerCallback):
 
 
 def search(
-    plan: Plan, train: Train, log: Callable[[str], None] = print, clock: Clock = time.monotonic
+    plan: SearchPlan,
+    train: Train,
+    log: Callable[[str], None] = print,
+    clock: Clock = time.monotonic,
 ) -> Search:
     """Run the trials that are missing, and write ``best.yaml`` and ``trials.json``.
 
@@ -178,7 +181,7 @@ def search(
     return _result(plan, study, interrupted)
 
 
-def _prepare(plan: Plan) -> None:
+def _prepare(plan: SearchPlan) -> None:
     folder = plan.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: got {folder}, which is a file, expected a folder")
@@ -194,7 +197,7 @@ def _prepare(plan: Plan) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def open_study(plan: Plan) -> optuna.Study:
+def open_study(plan: SearchPlan) -> optuna.Study:
     """The plan's study, with interrupted trials queued again."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, space = plan.config, plan.space
@@ -275,7 +278,7 @@ def _record(frozen: FrozenTrial) -> Trial:
 
 
 def _trial(
-    plan: Plan,
+    plan: SearchPlan,
     study: optuna.Study,
     train: Train,
     deadline: float | None,
@@ -339,7 +342,7 @@ def describe(trial: Trial, objective: Objective) -> str:
     return f"trial {trial.number}: {result}{why} in {trial.seconds:.0f} s with {settings}"
 
 
-def _result(plan: Plan, study: optuna.Study, interrupted: bool = False) -> Search:
+def _result(plan: SearchPlan, study: optuna.Study, interrupted: bool = False) -> Search:
     known = trials(study)
     number = plan.objective.best(
         {trial.number: trial.value for trial in known if trial.value is not None}
@@ -347,7 +350,7 @@ def _result(plan: Plan, study: optuna.Study, interrupted: bool = False) -> Searc
     return Search(plan, known, None if number is None else known[number], interrupted, study)
 
 
-def _save(plan: Plan, study: optuna.Study) -> None:
+def _save(plan: SearchPlan, study: optuna.Study) -> None:
     """Write what is known, and remove weights and checkpoints of all trials but the best."""
     found = _result(plan, study)
     numbers = {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.distributions import FloatDistribution
-from reft_train.compare.running import Comparison, Plan, RunFailed, compare
+from reft_train.compare.running import Comparison, ComparisonPlan, RunFailed, compare
 from reft_train.config import RunConfig
 from reft_train.search.objective import Objective
 from reft_train.training.outcome import Outcome
@@ -45,7 +45,7 @@ class FakeFinal:
         return outcome
 
 
-def plan(folder: Path, **fields: Any) -> Plan:
+def plan(folder: Path, **fields: Any) -> ComparisonPlan:
     """Three methods, two trials, two seeds, in ``folder``."""
     values = {
         "methods": METHODS,
@@ -54,10 +54,10 @@ def plan(folder: Path, **fields: Any) -> Plan:
         "trials": 2,
         **fields,
     }
-    return Plan(config(folder), **values)
+    return ComparisonPlan(config(folder), **values)
 
 
-def run(plan: Plan, train: Any = None, final: Any = None) -> Comparison:
+def run(plan: ComparisonPlan, train: Any = None, final: Any = None) -> Comparison:
     """The comparison with fakes in place of trainings."""
     spaces = dict.fromkeys(plan.methods, SPACE)
     return compare(plan, spaces, train or FakeTrain(), final or FakeFinal(), silent)

@@ -9,7 +9,7 @@ from optuna.distributions import FloatDistribution
 from reft_train.config import RunConfig, build
 from reft_train.search.objective import Objective
 from reft_train.search.space import choices
-from reft_train.search.study import Plan
+from reft_train.search.study import SearchPlan
 
 SPACE = {"lr": FloatDistribution(1e-5, 1e-1, log=True), "rank": choices((1, 2, 4, 8))}
 ACCURACY = Objective("accuracy")
@@ -21,10 +21,10 @@ def config(folder: Path, **changes: Any) -> RunConfig:
     return build(values)
 
 
-def plan(folder: Path, changes: dict[str, Any] | None = None, **fields: Any) -> Plan:
+def plan(folder: Path, changes: dict[str, Any] | None = None, **fields: Any) -> SearchPlan:
     """A search of four trials in ``folder``, without pruning, ``changes`` being settings."""
     values = {"space": SPACE, "objective": ACCURACY, "trials": 4, "pruner": "none", **fields}
-    return Plan(config(folder, **(changes or {})), **values)
+    return SearchPlan(config(folder, **(changes or {})), **values)
 
 
 def silent(text: str) -> None:
