@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from reft_kernels.conversion.common import SavedAdapter
 from tests.model.families import BATCH, LENGTH, VOCAB, blocks, make
 from tests.plain import edit
 
