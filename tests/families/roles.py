@@ -134,8 +134,8 @@ means("clip_images", "vision_model.embeddings", "vision_model.embeddings", token
 means("qwen3_vl", "model.visual.merger", "model.visual.merger", tokens=False)
 MERGERS = "model.visual.deepstack_merger_list.{}"
 means("qwen3_vl", MERGERS.format("{layer}"), MERGERS, (0, 1), tokens=False)
-refuses("siglip_images", "vision_model.head", "embed_dim: cannot tell the width")
-refuses("mllama", "model.vision_model.post_tile_positional_embedding", "embed_dim: cannot tell")
+refuses("siglip_images", "vision_model.head", "embed_dim: got None, but the width")
+refuses("mllama", "model.vision_model.post_tile_positional_embedding", "embed_dim: got None")
 means(
     "clip_images",
     "vision_model.encoder.layers.{layer}.self_attn",

@@ -131,3 +131,11 @@ def logged(output: Path, name: str = "loss") -> list[tuple[int, float]]:
 def adapter_bytes(folder: Path) -> bytes:
     """An adapter's file, bit for bit."""
     return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def adapter_tensors(folder: Path) -> dict[str, bytes]:
+    """The bytes of each tensor of a saved adapter."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
