@@ -15,7 +15,7 @@ from reft_train.errors import UserError
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write ``content`` to a temporary file next to ``path`` and rename it. Creates parent folders."""
+    """Write ``content`` to a temporary file and rename it to ``path``. Creates parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -69,7 +69,9 @@ def add_settings(
     names: Iterable[str] = tuple(FIELDS),
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add ``--config`` and a flag for each of ``names``. Flags that are not passed set no attribute.
+    """Add ``--config`` and a flag for each of ``names``.
+
+    A flag that is not passed sets no attribute.
 
     Args:
         defaults: default values shown in the help of a command without recipes and ``--config``.

@@ -9,7 +9,7 @@ MEMINFO, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 
 
 def sizes(path: Path) -> dict[str, int]:
-    """Return the bytes of each field that the file gives in kB; empty if the file does not exist."""
+    """Return the bytes of each field that the file gives in kB; empty if there is no file."""
     try:
         text = path.read_text()
     except OSError:

@@ -127,7 +127,7 @@ class Bookkeeping(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Progress bar of the run with loss, tokens per second and held-out loss; first process only."""
+    """Progress bar with loss, tokens per second and held-out loss; first process only."""
 
     def __init__(self, title: str) -> None:
         self.title, self._bar = title, bar(0, title, show=False)

@@ -9,9 +9,10 @@ import torch
 
 
 class StepClock:
-    """Step timer: call ``begin()`` and ``end()`` around each step, ``settle()`` after a device sync.
+    """Step timer that measures each step between ``begin()`` and ``end()``.
 
-    On CUDA a step is timed by two events on its stream, on the CPU by a clock.
+    ``settle()`` is called after a device synchronization. On CUDA a step is timed by two events on
+    its stream, on the CPU by a clock.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -26,7 +26,10 @@ _TRIED = 1000  # stream rows that are checked before the training
 
 @dataclass
 class Rows:
-    """Rows for training (None if ``stream`` is their file), held-out rows, and rows of each test set."""
+    """Rows for training, held-out rows, and rows of each test set.
+
+    Training rows are None if ``stream`` is their file.
+    """
 
     train: list[Row] | None
     held_out: list[Row] = field(default_factory=list)

@@ -53,7 +53,11 @@ _FREE = {
 
 
 def check_output(config: RunConfig) -> Path | None:
-    """Return the checkpoint to resume from, or None to start; raise UserError if neither is possible."""
+    """Return the checkpoint to resume from, or None to start a new run.
+
+    Raises:
+        UserError: neither is possible in the output folder.
+    """
     output = Path(config.output)
     check_folder(output, "output")
     if config.resume:

@@ -1,4 +1,4 @@
-"""Report of a run: ``loss.png``, and ``report.html`` with results, curves, settings and versions."""
+"""Report of a run: ``loss.png`` and ``report.html`` (results, curves, settings, versions)."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ def _train(
 
 
 def _validation(state: Any, metric: str | None) -> dict[str, float]:
-    """Return the held-out metrics of the adapter that is kept: the last or the best checkpoint's."""
+    """Return the held-out metrics of the adapter that is kept (last or best checkpoint)."""
     lines = [entry for entry in state.log_history if "eval_loss" in entry]
     if metric is not None and state.best_global_step:
         lines = [entry for entry in lines if entry["step"] == state.best_global_step][:1]

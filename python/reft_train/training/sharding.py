@@ -177,7 +177,10 @@ def forget_built(model: nn.Module) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Gather a sharded model's trained parameters and buffers on the CPU. A collective operation."""
+    """Gather a sharded model's trained parameters and buffers on the CPU.
+
+    This is a collective operation.
+    """
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 

@@ -99,7 +99,7 @@ class ReftTrainer(transformers.Trainer):
         self._loss_steps = 0
         several = self.args.gradient_accumulation_steps > 1
         edits = any(isinstance(module, Intervention) for module in self.model.modules())
-        # DeepSpeed consumes gradients before a build of R shared by several backwards could give them
+        # DeepSpeed takes gradients in each backward, before a shared build of R has produced any
         self._shared = (
             share_build(self.model) if several and edits and not self.is_deepspeed_enabled else None
         )
@@ -150,7 +150,7 @@ class ReftTrainer(transformers.Trainer):
         return super()._prepare_inputs(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See Trainer; after the last forward of a step, backpropagates R's gradients in one build."""
+        """Run Trainer's step; after a step's last forward, backpropagate R's gradients in one build."""
         self.clock.begin()
         loss = super().training_step(*args, **kwargs)
         self._loss = self._loss + loss.detach().float()
@@ -165,7 +165,7 @@ class ReftTrainer(transformers.Trainer):
         self.clock.end()
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """See Trainer; adds tokens per second and R's orthonormality to entries with a training loss."""
+        """Log as Trainer does, adding tokens per second and R's orthonormality to training entries."""
         if "loss" in logs:
             # Trainer's own mean restarts when a run is resumed between two log entries
             logs["loss"] = self._losses().mean().item() / self._loss_steps
@@ -186,7 +186,10 @@ class ReftTrainer(transformers.Trainer):
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
-        """Compute the held-out loss, and the task's metrics for classes or if the run selects by them."""
+        """Compute the held-out loss, and the task's metrics where required.
+
+        Metrics are computed for tasks with classes, and for runs that select by them.
+        """
         dataset, shifted = (
             dataloader.dataset,
             not getattr(self.model.config, "is_encoder_decoder", False),
