@@ -73,9 +73,8 @@ def run(parsed: argparse.Namespace) -> int:
     task = tasks.get(config.task)
     sets = find_rows(config.replace(train=None, skip_test=False), task, train=False).tests
     if adapter is not None:
-        methods.check_base(
-            models.model_config(config), adapter
-        )  # checked before the weights are loaded, which is slow
+        # checked before the weights are loaded, which is slow
+        methods.check_base(models.model_config(config), adapter)
     return _score(config, task, sets, adapter, out)
 
 
@@ -95,9 +94,8 @@ def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
     merged: dict[str, Any] = {}
     for layer in (*layers, flags.given(parsed)):
         if "data" in layer and "test" not in layer:
-            merged.pop(
-                "test", None
-            )  # otherwise the run's test files would take precedence over the requested folder
+            # otherwise the run's test files would take precedence over the requested folder
+            merged.pop("test", None)
         merged.update(layer)
     if not merged.get("model") and parsed.adapter not in (None, FROZEN):
         path = resolve_adapter(parsed) / "adapter_config.json"

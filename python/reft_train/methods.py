@@ -71,20 +71,14 @@ def peft_config(
         if loaded.kind != CLASSIFICATION:
             expected = "a task with classes on an encoder: a language model has no new head"
             raise UserError(f"method: got 'head', expected {expected}")
-        return peft.LoraConfig(
-            target_modules=DUMMY_TARGET_MODULES, **common
-        )  # adapts no layer; only saves and loads the head
+        # adapts no layer; only saves and loads the head
+        return peft.LoraConfig(target_modules=DUMMY_TARGET_MODULES, **common)
     if config.method == "prefix":
         return peft.PrefixTuningConfig(num_virtual_tokens=config.prefix_tokens, **common)
     targets = config.lora_targets or None
     if config.method == "ia3":
-        ends = (
-            "down_proj",
-            "wo",
-            "fc2",
-            "c_proj",
-            "dense_4h_to_h",
-        )  # IA3 scales the input of feed-forward modules
+        # IA3 scales the input of feed-forward modules
+        ends = ("down_proj", "wo", "fc2", "c_proj", "dense_4h_to_h")
         last = targets and [name for name in targets if name.rpartition(".")[2] in ends]
         return peft.IA3Config(target_modules=targets, feedforward_modules=last, **common)
     return peft.LoraConfig(

@@ -295,9 +295,8 @@ def load(config: RunConfig, task: Task) -> Loaded:
             "regression" if task.labels is None else "single_label_classification"
         )
         if getattr(hf_config, "pad_token_id", None) is None:
-            hf_config.pad_token_id = (
-                tokenizer.pad_token_id
-            )  # decoders locate the last real token by the pad id
+            # decoders locate the last real token by the pad id
+            hf_config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(config.seed)  # initializes a new head
     try:
         model, info = getattr(transformers, class_of(config, kind)).from_pretrained(

@@ -42,9 +42,8 @@ class MeanPooledClassifier(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(
-                super().__getattr__("encoder"), name
-            )  # forwards device, gradient checkpointing and other attributes
+            # forwards device, gradient checkpointing and other attributes
+            return getattr(super().__getattr__("encoder"), name)
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the encoder's token embedding."""

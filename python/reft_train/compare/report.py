@@ -1,4 +1,4 @@
-"""What a comparison shows: a table, a figure, a page, and the numbers as JSON and CSV."""
+"""Report of a comparison: a table, a figure, a page, and the results as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CSV = (
 
 
 def header(found: Comparison) -> tuple[str, ...]:
-    """The table's columns."""
+    """Return the table's column names."""
     held_out = f"held-out {found.plan.objective.name}"
     return (
         "method",
@@ -45,7 +45,7 @@ def header(found: Comparison) -> tuple[str, ...]:
 
 
 def line(row: MethodResult, seeds: int) -> tuple[str, ...]:
-    """A method's line."""
+    """Return a method's table row."""
     numbers = ("-",) * 4
     if row.trainable is not None:
         trained = f"{row.trainable:,}" + (f" + {row.head:,}" if row.head else "")
@@ -61,14 +61,14 @@ def line(row: MethodResult, seeds: int) -> tuple[str, ...]:
 
 
 def text(found: Comparison) -> str:
-    """The table for a terminal, and below it why a method or a run is missing."""
+    """Format the table for a terminal, followed by the reasons for missing methods or runs."""
     rows = [line(row, len(found.plan.seeds))[:-1] for row in found.rows]
     reasons = (f"{TITLES[row.method]}: {row.status}" for row in found.rows if row.status != "ok")
     return "\n".join([page.text_table(header(found)[:-1], rows), *reasons])
 
 
 def notes(found: Comparison) -> list[str]:
-    """What the columns mean."""
+    """Describe the columns."""
     plan = found.plan
     budget = f"{plan.trials} trial(s)" if plan.seconds is None else f"{plan.seconds:g} seconds"
     lines = [
@@ -95,8 +95,9 @@ def notes(found: Comparison) -> list[str]:
 
 
 def figure(found: Comparison) -> bytes | None:
-    """A PNG of test metric (else held-out objective) by trained numbers; None where nothing
-    finished.
+    """Plot test metric (or held-out objective) by trainable parameters as a PNG.
+
+    Returns None if nothing finished.
     """
     tested = any(row.test is not None for row in found.rows)
     points = [(row, row.test if tested else row.validation) for row in found.rows]

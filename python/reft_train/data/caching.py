@@ -24,7 +24,7 @@ def cached(
 ) -> datasets.Dataset:
     """Return the data set that ``build`` creates, memory-mapped from disk, cached if possible.
 
-    An unreadable cached data set is rebuilt. If the cache cannot be written, a warning is logged.
+    An unreadable cached data set is rebuilt. If the cache cannot be written, a warning is issued.
 
     Args:
         parts: everything the data depend on, as JSON-serializable values.

@@ -21,10 +21,8 @@ from reft_train.models import bare, evaluating
 Items = Sequence[Mapping[str, Any]]
 FILLING = 0.05  # fraction of filler tokens accepted in short rows
 _EXAMPLES_A_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_PROBES, _PROBE_ROW = (
-    (9, 5, 7, 12),
-    17,
-)  # token counts of the test sequences: two rows with two each, one row with filler
+# token counts of the test sequences: two rows with two each, one row with filler
+_PROBES, _PROBE_ROW = ((9, 5, 7, 12), 17)
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def packed_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Assign examples to at most ``count`` rows, each longest example to the least filled row."""
+    """Assign examples to at most ``count`` rows, longest first, each to the least filled row."""
     rows: list[list[int]] = [[] for _ in range(min(len(lengths), count))]
     totals = [(0, number) for number in range(len(rows))]
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -1,6 +1,9 @@
-"""Classify which standard-library package a docstring comes from, or your own texts, with a frozen
-encoder and a trained head, with LoReFT in plain PyTorch and with LoReFT by reft_kernels. Prints a
-table; writes adapter, loss curves, numbers and a report."""
+"""Compare ways to train a text classifier on a frozen encoder.
+
+Classifies which standard-library package a docstring comes from, or custom texts, with a trained
+head, with LoReFT in plain PyTorch and with LoReFT by reft_kernels. Prints a table; writes adapter,
+loss curves, numbers and a report.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +71,9 @@ def add_parser(subparsers) -> None:
 
 
 def run(parsed: argparse.Namespace, isolate: bool = True) -> int:
-    """0, or 1 where the reloaded adapter differs; ``isolate``: a process for each peak of
-    memory.
+    """Run the command. Returns 0, or 1 if the reloaded adapter differs.
+
+    ``isolate`` runs each variant in a subprocess to measure its peak memory.
     """
     check_folder(out := Path(parsed.out), "--out")
     if parsed.model is None:
@@ -92,13 +96,13 @@ def run(parsed: argparse.Namespace, isolate: bool = True) -> int:
             "longest"
         )
     texts = data.load_docstrings() if parsed.data is None else data.load_file(Path(parsed.data))
-    training.build("kernels", config, texts)  # refuses wrong settings before any training
+    training.build("kernels", config, texts)  # detects invalid settings before any training
     adapter, results = out / "adapter", {}
     for name in training.TITLES:
         work = (training.train, name, config, texts, adapter)
         with ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn")
-        ) as pool:  # starts at the first task
+        ) as pool:  # processes start at the first task
             results[name] = pool.submit(*work).result() if isolate else training.train(*work[1:])
     write_text(adapter / "labels.json", dumps(texts.labels))
     gap = training.reloaded_differs(config, texts, adapter, results["kernels"])

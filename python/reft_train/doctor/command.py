@@ -1,4 +1,4 @@
-"""``doctor``: what is installed, whether a model fits this machine, and a trial of a few steps."""
+"""``doctor``: environment report, memory estimate for a model, and a short trial training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """The command: 0, or 1 when the memory does not suffice or the trial failed."""
+    """Run the command. Returns 0, or 1 when memory is insufficient or the trial failed."""
     if parsed.json is not None and Path(parsed.json).is_dir():
         raise UserError(f"--json: got {parsed.json}, which is a folder, expected a file")
     config = None
@@ -95,7 +95,7 @@ def _examine(config: RunConfig, steps: int, found: dict[str, Any]) -> int:
 
 
 def size(count: float) -> str:
-    """Bytes in a unit that reads well."""
+    """Format a number of bytes with a suitable unit."""
     unit, factor = next(
         (pair for pair in (("GiB", 2**30), ("MiB", 2**20)) if count >= pair[1]), ("KiB", 2**10)
     )
@@ -103,7 +103,7 @@ def size(count: float) -> str:
 
 
 def estimate_lines(found: Estimate, batch: int) -> list[str]:
-    """The estimate, part by part."""
+    """Format the parts of the estimate."""
     share = f"{found.trainable / found.model_numbers:.4%} of the model's {found.model_numbers:,}"
     trained = f"  {found.trainable:,} parameters ({share})" + (
         f" and {found.head:,} of a head" if found.head else ""
@@ -127,7 +127,7 @@ def estimate_lines(found: Estimate, batch: int) -> list[str]:
 
 
 def verdict(found: Estimate, memory: Memory | None, device: str) -> str:
-    """Whether the estimate fits, in a line."""
+    """Describe in one line whether the estimate fits."""
     if memory is None:
         return (
             f"the system does not tell how much memory the {device} has; the estimate is "
@@ -145,7 +145,7 @@ def verdict(found: Estimate, memory: Memory | None, device: str) -> str:
 
 
 def trial_lines(trial: MemoryTrial, found: Estimate) -> list[str]:
-    """The trial's figures, or why it failed."""
+    """Format the trial's measurements, or the reason of its failure."""
     lines = [
         f"trial: {trial.steps} timed training steps on random tokens, {trial.length} an example"
     ]

@@ -36,7 +36,7 @@ class Decode:
 
     @classmethod
     def of(cls, config: RunConfig, decoding: Decoding, window: int | None = None) -> Decode:
-        """Combine a run's settings, which take precedence, the task's, and the model's context size."""
+        """Combine a run's settings (which take precedence), the task's, and the context size."""
         limits = [limit for limit in (decoding.max_total_tokens, window) if limit is not None]
         new, total = config.max_new_tokens or decoding.max_new_tokens, min(limits, default=None)
         return cls(new, total, config.temperature, config.top_p, config.num_beams, config.seed)
@@ -119,9 +119,8 @@ def generate(
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         base.generation_config.max_new_tokens = max(1, *rooms)
         output = model.generate(**inputs, synced_gpus=joined() and sharded).cpu()
-        start = (
-            inputs["input_ids"].shape[1] if kind == CAUSAL else 1
-        )  # the output starts with the decoder's start token
+        # the output starts with the decoder's start token
+        start = inputs["input_ids"].shape[1] if kind == CAUSAL else 1
         return [
             text(row[:room]) for row, room in zip(output[:, start:].tolist(), rooms, strict=True)
         ]
@@ -143,7 +142,7 @@ def generate(
 
 @contextmanager
 def _decoding_by(base: Any, tokenizer: Any, decode: Decode, ends: list[int]) -> Iterator[None]:
-    """Replace the model's generation config (repetition penalty, temperature) by these settings."""
+    """Replace the model's generation config by these settings, and restore it on exit."""
     from transformers import GenerationConfig
 
     before = base.generation_config

@@ -1,4 +1,4 @@
-"""``search``: choose rank, layers, positions, learning rate and more on held-out training rows."""
+"""``search``: optimize rank, layers, positions, learning rate and more on held-out rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_HERE = ("resume", "skip_test")
 
 
 def add_choice(add: Callable) -> None:
-    """Add the flags of any search: what trials are judged by, and the sampler's seed."""
+    """Add the flags common to all searches: the objective and the sampler's seed."""
     text = "held-out loss or metric (default: auto, metric of a task with classes)"
     add("--objective", default="auto", metavar="NAME", help=text)
     add(
@@ -61,8 +61,9 @@ def add_parser(subparsers) -> None:
 
 
 def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> Space:
-    """The space of file and flags, or the method's default without the settings that a flag
-    fixes.
+    """Return the search space of file and flags.
+
+    The default is the method's space without the settings that flags fix.
     """
     from reft_train import models, tasks
     from reft_train.search import space
@@ -91,7 +92,7 @@ def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> Space:
 
 
 def one_process() -> None:
-    """Refuse to go on as one of several processes."""
+    """Raise UserError if there are several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "WORLD_SIZE: got more than one process, expected one: trials are run in turn"
@@ -99,10 +100,10 @@ def one_process() -> None:
 
 
 def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
-    """The command: 0, or 1 when no trial finished, or 130 after Ctrl-C.
+    """Run the command. Returns 0, 1 when no trial finished, or 130 after Ctrl-C.
 
     Args:
-        train: in place of :func:`reft_train.training.session.train`.
+        train: replaces :func:`reft_train.training.session.train`.
     """
     one_process()
     if parsed.config is None and "output" not in parsed:

@@ -1,4 +1,4 @@
-"""What a search shows: its trials as a table, and optuna's plots of values and importances."""
+"""Report of a search: a table of trials, and optuna's plots of values and importances."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from reft_train.reporting import page
 from reft_train.reporting.versions import versions
 from reft_train.search.study import Search, shown
 
-_FEW = 4  # completed trials below which importances would be noise
+_FEW = 4  # with fewer completed trials importances are mostly noise
 
 
 def table(found: Search) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header, and a line for each trial that has run, the best ones first."""
+    """Return the header and a row for each trial that has run, best trials first."""
     objective, names = found.plan.objective, found.plan.space
     sign = 1 if objective.direction == "minimize" else -1
     header = ("trial", f"held-out {objective.name}", "state", "seconds", *names)
@@ -33,13 +33,13 @@ def table(found: Search) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 
 def plots(found: Search) -> dict[str, bytes]:
-    """PNGs by name: values by trial, and after a few trials each setting's part in their spread."""
+    """Plot values by trial and, with enough trials, parameter importances, as PNGs by name."""
     import matplotlib
 
     values = [trial.value for trial in found.trials if trial.value is not None]
     if not values:
         return {}
-    matplotlib.use("Agg")  # optuna draws with pyplot, which would look for a display
+    matplotlib.use("Agg")  # optuna plots with pyplot, which would otherwise need a display
     from matplotlib import pyplot
 
     with warnings.catch_warnings():

@@ -55,9 +55,8 @@ def held_out(
                 [loss.double() * count, torch.tensor(count, dtype=torch.float64, device=device)]
             )
         if logits is not None:
-            found.update(
-                zip(batch, logits.float().cpu(), strict=False)
-            )  # a repeated batch contributes nothing
+            # a repeated batch contributes nothing
+            found.update(zip(batch, logits.float().cpu(), strict=False))
     if processes > 1:
         dist.all_reduce(total)
     found = merged(found)

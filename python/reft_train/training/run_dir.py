@@ -82,9 +82,8 @@ def _check_same(config: RunConfig, output: Path) -> None:
         raise UserError(f"resume: got {output} without {CONFIG}, expected a run of reft-train")
     for name, value in read_yaml(path).items():
         own = getattr(config, name)
-        free = name in _FREE and not (
-            name == "workers" and config.streaming
-        )  # these settings determine how a stream's rows are distributed
+        # these settings determine how a stream's rows are distributed
+        free = name in _FREE and not (name == "workers" and config.streaming)
         if name == "model":  # the model may have moved, but must be the same one
             if own == value:
                 check_reachable(config, output)

@@ -57,9 +57,9 @@ class ReftTrainer(transformers.Trainer):
         collate: converts examples to a batch.
         sampler: order of the training examples, None for a stream.
         head_lr: learning rate of parameters under ``heads``. None: the same as the others.
-        score: called with the model at each evaluation; its metrics are added to the held-out loss.
+        score: called with the model at each evaluation; its metrics join the held-out loss.
         keep: number of checkpoints to keep, in addition to the best one.
-        callbacks: additional callbacks; the default printing callback is removed.
+        callbacks: additional callbacks; Trainer's progress and printing callbacks are removed.
         kwargs: passed to :class:`transformers.Trainer`.
     """
 
@@ -150,7 +150,7 @@ class ReftTrainer(transformers.Trainer):
         return super()._prepare_inputs(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Run Trainer's step; after a step's last forward, backpropagate R's gradients in one build."""
+        """Run a training step; after its last forward, backpropagate R's gradients in one build."""
         self.clock.begin()
         loss = super().training_step(*args, **kwargs)
         self._loss = self._loss + loss.detach().float()
@@ -165,7 +165,7 @@ class ReftTrainer(transformers.Trainer):
         self.clock.end()
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Log as Trainer does, adding tokens per second and R's orthonormality to training entries."""
+        """Log as Trainer does, with tokens per second and orthonormality in training entries."""
         if "loss" in logs:
             # Trainer's own mean restarts when a run is resumed between two log entries
             logs["loss"] = self._losses().mean().item() / self._loss_steps
