@@ -312,16 +312,16 @@ def build(*layers: Mapping[str, Any]) -> RunConfig:
     """Build a configuration from mappings; later ones override earlier ones and the recipe."""
     from reft_train import tasks
 
-    given: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for values in layers:
         known(values, "setting")
-        given.update(values)
-    if not isinstance(given.get("task"), str) or not given["task"]:
+        merged.update(values)
+    if not isinstance(merged.get("task"), str) or not merged["task"]:
         raise UserError(
             "task: got none, expected a task such as commonsense, gsm8k, boolq or jsonl"
         )
-    name = check("recipe", given.get("recipe")) or tasks.get(given["task"]).recipe
-    return RunConfig(**{**recipe(name), **given, "recipe": name})
+    name = check("recipe", merged.get("recipe")) or tasks.get(merged["task"]).recipe
+    return RunConfig(**{**recipe(name), **merged, "recipe": name})
 
 
 def dump_yaml(config: RunConfig) -> str:

@@ -92,7 +92,7 @@ def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
     if parsed.config is not None:
         layers.append(read_yaml(parsed.config))
     merged: dict[str, Any] = {}
-    for layer in (*layers, flags.given(parsed)):
+    for layer in (*layers, flags.passed(parsed)):
         if "data" in layer and "test" not in layer:
             # otherwise the run's test files would take precedence over the requested folder
             merged.pop("test", None)

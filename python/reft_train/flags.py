@@ -94,7 +94,7 @@ def add_settings(
         )
 
 
-def given(parsed: argparse.Namespace, names: Iterable[str] = tuple(FIELDS)) -> dict[str, Any]:
+def passed(parsed: argparse.Namespace, names: Iterable[str] = tuple(FIELDS)) -> dict[str, Any]:
     """Return the settings passed as flags."""
     return {name: value for name, value in vars(parsed).items() if name in names}
 
@@ -104,4 +104,4 @@ def settings(parsed: argparse.Namespace) -> RunConfig:
     if parsed.config is None and "model" not in parsed:
         expected = "a model's folder or hub name, or --config FILE"
         raise UserError(f"--model: got none, expected {expected}")
-    return build({} if parsed.config is None else read_yaml(parsed.config), given(parsed))
+    return build({} if parsed.config is None else read_yaml(parsed.config), passed(parsed))

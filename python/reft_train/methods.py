@@ -133,7 +133,7 @@ def record_base(hf_config: Any, folder: Path) -> None:
     write_text(folder / BASE_MODEL, json.dumps(identity(hf_config)))
 
 
-def _differing(hf_config: Any, folder: Path) -> tuple[str, Any, Any] | None:
+def _first_difference(hf_config: Any, folder: Path) -> tuple[str, Any, Any] | None:
     """Return the name, recorded value and current value of the first difference.
 
     None if nothing differs or nothing was recorded.
@@ -141,20 +141,24 @@ def _differing(hf_config: Any, folder: Path) -> tuple[str, Any, Any] | None:
     path = folder / BASE_MODEL
     if not path.is_file():
         return None  # written by another program or an older release; PEFT compares the shapes
-    saved, own = read_object(path, BASE_MODEL), identity(hf_config)
+    saved, current = read_object(path, BASE_MODEL), identity(hf_config)
     return next(
-        ((name, value, own.get(name)) for name, value in saved.items() if own.get(name) != value),
+        (
+            (name, value, current.get(name))
+            for name, value in saved.items()
+            if current.get(name) != value
+        ),
         None,
     )
 
 
 def check_base(hf_config: Any, folder: Path) -> None:
     """Raise UserError if an adapter was trained on a different base model."""
-    if found := _differing(hf_config, folder):
-        name, value, own = found
+    if difference := _first_difference(hf_config, folder):
+        name, value, current = difference
         raise UserError(
             f"adapter: got {folder}, trained on a model with {name} {value}, but the model has "
-            f"{own}"
+            f"{current}"
         )
 
 
@@ -163,7 +167,7 @@ def check_run_base(config: RunConfig, folder: Path, hf_config: Any) -> None:
 
     A run without a record of its base model is accepted.
     """
-    if found := _differing(hf_config, folder):
-        name, value, own = found
+    if difference := _first_difference(hf_config, folder):
+        name, value, current = difference
         begun = f"{folder} was trained on a model with {name} {value}, expected the same model"
-        raise UserError(f"model: got {config.model!r} with {name} {own}, but {begun}")
+        raise UserError(f"model: got {config.model!r} with {name} {current}, but {begun}")

@@ -100,7 +100,7 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
     ) is not None and cause not in chain:
         chain.append(cause)
     hub = f"what huggingface.co gave cannot be used ({reason[:300]})"
-    for kind, said in (
+    for kind, explanation in (
         (
             GatedRepoError,
             "huggingface.co gives it to accepted users alone: accept its terms there, hf auth "
@@ -113,7 +113,7 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
         ),
     ):
         if any(isinstance(part, kind) for part in chain):
-            hub = said
+            hub = explanation
             break
     return UserError(
         f"model: got {name!r}, {what}: it is no folder here, the hub's cache does not have it, "

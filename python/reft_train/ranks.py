@@ -28,14 +28,14 @@ def is_first() -> bool:
     return place()[0] == 0
 
 
-def gathered(found: Result) -> list[Result]:
+def gathered(result: Result) -> list[Result]:
     """Gather a result from every process, in rank order, on all processes."""
-    everyone: list[Result] = [found] * place()[1]
+    results: list[Result] = [result] * place()[1]
     if joined():
-        dist.all_gather_object(everyone, found)
-    return everyone
+        dist.all_gather_object(results, result)
+    return results
 
 
-def merged(found: dict[int, Result]) -> dict[int, Result]:
+def merged(results: dict[int, Result]) -> dict[int, Result]:
     """Merge the dictionaries of all processes, whose keys are disjoint."""
-    return {number: result for part in gathered(found) for number, result in part.items()}
+    return {number: result for part in gathered(results) for number, result in part.items()}

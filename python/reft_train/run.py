@@ -39,10 +39,8 @@ def run(parsed: argparse.Namespace) -> int:
 
     try:
         outcome = train(config)
-    except (
-        UserError
-    ):  # all processes raise together; exiting with group threads running would abort
-        leave()
+    except UserError:
+        leave()  # all processes raise together; exiting with group threads running would abort
         raise
     leave()
     if int(os.environ.get("RANK", "0")):

@@ -106,15 +106,20 @@ def run(
         for method in plan.methods
     }
     try:
-        found = running.compare(plan, spaces, train or session.train, final or running.run_isolated)
+        comparison = running.compare(
+            plan, spaces, train or session.train, final or running.run_isolated
+        )
     except KeyboardInterrupt:
         print(
             f"interrupted: what is done is kept in {plan.folder}; the same command goes on",
             file=sys.stderr,
         )
         return 130
-    report.write(found)
-    print(report.text(found), *report.notes(found), sep="\n")
+    report.write(comparison)
+    print(report.text(comparison), *report.notes(comparison), sep="\n")
     return int(
-        any(row.status != "ok" and not row.status.startswith("not available") for row in found.rows)
+        any(
+            row.status != "ok" and not row.status.startswith("not available")
+            for row in comparison.rows
+        )
     )

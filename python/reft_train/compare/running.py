@@ -206,39 +206,34 @@ def _tuned(
     plan: ComparisonPlan, method: str, space: Space, train: Train, log: Callable
 ) -> tuple[MethodResult, RunConfig | None]:
     """Run a method's search; return its result and the best settings or None."""
-    own = plan.search_plan(method, space)
+    search_plan = plan.search_plan(method, space)
     log(f"{method}: choosing {', '.join(space)} on held-out rows")
-    if (
-        plan.seconds is not None and own.folder.exists()
-    ):  # subtract the time used by an interrupted comparison
-        spent = sum(trial.seconds for trial in trials(open_study(own)))
-        own = replace(own, timeout=plan.seconds - spent)
+    if plan.seconds is not None and search_plan.folder.exists():
+        # subtract the time used by an interrupted comparison
+        spent = sum(trial.seconds for trial in trials(open_study(search_plan)))
+        search_plan = replace(search_plan, timeout=plan.seconds - spent)
     try:
-        found = search(own, train, lambda line: log(f"  {line}"))
+        result = search(search_plan, train, lambda line: log(f"  {line}"))
     except UserError as error:
         return MethodResult(method, f"not available: {error}"), None
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-    ) as error:  # raised by PEFT and models that do not support the method
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        # raised by PEFT and models that do not support the method
         return MethodResult(
             method, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ), None
-    if found.interrupted:
+    if result.interrupted:
         raise KeyboardInterrupt
-    settled = [trial for trial in found.trials if trial.settled]
+    settled = [trial for trial in result.trials if trial.settled]
     row = MethodResult(
-        method, trials=len(settled), search_seconds=sum(trial.seconds for trial in found.trials)
+        method, trials=len(settled), search_seconds=sum(trial.seconds for trial in result.trials)
     )
-    if found.best is None:
+    if result.best is None:
         reason = next(
             (trial.reason for trial in settled if trial.reason),
             "no trial finished within the budget",
         )
         return replace(row, status=f"failed: {reason}"), None
-    return replace(row, varied=found.best.settings), found.best_config
+    return replace(row, varied=result.best.settings), result.best_config
 
 
 def _finished(config: RunConfig) -> Outcome | None:

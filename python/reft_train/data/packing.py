@@ -123,7 +123,7 @@ def check_model_packs(model: nn.Module, pad_id: int, flat: bool = False) -> None
     """
     with evaluating(model):
         if not _keeps_apart(model, pad_id, flat):
-            raise _refused(model)
+            raise _not_packable(model)
 
 
 def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
@@ -142,7 +142,7 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
     try:
         packed = _logits(model, batch)
     except (TypeError, ValueError) as error:  # the model does not accept the arguments
-        raise _refused(model) from error
+        raise _not_packable(model) from error
     seen = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "use_cache")}
     # with a mask a row is one sequence with one prompt, that of its first example
     seen["labels"] = seen["labels"].masked_fill((seen["position_ids"] == 0).cumsum(1) > 1, IGNORED)
@@ -167,8 +167,12 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
             )
             if alone is None:
                 return False
-            found = (packed[number, place] - alone[0], leaking[number, place] - alone[0], alone[0])
-            differences.append(torch.stack([tensor.abs().max() for tensor in found]))
+            tensors = (
+                packed[number, place] - alone[0],
+                leaking[number, place] - alone[0],
+                alone[0],
+            )
+            differences.append(torch.stack([tensor.abs().max() for tensor in tensors]))
     error, leak, scale = torch.stack(differences).amax(0).tolist()
     rounding = eps * scale
     return rounding < leak and error <= (rounding * leak) ** 0.5  # also False for NaN
@@ -185,7 +189,7 @@ def _logits(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
     )
 
 
-def _refused(model: nn.Module) -> UserError:
+def _not_packable(model: nn.Module) -> UserError:
     what = f"got a {type(bare(model)).__name__}, which does not keep packed sequences apart"
     return UserError(
         f"--packing: {what}, expected a causal language model whose attention follows position ids"

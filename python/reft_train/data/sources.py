@@ -91,12 +91,12 @@ def _folder_tests(task: Task, data: Path, needed: bool) -> dict[str, Path]:
         places = {name: [data / name / "test", data / name] for name in task.test_sets}
         if len(places) == 1:
             places[task.test_sets[0]].append(data / "test")
-    found = {name: path for name, stems in places.items() if (path := _first(stems, needed=False))}
-    if not found and len(task.test_sets) > 1 and (path := _first([data / "test"], needed=False)):
-        found = {"test": path}
-    if needed and not found:
-        raise _nothing([stem for stems in places.values() for stem in stems])
-    return found
+    tests = {name: path for name, stems in places.items() if (path := _first(stems, needed=False))}
+    if not tests and len(task.test_sets) > 1 and (path := _first([data / "test"], needed=False)):
+        tests = {"test": path}
+    if needed and not tests:
+        raise _not_found([stem for stems in places.values() for stem in stems])
+    return tests
 
 
 def _first(stems: Sequence[Path], needed: bool) -> Path | None:
@@ -111,11 +111,11 @@ def _first(stems: Sequence[Path], needed: bool) -> Path | None:
         if files:
             return files[0]
     if needed:
-        raise _nothing(stems)
+        raise _not_found(stems)
     return None
 
 
-def _nothing(stems: Iterable[Path]) -> UserError:
+def _not_found(stems: Iterable[Path]) -> UserError:
     places = f"{', '.join(map(str, stems))} ({', '.join(SUFFIXES)})"
     return UserError(f"--data: got a folder without a file for the task, expected one of {places}")
 

@@ -61,13 +61,13 @@ class Specials(NamedTuple):
         """Determine the special tokens by encoding a letter with and without them."""
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         whole = tokenizer("a")["input_ids"]
-        found = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
-        if not found:
+        starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+        if not starts:
             name = type(tokenizer).__name__
             raise UserError(
                 f"tokenizer: got a {name} that reads 'a' as {whole}, expected a token for it"
             )
-        before, after = whole[: found[0]], whole[found[0] + len(bare) :]
+        before, after = whole[: starts[0]], whole[starts[0] + len(bare) :]
         return cls(
             before, after, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.bos_token
         )
@@ -75,9 +75,9 @@ class Specials(NamedTuple):
 
 def pad_id(tokenizer: Any) -> int:
     """Return the id used for padding: the pad token's, or else the EOS token's."""
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return found
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
     name = type(tokenizer).__name__
     raise UserError(f"tokenizer: got a {name} without a pad or EOS token, expected one of them")
 
@@ -230,7 +230,7 @@ def _prompts(
 
     A BOS that the chat template has already written is not repeated.
     """
-    found = []
+    encoded = []
     for prompt, where, body in zip(prompts, wheres, _ids(prompts, tokenizer), strict=True):
         before = specials.before
         if (
@@ -241,8 +241,8 @@ def _prompts(
             before, body = body[:1], body[1:]
         if not prompt.strip() or not body:
             raise _empty("prompt", prompt, where)
-        found.append((before, body))
-    return found
+        encoded.append((before, body))
+    return encoded
 
 
 def _targets(examples: Sequence[Example], tokenizer, specials: Specials) -> list[list[int]]:

@@ -48,8 +48,8 @@ def add_hooks(model: nn.Module, layers: list[int], rotations: Tensor, positions:
 
     def find_rows(module: nn.Module, args: Any, inputs: dict[str, Tensor]) -> None:
         mask = inputs["attention_mask"]
-        found = resolve(positions, mask.sum(1), mask.shape[1], attention_mask=mask)
-        rows[:] = [found[found >= 0].long()]
+        indices = resolve(positions, mask.sum(1), mask.shape[1], attention_mask=mask)
+        rows[:] = [indices[indices >= 0].long()]
 
     def hook(edit: TorchLoReFT) -> Any:
         def edit_output(module: nn.Module, args: Any, output: Any) -> Any:

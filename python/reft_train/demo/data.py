@@ -31,11 +31,11 @@ def _split(rows: list[tuple[str, str, str]], name: str) -> Data:
     """Hold out about a quarter of each label by whole groups; rows are (text, label, group)."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    given: dict[str, dict[str, tuple[str, str, str]]] = {}
+    unique: dict[str, dict[str, tuple[str, str, str]]] = {}
     for row in rows:
-        given.setdefault(row[0].casefold(), {}).setdefault(row[1], row)
+        unique.setdefault(row[0].casefold(), {}).setdefault(row[1], row)
     # drops duplicates, and texts that occur under two labels
-    kept = [row for same in given.values() if len(same) == 1 for row in same.values()]
+    kept = [row for same in unique.values() if len(same) == 1 for row in same.values()]
     texts, names, groups = ([row[place] for row in kept] for place in range(3))
     labels = sorted(set(names))
     if len(labels) < 2 or min(map(names.count, labels)) < 4:

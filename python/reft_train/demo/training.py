@@ -161,8 +161,8 @@ def reloaded_differs(config: RunConfig, data: Data, adapter: Path, result: Resul
     # another seed gives another head, which the adapter must replace
     loaded = models.load(config.replace(seed=config.seed + 1), data)
     fresh = methods.load_adapter(loaded, adapter).to(models.pick_device(config))
-    given = predict(fresh, loaded.tokenizer, data.held_out, config)
-    return (given - torch.tensor(result.logits)).abs().max().item()
+    logits = predict(fresh, loaded.tokenizer, data.held_out, config)
+    return (logits - torch.tensor(result.logits)).abs().max().item()
 
 
 def step_times(config: RunConfig, data: Data, rounds: int) -> dict[str, float]:

@@ -72,19 +72,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def environment_lines(found: dict[str, Any]) -> list[str]:
+def environment_lines(report: dict[str, Any]) -> list[str]:
     """Format the environment as text."""
     from reft_kernels import env
 
-    lines = [f"reft_kernels {found['reft_kernels']}, Python {found['python']}, {found['platform']}"]
-    for name, version in found["packages"].items():
+    lines = [
+        f"reft_kernels {report['reft_kernels']}, Python {report['python']}, {report['platform']}"
+    ]
+    for name, version in report["packages"].items():
         lines.append(
             f"  {name:<14}{version}"
             + (f", needed for {NEEDED_FOR[name]}" if version == MISSING else "")
         )
     cpu = (
-        f"{found['cores']} cores, {found['threads']} threads, instruction set "
-        f"{found['instruction_set']}"
+        f"{report['cores']} cores, {report['threads']} threads, instruction set "
+        f"{report['instruction_set']}"
     )
     return [*lines, f"  CPU: {cpu}", *env.backend_lines()]
 

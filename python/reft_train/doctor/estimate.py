@@ -78,11 +78,13 @@ def _matrices(part: nn.Module) -> list[nn.Module]:
 
 def _blocks(model: nn.Module) -> list[nn.ModuleList]:
     """Return the lists of layers: one, or those of an encoder and a decoder."""
-    found: list[nn.ModuleList] = []
+    block_lists: list[nn.ModuleList] = []
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) and _matrices(module[0]):
-            found += [] if any(module in set(other.modules()) for other in found) else [module]
-    return found
+            block_lists += (
+                [] if any(module in set(other.modules()) for other in block_lists) else [module]
+            )
+    return block_lists
 
 
 def _frozen_bytes(config: RunConfig, model: nn.Module) -> int:
@@ -126,7 +128,7 @@ def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
         if config.method in ("lora", "dora"):
             model = _adapted(config, model, kind)
     for module in first:
-        module.register_forward_hook(lambda module, args, output: _wanting(output))
+        module.register_forward_hook(lambda module, args, output: _require_grad(output))
     fixed = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
@@ -149,9 +151,8 @@ def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
         with fake, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             model(input_ids=tokens, labels=labels, **options)
         sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-    except (
-        Exception
-    ):  # data-dependent experts or GPU-only kernels: count linear layer outputs and the logits
+    except Exception:
+        # data-dependent experts or GPU-only kernels: count linear layer outputs and the logits
         outputs = [
             min(m.weight.shape) if m.weight.shape[0] == width else m.weight.shape[0]
             for m in _matrices(model)
@@ -161,7 +162,7 @@ def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
     return sum(sizes) + edited, max(sizes, default=0)
 
 
-def _wanting(output: Any) -> Any:
+def _require_grad(output: Any) -> Any:
     hidden = output[0] if isinstance(output, tuple) else output
     if not hidden.requires_grad:
         hidden.requires_grad_()
@@ -238,12 +239,12 @@ def remedies(
         tried.append({"batch_size": batch, "accumulation": config.accumulation * factor})
     if cuda and config.quantization == "none" and task.decoding is not None:
         tried.append({"quantization": "4bit"})
-    found = []
+    candidates = []
     for changes in tried:
         flags = (
             f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
             for name, value in changes.items()
         )
-        found.append((" ".join(flags), estimate(config.replace(**changes), task)))
-    fitting = [pair for pair in found if pair[1].total <= memory]
-    yield from fitting or found
+        candidates.append((" ".join(flags), estimate(config.replace(**changes), task)))
+    fitting = [pair for pair in candidates if pair[1].total <= memory]
+    yield from fitting or candidates

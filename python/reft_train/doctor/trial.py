@@ -138,7 +138,7 @@ def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> MemoryT
     Runs ``MEMORY_STEPS`` steps under the memory meter, then ``steps`` timed ones.
     """
     quiet()
-    found = {
+    fields = {
         "steps": steps,
         "length": length,
         "left_out": tuple(name for name in _LEFT_OUT if getattr(config, name)),
@@ -146,12 +146,12 @@ def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> MemoryT
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
     try:
-        return MemoryTrial(**found, **_measured(config, task, steps, length))
+        return MemoryTrial(**fields, **_measured(config, task, steps, length))
     except UserError:  # bad input is not a failed step
         raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         return MemoryTrial(
-            **found, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            **fields, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         )
     finally:
         torch.set_num_threads(threads)
@@ -166,19 +166,19 @@ def _measured(config: RunConfig, task: Task, steps: int, length: int) -> dict[st
     losses = [stepper.train(stepper.batch(length)) for _ in range(MEMORY_STEPS)]
     peak = meter.stop()
     stepper.frozen(stepper.batch(length))  # allocates its memory before it is timed
-    own, frozen = [], []
+    trained, frozen = [], []
     for number in range(steps):
         tokens = stepper.batch(length)
         for train in (True, False) if number % 2 else (False, True):
             seconds, loss = stepper.seconds(stepper.train if train else stepper.frozen, tokens)
-            (own if train else frozen).append(seconds)
+            (trained if train else frozen).append(seconds)
             losses += [loss] if train else []
-    step = statistics.median(own)
+    step = statistics.median(trained)
     bad = next((number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     return {
         "step_seconds": step,
         "frozen_seconds": statistics.median(frozen),
-        "ratio": statistics.median(a / b for a, b in zip(own, frozen, strict=True)),
+        "ratio": statistics.median(a / b for a, b in zip(trained, frozen, strict=True)),
         "tokens_per_second": config.batch_size * length / step,
         "peak": peak,
         "losses": tuple(losses),

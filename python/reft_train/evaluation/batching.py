@@ -35,7 +35,7 @@ def run_batches(
     mine = order[rank::processes]
     if len(mine) < -(-len(order) // processes):
         mine = [*mine, order[0]]  # sharded models need the same number of forwards on every process
-    found: dict[int, Result] = {}
+    by_index: dict[int, Result] = {}
     with bar(len(mine), title, "row", show=progress and rank == 0) as shown:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
@@ -47,7 +47,7 @@ def run_batches(
                 raise UserError(
                     f"eval_batch_size: got {batch_size}, {what}, expected less"
                 ) from None
-            found.update(zip(batch, results, strict=True))
+            by_index.update(zip(batch, results, strict=True))
             shown.update(len(batch))
-    found = merged(found)
-    return [found[index] for index in range(len(lengths))]
+    by_index = merged(by_index)
+    return [by_index[index] for index in range(len(lengths))]

@@ -106,9 +106,11 @@ def generate(
     """
     collate = PaddingCollator(pad_id(tokenizer), "left" if kind == CAUSAL else "right")
     base = bare(model)
-    own = getattr(base.generation_config, "eos_token_id", None)
+    model_ends = getattr(base.generation_config, "eos_token_id", None)
     # the tokenizer's end token, used in training, and the model's
-    ends = dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])])
+    ends = dict.fromkeys(
+        [tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])]
+    )
     ends = [token for token in ends if token is not None]
     # FSDP and DeepSpeed ZeRO-3 shard the weights, so each process takes part in each forward
     sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
@@ -134,14 +136,16 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     with (
         evaluating(model),
-        _decoding_by(base, tokenizer, decode, ends),
+        _generation_config(base, tokenizer, decode, ends),
         _seeded(model.device, decode.seed),
     ):
         return run_batches(lengths, batch_size, forward, title, progress)
 
 
 @contextmanager
-def _decoding_by(base: Any, tokenizer: Any, decode: Decode, ends: list[int]) -> Iterator[None]:
+def _generation_config(
+    base: Any, tokenizer: Any, decode: Decode, ends: list[int]
+) -> Iterator[None]:
     """Replace the model's generation config by these settings, and restore it on exit."""
     from transformers import GenerationConfig
 

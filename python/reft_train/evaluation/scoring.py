@@ -80,11 +80,11 @@ def _answers(
     predictions = []
     for example, text in zip(examples, generated, strict=True):
         scored = task.score(text, example) if task.metrics else None
-        found = {"generated": text, "prediction": scored and scored.prediction}
+        record = {"generated": text, "prediction": scored and scored.prediction}
         predictions.append(
-            (example.row, {**found, "answer": example.answer, "right": scored and scored.right})
+            (example.row, {**record, "answer": example.answer, "right": scored and scored.right})
         )
-    right = sum(bool(found["right"]) for _, found in predictions)
+    right = sum(bool(record["right"]) for _, record in predictions)
     return {task.metrics[0]: right / len(rows)} if task.metrics else {}, predictions
 
 
@@ -118,11 +118,11 @@ def _classes(
     values = (logits.squeeze(-1) if task.labels is None else logits.argmax(-1)).tolist()
     predictions = []
     for text, value, shares in zip(classified, values, logits.softmax(-1).tolist(), strict=True):
-        found = {"prediction": value, "answer": text.label}
+        record = {"prediction": value, "answer": text.label}
         if task.labels is not None:
-            found = {key: task.labels[number] for key, number in found.items()}
-            found["probabilities"] = dict(zip(task.labels, shares, strict=True))
-        predictions.append((text.row, found))
+            record = {key: task.labels[number] for key, number in record.items()}
+            record["probabilities"] = dict(zip(task.labels, shares, strict=True))
+        predictions.append((text.row, record))
     return task.measure(values, [text.label for text in classified]), predictions
 
 

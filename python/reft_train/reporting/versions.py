@@ -21,5 +21,5 @@ def versions() -> dict[str, str]:
     """Return the versions of Python, the platform, :data:`PACKAGES` and reft_kernels."""
     from reft_kernels.version import __version__
 
-    own = {"python": platform.python_version(), "platform": platform.platform()}
-    return {**own, **{name: installed(name) for name in PACKAGES}, "reft_kernels": __version__}
+    system = {"python": platform.python_version(), "platform": platform.platform()}
+    return {**system, **{name: installed(name) for name in PACKAGES}, "reft_kernels": __version__}

@@ -68,7 +68,7 @@ def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> Space:
     from reft_train import models, tasks
     from reft_train.search import space
 
-    fixed, requested = flags.given(parsed), {}
+    fixed, requested = flags.passed(parsed), {}
     if parsed.space is not None:
         requested |= space.read(parsed.space, config.method)
     if parsed.vary:
@@ -84,11 +84,11 @@ def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> Space:
     hf_config = models.model_config(config)
     encoder = models.kind_of(config, hf_config, tasks.get(config.task)) == models.CLASSIFICATION
     default = space.space_of(config, hf_config, encoder)
-    found = {**{name: entry for name, entry in default.items() if name not in fixed}, **requested}
-    if not found:
+    varied = {**{name: entry for name, entry in default.items() if name not in fixed}, **requested}
+    if not varied:
         expected = "settings such as 'lr={low: 1e-4, high: 1e-2, log: true}'"
         raise UserError(f"--vary: got nothing to vary, expected {expected}")
-    return found
+    return varied
 
 
 def one_process() -> None:
@@ -125,17 +125,17 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
         parsed.pruner,
         parsed.sampler_seed,
     )
-    found = study.search(plan, train or session.train)
-    report.write(found)
-    print(text_table(*report.table(found)))
-    if found.interrupted:
+    result = study.search(plan, train or session.train)
+    report.write(result)
+    print(text_table(*report.table(result)))
+    if result.interrupted:
         print(f"interrupted: the search is kept in {plan.folder}; the same command goes on")
         return 130
-    if found.best is None:
+    if result.best is None:
         print(f"no trial has finished; the reasons are above and in {study.TRIALS}")
         return 1
     path = plan.folder / study.BEST
     print(
-        f"best: trial {found.best.number}; train and test it with: reft-train run --config {path}"
+        f"best: trial {result.best.number}; train and test it with: reft-train run --config {path}"
     )
     return 0

@@ -187,8 +187,8 @@ def _prepare(plan: SearchPlan) -> None:
     folder = plan.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: got {folder}, which is a file, expected a folder")
-    own = any((folder / name).exists() for name in (DATABASE, TRIALS, "trials"))
-    if folder.exists() and any(folder.iterdir()) and not own:
+    is_search = any((folder / name).exists() for name in (DATABASE, TRIALS, "trials"))
+    if folder.exists() and any(folder.iterdir()) and not is_search:
         raise UserError(
             f"output: got {folder}, which holds other files than a search's, expected a new folder"
         )
@@ -354,18 +354,18 @@ def _result(plan: SearchPlan, study: optuna.Study, interrupted: bool = False) ->
 
 def _save(plan: SearchPlan, study: optuna.Study) -> None:
     """Write the results, and remove weights and checkpoints of all trials except the best."""
-    found = _result(plan, study)
+    result = _result(plan, study)
     numbers = {
         "objective": plan.objective.name,
         "direction": plan.objective.direction,
-        "best": None if found.best is None else found.best.number,
-        "trials": [asdict(trial) for trial in found.trials],
+        "best": None if result.best is None else result.best.number,
+        "trials": [asdict(trial) for trial in result.trials],
     }
     write_text(plan.folder / TRIALS, dumps(numbers))
-    if found.best is not None:
-        write_text(plan.folder / BEST, dump_yaml(found.best_config))
-    for trial in found.trials:
-        if found.best is None or trial.number != found.best.number:
+    if result.best is not None:
+        write_text(plan.folder / BEST, dump_yaml(result.best_config))
+    for trial in result.trials:
+        if result.best is None or trial.number != result.best.number:
             folder = plan.folder / "trials" / str(trial.number)
             for path in (folder / "adapter", *folder.glob("checkpoint-*"), folder / ".saving"):
                 shutil.rmtree(path, ignore_errors=True)

@@ -35,8 +35,8 @@ def last_number(text: str) -> str | None:
     a minus sign, so "10-7" gives -7. Published numbers were scored with these simple rules;
     stricter ones would not be comparable.
     """
-    found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-    return found[-1] if found else None
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    return numbers[-1] if numbers else None
 
 
 def first_letter(text: str) -> str | None:
@@ -44,8 +44,8 @@ def first_letter(text: str) -> str | None:
 
     It may occur anywhere: "The Answer is (B)" gives A.
     """
-    found = re.search("[A-E]", text)
-    return found[0] if found else None
+    match = re.search("[A-E]", text)
+    return match[0] if match else None
 
 
 def number(answer: str) -> float | None:

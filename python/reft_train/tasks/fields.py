@@ -49,12 +49,12 @@ def answer(row: Row, name: str = "answer", known: Sequence[str] = ADAPTERS) -> s
     """Return an answer (a string, a number, or a list of one of these) as stripped text."""
     if name not in row.fields:
         raise missing(row, name, known)
-    value = given = row.fields[name]
+    value = original = row.fields[name]
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         expected = "a string, a number or a list of one of these"
-        raise UserError(f"{row.where}: {name}: got {described(given)}, expected {expected}")
+        raise UserError(f"{row.where}: {name}: got {described(original)}, expected {expected}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{row.where}: {name}: got {value}, expected a finite number")
     text = str(value).strip()

@@ -34,9 +34,9 @@ class Jsonl(Task):
             (names for names in LAYOUTS if any(name in row.fields for name in names)), None
         )
         if layout is None:
-            given = ", ".join(map(str, row.fields)) or "none"
+            names = ", ".join(map(str, row.fields)) or "none"
             expected = "messages, or prompt and completion, or instruction and output"
-            raise UserError(f"{row.where}: got fields {given}, expected {expected}")
+            raise UserError(f"{row.where}: got fields {names}, expected {expected}")
         if layout[0] == "messages":
             prompt, target = _chat(row, tokenizer)
         elif layout[0] == "prompt":

@@ -10,7 +10,7 @@ Numbers = Sequence[int | float]
 def accuracy(predictions: Numbers, references: Numbers) -> float:
     """Return the fraction of predictions that equal their reference."""
     pairs = zip(predictions, references, strict=True)
-    return sum(given == right for given, right in pairs) / len(references)
+    return sum(predicted == right for predicted, right in pairs) / len(references)
 
 
 def _f1(predictions: Numbers, references: Numbers) -> float:

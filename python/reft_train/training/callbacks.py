@@ -68,7 +68,7 @@ class Interrupt(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -82,24 +82,24 @@ class Interrupt(TrainerCallback):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Save and stop; all processes agree on the step."""
         if joined():
-            flag = torch.tensor(int(self.asked), device=args.device)
+            flag = torch.tensor(int(self.requested), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.asked = bool(flag)
-        if self.asked and state.global_step < state.max_steps:
+            self.requested = bool(flag)
+        if self.requested and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_save = control.should_save or state.epoch != int(state.epoch)
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Save after the evaluation if an epoch ends at this step; otherwise do nothing."""
-        if self.asked and state.global_step < state.max_steps:
+        if self.requested and state.global_step < state.max_steps:
             control.should_save = state.epoch == int(state.epoch)
             control.should_evaluate = control.should_evaluate and control.should_save
         return control

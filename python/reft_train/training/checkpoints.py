@@ -52,20 +52,22 @@ def sweep(folder: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
-    named = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in found}
-    return sorted((path for path in found if named[path]), key=lambda path: int(named[path][1]))
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folders}
+    return sorted(
+        (path for path in folders if matches[path]), key=lambda path: int(matches[path][1])
+    )
 
 
 def last(folder: Path) -> Path | None:
     """Return a run's newest checkpoint, or None."""
-    found = checkpoints(folder)
-    missing = [name for name in NEEDED if found and not (found[-1] / name).is_file()]
+    existing = checkpoints(folder)
+    missing = [name for name in NEEDED if existing and not (existing[-1] / name).is_file()]
     if missing:
         raise UserError(
-            f"resume: got {found[-1]} without {', '.join(missing)}, expected a whole checkpoint"
+            f"resume: got {existing[-1]} without {', '.join(missing)}, expected a whole checkpoint"
         )
-    return found[-1] if found else None
+    return existing[-1] if existing else None
 
 
 def rotate(folder: Path, keep: int, best: str | None) -> None:

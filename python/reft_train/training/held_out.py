@@ -42,7 +42,7 @@ def held_out(
     rank, processes = place()
     order = sorted(range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"]))
     mine, share = order[rank::processes], -(-len(order) // processes)
-    found: dict[int, Any] = {}
+    logits_by_index: dict[int, Any] = {}
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, share, batch_size):
         batch = mine[start : start + batch_size]
@@ -56,8 +56,8 @@ def held_out(
             )
         if logits is not None:
             # a repeated batch contributes nothing
-            found.update(zip(batch, logits.float().cpu(), strict=False))
+            logits_by_index.update(zip(batch, logits.float().cpu(), strict=False))
     if processes > 1:
         dist.all_reduce(total)
-    found = merged(found)
-    return float(total[0] / total[1]), [found[index] for index in sorted(found)]
+    logits_by_index = merged(logits_by_index)
+    return float(total[0] / total[1]), [logits_by_index[index] for index in sorted(logits_by_index)]

@@ -53,7 +53,7 @@ class Outcome:
     def figures(self) -> dict[str, str]:
         """Return the run's measurements by name."""
         share = self.trainable / max(1, self.total)
-        found = {
+        entries = {
             "trained parameters": f"{self.trainable:,} ({share:.4%} of the model's {self.total:,})",
             "trained parameters of the head": f"{self.head:,}" if self.head else "",
             "optimizer steps": f"{self.steps:,}",
@@ -68,7 +68,7 @@ class Outcome:
             if self.orthonormality is None
             else f"{self.orthonormality:.2e}",
         }
-        return {name: text for name, text in found.items() if text}
+        return {name: text for name, text in entries.items() if text}
 
     @classmethod
     def load(cls, folder: str | Path) -> Outcome:

@@ -64,7 +64,7 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
     """
     scored = not config.skip_test
     if isinstance(task, Glue) and config.data is None and config.train is None and not config.test:
-        found = sources.hub_rows(task, "train") if train else []
+        train_rows = sources.hub_rows(task, "train") if train else []
         tests = {task.test_sets[0]: sources.hub_rows(task, task.test_sets[0])}
     else:
         data, path = (None if name is None else Path(name) for name in (config.data, config.train))
@@ -77,7 +77,7 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
             tests_needed=not train,
         )
         streams = train and config.streaming
-        found = read_rows(files.train, "--train") if train and not streams else []
+        train_rows = read_rows(files.train, "--train") if train and not streams else []
         needed = scored or (isinstance(task, Glue) and not streams)
         tests = (
             {name: read_rows(path, "--test") for name, path in files.tests.items()}
@@ -97,13 +97,15 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
         name, rows = next(iter(tests.items()))
         chosen, reported = validation_split(len(rows), config.seed)
         held_out, tests[name] = [rows[i] for i in chosen], [rows[i] for i in reported]
-    found = found[: config.train_rows]
+    train_rows = train_rows[: config.train_rows]
     if train and config.validation:
-        found, held_out = _split(found, config.validation, config.seed)
+        train_rows, held_out = _split(train_rows, config.validation, config.seed)
     if train:  # split before expanding, so that a conversation stays on one side
-        found, held_out = (list(_expanded(part, config, task)) for part in (found, held_out))
+        train_rows, held_out = (
+            list(_expanded(part, config, task)) for part in (train_rows, held_out)
+        )
     return Rows(
-        found,
+        train_rows,
         held_out,
         {name: rows[: config.test_rows] for name, rows in tests.items()} if scored else {},
     )

@@ -61,13 +61,13 @@ def check_output(config: RunConfig) -> Path | None:
     output = Path(config.output)
     check_folder(output, "output")
     if config.resume:
-        found = last(output)
-        if found is None:
+        checkpoint = last(output)
+        if checkpoint is None:
             raise UserError(
                 f"resume: got {output}, which holds no checkpoint, expected a run that was begun"
             )
         _check_same(config, output)
-        return found
+        return checkpoint
     if not config.overwrite and (checkpoints(output) or (output / RESULTS).exists()):
         raise UserError(
             f"output: got {output}, which holds a run, expected another folder, --resume or "
@@ -81,17 +81,17 @@ def _check_same(config: RunConfig, output: Path) -> None:
     if not path.is_file():
         raise UserError(f"resume: got {output} without {CONFIG}, expected a run of reft-train")
     for name, value in read_yaml(path).items():
-        own = getattr(config, name)
+        current = getattr(config, name)
         # these settings determine how a stream's rows are distributed
         free = name in _FREE and not (name == "workers" and config.streaming)
         if name == "model":  # the model may have moved, but must be the same one
-            if own == value:
+            if current == value:
                 check_reachable(config, output)
             check_run_base(config, output, model_config(config))
-        elif not free and own != value:
+        elif not free and current != value:
             raise UserError(
-                f"resume: got {name} {own!r}, but the run was begun with {value!r}, expected the "
-                "same"
+                f"resume: got {name} {current!r}, but the run was begun with {value!r}, "
+                "expected the same"
             )
 
 

@@ -47,8 +47,8 @@ from reft_train.training.trainer import ReftTrainer, orthonormality
 def _class_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
     def measure(prediction: Any) -> dict[str, float]:
         logits = prediction.predictions
-        given = logits.squeeze(-1) if task.labels is None else logits.argmax(-1)
-        return task.measure(given.tolist(), prediction.label_ids.tolist())
+        predicted = logits.squeeze(-1) if task.labels is None else logits.argmax(-1)
+        return task.measure(predicted.tolist(), prediction.label_ids.tolist())
 
     return measure
 
@@ -186,7 +186,7 @@ def _train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, memory = time.perf_counter() - started, meter.stop()
     error, state = orthonormality(trainer.model), trainer.state
-    interrupted = interrupt.asked and state.global_step < state.max_steps
+    interrupted = interrupt.requested and state.global_step < state.max_steps
     trainer.close()
     publish_adapter(trainer, output)
     outcome = Outcome(

@@ -56,18 +56,18 @@ def _block_classes(model: Any) -> list[str]:
 
     Excludes modules around the embedding, which accelerate wraps.
     """
-    named = {
+    declared = {
         name
         for module in model.modules()
         for name in getattr(module, "_no_split_modules", None) or ()
     }
     embedding = model.get_input_embeddings()
-    found = {
+    candidates = {
         type(m).__name__
         for m in model.modules()
         if all(part is not embedding for part in m.modules())
     }
-    return sorted(named & found)
+    return sorted(declared & candidates)
 
 
 def _tied_elsewhere(model: Any) -> bool:

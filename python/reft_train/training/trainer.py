@@ -251,9 +251,8 @@ class ReftTrainer(transformers.Trainer):
             self._write_checkpoint(folder, *args, **kwargs)
         except Exception as error:
             shutil.rmtree(folder / STAGING, ignore_errors=True)
-            if isinstance(error, OSError | SafetensorError) or "inline_container" in str(
-                error
-            ):  # torch's own writer
+            # torch's writer raises a RuntimeError that names inline_container
+            if isinstance(error, OSError | SafetensorError) or "inline_container" in str(error):
                 reason = " ".join(str(error).split())
                 raise UserError(
                     f"output: got {folder}, where no checkpoint can be written ({reason})"
