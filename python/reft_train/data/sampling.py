@@ -57,12 +57,12 @@ class GroupedSampler(ShuffledSampler):
     def __iter__(self) -> Iterator[int]:
         generator, length = self._generator(), self.lengths.__getitem__
         order = _shuffled(range(self.count), generator)
-        whole = self.count - self.count % self.group
+        grouped = self.count - self.count % self.group
         groups = []
-        for start in range(0, whole, self.group * _BUCKET):
-            bucket = sorted(order[start : min(start + self.group * _BUCKET, whole)], key=length)
+        for start in range(0, grouped, self.group * _BUCKET):
+            bucket = sorted(order[start : min(start + self.group * _BUCKET, grouped)], key=length)
             groups += [bucket[i : i + self.group] for i in range(0, len(bucket), self.group)]
-        rest = sorted(order[whole:], key=length)
+        rest = sorted(order[grouped:], key=length)
         return iter([index for group in [*_shuffled(groups, generator), rest] for index in group])
 
 

@@ -59,15 +59,19 @@ class Specials(NamedTuple):
     @classmethod
     def of(cls, tokenizer: Any) -> Specials:
         """Determine the special tokens by encoding a letter with and without them."""
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = tokenizer("a")["input_ids"]
-        starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+        letter_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+        encoded = tokenizer("a")["input_ids"]
+        starts = [
+            i
+            for i in range(len(encoded))
+            if letter_ids and encoded[i : i + len(letter_ids)] == letter_ids
+        ]
         if not starts:
             name = type(tokenizer).__name__
             raise UserError(
-                f"tokenizer: got a {name} that reads 'a' as {whole}, expected a token for it"
+                f"tokenizer: got a {name} that reads 'a' as {encoded}, expected a token for it"
             )
-        before, after = whole[: starts[0]], whole[starts[0] + len(bare) :]
+        before, after = encoded[: starts[0]], encoded[starts[0] + len(letter_ids) :]
         return cls(
             before, after, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.bos_token
         )
@@ -181,7 +185,7 @@ def _chunks(rows, task, tokenizer, kind, max_length: int, chunk: int) -> Iterato
         yield _encode(kind, read, [row.where for row in taken], tokenizer, max_length)
 
 
-def _encode(kind: str, examples, wheres, tokenizer, max_length: int) -> list[Item]:
+def _encode(kind: str, examples, locations, tokenizer, max_length: int) -> list[Item]:
     if kind not in KINDS:
         raise UserError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     if max_length < 2:
@@ -189,13 +193,13 @@ def _encode(kind: str, examples, wheres, tokenizer, max_length: int) -> list[Ite
     if kind == "classification":
         return [
             _text(classified, where, tokenizer, max_length)
-            for classified, where in zip(examples, wheres, strict=True)
+            for classified, where in zip(examples, locations, strict=True)
         ]
     specials, causal, items = Specials.of(tokenizer), kind == "causal", []
-    for example, where in zip(examples, wheres, strict=True):
+    for example, where in zip(examples, locations, strict=True):
         if not example.target.strip():
             raise _empty("target", example.target, where)
-    prompts = _prompts([example.prompt for example in examples], wheres, tokenizer, specials)
+    prompts = _prompts([example.prompt for example in examples], locations, tokenizer, specials)
     for (before, body), whole in zip(prompts, _targets(examples, tokenizer, specials), strict=True):
         room = max_length - causal  # a causal prompt keeps one token next to its target
         target = whole if len(whole) <= room else [*whole[: room - 1], whole[-1]]
@@ -224,14 +228,14 @@ def _text(classified: Classified, where: str | None, tokenizer, max_length: int)
 
 
 def _prompts(
-    prompts: Sequence[str], wheres, tokenizer, specials: Specials
+    prompts: Sequence[str], locations, tokenizer, specials: Specials
 ) -> list[tuple[list[int], list[int]]]:
     """Return each prompt's leading special tokens and text tokens.
 
     A BOS that the chat template has already written is not repeated.
     """
     encoded = []
-    for prompt, where, body in zip(prompts, wheres, _ids(prompts, tokenizer), strict=True):
+    for prompt, where, body in zip(prompts, locations, _ids(prompts, tokenizer), strict=True):
         before = specials.before
         if (
             specials.bos_text

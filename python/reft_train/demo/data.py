@@ -35,7 +35,7 @@ def _split(rows: list[tuple[str, str, str]], name: str) -> Data:
     for row in rows:
         unique.setdefault(row[0].casefold(), {}).setdefault(row[1], row)
     # drops duplicates, and texts that occur under two labels
-    kept = [row for same in unique.values() if len(same) == 1 for row in same.values()]
+    kept = [row for labelled in unique.values() if len(labelled) == 1 for row in labelled.values()]
     texts, names, groups = ([row[place] for row in kept] for place in range(3))
     labels = sorted(set(names))
     if len(labels) < 2 or min(map(names.count, labels)) < 4:

@@ -41,8 +41,8 @@ def run(parsed: argparse.Namespace) -> int:
     config = None
     if parsed.config is not None or "model" in parsed:
         config = flags.settings(parsed)
-    elif stray := sorted(flags.passed(parsed), key="task".__eq__):
-        name = stray[0].replace("_", "-")
+    elif extra_flags := sorted(flags.passed(parsed), key="task".__eq__):
+        name = extra_flags[0].replace("_", "-")
         raise UserError(f"--model: got none with --{name}, expected a model's folder or hub name")
     from reft_train.doctor.environment import environment, environment_lines
     from reft_train.files import dumps, write_text

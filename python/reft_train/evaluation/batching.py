@@ -32,13 +32,14 @@ def run_batches(
     """
     rank, processes = place()
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    mine = order[rank::processes]
-    if len(mine) < -(-len(order) // processes):
-        mine = [*mine, order[0]]  # sharded models need the same number of forwards on every process
+    indices = order[rank::processes]
+    if len(indices) < -(-len(order) // processes):
+        # sharded models need the same number of forwards on every process
+        indices = [*indices, order[0]]
     by_index: dict[int, Result] = {}
-    with bar(len(mine), title, "row", show=progress and rank == 0) as shown:
-        for start in range(0, len(mine), batch_size):
-            batch = mine[start : start + batch_size]
+    with bar(len(indices), title, "row", show=progress and rank == 0) as shown:
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
             try:
                 results = forward(batch)
             except torch.OutOfMemoryError:

@@ -121,7 +121,7 @@ def generate(
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         base.generation_config.max_new_tokens = max(1, *rooms)
         output = model.generate(**inputs, synced_gpus=joined() and sharded).cpu()
-        # the output starts with the decoder's start token
+        # the output repeats a causal prompt, or starts with the decoder's start token
         start = inputs["input_ids"].shape[1] if kind == CAUSAL else 1
         return [
             text(row[:room]) for row, room in zip(output[:, start:].tolist(), rooms, strict=True)
@@ -150,7 +150,7 @@ def _generation_config(
     from transformers import GenerationConfig
 
     before = base.generation_config
-    draws = {
+    sampling = {
         "do_sample": True,
         "temperature": decode.temperature,
         "top_p": decode.top_p,
@@ -163,7 +163,7 @@ def _generation_config(
         eos_token_id=ends or None,
         pad_token_id=pad_id(tokenizer),
         decoder_start_token_id=before.decoder_start_token_id,
-        **(draws if decode.temperature > 0 else {"do_sample": False}),
+        **(sampling if decode.temperature > 0 else {"do_sample": False}),
     )
     try:
         yield

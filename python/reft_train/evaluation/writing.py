@@ -55,16 +55,16 @@ def _write_folder(
     folder: Path, scores: Sequence[SetScore], suffix: str, content: Callable[[SetScore], str]
 ) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    whole = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")) / "new"
+    staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")) / "new"
     try:
         taken: set[str] = set()
         for score in scores:
             name = file_name(score.name, taken)
             taken.add(name)
-            write_text(whole / (name + suffix), content(score))
-        return replace_folder(whole, folder)
+            write_text(staged / (name + suffix), content(score))
+        return replace_folder(staged, folder)
     finally:
-        shutil.rmtree(whole.parent, ignore_errors=True)
+        shutil.rmtree(staged.parent, ignore_errors=True)
 
 
 def file_name(name: str, taken: set[str]) -> str:

@@ -114,7 +114,7 @@ class Bookkeeping(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the epoch on the sampler or stream.
 
-        In a resumed run the data loader is wrapped twice, and engines do not reach them.
+        Engines do not reach it in a resumed run, where the data loader is wrapped twice.
         """
         order = (
             self.trainer.sampler if self.trainer.sampler is not None else self.trainer.train_dataset
