@@ -53,8 +53,8 @@ class Decode:
     def prompt_room(self, max_length: int) -> int:
         """Return the token limit of a prompt.
 
-        It is ``max_length``, or less if the prompt would take over half of the total or the answer
-        would not fit.
+        It is ``max_length``, or less to leave room for the answer, which gets at most half of the
+        total.
         """
         total = self.max_total_tokens
         return (

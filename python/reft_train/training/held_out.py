@@ -41,11 +41,11 @@ def held_out(
     """
     rank, processes = place()
     order = sorted(range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"]))
-    mine, share = order[rank::processes], -(-len(order) // processes)
+    indices, share = order[rank::processes], -(-len(order) // processes)
     logits_by_index: dict[int, Any] = {}
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, share, batch_size):
-        batch = mine[start : start + batch_size]
+        batch = indices[start : start + batch_size]
         # sharded models need the same number of forwards on every process
         inputs = collate([dataset[index] for index in batch or order[:1]])
         count = learned(inputs["labels"], shifted)
