@@ -1,3 +1,4 @@
-"""reft_train: the training program built on reft_kernels. ``python -m reft_train --help`` lists
-its commands.
+"""Training program built on reft_kernels.
+
+``python -m reft_train --help`` lists its commands.
 """

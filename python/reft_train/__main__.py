@@ -1,5 +1,6 @@
-"""The command line: ``python -m reft_train COMMAND``. A command is a module that ``COMMANDS``
-names.
+"""Command line entry point: ``python -m reft_train COMMAND``.
+
+Each module in ``COMMANDS`` implements one command.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from reft_train.doctor import command as doctor
 from reft_train.errors import ReportedError, UserError
 from reft_train.search import command as search
 
-# what an installation without the extra ``train`` may lack, by the name it is imported by
+# import names of packages that only the extra ``train`` installs
 _TRAIN = (
     "accelerate",
     "datasets",
@@ -36,8 +37,9 @@ COMMANDS = (run, evaluate, search, compare, doctor, demo)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of all commands. A command's parser sets ``run``: parsed arguments in, exit
-    code out.
+    """Build the parser of all commands.
+
+    Each command's parser sets ``run``, a function from parsed arguments to an exit code.
     """
     top = argparse.ArgumentParser(
         prog="python -m reft_train", description="Train and evaluate ReFT adapters."
@@ -51,10 +53,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command: 0, or 1 when a check or a training failed, 2 for bad input, 130 when
-    interrupted.
+    """Run a command and return its exit code.
+
+    0: success. 1: a check or a training failed. 2: bad input. 130: interrupted.
     """
-    # of several processes of a machine, started by torchrun, one prints what all of them see
+    # under torchrun only the first process of a machine prints argument errors
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
         parsed = parser().parse_args(arguments)
@@ -68,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ReportedError:
         return 2
     except UserError as error:
-        # of a data loader's worker torch gives the whole traceback, which ends in the message
+        # an error from a data loader worker carries a full traceback; its last part is the message
         return report(f"error: {str(error).strip().rpartition('UserError: ')[2]}")
     except FloatingPointError as error:
         if first:
@@ -80,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         hint = 'pip install "reft_kernels[train]" brings it'
         return report(f"error: needs the package {package}, which is not installed; {hint}")
-    except OSError as error:  # no space left, no permission: nothing that a traceback would explain
+    except OSError as error:  # disk full or permission denied; a traceback would not help
         return report(f"error: {error}")
     except KeyboardInterrupt:
         report("interrupted")

@@ -1,5 +1,6 @@
-"""What a run is told: one frozen dataclass, filled from a recipe, a YAML file and flags, checked
-before anything is loaded.
+"""Configuration of a run: a frozen dataclass filled from a recipe, a YAML file and flags.
+
+All values are checked before any model or data is loaded.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def _field(
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of a run, as ``reft-train run --help`` tells them. A field's flag is its name
-    with dashes.
+    """Settings of a run.
+
+    ``reft-train run --help`` describes every field. The flag of a field is its name with dashes.
     """
 
     model: str = _field("", "folder or hub name of the frozen model")
@@ -212,15 +214,15 @@ class RunConfig:
 
     @property
     def holds_out(self) -> bool:
-        """Whether there are held-out rows to choose by: those of ``validation``, or GLUE's own."""
+        """Whether the run has held-out rows, from ``validation`` or from a GLUE task."""
         return bool(self.validation) or self.task.startswith("glue/")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, plain values only."""
+        """Return the fields by name as plain values."""
         return dataclasses.asdict(self)
 
     def replace(self, **changes: Any) -> RunConfig:
-        """A copy with other values, checked again."""
+        """Return a copy with the given changes, validated again."""
         known(changes, "setting")
         return dataclasses.replace(self, **changes)
 
@@ -232,7 +234,7 @@ TYPES: Mapping[str, Any] = types.MappingProxyType(typing.get_type_hints(RunConfi
 
 
 def known(names: typing.Iterable[str], what: str) -> None:
-    """Refuse names that are no settings."""
+    """Raise UserError for a name that is not a setting."""
     for name in names:
         if name not in FIELDS:
             near = get_close_matches(str(name), FIELDS, n=1)
@@ -241,7 +243,7 @@ def known(names: typing.Iterable[str], what: str) -> None:
 
 
 def check(name: str, value: Any) -> Any:
-    """A setting's value in its own type."""
+    """Validate a setting's value and convert it to the field's type."""
     hint, about = TYPES[name], FIELDS[name].metadata
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in kinds:
@@ -270,7 +272,7 @@ def _converted(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
         return value
     elif float in kinds:
         with contextlib.suppress(TypeError, ValueError):
-            return float(value)  # YAML reads 9e-4 as text
+            return float(value)  # YAML parses 9e-4 as a string
     elif inner and isinstance(value, list | tuple):
         if all(type(item) is inner for item in value):
             return list(value)
@@ -283,7 +285,7 @@ def _converted(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Settings from a YAML file: one mapping, names as in :class:`RunConfig`."""
+    """Read settings from a YAML file with one mapping of :class:`RunConfig` field names."""
     import yaml
 
     try:
@@ -307,25 +309,23 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def build(*layers: Mapping[str, Any]) -> RunConfig:
-    """Settings from several mappings, later ones over earlier ones, all of them over the
-    recipe's.
-    """
+    """Build a configuration from mappings; later ones override earlier ones and the recipe."""
     from reft_train import tasks
 
-    given: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for values in layers:
         known(values, "setting")
-        given.update(values)
-    if not isinstance(given.get("task"), str) or not given["task"]:
+        merged.update(values)
+    if not isinstance(merged.get("task"), str) or not merged["task"]:
         raise UserError(
             "task: got none, expected a task such as commonsense, gsm8k, boolq or jsonl"
         )
-    name = check("recipe", given.get("recipe")) or tasks.get(given["task"]).recipe
-    return RunConfig(**{**recipe(name), **given, "recipe": name})
+    name = check("recipe", merged.get("recipe")) or tasks.get(merged["task"]).recipe
+    return RunConfig(**{**recipe(name), **merged, "recipe": name})
 
 
 def dump_yaml(config: RunConfig) -> str:
-    """The settings as YAML that :func:`read_yaml` reads."""
+    """Format the settings as YAML that :func:`read_yaml` can read."""
     import yaml
 
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)

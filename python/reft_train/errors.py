@@ -1,14 +1,14 @@
-"""The error that a user can mend: printed as one line, without a traceback.
+"""Errors caused by user input, printed as one line without a traceback.
 
-Any function of the program may raise it for bad input; docstrings name it where more is to be said.
+Any function of the program may raise them; docstrings mention them only where useful.
 """
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Bad input. The message names the argument, what came and what was expected."""
+    """Bad input. The message names the argument, the value received and the value expected."""
 
 
 class ReportedError(UserError):
-    """Bad input that another process of the run prints: this one ends in silence."""
+    """Bad input reported by another process. Raised on non-main ranks; exits without printing."""

@@ -57,7 +57,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """The command; bad input is refused before anything is written."""
+    """Run the command. Bad input raises an error before any file is written."""
     config, adapter = resolve_settings(parsed), resolve_adapter(parsed)
     base = Path("runs" if parsed.run_folder is None else parsed.run_folder)
     out = base / "eval" if parsed.out is None else Path(parsed.out)
@@ -65,7 +65,7 @@ def run(parsed: argparse.Namespace) -> int:
     from reft_train import methods, models
     from reft_train.training.prepare import find_rows
 
-    if parsed.run_folder is not None:  # the frozen model alone may be any
+    if parsed.run_folder is not None:  # a frozen model without an adapter can be any model
         if config.model == read_yaml(base / CONFIG).get("model"):
             models.check_reachable(config, base)
         if parsed.adapter is None:
@@ -73,14 +73,13 @@ def run(parsed: argparse.Namespace) -> int:
     task = tasks.get(config.task)
     sets = find_rows(config.replace(train=None, skip_test=False), task, train=False).tests
     if adapter is not None:
-        methods.check_base(
-            models.model_config(config), adapter
-        )  # before the weights, which take their time
+        # checked before the weights are loaded, which is slow
+        methods.check_base(models.model_config(config), adapter)
     return _score(config, task, sets, adapter, out)
 
 
 def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
-    """Settings of the run, the file and the flags, later ones over earlier ones."""
+    """Merge the settings of the run, the file and the flags; later ones override earlier ones."""
     layers: list[dict[str, Any]] = []
     if parsed.run_folder is not None:
         path = Path(parsed.run_folder) / CONFIG
@@ -93,11 +92,10 @@ def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
     if parsed.config is not None:
         layers.append(read_yaml(parsed.config))
     merged: dict[str, Any] = {}
-    for layer in (*layers, flags.given(parsed)):
+    for layer in (*layers, flags.passed(parsed)):
         if "data" in layer and "test" not in layer:
-            merged.pop(
-                "test", None
-            )  # test files of the run would win over the folder that is asked for now
+            # otherwise the run's test files would take precedence over the requested folder
+            merged.pop("test", None)
         merged.update(layer)
     if not merged.get("model") and parsed.adapter not in (None, FROZEN):
         path = resolve_adapter(parsed) / "adapter_config.json"
@@ -108,7 +106,7 @@ def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
 
 
 def resolve_adapter(parsed: argparse.Namespace) -> Path | None:
-    """The adapter's folder; None for the frozen model."""
+    """Return the adapter's folder, or None for the frozen model."""
     if parsed.adapter == FROZEN:
         return None
     if parsed.adapter is None and parsed.run_folder is None:

@@ -1,4 +1,4 @@
-"""Atomic writes: a reader sees the old file or folder or the new one, never a half of either."""
+"""Atomic writes: readers see either the old or the new file or folder, never a partial one."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from reft_train.errors import UserError
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write ``content`` beside ``path`` and move it there; folders are made as needed."""
+    """Write ``content`` to a temporary file and rename it to ``path``. Creates parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
         os.umask(mask := os.umask(0))
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's 0600 would hide the file from others
+        # mkstemp creates files with mode 0600, which other users cannot read
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -31,17 +32,17 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_text(path: Path, content: str) -> Path:
-    """As :func:`write_bytes`, in UTF-8."""
+    """Write text in UTF-8; see :func:`write_bytes`."""
     return write_bytes(path, content.encode("utf-8"))
 
 
 def replace_folder(source: Path, target: Path) -> Path:
-    """Make ``source``, on the same file system, the folder at ``target``; an old one goes last."""
+    """Move the folder ``source`` to ``target`` on the same file system, replacing an old folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         os.replace(source, target)
         return target
-    # a folder that is not empty cannot be replaced in one step
+    # a non-empty folder cannot be replaced in a single rename
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")) / "old"
     os.replace(target, aside)
     try:
@@ -63,15 +64,15 @@ def _finite(value: Any) -> Any:
 
 
 def dumps(value: Any) -> str:
-    """Indented JSON that every reader takes: numbers that are not finite become null."""
+    """Serialize ``value`` as indented standard JSON; non-finite numbers become null."""
     return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
 
 
 def read_object(path: Path, name: str) -> dict[str, Any]:
-    """The JSON object of a file."""
+    """Read a JSON object from a file."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # JSON's and UTF-8's errors are ValueErrors
+    except (OSError, ValueError) as error:  # JSON and UTF-8 decoding errors are ValueErrors
         reason = f"which is not readable JSON ({error})"
         raise UserError(f"{name}: got {path}, {reason}, expected an object") from None
     if not isinstance(value, dict):
@@ -81,7 +82,7 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, name: str) -> Path:
-    """The deepest folder on the way to an output folder that is there."""
+    """Return the deepest existing folder on the path of an output folder."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"{name}: got {folder}, but {existing} is a file, expected a folder")
@@ -92,6 +93,6 @@ def check_folder(folder: Path, name: str) -> Path:
 
 
 def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/reft_train``, or ``~/.cache/reft_train``."""
+    """Return ``$XDG_CACHE_HOME/reft_train``, or ``~/.cache/reft_train``."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if base else Path.home() / ".cache") / "reft_train"

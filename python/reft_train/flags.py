@@ -1,4 +1,4 @@
-"""The flags of commands that take a run's settings: one for each field of ``RunConfig``."""
+"""Command line flags for a run's settings, one for each field of ``RunConfig``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _parser(kind: Callable[[str], Any], expected: str, holds: Callable[[Any], bo
 
 
 def count(low: int, high: int | None = None) -> Callable[[str], int]:
-    """An integer from ``low`` to ``high``."""
+    """Return an argparse type for integers from ``low`` to ``high``."""
     expected = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
     return _parser(int, expected, lambda value: low <= value <= (value if high is None else high))
 
@@ -69,10 +69,12 @@ def add_settings(
     names: Iterable[str] = tuple(FIELDS),
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add ``--config`` and a flag for each of ``names``; one that is not given leaves no trace.
+    """Add ``--config`` and a flag for each of ``names``.
+
+    A flag that is not passed sets no attribute.
 
     Args:
-        defaults: what the help shows of a command that has neither recipes nor ``--config``.
+        defaults: default values shown in the help of a command without recipes and ``--config``.
     """
     if defaults is None:
         command.add_argument(
@@ -92,14 +94,14 @@ def add_settings(
         )
 
 
-def given(parsed: argparse.Namespace, names: Iterable[str] = tuple(FIELDS)) -> dict[str, Any]:
-    """The settings that the flags state."""
+def passed(parsed: argparse.Namespace, names: Iterable[str] = tuple(FIELDS)) -> dict[str, Any]:
+    """Return the settings passed as flags."""
     return {name: value for name, value in vars(parsed).items() if name in names}
 
 
 def settings(parsed: argparse.Namespace) -> RunConfig:
-    """Settings from recipe, file and flags."""
+    """Build the settings from the recipe, the file and the flags."""
     if parsed.config is None and "model" not in parsed:
         expected = "a model's folder or hub name, or --config FILE"
         raise UserError(f"--model: got none, expected {expected}")
-    return build({} if parsed.config is None else read_yaml(parsed.config), given(parsed))
+    return build({} if parsed.config is None else read_yaml(parsed.config), passed(parsed))

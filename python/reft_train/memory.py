@@ -1,8 +1,8 @@
-"""Peak memory of a stretch of work, and a sentence that says what was measured.
+"""Peak memory measurement, with a description of what was measured.
 
-On CUDA it is the allocator's own peak. On the CPU it is the process's peak resident set
-(``VmHWM``), reset when the stretch begins. ``ru_maxrss`` would not do on Linux: it cannot be reset,
-and a child's starts at its parent's size.
+On CUDA this is the allocator's peak. On the CPU it is the process's peak resident set (``VmHWM``),
+reset at the start. ``ru_maxrss`` is not used: on Linux it cannot be reset, and a child process
+inherits its parent's value.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MIB = 2**20
 
 @dataclass(frozen=True)
 class Peak:
-    """``before`` and ``peak`` in MiB (0 where unknown), and how they were measured."""
+    """Memory before the work and at its peak in MiB (0 where unknown), and how it was measured."""
 
     before: float
     peak: float
@@ -30,7 +30,7 @@ class Peak:
 def _max_rss_mib() -> float:
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:  # not available on Windows
         return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         _MIB if sys.platform == "darwin" else 1024
@@ -38,13 +38,13 @@ def _max_rss_mib() -> float:
 
 
 class PeakMeter:
-    """``start()`` before the work, ``stop()`` after it."""
+    """Peak memory meter: call ``start()`` before the work and ``stop()`` after it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self._before, self._method = device, 0.0, ""
 
     def start(self) -> None:
-        """Reset the high-water mark, where the system allows it."""
+        """Reset the peak, where the system supports it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -56,13 +56,14 @@ class PeakMeter:
             "peak resident memory of the ",
         )
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # 5 resets VmHWM to the present size
+            # writing 5 resets VmHWM to the current size
+            Path("/proc/self/clear_refs").write_text("5")
             self._method += "variant's process while training (VmHWM, reset before it)"
         except OSError:
             self._method += "variant's process since its start (VmHWM)"
 
     def stop(self) -> Peak:
-        """The peak since ``start()``."""
+        """Return the peak since ``start()``."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             return Peak(

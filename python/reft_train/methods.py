@@ -1,4 +1,4 @@
-"""What is trained: a member of the ReFT family, or a PEFT baseline, on a frozen model."""
+"""Finetuning methods: members of the ReFT family and PEFT baselines on a frozen model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reft_train.errors import UserError
 from reft_train.files import read_object, write_text
 from reft_train.models import CAUSAL, CLASSIFICATION, Loaded, identity
 
-# how the paper names each method; its DiReFT is the unconstrained one
+# settings of each method as named in the paper; its DiReFT has no orthonormality constraint
 TITLES = {
     "loreft": "LoReFT",
     "direft": "h + Rᵀ(Wh + b)",
@@ -32,10 +32,11 @@ BASE_MODEL = "base_model.json"
 def peft_config(
     config: RunConfig, loaded: Loaded, response_template: list[int] | None = None
 ) -> Any:
-    """The PEFT configuration of the method.
+    """Build the PEFT configuration of the method.
 
     Args:
-        response_template: ids that end a prompt, for the ReFT family; None: labels tell it.
+        response_template: token ids that end a prompt, for ReFT methods. None: prompt ends are
+            found from the labels.
     """
     import peft
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -70,20 +71,14 @@ def peft_config(
         if loaded.kind != CLASSIFICATION:
             expected = "a task with classes on an encoder: a language model has no new head"
             raise UserError(f"method: got 'head', expected {expected}")
-        return peft.LoraConfig(
-            target_modules=DUMMY_TARGET_MODULES, **common
-        )  # adapts nothing; saves and loads the head
+        # adapts no layer; only saves and loads the head
+        return peft.LoraConfig(target_modules=DUMMY_TARGET_MODULES, **common)
     if config.method == "prefix":
         return peft.PrefixTuningConfig(num_virtual_tokens=config.prefix_tokens, **common)
     targets = config.lora_targets or None
     if config.method == "ia3":
-        ends = (
-            "down_proj",
-            "wo",
-            "fc2",
-            "c_proj",
-            "dense_4h_to_h",
-        )  # of feed-forward layers: these scale their input
+        # IA3 scales the input of feed-forward modules
+        ends = ("down_proj", "wo", "fc2", "c_proj", "dense_4h_to_h")
         last = targets and [name for name in targets if name.rpartition(".")[2] in ends]
         return peft.IA3Config(target_modules=targets, feedforward_modules=last, **common)
     return peft.LoraConfig(
@@ -98,7 +93,7 @@ def peft_config(
 
 
 def adapt(config: RunConfig, loaded: Loaded, response_template: list[int] | None = None) -> Any:
-    """The frozen model with the method's fresh, trainable parameters, drawn from the seed."""
+    """Add the method's trainable parameters, initialized from the seed, to the frozen model."""
     import torch
     from peft import get_peft_model
 
@@ -110,13 +105,13 @@ def adapt(config: RunConfig, loaded: Loaded, response_template: list[int] | None
 
 
 def save_adapter(model: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
-    """Write the adapter in PEFT's layout, with what tells its base model."""
+    """Write the adapter in PEFT's format, with a record that identifies its base model."""
     model.save_pretrained(str(folder), state_dict=state_dict, safe_serialization=True)
     record_base(model.get_base_model().config, folder)
 
 
 def load_adapter(loaded: Loaded, folder: str | Path, *, trainable: bool = False) -> Any:
-    """The frozen model with a saved adapter."""
+    """Load a saved adapter onto the frozen model."""
     from peft import PeftModel
 
     import reft_kernels.integrations.peft  # noqa: F401  (registers the method that the file names)
@@ -134,39 +129,45 @@ def load_adapter(loaded: Loaded, folder: str | Path, *, trainable: bool = False)
 
 
 def record_base(hf_config: Any, folder: Path) -> None:
-    """Write what tells the base model of a run or an adapter."""
+    """Write a file that identifies the base model of a run or an adapter."""
     write_text(folder / BASE_MODEL, json.dumps(identity(hf_config)))
 
 
-def _differing(hf_config: Any, folder: Path) -> tuple[str, Any, Any] | None:
-    """The name, recorded value and own value of what differs; None where nothing does or is
-    recorded.
+def _first_difference(hf_config: Any, folder: Path) -> tuple[str, Any, Any] | None:
+    """Return the name, recorded value and current value of the first difference.
+
+    None if nothing differs or nothing was recorded.
     """
     path = folder / BASE_MODEL
     if not path.is_file():
-        return None  # by another program or an earlier release: PEFT compares the shapes
-    saved, own = read_object(path, BASE_MODEL), identity(hf_config)
+        return None  # written by another program or an older release; PEFT compares the shapes
+    saved, current = read_object(path, BASE_MODEL), identity(hf_config)
     return next(
-        ((name, value, own.get(name)) for name, value in saved.items() if own.get(name) != value),
+        (
+            (name, value, current.get(name))
+            for name, value in saved.items()
+            if current.get(name) != value
+        ),
         None,
     )
 
 
 def check_base(hf_config: Any, folder: Path) -> None:
-    """Refuse an adapter whose base model was another one."""
-    if found := _differing(hf_config, folder):
-        name, value, own = found
+    """Raise UserError if an adapter was trained on a different base model."""
+    if difference := _first_difference(hf_config, folder):
+        name, value, current = difference
         raise UserError(
             f"adapter: got {folder}, trained on a model with {name} {value}, but the model has "
-            f"{own}"
+            f"{current}"
         )
 
 
 def check_run_base(config: RunConfig, folder: Path, hf_config: Any) -> None:
-    """Refuse a model that is not the one that a run was trained on; a run without the record
-    takes any.
+    """Raise UserError if a run was trained on a different model.
+
+    A run without a record of its base model is accepted.
     """
-    if found := _differing(hf_config, folder):
-        name, value, own = found
+    if difference := _first_difference(hf_config, folder):
+        name, value, current = difference
         begun = f"{folder} was trained on a model with {name} {value}, expected the same model"
-        raise UserError(f"model: got {config.model!r} with {name} {own}, but {begun}")
+        raise UserError(f"model: got {config.model!r} with {name} {current}, but {begun}")

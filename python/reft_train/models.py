@@ -1,4 +1,4 @@
-"""The frozen model and its tokenizer: found out, checked and loaded, or refused in one line."""
+"""Inspection, validation and loading of the frozen model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PLACE = "expected a model's folder: --model FOLDER"
 
 @dataclass
 class Loaded:
-    """A model with its tokenizer; ``heads`` are the modules that are new and have to be trained."""
+    """A model with its tokenizer. ``heads`` names new modules that must be trained."""
 
     model: Any
     tokenizer: Any
@@ -42,9 +42,9 @@ class Loaded:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode comes back at the end.
+    """Context manager for evaluation mode without gradients; restores each module's mode on exit.
 
-    Not inference mode: what a model keeps from one call to the next must still serve training.
+    It does not use inference mode: tensors cached by the model must stay usable in training.
     """
     import torch
 
@@ -59,12 +59,12 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def bare(model: Any) -> Any:
-    """The transformers model under an adapter."""
+    """Return the transformers model under an adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def model_config(config: RunConfig) -> Any:
-    """The model's configuration; a model that cannot be reached is refused with what was tried."""
+    """Load the model's configuration, or raise UserError listing the locations tried."""
     from transformers import AutoConfig
 
     path = Path(config.model)
@@ -76,19 +76,19 @@ def model_config(config: RunConfig) -> Any:
     if path.exists() and not (path / "config.json").is_file():
         expected = "a folder with config.json, weights and a tokenizer: --model FOLDER"
         raise UserError(f"model: got {path}, expected {expected}")
-    logger = logging.getLogger("huggingface_hub")  # keeps back its line for each retry
+    logger = logging.getLogger("huggingface_hub")  # silences one warning per retry
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         return AutoConfig.from_pretrained(config.model)
-    except Exception as error:  # the hub's client and broken files raise errors of many kinds
+    except Exception as error:  # the hub client and broken files raise many types of error
         raise _unloadable(config.model, "which cannot be loaded", error) from None
     finally:
         logger.setLevel(level)
 
 
 def _unloadable(name: str, what: str, error: Exception) -> UserError:
-    """The error for a model of which something cannot be loaded; of a hub name, what was tried."""
+    """Build the error for a model that cannot be loaded; for a hub name it lists what was tried."""
     reason = " ".join(str(error).split())
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return UserError(f"model: got {name!r}, {what} ({reason[:300]})")
@@ -100,7 +100,7 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
     ) is not None and cause not in chain:
         chain.append(cause)
     hub = f"what huggingface.co gave cannot be used ({reason[:300]})"
-    for kind, said in (
+    for kind, explanation in (
         (
             GatedRepoError,
             "huggingface.co gives it to accepted users alone: accept its terms there, hf auth "
@@ -113,7 +113,7 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
         ),
     ):
         if any(isinstance(part, kind) for part in chain):
-            hub = said
+            hub = explanation
             break
     return UserError(
         f"model: got {name!r}, {what}: it is no folder here, the hub's cache does not have it, "
@@ -125,16 +125,15 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
 
 
 def _is_local(name: str) -> bool:
-    """Whether a name can only be a folder's: a hub name has at most one slash, and none in
-    front.
+    """Whether a name can only be a local folder.
+
+    A hub name has at most one slash, and no leading slash.
     """
     return name.startswith((".", "~")) or Path(name).is_absolute() or name.count("/") > 1
 
 
 def check_reachable(config: RunConfig, run: Path) -> None:
-    """Refuse to go on with a run whose base model is not where it was, naming the recorded
-    place.
-    """
+    """Raise UserError if the base model of a run is no longer at the recorded location."""
     try:
         model_config(config)
     except UserError as error:
@@ -150,18 +149,17 @@ def check_reachable(config: RunConfig, run: Path) -> None:
 
 
 def identity(hf_config: Any) -> dict[str, Any]:
-    """What tells one base model from another, for adapters that were trained on it."""
+    """Return the properties that identify a base model, for checking adapters against it."""
     configs = [hf_config]
     if callable(getattr(hf_config, "get_text_config", None)):
-        configs.insert(0, hf_config.get_text_config())  # which holds a multimodal model's sizes
+        # the text config holds the sizes of a multimodal model
+        configs.insert(0, hf_config.get_text_config())
     pairs = [(name, getattr(part, name, None)) for part in configs for name in _IDENTITY]
     return {name: value for name, value in pairs if isinstance(value, int | str)}
 
 
 def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
-    """How the model is used for a task: as ``architecture`` says, or what the model and the task
-    say.
-    """
+    """Return how the model is used: ``architecture`` if set, else derived from model and task."""
     generates, classifies = (
         task.decoding is not None,
         task.labels is not None or task.decoding is None,
@@ -189,12 +187,12 @@ def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
 
 
 def load_tokenizer(config: RunConfig) -> Any:
-    """The model's tokenizer, with a padding token."""
+    """Load the model's tokenizer and ensure that it has a padding token."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
-    except Exception as error:  # what a broken file raises differs from one tokenizer to the next
+    except Exception as error:  # the error type for a broken file depends on the tokenizer
         raise _unloadable(config.model, "whose tokenizer cannot be loaded", error) from None
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
@@ -202,7 +200,7 @@ def load_tokenizer(config: RunConfig) -> Any:
                 f"model: got {config.model!r}, whose tokenizer has neither a padding nor an end "
                 "token"
             )
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token serves
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token works
     return tokenizer
 
 
@@ -217,7 +215,7 @@ def _quantization(config: RunConfig) -> Any:
     import torch
     from transformers import BitsAndBytesConfig
 
-    # it says in every forward that it rounds activations, which 8 bits mean
+    # it warns in every forward that 8-bit mode rounds activations
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -230,7 +228,7 @@ def _quantization(config: RunConfig) -> Any:
 
 
 def pick_device(config: RunConfig) -> str:
-    """``cuda`` or ``cpu``."""
+    """Return ``cuda`` or ``cpu``."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -240,7 +238,7 @@ def pick_device(config: RunConfig) -> str:
 
 
 def weight_dtype(config: RunConfig) -> Any:
-    """The dtype of the frozen weights."""
+    """Return the dtype of the frozen weights."""
     import torch
 
     if config.dtype != "auto":
@@ -253,7 +251,7 @@ def weight_dtype(config: RunConfig) -> Any:
 
 
 def class_of(config: RunConfig, kind: str) -> str:
-    """The name of transformers' class that is loaded."""
+    """Return the name of the transformers class to load."""
     if config.pooling != "mean":
         names = {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}
         return names.get(kind, "AutoModelForSequenceClassification")
@@ -265,8 +263,9 @@ def class_of(config: RunConfig, kind: str) -> str:
 
 
 def load(config: RunConfig, task: Task) -> Loaded:
-    """The frozen model in the requested dtype, with its tokenizer; a new head is drawn from the
-    seed.
+    """Load the frozen model in the requested dtype with its tokenizer.
+
+    A new head is initialized from the seed.
     """
     import torch
     import transformers
@@ -288,7 +287,7 @@ def load(config: RunConfig, task: Task) -> Loaded:
         and config.device_map != "auto"
         and pick_device(config) == "cpu"
     ):
-        options["device_map"] = "cpu"  # bitsandbytes would take a GPU that is there
+        options["device_map"] = "cpu"  # otherwise bitsandbytes would use an available GPU
     options = {name: value for name, value in options.items() if value is not None}
     if kind == CLASSIFICATION:
         hf_config.num_labels = task.num_labels
@@ -296,17 +295,16 @@ def load(config: RunConfig, task: Task) -> Loaded:
             "regression" if task.labels is None else "single_label_classification"
         )
         if getattr(hf_config, "pad_token_id", None) is None:
-            hf_config.pad_token_id = (
-                tokenizer.pad_token_id
-            )  # decoders find the last real token by it
-    torch.manual_seed(config.seed)  # a new head is drawn here
+            # decoders locate the last real token by the pad id
+            hf_config.pad_token_id = tokenizer.pad_token_id
+    torch.manual_seed(config.seed)  # initializes a new head
     try:
         model, info = getattr(transformers, class_of(config, kind)).from_pretrained(
             config.model, output_loading_info=True, use_safetensors=True, **options
         )
     except UserError:
         raise
-    except Exception as error:  # of the hub's client, safetensors, transformers
+    except Exception as error:  # raised by the hub client, safetensors or transformers
         raise _unloadable(config.model, "whose weights cannot be loaded", error) from None
     heads = []
     if kind == CLASSIFICATION:

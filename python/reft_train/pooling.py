@@ -1,6 +1,4 @@
-"""Classifiers that read the mean of the last hidden states, as sentence encoders are trained to
-be.
-"""
+"""Classifiers that use the mean of the last hidden states, as in sentence encoders."""
 
 from __future__ import annotations
 
@@ -11,26 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-HEAD = "classifier"  # the submodule's name, which PEFT's modules_to_save is given
+HEAD = "classifier"  # submodule name passed to PEFT's modules_to_save
 
 
 class MeanPooledClassifier(nn.Module):
-    """``classifier(mean of the encoder's last hidden states over real tokens)``, the encoder
-    frozen.
+    """Linear classifier on the mean of a frozen encoder's last hidden states over real tokens.
 
-    It is called as transformers' sequence classifiers are, and gives what they give. With one
-    output labels are numbers and the loss is the squared error, else classes and cross entropy.
+    Inputs and outputs match transformers' sequence classifiers. With one output the labels are real
+    numbers and the loss is the squared error; otherwise classes and cross entropy.
 
     Args:
         encoder: a transformers model that returns ``last_hidden_state`` ``[B, T, d]``.
-        num_labels: outputs of the classifier. seed: of the classifier's first weights.
+        num_labels: number of outputs.
+        seed: seed of the classifier's initial weights.
     """
 
     def __init__(self, encoder: nn.Module, num_labels: int, seed: int) -> None:
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.config = encoder.config
-        self.name_or_path = encoder.name_or_path  # PEFT notes it in an adapter's configuration
+        self.name_or_path = encoder.name_or_path  # PEFT stores it in the adapter's configuration
         self.classifier = nn.Linear(self.config.hidden_size, num_labels)
         bound = 1.0 / math.sqrt(self.config.hidden_size)
         if not self.classifier.weight.is_meta:
@@ -44,16 +42,15 @@ class MeanPooledClassifier(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(
-                super().__getattr__("encoder"), name
-            )  # device, gradient checkpointing and the like
+            # forwards device, gradient checkpointing and other attributes
+            return getattr(super().__getattr__("encoder"), name)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The encoder's token embedding."""
+        """Return the encoder's token embedding."""
         return self.encoder.get_input_embeddings()
 
     def can_generate(self) -> bool:
-        """No: its labels are classes, not tokens, so the whole sequence is the prompt."""
+        """Return False: labels are classes, so the whole sequence is the prompt."""
         return False
 
     def forward(
@@ -63,8 +60,9 @@ class MeanPooledClassifier(nn.Module):
         labels: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
-        """Loss (with ``labels [B]``) and logits ``[B, num_labels]`` for token ids or
-        ``inputs_embeds``.
+        """Compute logits ``[B, num_labels]``, and the loss if ``labels [B]`` is given.
+
+        The input is token ids or ``inputs_embeds``.
         """
         from transformers.modeling_outputs import SequenceClassifierOutput
 

@@ -1,4 +1,4 @@
-"""Linux's memory figures under /proc."""
+"""Memory figures from Linux's /proc."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ MEMINFO, STATUS = Path("/proc/meminfo"), Path("/proc/self/status")
 
 
 def sizes(path: Path) -> dict[str, int]:
-    """Bytes of each field that the file gives in kB; none where there is no such file."""
+    """Return the bytes of each field that the file gives in kB; empty if there is no file."""
     try:
         text = path.read_text()
     except OSError:

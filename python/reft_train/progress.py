@@ -1,4 +1,4 @@
-"""The progress bar of every long loop."""
+"""Progress bar of long loops."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def bar(total: int, title: str, unit: str = "step", show: bool = True) -> tqdm:
-    """A progress bar on stderr; where that is no terminal, it shows itself every ten seconds."""
+    """Create a progress bar on stderr; without a terminal it is printed every ten seconds."""
     from tqdm import tqdm
 
     interval = 0.2 if sys.stderr.isatty() else 10.0

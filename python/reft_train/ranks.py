@@ -1,6 +1,4 @@
-"""Which of several processes this one is, and what all of them found; a single process is the
-first of one.
-"""
+"""Rank of this process and exchange of results; a single process is rank 0 of 1."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ Result = TypeVar("Result")
 
 
 def place() -> tuple[int, int]:
-    """This process's number and how many there are."""
+    """Return this process's rank and the number of processes."""
     return (
         (dist.get_rank(), dist.get_world_size())
         if dist.is_available() and dist.is_initialized()
@@ -21,23 +19,23 @@ def place() -> tuple[int, int]:
 
 
 def joined() -> bool:
-    """Whether this is one of several processes."""
+    """Whether there are several processes."""
     return place()[1] > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the one that prints."""
+    """Whether this is the process that prints."""
     return place()[0] == 0
 
 
-def gathered(found: Result) -> list[Result]:
-    """What each process found, in their order; every process gets all of it."""
-    everyone: list[Result] = [found] * place()[1]
+def gathered(result: Result) -> list[Result]:
+    """Gather a result from every process, in rank order, on all processes."""
+    results: list[Result] = [result] * place()[1]
     if joined():
-        dist.all_gather_object(everyone, found)
-    return everyone
+        dist.all_gather_object(results, result)
+    return results
 
 
-def merged(found: dict[int, Result]) -> dict[int, Result]:
-    """What all processes found, each for numbers of its own."""
-    return {number: result for part in gathered(found) for number, result in part.items()}
+def merged(results: dict[int, Result]) -> dict[int, Result]:
+    """Merge the dictionaries of all processes, whose keys are disjoint."""
+    return {number: result for part in gathered(results) for number, result in part.items()}

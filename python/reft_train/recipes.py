@@ -1,9 +1,9 @@
-"""Named settings: the paper's, for its four benchmarks, and what a user's own data starts from.
+"""Recipes: the paper's settings for its four benchmarks, and defaults for custom data.
 
 Source: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models" (arXiv:2404.03592).
 For GLUE the paper tuned each task and model within ranges (first 1, 3 or 11 positions, learning
-rates 1e-4 to 9e-4, 20 to 60 epochs, dropout 0.05 to 0.2); the recipe stands inside them, and
-``search`` chooses better.
+rates 1e-4 to 9e-4, 20 to 60 epochs, dropout 0.05 to 0.2). The recipe uses values within these
+ranges; ``search`` can find better ones.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "gsm8k": {**_COMMONSENSE, "epochs": 12},
         "instruct": _INSTRUCT,
         **{f"glue/{name}": _GLUE for name in _GLUE_TASKS},
-        # the defaults of the paper's script
+        # defaults of the paper's training script
         "script": {
             **_COMMONSENSE,
             "layers": [2, 10, 18, 26],
@@ -78,7 +78,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def recipe(name: str) -> Mapping[str, Any]:
-    """The settings of a recipe."""
+    """Return the settings of a recipe."""
     if name not in RECIPES:
         raise UserError(f"recipe: got {name!r}, expected one of {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -1,4 +1,4 @@
-"""``run``: train an adapter from a configuration file or flags, score it, and report."""
+"""``run``: train an adapter from a configuration file or flags, score it, and write a report."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def add_parser(subparsers) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """The command: 0, or 130 where Ctrl-C ended it early. Bad input is found before any
-    training.
-    """
+    """Run the command. Returns 0, or 130 if interrupted; bad input is reported before training."""
     try:
         config = settings(parsed)
     except UserError as error:
@@ -41,10 +39,8 @@ def run(parsed: argparse.Namespace) -> int:
 
     try:
         outcome = train(config)
-    except (
-        UserError
-    ):  # all processes refuse together; one that ends with its group's threads aborts
-        leave()
+    except UserError:
+        leave()  # all processes raise together; exiting with group threads running would abort
         raise
     leave()
     if int(os.environ.get("RANK", "0")):

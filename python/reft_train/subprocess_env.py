@@ -1,4 +1,4 @@
-"""Processes that this program starts anew, so that the peak memory of what they do is their own."""
+"""Environment for subprocesses, which are used to measure peak memory separately."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import reft_train
 
 
 def environment() -> dict[str, str]:
-    """This process's environment for a new interpreter, which finds the two packages where this
-    one found them.
-    """
+    """Return the environment for a new interpreter that imports the same two packages."""
     paths = [
         str(Path(package.__file__).resolve().parents[1]) for package in (reft_train, reft_kernels)
     ]

@@ -1,3 +1,1 @@
-"""``compare``: methods on one task and model, each tuned on held-out rows under the same budget,
-tested over seeds.
-"""
+"""``compare``: methods on one task and model, with equal tuning budgets and several seeds."""

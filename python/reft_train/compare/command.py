@@ -1,4 +1,4 @@
-"""``compare``: ReFT and PEFT methods on one task and model, under one tuning budget, over seeds."""
+"""``compare``: ReFT and PEFT methods on one task and model, with one tuning budget and seeds."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_parser(subparsers) -> None:
 
 
 def resolve_plan(parsed: argparse.Namespace) -> ComparisonPlan:
-    """The comparison that the flags ask for."""
+    """Build the comparison plan from the flags."""
     from reft_train.compare.running import ComparisonPlan
     from reft_train.search.objective import resolve
 
@@ -85,12 +85,13 @@ def _methods(config: RunConfig, requested: Sequence[str] | None) -> tuple[str, .
 def run(
     parsed: argparse.Namespace, train: Callable | None = None, final: Callable | None = None
 ) -> int:
-    """The command: 0, or 1 when a method or a run failed (one that the model cannot have is none),
-    or 130.
+    """Run the command. Returns 0, 1 when a method or a run failed, or 130 when interrupted.
+
+    A method that the model does not support is not a failure.
 
     Args:
-        train: in place of :func:`reft_train.training.session.train`.
-        final: in place of a process for each tested run.
+        train: replaces :func:`reft_train.training.session.train`.
+        final: replaces the subprocess of each tested run.
     """
     one_process()
     plan = resolve_plan(parsed)
@@ -105,15 +106,20 @@ def run(
         for method in plan.methods
     }
     try:
-        found = running.compare(plan, spaces, train or session.train, final or running.run_isolated)
+        comparison = running.compare(
+            plan, spaces, train or session.train, final or running.run_isolated
+        )
     except KeyboardInterrupt:
         print(
             f"interrupted: what is done is kept in {plan.folder}; the same command goes on",
             file=sys.stderr,
         )
         return 130
-    report.write(found)
-    print(report.text(found), *report.notes(found), sep="\n")
+    report.write(comparison)
+    print(report.text(comparison), *report.notes(comparison), sep="\n")
     return int(
-        any(row.status != "ok" and not row.status.startswith("not available") for row in found.rows)
+        any(
+            row.status != "ok" and not row.status.startswith("not available")
+            for row in comparison.rows
+        )
     )

@@ -1,4 +1,4 @@
-"""What a comparison shows: a table, a figure, a page, and the numbers as JSON and CSV."""
+"""Report of a comparison: a table, a figure, a page, and the results as JSON and CSV."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _CSV = (
 )
 
 
-def header(found: Comparison) -> tuple[str, ...]:
-    """The table's columns."""
-    held_out = f"held-out {found.plan.objective.name}"
+def header(comparison: Comparison) -> tuple[str, ...]:
+    """Return the table's column names."""
+    held_out = f"held-out {comparison.plan.objective.name}"
     return (
         "method",
         "test",
@@ -45,7 +45,7 @@ def header(found: Comparison) -> tuple[str, ...]:
 
 
 def line(row: MethodResult, seeds: int) -> tuple[str, ...]:
-    """A method's line."""
+    """Return a method's table row."""
     numbers = ("-",) * 4
     if row.trainable is not None:
         trained = f"{row.trainable:,}" + (f" + {row.head:,}" if row.head else "")
@@ -60,16 +60,18 @@ def line(row: MethodResult, seeds: int) -> tuple[str, ...]:
     return (TITLES[row.method], *tried, *numbers, chosen or "-", row.status)
 
 
-def text(found: Comparison) -> str:
-    """The table for a terminal, and below it why a method or a run is missing."""
-    rows = [line(row, len(found.plan.seeds))[:-1] for row in found.rows]
-    reasons = (f"{TITLES[row.method]}: {row.status}" for row in found.rows if row.status != "ok")
-    return "\n".join([page.text_table(header(found)[:-1], rows), *reasons])
+def text(comparison: Comparison) -> str:
+    """Format the table for a terminal, followed by the reasons for missing methods or runs."""
+    rows = [line(row, len(comparison.plan.seeds))[:-1] for row in comparison.rows]
+    reasons = (
+        f"{TITLES[row.method]}: {row.status}" for row in comparison.rows if row.status != "ok"
+    )
+    return "\n".join([page.text_table(header(comparison)[:-1], rows), *reasons])
 
 
-def notes(found: Comparison) -> list[str]:
-    """What the columns mean."""
-    plan = found.plan
+def notes(comparison: Comparison) -> list[str]:
+    """Describe the columns."""
+    plan = comparison.plan
     budget = f"{plan.trials} trial(s)" if plan.seconds is None else f"{plan.seconds:g} seconds"
     lines = [
         f"Each method had {budget} to choose its settings by held-out {plan.objective.name} with "
@@ -83,7 +85,7 @@ def notes(found: Comparison) -> list[str]:
         "of its own. The runs alternate between methods.",
     ]
     lines += sorted(
-        {f"peak memory is the {row.memory_method}" for row in found.rows if row.memory_method}
+        {f"peak memory is the {row.memory_method}" for row in comparison.rows if row.memory_method}
     )
     if plan.config.holds_out and not plan.config.validation:
         lines.append(
@@ -94,12 +96,13 @@ def notes(found: Comparison) -> list[str]:
     return lines
 
 
-def figure(found: Comparison) -> bytes | None:
-    """A PNG of test metric (else held-out objective) by trained numbers; None where nothing
-    finished.
+def figure(comparison: Comparison) -> bytes | None:
+    """Plot test metric (or held-out objective) by trainable parameters as a PNG.
+
+    Returns None if nothing finished.
     """
-    tested = any(row.test is not None for row in found.rows)
-    points = [(row, row.test if tested else row.validation) for row in found.rows]
+    tested = any(row.test is not None for row in comparison.rows)
+    points = [(row, row.test if tested else row.validation) for row in comparison.rows]
     points = [
         (row, value) for row, value in points if value is not None and row.trainable is not None
     ]
@@ -120,21 +123,21 @@ def figure(found: Comparison) -> bytes | None:
     axes.set_xscale("log" if all(counts) else "linear")
     axes.set(
         xlabel="trained numbers",
-        ylabel="test metric" if tested else f"held-out {found.plan.objective.name}",
+        ylabel="test metric" if tested else f"held-out {comparison.plan.objective.name}",
     )
     axes.legend()
     return page.to_png(drawing)
 
 
-def _csv(found: Comparison) -> str:
-    sets = list(dict.fromkeys(name for row in found.rows for name in row.tests))
+def _csv(comparison: Comparison) -> str:
+    sets = list(dict.fromkeys(name for row in comparison.rows for name in row.tests))
     columns = ["test", "validation", *(f"test/{name}" for name in sets)]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(
         [*_CSV, *(f"{name}_{part}" for name in columns for part in ("mean", "deviation"))]
     )
-    for row in found.rows:
+    for row in comparison.rows:
         spreads = [row.test, row.validation, *(row.tests.get(name) for name in sets)]
         cells = [
             cell
@@ -145,36 +148,37 @@ def _csv(found: Comparison) -> str:
     return buffer.getvalue()
 
 
-def write(found: Comparison) -> None:
+def write(comparison: Comparison) -> None:
     """Write ``compare.json``, ``compare.csv``, ``compare.png`` and ``report.html``."""
-    plan, folder = found.plan, found.plan.folder
+    plan, folder = comparison.plan, comparison.plan.folder
     runs = [
         {"method": method, "seed": seed, **asdict(outcome)}
-        for (method, seed), outcome in found.outcomes.items()
+        for (method, seed), outcome in comparison.outcomes.items()
     ]
     numbers = {
         "config": plan.config.to_dict(),
         "seeds": plan.seeds,
         "objective": plan.objective.name,
         "budget": {"trials": plan.trials, "seconds": plan.seconds},
-        "methods": [asdict(row) for row in found.rows],
+        "methods": [asdict(row) for row in comparison.rows],
         "runs": runs,
         "versions": versions(),
     }
     write_text(folder / "compare.json", dumps(numbers))
-    write_text(folder / "compare.csv", _csv(found))
-    png = figure(found)
+    write_text(folder / "compare.csv", _csv(comparison))
+    png = figure(comparison)
     if png is not None:
         write_bytes(folder / "compare.png", png)
-    sets = list(dict.fromkeys(name for row in found.rows for name in row.tests))
+    sets = list(dict.fromkeys(name for row in comparison.rows for name in row.tests))
     each = [
-        (TITLES[row.method], *(row.tests.get(name, "-") for name in sets)) for row in found.rows
+        (TITLES[row.method], *(row.tests.get(name, "-") for name in sets))
+        for row in comparison.rows
     ]
     page.write_page(
         folder / "report.html",
         f"Methods on {plan.config.task}",
-        page.table(header(found), [line(row, len(plan.seeds)) for row in found.rows]),
-        *map(page.note, notes(found)),
+        page.table(header(comparison), [line(row, len(plan.seeds)) for row in comparison.rows]),
+        *map(page.note, notes(comparison)),
         "" if png is None else page.image(png, "Metric of each method by its trained numbers"),
         page.table(("method", *sets), each) if len(sets) > 1 else "",
         page.heading("Shared settings and versions"),

@@ -1,4 +1,4 @@
-"""The comparison: every method's search under the same budget, then the tested runs in turn."""
+"""Execution of a comparison: one search per method with equal budgets, then tested runs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from reft_train.training.outcome import Outcome
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """A comparison.
+    """Configuration of a comparison.
 
     Attributes:
-        config: settings that all methods share; ``output`` is the comparison's folder.
-        trials, seconds: of each method's search; exactly one of the two is None.
-        seeds: one tested run of each method for each.
+        config: settings shared by all methods; ``output`` is the comparison's folder.
+        trials, seconds: budget of each method's search; exactly one of the two is None.
+        seeds: seeds of the tested runs of each method.
     """
 
     config: RunConfig
@@ -41,11 +41,11 @@ class ComparisonPlan:
 
     @property
     def folder(self) -> Path:
-        """Where the comparison leaves its files."""
+        """Output folder of the comparison."""
         return Path(self.config.output)
 
     def search_plan(self, method: str, space: Space) -> SearchPlan:
-        """A method's search, in a folder of its own."""
+        """Return the plan of a method's search, with a separate folder."""
         output = str(self.folder / "search" / method)
         config = self.config.replace(method=method, output=output, resume=False, overwrite=False)
         return SearchPlan(
@@ -60,12 +60,12 @@ class ComparisonPlan:
         )
 
     def final_config(self, best: RunConfig, seed: int) -> RunConfig:
-        """Settings of a tested run: the best ones of the method's search, with another seed."""
+        """Return the settings of a tested run: the method's best ones with the given seed."""
         output = str(self.folder / "runs" / best.method / f"seed-{seed}")
         return best.replace(seed=seed, output=output, skip_test=False, resume=False, overwrite=True)
 
     def order(self, methods: Sequence[str]) -> list[tuple[str, int]]:
-        """The tested runs, seed by seed, another method first each time: noise hits all alike."""
+        """Order the tested runs by seed, rotating the methods to spread machine noise evenly."""
         count = len(methods)
         turns = enumerate(self.seeds)
         return [
@@ -77,7 +77,7 @@ class ComparisonPlan:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation (None for a single number)."""
+    """Mean and sample standard deviation (None for a single value)."""
 
     mean: float
     deviation: float | None
@@ -89,7 +89,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class MethodResult:
-    """A method's line. ``test`` is the mean over the test sets in each run, then over runs."""
+    """Results of a method. ``test`` is the mean over the test sets of a run, then over runs."""
 
     method: str
     status: str = "ok"
@@ -110,7 +110,7 @@ class MethodResult:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows in the order of the plan's methods; ``outcomes`` by (method, seed)."""
+    """Results in the order of the plan's methods; ``outcomes`` by (method, seed)."""
 
     plan: ComparisonPlan
     rows: list[MethodResult]
@@ -118,15 +118,15 @@ class Comparison:
 
 
 class RunFailed(Exception):
-    """The process of a run ended without a result; the message is its last words."""
+    """Raised when a run's process ends without a result; the message is its last output."""
 
 
 def run_isolated(config: RunConfig) -> Outcome:
-    """``reft-train run`` in a process, so that its peak memory is its own; it prints to a ``.log``
-    file.
+    """Run ``reft-train run`` in a subprocess with separate peak memory; output goes to a ``.log``.
 
     Raises:
-        RunFailed: it failed. KeyboardInterrupt: it was interrupted.
+        RunFailed: the run failed.
+        KeyboardInterrupt: the run was interrupted.
     """
     output = Path(config.output)
     plan = write_text(output.with_name(f"{output.name}.yaml"), dump_yaml(config))
@@ -155,14 +155,15 @@ def compare(
 ) -> Comparison:
     """Tune every method on held-out rows, then train and test its best settings with each seed.
 
-    What was done before, with the same settings, is not done again.
+    Finished work with the same settings is reused.
 
     Args:
-        spaces: what each method's search varies.
-        train: of the searches, in this process. final: of the tested runs.
+        spaces: search space of each method.
+        train: trains a search trial, in this process.
+        final: trains and tests a final run.
 
     Raises:
-        UserError: what every method refuses, or a folder with another comparison.
+        UserError: bad input for every method, or a folder with another comparison.
         KeyboardInterrupt: Ctrl-C.
     """
     folder = plan.folder
@@ -204,51 +205,44 @@ def compare(
 def _tuned(
     plan: ComparisonPlan, method: str, space: Space, train: Train, log: Callable
 ) -> tuple[MethodResult, RunConfig | None]:
-    """A method's row as far as its search goes, and the best settings, None where there are
-    none.
-    """
-    own = plan.search_plan(method, space)
+    """Run a method's search; return its result and the best settings or None."""
+    search_plan = plan.search_plan(method, space)
     log(f"{method}: choosing {', '.join(space)} on held-out rows")
-    if (
-        plan.seconds is not None and own.folder.exists()
-    ):  # less what an interrupted comparison has spent
-        spent = sum(trial.seconds for trial in trials(open_study(own)))
-        own = replace(own, timeout=plan.seconds - spent)
+    if plan.seconds is not None and search_plan.folder.exists():
+        # subtract the time used by an interrupted comparison
+        spent = sum(trial.seconds for trial in trials(open_study(search_plan)))
+        search_plan = replace(search_plan, timeout=plan.seconds - spent)
     try:
-        found = search(own, train, lambda line: log(f"  {line}"))
+        result = search(search_plan, train, lambda line: log(f"  {line}"))
     except UserError as error:
         return MethodResult(method, f"not available: {error}"), None
-    except (
-        ValueError,
-        TypeError,
-        AttributeError,
-        LookupError,
-    ) as error:  # PEFT and models where they do not fit
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        # raised by PEFT and models that do not support the method
         return MethodResult(
             method, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ), None
-    if found.interrupted:
+    if result.interrupted:
         raise KeyboardInterrupt
-    settled = [trial for trial in found.trials if trial.settled]
+    settled = [trial for trial in result.trials if trial.settled]
     row = MethodResult(
-        method, trials=len(settled), search_seconds=sum(trial.seconds for trial in found.trials)
+        method, trials=len(settled), search_seconds=sum(trial.seconds for trial in result.trials)
     )
-    if found.best is None:
+    if result.best is None:
         reason = next(
             (trial.reason for trial in settled if trial.reason),
             "no trial finished within the budget",
         )
         return replace(row, status=f"failed: {reason}"), None
-    return replace(row, varied=found.best.settings), found.best_config
+    return replace(row, varied=result.best.settings), result.best_config
 
 
 def _finished(config: RunConfig) -> Outcome | None:
-    """The outcome of the very same run, where it was done before to its end."""
+    """Return the outcome of an identical finished run, or None."""
     try:
         outcome = Outcome.load(config.output)
     except UserError:
         return None
-    place = dict.fromkeys(("output", "resume", "overwrite"))  # not what a run is
+    place = dict.fromkeys(("output", "resume", "overwrite"))  # settings that do not identify a run
     same = {**config.to_dict(), **place} == {**outcome.config, **place}
     return outcome if same and not outcome.interrupted else None
 
@@ -268,7 +262,7 @@ def _measured(
     metric: str | None,
     held_out: str,
 ) -> MethodResult:
-    """The row with what the tested runs gave."""
+    """Add the results of the tested runs to the method's result."""
     if failures:
         seeds = len(failures) + len(outcomes)
         row = replace(row, status=f"{len(failures)} of {seeds} seeds failed: {failures[0]}")

@@ -1,1 +1,1 @@
-"""Data of a task: files read into rows, found in folders, and made into batches."""
+"""Data of a task: reading files, finding them in folders, tokenizing and batching."""

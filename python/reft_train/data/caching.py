@@ -1,4 +1,4 @@
-"""Tokenized data kept on disk by ``datasets``, under a name that says all they were made from."""
+"""On-disk cache of tokenized data, keyed by a hash of everything the data depend on."""
 
 from __future__ import annotations
 
@@ -16,27 +16,26 @@ from reft_train.files import default_cache, replace_folder
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT = 3  # of what is stored; part of every name
+_FORMAT = 3  # version of the stored format; part of every key
 
 
 def cached(
     build: Callable[[], datasets.Dataset], parts: Mapping[str, object], folder: Path | None = None
 ) -> datasets.Dataset:
-    """The data set that ``build`` makes, from disk where it was made before; memory-mapped either
-    way.
+    """Return the data set that ``build`` creates, memory-mapped from disk, cached if possible.
 
-    A stored one that cannot be read is made again; where nothing can be written a warning says so.
+    An unreadable cached data set is rebuilt. If the cache cannot be written, a warning is issued.
 
     Args:
-        parts: whatever the data depend on, as JSON.
-        folder: where data sets are kept; ``tokenized`` in the user's cache folder when None.
+        parts: everything the data depend on, as JSON-serializable values.
+        folder: cache folder. None: ``tokenized`` in the user's cache folder.
     """
     import datasets
 
     def load() -> datasets.Dataset | None:
         try:
             return datasets.load_from_disk(str(path))
-        except Exception:  # what a broken file raises depends on where it is broken
+        except Exception:  # the error type depends on where the file is damaged
             return None
 
     folder = default_cache() / "tokenized" if folder is None else folder
@@ -49,7 +48,7 @@ def cached(
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".new."))
         dataset.save_to_disk(str(temporary / "data"))
-        if load() is None:  # no other process made the same meanwhile
+        if load() is None:  # another process may have created it in the meantime
             replace_folder(temporary / "data", path)
     except OSError as error:
         if load() is None:
@@ -62,15 +61,16 @@ def cached(
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of what decides a tokenizer's output: vocabulary, rules, special tokens, template,
-    sides.
+    """Return a SHA-256 of all tokenizer state that affects its output.
+
+    Covers vocabulary, rules, special tokens, chat template, and padding and truncation sides.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         from datasets.fingerprint import Hasher
 
         rules: Any = Hasher.hash(tokenizer)
-    else:  # less what the last call asked for, which is no part of the tokenizer
+    else:  # truncation and padding of the last call are not part of the tokenizer
         rules = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
     settings = {
         "class": type(tokenizer).__name__,

@@ -1,4 +1,4 @@
-"""Items of different lengths as one batch of int64 tensors."""
+"""Collators that pad items of different lengths into int64 batches."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Items = Sequence[Mapping[str, Any]]
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """``rows`` as int64 ``[B, T]``, shorter ones filled with ``value``; T is the longest."""
+    """Pad ``rows`` with ``value`` to int64 ``[B, T]``, where T is the length of the longest row."""
     tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Causal items: ``input_ids``, ``attention_mask``, and ``labels`` where items have them.
+    """Collate causal items: ``input_ids``, ``attention_mask``, and ``labels`` if present.
 
     Args:
-        pad_id: fills ``input_ids``; labels are filled with -100.
-        side: "right", or "left" to generate.
+        pad_id: padding value of ``input_ids``; labels are padded with -100.
+        side: padding side: "right", or "left" for generation.
     """
 
     pad_id: int
@@ -55,16 +55,14 @@ class PaddingCollator:
 
 
 class Seq2SeqCollator(PaddingCollator):
-    """Encoder-decoder items: labels are padded apart, on the right."""
+    """Collate encoder-decoder items; labels are padded separately, on the right."""
 
     def _labels(self, labels: Sequence[Any]) -> Tensor:
         return pad(labels, IGNORED)
 
 
 class ClassificationCollator(PaddingCollator):
-    """Texts to classify, with labels ``[B]``: int64 class numbers, or float32 numbers to
-    predict.
-    """
+    """Collate texts to classify, with labels ``[B]``: int64 classes or float32 targets."""
 
     def _labels(self, labels: Sequence[Any]) -> Tensor:
         numbers = any(isinstance(label, float) for label in labels)

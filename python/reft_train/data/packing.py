@@ -1,7 +1,7 @@
-"""Several examples in one row, without padding between them.
+"""Packing of several examples into one row without padding between them.
 
-Position ids start at 0 again with each example, and there is no attention mask: so transformers'
-models keep tokens of different examples apart, and the engine finds each example's prompt.
+Position ids restart at 0 with each example and no attention mask is passed, so transformers' models
+keep tokens of different examples apart, and the engine finds each example's prompt.
 """
 
 from __future__ import annotations
@@ -19,27 +19,25 @@ from reft_train.errors import UserError
 from reft_train.models import bare, evaluating
 
 Items = Sequence[Mapping[str, Any]]
-FILLING = 0.05  # part of the tokens that short rows may waste
+FILLING = 0.05  # fraction of filler tokens accepted in short rows
 _EXAMPLES_A_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-_PROBES, _PROBE_ROW = (
-    (9, 5, 7, 12),
-    17,
-)  # tokens of the sequences tried: two rows of two, one of them filled
+# token counts of the test sequences: two rows with two each, one row with filler
+_PROBES, _PROBE_ROW = ((9, 5, 7, 12), 17)
 
 
 @dataclass(frozen=True)
 class PackingCollator:
-    """Causal items as ``input_ids``, ``labels`` and ``position_ids`` ``[n, T]``.
+    """Collate causal items into ``input_ids``, ``labels`` and ``position_ids`` ``[n, T]``.
 
-    A row's end is filled by a sequence of its own, which nothing is learned from. The first label
-    of each example is -100: it does not follow from the example before. ``use_cache`` is False
-    since a cache would hide the position ids from the mask.
+    The end of a row is filled with a separate sequence whose labels are all -100. The first label
+    of each example is -100 too, since the token before it belongs to another example. ``use_cache``
+    is False because with a cache the model would not build the mask from the position ids.
 
     Args:
-        row_length: tokens of a row to aim at: rows are shorter where shorter ones are full as well
-            (:func:`packed_rows`), and longer where examples do not divide evenly.
-        pad_id: fills the ends of rows.
-        flat: one row ``[1, M]`` without filling, and the boundaries that flash attention asks for.
+        row_length: target tokens of a row. Rows are shorter if shorter rows can be filled
+            (:func:`packed_rows`), and longer if examples do not divide evenly.
+        pad_id: filler token.
+        flat: return one row ``[1, M]`` without filler, and the boundaries for flash attention.
     """
 
     row_length: int
@@ -66,8 +64,7 @@ class PackingCollator:
                 labels[number, start] = IGNORED
                 positions[number, place] = torch.arange(lengths[index])
                 start = place.stop
-            # to the engine the filling is a prompt: edits there are seen by no other token and no
-            # loss
+            # the filler counts as a prompt: its edits affect no other token and no loss
             positions[number, start:] = torch.arange(width - start)
         batch = {"input_ids": ids, "labels": labels, "position_ids": positions, "use_cache": False}
         if self.flat:
@@ -85,10 +82,10 @@ class PackingCollator:
 
 
 def packed_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
-    """Indices of each row's examples: the shortest rows that are full but for ``FILLING``.
+    """Assign examples to rows, using the shortest row length with at most ``FILLING`` filler.
 
     Attention costs as much for a packed row as for one long example, so short examples go into
-    short rows; where none are full, rows have ``row_length``.
+    short rows. If no length reaches that, rows have ``row_length`` tokens.
     """
     longest = balanced(lengths, -(-sum(lengths) // row_length))
     for each in _EXAMPLES_A_ROW:
@@ -103,7 +100,7 @@ def packed_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
 
 
 def balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
-    """Indices in ``count`` rows, at most one for each: the longest first, into the emptiest row."""
+    """Assign examples to at most ``count`` rows, longest first, each to the least filled row."""
     rows: list[list[int]] = [[] for _ in range(min(len(lengths), count))]
     totals = [(0, number) for number in range(len(rows))]
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -114,20 +111,19 @@ def balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
 
 
 def check_model_packs(model: nn.Module, pad_id: int, flat: bool = False) -> None:
-    """Refuse a model that mixes packed sequences: random ones, alone and packed, must have the same
-    logits.
+    """Raise UserError if a model attends across packed sequences.
 
-    With eps of the model's dtype, ``rounding`` = eps * max|logits|, and ``leak`` what the logits
-    change by where a mask lets every example see those before it, the largest difference allowed is
-    sqrt(rounding * leak), half way in digits between what rounding and what a leak would make of
-    it.
+    Random sequences must give the same logits alone and packed. With eps of the model's dtype,
+    ``rounding`` = eps * max|logits|, and ``leak`` the change of the logits when a mask exposes the
+    preceding examples, the largest difference allowed is sqrt(rounding * leak), the geometric mean
+    of the two error levels.
 
     Args:
-        model: on its device, in the dtype it is trained in. Modes of its modules stay as they are.
+        model: on its device, in its training dtype. The modes of its modules are not changed.
     """
     with evaluating(model):
         if not _keeps_apart(model, pad_id, flat):
-            raise _refused(model)
+            raise _not_packable(model)
 
 
 def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
@@ -145,15 +141,15 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
     }
     try:
         packed = _logits(model, batch)
-    except (TypeError, ValueError) as error:  # arguments that the model does not take
-        raise _refused(model) from error
+    except (TypeError, ValueError) as error:  # the model does not accept the arguments
+        raise _not_packable(model) from error
     seen = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "use_cache")}
-    # with a mask a row is one sequence, which has one prompt: that of its first example
+    # with a mask a row is one sequence with one prompt, that of its first example
     seen["labels"] = seen["labels"].masked_fill((seen["position_ids"] == 0).cumsum(1) > 1, IGNORED)
     leaking = _logits(model, seen | {"attention_mask": torch.ones_like(batch["input_ids"])})
     if packed is None or leaking is None:
         return False
-    # some models give logits of more digits than they compute with
+    # some models return logits in a wider dtype than they compute in
     eps = max(
         torch.finfo(tensor.dtype).eps
         for tensor in (packed, embedding)
@@ -171,15 +167,19 @@ def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
             )
             if alone is None:
                 return False
-            found = (packed[number, place] - alone[0], leaking[number, place] - alone[0], alone[0])
-            differences.append(torch.stack([tensor.abs().max() for tensor in found]))
+            tensors = (
+                packed[number, place] - alone[0],
+                leaking[number, place] - alone[0],
+                alone[0],
+            )
+            differences.append(torch.stack([tensor.abs().max() for tensor in tensors]))
     error, leak, scale = torch.stack(differences).amax(0).tolist()
     rounding = eps * scale
-    return rounding < leak and error <= (rounding * leak) ** 0.5  # not so of NaN either
+    return rounding < leak and error <= (rounding * leak) ** 0.5  # also False for NaN
 
 
 def _logits(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
-    """Logits of every token ``[B, T, V]``; None from a model that gives none."""
+    """Return the logits of every token ``[B, T, V]``, or None if the model returns none."""
     logits = getattr(model(**arguments, return_dict=True), "logits", None)
     shape = arguments["input_ids"].shape
     return (
@@ -189,7 +189,7 @@ def _logits(model: nn.Module, arguments: Mapping[str, Any]) -> Tensor | None:
     )
 
 
-def _refused(model: nn.Module) -> UserError:
+def _not_packable(model: nn.Module) -> UserError:
     what = f"got a {type(bare(model)).__name__}, which does not keep packed sequences apart"
     return UserError(
         f"--packing: {what}, expected a causal language model whose attention follows position ids"

@@ -1,6 +1,6 @@
-"""Files of rows: .json (a list of objects), .jsonl, .csv, .tsv and .parquet.
+"""Readers of row files: .json (a list of objects), .jsonl, .csv, .tsv and .parquet.
 
-Not by ``datasets``: its errors do not name the line, and a column has one type in all rows.
+``datasets`` is not used: its errors do not name the line, and it forces one type per column.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from reft_train.tasks.base import Row
 
 
 def read_rows(path: Path, name: str = "--train") -> list[Row]:
-    """All rows of a file; see :func:`iter_rows`."""
+    """Read all rows of a file; see :func:`iter_rows`."""
     return list(iter_rows(path, name))
 
 
 def iter_rows(path: Path, name: str = "--train") -> Iterator[Row]:
-    """The rows of a file, one after another; only .json is read whole before the first.
+    """Iterate over the rows of a file; only .json is read completely first.
 
-    JSON objects keep their types and Parquet its columns'; .csv and .tsv have a header and give
-    strings. In .tsv nothing is quoted. Blank lines of .jsonl are skipped.
+    JSON and Parquet keep their types; .csv and .tsv need a header and give strings. Quotes are not
+    special in .tsv. Blank lines of .jsonl are skipped.
 
     Args:
-        name: the argument that errors name.
+        name: argument name for error messages.
     """
     path = existing_file(path, name)
     return _at_least_one(_READERS[path.suffix.lower()](path, name), path, name)
 
 
 def existing_file(path: Path, name: str) -> Path:
-    """``path``, once it is sure that it is a file of a known suffix."""
+    """Return ``path`` after checking that it is a file with a supported suffix."""
     path = Path(path)
     if path.is_dir():
         raise UserError(
@@ -138,7 +138,7 @@ def _table(path: Path, name: str) -> Iterator[Row]:
             raise UserError(
                 f"{name}: got {path} with column {repeated[0]!r} more than once, expected each once"
             )
-        # a blank line is no row
+        # skips blank lines
         for number, values in enumerate((values for values in reader if values), start=1):
             where = f"row {number} of {path}"
             if len(values) != len(columns):

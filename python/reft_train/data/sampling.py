@@ -1,6 +1,4 @@
-"""The order of examples: a function of seed and epoch alone, so that a resumed run sees the
-same.
-"""
+"""Order of examples as a function of seed and epoch, so that a resumed run repeats it."""
 
 from __future__ import annotations
 
@@ -11,22 +9,22 @@ from typing import Any
 import torch
 from torch.utils.data import Sampler
 
-_BUCKET = 16  # groups sorted by length together: little padding, and still a random order
+_BUCKET = 16  # groups sorted together by length: limits padding and keeps the order random
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
-    """A seed of 63 bits for one epoch; neighbouring seeds and epochs share none."""
+    """Derive a 63-bit seed for an epoch, distinct for neighbouring seeds and epochs."""
     return int.from_bytes(hashlib.sha256(f"{seed} {epoch}".encode()).digest()[:8], "big") >> 1
 
 
 class ShuffledSampler(Sampler[int]):
-    """Indices 0 to ``count`` - 1 in random order, another one each epoch."""
+    """Sample indices 0 to ``count`` - 1 in a random order that changes each epoch."""
 
     def __init__(self, count: int, seed: int) -> None:
         self.count, self.seed, self.epoch = count, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration is of; transformers' Trainer and accelerate call it."""
+        """Set the epoch of the next iteration; called by transformers' Trainer and accelerate."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -40,14 +38,14 @@ class ShuffledSampler(Sampler[int]):
 
 
 class GroupedSampler(ShuffledSampler):
-    """Indices in random order, examples of similar length next to each other.
+    """Sample indices in random order with examples of similar length next to each other.
 
-    Shuffled indices are sorted by length in buckets of sixteen groups, the buckets cut into groups,
-    and the groups shuffled. What is left over, less than a group, comes last.
+    Shuffled indices are sorted by length within buckets of sixteen groups; the buckets are cut into
+    groups, and the groups are shuffled. An incomplete group comes last.
 
     Args:
         lengths: tokens of each example.
-        group: examples of one optimizer step over all processes, whose batches are then alike.
+        group: examples of one optimizer step over all processes; they have similar lengths.
     """
 
     def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
@@ -59,12 +57,12 @@ class GroupedSampler(ShuffledSampler):
     def __iter__(self) -> Iterator[int]:
         generator, length = self._generator(), self.lengths.__getitem__
         order = _shuffled(range(self.count), generator)
-        whole = self.count - self.count % self.group
+        grouped = self.count - self.count % self.group
         groups = []
-        for start in range(0, whole, self.group * _BUCKET):
-            bucket = sorted(order[start : min(start + self.group * _BUCKET, whole)], key=length)
+        for start in range(0, grouped, self.group * _BUCKET):
+            bucket = sorted(order[start : min(start + self.group * _BUCKET, grouped)], key=length)
             groups += [bucket[i : i + self.group] for i in range(0, len(bucket), self.group)]
-        rest = sorted(order[whole:], key=length)
+        rest = sorted(order[grouped:], key=length)
         return iter([index for group in [*_shuffled(groups, generator), rest] for index in group])
 
 

@@ -1,6 +1,4 @@
-"""Which files a task trains on and is tested on: those named, or a folder's; GLUE's from the
-hub.
-"""
+"""Lookup of a task's training and test files: named files, a folder, or GLUE from the hub."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from reft_train.tasks.base import Row, Task
 if TYPE_CHECKING:
     from reft_train.tasks.glue import Glue
 
-# training files that are not called by their task's name
+# training sets whose name differs from the task's
 TRAINING_SETS = {
     "commonsense": "commonsense_170k",
     "math": "math_10k",
@@ -27,9 +25,7 @@ GLUE_ON_THE_HUB = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class Files:
-    """What was found: ``train`` is None and ``tests`` empty where there is none and none was
-    needed.
-    """
+    """Files of a task. ``train`` is None and ``tests`` empty if not found and not required."""
 
     train: Path | None
     tests: dict[str, Path] = field(default_factory=dict)
@@ -44,16 +40,17 @@ def find(
     train_needed: bool = True,
     tests_needed: bool = False,
 ) -> Files:
-    """The files of a task. A file that is named wins over the folder's.
+    """Find the files of a task. Named files take precedence over those in the folder.
 
-    In a folder a set's files are ``<data>/<set>/{train,test}.json`` (GLUE: ``validation`` instead
-    of test), or directly in ``<data>`` where it is the folder of the one set. Mixtures train on a
+    The files of a set are ``<data>/<set>/{train,test}.json`` (for GLUE ``validation`` instead of
+    ``test``), or lie directly in ``<data>`` if that is the folder of the set. Mixtures train on a
     file of :data:`TRAINING_SETS`, or on ``train.json`` in a folder of that name, and are tested on
-    those of their sets that are there. Any of :data:`reading.SUFFIXES` will do, and for Parquet the
-    name that the hub gives it, ``train-00000-of-00001.parquet``.
+    those of their sets that exist. Any of :data:`reading.SUFFIXES` is accepted, and for Parquet
+    also the hub's file name, ``train-00000-of-00001.parquet``.
 
     Args:
-        data, train, tests: of the command line. train_needed, tests_needed: what must be found.
+        data, train, tests: command line arguments.
+        train_needed, tests_needed: whether to raise if nothing is found.
     """
     if data is not None and not Path(data).is_dir():
         kind = "a file (--train and --test name files)" if Path(data).exists() else "not there"
@@ -94,12 +91,12 @@ def _folder_tests(task: Task, data: Path, needed: bool) -> dict[str, Path]:
         places = {name: [data / name / "test", data / name] for name in task.test_sets}
         if len(places) == 1:
             places[task.test_sets[0]].append(data / "test")
-    found = {name: path for name, stems in places.items() if (path := _first(stems, needed=False))}
-    if not found and len(task.test_sets) > 1 and (path := _first([data / "test"], needed=False)):
-        found = {"test": path}
-    if needed and not found:
-        raise _nothing([stem for stems in places.values() for stem in stems])
-    return found
+    tests = {name: path for name, stems in places.items() if (path := _first(stems, needed=False))}
+    if not tests and len(task.test_sets) > 1 and (path := _first([data / "test"], needed=False)):
+        tests = {"test": path}
+    if needed and not tests:
+        raise _not_found([stem for stems in places.values() for stem in stems])
+    return tests
 
 
 def _first(stems: Sequence[Path], needed: bool) -> Path | None:
@@ -114,11 +111,11 @@ def _first(stems: Sequence[Path], needed: bool) -> Path | None:
         if files:
             return files[0]
     if needed:
-        raise _nothing(stems)
+        raise _not_found(stems)
     return None
 
 
-def _nothing(stems: Iterable[Path]) -> UserError:
+def _not_found(stems: Iterable[Path]) -> UserError:
     places = f"{', '.join(map(str, stems))} ({', '.join(SUFFIXES)})"
     return UserError(f"--data: got a folder without a file for the task, expected one of {places}")
 
@@ -127,7 +124,7 @@ def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for path in tests:
         path = existing_file(path, "--test")
-        # boolq/test.json is of boolq, and so is boolq.json
+        # both boolq/test.json and boolq.json belong to boolq
         name = (
             path.parent.name
             if path.stem == "test" and path.parent.name in task.test_sets
@@ -141,12 +138,12 @@ def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
 
 
 def hub_rows(task: Glue, split: str) -> list[Row]:
-    """The rows of a GLUE set's split from the Hugging Face hub, or from its cache."""
+    """Load the rows of a GLUE split from the Hugging Face hub or its cache."""
     from datasets import load_dataset
 
     try:
         rows = load_dataset(GLUE_ON_THE_HUB, task.subset, split=split)
-    except Exception as error:  # the hub's clients raise errors of many packages
+    except Exception as error:  # the hub clients raise errors from many packages
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
         files = f"{task.subset}/train.parquet and {task.subset}/{task.test_sets[0]}.parquet"
         others = ", ".join(suffix for suffix in SUFFIXES if suffix != ".parquet")

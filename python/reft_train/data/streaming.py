@@ -1,4 +1,4 @@
-"""Rows read, tokenized and shuffled as they are needed, for files that do not fit in memory."""
+"""Streaming of rows that are read, tokenized and shuffled on demand, for large files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def shuffled(values: Iterable[T], buffer: int, generator: random.Random) -> Iterator[T]:
-    """``values`` in an order random within about ``buffer`` of them, which is how many are held."""
+    """Shuffle ``values`` with a buffer of about ``buffer`` values."""
     held: list[T] = []
     for value in values:
         if len(held) < buffer:
@@ -37,17 +37,17 @@ def shuffled(values: Iterable[T], buffer: int, generator: random.Random) -> Iter
 
 
 class StreamingRows(IterableDataset):
-    """Items of a file without lost ones; an epoch is a function of the seed and its number alone.
+    """Iterable data set of a file's usable items, ordered by seed and epoch.
 
-    Each worker of a data loader takes its share of rows; accelerate deals the items to processes.
+    Each data loader worker reads its share of the rows; accelerate distributes items to processes.
 
     Args:
-        path: .jsonl, .csv, .tsv or .parquet, read row by row; .json works and is read whole.
-        task, tokenizer, kind, max_length: as of :func:`reft_train.data.tokenizing.tokenize_rows`.
-        buffer: rows to shuffle among; 1 keeps the file's order.
-        name: the argument that errors about the file name.
-        endless: begin again at the end, each pass in another order.
-        all_turns: of a conversation, an item for each answer instead of the last.
+        path: .jsonl, .csv, .tsv or .parquet, read row by row; .json is read completely.
+        task, tokenizer, kind, max_length: see :func:`reft_train.data.tokenizing.tokenize_rows`.
+        buffer: size of the shuffle buffer; 1 keeps the file's order.
+        name: argument name for errors about the file.
+        endless: restart at the end, with a different order in each pass.
+        all_turns: yield an item for each answer of a conversation instead of only the last.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class StreamingRows(IterableDataset):
         self.seed, self.buffer, self.endless, self.all_turns = seed, buffer, endless, all_turns
         self._epoch = torch.zeros(
             (), dtype=torch.int64
-        ).share_memory_()  # seen by workers that stay alive
+        ).share_memory_()  # shared with persistent workers
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next iteration is of; accelerate and transformers' Trainer call it."""
+        """Set the epoch of the next iteration; called by accelerate and transformers' Trainer."""
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -93,7 +93,7 @@ class StreamingRows(IterableDataset):
             usable += 1
             types = {} if item.token_type_ids is None else {"token_type_ids": item.token_type_ids}
             yield {"input_ids": item.input_ids, "labels": item.labels, **types}
-        if self.endless and not usable:  # another pass would not find more
+        if self.endless and not usable:  # another pass would find no usable rows either
             share = f" in the share of worker {index} of {workers}" if workers > 1 else ""
             raise UserError(
                 f"{self.name}: got {self.path} without a usable row{share}, expected rows that "

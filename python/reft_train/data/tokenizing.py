@@ -1,6 +1,6 @@
-"""From a task's rows to token ids: what a model reads, and which of its tokens are learned.
+"""Tokenization of a task's rows into input ids and labels.
 
-Prompt and target are tokenized apart, so that a prompt's tokens are the same when it is answered:
+Prompt and target are tokenized separately, so that prompt tokens are the same in generation:
 
     causal          prompt = BOS + text, labels -100;   target = text + EOS, learned
     seq2seq         input_ids = the prompt with its special tokens;   labels = text + EOS
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from reft_train.tasks.base import Classified, Example, Row, Task
 
 KINDS = ("causal", "seq2seq", "classification")
-IGNORED = -100  # a label that the loss leaves out
-_CHUNK = 1000  # rows tokenized together, which fast tokenizers do on several threads
+IGNORED = -100  # label ignored by the loss
+_CHUNK = 1000  # rows tokenized per batch; fast tokenizers use several threads for a batch
 
 
 class Item(NamedTuple):
-    """One example as token ids; ``cut_prompt`` and ``cut_target`` are numbers of tokens that did
-    not fit.
+    """One example as token ids.
 
-    ``lost``: of a prompt or a target that was cut, nothing is left but its special tokens.
+    ``cut_prompt`` and ``cut_target`` count tokens that did not fit. ``lost`` is True if truncation
+    left nothing but special tokens of the prompt or the target.
     """
 
     input_ids: list[int]
@@ -41,16 +41,14 @@ class Item(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """How many examples lost tokens, of prompts (or of texts to classify) and of targets."""
+    """Numbers of examples with truncated prompts (or texts to classify) and truncated targets."""
 
     prompts: int
     targets: int
 
 
 class Specials(NamedTuple):
-    """What a tokenizer puts around a text: ids before and after it, ids of EOS and BOS, BOS's
-    text.
-    """
+    """Special tokens of a tokenizer: ids before and after a text, EOS and BOS ids, BOS text."""
 
     before: list[int]
     after: list[int]
@@ -60,28 +58,30 @@ class Specials(NamedTuple):
 
     @classmethod
     def of(cls, tokenizer: Any) -> Specials:
-        """Ask a tokenizer, by a letter with and without special tokens."""
-        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = tokenizer("a")["input_ids"]
-        found = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
-        if not found:
+        """Determine the special tokens by encoding a letter with and without them."""
+        letter_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+        encoded = tokenizer("a")["input_ids"]
+        starts = [
+            i
+            for i in range(len(encoded))
+            if letter_ids and encoded[i : i + len(letter_ids)] == letter_ids
+        ]
+        if not starts:
             name = type(tokenizer).__name__
             raise UserError(
-                f"tokenizer: got a {name} that reads 'a' as {whole}, expected a token for it"
+                f"tokenizer: got a {name} that reads 'a' as {encoded}, expected a token for it"
             )
-        before, after = whole[: found[0]], whole[found[0] + len(bare) :]
+        before, after = encoded[: starts[0]], encoded[starts[0] + len(letter_ids) :]
         return cls(
             before, after, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.bos_token
         )
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id that fills a row: the pad token's, or the EOS token's, since padding is not
-    learned.
-    """
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return found
+    """Return the id used for padding: the pad token's, or else the EOS token's."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
     name = type(tokenizer).__name__
     raise UserError(f"tokenizer: got a {name} without a pad or EOS token, expected one of them")
 
@@ -94,14 +94,15 @@ def encode(
     *,
     where: str | None = None,
 ) -> Item:
-    """One example of a model of ``kind``.
+    """Encode one example for a model of ``kind``.
 
-    The target is kept and the prompt is cut from the left, after its BOS; a target that does not
-    fit beside one token of the prompt is cut at its end, before its EOS. Prompt and target of an
-    encoder-decoder have ``max_length`` each. Of a pair to classify the longer text is cut first.
+    The target is kept and the prompt is cut from the left, after its BOS. A target that does not
+    fit next to one prompt token is cut at its end, before its EOS. Prompt and target of an
+    encoder-decoder have ``max_length`` tokens each. For a pair to classify, the longer text is cut
+    first.
 
     Args:
-        where: tells a user which row it is.
+        where: location of the row for error messages.
     """
     return _encode(kind, [example], [where], tokenizer, max_length)[0]
 
@@ -109,7 +110,7 @@ def encode(
 def prompt_ids(
     prompts: Sequence[str], tokenizer: Any, max_length: int, kind: str = "causal"
 ) -> list[list[int]]:
-    """The tokens of prompts to generate from: those of training, each cut from the left."""
+    """Tokenize prompts for generation as in training, each cut from the left."""
     specials = Specials.of(tokenizer)
     after = specials.after if kind == "seq2seq" else []
     if max_length <= len(after):
@@ -121,7 +122,7 @@ def prompt_ids(
 def tokenize_rows(
     rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int
 ) -> datasets.Dataset:
-    """Every row that is not lost (:class:`Item`), with a column ``length`` of ``input_ids``."""
+    """Tokenize all rows that are not lost (see :class:`Item`), with a ``length`` column."""
     import datasets
 
     tokens, count = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
@@ -156,18 +157,18 @@ def tokenize_rows(
 def iter_items(
     rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int
 ) -> Iterator[Item]:
-    """An item of each row, the lost ones too, one at a time and as they are asked for."""
+    """Lazily yield an item for each row, including lost ones."""
     for items in _chunks(rows, task, tokenizer, kind, max_length, 1):
         yield from items
 
 
 def count_cuts(dataset: datasets.Dataset) -> Cuts:
-    """How many examples of :func:`tokenize_rows`'s data set were cut."""
+    """Count the truncated examples in a data set of :func:`tokenize_rows`."""
     return Cuts(*(sum(cut > 0 for cut in dataset[name]) for name in ("cut_prompt", "cut_target")))
 
 
 def all_lost(max_length: int) -> UserError:
-    """The error where no row is left to train on."""
+    """Build the error for a data set without usable rows."""
     return UserError(
         f"max_length: got {max_length}, which leaves no row both a prompt and an answer, expected "
         "more"
@@ -184,7 +185,7 @@ def _chunks(rows, task, tokenizer, kind, max_length: int, chunk: int) -> Iterato
         yield _encode(kind, read, [row.where for row in taken], tokenizer, max_length)
 
 
-def _encode(kind: str, examples, wheres, tokenizer, max_length: int) -> list[Item]:
+def _encode(kind: str, examples, locations, tokenizer, max_length: int) -> list[Item]:
     if kind not in KINDS:
         raise UserError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     if max_length < 2:
@@ -192,15 +193,15 @@ def _encode(kind: str, examples, wheres, tokenizer, max_length: int) -> list[Ite
     if kind == "classification":
         return [
             _text(classified, where, tokenizer, max_length)
-            for classified, where in zip(examples, wheres, strict=True)
+            for classified, where in zip(examples, locations, strict=True)
         ]
     specials, causal, items = Specials.of(tokenizer), kind == "causal", []
-    for example, where in zip(examples, wheres, strict=True):
+    for example, where in zip(examples, locations, strict=True):
         if not example.target.strip():
             raise _empty("target", example.target, where)
-    prompts = _prompts([example.prompt for example in examples], wheres, tokenizer, specials)
+    prompts = _prompts([example.prompt for example in examples], locations, tokenizer, specials)
     for (before, body), whole in zip(prompts, _targets(examples, tokenizer, specials), strict=True):
-        room = max_length - causal  # a causal prompt keeps one token beside its target
+        room = max_length - causal  # a causal prompt keeps one token next to its target
         target = whole if len(whole) <= room else [*whole[: room - 1], whole[-1]]
         prompt = _cut_left(before, body, max_length - len(target if causal else specials.after))
         cuts = len(before) + len(body) - len(prompt), len(whole) - len(target)
@@ -227,13 +228,14 @@ def _text(classified: Classified, where: str | None, tokenizer, max_length: int)
 
 
 def _prompts(
-    prompts: Sequence[str], wheres, tokenizer, specials: Specials
+    prompts: Sequence[str], locations, tokenizer, specials: Specials
 ) -> list[tuple[list[int], list[int]]]:
-    """Of each prompt, the special tokens before it and its text's; a template's BOS is not
-    doubled.
+    """Return each prompt's leading special tokens and text tokens.
+
+    A BOS that the chat template has already written is not repeated.
     """
-    found = []
-    for prompt, where, body in zip(prompts, wheres, _ids(prompts, tokenizer), strict=True):
+    encoded = []
+    for prompt, where, body in zip(prompts, locations, _ids(prompts, tokenizer), strict=True):
         before = specials.before
         if (
             specials.bos_text
@@ -243,8 +245,8 @@ def _prompts(
             before, body = body[:1], body[1:]
         if not prompt.strip() or not body:
             raise _empty("prompt", prompt, where)
-        found.append((before, body))
-    return found
+        encoded.append((before, body))
+    return encoded
 
 
 def _targets(examples: Sequence[Example], tokenizer, specials: Specials) -> list[list[int]]:
@@ -265,8 +267,9 @@ def _ids(texts: Sequence[str], tokenizer) -> list[list[int]]:
 
 
 def _cut_left(before: list[int], body: list[int], room: int) -> list[int]:
-    """``before + body`` in ``room`` tokens: the last ones of ``body`` after the first of
-    ``before``.
+    """Cut ``before + body`` to ``room`` tokens by dropping tokens at the start of ``body``.
+
+    At least the first token of ``before`` is kept.
     """
     before = before[:room]
     kept = room - len(before)

@@ -1,1 +1,1 @@
-"""``demo``: LoReFT on real weights and text, beside a frozen model and plain PyTorch."""
+"""``demo``: LoReFT on real weights and text, compared with a frozen model and plain PyTorch."""

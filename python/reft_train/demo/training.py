@@ -1,4 +1,4 @@
-"""The variants from one start, their training, and the time of a step over the frozen model's."""
+"""Training and step timing of the demo's variants from a common initialization."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Texts = list[tuple[str, int]]
 
 
 class Result(NamedTuple):
-    """A variant's trained numbers, held-out accuracy, losses, memory, and held-out logits."""
+    """Trainable parameters, held-out accuracy, losses, memory and held-out logits of a variant."""
 
     edits: int
     head: int
@@ -41,9 +41,7 @@ class Result(NamedTuple):
 
 
 def build(name: str, config: RunConfig, data: Data) -> tuple[nn.Module, Any, torch.optim.Optimizer]:
-    """A variant with its tokenizer and an optimizer of two groups: the head, and the edits if
-    any.
-    """
+    """Build a variant with tokenizer and optimizer, with groups for the head and any edits."""
     transformers.utils.logging.disable_progress_bar()
     loaded = models.load(config, data)
     model, depth = loaded.model, loaded.model.config.num_hidden_layers
@@ -61,7 +59,7 @@ def build(name: str, config: RunConfig, data: Data) -> tuple[nn.Module, Any, tor
         model.classifier.requires_grad_(True)
     if name == "torch":
         add_hooks(model, layers, rotations, config.positions)
-    if name == "reference":  # the backward runs through every frozen layer
+    if name == "reference":  # so that the backward runs through every frozen layer
         embedding = model.get_input_embeddings()
         embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
     for module in model.modules():
@@ -78,9 +76,7 @@ def build(name: str, config: RunConfig, data: Data) -> tuple[nn.Module, Any, tor
 def batches(
     tokenizer: Any, texts: Texts, config: RunConfig, epoch: int | None = None
 ) -> list[dict[str, Tensor]]:
-    """The texts as batches, in an order that depends on seed and epoch alone; None: as they
-    come.
-    """
+    """Batch the texts, shuffled by seed and epoch, or in order if ``epoch`` is None."""
     generator, device = (
         torch.Generator().manual_seed(1_000 * config.seed + (epoch or 0)),
         models.pick_device(config),
@@ -122,7 +118,7 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, T
 
 @torch.no_grad()
 def predict(model: nn.Module, tokenizer: Any, texts: Texts, config: RunConfig) -> Tensor:
-    """Logits ``[N, labels]``, in the order of the texts."""
+    """Return the logits ``[N, labels]`` in the order of the texts."""
     model.eval()
     return torch.cat(
         [model(**batch).logits.float().cpu() for batch in batches(tokenizer, texts, config)]
@@ -130,7 +126,7 @@ def predict(model: nn.Module, tokenizer: Any, texts: Texts, config: RunConfig) -
 
 
 def train(name: str, config: RunConfig, data: Data, adapter: Path) -> Result:
-    """Train a variant, answer the held-out texts, and save reft_kernels' adapter."""
+    """Train a variant, predict the held-out texts, and save the adapter of reft_kernels."""
     torch.set_num_threads(config.threads or torch.get_num_threads())
     model, tokenizer, optimizer = build(name, config, data)
     steps = config.epochs * -(-len(data.train) // config.batch_size)
@@ -161,15 +157,16 @@ def train(name: str, config: RunConfig, data: Data, adapter: Path) -> Result:
 
 
 def reloaded_differs(config: RunConfig, data: Data, adapter: Path, result: Result) -> float:
-    """Largest difference of logits between the trained model and a fresh one with its adapter."""
-    loaded = models.load(config.replace(seed=config.seed + 1), data)  # another seed, another head
+    """Return the largest logit difference between the trained model and its reloaded adapter."""
+    # another seed gives another head, which the adapter must replace
+    loaded = models.load(config.replace(seed=config.seed + 1), data)
     fresh = methods.load_adapter(loaded, adapter).to(models.pick_device(config))
-    given = predict(fresh, loaded.tokenizer, data.held_out, config)
-    return (given - torch.tensor(result.logits)).abs().max().item()
+    logits = predict(fresh, loaded.tokenizer, data.held_out, config)
+    return (logits - torch.tensor(result.logits)).abs().max().item()
 
 
 def step_times(config: RunConfig, data: Data, rounds: int) -> dict[str, float]:
-    """Median over rounds of a step's time over that of the frozen model's forward and backward."""
+    """Return the median ratio of a step's time to the frozen model's forward and backward time."""
     names, times = ["reference", *TITLES], []
     built = {name: build(name, config, data) for name in names}
     parts = batches(built["frozen"][1], data.train, config, 0)

@@ -1,3 +1,1 @@
-"""``doctor``: what is installed, whether a model and its settings fit this machine, and a trial
-of a few steps.
-"""
+"""``doctor``: environment report, memory estimate for a model, and a short trial training."""

@@ -1,4 +1,4 @@
-"""``doctor``: what is installed, whether a model fits this machine, and a trial of a few steps."""
+"""``doctor``: environment report, memory estimate for a model, and a short trial training."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ def add_parser(subparsers) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """The command: 0, or 1 when the memory does not suffice or the trial failed."""
+    """Run the command. Returns 0, or 1 when memory is insufficient or the trial failed."""
     if parsed.json is not None and Path(parsed.json).is_dir():
         raise UserError(f"--json: got {parsed.json}, which is a folder, expected a file")
     config = None
     if parsed.config is not None or "model" in parsed:
         config = flags.settings(parsed)
-    elif stray := sorted(flags.given(parsed), key="task".__eq__):
-        name = stray[0].replace("_", "-")
+    elif extra_flags := sorted(flags.passed(parsed), key="task".__eq__):
+        name = extra_flags[0].replace("_", "-")
         raise UserError(f"--model: got none with --{name}, expected a model's folder or hub name")
     from reft_train.doctor.environment import environment, environment_lines
     from reft_train.files import dumps, write_text
 
-    found: dict[str, Any] = {"environment": environment()}
-    print("", *environment_lines(found["environment"]), sep="\n", flush=True)
-    code = 0 if config is None else _examine(config, parsed.trial_steps, found)
+    report: dict[str, Any] = {"environment": environment()}
+    print("", *environment_lines(report["environment"]), sep="\n", flush=True)
+    code = 0 if config is None else _examine(config, parsed.trial_steps, report)
     if parsed.json is not None:
-        print(f"written: {write_text(Path(parsed.json), dumps(found))}")
+        print(f"written: {write_text(Path(parsed.json), dumps(report))}")
     return code
 
 
-def _examine(config: RunConfig, steps: int, found: dict[str, Any]) -> int:
+def _examine(config: RunConfig, steps: int, report: dict[str, Any]) -> int:
     from reft_train import models, tasks
     from reft_train.doctor import environment
     from reft_train.doctor.estimate import estimate, remedies
@@ -64,18 +64,18 @@ def _examine(config: RunConfig, steps: int, found: dict[str, Any]) -> int:
     task, device = tasks.get(config.task), models.pick_device(config)
     needed = estimate(config, task)
     memory = environment.memory_of(device, spread=config.device_map == "auto")
-    found["settings"] = config.to_dict()
-    found["estimate"] = {**asdict(needed), "total": needed.total}
-    found["memory"] = None if memory is None else {"device": device, **asdict(memory)}
-    found["verdict"] = verdict(needed, memory, device)
-    print("", *estimate_lines(needed, config.batch_size), found["verdict"], sep="\n", flush=True)
+    report["settings"] = config.to_dict()
+    report["estimate"] = {**asdict(needed), "total": needed.total}
+    report["memory"] = None if memory is None else {"device": device, **asdict(memory)}
+    report["verdict"] = verdict(needed, memory, device)
+    print("", *estimate_lines(needed, config.batch_size), report["verdict"], sep="\n", flush=True)
     if needed.length < config.max_length:
         print(
             f"the model reads {needed.length} tokens, fewer than --max-length {config.max_length}"
         )
     if memory is not None and needed.total > memory.free:
         hints = list(remedies(config, task, memory.free, device == "cuda"))
-        found["remedies"] = {changes: other.total for changes, other in hints}
+        report["remedies"] = {changes: other.total for changes, other in hints}
         for changes, other in hints:
             fits = "" if other.total <= memory.free else ", which does not fit either"
             print(f"hint: {changes}: {size(other.total)}{fits}")
@@ -89,35 +89,35 @@ def _examine(config: RunConfig, steps: int, found: dict[str, Any]) -> int:
         return 0
     print(f"\nloading {config.model} for a trial", file=sys.stderr)
     trial = run_trial(config, task, steps, needed.length)
-    found["trial"] = asdict(trial)
+    report["trial"] = asdict(trial)
     print("", *trial_lines(trial, needed), sep="\n", flush=True)
     return 0 if trial.failure is None else 1
 
 
 def size(count: float) -> str:
-    """Bytes in a unit that reads well."""
+    """Format a number of bytes with a suitable unit."""
     unit, factor = next(
         (pair for pair in (("GiB", 2**30), ("MiB", 2**20)) if count >= pair[1]), ("KiB", 2**10)
     )
     return f"{count / factor:,.2f} {unit}"
 
 
-def estimate_lines(found: Estimate, batch: int) -> list[str]:
-    """The estimate, part by part."""
-    share = f"{found.trainable / found.model_numbers:.4%} of the model's {found.model_numbers:,}"
-    trained = f"  {found.trainable:,} parameters ({share})" + (
-        f" and {found.head:,} of a head" if found.head else ""
+def estimate_lines(needed: Estimate, batch: int) -> list[str]:
+    """Format the parts of the estimate."""
+    share = f"{needed.trainable / needed.model_numbers:.4%} of the model's {needed.model_numbers:,}"
+    trained = f"  {needed.trainable:,} parameters ({share})" + (
+        f" and {needed.head:,} of a head" if needed.head else ""
     )
     parts = {
-        "frozen weights": (found.frozen, ""),
-        "trained weights": (found.trained, trained),
-        "gradients": (found.gradients, ""),
-        "Adam's moments": (found.optimizer, ""),
-        "activations": (found.activations, ""),
-        "total": (found.total, ""),
+        "frozen weights": (needed.frozen, ""),
+        "trained weights": (needed.trained, trained),
+        "gradients": (needed.gradients, ""),
+        "Adam's moments": (needed.optimizer, ""),
+        "activations": (needed.activations, ""),
+        "total": (needed.total, ""),
     }
     title = (
-        f"memory for batches of {batch} x {found.length} tokens, estimated from the model's "
+        f"memory for batches of {batch} x {needed.length} tokens, estimated from the model's "
         "configuration"
     )
     return [
@@ -126,26 +126,26 @@ def estimate_lines(found: Estimate, batch: int) -> list[str]:
     ]
 
 
-def verdict(found: Estimate, memory: Memory | None, device: str) -> str:
-    """Whether the estimate fits, in a line."""
+def verdict(needed: Estimate, memory: Memory | None, device: str) -> str:
+    """Describe in one line whether the estimate fits."""
     if memory is None:
         return (
             f"the system does not tell how much memory the {device} has; the estimate is "
-            f"{size(found.total)}"
+            f"{size(needed.total)}"
         )
     have = (
-        f"{size(found.total)} estimated, {size(memory.free)} free of {size(memory.total)} "
+        f"{size(needed.total)} estimated, {size(memory.free)} free of {size(memory.total)} "
         f"({memory.source})"
     )
-    if found.total <= memory.free:
+    if needed.total <= memory.free:
         return f"fits: {have}"
-    if found.total <= memory.total:
+    if needed.total <= memory.total:
         return f"does not fit now: {have}; other programs hold the rest"
     return f"does not fit: {have}"
 
 
-def trial_lines(trial: MemoryTrial, found: Estimate) -> list[str]:
-    """The trial's figures, or why it failed."""
+def trial_lines(trial: MemoryTrial, needed: Estimate) -> list[str]:
+    """Format the trial's measurements, or the reason of its failure."""
     lines = [
         f"trial: {trial.steps} timed training steps on random tokens, {trial.length} an example"
     ]
@@ -158,7 +158,7 @@ def trial_lines(trial: MemoryTrial, found: Estimate) -> list[str]:
             "frozen model alone": f"{trial.frozen_seconds * 1e3:,.1f} ms, forward and backward",
             "ratio, median": f"{trial.ratio:.3f}",
             "tokens per second": f"{trial.tokens_per_second:,.0f}",
-            "memory over weights": f"{size(over)}; estimated {size(found.step)}",
+            "memory over weights": f"{size(over)}; estimated {size(needed.step)}",
             "peak memory": f"{peak}: {trial.peak.method}",
             "loss": f"{trial.losses[0]:.4f} first, {trial.losses[-1]:.4f} last",
         }

@@ -1,4 +1,4 @@
-"""What is installed, which devices there are, which backend serves which operator, free memory."""
+"""Installed packages, devices, operator backends and free memory."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _GROUPS = (
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, and where the numbers are from."""
+    """Memory in bytes, and the source of the numbers."""
 
     free: int
     total: int
@@ -47,8 +47,9 @@ class Memory:
 
 
 def environment() -> dict[str, Any]:
-    """Plain values; ``backends`` has what serves each operator by device, and why others are
-    off.
+    """Collect the environment as plain values.
+
+    ``backends`` gives the backend of each operator by device, and why others are unavailable.
     """
     import torch
 
@@ -71,19 +72,21 @@ def environment() -> dict[str, Any]:
     }
 
 
-def environment_lines(found: dict[str, Any]) -> list[str]:
-    """The environment as text."""
+def environment_lines(report: dict[str, Any]) -> list[str]:
+    """Format the environment as text."""
     from reft_kernels import env
 
-    lines = [f"reft_kernels {found['reft_kernels']}, Python {found['python']}, {found['platform']}"]
-    for name, version in found["packages"].items():
+    lines = [
+        f"reft_kernels {report['reft_kernels']}, Python {report['python']}, {report['platform']}"
+    ]
+    for name, version in report["packages"].items():
         lines.append(
             f"  {name:<14}{version}"
             + (f", needed for {NEEDED_FOR[name]}" if version == MISSING else "")
         )
     cpu = (
-        f"{found['cores']} cores, {found['threads']} threads, instruction set "
-        f"{found['instruction_set']}"
+        f"{report['cores']} cores, {report['threads']} threads, instruction set "
+        f"{report['instruction_set']}"
     )
     return [*lines, f"  CPU: {cpu}", *env.backend_lines()]
 
@@ -93,7 +96,7 @@ def _number(path: Path) -> int | None:
         text = path.read_text().strip()
     except OSError:
         return None
-    return int(text) if text.isdecimal() else None  # cgroup says "max" where there is no limit
+    return int(text) if text.isdecimal() else None  # cgroup reports "max" for no limit
 
 
 def _cpu() -> Memory | None:
@@ -111,9 +114,7 @@ def _cpu() -> Memory | None:
 
 
 def memory_of(device: str, spread: bool = False) -> Memory | None:
-    """The memory of ``cpu`` or ``cuda`` (``spread``: of all GPUs); None where the system does
-    not tell.
-    """
+    """Return the memory of ``cpu`` or ``cuda`` (``spread``: of all GPUs), or None if unknown."""
     if device != "cuda":
         return _cpu()
     import torch

@@ -1,8 +1,8 @@
-"""The memory that a training needs, counted on PyTorch's meta device before any weight is read.
+"""Estimate of training memory on PyTorch's meta device, without reading weights.
 
-Weights are counted by accelerate, activations by a forward without memory whose saved tensors are
-added up. Left out: what the libraries themselves occupy, what the allocator holds beyond what is
-used, experts of a mixture (their weights count), sharding.
+Weights are counted by accelerate; activations are the tensors saved by a forward on the meta
+device. Not included: memory of the libraries, allocator overhead, activations of mixture-of-experts
+layers, and sharding.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from reft_train.tasks.base import Task
 
 @dataclass(frozen=True)
 class Estimate:
-    """Numbers and bytes; ``length``: tokens of an example that the model reads."""
+    """Estimated parameter counts and bytes; ``length`` is the number of tokens per example."""
 
     model_numbers: int
     trainable: int
@@ -39,17 +39,17 @@ class Estimate:
 
     @property
     def step(self) -> int:
-        """What a step needs over the weights."""
+        """Memory of a training step in addition to the weights."""
         return self.gradients + self.optimizer + self.activations
 
     @property
     def total(self) -> int:
-        """Everything."""
+        """Total memory."""
         return self.frozen + self.trained + self.step
 
 
 def empty_model(config: RunConfig, task: Task, dtype: torch.dtype) -> tuple[nn.Module, str]:
-    """The frozen model without memory, from ``config.json`` alone, and how it is used."""
+    """Build the frozen model on the meta device from ``config.json``; also return its kind."""
     import transformers
 
     from reft_train.pooling import MeanPooledClassifier
@@ -72,17 +72,19 @@ def empty_model(config: RunConfig, task: Task, dtype: torch.dtype) -> tuple[nn.M
 
 
 def _matrices(part: nn.Module) -> list[nn.Module]:
-    """The linear layers, GPT-2's Conv1D among them."""
+    """Return the linear layers, including GPT-2's Conv1D."""
     return [m for m in part.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
 
 
 def _blocks(model: nn.Module) -> list[nn.ModuleList]:
-    """The lists of layers: one, or an encoder's and a decoder's."""
-    found: list[nn.ModuleList] = []
+    """Return the lists of layers: one, or those of an encoder and a decoder."""
+    block_lists: list[nn.ModuleList] = []
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) and _matrices(module[0]):
-            found += [] if any(module in set(other.modules()) for other in found) else [module]
-    return found
+            block_lists += (
+                [] if any(module in set(other.modules()) for other in block_lists) else [module]
+            )
+    return block_lists
 
 
 def _frozen_bytes(config: RunConfig, model: nn.Module) -> int:
@@ -103,9 +105,7 @@ def _frozen_bytes(config: RunConfig, model: nn.Module) -> int:
 
 
 def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
-    """What a forward keeps for the backward, without checkpointing, and the largest tensor of
-    it.
-    """
+    """Return the bytes saved for the backward without checkpointing, and of the largest tensor."""
     dtype = models.weight_dtype(config) if config.mixed_precision == "no" else torch.bfloat16
     model, kind = empty_model(config, task, dtype)
     if config.method == "head":
@@ -128,7 +128,7 @@ def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
         if config.method in ("lora", "dora"):
             model = _adapted(config, model, kind)
     for module in first:
-        module.register_forward_hook(lambda module, args, output: _wanting(output))
+        module.register_forward_hook(lambda module, args, output: _require_grad(output))
     fixed = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
@@ -143,18 +143,16 @@ def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
         labels = labels.to(dtype)
     options = {"use_cache": False} if kind != models.CLASSIFICATION else {}
     model.train()
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(
-        logging.CRITICAL
-    )  # what fails is caught
-    # without fake tensors transformers would read values of masks
+    # silences messages about failures that are caught below
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    # without fake tensors transformers would read mask values
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     try:
         with fake, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             model(input_ids=tokens, labels=labels, **options)
         sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-    except (
-        Exception
-    ):  # experts chosen by values, kernels for GPUs alone: what linear layers give, and the logits
+    except Exception:
+        # data-dependent experts or GPU-only kernels: count linear layer outputs and the logits
         outputs = [
             min(m.weight.shape) if m.weight.shape[0] == width else m.weight.shape[0]
             for m in _matrices(model)
@@ -164,7 +162,7 @@ def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
     return sum(sizes) + edited, max(sizes, default=0)
 
 
-def _wanting(output: Any) -> Any:
+def _require_grad(output: Any) -> Any:
     hidden = output[0] if isinstance(output, tuple) else output
     if not hidden.requires_grad:
         hidden.requires_grad_()
@@ -180,14 +178,15 @@ def _length(config: RunConfig, model: nn.Module) -> int:
 def _adapted(config: RunConfig, model: nn.Module, kind: str) -> nn.Module:
     heads = [name for name in models.HEADS if hasattr(model, name)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of initialisations that do nothing without memory
+        # initialisation on the meta device warns that it does nothing
+        warnings.simplefilter("ignore")
         return methods.adapt(
             config, models.Loaded(model, None, kind, heads if kind == models.CLASSIFICATION else [])
         )
 
 
 def estimate(config: RunConfig, task: Task) -> Estimate:
-    """The memory of a training with these settings."""
+    """Estimate the memory of a training with the given settings."""
     model, kind = empty_model(config, task, models.weight_dtype(config))
     numbers, frozen = sum(p.numel() for p in model.parameters()), _frozen_bytes(config, model)
     blocks, length = _blocks(model), _length(config, model)
@@ -198,14 +197,15 @@ def estimate(config: RunConfig, task: Task) -> Estimate:
     size = sum(p.numel() * p.element_size() for p in trained.values())
     kept, largest = kept_bytes(config, task)
     depth = max(1, sum(map(len, blocks)))
-    if config.gradient_checkpointing:  # the layers' inputs, and one layer computed again
+    if config.gradient_checkpointing:  # saves the layers' inputs and recomputes one layer at a time
         width = model.get_input_embeddings().weight.shape[1] * (
             2 if config.mixed_precision != "no" else 4
         )
         kept = min(
             kept, depth * config.batch_size * length * width + max(2 * kept // depth, largest)
         )
-    copies = 2 * linear if config.mixed_precision != "no" else 0  # autocast's, of frozen weights
+    # autocast copies of frozen weights
+    copies = 2 * linear if config.mixed_precision != "no" else 0
     return Estimate(
         model_numbers=numbers,
         trainable=sum(p.numel() for p in trained.values()) - head,
@@ -222,11 +222,13 @@ def estimate(config: RunConfig, task: Task) -> Estimate:
 def remedies(
     config: RunConfig, task: Task, memory: int, cuda: bool
 ) -> Iterator[tuple[str, Estimate]]:
-    """Settings that need less, each with its estimate: all that fit, or those tried where none
-    does.
+    """Return settings that need less memory, with their estimates.
+
+    Returns all that fit, or all that were tried if none fits.
 
     Args:
-        memory: bytes that there are. cuda: whether there is a GPU, which quantization needs.
+        memory: available bytes.
+        cuda: whether there is a GPU, which quantization needs.
     """
     tried = [] if config.gradient_checkpointing else [{"gradient_checkpointing": True}]
     batch = config.batch_size
@@ -237,12 +239,12 @@ def remedies(
         tried.append({"batch_size": batch, "accumulation": config.accumulation * factor})
     if cuda and config.quantization == "none" and task.decoding is not None:
         tried.append({"quantization": "4bit"})
-    found = []
+    candidates = []
     for changes in tried:
         flags = (
             f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
             for name, value in changes.items()
         )
-        found.append((" ".join(flags), estimate(config.replace(**changes), task)))
-    fitting = [pair for pair in found if pair[1].total <= memory]
-    yield from fitting or found
+        candidates.append((" ".join(flags), estimate(config.replace(**changes), task)))
+    fitting = [pair for pair in candidates if pair[1].total <= memory]
+    yield from fitting or candidates

@@ -1,4 +1,4 @@
-"""A few real training steps on random tokens: time, memory, finite losses, orthonormal R."""
+"""Short trial training on random tokens: time, memory, finite losses, orthonormality of R."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ _LEFT_OUT = ("compile", "fsdp", "deepspeed", "packing")
 
 @dataclass(frozen=True)
 class MemoryTrial:
-    """What the steps gave; ``failure`` says in a line why they stopped, None when all is well.
+    """Measurements of a trial; ``failure`` is a one-line reason, None if it succeeded.
 
     Attributes:
-        ratio: median over steps of a step's time over that of the frozen model's forward and
-            backward on the same batch. peak: of the first steps. left_out: settings ignored.
+        ratio: median ratio of a step's time to the frozen model's forward and backward time.
+        peak: peak memory of the first steps.
+        left_out: ignored settings.
     """
 
     steps: int
@@ -50,7 +51,10 @@ class MemoryTrial:
 def random_batch(
     config: RunConfig, kind: str, hf_config: Any, length: int, generator: torch.Generator
 ) -> dict[str, Any]:
-    """Random tokens; a causal model learns the second half of them, an encoder a random class."""
+    """Create a batch of random tokens.
+
+    A causal model learns the second half of the tokens, an encoder a random class.
+    """
     size, vocabulary = (config.batch_size, length), hf_config.get_text_config().vocab_size
     tokens, labels = (torch.randint(vocabulary, size, generator=generator) for _ in range(2))
     if kind == models.CAUSAL:
@@ -63,9 +67,7 @@ def random_batch(
 
 
 class _Steps:
-    """The model with its optimizer: a training step, and the frozen model's forward and
-    backward.
-    """
+    """A model with its optimizer, for training steps and frozen forward and backward passes."""
 
     def __init__(self, config: RunConfig, task: Task, device: torch.device) -> None:
         loaded = models.load(config, task)
@@ -73,7 +75,7 @@ class _Steps:
         self.model = methods.adapt(config, loaded)
         if config.device_map == "none" and config.quantization == "none":
             self.model.to(device)
-        loaded.model.config.use_cache = False  # as Trainer has it
+        loaded.model.config.use_cache = False  # as Trainer sets it
         if config.gradient_checkpointing:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
@@ -96,7 +98,7 @@ class _Steps:
             return self.model(**batch).loss
 
     def train(self, batch: dict[str, Any]) -> float:
-        """One optimizer step; its loss."""
+        """Run one optimizer step and return its loss."""
         loss = self._loss(batch)
         loss.backward()
         self.optimizer.step()
@@ -104,7 +106,7 @@ class _Steps:
         return loss.item()
 
     def frozen(self, batch: dict[str, Any]) -> None:
-        """Forward and backward with the method off; the backward passes every frozen layer."""
+        """Run forward and backward through every frozen layer with the method disabled."""
         embedding = self.model.get_base_model().get_input_embeddings()
         hook = embedding.register_forward_hook(
             lambda m, args, output: output.detach().requires_grad_()
@@ -121,7 +123,7 @@ class _Steps:
                 parameter.requires_grad_(True)
 
     def seconds(self, step: Callable[[dict], Any], batch: dict[str, Any]) -> tuple[float, Any]:
-        """Time and result of a step."""
+        """Return time and result of a step."""
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         wait()
         started = time.perf_counter()
@@ -131,11 +133,12 @@ class _Steps:
 
 
 def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> MemoryTrial:
-    """Load, adapt and train for ``MEMORY_STEPS`` steps under the memory meter and ``steps``
-    timed ones.
+    """Load and adapt the model, then train it.
+
+    Runs ``MEMORY_STEPS`` steps under the memory meter, then ``steps`` timed ones.
     """
     quiet()
-    found = {
+    fields = {
         "steps": steps,
         "length": length,
         "left_out": tuple(name for name in _LEFT_OUT if getattr(config, name)),
@@ -143,12 +146,12 @@ def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> MemoryT
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
     try:
-        return MemoryTrial(**found, **_measured(config, task, steps, length))
-    except UserError:  # bad input, not a failed step
+        return MemoryTrial(**fields, **_measured(config, task, steps, length))
+    except UserError:  # bad input is not a failed step
         raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         return MemoryTrial(
-            **found, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            **fields, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         )
     finally:
         torch.set_num_threads(threads)
@@ -157,26 +160,25 @@ def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> MemoryT
 def _measured(config: RunConfig, task: Task, steps: int, length: int) -> dict[str, Any]:
     device = torch.device(models.pick_device(config))
     stepper, meter = _Steps(config, task, device), PeakMeter(device)
-    stepper.frozen(
-        stepper.batch(min(length, 16))
-    )  # libraries take memory of their own at first use
+    # libraries allocate memory at first use
+    stepper.frozen(stepper.batch(min(length, 16)))
     meter.start()
     losses = [stepper.train(stepper.batch(length)) for _ in range(MEMORY_STEPS)]
     peak = meter.stop()
-    stepper.frozen(stepper.batch(length))  # its memory is there before it is timed
-    own, frozen = [], []
+    stepper.frozen(stepper.batch(length))  # allocates its memory before it is timed
+    trained, frozen = [], []
     for number in range(steps):
         tokens = stepper.batch(length)
         for train in (True, False) if number % 2 else (False, True):
             seconds, loss = stepper.seconds(stepper.train if train else stepper.frozen, tokens)
-            (own if train else frozen).append(seconds)
+            (trained if train else frozen).append(seconds)
             losses += [loss] if train else []
-    step = statistics.median(own)
+    step = statistics.median(trained)
     bad = next((number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     return {
         "step_seconds": step,
         "frozen_seconds": statistics.median(frozen),
-        "ratio": statistics.median(a / b for a, b in zip(own, frozen, strict=True)),
+        "ratio": statistics.median(a / b for a, b in zip(trained, frozen, strict=True)),
         "tokens_per_second": config.batch_size * length / step,
         "peak": peak,
         "losses": tuple(losses),

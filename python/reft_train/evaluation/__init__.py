@@ -1,3 +1,1 @@
-"""Scores of a model on test sets: answers generated or classes predicted, the task's rule
-applied, tables written.
-"""
+"""Evaluation on test sets: generation or classification, scoring, and result files."""

@@ -1,4 +1,4 @@
-"""A model run over many inputs without training: batches of similar length, results in order."""
+"""Batched inference with batches of similar length and results in input order."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ def run_batches(
     title: str,
     progress: bool = True,
 ) -> list[Result]:
-    """``forward`` over all inputs, the longest first so that memory fails early; results in order.
+    """Run ``forward`` on all inputs and return the results in input order.
 
-    Under torch.distributed each process takes every n-th input, and all get all results.
+    The longest inputs run first, so that out-of-memory errors occur early. Under torch.distributed
+    each process takes every n-th input, and all processes receive all results.
 
     Args:
-        lengths: tokens of each input. forward: numbers of a batch's inputs in, a result for each
-            out.
+        lengths: tokens of each input.
+        forward: maps the indices of a batch to one result per input.
     """
     rank, processes = place()
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    mine = order[rank::processes]
-    if len(mine) < -(-len(order) // processes):
-        mine = [*mine, order[0]]  # sharded models need as many forwards on every process
-    found: dict[int, Result] = {}
-    with bar(len(mine), title, "row", show=progress and rank == 0) as shown:
-        for start in range(0, len(mine), batch_size):
-            batch = mine[start : start + batch_size]
+    indices = order[rank::processes]
+    if len(indices) < -(-len(order) // processes):
+        # sharded models need the same number of forwards on every process
+        indices = [*indices, order[0]]
+    by_index: dict[int, Result] = {}
+    with bar(len(indices), title, "row", show=progress and rank == 0) as shown:
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
             try:
                 results = forward(batch)
             except torch.OutOfMemoryError:
@@ -46,7 +48,7 @@ def run_batches(
                 raise UserError(
                     f"eval_batch_size: got {batch_size}, {what}, expected less"
                 ) from None
-            found.update(zip(batch, results, strict=True))
+            by_index.update(zip(batch, results, strict=True))
             shown.update(len(batch))
-    found = merged(found)
-    return [found[index] for index in range(len(lengths))]
+    by_index = merged(by_index)
+    return [by_index[index] for index in range(len(lengths))]

@@ -1,4 +1,4 @@
-"""Answers to prompts: batched generation that does not depend on what stands beside a prompt."""
+"""Batched generation of answers, independent of the other prompts in a batch."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from reft_train.tasks.base import Decoding
 
 @dataclass(frozen=True)
 class Decode:
-    """How answers are generated.
+    """Generation settings.
 
     Attributes:
-        max_total_tokens: of prompt and answer together; None for no limit.
-        temperature: 0 decodes greedily (or by beams); above, tokens are drawn from ``top_p``.
+        max_total_tokens: limit of prompt and answer together; None for no limit.
+        temperature: 0 for greedy or beam decoding; otherwise tokens are sampled from ``top_p``.
     """
 
     max_new_tokens: int
@@ -36,13 +36,13 @@ class Decode:
 
     @classmethod
     def of(cls, config: RunConfig, decoding: Decoding, window: int | None = None) -> Decode:
-        """From a run's settings, which win, the task's, and the tokens that the model can hold."""
+        """Combine a run's settings (which take precedence), the task's, and the context size."""
         limits = [limit for limit in (decoding.max_total_tokens, window) if limit is not None]
         new, total = config.max_new_tokens or decoding.max_new_tokens, min(limits, default=None)
         return cls(new, total, config.temperature, config.top_p, config.num_beams, config.seed)
 
     def answer_room(self, prompt: int) -> int:
-        """Tokens that the answer to a prompt of so many tokens can have."""
+        """Return the number of answer tokens available after a prompt of the given length."""
         room = self.max_new_tokens
         return (
             room
@@ -51,8 +51,10 @@ class Decode:
         )
 
     def prompt_room(self, max_length: int) -> int:
-        """Tokens of a prompt: ``max_length``, or less, where half of all or the answer would not
-        fit.
+        """Return the token limit of a prompt.
+
+        It is ``max_length``, or less to leave room for the answer, which gets at most half of the
+        total.
         """
         total = self.max_total_tokens
         return (
@@ -63,7 +65,7 @@ class Decode:
 
 
 def context_window(model: Any, kind: str) -> int | None:
-    """Tokens that a causal model can hold, a trained prefix taken off; None where nothing says."""
+    """Return the context size of a causal model minus a trained prefix, or None if unknown."""
     if kind != CAUSAL:
         return None
     config = bare(model).config.get_text_config()
@@ -76,9 +78,7 @@ def context_window(model: Any, kind: str) -> int | None:
 def encode_prompts(
     prompts: Sequence[str], tokenizer: Any, kind: str, decode: Decode, max_length: int
 ) -> list[list[int]]:
-    """The prompts' tokens as in training, cut from the left where they are too long or leave no
-    room.
-    """
+    """Tokenize prompts as in training, cut from the left to leave room for the answer."""
     return prompt_ids(
         prompts, tokenizer, decode.prompt_room(max_length) if kind == CAUSAL else max_length, kind
     )
@@ -94,22 +94,25 @@ def generate(
     progress: bool = True,
     title: str = "generating",
 ) -> list[str]:
-    """The model's answers, in the order of the prompts.
+    """Generate answers in the order of the prompts.
 
-    Greedy answers do not depend on the batch; drawn ones are the same again with the same seed and
-    batch size. Only what is generated is decoded, up to the end token and without special tokens.
+    Greedy answers do not depend on the batch; sampled ones are reproducible with the same seed and
+    batch size. Only generated tokens are decoded, up to the end token and without special tokens.
 
     Args:
-        model: a transformers model or a PeftModel. kind: "causal" or "seq2seq". prompts: token ids.
+        model: a transformers model or a PeftModel.
+        kind: "causal" or "seq2seq".
+        prompts: token ids.
     """
     collate = PaddingCollator(pad_id(tokenizer), "left" if kind == CAUSAL else "right")
     base = bare(model)
-    own = getattr(base.generation_config, "eos_token_id", None)
-    # the tokenizer's, which training teaches, and the model's own
-    ends = dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])])
+    model_ends = getattr(base.generation_config, "eos_token_id", None)
+    # the tokenizer's end token, used in training, and the model's
+    ends = dict.fromkeys(
+        [tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])]
+    )
     ends = [token for token in ends if token is not None]
-    # FSDP and DeepSpeed ZeRO-3 hold parts of the weights, so each process takes part in each
-    # forward
+    # FSDP and DeepSpeed ZeRO-3 shard the weights, so each process takes part in each forward
     sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
     def forward(batch: list[int]) -> list[str]:
@@ -118,9 +121,8 @@ def generate(
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         base.generation_config.max_new_tokens = max(1, *rooms)
         output = model.generate(**inputs, synced_gpus=joined() and sharded).cpu()
-        start = (
-            inputs["input_ids"].shape[1] if kind == CAUSAL else 1
-        )  # a decoder starts from a token of its own
+        # the output repeats a causal prompt, or starts with the decoder's start token
+        start = inputs["input_ids"].shape[1] if kind == CAUSAL else 1
         return [
             text(row[:room]) for row, room in zip(output[:, start:].tolist(), rooms, strict=True)
         ]
@@ -134,19 +136,21 @@ def generate(
     lengths = [len(prompt) for prompt in prompts]
     with (
         evaluating(model),
-        _decoding_by(base, tokenizer, decode, ends),
+        _generation_config(base, tokenizer, decode, ends),
         _seeded(model.device, decode.seed),
     ):
         return run_batches(lengths, batch_size, forward, title, progress)
 
 
 @contextmanager
-def _decoding_by(base: Any, tokenizer: Any, decode: Decode, ends: list[int]) -> Iterator[None]:
-    """Replace the model's own habits (a repetition penalty, a temperature) by these settings."""
+def _generation_config(
+    base: Any, tokenizer: Any, decode: Decode, ends: list[int]
+) -> Iterator[None]:
+    """Replace the model's generation config by these settings, and restore it on exit."""
     from transformers import GenerationConfig
 
     before = base.generation_config
-    draws = {
+    sampling = {
         "do_sample": True,
         "temperature": decode.temperature,
         "top_p": decode.top_p,
@@ -159,7 +163,7 @@ def _decoding_by(base: Any, tokenizer: Any, decode: Decode, ends: list[int]) -> 
         eos_token_id=ends or None,
         pad_token_id=pad_id(tokenizer),
         decoder_start_token_id=before.decoder_start_token_id,
-        **(draws if decode.temperature > 0 else {"do_sample": False}),
+        **(sampling if decode.temperature > 0 else {"do_sample": False}),
     )
     try:
         yield
@@ -169,7 +173,7 @@ def _decoding_by(base: Any, tokenizer: Any, decode: Decode, ends: list[int]) -> 
 
 @contextmanager
 def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Draw from the seed, and leave the generators of a training in progress as they were."""
+    """Seed the random generators and restore their state on exit."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

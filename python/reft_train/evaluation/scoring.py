@@ -1,4 +1,4 @@
-"""The score of a model on one set of rows, and what it said to each of them."""
+"""Score and predictions of a model on a set of rows."""
 
 from __future__ import annotations
 
@@ -23,9 +23,7 @@ from reft_train.tasks.base import Row, Task
 
 @dataclass(frozen=True)
 class SetScore:
-    """Metrics of a set by name (the task's main one first; none where it is not scored), and
-    predictions.
-    """
+    """Metrics of a set by name, main metric first (empty if it is not scored), and predictions."""
 
     name: str
     metrics: dict[str, float]
@@ -42,17 +40,17 @@ def score_set(
     *,
     progress: bool = True,
 ) -> SetScore:
-    """Score a model on rows; neither their order nor the batch size matters to greedy answers.
+    """Score a model on rows. Greedy results do not depend on row order or batch size.
 
     Args:
-        name: of the set. loaded: the model, adapted or not; it stays where it is and keeps its
-            mode.
+        name: name of the set.
+        loaded: the model, adapted or not; its device and mode are not changed.
         config: batch size, lengths and decoding.
 
     Returns:
-        The score. A prediction repeats its row's fields and adds ``index``, ``prediction`` and
-        ``answer``, where answers are generated ``generated`` and ``right`` (None where the task has
-        no rule), and where there are classes ``probabilities`` by label.
+        The score. A prediction has its row's fields, ``index``, ``prediction`` and ``answer``. For
+            generated answers it also has ``generated`` and ``right`` (None if the task has no
+            rule), and for classes ``probabilities`` by label.
     """
     if not rows:
         raise UserError(f"test set {name}: got no rows, expected at least one")
@@ -82,11 +80,11 @@ def _answers(
     predictions = []
     for example, text in zip(examples, generated, strict=True):
         scored = task.score(text, example) if task.metrics else None
-        found = {"generated": text, "prediction": scored and scored.prediction}
+        record = {"generated": text, "prediction": scored and scored.prediction}
         predictions.append(
-            (example.row, {**found, "answer": example.answer, "right": scored and scored.right})
+            (example.row, {**record, "answer": example.answer, "right": scored and scored.right})
         )
-    right = sum(bool(found["right"]) for _, found in predictions)
+    right = sum(bool(record["right"]) for _, record in predictions)
     return {task.metrics[0]: right / len(rows)} if task.metrics else {}, predictions
 
 
@@ -120,16 +118,16 @@ def _classes(
     values = (logits.squeeze(-1) if task.labels is None else logits.argmax(-1)).tolist()
     predictions = []
     for text, value, shares in zip(classified, values, logits.softmax(-1).tolist(), strict=True):
-        found = {"prediction": value, "answer": text.label}
+        record = {"prediction": value, "answer": text.label}
         if task.labels is not None:
-            found = {key: task.labels[number] for key, number in found.items()}
-            found["probabilities"] = dict(zip(task.labels, shares, strict=True))
-        predictions.append((text.row, found))
+            record = {key: task.labels[number] for key, number in record.items()}
+            record["probabilities"] = dict(zip(task.labels, shares, strict=True))
+        predictions.append((text.row, record))
     return task.measure(values, [text.label for text in classified]), predictions
 
 
 def average(scores: Sequence[SetScore]) -> dict[str, float]:
-    """The mean over sets, each set counting once, of every metric that all of them have."""
+    """Average every metric that all sets have, with equal weight per set."""
     shared = (
         [name for name in scores[0].metrics if all(name in score.metrics for score in scores)]
         if scores
@@ -139,7 +137,7 @@ def average(scores: Sequence[SetScore]) -> dict[str, float]:
 
 
 def render(scores: Sequence[SetScore]) -> str:
-    """Scores in hundredths, a row for each set, and their average where there are several."""
+    """Format scores in percent, one row per set, and their average if there are several."""
     names = list(dict.fromkeys(name for score in scores for name in score.metrics))
     rows = list(scores)
     if len(scores) > 1 and names:

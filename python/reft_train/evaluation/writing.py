@@ -1,4 +1,4 @@
-"""Scores and predictions as files: ``scores.json``, ``predictions/`` and ``alpaca_eval/``."""
+"""Result files: ``scores.json``, ``predictions/`` and ``alpaca_eval/``."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ SCORES, PREDICTIONS, ALPACA_EVAL = "scores.json", "predictions", "alpaca_eval"
 
 
 def write_scores(folder: Path, scores: Sequence[SetScore], about: Mapping[str, Any]) -> Path:
-    """Write ``scores.json``: ``about``, then ``sets`` (metrics and rows of each) and their
-    ``average``.
-    """
+    """Write ``scores.json``: ``about``, ``sets`` (metrics and row counts) and their ``average``."""
     sets = {score.name: {**score.metrics, "rows": score.count} for score in scores}
     return write_text(folder / SCORES, dumps({**about, "sets": sets, "average": average(scores)}))
 
 
 def write_predictions(folder: Path, scores: Sequence[SetScore]) -> Path:
-    """Write ``predictions/<set>.jsonl``, one JSON object a row; predictions that were there go."""
+    """Write ``predictions/<set>.jsonl`` with one object per row, replacing old predictions."""
 
     def content(score: SetScore) -> str:
-        # Parquet has dates and more
+        # Parquet has dates and other types that JSON lacks
         return "".join(
             json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in score.predictions
         )
@@ -39,8 +37,9 @@ def write_predictions(folder: Path, scores: Sequence[SetScore]) -> Path:
 
 
 def write_alpaca_eval(folder: Path, scores: Sequence[SetScore], generator: str) -> Path:
-    """Write ``alpaca_eval/<set>.json`` for ``alpaca_eval --model_outputs``; ``generator`` names
-    the model.
+    """Write ``alpaca_eval/<set>.json`` for ``alpaca_eval --model_outputs``.
+
+    ``generator`` is the model's name.
     """
 
     def content(score: SetScore) -> str:
@@ -56,20 +55,20 @@ def _write_folder(
     folder: Path, scores: Sequence[SetScore], suffix: str, content: Callable[[SetScore], str]
 ) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    whole = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")) / "new"
+    staged = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")) / "new"
     try:
         taken: set[str] = set()
         for score in scores:
             name = file_name(score.name, taken)
             taken.add(name)
-            write_text(whole / (name + suffix), content(score))
-        return replace_folder(whole, folder)
+            write_text(staged / (name + suffix), content(score))
+        return replace_folder(staged, folder)
     finally:
-        shutil.rmtree(whole.parent, ignore_errors=True)
+        shutil.rmtree(staged.parent, ignore_errors=True)
 
 
 def file_name(name: str, taken: set[str]) -> str:
-    """A set's name (which may be a path) as a file's, unlike those that are ``taken``."""
+    """Convert a set's name, possibly a path, to a file name that is not in ``taken``."""
     plain = re.sub(r"[^\w.-]+", "_", name).strip("_.") or "set"
     numbered = (f"{plain}-{number}" for number in range(2, len(taken) + 3))
     return plain if plain not in taken else next(other for other in numbered if other not in taken)

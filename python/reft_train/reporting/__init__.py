@@ -1,1 +1,1 @@
-"""What a run leaves for people: a page, curves, versions; and what reads its log."""
+"""Reports of a run: HTML pages, curves, versions, and a reader of its log."""

@@ -1,4 +1,4 @@
-"""Read a run's log: one JSON object a line."""
+"""Reader of a run's log, which has one JSON object per line."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ LOG = "log.jsonl"
 
 
 def read_log(path: str | Path) -> list[dict[str, Any]]:
-    """The entries of a log; half a last line, of a run that was killed, is left out with a
-    warning.
-    """
+    """Read a log. An incomplete last line of a killed run is skipped with a warning."""
     try:
         content = Path(path).read_bytes()
     except OSError as error:
@@ -28,7 +26,7 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     for number, line in lines:
         try:
             entries.append({**json.loads(line.decode("utf-8"))})
-        except (ValueError, TypeError) as error:  # JSON's and UTF-8's errors are ValueErrors
+        except (ValueError, TypeError) as error:  # JSON and UTF-8 decoding errors are ValueErrors
             if number != lines[-1][0] or content.endswith(b"\n"):
                 where = f"line {number} of {path}"
                 raise UserError(f"log: got {where} ({error}), expected a JSON object") from None

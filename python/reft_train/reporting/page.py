@@ -1,4 +1,4 @@
-"""Tables for the terminal and for a self-contained page, and figures as PNG without a display."""
+"""Tables for terminals and HTML pages, and figures as PNG without a display."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ th:first-child, td:first-child { text-align: left; }"""
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Aligned columns: the first one to the left, the others to the right."""
+    """Format aligned columns, the first one left-aligned, the others right-aligned."""
     from rich.console import Console
     from rich.table import Table
 
@@ -30,14 +30,14 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
         table.add_column(name, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(str, row))
-    # plain text however wide: a terminal wraps it, a file keeps it
+    # plain text of any width, since output may go to a file
     console = Console(file=io.StringIO(), width=10_000, markup=False, highlight=False)
     console.print(table)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """An HTML table, its cells escaped."""
+    """Format an HTML table with escaped cells."""
 
     def line(cells: Sequence[object], tag: str) -> str:
         return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
@@ -46,29 +46,29 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def facts(values: dict[str, Any]) -> str:
-    """A table of names and values; None is shown as none."""
+    """Format a table of names and values; None is shown as "none"."""
     rows = [(name, "none" if value is None else value) for name, value in values.items()]
     return table(("name", "value"), rows)
 
 
 def note(text: str) -> str:
-    """A paragraph, escaped."""
+    """Format an escaped paragraph."""
     return f"<p>{escape(text)}</p>"
 
 
 def heading(text: str) -> str:
-    """A section's heading, escaped."""
+    """Format an escaped section heading."""
     return f"<h2>{escape(text)}</h2>"
 
 
 def image(png: bytes, alt: str) -> str:
-    """A picture inside the page."""
+    """Format an image embedded in the page."""
     data = base64.b64encode(png).decode()
     return f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}">'
 
 
 def write_page(path: Path, title: str, *parts: str) -> Path:
-    """A page that fetches nothing; ``title`` is escaped, ``parts`` are HTML."""
+    """Write a self-contained page; ``title`` is escaped, ``parts`` are HTML."""
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{CSS}</style>'
     body = "\n".join((f"<h1>{escape(title)}</h1>", *parts))
     return write_text(
@@ -77,21 +77,21 @@ def write_page(path: Path, title: str, *parts: str) -> Path:
 
 
 def new_figure(*size: float) -> Figure:
-    """An empty figure of ``size`` inches, without pyplot's global state."""
+    """Create an empty figure of ``size`` inches without pyplot's global state."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=size or (8, 4.5), layout="constrained")
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file's bytes, the same on every drawing."""
+    """Render the figure as PNG bytes, reproducibly."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def smoothed(losses: Iterable[float], weight: float = 0.9) -> list[float]:
-    """Exponential moving average, corrected for its start."""
+    """Return the bias-corrected exponential moving average."""
     total, norm, curve = 0.0, 0.0, []
     for loss in losses:
         total = weight * total + (1 - weight) * loss

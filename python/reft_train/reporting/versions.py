@@ -1,4 +1,4 @@
-"""Versions of what a result depends on."""
+"""Versions of the software that results depend on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MISSING = "not installed"
 
 
 def installed(package: str) -> str:
-    """A package's version, or ``not installed``."""
+    """Return a package's version, or ``not installed``."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -18,8 +18,8 @@ def installed(package: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python, platform, :data:`PACKAGES` and reft_kernels."""
+    """Return the versions of Python, the platform, :data:`PACKAGES` and reft_kernels."""
     from reft_kernels.version import __version__
 
-    own = {"python": platform.python_version(), "platform": platform.platform()}
-    return {**own, **{name: installed(name) for name in PACKAGES}, "reft_kernels": __version__}
+    system = {"python": platform.python_version(), "platform": platform.platform()}
+    return {**system, **{name: installed(name) for name in PACKAGES}, "reft_kernels": __version__}

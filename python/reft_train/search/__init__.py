@@ -1,1 +1,1 @@
-"""``search``: hyperparameters by optuna, chosen on held-out training rows."""
+"""``search``: hyperparameter optimization with optuna on held-out training rows."""

@@ -1,4 +1,4 @@
-"""``search``: choose rank, layers, positions, learning rate and more on held-out training rows."""
+"""``search``: optimize rank, layers, positions, learning rate and more on held-out rows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_HERE = ("resume", "skip_test")
 
 
 def add_choice(add: Callable) -> None:
-    """Add the flags of any search: what trials are judged by, and the sampler's seed."""
+    """Add the flags common to all searches: the objective and the sampler's seed."""
     text = "held-out loss or metric (default: auto, metric of a task with classes)"
     add("--objective", default="auto", metavar="NAME", help=text)
     add(
@@ -61,13 +61,14 @@ def add_parser(subparsers) -> None:
 
 
 def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> Space:
-    """The space of file and flags, or the method's default without the settings that a flag
-    fixes.
+    """Return the search space of file and flags.
+
+    The default is the method's space without the settings that flags fix.
     """
     from reft_train import models, tasks
     from reft_train.search import space
 
-    fixed, requested = flags.given(parsed), {}
+    fixed, requested = flags.passed(parsed), {}
     if parsed.space is not None:
         requested |= space.read(parsed.space, config.method)
     if parsed.vary:
@@ -83,15 +84,15 @@ def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> Space:
     hf_config = models.model_config(config)
     encoder = models.kind_of(config, hf_config, tasks.get(config.task)) == models.CLASSIFICATION
     default = space.space_of(config, hf_config, encoder)
-    found = {**{name: entry for name, entry in default.items() if name not in fixed}, **requested}
-    if not found:
+    varied = {**{name: entry for name, entry in default.items() if name not in fixed}, **requested}
+    if not varied:
         expected = "settings such as 'lr={low: 1e-4, high: 1e-2, log: true}'"
         raise UserError(f"--vary: got nothing to vary, expected {expected}")
-    return found
+    return varied
 
 
 def one_process() -> None:
-    """Refuse to go on as one of several processes."""
+    """Raise UserError if there are several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "WORLD_SIZE: got more than one process, expected one: trials are run in turn"
@@ -99,10 +100,10 @@ def one_process() -> None:
 
 
 def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
-    """The command: 0, or 1 when no trial finished, or 130 after Ctrl-C.
+    """Run the command. Returns 0, 1 when no trial finished, or 130 after Ctrl-C.
 
     Args:
-        train: in place of :func:`reft_train.training.session.train`.
+        train: replaces :func:`reft_train.training.session.train`.
     """
     one_process()
     if parsed.config is None and "output" not in parsed:
@@ -124,17 +125,17 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
         parsed.pruner,
         parsed.sampler_seed,
     )
-    found = study.search(plan, train or session.train)
-    report.write(found)
-    print(text_table(*report.table(found)))
-    if found.interrupted:
+    result = study.search(plan, train or session.train)
+    report.write(result)
+    print(text_table(*report.table(result)))
+    if result.interrupted:
         print(f"interrupted: the search is kept in {plan.folder}; the same command goes on")
         return 130
-    if found.best is None:
+    if result.best is None:
         print(f"no trial has finished; the reasons are above and in {study.TRIALS}")
         return 1
     path = plan.folder / study.BEST
     print(
-        f"best: trial {found.best.number}; train and test it with: reft-train run --config {path}"
+        f"best: trial {result.best.number}; train and test it with: reft-train run --config {path}"
     )
     return 0

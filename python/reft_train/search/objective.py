@@ -1,4 +1,4 @@
-"""What a search compares trials by: a number on held-out training rows, never on a test set."""
+"""Objective of a search: a metric on held-out training rows, never on a test set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LOSS = "loss"
 
 @dataclass(frozen=True)
 class Objective:
-    """``name`` among the held-out metrics."""
+    """The held-out metric ``name``."""
 
     name: str
 
@@ -25,15 +25,16 @@ class Objective:
         return "minimize" if self.name in (LOSS, "perplexity") else "maximize"
 
     def best(self, values: Mapping[int, float]) -> int | None:
-        """The key of the best value, the first of equal ones; None where there are none."""
+        """Return the key of the best value (the first one on ties), or None without values."""
         sign = 1 if self.direction == "minimize" else -1
         return min(values, key=lambda key: (sign * values[key], key), default=None)
 
     def of(self, metrics: Mapping[str, float]) -> float:
-        """The objective among a run's held-out metrics, named with or without Trainer's ``eval_``.
+        """Look up the objective in a run's held-out metrics, with or without Trainer's ``eval_``.
 
         Raises:
-            UserError: it is not among them. FloatingPointError: it is no finite number.
+            UserError: the metric is missing.
+            FloatingPointError: the metric is not finite.
         """
         plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
         if self.name not in plain:
@@ -47,11 +48,11 @@ class Objective:
 
 
 def resolve(config: RunConfig, requested: str = "auto") -> tuple[Objective, RunConfig]:
-    """The objective, and the settings under which a run computes it.
+    """Return the objective, and the settings with which a run computes it.
 
     Args:
-        requested: a metric of the task, ``loss``, ``metric`` (the task's first), or ``auto``: the
-            metric of a task with classes or where ``select`` says so, else the loss.
+        requested: a metric of the task, ``loss``, ``metric`` (the task's first), or ``auto``.
+            ``auto`` is the metric if the task has classes or ``select`` requests it, else the loss.
     """
     if not config.holds_out:
         raise UserError(
@@ -63,12 +64,12 @@ def resolve(config: RunConfig, requested: str = "auto") -> tuple[Objective, RunC
         metric = task.metrics and (task.decoding is None or config.select == "metric")
         requested = "metric" if metric else LOSS
     if requested == LOSS:
-        # GLUE's own held-out rows are read for selecting alone
+        # GLUE's held-out rows are only read if the run selects by them
         unseen = config.select == "none" and not config.validation
         return Objective(LOSS), config.replace(select="loss") if unseen else config
     if not task.metrics or requested not in ("metric", *task.metrics):
         expected = ", ".join((LOSS, *task.metrics))
         raise UserError(f"objective: got {requested!r}, expected auto or one of {expected}")
     name = task.metrics[0] if requested == "metric" else requested
-    # a run computes its task's metrics on held-out rows when it selects by them
+    # a run computes its task's held-out metrics only if it selects by them
     return Objective(name), config.replace(select="metric") if config.select == "none" else config

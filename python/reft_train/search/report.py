@@ -1,4 +1,4 @@
-"""What a search shows: its trials as a table, and optuna's plots of values and importances."""
+"""Report of a search: a table of trials, and optuna's plots of values and importances."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from reft_train.reporting import page
 from reft_train.reporting.versions import versions
 from reft_train.search.study import Search, shown
 
-_FEW = 4  # completed trials below which importances would be noise
+_FEW = 4  # with fewer completed trials importances are mostly noise
 
 
-def table(found: Search) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header, and a line for each trial that has run, the best ones first."""
-    objective, names = found.plan.objective, found.plan.space
+def table(result: Search) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and a row for each trial that has run, best trials first."""
+    objective, names = result.plan.objective, result.plan.space
     sign = 1 if objective.direction == "minimize" else -1
     header = ("trial", f"held-out {objective.name}", "state", "seconds", *names)
     rows = []
     for trial in sorted(
-        found.trials, key=lambda t: (t.value is None, sign * (t.value or 0.0), t.number)
+        result.trials, key=lambda t: (t.value is None, sign * (t.value or 0.0), t.number)
     ):
         if trial.state not in ("waiting", "running"):
             value = "-" if trial.value is None else f"{trial.value:.4f}"
@@ -32,36 +32,36 @@ def table(found: Search) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return header, rows
 
 
-def plots(found: Search) -> dict[str, bytes]:
-    """PNGs by name: values by trial, and after a few trials each setting's part in their spread."""
+def plots(result: Search) -> dict[str, bytes]:
+    """Plot values by trial and, with enough trials, parameter importances, as PNGs by name."""
     import matplotlib
 
-    values = [trial.value for trial in found.trials if trial.value is not None]
+    values = [trial.value for trial in result.trials if trial.value is not None]
     if not values:
         return {}
-    matplotlib.use("Agg")  # optuna draws with pyplot, which would look for a display
+    matplotlib.use("Agg")  # optuna plots with pyplot, which would otherwise need a display
     from matplotlib import pyplot
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         draw = optuna.visualization.matplotlib
-        axes = {"history.png": draw.plot_optimization_history(found.study)}
+        axes = {"history.png": draw.plot_optimization_history(result.study)}
         if len(values) >= _FEW and len(set(values)) > 1:
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-            axes["importance.png"] = draw.plot_param_importances(found.study, evaluator=evaluator)
+            axes["importance.png"] = draw.plot_param_importances(result.study, evaluator=evaluator)
     pngs = {name: page.to_png(part.figure) for name, part in axes.items()}
     pyplot.close("all")
     return pngs
 
 
-def write(found: Search) -> None:
+def write(result: Search) -> None:
     """Write ``report.html`` and its figures."""
-    plan, folder = found.plan, found.plan.folder
-    pngs = plots(found)
+    plan, folder = result.plan, result.plan.folder
+    pngs = plots(result)
     for name, png in pngs.items():
         write_bytes(folder / name, png)
-    best = "no trial has finished" if found.best is None else f"best: trial {found.best.number}"
-    reasons = [(trial.number, trial.state, trial.reason) for trial in found.trials if trial.reason]
+    best = "no trial has finished" if result.best is None else f"best: trial {result.best.number}"
+    reasons = [(trial.number, trial.state, trial.reason) for trial in result.trials if trial.reason]
     page.write_page(
         folder / "report.html",
         f"Search: {plan.config.method} on {plan.config.task}",
@@ -69,7 +69,7 @@ def write(found: Search) -> None:
             f"{best}; by held-out {plan.objective.name} ({plan.objective.direction}). No test set "
             "was read."
         ),
-        page.table(*table(found)),
+        page.table(*table(result)),
         page.heading("Trials that ended early") + page.table(("trial", "state", "reason"), reasons),
         *(page.image(png, name) for name, png in pngs.items()),
         page.heading("What was varied") + page.facts(dict(plan.space)),

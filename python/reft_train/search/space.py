@@ -1,4 +1,4 @@
-"""What a search varies: optuna's distributions, from a YAML file, from flags, or by default."""
+"""Search spaces: optuna distributions from a YAML file, from flags, or by default."""
 
 from __future__ import annotations
 
@@ -46,30 +46,30 @@ _OF_METHOD: Mapping[str, tuple[str, ...]] = {
     "ia3": ("lora_targets",),
     "head": (),
 }
-# two decades for each method, so that a trial covers as much of one as of another
+# learning rates span two decades for each method, so that budgets are comparable
 _RATES = {"lora": (2e-5, 2e-3), "dora": (2e-5, 2e-3), "prefix": (1e-3, 1e-1), "ia3": (5e-4, 5e-2)}
 _RANKS = (1, 2, 4, 8, 16, 32)
 
 
 def stored(value: Any) -> Any:
-    """A value as optuna stores it: a list as text, such as "0;2;4"."""
+    """Convert a value for storage in optuna; a list becomes text such as "0;2;4"."""
     return ";".join(map(str, value)) if isinstance(value, list) else value
 
 
 def restored(name: str, value: Any) -> Any:
-    """A setting's value from what optuna stores."""
+    """Convert a value stored by optuna back to a setting's value."""
     if name == "lora_targets":
         return value.split(";") if value else []
     return list(map(int, value.split(";"))) if name == "layers" and value != "all" else value
 
 
 def choices(values: Sequence[Any]) -> CategoricalDistribution:
-    """A few values, in any order."""
+    """Create a categorical distribution."""
     return CategoricalDistribution([stored(value) for value in values])
 
 
 def holds(entry: BaseDistribution, value: Any) -> bool:
-    """Whether a value is one that the search could try."""
+    """Whether a distribution contains a value."""
     if isinstance(entry, CategoricalDistribution):
         return stored(value) in entry.choices
     if not isinstance(value, int | float) or not entry.low <= value <= entry.high:
@@ -79,14 +79,15 @@ def holds(entry: BaseDistribution, value: Any) -> bool:
 
 
 def varied(method: str) -> tuple[str, ...]:
-    """The settings that a search can vary; not data, seed and held-out rows: trials must
-    compare.
+    """Return the settings that a search can vary.
+
+    Data, seed and held-out rows are excluded, so that trials are comparable.
     """
     return (*_OF_METHOD[method], *_OPTIMIZATION)
 
 
 def read(path: str | Path, method: str) -> Space:
-    """The space of a YAML file."""
+    """Read a search space from a YAML file."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -101,7 +102,7 @@ def read(path: str | Path, method: str) -> Space:
 
 
 def parse_flags(texts: Sequence[str], method: str) -> Space:
-    """The entries of ``--vary NAME=YAML`` flags."""
+    """Parse ``--vary NAME=YAML`` flags."""
     values = {}
     for text in texts:
         name, equals, entry = text.partition("=")
@@ -115,7 +116,7 @@ def parse_flags(texts: Sequence[str], method: str) -> Space:
 
 
 def parse(values: Any, method: str, where: str) -> Space:
-    """A space from names with a list, ``{choices: [...]}`` or ``{low, high, log, step}``."""
+    """Parse a space from names with a list, ``{choices: [...]}`` or ``{low, high, log, step}``."""
     if not isinstance(values, Mapping) or not values:
         raise UserError(
             f"{where}: got {values!r}, expected a mapping of settings to choices or ranges"
@@ -132,7 +133,7 @@ def parse(values: Any, method: str, where: str) -> Space:
             space[name] = _entry(name, value)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        except (TypeError, ValueError) as error:  # optuna's
+        except (TypeError, ValueError) as error:  # raised by optuna
             raise UserError(f"{where}: {name}: got {value!r}: {error}") from None
     return space
 
@@ -157,7 +158,7 @@ def _entry(name: str, value: Any) -> BaseDistribution:
     if any(isinstance(end, bool) or not isinstance(end, int | float) for end in (low, high)):
         raise UserError(f"{name}: got {value!r}, expected choices: this setting is no number")
     whole, log = isinstance(low, int), value.get("log", False)
-    step = (1 if whole else None) if step is None else float(step)  # YAML reads 1e-4 as text
+    step = (1 if whole else None) if step is None else float(step)  # YAML parses 1e-4 as a string
     if (
         not low < high
         or not isinstance(log, bool)
@@ -174,13 +175,13 @@ def _entry(name: str, value: Any) -> BaseDistribution:
 
 
 def ranks(hf_config: Any) -> CategoricalDistribution:
-    """Powers of two up to 32 that the model's width allows."""
+    """Return the powers of two up to 32 that the model's width allows."""
     width = getattr(hf_config.get_text_config(), "hidden_size", None) or _RANKS[-1]
     return choices([rank for rank in _RANKS if rank <= width])
 
 
 def layer_sets(hf_config: Any) -> CategoricalDistribution:
-    """All layers, every second one, and four spread evenly (the paper's 2;10;18;26 in kind)."""
+    """Return all layers, every second layer, and four evenly spaced ones as in the paper."""
     depth = getattr(hf_config.get_text_config(), "num_hidden_layers", None) or 0
     sets: list[Any] = ["all"]
     for numbers in (
@@ -193,11 +194,11 @@ def layer_sets(hf_config: Any) -> CategoricalDistribution:
 
 
 def space_of(config: RunConfig, hf_config: Any, encoder: bool) -> Space:
-    """Rank, layers, positions, learning rate, dropout and parametrization, as far as a method has
-    them.
+    """Return the default space: rank, layers, positions, learning rate and method settings.
 
     Args:
-        encoder: the model reads whole texts, where the paper edits the first 1, 3 or 11 tokens.
+        encoder: whether the model is an encoder, for which the paper edits the first 1, 3 or 11
+            tokens.
     """
     positions = ("f1", "f3", "f11") if encoder else ("f1+l1", "f3+l3", "f5+l5", "f7+l7")
     if not config.share_weights:
@@ -213,7 +214,7 @@ def space_of(config: RunConfig, hf_config: Any, encoder: bool) -> Space:
 
 
 def small_space_of(config: RunConfig, hf_config: Any) -> Space:
-    """Learning rate and what sets a method's size: the space of a comparison."""
+    """Return the space of a comparison: learning rate and the size of the method."""
     low, high = _RATES.get(config.method, (1e-4, 1e-2))
     space = {
         "lr": FloatDistribution(low, high, log=True),

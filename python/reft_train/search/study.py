@@ -1,5 +1,6 @@
-"""A search by optuna: ask for a trial, train it, tell its held-out value; go on where it
-stopped.
+"""Resumable hyperparameter search with optuna.
+
+Each trial is a training whose held-out value is reported to the study.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from reft_train.search.space import Space, holds, restored, stored
 from reft_train.training.outcome import Outcome
 
 BEST, TRIALS, DATABASE = "best.yaml", "trials.json", "search.db"
-# what does not change a trial's value, or is the search's own business
+# settings that do not change a trial's value, or that the search sets itself
 _FREE = (
     "output",
     "resume",
@@ -51,14 +52,14 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """A search.
+    """Configuration of a search.
 
     Attributes:
-        config: settings of every trial, apart from what varies; ``output`` is the search's folder.
-        trials: how many in all, over all continuations; None: as many as the time allows.
-        timeout: seconds from now; a trial under way is then stopped, and later taken up again.
-        storage: URL for optuna; None: a file in the output folder.
-        start: try the settings' own values first.
+        config: settings of every trial except the varied ones; ``output`` is the search's folder.
+        trials: total number, including earlier sessions. None: as many as the time allows.
+        timeout: seconds from now; a running trial is then stopped, and resumed in a later session.
+        storage: URL for optuna. None: a file in the output folder.
+        start: whether to try the configured values first.
     """
 
     config: RunConfig
@@ -73,14 +74,15 @@ class SearchPlan:
 
     @property
     def folder(self) -> Path:
-        """Where the search leaves its files."""
+        """Output folder of the search."""
         return Path(self.config.output)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial as reports show it; ``state``: complete, pruned, failed, interrupted, running,
-    waiting.
+    """A trial for reports.
+
+    ``state`` is complete, pruned, failed, interrupted, running or waiting.
     """
 
     number: int
@@ -94,13 +96,13 @@ class Trial:
 
     @property
     def settled(self) -> bool:
-        """It will not be run again."""
+        """Whether the trial will not be run again."""
         return self.state in ("complete", "pruned", "failed")
 
 
 @dataclass(frozen=True)
 class Search:
-    """A search as it stands; ``best`` is None where no trial finished."""
+    """State of a search; ``best`` is None if no trial has finished."""
 
     plan: SearchPlan
     trials: list[Trial]
@@ -110,7 +112,7 @@ class Search:
 
     @property
     def best_config(self) -> RunConfig:
-        """The best trial's settings, for a run in a folder ``best`` under the search's."""
+        """Return the best trial's settings, with the search's subfolder ``best`` as output."""
         output = str(self.plan.folder / "best")
         return self.plan.config.replace(
             **self.best.settings, output=output, resume=False, overwrite=False
@@ -118,12 +120,13 @@ class Search:
 
 
 class TimeUp(Exception):
-    """The search's time is over."""
+    """Raised when the search's time is over."""
 
 
 class Watch(TrainerCallback):
-    """Tells optuna each held-out value, numbered from 1: batch sizes, so steps, differ between
-    trials.
+    """Report held-out values to optuna, numbered from 1.
+
+    Steps are not used as numbers, since they depend on the batch size, which can vary.
     """
 
     def __init__(
@@ -135,7 +138,7 @@ class Watch(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
     ) -> None:
-        """Report; raise TrialPruned when the pruner says so and there is still training to save."""
+        """Report the value; raise TrialPruned if pruned before the last step."""
         value = self.objective.of(metrics or {})
         self.evaluations += 1
         self.trial.report(value, self.evaluations)
@@ -156,10 +159,10 @@ def search(
     log: Callable[[str], None] = print,
     clock: Clock = time.monotonic,
 ) -> Search:
-    """Run the trials that are missing, and write ``best.yaml`` and ``trials.json``.
+    """Run the missing trials, and write ``best.yaml`` and ``trials.json``.
 
-    A trial that fails (RuntimeError, which out-of-memory errors are, MemoryError, ArithmeticError,
-    or a UserError once another trial has worked) is recorded with its reason.
+    A trial that fails is recorded with its reason. Failures are RuntimeError (including out of
+    memory), MemoryError, ArithmeticError, and UserError after another trial has succeeded.
 
     Args:
         train: called as :func:`reft_train.training.session.train`.
@@ -172,8 +175,7 @@ def search(
         settled = sum(trial.settled for trial in trials(study))
         if plan.trials is not None and settled >= plan.trials:
             break
-        # seeded anew for each trial: an interrupted search tries what an uninterrupted one would
-        # have
+        # seeded per trial, so that a resumed search samples the same trials as an uninterrupted one
         seed = random.Random(f"{plan.sampler_seed} {settled}").randrange(2**31)
         study.sampler = optuna.samplers.TPESampler(seed=seed)
         interrupted = _trial(plan, study, train, deadline, log, clock)
@@ -185,8 +187,8 @@ def _prepare(plan: SearchPlan) -> None:
     folder = plan.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output: got {folder}, which is a file, expected a folder")
-    own = any((folder / name).exists() for name in (DATABASE, TRIALS, "trials"))
-    if folder.exists() and any(folder.iterdir()) and not own:
+    is_search = any((folder / name).exists() for name in (DATABASE, TRIALS, "trials"))
+    if folder.exists() and any(folder.iterdir()) and not is_search:
         raise UserError(
             f"output: got {folder}, which holds other files than a search's, expected a new folder"
         )
@@ -198,7 +200,7 @@ def _prepare(plan: SearchPlan) -> None:
 
 
 def open_study(plan: SearchPlan) -> optuna.Study:
-    """The plan's study, with interrupted trials queued again."""
+    """Open the plan's study and requeue interrupted trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, space = plan.config, plan.space
     url = f"sqlite:///{plan.folder.absolute() / DATABASE}" if plan.storage is None else plan.storage
@@ -207,7 +209,7 @@ def open_study(plan: SearchPlan) -> optuna.Study:
         key: value for key, value in config.to_dict().items() if key not in (*_FREE, *space)
     }
     entries = {key: json.loads(distribution_to_json(entry)) for key, entry in space.items()}
-    # through JSON, as the storage gives it back
+    # a JSON round trip gives the values as the storage returns them
     identity = json.loads(
         json.dumps({"objective": plan.objective.name, "space": entries, **settings})
     )
@@ -243,7 +245,7 @@ def open_study(plan: SearchPlan) -> optuna.Study:
         if plan.start and values:
             study.enqueue_trial(values)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)  # its process is gone
+        study.tell(trial.number, state=TrialState.FAIL)  # its process has ended
     again = {trial.retries for trial in trials(study)}
     for trial, frozen in zip(trials(study), study.get_trials(deepcopy=False), strict=True):
         if trial.state == "interrupted" and frozen.params and trial.number not in again:
@@ -259,7 +261,7 @@ def _difference(old: dict[str, Any], new: dict[str, Any], folder: Path) -> str:
 
 
 def trials(study: optuna.Study) -> list[Trial]:
-    """All trials of a study by number."""
+    """Return all trials of a study by number."""
     return [_record(frozen) for frozen in study.get_trials(deepcopy=False)]
 
 
@@ -285,7 +287,7 @@ def _trial(
     log: Callable,
     clock: Clock,
 ) -> bool:
-    """One trial, from asking to telling; whether it was interrupted."""
+    """Run one trial from sampling to reporting; return whether it was interrupted."""
     trial = study.ask(dict(plan.space))
     settings = {name: restored(name, value) for name, value in trial.params.items()}
     started, value, reason, state, interrupted = clock(), None, "", TrialState.FAIL, False
@@ -303,7 +305,7 @@ def _trial(
     except optuna.TrialPruned as error:
         reason, state = str(error), TrialState.PRUNED
     except TimeUp:
-        pass  # without a reason the trial is taken up again
+        pass  # a trial without a recorded reason is resumed later
     except KeyboardInterrupt:
         interrupted = True
     except UserError as error:
@@ -330,12 +332,12 @@ def _free_memory() -> None:
 
 
 def shown(value: Any) -> str:
-    """A setting's value as a table shows it."""
+    """Format a setting's value for a table."""
     return f"{value:.3g}" if isinstance(value, float) else str(stored(value))
 
 
 def describe(trial: Trial, objective: Objective) -> str:
-    """A finished trial in a line."""
+    """Describe a finished trial in one line."""
     result = f"{objective.name} {trial.value:.4f}" if trial.value is not None else trial.state
     why = f" ({trial.reason})" if trial.reason else ""
     settings = ", ".join(f"{name} {shown(value)}" for name, value in trial.settings.items())
@@ -351,19 +353,19 @@ def _result(plan: SearchPlan, study: optuna.Study, interrupted: bool = False) ->
 
 
 def _save(plan: SearchPlan, study: optuna.Study) -> None:
-    """Write what is known, and remove weights and checkpoints of all trials but the best."""
-    found = _result(plan, study)
+    """Write the results, and remove weights and checkpoints of all trials except the best."""
+    result = _result(plan, study)
     numbers = {
         "objective": plan.objective.name,
         "direction": plan.objective.direction,
-        "best": None if found.best is None else found.best.number,
-        "trials": [asdict(trial) for trial in found.trials],
+        "best": None if result.best is None else result.best.number,
+        "trials": [asdict(trial) for trial in result.trials],
     }
     write_text(plan.folder / TRIALS, dumps(numbers))
-    if found.best is not None:
-        write_text(plan.folder / BEST, dump_yaml(found.best_config))
-    for trial in found.trials:
-        if found.best is None or trial.number != found.best.number:
+    if result.best is not None:
+        write_text(plan.folder / BEST, dump_yaml(result.best_config))
+    for trial in result.trials:
+        if result.best is None or trial.number != result.best.number:
             folder = plan.folder / "trials" / str(trial.number)
             for path in (folder / "adapter", *folder.glob("checkpoint-*"), folder / ".saving"):
                 shutil.rmtree(path, ignore_errors=True)

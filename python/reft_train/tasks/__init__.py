@@ -1,6 +1,4 @@
-"""The tasks by name: the paper's four benchmarks, each of their sets alone, and a user's own
-rows.
-"""
+"""Tasks by name: the paper's four benchmarks, each of their sets, and custom data."""
 
 from __future__ import annotations
 
@@ -21,12 +19,12 @@ def _tasks() -> dict[str, Task]:
 
 
 def names() -> list[str]:
-    """The tasks' names, a mixture before its sets."""
+    """Return the tasks' names, each mixture before its sets."""
     return list(_tasks())
 
 
 def get(name: str) -> Task:
-    """The task of that name."""
+    """Return the task of a name."""
     tasks = _tasks()
     if name not in tasks:
         close = difflib.get_close_matches(name, tasks, n=1)

@@ -1,5 +1,6 @@
-"""What a generated text answers, under the rules that published numbers were scored with: pure
-functions of the text.
+"""Extraction of answers from generated text, by the rules used for published scores.
+
+All functions are pure functions of the text.
 """
 
 from __future__ import annotations
@@ -9,49 +10,50 @@ import re
 
 TRIGGER = "the correct answer is "
 RESPONSE = "### Response:"
-# two numbers nearer than this are the same answer
+# tolerance for equal numbers
 TOLERANCE = 1e-3
 
 
 def after_trigger(text: str) -> str | None:
-    """What follows the first "the correct answer is ", stripped; None where it does not occur or
-    nothing follows.
+    """Return the stripped text after the first "the correct answer is ".
+
+    None if the phrase does not occur or nothing follows it.
     """
     return text.partition(TRIGGER)[2].strip() or None
 
 
 def response(text: str) -> str:
-    """What follows the first "### Response:"; the whole text where it does not occur."""
+    """Return the text after the first "### Response:", or the whole text if it does not occur."""
     before, mark, after = text.partition(RESPONSE)
     return after if mark else before
 
 
 def last_number(text: str) -> str | None:
-    """The last run of digits, after dropping commas, with its minus sign and its decimals; None
-    where there is none.
+    """Return the last number in a text with sign and decimals, after dropping commas, or None.
 
-    A percent or a dollar sign is left out, "3." is 3 and "1/2" ends in 2. A hyphen before a digit
-    is a minus sign, so "10-7" ends in -7: rules as simple as these scored the published numbers,
-    and better ones would not compare.
+    Percent and dollar signs are ignored, "3." gives 3 and "1/2" gives 2. A hyphen before a digit is
+    a minus sign, so "10-7" gives -7. Published numbers were scored with these simple rules;
+    stricter ones would not be comparable.
     """
-    found = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
-    return found[-1] if found else None
+    numbers = re.findall(r"-?\d+(?:\.\d+)?", text.replace(",", ""))
+    return numbers[-1] if numbers else None
 
 
 def first_letter(text: str) -> str | None:
-    """The first capital letter A to E, wherever it stands: "The Answer is (B)" gives A; None
-    where there is none.
+    """Return the first capital letter A to E, or None.
+
+    It may occur anywhere: "The Answer is (B)" gives A.
     """
-    found = re.search("[A-E]", text)
-    return found[0] if found else None
+    match = re.search("[A-E]", text)
+    return match[0] if match else None
 
 
 def number(answer: str) -> float | None:
-    """The number that an answer is, as "1,234.5", "$3" or "12%"; None for anything else."""
+    """Parse an answer such as "1,234.5", "$3" or "12%" as a number; None for anything else."""
     text = answer.strip().replace(",", "").removeprefix("$").removesuffix("%").strip()
     return float(text) if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)", text) else None
 
 
 def same_number(prediction: str | None, answer: float) -> bool:
-    """Whether a number in text is within 1e-3 of the answer; None never is."""
+    """Whether a number in text is within 1e-3 of the answer; False for None."""
     return prediction is not None and math.fabs(float(prediction) - answer) <= TOLERANCE

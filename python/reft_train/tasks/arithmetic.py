@@ -1,7 +1,6 @@
-"""Arithmetic reasoning: seven sets in LLM-Adapters' layout, and the mixture that trains for all of
-them.
+"""Arithmetic reasoning: seven sets in LLM-Adapters' format and a mixture for training.
 
-The prompt is Alpaca's, the target the worked solution in ``output``, and only the final answer is
+The prompt is Alpaca's and the target is the worked solution in ``output``. Only the final answer is
 scored.
 """
 
@@ -17,7 +16,7 @@ SETS = ("MultiArith", "gsm8k", "SVAMP", "mawps", "AddSub", "AQuA", "SingleEq")
 
 
 class Arithmetic(Task):
-    """One of the seven sets, or their mixture."""
+    """One of the seven arithmetic sets, or their mixture."""
 
     def __init__(
         self, name: str, test_sets: tuple[str, ...], recipe: str = "math", max_new_tokens: int = 512
@@ -26,17 +25,19 @@ class Arithmetic(Task):
         self.decoding = Decoding(max_new_tokens)
 
     def example(self, row: Row, tokenizer: object = None) -> Example:
-        """See :meth:`Task.example`. The published files leave ``input`` empty, and some of them
-        ``output``, to be scored.
+        """See :meth:`Task.example`.
+
+        ``input`` may be empty, and ``output`` too in rows that are only scored.
         """
         prompt = alpaca(fields.filled(row, "instruction"), fields.optional(row, "input"))
         return Example(prompt, fields.string(row, "output").strip(), fields.answer(row), row.fields)
 
     def score(self, generated: str, example: Example) -> Scored:
-        """Compare what follows "### Response:", or all of the text where that does not occur.
+        """Compare the text after "### Response:", or the whole text without that marker.
 
-        The answer says how: a number is compared with the last number, within 1e-3; a letter A to E
-        with the first of these letters; anything else with the whole response, stripped.
+        The answer determines the comparison: a number is compared with the last number, within
+        1e-3; a letter A to E with the first of these letters; anything else with the whole stripped
+        response.
         """
         text = answers.response(generated)
         number = answers.number(example.answer)
@@ -52,7 +53,7 @@ class Arithmetic(Task):
 
 
 def tasks() -> list[Task]:
-    """The mixture, then the sets; gsm8k alone has settings of its own."""
+    """Return the mixture and the sets; only gsm8k has its own settings."""
     alone = {"gsm8k": {"recipe": "gsm8k", "max_new_tokens": 256}}
     return [
         Arithmetic("math", SETS),

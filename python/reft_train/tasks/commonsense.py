@@ -1,8 +1,7 @@
-"""Commonsense reasoning: eight multiple-choice sets in LLM-Adapters' layout, and the mixture that
-trains on all of them.
+"""Commonsense reasoning: eight multiple-choice sets in LLM-Adapters' format, and a mixture.
 
-The prompt is the instruction and a newline, the target "the correct answer is {answer}". A set
-alone has class numbers too, so that an encoder can learn it.
+The prompt is the instruction and a newline, the target "the correct answer is {answer}". Single
+sets also have class numbers, for training encoders.
 """
 
 from __future__ import annotations
@@ -31,7 +30,10 @@ _BOOLQ_HEAD = "Please answer the following question with true or false, question
 
 
 class Commonsense(Task):
-    """One of the eight sets, or their mixture (``labels`` is None: the sets' labels differ)."""
+    """One of the eight sets, or their mixture.
+
+    ``labels`` of the mixture is None, since the sets' labels differ.
+    """
 
     recipe = "commonsense"
     decoding = Decoding(max_new_tokens=32)
@@ -40,9 +42,7 @@ class Commonsense(Task):
         self.name, self.labels, self.test_sets = name, labels, test_sets
 
     def example(self, row: Row, tokenizer: object = None) -> Example:
-        """See :meth:`Task.example`. An ``input``, which the published files leave empty, follows
-        on a line of its own.
-        """
+        """See :meth:`Task.example`. A non-empty ``input`` follows on a separate line."""
         parts = [fields.filled(row, "instruction"), fields.optional(row, "input")]
         answer = fields.answer(row)
         return Example(
@@ -50,10 +50,9 @@ class Commonsense(Task):
         )
 
     def classified(self, row: Row) -> Classified:
-        """The instruction without its last line ("Answer format: ..."), paired with the ``input``
-        if there is one.
+        """Return the instruction without its last line ("Answer format: ..."), and any ``input``.
 
-        Of boolq the question alone: the words before it are the same in every row.
+        For boolq only the question is kept, since the text before it is the same in every row.
         """
         if self.labels is None:
             return super().classified(row)
@@ -69,19 +68,19 @@ class Commonsense(Task):
         )
 
     def score(self, generated: str, example: Example) -> Scored:
-        """The text after "the correct answer is ", stripped, must be the answer exactly."""
+        """The stripped text after "the correct answer is " must equal the answer."""
         prediction = answers.after_trigger(generated)
         return Scored(prediction, prediction == example.answer)
 
     def measure(
         self, predictions: Sequence[int | float], references: Sequence[int | float]
     ) -> dict[str, float]:
-        """The fraction of right classes."""
+        """Return the accuracy."""
         return {"accuracy": measure("accuracy", predictions, references)}
 
 
 def tasks() -> list[Task]:
-    """The mixture, then the sets."""
+    """Return the mixture and the sets."""
     return [
         Commonsense("commonsense", None, tuple(SETS)),
         *(Commonsense(name, labels, (name,)) for name, labels in SETS.items()),

@@ -1,6 +1,4 @@
-"""Reading a row's fields: what is missing, misspelt, empty or of a wrong type is named with its
-row.
-"""
+"""Validated access to a row's fields; errors name the row and the field."""
 
 from __future__ import annotations
 
@@ -12,16 +10,16 @@ from typing import Any
 from reft_train.errors import UserError
 from reft_train.tasks.base import Row
 
-ADAPTERS = ("instruction", "input", "output", "answer")  # the fields of an LLM-Adapters file
-# below this likeness an extra field is taken for the user's own, above it for a misspelt one
+ADAPTERS = ("instruction", "input", "output", "answer")  # fields of an LLM-Adapters file
+# similarity above which an unknown field is treated as a misspelt known field
 MISSPELT = 0.8
 
 
 def string(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
-    """The text of a field that must be there, and may be empty.
+    """Return the text of a required field, which may be empty.
 
     Args:
-        known: the fields a row can have; any other may be a misspelt one.
+        known: fields that a row can have; any other may be misspelt.
     """
     if name not in row.fields:
         raise missing(row, name, known)
@@ -32,7 +30,7 @@ def string(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
 
 
 def filled(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
-    """As :func:`string`, and not blank."""
+    """Return the text of a required field, which must not be blank."""
     value = string(row, name, known)
     if not value.strip():
         raise UserError(f"{row.where}: {name}: got no text, expected some")
@@ -40,7 +38,7 @@ def filled(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
 
 
 def optional(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
-    """The text of a field that may be absent (and not misspelt), null or blank, which give ""."""
+    """Return the text of an optional field, or "" if it is absent, null or blank."""
     if name not in row.fields and _misspelt(row, name, known, MISSPELT):
         raise missing(row, name, known)
     value = string(row, name, known) if row.fields.get(name) is not None else ""
@@ -48,15 +46,15 @@ def optional(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> str:
 
 
 def answer(row: Row, name: str = "answer", known: Sequence[str] = ADAPTERS) -> str:
-    """An answer: a string, a number, or a list of one of these, as stripped text."""
+    """Return an answer (a string, a number, or a list of one of these) as stripped text."""
     if name not in row.fields:
         raise missing(row, name, known)
-    value = given = row.fields[name]
+    value = original = row.fields[name]
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         expected = "a string, a number or a list of one of these"
-        raise UserError(f"{row.where}: {name}: got {described(given)}, expected {expected}")
+        raise UserError(f"{row.where}: {name}: got {described(original)}, expected {expected}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{row.where}: {name}: got {value}, expected a finite number")
     text = str(value).strip()
@@ -66,7 +64,7 @@ def answer(row: Row, name: str = "answer", known: Sequence[str] = ADAPTERS) -> s
 
 
 def missing(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> UserError:
-    """The error that a field is not there, with the field that may have been meant for it."""
+    """Build the error for a missing field, suggesting a field with a similar name."""
     close = _misspelt(row, name, known, 0.6)
     meant = f" (did you mean {name!r} by {close!r}?)" if close else ""
     return UserError(
@@ -76,7 +74,7 @@ def missing(row: Row, name: str, known: Sequence[str] = ADAPTERS) -> UserError:
 
 
 def described(value: Any) -> str:
-    """A value for an error message: shortened, with its type."""
+    """Format a value, shortened and with its type, for an error message."""
     text = repr(value)
     return f"{text if len(text) <= 40 else text[:37] + '...'} ({type(value).__name__})"
 

@@ -1,5 +1,6 @@
-"""GLUE: nine sets of sentences or pairs of them, learned as classes (STS-B: as a number) and
-measured as GLUE does.
+"""GLUE: nine sets of sentences or sentence pairs, with GLUE's metrics.
+
+All sets are classification tasks, except STS-B, which is a regression.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class _Set:
     validation: str = "validation"
 
 
-# labels in the order of their numbers in the published files
+# labels ordered by their numbers in the published files
 SETS = {
     "cola": _Set(("sentence",), ("unacceptable", "acceptable"), ("matthews",)),
     "sst2": _Set(("sentence",), ("negative", "positive")),
@@ -45,7 +46,7 @@ SETS = {
 
 
 class Glue(Task):
-    """One set, named ``glue/<set>``; ``labels`` is None for STS-B, where a number is predicted."""
+    """One set, named ``glue/<set>``; ``labels`` is None for STS-B, a regression."""
 
     def __init__(self, subset: str) -> None:
         kind = SETS[subset]
@@ -86,23 +87,22 @@ class Glue(Task):
     def measure(
         self, predictions: Sequence[int | float], references: Sequence[int | float]
     ) -> dict[str, float]:
-        """GLUE's metrics for the set: the paper reports the first of them.
+        """Compute GLUE's metrics for the set; the paper reports the first one.
 
         CoLA: Matthews' correlation. MRPC and QQP: accuracy, F1. STS-B: Pearson's and Spearman's
-            correlations.
-        The others: accuracy, MNLI's on its matched part.
+        correlations. The others: accuracy, for MNLI on its matched part.
         """
         return {name: measure(name, predictions, references) for name in self.metrics}
 
 
 def validation_split(n: int, seed: int) -> tuple[list[int], list[int]]:
-    """A seeded split of ``n`` validation rows: those that choose the model, and those that are
-    reported.
+    """Split ``n`` validation rows by seed into rows for model selection and rows for reporting.
 
-    1,000 rows choose, or half of them (rounded down) where there are fewer than 5,000.
+    The selection part has 1,000 rows, or half of the rows (rounded down) if there are fewer than
+    5,000.
 
     Returns:
-        The numbers of either part's rows, ascending.
+        The row numbers of both parts in ascending order.
     """
     if n < 2:
         raise UserError(
@@ -116,5 +116,5 @@ def validation_split(n: int, seed: int) -> tuple[list[int], list[int]]:
 
 
 def tasks() -> list[Task]:
-    """The nine sets."""
+    """Return the nine sets."""
     return [Glue(subset) for subset in SETS]

@@ -1,5 +1,6 @@
-"""Instruction following: Alpaca's prompts; the answers go to a judge in ``alpaca_eval``'s format
-and are not scored here.
+"""Instruction following with Alpaca's prompts.
+
+Answers are exported in ``alpaca_eval``'s format for a judge; they are not scored here.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ EVALUATION_SET = "alpaca_eval"
 
 
 class Instruct(Task):
-    """Rows of ``instruction``, perhaps ``input``, and ``output``."""
+    """Rows with ``instruction``, optional ``input``, and ``output``."""
 
     name = "instruct"
     recipe = "instruct"
-    # the limit of the whole text rules: prompt and answer together have 2,048 tokens
+    # 2,048 tokens of prompt and answer together are the effective limit
     decoding = Decoding(max_new_tokens=2048, max_total_tokens=2048)
     test_sets = (EVALUATION_SET,)
     metrics = ()
@@ -33,17 +34,18 @@ class Instruct(Task):
 def alpaca_eval_rows(
     examples: Sequence[Example], outputs: Sequence[str], generator: str
 ) -> list[dict[str, str]]:
-    """The rows that ``alpaca_eval --model_outputs`` reads.
+    """Return the rows that ``alpaca_eval --model_outputs`` reads.
 
     Args:
-        examples: of :class:`Instruct`. outputs: generated texts, one for each. generator: the
-            model's name in the tables.
+        examples: examples of :class:`Instruct`.
+        outputs: generated texts, one for each example.
+        generator: the model's name in the tables.
 
     Returns:
-        Rows of instruction, output, dataset (the row's own, else "alpaca_eval") and generator.
+        Rows of instruction, output, dataset ("alpaca_eval" unless given in the row) and generator.
 
     Raises:
-        ValueError: not one output for each example.
+        ValueError: the numbers of outputs and examples differ.
     """
     return [
         {
@@ -57,5 +59,5 @@ def alpaca_eval_rows(
 
 
 def tasks() -> list[Task]:
-    """The one task."""
+    """Return the task."""
     return [Instruct()]

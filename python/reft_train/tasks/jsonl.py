@@ -1,4 +1,4 @@
-"""A user's own rows: instruction and output, prompt and completion, or messages of a chat."""
+"""Custom data: instruction and output, prompt and completion, or chat messages."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ LAYOUTS = (("messages",), ("prompt", "completion"), ("instruction", "input", "ou
 
 
 class Jsonl(Task):
-    """Rows in any of three layouts, which the fields tell apart; scored by exact match.
+    """Rows in one of three formats, detected from their fields; scored by exact match.
 
-    ``messages``: the prompt is the tokenizer's chat template of all but the last message, the
-    target that message, which is the assistant's; in training every message of the assistant
-    becomes such a
-    row. ``prompt`` and ``completion``: as they are. ``instruction``, perhaps ``input``, and
-    ``output``: Alpaca's prompt.
+    ``messages``: the prompt is all but the last message in the tokenizer's chat template, and the
+    target is the last message, from the assistant. In training every assistant message becomes a
+    separate row. ``prompt`` and ``completion``: used unchanged. ``instruction``, optional
+    ``input``, and ``output``: formatted with Alpaca's prompt.
     """
 
     name = "jsonl"
@@ -35,9 +34,9 @@ class Jsonl(Task):
             (names for names in LAYOUTS if any(name in row.fields for name in names)), None
         )
         if layout is None:
-            given = ", ".join(map(str, row.fields)) or "none"
+            names = ", ".join(map(str, row.fields)) or "none"
             expected = "messages, or prompt and completion, or instruction and output"
-            raise UserError(f"{row.where}: got fields {given}, expected {expected}")
+            raise UserError(f"{row.where}: got fields {names}, expected {expected}")
         if layout[0] == "messages":
             prompt, target = _chat(row, tokenizer)
         elif layout[0] == "prompt":
@@ -53,7 +52,10 @@ class Jsonl(Task):
         return Example(prompt, target, target.strip(), row.fields)
 
     def training_rows(self, row: Row) -> list[Row]:
-        """See :meth:`Task.training_rows`; an assistant's message that comes first has no prompt."""
+        """Split a conversation by assistant messages; see :meth:`Task.training_rows`.
+
+        A leading assistant message has no prompt and is skipped.
+        """
         if "messages" not in row.fields:
             return [row]
         from reft_kernels.integrations.turns import expand_turns
@@ -72,7 +74,7 @@ class Jsonl(Task):
         ]
 
     def score(self, generated: str, example: Example) -> Scored:
-        """The whole text, stripped, must be the target exactly."""
+        """The whole stripped text must equal the target."""
         prediction = generated.strip()
         return Scored(prediction or None, prediction == example.answer)
 
@@ -89,7 +91,7 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
         raise UserError(
             f"{row.where}: messages: got a tokenizer without a chat template, expected {expected}"
         )
-    import jinja2  # the template engine behind apply_chat_template
+    import jinja2  # template engine used by apply_chat_template
 
     try:
         prompt = tokenizer.apply_chat_template(
@@ -101,7 +103,7 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
             f"{row.where}: messages: got {reason}, expected roles in an order that it takes"
         ) from None
     start = tokenizer.bos_token
-    # some templates write the token that the tokenizer adds again when it reads the prompt
+    # some templates write the BOS token that the tokenizer adds again when it encodes the prompt
     if (
         start
         and prompt.startswith(start)
@@ -134,5 +136,5 @@ def _conversation(row: Row) -> list[dict[str, str]]:
 
 
 def tasks() -> list[Task]:
-    """The one task."""
+    """Return the task."""
     return [Jsonl()]

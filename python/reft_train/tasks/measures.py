@@ -1,4 +1,4 @@
-"""Class metrics as GLUE defines them: fractions and correlations from 0, or -1, to 1."""
+"""Classification metrics as defined by GLUE: fractions and correlations up to 1."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ Numbers = Sequence[int | float]
 
 
 def accuracy(predictions: Numbers, references: Numbers) -> float:
-    """The fraction of predictions that equal their reference."""
+    """Return the fraction of predictions that equal their reference."""
     pairs = zip(predictions, references, strict=True)
-    return sum(given == right for given, right in pairs) / len(references)
+    return sum(predicted == right for predicted, right in pairs) / len(references)
 
 
 def _f1(predictions: Numbers, references: Numbers) -> float:
@@ -30,7 +30,7 @@ def _correlation(name: str) -> Callable[[Numbers, Numbers], float]:
         from scipy import stats
 
         if len(set(predictions)) == 1 or len(set(references)) == 1:
-            return 0.0  # a constant tells nothing of the other
+            return 0.0  # the correlation with a constant is undefined
         return getattr(stats, name)(predictions, references).statistic
 
     return correlation
@@ -46,7 +46,7 @@ _MEASURES = {
 
 
 def measure(name: str, predictions: Numbers, references: Numbers) -> float:
-    """The metric of that name: accuracy, f1 (of class 1), matthews, pearson or spearman."""
+    """Compute a metric by name: accuracy, f1 (of class 1), matthews, pearson or spearman."""
     if len(predictions) != len(references) or not len(references):
         count = f"{len(predictions)} for {len(references)} references"
         raise ValueError(f"predictions: got {count}, expected one for each")

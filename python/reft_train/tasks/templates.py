@@ -1,11 +1,11 @@
-"""Prompt templates, to the character: an adapter is trained on them, so a change of one makes
-old adapters worse.
+"""Prompt templates.
+
+Adapters are trained on these exact texts, so changing one degrades existing adapters.
 """
 
 from __future__ import annotations
 
-# Stanford Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca, train.py); the response
-# follows the colon
+# Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, train.py)
 ALPACA = (
     "Below is an instruction that describes a task, paired with an input that provides further "
     "context. "
@@ -20,7 +20,7 @@ ALPACA_NO_INPUT = (
 
 
 def alpaca(instruction: str, input: str = "") -> str:
-    """The Alpaca prompt; the one without an input where ``input`` is empty."""
+    """Format the Alpaca prompt; an empty ``input`` selects the variant without one."""
     if input:
         return ALPACA.format(instruction=instruction, input=input)
     return ALPACA_NO_INPUT.format(instruction=instruction)

@@ -1,3 +1,1 @@
-"""Training: a session from settings to results, the Trainer that it drives, its checkpoints,
-callbacks and processes.
-"""
+"""Training sessions, with their Trainer, checkpoints, callbacks and process groups."""

@@ -1,4 +1,4 @@
-"""A run's settings as transformers' TrainingArguments, on every supported release."""
+"""Conversion of a run's settings to transformers' TrainingArguments on all supported releases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOARD = "tensorboard"
 
 
 def steps_in_all(config: RunConfig, examples: int | None, processes: int) -> int:
-    """Optimizer steps of a run; ``examples`` is None for a stream."""
+    """Return the number of optimizer steps of a run; ``examples`` is None for a stream."""
     if config.max_steps is not None or examples is None:
         return config.max_steps or 0
     forwards = math.ceil(math.ceil(examples / config.batch_size) / processes)
@@ -37,11 +37,13 @@ def _strategy(every: int | None, name: str, requested: bool) -> dict[str, Any]:
 def training_arguments(
     config: RunConfig, output: Path, model: Any, examples: int | None, metric: str | None
 ) -> Any:
-    """The arguments of a run.
+    """Build the TrainingArguments of a run.
 
     Args:
-        model: the PEFT model. examples: number of training examples, None for a stream. metric:
-        what the best checkpoint is chosen by, "loss" or a metric's name; None: none is chosen.
+        model: the PEFT model.
+        examples: number of training examples, None for a stream.
+        metric: metric that selects the best checkpoint ("loss" or a metric's name). None: no
+            selection.
     """
     import torch
     import transformers
@@ -74,7 +76,7 @@ def training_arguments(
         extra = {"load_best_model_at_end": True, "metric_for_best_model": f"eval_{metric}"}
         extra["greater_is_better"] = metric != "loss"
     if config.gradient_checkpointing:
-        # the name changed in transformers 5.23
+        # the argument was renamed in transformers 5.23
         names = transformers.TrainingArguments.__dataclass_fields__
         name = (
             "activation_checkpointing"
@@ -110,7 +112,7 @@ def training_arguments(
         dataloader_num_workers=config.workers,
         accelerator_config={
             "dispatch_batches": False
-        },  # batches differ in width, so nobody can deal them out
+        },  # batches differ in width, so one batch cannot be split among processes
         dataloader_pin_memory=device == "cuda",
         report_to=["tensorboard"] if board else [],
         save_total_limit=None,
@@ -120,7 +122,6 @@ def training_arguments(
         **fsdp_arguments(config, model),
     )
     if arguments.device.type == "cpu" and arguments.device.index is not None:
-        # transformers 4 numbers the CPUs of several processes, and no optimizer can be loaded to
-        # "cpu:0"
+        # transformers 4 uses indexed CPU devices, and an optimizer cannot be loaded to "cpu:0"
         vars(arguments)["_setup_devices"] = torch.device("cpu")
     return arguments

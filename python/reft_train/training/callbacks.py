@@ -1,4 +1,4 @@
-"""What a run does beside its steps: a log that survives a kill, an orderly end, a stop on NaN."""
+"""Trainer callbacks: a crash-safe log, clean interruption, a stop on NaN, and a progress bar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reft_train.ranks import joined
 
 
 class HasSampler(Protocol):
-    """The trainer as its bookkeeping callback uses it."""
+    """Interface of the trainer required by :class:`Bookkeeping`."""
 
     sampler: Any
     train_dataset: Any
@@ -29,13 +29,13 @@ class HasSampler(Protocol):
 
 
 class Journal(TrainerCallback):
-    """Appends each line of the log to ``log.jsonl``; on resuming, lines after the checkpoint go."""
+    """Append each log entry to ``log.jsonl``; on resume, drop entries after the checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the file, or cut it back to the step that the run goes on from."""
+        """Create the file, or truncate it to the step that the run resumes from."""
         if state.is_world_process_zero:
             lines = [
                 json.dumps(entry) for entry in state.log_history if "train_runtime" not in entry
@@ -43,17 +43,17 @@ class Journal(TrainerCallback):
             write_text(self.path, "".join(f"{line}\n" for line in lines))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Append the newest line."""
+        """Append the latest entry."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
 
 
 class FiniteLoss(TrainerCallback):
-    """Stops a run whose loss is no number any more."""
+    """Stop a run whose loss is not finite."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Raise FloatingPointError, which names the step."""
+        """Raise FloatingPointError with the step number."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             hint = "a lower lr or float32 may help"
@@ -61,12 +61,14 @@ class FiniteLoss(TrainerCallback):
 
 
 class Interrupt(TrainerCallback):
-    """The first Ctrl-C (or SIGTERM) ends the run after the step, with a checkpoint; the second
-    at once.
+    """Handle Ctrl-C and SIGTERM.
+
+    The first signal stops the run after the current step and saves a checkpoint; the second stops
+    it immediately.
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.requested = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -80,38 +82,39 @@ class Interrupt(TrainerCallback):
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Save and stop; several processes agree on the step."""
+        """Save and stop; all processes agree on the step."""
         if joined():
-            flag = torch.tensor(int(self.asked), device=args.device)
+            flag = torch.tensor(int(self.requested), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.asked = bool(flag)
-        if self.asked and state.global_step < state.max_steps:
+            self.requested = bool(flag)
+        if self.requested and state.global_step < state.max_steps:
             control.should_training_stop = True
             control.should_save = control.should_save or state.epoch != int(state.epoch)
         return control
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-        """Save after the epoch's evaluation where one ends here; elsewhere change nothing."""
-        if self.asked and state.global_step < state.max_steps:
+        """Save after the evaluation if an epoch ends at this step; otherwise do nothing."""
+        if self.requested and state.global_step < state.max_steps:
             control.should_save = state.epoch == int(state.epoch)
             control.should_evaluate = control.should_evaluate and control.should_save
         return control
 
 
 class Bookkeeping(TrainerCallback):
-    """Tells the trainer when an optimizer step is over, and what orders the examples the epoch."""
+    """Notify the trainer after each optimizer step, and set the epoch of the sampler."""
 
     def __init__(self, trainer: HasSampler) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Set the epoch: wrapped twice, as in a resumed run, engines do not reach sampler or
-        stream.
+        """Set the epoch on the sampler or stream.
+
+        Engines do not reach it in a resumed run, where the data loader is wrapped twice.
         """
         order = (
             self.trainer.sampler if self.trainer.sampler is not None else self.trainer.train_dataset
@@ -119,30 +122,28 @@ class Bookkeeping(TrainerCallback):
         order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the time."""
+        """Record the time of the step."""
         self.trainer.step_done()
 
 
 class Progress(TrainerCallback):
-    """One bar for the whole run: loss, tokens per second, held-out loss; on the first process
-    only.
-    """
+    """Progress bar with loss, tokens per second and held-out loss; first process only."""
 
     def __init__(self, title: str) -> None:
         self.title, self._bar = title, bar(0, title, show=False)
         self._shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar, where the run goes on from."""
+        """Open the bar at the step that the run starts from."""
         self._bar = bar(state.max_steps, self.title, show=state.is_world_process_zero)
         self._bar.update(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move on by one."""
+        """Advance by one step."""
         self._bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the newest numbers."""
+        """Display the latest values."""
         forms = {
             "loss": ("loss", ".4g"),
             "tokens_per_second": ("tokens/s", ",.0f"),
@@ -157,4 +158,4 @@ class Progress(TrainerCallback):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.close()  # after an error, too, so that its message has a line of its own
+        self._bar.close()  # also after an error, so that its message starts on a new line

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside, put in place in one step, found again, and thinned out."""
+"""Checkpoints of a run: atomic writing, lookup, cleanup and rotation."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def _sync(path: Path) -> None:
 
 
 def publish(staged: Path, target: Path) -> None:
-    """Make the folder ``staged`` the checkpoint ``target``: on the disk first, then under its name.
+    """Flush the folder ``staged`` to disk and rename it to the checkpoint ``target``.
 
-    A step that is saved twice, before and after an evaluation, keeps its folder: the files go over
-    the old ones one by one, and since both are of the same step, any mixture of them is whole.
+    When a step is saved twice (before and after an evaluation), the existing folder is kept and its
+    files are replaced one by one. Both versions belong to the same step, so a mixture is valid.
     """
     files = sorted(
         (path for path in staged.rglob("*") if path.is_file()), key=lambda path: path.name == _STATE
@@ -45,31 +45,33 @@ def publish(staged: Path, target: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run was in the middle of writing."""
+    """Remove incomplete checkpoints left by a killed run."""
     for path in (folder / STAGING, *folder.glob(".adapter-*")):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """A run's checkpoints, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
-    named = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in found}
-    return sorted((path for path in found if named[path]), key=lambda path: int(named[path][1]))
+    """Return a run's checkpoints, oldest first."""
+    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folders}
+    return sorted(
+        (path for path in folders if matches[path]), key=lambda path: int(matches[path][1])
+    )
 
 
 def last(folder: Path) -> Path | None:
-    """A run's newest checkpoint; None where there is none."""
-    found = checkpoints(folder)
-    missing = [name for name in NEEDED if found and not (found[-1] / name).is_file()]
+    """Return a run's newest checkpoint, or None."""
+    existing = checkpoints(folder)
+    missing = [name for name in NEEDED if existing and not (existing[-1] / name).is_file()]
     if missing:
         raise UserError(
-            f"resume: got {found[-1]} without {', '.join(missing)}, expected a whole checkpoint"
+            f"resume: got {existing[-1]} without {', '.join(missing)}, expected a whole checkpoint"
         )
-    return found[-1] if found else None
+    return existing[-1] if existing else None
 
 
 def rotate(folder: Path, keep: int, best: str | None) -> None:
-    """Remove all but the ``keep`` newest checkpoints, and never the best one."""
+    """Remove all but the ``keep`` newest checkpoints; the best one is always kept."""
     for path in checkpoints(folder)[:-keep]:
         if best is None or path != Path(best):
             shutil.rmtree(path)

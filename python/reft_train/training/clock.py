@@ -1,4 +1,4 @@
-"""The time of optimizer steps, without waiting for a GPU in each of them."""
+"""Timing of optimizer steps without synchronizing the GPU in each step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 class StepClock:
-    """``begin()`` and ``end()`` around each step; ``settle()`` where the device has been waited
-    for.
+    """Step timer that measures each step between ``begin()`` and ``end()``.
 
-    On CUDA a step is the time between two events on its stream, on the CPU that between two calls.
+    ``settle()`` is called after a device synchronization. On CUDA a step is timed by two events on
+    its stream, on the CPU by a clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,12 +29,12 @@ class StepClock:
         return event
 
     def begin(self) -> None:
-        """A step begins; further calls before its end change nothing."""
+        """Start timing a step; repeated calls before ``end()`` are ignored."""
         if self._begun is None:
             self._begun = self._now()
 
     def end(self) -> None:
-        """The step ends; without a beginning there is none."""
+        """Stop timing the step; ignored if no step was started."""
         begun, self._begun = self._begun, None
         if begun is not None and self._cuda:
             self._open.append((begun, self._now()))
@@ -47,7 +47,7 @@ class StepClock:
         self._open.clear()
 
     def median(self) -> float:
-        """Median seconds of a step; 0 when there was none. Waits for the device."""
+        """Return the median step time in seconds, 0 without steps. Synchronizes the device."""
         if self._open:
             self._open[-1][1].synchronize()
             self.settle()

@@ -1,8 +1,7 @@
-"""The loss on held-out examples: a mean over what is learned, whatever the batches and however many
-processes share them.
+"""Held-out loss: a mean over labels, independent of batch size and number of processes.
 
-transformers averages the batches' means, and fills the last batches of several processes with
-examples for the second time.
+transformers averages the means of batches, and pads the last batches of several processes with
+repeated examples.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ Step = Callable[[dict], tuple[Tensor, Tensor | None]]
 
 
 def learned(labels: Tensor, shifted: bool) -> int:
-    """How many labels of a batch the loss is a mean over: all numbers and classes, or tokens
-    other than -100.
-    """
+    """Count the labels in a batch's loss: all numbers and classes, or tokens other than -100."""
     if labels.ndim == 1:
         return len(labels)
     return int((labels[:, 1:] if shifted else labels).ne(-100).sum())
@@ -36,20 +33,20 @@ def held_out(
     shifted: bool,
     device: Any,
 ) -> tuple[float, list[Any]]:
-    """The mean loss over ``dataset``, and the logits of each example where ``step`` gives them.
+    """Return the mean loss over ``dataset``, and each example's logits if ``step`` returns them.
 
     Args:
-        step: a batch in, its mean loss and logits (None: not needed) out. shifted: a label is
-            predicted one token earlier, so the first one of a row is not.
+        step: maps a batch to its mean loss and logits (None if not needed).
+        shifted: whether token t predicts label t + 1, so that the first label of a row is unused.
     """
     rank, processes = place()
     order = sorted(range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"]))
-    mine, share = order[rank::processes], -(-len(order) // processes)
-    found: dict[int, Any] = {}
+    indices, share = order[rank::processes], -(-len(order) // processes)
+    logits_by_index: dict[int, Any] = {}
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for start in range(0, share, batch_size):
-        batch = mine[start : start + batch_size]
-        # sharded models need as many forwards on every process
+        batch = indices[start : start + batch_size]
+        # sharded models need the same number of forwards on every process
         inputs = collate([dataset[index] for index in batch or order[:1]])
         count = learned(inputs["labels"], shifted)
         loss, logits = step(inputs)
@@ -58,10 +55,9 @@ def held_out(
                 [loss.double() * count, torch.tensor(count, dtype=torch.float64, device=device)]
             )
         if logits is not None:
-            found.update(
-                zip(batch, logits.float().cpu(), strict=False)
-            )  # none of a batch that only fills
+            # a repeated batch contributes nothing
+            logits_by_index.update(zip(batch, logits.float().cpu(), strict=False))
     if processes > 1:
         dist.all_reduce(total)
-    found = merged(found)
-    return float(total[0] / total[1]), [found[index] for index in sorted(found)]
+    logits_by_index = merged(logits_by_index)
+    return float(total[0] / total[1]), [logits_by_index[index] for index in sorted(logits_by_index)]

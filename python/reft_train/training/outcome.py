@@ -1,4 +1,4 @@
-"""What a run gives, as numbers that other commands read, and as a few lines of text."""
+"""Results of a run, as numbers for other commands and as a text summary."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished (or interrupted) training.
+    """A finished or interrupted training.
 
     Attributes:
-        trainable: numbers trained in the method, without the head's. total: the frozen model's
-            numbers.
-        losses: (step, mean loss since the last line) pairs. validation: held-out metrics by name.
-        tests: metrics of each test set. step_seconds: median of an optimizer step.
-        tokens_per_second: padding excluded. orthonormality: max |R R^T - I|; None where there is no
-        R.
+        trainable: trainable parameters of the method, without the head.
+        total: parameters of the frozen model.
+        losses: (step, mean loss since the previous log entry) pairs.
+        validation: held-out metrics by name.
+        tests: metrics of each test set.
+        step_seconds: median time of an optimizer step.
+        tokens_per_second: throughput without padding.
+        orthonormality: max |R R^T - I|; None without R.
     """
 
     config: dict[str, Any]
@@ -49,9 +51,9 @@ class Outcome:
         return write_text(folder / RESULTS, dumps(asdict(self)))
 
     def figures(self) -> dict[str, str]:
-        """What the run measured, by name."""
+        """Return the run's measurements by name."""
         share = self.trainable / max(1, self.total)
-        found = {
+        entries = {
             "trained parameters": f"{self.trainable:,} ({share:.4%} of the model's {self.total:,})",
             "trained parameters of the head": f"{self.head:,}" if self.head else "",
             "optimizer steps": f"{self.steps:,}",
@@ -66,11 +68,11 @@ class Outcome:
             if self.orthonormality is None
             else f"{self.orthonormality:.2e}",
         }
-        return {name: text for name, text in found.items() if text}
+        return {name: text for name, text in entries.items() if text}
 
     @classmethod
     def load(cls, folder: str | Path) -> Outcome:
-        """The outcome that a run left in its folder."""
+        """Load the outcome saved in a run's folder."""
         try:
             fields = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
             losses = [(int(step), float(loss)) for step, loss in fields["losses"]]
@@ -83,7 +85,7 @@ class Outcome:
 
 
 def summary(outcome: Outcome) -> str:
-    """What the run measured, its scores, and where the files are."""
+    """Format the measurements, scores and file locations as text."""
     lines = {"method": TITLES[outcome.config["method"]], **outcome.figures()}
     if outcome.losses:
         (first, loss), (_, final) = outcome.losses[0], outcome.losses[-1]

@@ -1,6 +1,4 @@
-"""From a run's settings to tokenized examples: rows read, split, tokenized, and how to batch
-them.
-"""
+"""Data preparation of a run: reading, splitting, tokenizing and batching rows."""
 
 from __future__ import annotations
 
@@ -23,12 +21,15 @@ from reft_train.ranks import is_first
 from reft_train.tasks.base import Row, Task
 from reft_train.tasks.glue import Glue, validation_split
 
-_TRIED = 1000  # rows of a stream that are looked at before the training
+_TRIED = 1000  # stream rows that are checked before the training
 
 
 @dataclass
 class Rows:
-    """Rows to train on (None where ``stream`` is their file), held out, and of each test set."""
+    """Rows for training, held-out rows, and rows of each test set.
+
+    Training rows are None if ``stream`` is their file.
+    """
 
     train: list[Row] | None
     held_out: list[Row] = field(default_factory=list)
@@ -37,7 +38,7 @@ class Rows:
 
 
 def _expanded(rows: Iterable[Row], config: RunConfig, task: Task) -> Iterator[Row]:
-    """The rows that are trained: of a conversation one for each answer, or the last alone."""
+    """Expand conversations into training rows: one for each answer, or only the last answer."""
     for row in rows:
         yield from task.training_rows(row) if config.turns == "all" else [row]
 
@@ -56,14 +57,14 @@ def _split(rows: list[Row], validation: float, seed: int) -> tuple[list[Row], li
 
 
 def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
-    """Read a run's rows. Held-out rows come from the training part (for GLUE, from validation).
+    """Read a run's rows. Held-out rows come from the training set (for GLUE, from validation).
 
     Args:
-        train: whether training rows are needed; False for evaluation alone.
+        train: whether training rows are needed; False for evaluation only.
     """
     scored = not config.skip_test
     if isinstance(task, Glue) and config.data is None and config.train is None and not config.test:
-        found = sources.hub_rows(task, "train") if train else []
+        train_rows = sources.hub_rows(task, "train") if train else []
         tests = {task.test_sets[0]: sources.hub_rows(task, task.test_sets[0])}
     else:
         data, path = (None if name is None else Path(name) for name in (config.data, config.train))
@@ -76,7 +77,7 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
             tests_needed=not train,
         )
         streams = train and config.streaming
-        found = read_rows(files.train, "--train") if train and not streams else []
+        train_rows = read_rows(files.train, "--train") if train and not streams else []
         needed = scored or (isinstance(task, Glue) and not streams)
         tests = (
             {name: read_rows(path, "--test") for name, path in files.tests.items()}
@@ -92,24 +93,26 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
             )
     held_out: list[Row] = []
     if isinstance(task, Glue) and tests:
-        # the paper's protocol: a part of validation chooses, the rest reports
+        # as in the paper: one part of validation selects, the rest is reported
         name, rows = next(iter(tests.items()))
         chosen, reported = validation_split(len(rows), config.seed)
         held_out, tests[name] = [rows[i] for i in chosen], [rows[i] for i in reported]
-    found = found[: config.train_rows]
+    train_rows = train_rows[: config.train_rows]
     if train and config.validation:
-        found, held_out = _split(found, config.validation, config.seed)
-    if train:  # a conversation is whole on one side of the split
-        found, held_out = (list(_expanded(part, config, task)) for part in (found, held_out))
+        train_rows, held_out = _split(train_rows, config.validation, config.seed)
+    if train:  # split before expanding, so that a conversation stays on one side
+        train_rows, held_out = (
+            list(_expanded(part, config, task)) for part in (train_rows, held_out)
+        )
     return Rows(
-        found,
+        train_rows,
         held_out,
         {name: rows[: config.test_rows] for name, rows in tests.items()} if scored else {},
     )
 
 
 def _digest(rows: list[Row]) -> str:
-    """Of the rows' content, so that a changed file, split or limit is another data set."""
+    """Hash the rows' content, so that a changed file, split or limit gives a different data set."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(dict(row.fields), sort_keys=True, default=str).encode())
@@ -117,7 +120,7 @@ def _digest(rows: list[Row]) -> str:
 
 
 def digest(rows: Rows) -> str:
-    """Of the training rows; of a stream, which is not read for it, the size of its file."""
+    """Hash the training rows; for a stream, which is not read here, use the file size."""
     return _digest(rows.train) if rows.train is not None else f"{rows.stream.stat().st_size} bytes"
 
 
@@ -127,9 +130,7 @@ def _log(text: str) -> None:
 
 
 def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], name: str) -> Any:
-    """The rows as a data set of token ids, from the cache where the very same rows were
-    tokenized before.
-    """
+    """Tokenize the rows, or load them from the cache if the same rows were tokenized before."""
 
     def build() -> Any:
         return tokenizing.tokenize_rows(
@@ -164,7 +165,7 @@ def _log_lost(name: str, lost: int, count: int, config: RunConfig) -> None:
 
 
 def check_rows(rows: Iterable[Row], loaded: Loaded, task: Task) -> None:
-    """Try whether the task takes rows, before a training that they come after."""
+    """Check that the task accepts rows that are only used after training."""
     for row in rows:
         task.classified(row) if loaded.kind == CLASSIFICATION else task.example(
             row, loaded.tokenizer
@@ -172,7 +173,7 @@ def check_rows(rows: Iterable[Row], loaded: Loaded, task: Task) -> None:
 
 
 def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
-    """A training file, read and tokenized while training; its first rows are tried before."""
+    """Create a streaming data set from a training file; its first rows are checked first."""
     tried = _expanded(islice(iter_rows(path, "--train"), _TRIED), config, task)
     items = tokenizing.iter_items(tried, task, loaded.tokenizer, loaded.kind, config.max_length)
     lost = [item.lost for item in items]
@@ -195,11 +196,11 @@ def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
 def response_template(
     config: RunConfig, loaded: Loaded, task: Task, rows: Rows
 ) -> list[int] | None:
-    """What ends a prompt in a chat, for the adapter to keep; None where rows are no chats of a
-    causal model.
+    """Return the token ids that end a chat prompt, to be stored in the adapter.
 
-    It must end every prompt that is looked at, and stand in no answer; else, and where the chat
-    template has none, a line says why and the labels tell where prompts end.
+    None if the rows are not chats of a causal model. The ids must end every inspected prompt and
+    must not occur in any answer. Otherwise, or if the chat template has none, a warning is printed
+    and prompt ends are found from the labels.
     """
     from reft_kernels.integrations.peft import from_chat_template
 
@@ -240,7 +241,7 @@ def response_template(
 
 
 def sampler(config: RunConfig, dataset: Any, processes: int) -> Any:
-    """The order of a data set's examples, a function of seed and epoch; None for a stream."""
+    """Return the sampler, ordered by seed and epoch; None for a stream."""
     if not hasattr(dataset, "__len__"):
         return None
     if config.group_by_length:
@@ -251,9 +252,7 @@ def sampler(config: RunConfig, dataset: Any, processes: int) -> Any:
 
 
 def collator(config: RunConfig, loaded: Loaded) -> Callable[[Sequence[dict]], dict]:
-    """What makes batches: padded ones, or packed ones where the model keeps packed examples
-    apart.
-    """
+    """Return the collator: padded, or packed if the model keeps packed examples apart."""
     pad = tokenizing.pad_id(loaded.tokenizer)
     if not config.packing:
         kinds = {SEQ2SEQ: collating.Seq2SeqCollator, CAUSAL: collating.PaddingCollator}

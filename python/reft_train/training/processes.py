@@ -1,6 +1,4 @@
-"""Several processes that train together: joined early, and ended together where one of them
-refuses its input.
-"""
+"""Distributed process groups: early setup, and a joint exit if one process raises UserError."""
 
 from __future__ import annotations
 
@@ -17,12 +15,13 @@ from reft_train.models import pick_device
 from reft_train.ranks import gathered, is_first, joined
 
 Result = TypeVar("Result")
-_TIMEOUT = timedelta(hours=2)  # while the first process tokenizes
+_TIMEOUT = timedelta(hours=2)  # covers tokenization on the first process
 
 
 def join(config: RunConfig) -> None:
-    """Make the process group, where torchrun or accelerate launch started several processes;
-    engines find it and use it.
+    """Create the process group if torchrun or accelerate launch started several processes.
+
+    Engines use the existing group.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
@@ -31,14 +30,16 @@ def join(config: RunConfig) -> None:
 
 
 def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
-    """``prepare()``, if it succeeds in every process; ``prepare`` must not talk to the others.
+    """Run ``prepare()`` and raise on all processes if any of them fails.
+
+    ``prepare`` must not communicate with other processes.
 
     Args:
-        in_turn: the first process of each machine goes first; the others find what it left in
-            caches.
+        in_turn: run the first process of each machine first, so that the others can use its caches.
 
     Raises:
-        UserError: in the first process, whichever process refused. ReportedError: in the others.
+        UserError: in the first process, whichever process failed.
+        ReportedError: in the other processes.
     """
     if not joined():
         return prepare()
@@ -63,6 +64,6 @@ def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
 
 
 def leave() -> None:
-    """End the process group at the end of a program."""
+    """Destroy the process group at the end of a program."""
     if joined():
         dist.destroy_process_group()

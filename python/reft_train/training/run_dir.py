@@ -1,4 +1,4 @@
-"""A run's folder: what is in it, whether a run may begin or go on there, and its adapter."""
+"""A run's output folder: contents, checks before a run starts or resumes, and the adapter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from reft_train.training.trainer import ReftTrainer
 
 CONFIG, DATA, ADAPTER = "config.yaml", "data.sha256", "adapter"
-# what may differ between a run and its continuation
+# settings that may change when a run is resumed
 _FREE = {
     "resume",
     "overwrite",
@@ -53,17 +53,21 @@ _FREE = {
 
 
 def check_output(config: RunConfig) -> Path | None:
-    """The checkpoint to go on from, None to start; refuses a folder where neither is possible."""
+    """Return the checkpoint to resume from, or None to start a new run.
+
+    Raises:
+        UserError: neither is possible in the output folder.
+    """
     output = Path(config.output)
     check_folder(output, "output")
     if config.resume:
-        found = last(output)
-        if found is None:
+        checkpoint = last(output)
+        if checkpoint is None:
             raise UserError(
                 f"resume: got {output}, which holds no checkpoint, expected a run that was begun"
             )
         _check_same(config, output)
-        return found
+        return checkpoint
     if not config.overwrite and (checkpoints(output) or (output / RESULTS).exists()):
         raise UserError(
             f"output: got {output}, which holds a run, expected another folder, --resume or "
@@ -77,27 +81,26 @@ def _check_same(config: RunConfig, output: Path) -> None:
     if not path.is_file():
         raise UserError(f"resume: got {output} without {CONFIG}, expected a run of reft-train")
     for name, value in read_yaml(path).items():
-        own = getattr(config, name)
-        free = name in _FREE and not (
-            name == "workers" and config.streaming
-        )  # which deal out a stream's rows
-        if name == "model":  # may have another place, but must be the same one
-            if own == value:
+        current = getattr(config, name)
+        # these settings determine how a stream's rows are distributed
+        free = name in _FREE and not (name == "workers" and config.streaming)
+        if name == "model":  # the model may have moved, but must be the same one
+            if current == value:
                 check_reachable(config, output)
             check_run_base(config, output, model_config(config))
-        elif not free and own != value:
+        elif not free and current != value:
             raise UserError(
-                f"resume: got {name} {own!r}, but the run was begun with {value!r}, expected the "
-                "same"
+                f"resume: got {name} {current!r}, but the run was begun with {value!r}, "
+                "expected the same"
             )
 
 
 def check_same_data(rows: prepare.Rows, output: Path) -> None:
-    """Refuse to go on with other training rows than the run was begun with."""
+    """Raise UserError if a resumed run has different training rows."""
     try:
         begun = (output / DATA).read_text(encoding="utf-8")
     except OSError:
-        return  # killed before it was written, or taken away: nothing to compare with
+        return  # missing if the run was killed early or the file was removed; nothing to compare
     if begun != prepare.digest(rows):
         raise UserError(
             f"resume: got other training rows than {output} was begun with, expected the same"
@@ -105,8 +108,9 @@ def check_same_data(rows: prepare.Rows, output: Path) -> None:
 
 
 def check_room(model: torch.nn.Module, config: RunConfig) -> None:
-    """Refuse a disk that cannot hold the checkpoints: parameters and two moments, one more than
-    are kept.
+    """Raise UserError if the disk cannot hold the checkpoints.
+
+    Counts the parameters and two optimizer moments for one checkpoint more than are kept.
     """
     output = Path(config.output)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -120,7 +124,7 @@ def check_room(model: torch.nn.Module, config: RunConfig) -> None:
 
 
 def clear(output: Path) -> None:
-    """Remove what a run left there, for another one to begin."""
+    """Remove the files of a previous run."""
     for path in (
         *checkpoints(output),
         *(output / name for name in (ADAPTER, PREDICTIONS, ALPACA_EVAL, BOARD)),
@@ -131,7 +135,7 @@ def clear(output: Path) -> None:
 
 
 def publish_adapter(trainer: ReftTrainer, output: Path) -> None:
-    """Write the adapter aside and put it in its place in one step."""
+    """Write the adapter to a temporary folder and rename it."""
     state = trained_state(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.args.should_save:
         staged = Path(tempfile.mkdtemp(dir=output, prefix=".adapter-"))
@@ -145,7 +149,7 @@ def publish_adapter(trainer: ReftTrainer, output: Path) -> None:
 
 
 def resume_hint(config: RunConfig) -> str:
-    """The command that goes on with a run."""
+    """Return the command that resumes a run."""
     return shlex.join(
         ["reft-train", "run", "--config", str(Path(config.output) / CONFIG), "--resume"]
     )

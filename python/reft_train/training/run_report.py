@@ -1,4 +1,4 @@
-"""A run's report: ``loss.png`` and ``report.html`` with figures, curves, settings and versions."""
+"""Report of a run: ``loss.png`` and ``report.html`` (results, curves, settings, versions)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Log = Sequence[Mapping[str, Any]]
 
 
 def series(log: Log, name: str) -> list[tuple[int, float]]:
-    """(step, value) pairs of the entries that have ``name``; of a step the last entry counts."""
+    """Return (step, value) pairs of entries with ``name``; the last entry of a step is used."""
     numbers = int | float
     return sorted(
         {
@@ -29,9 +29,9 @@ def series(log: Log, name: str) -> list[tuple[int, float]]:
 
 
 def run_curves(log: Log) -> bytes:
-    """A PNG of training and held-out loss; below, learning rate and orthonormality where logged.
+    """Plot training and held-out loss as a PNG, with learning rate and orthonormality if logged.
 
-    Values that are not finite are left out.
+    Non-finite values are left out.
     """
     names = ("loss", "eval_loss", "learning_rate", "orthonormality")
     training, held_out, rates, gaps = (
@@ -84,7 +84,7 @@ def _scores(outcome: Outcome) -> list[str]:
 
 
 def write_run_report(folder: Path, outcome: Outcome, log: Log) -> list[Path]:
-    """Write ``loss.png`` and ``report.html``; a log without losses is filled from the outcome's."""
+    """Write ``loss.png`` and ``report.html``; losses missing in the log come from the outcome."""
     if not series(log, "loss"):
         log = [*log, *({"step": step, "loss": loss} for step, loss in outcome.losses)]
     png, losses = run_curves(log), series(log, "loss")

@@ -1,4 +1,4 @@
-"""One training from settings to results: prepare, train, select, save, score, report."""
+"""A training session from settings to results: prepare, train, select, save, score, report."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ from reft_train.training.trainer import ReftTrainer, orthonormality
 def _class_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
     def measure(prediction: Any) -> dict[str, float]:
         logits = prediction.predictions
-        given = logits.squeeze(-1) if task.labels is None else logits.argmax(-1)
-        return task.measure(given.tolist(), prediction.label_ids.tolist())
+        predicted = logits.squeeze(-1) if task.labels is None else logits.argmax(-1)
+        return task.measure(predicted.tolist(), prediction.label_ids.tolist())
 
     return measure
 
 
 def quiet() -> None:
-    """Leave the terminal to the run's own bar: no bars and notes of libraries."""
+    """Disable progress bars and messages of libraries."""
     import datasets
 
     warnings.filterwarnings(
@@ -70,17 +70,18 @@ def train(
     callbacks: Sequence[transformers.TrainerCallback] = (),
     report: bool = True,
 ) -> Outcome:
-    """Train an adapter and leave it, the log, the numbers and a report in ``config.output``.
+    """Train an adapter; write it with the log, the results and a report to ``config.output``.
 
     Args:
-        callbacks: more of them, for a search that prunes, say. report: write figures and the page.
+        callbacks: additional callbacks, such as one that prunes a search trial.
+        report: whether to write figures and the HTML page.
 
     Returns:
-        The outcome; ``interrupted`` where Ctrl-C or SIGTERM ended it early, with a checkpoint.
+        The outcome; ``interrupted`` if Ctrl-C or SIGTERM ended it early, with a checkpoint.
 
     Raises:
-        UserError: bad input, found before anything is written.
-        FloatingPointError: the loss is no number.
+        UserError: bad input, detected before anything is written.
+        FloatingPointError: the loss is not finite.
     """
     join(config)
     with engine_environment(config):
@@ -166,8 +167,7 @@ def _train(
         callbacks=[FiniteLoss(), Journal(output / LOG), progress, interrupt, *callbacks],
     )
     if classifies:
-        # such models ignore num_items_in_batch, and Trainer would then sum the means of
-        # micro-batches
+        # these models ignore num_items_in_batch, so Trainer would sum the means of micro-batches
         trainer.model_accepts_loss_kwargs = False
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     head = sum(
@@ -186,7 +186,7 @@ def _train(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, memory = time.perf_counter() - started, meter.stop()
     error, state = orthonormality(trainer.model), trainer.state
-    interrupted = interrupt.asked and state.global_step < state.max_steps
+    interrupted = interrupt.requested and state.global_step < state.max_steps
     trainer.close()
     publish_adapter(trainer, output)
     outcome = Outcome(
@@ -216,7 +216,7 @@ def _train(
 
 
 def _validation(state: Any, metric: str | None) -> dict[str, float]:
-    """Held-out metrics of the adapter that is kept: the last ones, or the best checkpoint's."""
+    """Return the held-out metrics of the adapter that is kept (last or best checkpoint)."""
     lines = [entry for entry in state.log_history if "eval_loss" in entry]
     if metric is not None and state.best_global_step:
         lines = [entry for entry in lines if entry["step"] == state.best_global_step][:1]

@@ -1,6 +1,4 @@
-"""FSDP2 for a model with edits: how engines are asked for it, the edits' units, what is saved of
-it.
-"""
+"""FSDP2 for models with edits: engine settings, wrapped modules, and gathered state."""
 
 from __future__ import annotations
 
@@ -27,15 +25,13 @@ _SETTINGS = {
 
 
 def requested(config: RunConfig) -> bool:
-    """Whether a run is to be sharded: by its settings, or by ``accelerate launch --use_fsdp``."""
+    """Whether to shard a run, by its settings or by ``accelerate launch --use_fsdp``."""
     return config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 @contextmanager
 def engine_environment(config: RunConfig) -> Iterator[None]:
-    """Where engines read their settings from while a run lasts; the next run finds what this one
-    found.
-    """
+    """Set the environment variables read by engines during a run, and restore them on exit."""
 
     def ours() -> dict[str, str]:
         return {
@@ -56,26 +52,28 @@ def engine_environment(config: RunConfig) -> Iterator[None]:
 
 
 def _block_classes(model: Any) -> list[str]:
-    """Classes whose modules are units; not those around the embedding, which accelerate makes a
-    unit.
+    """Return the module classes to wrap.
+
+    Excludes modules around the embedding, which accelerate wraps.
     """
-    named = {
+    declared = {
         name
         for module in model.modules()
         for name in getattr(module, "_no_split_modules", None) or ()
     }
     embedding = model.get_input_embeddings()
-    found = {
+    candidates = {
         type(m).__name__
         for m in model.modules()
         if all(part is not embedding for part in m.modules())
     }
-    return sorted(named & found)
+    return sorted(declared & candidates)
 
 
 def _tied_elsewhere(model: Any) -> bool:
-    """Whether a parameter has more owners than embedding and output layer, which accelerate
-    keeps together.
+    """Whether a parameter is shared by modules other than embedding and output layer.
+
+    accelerate keeps those two together.
     """
     pair = (model.get_input_embeddings(), model.get_output_embeddings())
     owners: dict[int, list[nn.Module]] = {}
@@ -89,7 +87,7 @@ def _tied_elsewhere(model: Any) -> bool:
 
 
 def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
-    """What TrainingArguments need; refuses a single process, and what FSDP2 does not serve."""
+    """Return the TrainingArguments for FSDP2; raise UserError for unsupported settings."""
     if not requested(config):
         return {}
     base = model.get_base_model()
@@ -123,9 +121,7 @@ def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
 
 
 def shard_on_cpus(accelerator: Any, arguments: Any) -> None:
-    """Have accelerate shard on CPUs as on accelerators; by itself it would silently take DDP
-    there.
-    """
+    """Make accelerate use FSDP2 on CPUs, where it would otherwise use DDP without a warning."""
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -138,15 +134,15 @@ def shard_on_cpus(accelerator: Any, arguments: Any) -> None:
 
 
 def shard_stacks(model: nn.Module) -> None:
-    """Shard every stack of edits as a unit of its own, before the rest of ``model`` is.
+    """Shard every stack of edits as a separate unit, before the rest of ``model``.
 
-    A stack's call builds the weights of all layers and its gradients come after the whole backward,
-    so it belongs to no layer's unit. It computes in float32: R built from rounded parameters is not
-    orthonormal.
+    A stack builds the weights of all layers in one call and receives gradients after the whole
+    backward, so it cannot belong to a layer's unit. It computes in float32: R built from rounded
+    parameters is not orthonormal.
     """
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-    # edits read what a stack returns and never write to it
+    # edits read a stack's outputs and never write to them
     warnings.filterwarnings(
         "ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning
     )
@@ -159,8 +155,9 @@ def shard_stacks(model: nn.Module) -> None:
 
 
 def gather_to_generate(model: nn.Module) -> None:
-    """Have a sharded model's ``generate`` gather weights as its forward does; transformers 4
-    does not.
+    """Make ``generate`` of a sharded model gather weights as its forward does.
+
+    transformers 4 does not do this.
     """
     from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
@@ -173,17 +170,16 @@ def gather_to_generate(model: nn.Module) -> None:
 
 
 def forget_built(model: nn.Module) -> None:
-    """Have stacks build their weights anew: what is loaded into shards leaves no trace to
-    compare.
-    """
+    """Make stacks rebuild their weights, since loading into shards is not detected."""
     for stack in model.modules():
         if isinstance(stack, Intervention):
             stack.train(stack.training)
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """A sharded model's trained parameters and buffers, whole and on the CPU; every rank must
-    call it.
+    """Gather a sharded model's trained parameters and buffers on the CPU.
+
+    This is a collective operation.
     """
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}

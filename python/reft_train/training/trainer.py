@@ -1,6 +1,4 @@
-"""transformers' Trainer with seeded order, one build of R a step, two rates and whole
-checkpoints.
-"""
+"""Trainer with seeded order, one build of R a step, two learning rates and atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -39,9 +37,7 @@ from reft_train.training.sharding import (
 
 
 def orthonormality(model: nn.Module) -> float | None:
-    """max |R R^T - I| over every R of a model; None where there is none. Every rank must call
-    it.
-    """
+    """Return max |R R^T - I| over all R of a model, or None without R. A collective operation."""
     stacks = [
         module
         for module in model.modules()
@@ -55,15 +51,16 @@ def orthonormality(model: nn.Module) -> float | None:
 
 
 class ReftTrainer(transformers.Trainer):
-    """A Trainer whose run resumes exactly and whose checkpoints are whole or not there.
+    """Trainer with exact resumption and atomic checkpoints.
 
     Args:
-        collate: examples to a batch. sampler: order of the training examples, None for a stream.
-        head_lr: learning rate of parameters under ``heads``; None: that of the rest.
-        score: called at each evaluation with the model; its metrics join the held-out loss.
-        keep: checkpoints to keep, beside the best one.
-        callbacks: more of them; no other one prints.
-        kwargs: as for :class:`transformers.Trainer`.
+        collate: converts examples to a batch.
+        sampler: order of the training examples, None for a stream.
+        head_lr: learning rate of parameters under ``heads``. None: the same as the others.
+        score: called with the model at each evaluation; its metrics join the held-out loss.
+        keep: number of checkpoints to keep, in addition to the best one.
+        callbacks: additional callbacks; Trainer's progress and printing callbacks are removed.
+        kwargs: passed to :class:`transformers.Trainer`.
     """
 
     def __init__(
@@ -79,7 +76,7 @@ class ReftTrainer(transformers.Trainer):
         **kwargs: Any,
     ) -> None:
         def counted(features: Sequence[dict]) -> dict:
-            # not a tensor: reading one waits for the device
+            # a Python number: reading a tensor would synchronize the device
             return {
                 **collate(features),
                 "token_count": sum(len(feature["input_ids"]) for feature in features),
@@ -102,20 +99,19 @@ class ReftTrainer(transformers.Trainer):
         self._loss_steps = 0
         several = self.args.gradient_accumulation_steps > 1
         edits = any(isinstance(module, Intervention) for module in self.model.modules())
-        # DeepSpeed keeps gradients to itself, before a build shared by several backwards could give
-        # them
+        # DeepSpeed takes gradients in each backward, before a shared build of R has produced any
         self._shared = (
             share_build(self.model) if several and edits and not self.is_deepspeed_enabled else None
         )
 
     def close(self) -> None:
-        """Give the model back as it came: each forward builds R again."""
+        """Restore the model, so that each forward builds R again."""
         if self._shared is not None:
             self._shared.close()
             self._shared = None
 
     def create_accelerator_and_postprocess(self) -> None:
-        """As Trainer's; on CPUs too a run that is to be sharded is."""
+        """See Trainer; also shards models on CPUs if requested."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
             shard_on_cpus(self.accelerator, self.args)
@@ -125,11 +121,10 @@ class ReftTrainer(transformers.Trainer):
         return self.sampler
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
-        """AdamW (or what the arguments say) over a few groups: edits and head, with and without
-        decay.
-        """
+        """Create the optimizer with groups for edits and head, with and without weight decay."""
         if self.is_fsdp_enabled:
-            shard_stacks(self.model)  # the engine takes the optimizer's parameters from here on
+            # must precede the engine, which reads the optimizer's parameters
+            shard_stacks(self.model)
         if self.optimizer is None:
             model = args[0] if args and args[0] is not None else self.model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -155,9 +150,7 @@ class ReftTrainer(transformers.Trainer):
         return super()._prepare_inputs(inputs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As Trainer's; after a step's last forward R's gradients go to its parameters, in one
-        build.
-        """
+        """Run a training step; after its last forward, backpropagate R's gradients in one build."""
         self.clock.begin()
         loss = super().training_step(*args, **kwargs)
         self._loss = self._loss + loss.detach().float()
@@ -167,17 +160,17 @@ class ReftTrainer(transformers.Trainer):
         return loss
 
     def step_done(self) -> None:
-        """Note the time of an optimizer step; the callback calls it."""
+        """Record the time of an optimizer step; called by the callback."""
         self._loss_steps += 1
         self.clock.end()
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """As Trainer's; lines with a training loss get tokens per second and R's orthonormality."""
+        """Log as Trainer does, with tokens per second and orthonormality in training entries."""
         if "loss" in logs:
-            # Trainer's own mean starts anew where a run is resumed between two lines
+            # Trainer's own mean restarts when a run is resumed between two log entries
             logs["loss"] = self._losses().mean().item() / self._loss_steps
             self._loss, self._loss_steps = 0.0, 0
-            self.clock.settle()  # the loss has been waited for
+            self.clock.settle()  # reading the loss has synchronized the device
             now = time.perf_counter()
             if self._logged is not None:
                 seconds, tokens = now - self._logged[0], self.tokens - self._logged[1]
@@ -193,8 +186,9 @@ class ReftTrainer(transformers.Trainer):
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
-        """The held-out loss, and the task's own metrics of classes, or where the run selects by
-        them.
+        """Compute the held-out loss, and the task's metrics where required.
+
+        Metrics are computed for tasks with classes, and for runs that select by them.
         """
         dataset, shifted = (
             dataloader.dataset,
@@ -205,7 +199,7 @@ class ReftTrainer(transformers.Trainer):
         def step(inputs: dict) -> tuple:
             inputs = self._prepare_inputs(inputs)
             with torch.no_grad(), self.compute_loss_context_manager():
-                # not prediction_step: there the mean is over all processes' tokens
+                # prediction_step would normalize by the tokens of all processes
                 loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
             return loss.detach(), outputs["logits"] if measured else None
 
@@ -233,9 +227,7 @@ class ReftTrainer(transformers.Trainer):
         )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As Trainer's; the first line of the log after a resume counts the steps before it,
-        too.
-        """
+        """See Trainer; the first log entry after a resume includes the steps before it."""
         if resume_from_checkpoint is not None:
             saved = json.loads((Path(resume_from_checkpoint) / LOSS).read_text(encoding="utf-8"))
             losses, rank = saved["losses"], self.args.process_index
@@ -244,7 +236,7 @@ class ReftTrainer(transformers.Trainer):
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _losses(self) -> torch.Tensor:
-        """Each process's sum of losses since the last line of the log."""
+        """Return each process's sum of losses since the last log entry."""
         loss = torch.as_tensor(self._loss, dtype=torch.float32, device=self.args.device)
         return self.accelerator.gather(loss.reshape(1))
 
@@ -253,17 +245,14 @@ class ReftTrainer(transformers.Trainer):
         return str(Path(folder) / STAGING) if self._staging else folder
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """Write a checkpoint aside and put it in its place in one step: a kill leaves the
-        previous one.
-        """
+        """Write a checkpoint atomically, so that a kill leaves the previous one intact."""
         folder = Path(self._get_output_dir())
         try:
             self._write_checkpoint(folder, *args, **kwargs)
         except Exception as error:
             shutil.rmtree(folder / STAGING, ignore_errors=True)
-            if isinstance(error, OSError | SafetensorError) or "inline_container" in str(
-                error
-            ):  # torch's own writer
+            # torch's writer raises a RuntimeError that names inline_container
+            if isinstance(error, OSError | SafetensorError) or "inline_container" in str(error):
                 reason = " ".join(str(error).split())
                 raise UserError(
                     f"output: got {folder}, where no checkpoint can be written ({reason})"
@@ -292,7 +281,7 @@ class ReftTrainer(transformers.Trainer):
             rotate(folder, self.keep, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As Trainer's; of a sharded model only what is trained is gathered."""
+        """See Trainer; for a sharded model only trained parameters are gathered."""
         if self.is_fsdp_enabled:
             self._save(output_dir, trained_state(self.model))
         else:
@@ -303,7 +292,7 @@ class ReftTrainer(transformers.Trainer):
         forget_built(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """The adapter alone, in PEFT's layout: no tokenizer, and no pickled arguments."""
+        """Save only the adapter in PEFT's format, without tokenizer and pickled arguments."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
