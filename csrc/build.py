@@ -2,10 +2,10 @@
 
     python csrc/build.py [--cuda] [--out FOLDER] [--sanitize address,undefined] [--isa avx2]
 
-``_native_cpu.so`` holds ``csrc/cpu`` once for each instruction set of the machine's architecture,
-``_native_cuda.so`` holds ``csrc/cuda`` for sm_80, sm_90 and sm_100. Neither contains Python: they
-are PyTorch operator libraries on its stable ABI (as of torch 2.11), so one build serves every
-Python and every later torch.
+``_native_cpu.so`` contains ``csrc/cpu``, compiled for each instruction set of the architecture.
+``_native_cuda.so`` contains ``csrc/cuda`` for sm_80, sm_90 and sm_100. Both are PyTorch operator
+libraries on the stable ABI of torch 2.11 and do not use the Python API, so one build works with
+every Python version and every later torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SOURCES = Path(__file__).resolve().parent
 TARGET_TORCH = "0x020b000000000000"  # torch 2.11, the oldest supported
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
-# by platform.machine(): instruction set -> compiler flags; the portable one uses what every such
-# processor has
+# platform.machine() -> instruction set -> compiler flags; the portable set uses only the features
+# that all processors of the architecture have
 INSTRUCTION_SETS = {
     "x86_64": {
         "avx512bf16": "-mavx512bf16 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c",
@@ -39,16 +39,16 @@ _CXX_FLAGS = (
     "-std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra "
     "-Wno-psabi"
 )
-# gcc 12 warns about its own intrinsics' undefined registers
+# gcc 12 reports uninitialized variables in its own intrinsics
 _KERNEL_FLAGS = "-Wno-uninitialized -Wno-maybe-uninitialized"
 
 
 class BuildError(RuntimeError):
-    """A tool is missing or failed; the message says which, and how to go on."""
+    """A tool is missing or failed. The message names the tool and possible solutions."""
 
 
 def compiler() -> str:
-    """The C++ compiler: ``$CXX``, or g++, c++ or clang++ on the PATH."""
+    """Return the C++ compiler: ``$CXX`` if set, else g++, c++ or clang++ on the PATH."""
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     for name in names:
         found = shutil.which(name.split()[0])
@@ -61,7 +61,7 @@ def compiler() -> str:
 
 
 def ninja() -> str:
-    """The ninja program: beside this Python, where the package ninja puts it, or on the PATH."""
+    """Return the path of ninja: next to this Python (where pip installs it) or on the PATH."""
     beside = Path(sys.executable).with_name("ninja")
     found = str(beside) if beside.exists() else shutil.which("ninja")
     if not found:
@@ -70,7 +70,7 @@ def ninja() -> str:
 
 
 def torch_folder() -> Path:
-    """Where PyTorch's headers and libraries lie; PyTorch itself is not imported."""
+    """Return the folder of the torch package, without importing torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
         raise BuildError(
@@ -87,7 +87,7 @@ def torch_folder() -> Path:
 
 
 def nvcc() -> str | None:
-    """nvcc of ``$CUDA_HOME``, on the PATH or in /usr/local/cuda; None when there is none."""
+    """Return the path of nvcc in ``$CUDA_HOME``, on the PATH or in /usr/local/cuda, or None."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = (
         [str(Path(home) / "bin" / "nvcc")] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
@@ -96,8 +96,8 @@ def nvcc() -> str | None:
 
 
 def _toolkit(nvcc: str) -> Path:
-    """The CUDA toolkit's folder, from nvcc's own account: the program on the PATH may be a
-    wrapper somewhere else.
+    """Return the folder of the CUDA toolkit, as reported by nvcc: the nvcc on the PATH may be a
+    wrapper outside of it.
     """
     plan = subprocess.run(
         [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull],
@@ -125,7 +125,7 @@ def _cpu_rules(library: Path, objects: Path, sanitize: str | None, isa: str | No
         if sanitize
         else ""
     )
-    # sanitizers multiply the time that -O3 takes
+    # -O3 takes much longer to compile with sanitizers
     flags = f"{_CXX_FLAGS} {'-O1' if sanitize else '-O3'}{checked} -I{_escape(SOURCES / 'cpu')}"
     lines = [
         f"cxx = {compiler()}",
@@ -192,7 +192,7 @@ def build_cpu(
     """Build ``_native_cpu.so`` into ``out``; object files go to ``objects``.
 
     Args:
-        isa: compile this instruction set and the portable one only.
+        isa: Compile only this instruction set and the portable one.
 
     Raises:
         BuildError: ninja, a C++17 compiler or torch's headers are missing, or a compilation failed.
@@ -209,7 +209,7 @@ def _cuda_rules(library: Path, objects: Path) -> list[str]:
         )
     torch, home = torch_folder(), _toolkit(found)
     targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES)
-    newest = CUDA_ARCHITECTURES[-1]  # its portable code is compiled by the driver of any later GPU
+    newest = CUDA_ARCHITECTURES[-1]  # also as PTX, which the driver compiles for later GPUs
     targets += f" -gencode arch=compute_{newest},code=compute_{newest}"
     static = home / "lib64" / "libcudart_static.a"
     lines = [

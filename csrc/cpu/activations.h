@@ -1,4 +1,5 @@
-// act(z) and act'(z), one number at a time: they run on [N, r], which is small beside [N, d].
+// act(z) and act'(z) of a scalar. They are applied to [N, r], so their cost is small compared with
+// the products over [N, d].
 #pragma once
 
 #include <math.h>
@@ -25,7 +26,7 @@ inline A activate(A z, Activation activation) {
     case Activation::linear:
       return z;
     case Activation::relu:
-      return z < A(0) ? A(0) : z;  // keeps NaN
+      return z < A(0) ? A(0) : z;  // propagates NaN
     case Activation::gelu:
       return A(0.5) * z * (A(1) + erf_of(z * A(kSqrtHalf)));
     case Activation::gelu_tanh:

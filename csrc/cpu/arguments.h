@@ -1,5 +1,5 @@
-// The arguments of the operators of registration.cpp, one struct for each family of calls, and how
-// they are read off the dispatcher's stack and how results are put there.
+// Argument structs of the operators in registration.cpp, read from the dispatcher's stack, and the
+// function that writes results to the stack.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -15,7 +15,7 @@ namespace reft {
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// Arguments of a boxed call, read in the order of the schema.
+// Reads the arguments of a boxed call in schema order.
 class Reader {
  public:
   explicit Reader(StableIValue* stack) : next_(stack) {}
@@ -32,13 +32,14 @@ class Reader {
   StableIValue* next_;
 };
 
-// Puts the results of a call where the dispatcher looks for them.
+// Writes the results of a call to the start of the dispatcher's stack.
 template <class... Results>
-void give(StableIValue* stack, const Results&... results) {
+void return_values(StableIValue* stack, const Results&... results) {
   ((*stack++ = torch::stable::detail::from(results)), ...);
 }
 
-// edit and edit_; members stand in the schema's order, which is the order in which they are read.
+// Arguments of edit and edit_. Members are declared in schema order because they are initialized
+// (and so read from the stack) in that order.
 struct EditCall {
   explicit EditCall(Reader in)
       : hidden(in.tensor()),
@@ -61,7 +62,7 @@ struct EditCall {
   bool save;
 };
 
-// edit_backward and edit_backward_, which writes to grad and has no need_hidden.
+// Arguments of edit_backward and edit_backward_. The in-place operator has no need_hidden.
 struct EditBackwardCall {
   EditBackwardCall(Reader in, bool in_place)
       : grad(in.tensor()),
@@ -86,7 +87,7 @@ struct EditBackwardCall {
   bool need_hidden, need_weights;
 };
 
-// red and red_.
+// Arguments of red and red_.
 struct RedCall {
   explicit RedCall(Reader in)
       : hidden(in.tensor()),
@@ -101,7 +102,7 @@ struct RedCall {
   bool save;
 };
 
-// red_backward and red_backward_.
+// Arguments of red_backward and red_backward_. The in-place operator has no need_hidden.
 struct RedBackwardCall {
   RedBackwardCall(Reader in, bool in_place)
       : grad(in.tensor()),
@@ -117,7 +118,7 @@ struct RedBackwardCall {
   bool need_hidden, need_weights;
 };
 
-// householder and cayley.
+// Arguments of householder and cayley.
 struct BuildCall {
   explicit BuildCall(Reader in)
       : X(in.tensor()),
@@ -129,7 +130,7 @@ struct BuildCall {
   Optional signs, base, base_point, W;
 };
 
-// householder_backward and cayley_backward.
+// Arguments of householder_backward and cayley_backward.
 struct BuildBackwardCall {
   explicit BuildBackwardCall(Reader in)
       : grad_R(in.optional()),

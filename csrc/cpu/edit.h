@@ -1,5 +1,4 @@
-// The edits on the CPU: arguments of the kernels, as reft_kernels/reference.py defines the
-// mathematics.
+// Arguments of the CPU edit kernels. The mathematics is defined in reft_kernels/reference.py.
 #pragma once
 
 #include <stdint.h>
@@ -9,24 +8,24 @@ namespace reft {
 enum class Dtype : int { float32, float64, bfloat16, float16 };
 constexpr int kDtypes = 4;
 
-// The numbers of reft_kernels/activations.py's names, in its order.
+// Same order as the names in reft_kernels/activations.py.
 enum class Activation : int { linear, relu, gelu, gelu_tanh, silu, tanh, sigmoid };
 
-// A contiguous tensor of any of the dtypes; null data: absent.
+// A contiguous tensor of any supported dtype; null data: absent.
 struct Typed {
   const void* data = nullptr;
   Dtype dtype = Dtype::float32;
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Rows of a matrix: row i begins at data + i * stride, its elements are consecutive.
+// Rows of a matrix: row i starts at data + i * stride (in elements); its elements are contiguous.
 struct Rows {
   void* data = nullptr;
   int64_t stride = 0;
   explicit operator bool() const { return data != nullptr; }
 };
 
-// Which rows, and which weights each uses.
+// The rows to edit and the set of weights used for each.
 struct Selection {
   int64_t entries = 0;                  // N: the length of rows, or the number of all rows
   const int32_t* rows = nullptr;        // [N], -1 skips; null: entry n is row n
@@ -47,21 +46,22 @@ struct EditWeights {
 struct EditForward {
   Selection selection;
   EditWeights weights;
-  Rows source, out;   // may be the same
-  Rows saved_input;   // [N, d], null: not wanted
-  void* u = nullptr;  // [N, r], null: not wanted
-  void* z = nullptr;  // [N, r], null: not wanted
+  Rows source, out;   // may alias
+  Rows saved_input;   // [N, d]; null: not needed
+  void* u = nullptr;  // [N, r]; null: not needed
+  void* z = nullptr;  // [N, r]; null: not needed
 };
 
 struct EditBackward {
   Selection selection;
   EditWeights weights;
-  Rows grad, out;           // may be the same; out null: not wanted
-  Rows saved_input;         // rows given: their input [N, d]; all rows: the output y [N, d]
+  Rows grad, out;  // may alias; out null: not needed
+  // [N, d]: the inputs if rows are given, else the outputs y of all rows.
+  Rows saved_input;
   const void* u = nullptr;  // [N, r]
-  const void* z = nullptr;  // [N, r], with an activation
-  void* grad_read =
-      nullptr;  // [S, r, d], null: not wanted; the others of weights then too, but for grad_write
+  const void* z = nullptr;  // [N, r]; not used if the activation is linear
+  // If grad_write is null, no gradients of weights are computed. grad_read is null without read.
+  void* grad_read = nullptr;           // [S, r, d]
   void* grad_read_bias = nullptr;      // [S, r]
   void* grad_write = nullptr;          // [S, r, d]
   void* grad_subtract_bias = nullptr;  // [S, r]
@@ -73,15 +73,15 @@ struct RedForward {
   Selection selection;
   int64_t d = 0;
   Typed scale, bias;              // [S, d]
-  Rows source, out, saved_input;  // saved_input null: not wanted
+  Rows source, out, saved_input;  // saved_input null: not needed
 };
 
 struct RedBackward {
   Selection selection;
   int64_t d = 0;
   Typed scale;
-  Rows grad, out, saved_input;  // out null: not wanted
-  void* grad_scale = nullptr;   // [S, d], null: not wanted
+  Rows grad, out, saved_input;  // out null: not needed
+  void* grad_scale = nullptr;   // [S, d]; null: grad_bias is not needed either
   void* grad_bias = nullptr;
 };
 

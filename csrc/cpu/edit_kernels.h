@@ -1,5 +1,5 @@
-// The edit: y = x + B^T (coeff * u), u = act(A x + c) - (B x + p), forward and backward, one pass
-// over the rows each.
+// The edit y = x + B^T (coeff * u), u = act(A x + c) - (B x + p), forward and backward. Each makes
+// one pass over the rows.
 #pragma once
 
 #include "paired_products.h"
@@ -20,7 +20,8 @@ inline void edit_by(const EditForward& e) {
   const Runs runs(order, sets, longest);
   A* const all_u = static_cast<A*>(e.u);
   A* const all_z = static_cast<A*>(e.z);
-  if (all_u) memset(all_u, 0, size_t(e.selection.entries * r) * sizeof(A));  // skipped entries
+  // u and z of skipped entries are zero
+  if (all_u) memset(all_u, 0, size_t(e.selection.entries * r) * sizeof(A));
   if (all_z) memset(all_z, 0, size_t(e.selection.entries * r) * sizeof(A));
   if (e.saved_input && e.selection.rows)
     for (int64_t n = 0; n < e.selection.entries; ++n)
@@ -29,7 +30,7 @@ inline void edit_by(const EditForward& e) {
   parallel_chunks(runs.count, grain_of(2 * longest * d * r), [&](int64_t first, int64_t last) {
     typename P::Work work(products);
     typename P::ByTerm coefficients(products);
-    Scratch<A> z(longest * r), used(longest * r);
+    Scratch<A> z(longest * r), scaled_u(longest * r);
     Scratch<T*> source(longest), out(longest);
     for (int64_t i = first; i < last; ++i) {
       const Run run = runs[i];
@@ -46,26 +47,26 @@ inline void edit_by(const EditForward& e) {
       } else {
         for (int64_t k = 0; k < count * r; ++k) z[k] = A(0);
       }
-      if (products.projects) products.project(false, source, count, run.set, work, used);
+      if (products.projects) products.project(false, source, count, run.set, work, scaled_u);
       for (int64_t m = 0; m < count; ++m) {
         int64_t entry = order.entry(run.begin + m);
         for (int64_t k = 0; k < r; ++k) {
-          A before =
+          A preactivation =
               z[m * r + k] + (products.read_bias ? products.read_bias[run.set * r + k] : A(0));
-          A u = activate(before, w.activation);
-          if (products.projects) u -= used[m * r + k];
+          A u = activate(preactivation, w.activation);
+          if (products.projects) u -= scaled_u[m * r + k];
           if (products.subtract_bias) u -= products.subtract_bias[run.set * r + k];
           if (all_u) all_u[entry * r + k] = u;
-          if (all_z) all_z[entry * r + k] = before;
-          used[m * r + k] = u;
+          if (all_z) all_z[entry * r + k] = preactivation;
+          scaled_u[m * r + k] = u;
         }
         if (w.coeff) {
           A scale[256];
           convert(w.coeff, entry * r, r, scale);
-          for (int64_t k = 0; k < r; ++k) used[m * r + k] *= scale[k];
+          for (int64_t k = 0; k < r; ++k) scaled_u[m * r + k] *= scale[k];
         }
       }
-      coefficients.fill(products, run.set, used, count, false, true);
+      coefficients.fill(products, run.set, scaled_u, count, false, true);
       for (int64_t from = 0; from < d; from += kChunk<A>)
         products.add(out, source, count, from, smaller(d - from, kChunk<A>), coefficients, streams,
                      work);
@@ -74,7 +75,7 @@ inline void edit_by(const EditForward& e) {
   });
 }
 
-// Partial sums of the weights' gradients over one run of entries.
+// Partial sums of the gradients of weights over one run of entries.
 template <class A>
 struct Partial {
   A *read, *write, *read_bias, *subtract_bias;
@@ -103,8 +104,8 @@ class EditBackwardKernel {
         partials_(weights_ ? runs_.count * partial_size() : 0) {}
 
   void operator()() const {
-    if (e_.grad_coeff)
-      memset(e_.grad_coeff, 0, size_t(e_.selection.entries * r_) * sizeof(A));  // skipped entries
+    // gradients of skipped entries are zero
+    if (e_.grad_coeff) memset(e_.grad_coeff, 0, size_t(e_.selection.entries * r_) * sizeof(A));
     parallel_chunks(runs_.count, grain_of(4 * run_length() * d_ * r_),
                     [&](int64_t first, int64_t last) {
                       Buffers b(products_);
@@ -119,9 +120,9 @@ class EditBackwardKernel {
     explicit Buffers(const P& p)
         : work(p),
           delta(p.tile * p.r),
-          pulled(p.tile * 2 * p.r),
-          used(p.tile * p.r),
-          unused(p.tile * p.r),
+          grad_terms(p.tile * 2 * p.r),
+          scaled_u(p.tile * p.r),
+          negative_scaled_u(p.tile * p.r),
           g(p.tile),
           x(p.tile),
           out(p.tile),
@@ -131,17 +132,18 @@ class EditBackwardKernel {
           read_rows(p),
           write_rows(p) {}
     typename P::Work work;
-    Scratch<A> delta;   // B g
-    Scratch<A> pulled;  // [rows, terms_]: what multiplies the weights in dh: dz, then -ddelta,
-                        // where they are
-    Scratch<A> used, unused;  // coeff * u, and its negative
+    Scratch<A> delta;  // B g, [rows, r]
+    // [rows, terms_], coefficients of the weights in dh: dz (with read), -ddelta (with projection).
+    Scratch<A> grad_terms;
+    Scratch<A> scaled_u, negative_scaled_u;  // coeff * u and -(coeff * u), [rows, r]
     Scratch<T*> g, x, out;
-    typename P::ByTerm hidden, input;  // pulled for dh, unused for x = y - B^T used
+    // For dh = g + grad_terms * weights, and for x = y - B^T (coeff * u).
+    typename P::ByTerm hidden, input;
     typename P::ByRow used_rows, read_rows, write_rows;
   };
 
-  // Long enough that a run's partial sums cost little beside its rows; a function of the shapes
-  // alone.
+  // Length of a run: long enough that its partial sums are cheap compared with its rows. Depends
+  // only on the shapes.
   int64_t run_length() const {
     int64_t rows = 8 * r_ > 128 ? 8 * r_ : 128, most = (e_.selection.entries + 63) / 64;
     return rows > most ? rows : most;
@@ -180,26 +182,25 @@ class EditBackwardKernel {
     prepare(set, count, all_rows, b);
     for (int64_t from = 0; from < d_; from += kChunk<A>) {
       const int64_t length = smaller(d_ - from, kChunk<A>);
-      if (weights_)
-        weight_gradients(count, from, length, all_rows, sums,
-                         b);  // before the gradient is overwritten
+      // Before hidden_gradient, which may overwrite the gradient in place.
+      if (weights_) weight_gradients(count, from, length, all_rows, sums, b);
       if (e_.out) hidden_gradient(count, from, length, b);
     }
   }
 
-  // The coefficients of a tile's products.
+  // Prepares the coefficients of a tile's products.
   void prepare(int64_t set, int64_t count, bool all_rows, Buffers& b) const {
     if (e_.out && terms_)
-      b.hidden.fill(products_, set, b.pulled, count, products_.reads, products_.projects);
+      b.hidden.fill(products_, set, b.grad_terms, count, products_.reads, products_.projects);
     if (!weights_) return;
-    b.used_rows.fill(products_, b.used, r_, count);
-    if (products_.reads) b.read_rows.fill(products_, b.pulled, terms_, count);
+    b.used_rows.fill(products_, b.scaled_u, r_, count);
+    if (products_.reads) b.read_rows.fill(products_, b.grad_terms, terms_, count);
     if (products_.projects)
-      b.write_rows.fill(products_, b.pulled + products_.reads * r_, terms_, count);
-    if (all_rows) b.input.fill(products_, set, b.unused, count, false, true);
+      b.write_rows.fill(products_, b.grad_terms + products_.reads * r_, terms_, count);
+    if (all_rows) b.input.fill(products_, set, b.negative_scaled_u, count, false, true);
   }
 
-  // Everything of size [rows, r].
+  // Computes all quantities of shape [rows, r].
   void ranks(int64_t begin, int64_t count, const Partial<A>& sums, Buffers& b) const {
     const A* all_u = static_cast<const A*>(e_.u);
     const A* all_z = static_cast<const A*>(e_.z);
@@ -216,10 +217,10 @@ class EditBackwardKernel {
                          ? ddelta
                          : ddelta * activation_derivative(all_z[entry * r_ + k], w_.activation);
         if (e_.grad_coeff) static_cast<A*>(e_.grad_coeff)[entry * r_ + k] = u * b.delta[at];
-        if (products_.reads) b.pulled[m * terms_ + k] = dz;
-        if (products_.projects) b.pulled[m * terms_ + products_.reads * r_ + k] = -ddelta;
-        b.used[at] = factor * u;
-        b.unused[at] = -factor * u;
+        if (products_.reads) b.grad_terms[m * terms_ + k] = dz;
+        if (products_.projects) b.grad_terms[m * terms_ + products_.reads * r_ + k] = -ddelta;
+        b.scaled_u[at] = factor * u;
+        b.negative_scaled_u[at] = -factor * u;
         if (weights_) {
           sums.read_bias[k] += dz;
           sums.subtract_bias[k] -= ddelta;
@@ -228,12 +229,12 @@ class EditBackwardKernel {
     }
   }
 
-  // used^T g, -ddelta^T x and dz^T x for one chunk of the channels, onto the partial sums.
+  // Adds (coeff * u)^T g, -ddelta^T x and dz^T x for one chunk of channels to the partial sums.
   void weight_gradients(int64_t count, int64_t from, int64_t length, bool all_rows,
                         const Partial<A>& sums, Buffers& b) const {
     const auto g = products_.lines_of(b.g, count, from, length, b.work);
     products_.outer(b.used_rows, g, from, length, sums.write, stride_, b.work);
-    if (terms_ == 0) return;  // no other gradient needs the input
+    if (terms_ == 0) return;  // the gradients below, which need the input, are absent
     const auto x = all_rows ? products_.rebuilt(b.x, count, from, length, b.input, b.work)
                             : products_.lines_of(b.x, count, from, length, b.work);
     if (products_.projects)
@@ -241,7 +242,7 @@ class EditBackwardKernel {
     if (products_.reads) products_.outer(b.read_rows, x, from, length, sums.read, stride_, b.work);
   }
 
-  // dh = g + A^T dz - B^T ddelta for one chunk of the channels.
+  // dh = g + A^T dz - B^T ddelta for one chunk of channels.
   void hidden_gradient(int64_t count, int64_t from, int64_t length, Buffers& b) const {
     if (terms_) {
       products_.add(b.out, b.g, count, from, length, b.hidden, streams_, b.work);
@@ -251,11 +252,11 @@ class EditBackwardKernel {
       if (b.out[m] != b.g[m]) memcpy(b.out[m] + from, b.g[m] + from, size_t(length) * sizeof(T));
   }
 
-  // Partial sums of each set in the order of its runs.
+  // Adds the partial sums of each set in the order of its runs.
   void sum_partials() const {
     const int64_t sets = e_.selection.sets;
-    const bool same =
-        products_.folded && products_.reads;  // then dB takes dA with it: dB = used^T g - dA
+    // Then the input terms of dB are -dA, so dB = (coeff * u)^T g - dA.
+    const bool subtract_read = products_.folded && products_.reads;
     A* const grad_read = static_cast<A*>(e_.grad_read);
     A* const grad_write = static_cast<A*>(e_.grad_write);
     A* const read_bias = static_cast<A*>(e_.grad_read_bias);
@@ -275,7 +276,7 @@ class EditBackwardKernel {
           dc += sums.read_bias[k];
           dp += sums.subtract_bias[k];
         }
-        if (same) add(write, read, A(-1));
+        if (subtract_read) add(write, read, A(-1));
         if (read_bias) read_bias[i] = dc;
         if (subtract_bias) subtract_bias[i] = dp;
       }
@@ -309,20 +310,20 @@ inline void edit_backward(const EditBackward& e) {
 }
 
 #if defined(__AVX512BF16__)
-// With fewer ranks fp32 weights cost nothing; relu's derivative jumps where a rounded weight moves
-// z.
-inline bool in_pairs(const EditWeights& w) {
+// Whether to use bf16 pair products: not for small ranks, where fp32 weights are as fast, and not
+// with relu, whose derivative changes if rounded weights change the sign of z.
+inline bool use_pairs(const EditWeights& w) {
   return w.r >= kPairedRanks && w.activation != Activation::relu;
 }
 
 template <>
 inline void edit<bf16>(const EditForward& e) {
-  in_pairs(e.weights) ? edit_by<bf16, PairedProducts>(e) : edit_by<bf16, PlainProducts>(e);
+  use_pairs(e.weights) ? edit_by<bf16, PairedProducts>(e) : edit_by<bf16, PlainProducts>(e);
 }
 template <>
 inline void edit_backward<bf16>(const EditBackward& e) {
-  in_pairs(e.weights) ? EditBackwardKernel<bf16, PairedProducts>{e}()
-                      : EditBackwardKernel<bf16, PlainProducts>{e}();
+  use_pairs(e.weights) ? EditBackwardKernel<bf16, PairedProducts>{e}()
+                       : EditBackwardKernel<bf16, PlainProducts>{e}();
 }
 #endif
 

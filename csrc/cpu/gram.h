@@ -1,6 +1,5 @@
-// Products of tall [d, r] matrices, a tile of rows at a time: a tile is transposed on load, so that
-// vectors run along d whatever r is, its Gram matrices are summed in registers, and r x r factors
-// are applied to it.
+// Products of tall [d, r] matrices, one tile of rows at a time. Tiles are transposed on load, so
+// that vectors run along d for every r.
 #pragma once
 
 #include "tiles.h"
@@ -9,16 +8,17 @@
 namespace reft {
 namespace REFT_ISA {
 
-// ---- transposition through registers, 16 bytes of a row at a time
+// ---- transposition in registers, in units of 16 bytes of a row
 
 template <class T>
-constexpr int kQuad = 16 / int(sizeof(T));  // how many elements those are: 4 floats or 2 doubles
+constexpr int kQuad = 16 / int(sizeof(T));  // 4 floats or 2 doubles
 
 #if defined(__AVX512F__)
-constexpr __mmask16 kAll = 0xffff;  // GCC 12 warns about the forms without a mask
+// Mask for the masked forms of intrinsics; GCC 12 warns about the unmasked ones.
+constexpr __mmask16 kAll = 0xffff;
 #endif
 
-// Within each 16 bytes: the elements of a and b interleaved, of the lower and of the upper halves.
+// Interleave the low (high) halves of a and b within each 16-byte lane.
 REFT_INLINE vec<float> interleave_low(vec<float> a, vec<float> b) {
 #if defined(__AVX512F__)
   return (vec<float>)_mm512_maskz_unpacklo_ps(kAll, (__m512)a, (__m512)b);
@@ -56,7 +56,7 @@ REFT_INLINE vec<double> interleave_high(vec<double> a, vec<double> b) {
 #endif
 }
 
-// The 4 x 4 (or 2 x 2) matrix in each 16 bytes, transposed.
+// Transposes the 4 x 4 (or 2 x 2) matrix in each 16-byte lane.
 REFT_INLINE void transpose_quads(vec<float> (&v)[4]) {
   vec<double> a = (vec<double>)interleave_low(v[0], v[1]),
               b = (vec<double>)interleave_high(v[0], v[1]);
@@ -84,7 +84,7 @@ REFT_INLINE void store_quad(T* p, __m128 v) {
 }
 #endif
 
-// The 16 bytes at each of p, p + stride, ... side by side.
+// Loads 16 bytes from each of p, p + stride, ... into the lanes of one vector.
 template <class T>
 REFT_INLINE vec<T> load_quads(const T* p, int64_t stride) {
 #if defined(__AVX512F__)
@@ -116,7 +116,8 @@ REFT_INLINE void store_quads(T* p, int64_t stride, vec<T> v) {
 #endif
 }
 
-// tile[j, i] = rows[i, j] for `count` rows of r numbers; the columns up to a whole vector are zero.
+// tile[j, i] = rows[i, j] for `count` rows of r elements; tile columns are padded with zeros to a
+// whole vector.
 template <class T>
 void load_transposed(const T* rows, int64_t count, int64_t r, T* tile, int64_t ld) {
   constexpr int L = kLanes<T>, Q = kQuad<T>;
@@ -124,7 +125,7 @@ void load_transposed(const T* rows, int64_t count, int64_t r, T* tile, int64_t l
   if (r >= Q) {
     for (; i + L <= count; i += L) {
       for (int64_t begin = 0; begin < r; begin += Q) {
-        int64_t j = smaller(begin, r - Q);  // the last columns overlap those before
+        int64_t j = smaller(begin, r - Q);  // the last block overlaps the one before
         vec<T> v[Q];
 #pragma GCC unroll 8
         for (int q = 0; q < Q; ++q) v[q] = load_quads(rows + (i + q) * r + j, Q * r);
@@ -140,7 +141,7 @@ void load_transposed(const T* rows, int64_t count, int64_t r, T* tile, int64_t l
   }
 }
 
-// rows[i, j] = tile[j, i].
+// rows[i, j] = tile[j, i] for `count` rows of r elements.
 template <class T>
 void store_transposed(const T* tile, int64_t ld, int64_t count, int64_t r, T* rows) {
   constexpr int L = kLanes<T>, Q = kQuad<T>;
@@ -165,7 +166,7 @@ void store_transposed(const T* tile, int64_t ld, int64_t count, int64_t r, T* ro
 // ---- Gram matrices of tiles
 
 #if defined(__AVX512F__)
-constexpr int kGramRows = 4;  // times 4 columns: that many accumulators
+constexpr int kGramRows = 4;  // kGramRows x kGramColumns accumulators
 #else
 constexpr int kGramRows = 2;
 #endif
@@ -200,12 +201,12 @@ REFT_INLINE void add_lane_sums(vec<T> (&v)[kGramColumns], double* sums) {
   }
 }
 
-// Terms that a lane adds up before its sum goes to fp64; few where the whole matrix is one block
-// and its sums cost little.
+// Number of terms a lane sums in T before the result is added to the fp64 sums. Small matrices use
+// fewer, as their sums are cheap.
 REFT_INLINE int64_t gram_chain(int64_t size) { return size <= kGramColumns ? 4 : 16; }
 
-// sums[i, j] += sum_n a[i, n] b[j, n] for the `size` rows (a multiple of 4) of two tiles; of the
-// upper triangle alone where `upper`.
+// sums[i, j] += sum_n a[i, n] b[j, n] for two tiles of `size` rows (a multiple of 4); only the
+// upper triangle if `upper`.
 template <class T>
 void add_gram(const T* a, const T* b, int64_t size, int64_t ld, int64_t columns, bool upper,
               double* sums) {
@@ -235,24 +236,24 @@ void add_gram(const T* a, const T* b, int64_t size, int64_t ld, int64_t columns,
   }
 }
 
-// ---- factors applied to tiles
+// ---- products of factors and tiles
 
-constexpr int kFactorRows = 6;  // of a factor in registers at a time
-constexpr int kFactorChain =
-    16;  // terms added up in a row, of which longer sums are made: one of 32 leaves the budget
+constexpr int kFactorRows = 6;  // rows of a factor in one register block
+// Terms summed consecutively before they are added to the total; 32 would exceed the error budget.
+constexpr int kFactorChain = 16;
 #if defined(__AVX512F__)
-constexpr int kFactorVectors = 4;  // of each row of the result
+constexpr int kFactorVectors = 4;  // vectors of the result per register block row
 #else
 constexpr int kFactorVectors = 2;
 #endif
 
-// Rows are cut into blocks of at most kFactorRows, evenly: 8 as 4 + 4.
+// Splits rows evenly into blocks of at most kFactorRows, for example 8 = 4 + 4.
 REFT_INLINE int64_t factor_blocks(int64_t rows) { return (rows + kFactorRows - 1) / kFactorRows; }
 REFT_INLINE int64_t factor_block_begin(int64_t rows, int64_t block) {
   return block * rows / factor_blocks(rows);
 }
 
-// What a product is added to, below `columns`; zero from there on.
+// Matrix that a product is added to. Columns from `columns` on are taken as zero.
 template <class T>
 struct Addend {
   const T* data;
@@ -294,8 +295,9 @@ REFT_INLINE void multiply_registers(const T* factor, int64_t depth, const T* b, 
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j) acc[i][j] += next[i][j];
   }
-  if (column <
-      addend.columns) {  // last: it is the largest term where a sum of small ones must stay exact
+  // Added last, because it can be much larger than the product, whose small terms would lose
+  // accuracy.
+  if (column < addend.columns) {
 #pragma GCC unroll 8
     for (int i = 0; i < I; ++i)
 #pragma GCC unroll 8
@@ -327,8 +329,8 @@ void multiply_strip(int64_t rows, const T* factor, int64_t depth, const T* b, in
   }
 }
 
-// One block of rows of a packed factor ([depth, rows], see factor_blocks) times b [depth, columns],
-// columns whole vectors.
+// Multiplies one block of rows of a packed factor ([depth, rows], see factor_blocks) by b [depth,
+// columns]; columns is a whole number of vectors.
 template <class T, class Sink>
 void multiply_block(int64_t rows, const T* factor, int64_t depth, const T* b, int64_t ld,
                     int64_t columns, Addend<T> addend, int64_t row, const Sink& sink) {
@@ -340,8 +342,8 @@ void multiply_block(int64_t rows, const T* factor, int64_t depth, const T* b, in
     multiply_strip<1>(rows, factor, depth, b, ld, addend, row, column, sink);
 }
 
-// sink(i, n, (addend + factor b)[i, n .. n + kLanes]) for a packed factor [rows, depth] and a tile
-// [depth, columns].
+// Calls sink(i, n, (addend + factor b)[i, n : n + kLanes]) for a packed factor [rows, depth] and a
+// tile b [depth, columns].
 template <class T, class Sink>
 void multiply_tile(const T* factor, int64_t rows, int64_t depth, const T* b, int64_t ld,
                    int64_t columns, Addend<T> addend, const Sink& sink) {

@@ -1,6 +1,5 @@
-// malloc maps every block of 32 MiB and more anew, and each new page costs a fault when it is first
-// written: together several times what an edit takes. Blocks that come back to a pool are mapped
-// already.
+// malloc maps large blocks (32 MiB and more) anew for each allocation, and the page faults of the
+// first write cost several times as much as an edit. Reusing blocks avoids these faults.
 #include "host_pool.h"
 
 #include <stdlib.h>
@@ -20,17 +19,17 @@ struct Block {
   size_t bytes;
 };
 
-constexpr size_t kSmallest = size_t(16) << 20;  // malloc keeps and reuses smaller blocks itself
+constexpr size_t kMinPooledBytes = size_t(16) << 20;  // malloc reuses smaller blocks itself
 constexpr size_t kHugePage = size_t(2) << 20;
-constexpr size_t kMostWaste =
-    8;  // a kept block serves when an eighth of it, at most, would lie idle
+// A cached block is reused only if at most 1/8 of it stays unused.
+constexpr size_t kMaxWasteDivisor = 8;
 
 void* map(size_t bytes) {
   void* data = nullptr;
   if (posix_memalign(&data, kHugePage, bytes) != 0) return nullptr;
 #if defined(__linux__)
-  madvise(data, bytes,
-          MADV_HUGEPAGE);  // advice: without huge pages the block is as good, its first use slower
+  // Only a hint: without huge pages the first write is slower.
+  madvise(data, bytes, MADV_HUGEPAGE);
 #endif
   return data;
 }
@@ -43,8 +42,8 @@ class Pool {
     size_t best = kept_.size();
     for (size_t i = 0; i < kept_.size(); ++i) {
       const size_t has = kept_[i].bytes;
-      // the last of equals is the warmest
-      if (has >= bytes && has - bytes <= has / kMostWaste &&
+      // among equal sizes prefer the last one freed, which is most likely in cache
+      if (has >= bytes && has - bytes <= has / kMaxWasteDivisor &&
           (best == kept_.size() || has <= kept_[best].bytes))
         best = i;
     }
@@ -55,7 +54,7 @@ class Pool {
       kept_bytes_ -= block.bytes;
     } else {
       block = {map(bytes), bytes};
-      if (block.data == nullptr) {  // what is kept may be what is missing
+      if (block.data == nullptr) {  // out of memory: free the cached blocks and retry
         shrink(0);
         block.data = map(bytes);
       }
@@ -88,7 +87,7 @@ class Pool {
   }
 
   bool serves(size_t bytes) {
-    if (bytes < kSmallest) return false;
+    if (bytes < kMinPooledBytes) return false;
     const std::lock_guard<std::mutex> guard(lock_);
     return limit_ > 0;
   }
@@ -100,21 +99,21 @@ class Pool {
 
  private:
   void shrink(size_t most) {
-    size_t gone = 0;
-    for (; kept_bytes_ > most; ++gone) {
-      free(kept_[gone].data);
-      kept_bytes_ -= kept_[gone].bytes;
+    size_t freed = 0;
+    for (; kept_bytes_ > most; ++freed) {
+      free(kept_[freed].data);
+      kept_bytes_ -= kept_[freed].bytes;
     }
-    kept_.erase(kept_.begin(), kept_.begin() + ptrdiff_t(gone));
+    kept_.erase(kept_.begin(), kept_.begin() + ptrdiff_t(freed));
   }
 
   std::mutex lock_;
-  std::vector<Block> kept_;  // the longest kept first
+  std::vector<Block> kept_;  // oldest first
   std::unordered_map<void*, size_t> used_;
   size_t limit_ = 0, used_bytes_ = 0, kept_bytes_ = 0;
 };
 
-// Never destroyed: tensors may let go of their blocks after static destructors have run.
+// Never destroyed, because tensors may release blocks after static destructors have run.
 Pool& pool() {
   static Pool* const instance = new Pool;
   return *instance;

@@ -1,4 +1,4 @@
-// Large blocks of host memory that are kept for the next output when a tensor lets go of them.
+// Pool of large host memory blocks, reused for later outputs.
 #pragma once
 
 #include <stddef.h>
@@ -6,23 +6,22 @@
 
 namespace reft {
 
-// A block of at least `bytes`, uninitialised; null when the system gives none.
+// Returns an uninitialized block of at least `bytes`, or null if out of memory.
 void* pool_take(size_t bytes);
 
-// Takes a block back: kept while all that is kept stays within the limit, else it goes to the
-// system.
+// Returns a block to the pool, which caches it unless it exceeds the limit.
 void pool_give(void* block);
 
-// Whether an output of so many bytes is to come from the pool: there is one, and malloc would map
-// the block anew.
+// Whether an output of this size should be allocated from the pool: the pool is enabled and the
+// size is one for which malloc would map new memory.
 bool pool_serves(size_t bytes);
 
-// How much may be kept; what is over it goes to the system, the longest kept first. 0 keeps
-// nothing.
+// Sets how many bytes may be cached, and frees the oldest cached blocks above it. 0 disables the
+// pool.
 void pool_limit(size_t bytes);
 
 struct PoolBytes {
-  size_t used, kept;  // held by tensors, and waiting for the next one
+  size_t used, kept;  // used: held by tensors; kept: cached for reuse
 };
 PoolBytes pool_bytes();
 

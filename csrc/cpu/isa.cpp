@@ -1,4 +1,4 @@
-// Which instruction set serves: asked of the processor once.
+// Selects the instruction set once, from the processor's features.
 #include <stdlib.h>
 #include <string.h>
 
@@ -9,12 +9,12 @@ namespace {
 
 struct Choice {
   const Kernels* kernels;
-  bool able;
+  bool supported;
 };
 
-constexpr int kMost = 4;
+constexpr int kMaxChoices = 4;
 
-// Those that the build compiled (REFT_HAS_...), the widest first.
+// Lists the instruction sets in this build (REFT_HAS_...), widest first.
 int choices(Choice* out) {
   int count = 0;
 #if defined(__x86_64__)
@@ -39,14 +39,14 @@ int choices(Choice* out) {
 }
 
 const Kernels& choose() {
-  Choice all[kMost];
+  Choice all[kMaxChoices];
   int count = choices(all);
   const char* wanted = getenv("REFT_KERNELS_CPU_ISA");
   for (int i = 0; i < count; ++i)
-    if (all[i].able && (wanted == nullptr || strcmp(wanted, all[i].kernels->name) == 0))
+    if (all[i].supported && (wanted == nullptr || strcmp(wanted, all[i].kernels->name) == 0))
       return *all[i].kernels;
-  return portable::kernels;  // an impossible wish is refused where the library is loaded, by
-                             // unsupported_reason
+  // An unsupported REFT_KERNELS_CPU_ISA is reported at load time, through unsupported_reason.
+  return portable::kernels;
 }
 
 }  // namespace
@@ -57,11 +57,11 @@ const Kernels& kernels() {
 }
 
 const char* unsupported_reason(const char* isa) {
-  Choice all[kMost];
+  Choice all[kMaxChoices];
   int count = choices(all);
   for (int i = 0; i < count; ++i)
     if (strcmp(all[i].kernels->name, isa) == 0)
-      return all[i].able ? nullptr : "this processor does not have it";
+      return all[i].supported ? nullptr : "this processor does not have it";
   return "it is not one of avx512bf16, avx512, avx2, portable";
 }
 

@@ -1,4 +1,4 @@
-// Compiled once for each instruction set: the build gives REFT_ISA and the compiler's flags for it.
+// Compiled once for each instruction set, with REFT_ISA and the compiler flags set by build.py.
 #include "kernels.h"
 
 #include "edit_kernels.h"

@@ -1,4 +1,4 @@
-// The kernels of one instruction set, as a table; the library holds one for each and picks once.
+// Table of the kernels of one instruction set. The library has one table for each and selects one.
 #pragma once
 
 #include "edit.h"
@@ -16,7 +16,7 @@ struct BuildKernels {
 
 struct Kernels {
   const char* name;
-  // by the dtype of the hidden state, in the order of Dtype
+  // indexed by the Dtype of the hidden states
   void (*edit[kDtypes])(const EditForward&);
   void (*edit_backward[kDtypes])(const EditBackward&);
   void (*red[kDtypes])(const RedForward&);
@@ -36,11 +36,11 @@ REFT_DECLARE_KERNELS(avx2)
 #endif
 REFT_DECLARE_KERNELS(portable)
 
-// The kernels for this machine: the widest it has, or the one that the environment variable
-// REFT_KERNELS_CPU_ISA names.
+// Kernels for this machine: the widest supported instruction set, or the one named by the
+// environment variable REFT_KERNELS_CPU_ISA.
 const Kernels& kernels();
 
-// Why a named set cannot serve here; null when it can.
+// Reason why an instruction set cannot be used on this machine; null if it can.
 const char* unsupported_reason(const char* isa);
 
 }  // namespace reft

@@ -1,12 +1,15 @@
-// Householder and Cayley maps: R = (E N + V M)^T from X [d, r], and their gradients, as
-// reft_kernels/orthonormal.py defines them. Two passes over the tall matrices each way, with r x r
-// algebra in fp64 between them:
+// Householder and Cayley maps R = (E N + V M)^T of X [d, r] and their gradients, defined in
+// reft_kernels/orthonormal.py. Both directions make two passes over the tall matrices, with fp64 r
+// x r algebra between:
 //
-//     forward     reduce: V^T V (and V0^T V)        solve: M, N, back     write: R = N^T E^T + M^T
-//     V^T (- back^T V0^T + point) backward    reduce: total V (and total V0)    solve: M, Gsym, H
-//     write: grad_X^T = M total + Gsym V^T (- M H V0^T)
+//   forward   reduce: V^T V (and V0^T V)
+//             solve:  M, N, back
+//             write:  R = N^T E^T + M^T V^T (- back^T V0^T + point)
+//   backward  reduce: total V (and total V0)
+//             solve:  M, Gsym, H
+//             write:  grad_X^T = M total + Gsym V^T (- M H V0^T)
 //
-// Sums belong to fixed chunks of rows and are added in their order, so results do not depend on the
+// Sums are computed per chunk of rows and added in chunk order, so results do not depend on the
 // number of threads.
 #pragma once
 
@@ -23,11 +26,10 @@ namespace REFT_ISA {
 
 enum class Map { householder, cayley };
 
-REFT_INLINE double map_at_zero(Map map) {
-  return map == Map::householder ? -1.0 : 1.0;
-}  // F(0) is this times E
+// Factor of the map at X = 0: F(0) = map_at_zero(map) * E.
+REFT_INLINE double map_at_zero(Map map) { return map == Map::householder ? -1.0 : 1.0; }
 
-// What multiplies the columns of F.
+// Scale of one column of F.
 template <class T>
 double column_scale(const T* signs, bool base, Map map, int64_t column) {
   if (signs == nullptr) return 1.0;
@@ -38,7 +40,7 @@ double column_scale(const T* signs, bool base, Map map, int64_t column) {
 
 template <class T>
 struct ForwardSink {
-  T *R, *D;  // from the first row of the tile on, as the others
+  T *R, *D;  // all pointers start at the first row of the tile
   const T *point, *W;
   int64_t d, columns;
 
@@ -93,8 +95,8 @@ class ForwardBuild {
   void solve(int64_t layer, double* memory, int64_t* order) const {
     const int64_t r = f_.r;
     Squares squares(memory, r);
-    // the first r rows hold the unit diagonal, next to which the others are small: their products
-    // are fp64 from the start
+    // The unit diagonal in the first r rows is large compared with the other elements, so the
+    // products of these rows are computed in fp64.
     Square gram = squares.next_zero(), M = squares.next(), N = squares.next_zero(),
            inner = squares.next();
     Square V1 = squares.next(), V1_upper = squares.next();
@@ -138,17 +140,17 @@ class ForwardBuild {
       }
     }
 
-    T* handed = store_.handed_over(layer);
+    T* factors = store_.factors(layer);
     T* aux = f_.aux + layer * tall_ * r * r;
     write_square(inner, aux);
-    PackedFactor<T> factor(handed, store_.cut, tall_);
+    PackedFactor<T> factor(factors, store_.cut, tall_);
     factor.fill(0, 1.0, transposed(M));
-    // what E and the unit diagonals of V and V0 contribute, which nearly cancel, is summed here;
-    // the tiles leave it out
+    // The contributions of E and of the unit diagonals of V and V0 nearly cancel, so they are
+    // summed here in fp64 and excluded from the tiles.
     Square top = N;
     if (f_.base != nullptr) {
       Square V0_upper = squares.next(), cross = squares.next_zero(), projected = squares.next();
-      Square T0 = gram, back = inner;  // both are spent
+      Square T0 = gram, back = inner;  // gram and inner are no longer needed
       read_top(base(layer), r, V0_upper);
       if (map_ == Map::householder) multiply(1.0, plain(V0_upper, Form::upper), V1, cross);
       store_.add_sums(layer, 1, cross);
@@ -161,7 +163,7 @@ class ForwardBuild {
       for (int64_t i = 0; i < r; ++i)
         for (int64_t k = 0; k < r; ++k) top[i][k] -= back[i][k];
     }
-    T* unit = handed + factor_count();
+    T* unit = factors + factor_count();
     for (int64_t k = 0; k < r; ++k) {
       for (int64_t i = 0; i < r; ++i)
         unit[k * unit_ld_ + i] = T(map_ == Map::householder ? top[i][k] + M[i][k] : top[i][k]);
@@ -171,7 +173,7 @@ class ForwardBuild {
 
   void write(int64_t layer, int64_t chunk, const TileMemory<T>& tiles) const {
     const RowCut<T>& cut = store_.cut;
-    const T *factor = store_.handed_over(layer), *unit = factor + factor_count();
+    const T *factor = store_.factors(layer), *unit = factor + factor_count();
     const int64_t all = layer * f_.r * f_.d;
     for (int64_t row = chunk * cut.chunk; row < cut.end(chunk); row += cut.tile) {
       const int64_t count = smaller(cut.tile, cut.end(chunk) - row), at = all + row;
@@ -198,7 +200,9 @@ class ForwardBuild {
 
   const BuildForward<T>& f_;
   Map map_;
-  int64_t tall_, unit_ld_;  // how many tall matrices; row length of what E and unit diagonals give
+  // tall_: number of tall matrices. unit_ld_: row stride of the fp64-summed terms of the first r
+  // rows.
+  int64_t tall_, unit_ld_;
   LayerStore<T> store_;
 };
 
@@ -225,7 +229,7 @@ class BackwardBuild {
 
   const RowCut<T>& cut() const { return store_.cut; }
   int64_t layers() const { return f_.layers; }
-  int64_t tiles() const { return tall_ + 2; }  // total, V, V0 as one operand; then the result
+  int64_t tiles() const { return tall_ + 2; }  // total, V and V0 as one operand, then the result
   int64_t products() const { return tall_ + 1; }
 
   void reduce(int64_t layer, int64_t chunk, const TileMemory<T>& tiles) const {
@@ -246,7 +250,7 @@ class BackwardBuild {
     }
   }
 
-  // Names with _t are transposes of the gradients in orthonormal.py.
+  // Names with suffix _t are transposes of the gradients in orthonormal.py.
   void solve(int64_t layer, double* memory, int64_t*) const {
     const int64_t r = f_.r;
     Squares squares(memory, r);
@@ -259,7 +263,7 @@ class BackwardBuild {
     store_.add_sums(layer, 0, Mbar_t);
     for (int64_t k = 0; k < r; ++k)
       for (int64_t i = 0; i < r; ++i) Nbar_t[k][i] = double(total(layer, k, i));
-    if (f_.base != nullptr) {  // total - H V0^T takes the place of total
+    if (f_.base != nullptr) {  // total - H V0^T replaces total
       Square T0 = one, cross = one, V0_upper = one, sums = two;
       memset(sums.data, 0, size_t(square_count(r)) * sizeof(double));
       store_.add_sums(layer, 1, sums);
@@ -312,15 +316,15 @@ class BackwardBuild {
       for (int64_t i = 0; i < r; ++i) M[i][k] *= scale;
     }
 
-    T* handed = store_.handed_over(layer);
-    PackedFactor<T> factor(handed, store_.cut, 1 + tall_);
+    T* factors = store_.factors(layer);
+    PackedFactor<T> factor(factors, store_.cut, 1 + tall_);
     factor.fill(0, 1.0, plain(M));
     factor.fill(1, 1.0, plain(Gsym));
     if (f_.base != nullptr) {
       multiply(-1.0, plain(M), H, one);
       factor.fill(2, 1.0, plain(one));
     }
-    T* top = handed + factor_count();
+    T* top = factors + factor_count();
     for (int64_t i = 0; i < r; ++i)
       for (int64_t j = 0; j < r; ++j)
         top[i * r + j] = j < i ? T(top_t[j][i] - minus_top[i][j]) : T(0);
@@ -328,7 +332,7 @@ class BackwardBuild {
 
   void write(int64_t layer, int64_t chunk, const TileMemory<T>& tiles) const {
     const RowCut<T>& cut = store_.cut;
-    const T *factor = store_.handed_over(layer), *top = factor + factor_count();
+    const T *factor = store_.factors(layer), *top = factor + factor_count();
     T *grad = f_.grad_X + layer * f_.d * f_.r, *result = tiles[1 + tall_];
     for (int64_t row = chunk * cut.chunk; row < cut.end(chunk); row += cut.tile) {
       const int64_t count = smaller(cut.tile, cut.end(chunk) - row);
@@ -350,7 +354,7 @@ class BackwardBuild {
   const T* base(int64_t layer) const { return f_.base + layer * f_.d * f_.r; }
   int64_t factor_count() const { return f_.r * (1 + tall_) * store_.cut.padded_r; }
 
-  // dL/dR, to which grad_D counts negatively
+  // Element of dL/dR = grad_R - grad_D.
   T total(int64_t layer, int64_t k, int64_t n) const {
     const int64_t at = (layer * f_.r + k) * f_.d + n;
     return (f_.grad_R != nullptr ? f_.grad_R[at] : T(0)) -
@@ -381,16 +385,16 @@ class BackwardBuild {
   LayerStore<T> store_;
 };
 
-// ---- both
+// ---- forward and backward
 
-// Reduce, solve and write of every layer, over the thread pool where there is work enough.
+// Runs reduce, solve and write for all layers, in parallel if there is enough work.
 template <class T, class Build>
 void run(const Build& build) {
-  constexpr int64_t kThreadWork =
-      1 << 20;  // about 10 us at r = 8: less is not worth entering the pool
-  constexpr int64_t kLayerBytes =
-      512 * 1024;  // a layer that stays in L2 from reduce to write is one thread's
-  constexpr int64_t kLayersForThreads = 8;  // as long as there are layers enough for all
+  // About 10 us at r = 8; less work is not worth entering the thread pool.
+  constexpr int64_t kThreadWork = 1 << 20;
+  // With enough layers for all threads, a layer that fits in L2 is processed by one thread.
+  constexpr int64_t kLayerBytes = 512 * 1024;
+  constexpr int64_t kLayersForThreads = 8;
   const RowCut<T>& cut = build.cut();
   const int64_t r = cut.r, layers = build.layers(), chunks = cut.chunks;
   const int64_t chunk_work = smaller(cut.chunk, cut.d) * r * (build.products() * r + 16),
@@ -435,7 +439,7 @@ void build_forward(const BuildForward<T>& arguments, Map map) {
 
 template <class T>
 void build_backward(const BuildBackward<T>& arguments, Map map) {
-  if (arguments.layers == 0) return;  // grad_X has no memory
+  if (arguments.layers == 0) return;  // grad_X is empty
   if (arguments.grad_R == nullptr && arguments.grad_D == nullptr) {
     memset(arguments.grad_X, 0, size_t(arguments.layers * arguments.d * arguments.r) * sizeof(T));
     return;

@@ -1,6 +1,5 @@
-// The products of an edit on bf16 rows, two neighbours at a time: one instruction multiplies 32
-// pairs of bf16 numbers and adds each pair's sum to an fp32 number. Weights and coefficients are
-// rounded to bf16; sums stay in fp32. The interface is that of plain_products.h.
+// Products of an edit with AVX512-BF16, which multiplies two adjacent bf16 numbers per lane.
+// Weights and coefficients are rounded to bf16, sums are fp32. Same interface as plain_products.h.
 #pragma once
 
 #if defined(__AVX512BF16__)
@@ -10,9 +9,9 @@
 namespace reft {
 namespace REFT_ISA {
 
-constexpr int64_t kPairedRanks = 8;  // ranks from which they are faster
+constexpr int64_t kPairedRanks = 8;  // smallest rank for which pair products are faster
 constexpr int64_t kPairLanes = kStep<Paired>;
-constexpr int64_t kPairSkew = 64;  // two cache lines, as kSkew
+constexpr int64_t kPairSkew = 64;  // two cache lines, as in kSkew
 
 REFT_INLINE int64_t whole_pairs(int64_t count) { return (count + 1) / 2; }
 
@@ -23,8 +22,8 @@ REFT_INLINE void round_row(const float* from, int64_t count, bf16* to) {
   for (; i < count; ++i) from_acc(from[i], to + i);
 }
 
-// a0 b0 a1 b1 ... of rows a and b (null: zeros), `count` of each, the last vectors filled with
-// zeros.
+// Interleaves `count` elements of a and b (null: zeros) as a0 b0 a1 b1 ..., padded with zeros to
+// whole vectors.
 inline void interleave(const bf16* a, const bf16* b, int64_t count, bf16* to) {
   alignas(64) static const uint16_t low[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                                37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
@@ -41,8 +40,8 @@ inline void interleave(const bf16* a, const bf16* b, int64_t count, bf16* to) {
   }
 }
 
-// Rounded weights: each row for `project`, and each two rows of a set interleaved for `add`; zeros
-// to whole vectors.
+// Weights rounded to bf16, padded with zeros to whole vectors: single rows for `project`, and
+// interleaved pairs of rows of a set for `add`.
 class PairedPanel {
  public:
   void reset(int64_t sets, int64_t ranks, int64_t d) {
@@ -52,7 +51,7 @@ class PairedPanel {
     pair_stride = 2 * width + kPairSkew;
     rows_.reset(sets * r_ * stride);
   }
-  // One row of d numbers in fp32.
+  // Sets row i from d fp32 numbers.
   void set_row(int64_t i, const float* from, int64_t d) {
     bf16* to = rows_ + i * stride;
     round_row(from, d, to);
@@ -96,8 +95,8 @@ class PairedProducts : public Parts<float> {
       read_.set_row(i, read, d);
     }
     write_.pair(sets, d);
-    if (reads && backward)
-      read_.pair(sets, d);  // forward, rows are projected on read and never added
+    // The forward uses read for `project` only, so it needs no interleaved pairs.
+    if (reads && backward) read_.pair(sets, d);
   }
 
   struct Work {
@@ -112,7 +111,7 @@ class PairedProducts : public Parts<float> {
       for (int64_t m = 0; m < whole_pairs(p.tile); ++m) line_at[m] = lines + m * 2 * kChunk<A>;
     }
     Scratch<vec<A>> sums;
-    Scratch<bf16> rows, lines;  // a chunk of the rows, and of each two of them interleaved
+    Scratch<bf16> rows, lines;  // a chunk of the rows, and the same rows interleaved in pairs
     Scratch<bf16*> row_at;
     Scratch<const bf16*> line_at;
     Scratch<A*> sums_at;

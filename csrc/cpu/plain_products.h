@@ -1,12 +1,11 @@
-// The products of an edit in the accumulation dtype: rows are converted as they are loaded.
+// Products of an edit in the accumulation dtype; rows are converted as they are loaded.
 //
-// A class of products holds the weights of an edit as its instructions want them, and computes on
-// tiles of rows
-//   project       the rows times the weights of a set
-//   add           rows plus coefficients times the weights, S [row, term]
-//   outer         coefficients times rows, S [row, rank], onto sums [rank, channel]
-// Read's weights are added in the backward alone, which the constructor is told of. Coefficients
-// are prepared once a tile (ByTerm, ByRow), rows that are multiplied by every rank once a chunk
+// A products class stores the weights in the layout of its instructions and computes on tiles of
+// rows:
+//   project   rows times the weights of a set: [row, rank]
+//   add       rows + S times weights, with coefficients S [row, term]
+//   outer     sums [rank, channel] += S^T times rows, with coefficients S [row, rank]
+// Coefficients are prepared once per tile (ByTerm, ByRow), the rows for `outer` once per chunk
 // (lines_of, rebuilt).
 #pragma once
 
@@ -17,11 +16,12 @@
 namespace reft {
 namespace REFT_ISA {
 
-// Which weights an edit has, and its biases.
+// The optional parts of an edit, and its biases.
 template <class A>
 struct Parts {
   int64_t d, r, tile;
-  bool folded, reads, projects;  // folded: read holds A - B; projects: B x is subtracted apart
+  // folded: read_ holds A - B, so B x needs no product. projects: B x is a separate product.
+  bool folded, reads, projects;
   Scratch<A> read_bias, subtract_bias;
 
   Parts(const EditWeights& w, int64_t sets, int64_t tile_rows) : d(w.d), r(w.r), tile(tile_rows) {
@@ -63,7 +63,7 @@ class PlainProducts : public Parts<acc_t<T>> {
     if (this->folded) read_.subtract(write_, sets * r);
   }
 
-  // A thread's memory.
+  // Work memory of one thread.
   struct Work {
     explicit Work(const PlainProducts& p)
         : sums(p.tile * p.r), rows(p.tile), base(p.tile), lines(p.r) {}
@@ -72,7 +72,7 @@ class PlainProducts : public Parts<acc_t<T>> {
     Scratch<A*> lines;
   };
 
-  // S [row, term] for the terms of read, write, or read and then write.
+  // Coefficients S [row, term] for the weights of read, write, or read followed by write.
   class ByTerm {
    public:
     explicit ByTerm(const PlainProducts& p) : weights(2 * p.r) {}
@@ -87,7 +87,7 @@ class PlainProducts : public Parts<acc_t<T>> {
     Scratch<const A*> weights;
   };
 
-  // S [row, rank], rows `stride` apart.
+  // Coefficients S [row, rank]; rows are `stride` apart.
   class ByRow {
    public:
     explicit ByRow(const PlainProducts&) {}
@@ -99,18 +99,17 @@ class PlainProducts : public Parts<acc_t<T>> {
     int64_t count = 0;
   };
 
-  // out [row, rank] = the rows times read's or write's rows of a set; the lanes are added once, at
-  // the end of the row.
+  // out [row, rank] = rows times read or write of a set. Lanes are summed once, at the end of a
+  // row.
   void project(bool read, T* const* rows, int64_t count, int64_t set, Work& b, A* out) const {
     const Panel<A>& panel = read ? read_ : write_;
-    const bool once =
-        sizeof(T) == sizeof(A) ||
-        r <= kProjectRanks;  // else a row is converted once, not for each block of ranks
+    // Otherwise convert each row once to a buffer instead of once for each block of ranks.
+    const bool convert_on_load = sizeof(T) == sizeof(A) || r <= kProjectRanks;
     for (int64_t i = 0; i < count * r; ++i) b.sums[i] = vec<A>{};
     for (int64_t from = 0; from < d; from += kChunk<A>) {
       const int64_t length = smaller(d - from, kChunk<A>), vectors = padded<A>(length) / kLanes<A>;
       const A* weights = panel.row(set * r) + from;
-      if (once && whole<A>(length)) {
+      if (convert_on_load && whole<A>(length)) {
         REFT_ISA::project<Single<A>, T>({rows, from}, count, weights, panel.stride, vectors, b.sums,
                                         r);
       } else {
@@ -122,8 +121,8 @@ class PlainProducts : public Parts<acc_t<T>> {
     for (int64_t i = 0; i < count * r; ++i) out[i] = lane_sum<A>(b.sums[i]);
   }
 
-  // One chunk of out = base + S times weights: in place where it is whole vectors, else through a
-  // buffer. `streams`: past the caches, which takes whole vectors.
+  // out = base + S times weights for one chunk, in place for whole vectors, else through a buffer.
+  // `streams` selects non-temporal stores, used for whole vectors only.
   void add(T* const* out, T* const* base, int64_t count, int64_t from, int64_t length,
            const ByTerm& s, bool streams, Work& b) const {
     const A* const* weights = s.weights;
@@ -142,7 +141,7 @@ class PlainProducts : public Parts<acc_t<T>> {
     b.rows.save(out, count, from, length);
   }
 
-  // Rows to multiply by every rank: where they lie, or converted.
+  // Rows in the accumulation dtype for `outer`: in place if possible, else converted to a buffer.
   Lines lines_of(T* const* rows, int64_t count, int64_t from, int64_t length, Work& b) const {
     if constexpr (sizeof(T) == sizeof(A)) {
       if (whole<A>(length)) return {rows, from};
@@ -151,15 +150,15 @@ class PlainProducts : public Parts<acc_t<T>> {
     return {b.rows.rows(), 0};
   }
 
-  // The same of base + S times weights.
+  // Same as lines_of for the rows base + S times weights.
   Lines rebuilt(T* const* base, int64_t count, int64_t from, int64_t length, const ByTerm& s,
                 Work& b) const {
     add_to_buffer(base, count, from, length, s, b.base);
     return {b.base.rows(), 0};
   }
 
-  // sums[k, from + i] += sum_m S[m, k] line[m, i]; rows of sums are `stride` apart and whole
-  // vectors long
+  // sums[k, from + i] += sum_m S[m, k] line[m, i]; rows of sums are `stride` apart and padded to
+  // whole vectors.
   void outer(const ByRow& s, Lines lines, int64_t from, int64_t length, A* sums, int64_t stride,
              Work& b) const {
     for (int64_t k = 0; k < r; ++k) b.lines[k] = sums + k * stride;

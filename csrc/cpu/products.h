@@ -1,7 +1,5 @@
-// The two products of an edit on tiles that lie in cache: rows times weights, and weights added to
-// rows. Both work on whole vectors, converting as they load and store; their callers pad what is
-// not whole. Each element's sum runs in one order whatever the blocking, so results do not depend
-// on how rows are grouped into tiles.
+// The two products of an edit on tiles in cache: rows times weights, and rows plus S times weights.
+// Callers pad to whole vectors. The order of summation does not depend on the tiling.
 #pragma once
 
 #include "vector.h"
@@ -9,19 +7,18 @@
 namespace reft {
 namespace REFT_ISA {
 
-// Register blocks: accumulators, one operand row and one vector of the other must fit 32 (AVX-512)
-// or 16 registers.
+// Register block sizes: accumulators and operands must fit 32 (AVX-512) or 16 registers.
 #if defined(__AVX512F__)
 constexpr int kProjectRows = 3, kProjectRanks = 8, kUpdateRows = 4, kUpdateVectors = 4;
 #else
 constexpr int kProjectRows = 3, kProjectRanks = 4, kUpdateRows = 2, kUpdateVectors = 4;
 #endif
 
-// Arithmetic of the products: one number a lane, multiplied in the accumulation dtype.
+// One number per lane, multiplied in the accumulation dtype.
 template <class A>
 struct Single {
   using Sum = A;
-  using Number = A;  // of weights and coefficients
+  using Number = A;  // type of weights and coefficients
   static constexpr int kNumbers = 1;
   template <class T>
   static REFT_INLINE vec<A> numbers(const T* p) {
@@ -32,7 +29,7 @@ struct Single {
 };
 
 #if defined(__AVX512BF16__)
-// Two neighbouring bf16 numbers a lane, whose products join an fp32 sum.
+// Two adjacent bf16 numbers per lane; both products are added to an fp32 sum.
 struct Paired {
   using Sum = float;
   using Number = bf16;
@@ -49,11 +46,11 @@ struct Paired {
 };
 #endif
 
-// Numbers that one step of a product takes of a row.
+// Numbers of a row that one step of a product processes.
 template <class Op>
 constexpr int64_t kStep = kLanes<typename Op::Sum> * Op::kNumbers;
 
-// Rows of a tile from one channel on.
+// Rows of a tile, starting at channel `from`.
 template <class T>
 struct At {
   T* const* rows;
@@ -101,8 +98,8 @@ REFT_INLINE void project_rows(const T* const* x, int64_t from, const typename Op
     project_block<Op, T, M, 1>(x, from, w + n * stride, stride, steps, sums + n, r);
 }
 
-// sums[m, k] += x[m, i] * w[k, i], lane by lane, for `rows` rows of x and r rows of w, `stride`
-// apart, i < steps * kStep.
+// sums[m, k] += x[m, i] * w[k, i] per lane for i < steps * kStep, with `rows` rows of x and r rows
+// of w that are `stride` apart.
 template <class Op, class T>
 inline void project(At<const T> x, int64_t rows, const typename Op::Number* w, int64_t stride,
                     int64_t steps, vec<typename Op::Sum>* sums, int64_t r) {
@@ -113,12 +110,12 @@ inline void project(At<const T> x, int64_t rows, const typename Op::Number* w, i
     project_rows<Op, T, 1>(x.rows + m, x.from, w, stride, steps, sums + m * r, r);
 }
 
-// Terms summed before they join the total: one long sum of fp32 numbers loses more than the error
-// budget at rank 256.
+// Terms summed before they are added to the total; a single fp32 sum would exceed the error budget
+// at rank 256.
 constexpr int64_t kTerms = 32;
 
-// A matrix of coefficients, one for each number of a term: S[i, k] begins at data + i * row + k *
-// column.
+// A matrix of coefficients: S[i, k] starts at data + i * row + k * column and has Op::kNumbers
+// numbers.
 template <class N>
 struct Coefficients {
   const N* data;
@@ -174,9 +171,8 @@ REFT_INLINE void update_rows(At<To> out, At<const From> base, int64_t vectors,
   for (; v < vectors; ++v) update_block<Op, Stream, To, From, M, 1>(out, base, v * L, s, terms, b);
 }
 
-// out[m, i] = base[m, i] + sum_k S[m, k] * b[k, i] for `rows` rows, `terms` terms, i < vectors *
-// lanes. out may be base. Where a term has two numbers for a channel, so has S, and their products
-// are summed. Stream: past the caches.
+// out[m, i] = base[m, i] + sum_k S[m, k] * b[k, i] for i < vectors * lanes; out may alias base.
+// With Op = Paired, S[m, k] and b[k, i] are pairs. Stream: use non-temporal stores.
 template <class Op, class To, class From, bool Stream = false>
 inline void update(At<To> out, At<const From> base, int64_t rows, int64_t vectors,
                    Coefficients<typename Op::Number> s, int64_t terms,

@@ -1,4 +1,4 @@
-// RED: y = scale * x + bias over the channels of the selected rows, forward and backward.
+// RED: y = scale * x + bias over the channels of the selected rows; forward and backward.
 #pragma once
 
 #include "tiles.h"
@@ -6,7 +6,8 @@
 namespace reft {
 namespace REFT_ISA {
 
-// out[i] = f(i, a[i]) over a row, by vectors and a padded tail; a and out may be the same.
+// out[i] = f(i, a[i]) over a row of d elements, with a partial vector at the end. a and out may
+// alias.
 template <class T, class F>
 REFT_INLINE void map_row(const T* a, T* out, int64_t d, bool streams, F f) {
   constexpr int L = kLanes<acc_t<T>>;
@@ -33,13 +34,14 @@ inline void red(const RedForward& e) {
       if (e.selection.rows[n] < 0) memset(row_at<T>(e.saved_input, n), 0, size_t(d) * sizeof(T));
   parallel_chunks(runs.count, grain_of(64 * d), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const A *by = scale.row(runs[i].set), *plus = bias.row(runs[i].set);
+      const A *scale_row = scale.row(runs[i].set), *bias_row = bias.row(runs[i].set);
       for (int64_t n = runs[i].begin; n < runs[i].end; ++n) {
         int64_t entry = order.entry(n), row = row_of(e.selection, entry);
         const T* source = row_at<T>(e.source, row);
         if (e.saved_input) memcpy(row_at<T>(e.saved_input, entry), source, size_t(d) * sizeof(T));
-        map_row(source, row_at<T>(e.out, row), d, streams,
-                [&](int64_t c, vec<A> x) { return fma(load(by + c), x, load(plus + c)); });
+        map_row(source, row_at<T>(e.out, row), d, streams, [&](int64_t c, vec<A> x) {
+          return fma(load(scale_row + c), x, load(bias_row + c));
+        });
       }
     }
     if (streams) end_streams();
@@ -62,7 +64,7 @@ inline void red_backward(const RedBackward& e) {
   const Scratch<A> partials(weights ? runs.count * 2 * stride : 0);
   parallel_chunks(runs.count, grain_of(kRun * d), [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      const A* by = scale.row(runs[i].set);
+      const A* scale_row = scale.row(runs[i].set);
       A *sum_scale = nullptr, *sum_bias = nullptr;
       if (weights) {
         sum_scale = partials + i * 2 * stride;
@@ -84,7 +86,7 @@ inline void red_backward(const RedBackward& e) {
         }
         if (e.out)
           map_row(grad, row_at<T>(e.out, row), d, streams,
-                  [&](int64_t c, vec<A> g) { return load(by + c) * g; });
+                  [&](int64_t c, vec<A> g) { return load(scale_row + c) * g; });
       }
     }
     if (streams) end_streams();

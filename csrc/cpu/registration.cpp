@@ -1,9 +1,5 @@
-// The CPU kernels as PyTorch operators, through the stable ABI: one build serves many releases. The
-// operators that reft_kernels declares (reft_kernels/ops.py) are implemented here for the dispatch
-// key CPU; what is about the library itself lies under reft_kernels_cpu. Every operator checks its
-// arguments (argument_checks.h), so that a wrong call throws before anything is written. While
-// another backend is forced (`serve`), calls go on to Python (reft_kernels_python, of the same
-// schemas).
+// CPU implementations of the reft_kernels operators (reft_kernels/ops.py) on PyTorch's stable ABI.
+// Operators that configure the library are in reft_kernels_cpu.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -30,7 +26,7 @@ namespace reft {
 
 void parallel_for(int64_t count, int64_t grain, void (*body)(void*, int64_t, int64_t),
                   void* context) {
-  std::exception_ptr first;  // nothing is thrown across the thread pool
+  std::exception_ptr first;  // exceptions must not leave the thread pool's callback
   std::mutex lock;
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     try {
@@ -49,46 +45,48 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-// Inside an operator nothing is recorded for autograd.
+// Disables gradient recording in its scope.
 class NoGrad {
  public:
-  NoGrad() : before_(aoti_torch_grad_mode_is_enabled()) { aoti_torch_grad_mode_set_enabled(false); }
-  ~NoGrad() { aoti_torch_grad_mode_set_enabled(before_); }
+  NoGrad() : previous_(aoti_torch_grad_mode_is_enabled()) {
+    aoti_torch_grad_mode_set_enabled(false);
+  }
+  ~NoGrad() { aoti_torch_grad_mode_set_enabled(previous_); }
   NoGrad(const NoGrad&) = delete;
   NoGrad& operator=(const NoGrad&) = delete;
 
  private:
-  bool before_;
+  bool previous_;
 };
 
-// ---- calls of other backends
+// ---- forwarding to the Python operators
 
-std::atomic<bool> serving{false};
+std::atomic<bool> native_enabled{false};
 
-// What Python has to say against the call of this thread: an exception does not cross the stable
-// ABI with its type.
-struct Refusal {
-  bool said = false, of_arguments = false;
+// Error raised by the Python operators in this thread; the stable ABI has no exception types.
+struct PythonError {
+  bool is_set = false, is_argument_error = false;
   std::string text;
 };
-thread_local Refusal refusal;
+thread_local PythonError python_error;
 
-// While these kernels do not serve, Python does; the stack then holds its results.
-bool served_elsewhere(const char* op, StableIValue* stack, uint64_t outputs) {
-  if (serving.load(std::memory_order_relaxed)) return false;
-  refusal = {};
+// If the native backend is disabled, calls the operator of reft_kernels_python (same schema), which
+// puts its results on the stack, and returns true. Rethrows an error that it reported.
+bool forward_to_python(const char* op, StableIValue* stack, uint64_t outputs) {
+  if (native_enabled.load(std::memory_order_relaxed)) return false;
+  python_error = {};
   const std::string name = std::string("reft_kernels_python::") + op;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name.c_str(), "", stack, TORCH_ABI_VERSION));
-  if (!refusal.said) return true;
+  if (!python_error.is_set) return true;
   for (uint64_t i = 0; i < outputs; ++i)
-    torch::stable::detail::to<Tensor>(stack[i]);  // let go of what came instead
-  const Refusal why = std::move(refusal);
-  refusal = {};
-  if (why.of_arguments) throw std::invalid_argument(why.text);
-  throw std::runtime_error(why.text);
+    torch::stable::detail::to<Tensor>(stack[i]);  // release the placeholder outputs
+  const PythonError error = std::move(python_error);
+  python_error = {};
+  if (error.is_argument_error) throw std::invalid_argument(error.text);
+  throw std::runtime_error(error.text);
 }
 
-// ---- tensors as the kernels take them
+// ---- conversion of tensors to kernel arguments
 
 Dtype dtype_of(const Tensor& tensor) {
   const int32_t code = code_of(tensor);
@@ -112,7 +110,7 @@ void make_dense(Optional& tensor) {
   if (tensor) make_dense(*tensor);
 }
 
-// Rows [M, d] with consecutive channels; a copy only where they are not.
+// Returns [M, d] with channel stride 1, copying only if needed.
 Tensor with_rows(const Tensor& tensor) {
   return tensor.stride(1) == 1 || tensor.sizes()[1] <= 1 ? tensor
                                                          : torch::stable::contiguous(tensor);
@@ -123,7 +121,8 @@ Typed typed(const Optional& tensor) { return tensor ? typed(*tensor) : Typed{}; 
 
 Rows rows_of(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0)}; }
 
-// An output's memory; null where the output is empty, which the kernels take as not wanted.
+// Data pointer of a tensor. Empty tensors have a null pointer, which the kernels treat as an output
+// that is not needed.
 template <class T = void>
 T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
@@ -145,7 +144,7 @@ Selection selection_of(int64_t entries, const Optional& rows, const Optional& we
 
 // ---- outputs
 
-std::atomic<bool> spoiled{false};  // for tests: outputs are NaN until they are written
+std::atomic<bool> poison_outputs{false};  // for tests: fill new outputs with NaN
 
 Tensor empty(Sizes sizes, int32_t code) {
   int64_t strides[4], count = 1;
@@ -155,17 +154,18 @@ Tensor empty(Sizes sizes, int32_t code) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.begin(), strides, code, aoti_torch_device_type_cpu(), 0, &made));
   const Tensor out(made);
-  if (spoiled && count)
+  if (poison_outputs && count)
     memset(out.data_ptr(), 0xff, size_t(count) * aoti_torch_dtype_element_size(code));
   return out;
 }
 
-// An output that is empty where it is not wanted.
+// Returns an uninitialized tensor, or an empty one if the output is not needed.
 Tensor empty_if(bool wanted, Sizes sizes, int32_t code) {
   return wanted ? empty(sizes, code) : empty({0}, code);
 }
 
-// An uninitialised contiguous tensor of like's shape and dtype, whose memory goes back to the pool.
+// Returns an uninitialized contiguous tensor with like's shape and dtype; its memory belongs to the
+// pool.
 Tensor pooled_like(Tensor like) {
   const int64_t dims = like.dim();
   std::vector<int64_t> sizes(dims), strides(dims);
@@ -187,8 +187,8 @@ Tensor pooled_like(Tensor like) {
   }
 }
 
-// A contiguous output as `like`: a copy where only some rows will be written, uninitialised where
-// all will.
+// Returns a contiguous output shaped like `like`: a copy if only some rows will be written, else
+// uninitialized.
 Tensor output_like(const Tensor& like, bool some_rows) {
   const int64_t rows = like.sizes()[0], d = like.sizes()[1];
   Tensor out = pool_serves(size_t(rows * d) * like.element_size())
@@ -198,12 +198,13 @@ Tensor output_like(const Tensor& like, bool some_rows) {
   return out;
 }
 
-// What a call writes to: `out`, or a copy of it with consecutive channels that is brought back.
-class Target {
+// Output of an in-place call: the tensor itself, or a copy with channel stride 1 that copy_back()
+// writes to the tensor.
+class InPlaceOutput {
  public:
-  explicit Target(const Tensor& out) : out_(out), rows_(with_rows(out)) {}
+  explicit InPlaceOutput(const Tensor& out) : out_(out), rows_(with_rows(out)) {}
   const Tensor& rows() const { return rows_; }
-  void bring_back() {
+  void copy_back() {
     if (rows_.get() != out_.get()) torch::stable::copy_(out_, rows_);
   }
 
@@ -240,31 +241,31 @@ EditSaved run(EditCall& call, const EditSizes& sizes, const Tensor& source, cons
 }
 
 void edit(StableIValue* stack, uint64_t, uint64_t outputs) {
-  if (served_elsewhere("edit", stack, outputs)) return;
+  if (forward_to_python("edit", stack, outputs)) return;
   EditCall call{Reader(stack)};
   const NoGrad guard;
-  const EditSizes sizes = check(Door("edit"), call, false);
+  const EditSizes sizes = check(ArgumentChecker("edit"), call, false);
   const Tensor source = with_rows(call.hidden), out = output_like(source, call.rows.has_value());
   const EditSaved saved = run(call, sizes, source, out);
-  give(stack, out, saved.saved_input, saved.u, saved.z);
+  return_values(stack, out, saved.saved_input, saved.u, saved.z);
 }
 
 void edit_in_place(StableIValue* stack, uint64_t, uint64_t outputs) {
-  if (served_elsewhere("edit_", stack, outputs)) return;
+  if (forward_to_python("edit_", stack, outputs)) return;
   EditCall call{Reader(stack)};
   const NoGrad guard;
-  const EditSizes sizes = check(Door("edit_"), call, true);
-  Target target(call.hidden);
+  const EditSizes sizes = check(ArgumentChecker("edit_"), call, true);
+  InPlaceOutput target(call.hidden);
   const EditSaved saved = run(call, sizes, target.rows(), target.rows());
-  target.bring_back();
-  give(stack, saved.saved_input, saved.u, saved.z);
+  target.copy_back();
+  return_values(stack, saved.saved_input, saved.u, saved.z);
 }
 
 struct EditGradients {
   Tensor read, read_bias, write, subtract_bias, coeff;
 };
 
-// out null: the gradient of the hidden state is not wanted.
+// The gradient of the hidden states is not computed if out is null.
 EditGradients run(EditBackwardCall& call, const EditSizes& sizes, const Tensor& grad,
                   const Tensor* out) {
   const int32_t sums = sum_code(code_of(grad));
@@ -301,26 +302,27 @@ EditGradients run(EditBackwardCall& call, const EditSizes& sizes, const Tensor& 
 }
 
 void edit_backward(StableIValue* stack, uint64_t, uint64_t outputs) {
-  if (served_elsewhere("edit_backward", stack, outputs)) return;
+  if (forward_to_python("edit_backward", stack, outputs)) return;
   EditBackwardCall call(Reader(stack), false);
   const NoGrad guard;
-  const EditSizes sizes = check(Door("edit_backward"), call, false);
+  const EditSizes sizes = check(ArgumentChecker("edit_backward"), call, false);
   const Tensor grad = with_rows(call.grad);
   const Tensor out =
       call.need_hidden ? output_like(grad, call.rows.has_value()) : empty({0}, code_of(grad));
   const EditGradients grads = run(call, sizes, grad, call.need_hidden ? &out : nullptr);
-  give(stack, out, grads.read, grads.read_bias, grads.write, grads.subtract_bias, grads.coeff);
+  return_values(stack, out, grads.read, grads.read_bias, grads.write, grads.subtract_bias,
+                grads.coeff);
 }
 
 void edit_backward_in_place(StableIValue* stack, uint64_t, uint64_t outputs) {
-  if (served_elsewhere("edit_backward_", stack, outputs)) return;
+  if (forward_to_python("edit_backward_", stack, outputs)) return;
   EditBackwardCall call(Reader(stack), true);
   const NoGrad guard;
-  const EditSizes sizes = check(Door("edit_backward_"), call, true);
-  Target target(call.grad);
+  const EditSizes sizes = check(ArgumentChecker("edit_backward_"), call, true);
+  InPlaceOutput target(call.grad);
   const EditGradients grads = run(call, sizes, target.rows(), &target.rows());
-  target.bring_back();
-  give(stack, grads.read, grads.read_bias, grads.write, grads.subtract_bias, grads.coeff);
+  target.copy_back();
+  return_values(stack, grads.read, grads.read_bias, grads.write, grads.subtract_bias, grads.coeff);
 }
 
 // ---- RED
@@ -340,24 +342,24 @@ Tensor run(RedCall& call, int64_t count, bool save, const Tensor& source, const 
 }
 
 void red(StableIValue* stack, uint64_t, uint64_t outputs) {
-  if (served_elsewhere("red", stack, outputs)) return;
+  if (forward_to_python("red", stack, outputs)) return;
   RedCall call{Reader(stack)};
   const NoGrad guard;
-  const int64_t count = check(Door("red"), call, false);
+  const int64_t count = check(ArgumentChecker("red"), call, false);
   const Tensor source = with_rows(call.hidden), out = output_like(source, call.rows.has_value());
-  // over all rows the caller still holds the input: no copy of it is saved_input
-  give(stack, out, run(call, count, call.save && call.rows, source, out));
+  // without rows, the input is left unmodified by this call, so no copy is saved
+  return_values(stack, out, run(call, count, call.save && call.rows, source, out));
 }
 
 void red_in_place(StableIValue* stack, uint64_t, uint64_t outputs) {
-  if (served_elsewhere("red_", stack, outputs)) return;
+  if (forward_to_python("red_", stack, outputs)) return;
   RedCall call{Reader(stack)};
   const NoGrad guard;
-  const int64_t count = check(Door("red_"), call, true);
-  Target target(call.hidden);
+  const int64_t count = check(ArgumentChecker("red_"), call, true);
+  InPlaceOutput target(call.hidden);
   const Tensor saved_input = run(call, count, call.save, target.rows(), target.rows());
-  target.bring_back();
-  give(stack, saved_input);
+  target.copy_back();
+  return_values(stack, saved_input);
 }
 
 struct RedGradients {
@@ -387,31 +389,31 @@ RedGradients run(RedBackwardCall& call, int64_t count, const Tensor& grad, const
 }
 
 void red_backward(StableIValue* stack, uint64_t, uint64_t outputs) {
-  if (served_elsewhere("red_backward", stack, outputs)) return;
+  if (forward_to_python("red_backward", stack, outputs)) return;
   RedBackwardCall call(Reader(stack), false);
   const NoGrad guard;
-  const int64_t count = check(Door("red_backward"), call, false);
+  const int64_t count = check(ArgumentChecker("red_backward"), call, false);
   const Tensor grad = with_rows(call.grad);
   const Tensor out =
       call.need_hidden ? output_like(grad, call.rows.has_value()) : empty({0}, code_of(grad));
   const RedGradients grads = run(call, count, grad, call.need_hidden ? &out : nullptr);
-  give(stack, out, grads.scale, grads.bias);
+  return_values(stack, out, grads.scale, grads.bias);
 }
 
 void red_backward_in_place(StableIValue* stack, uint64_t, uint64_t outputs) {
-  if (served_elsewhere("red_backward_", stack, outputs)) return;
+  if (forward_to_python("red_backward_", stack, outputs)) return;
   RedBackwardCall call(Reader(stack), true);
   const NoGrad guard;
-  const int64_t count = check(Door("red_backward_"), call, true);
-  Target target(call.grad);
+  const int64_t count = check(ArgumentChecker("red_backward_"), call, true);
+  InPlaceOutput target(call.grad);
   const RedGradients grads = run(call, count, target.rows(), &target.rows());
-  target.bring_back();
-  give(stack, grads.scale, grads.bias);
+  target.copy_back();
+  return_values(stack, grads.scale, grads.bias);
 }
 
-// ---- the build of R
+// ---- construction of R
 
-// A contiguous tensor of another dtype, itself where it is one.
+// Returns a contiguous tensor of the given dtype; the tensor itself if it already is one.
 Tensor converted(const Tensor& tensor, int32_t code) {
   if (code_of(tensor) == code) return dense(tensor);
   const ScalarType dtype = torch::stable::detail::to<ScalarType>(torch::stable::detail::from(code));
@@ -437,7 +439,7 @@ void launch(const BuildBackwardCall& call, const MapSizes& sizes,
           pointer<const T>(call.base), pointer<const T>(call.aux), pointer<T>(grad_X)});
 }
 
-// The kernels of one map in both dtypes.
+// Operator names and kernels of one map, for float and double.
 struct Map {
   const char *name, *backward_name;
   void (*BuildKernels<float>::*in_float)(const BuildForward<float>&);
@@ -461,10 +463,10 @@ constexpr Map kCayley = {"cayley",
 
 template <const Map& map>
 void build(StableIValue* stack, uint64_t, uint64_t outputs) {
-  if (served_elsewhere(map.name, stack, outputs)) return;
+  if (forward_to_python(map.name, stack, outputs)) return;
   BuildCall call{Reader(stack)};
   const NoGrad guard;
-  const MapSizes sizes = check(Door(map.name), call);
+  const MapSizes sizes = check(ArgumentChecker(map.name), call);
   const auto [layers, d, r] = sizes;
   const int32_t sums = sum_code(code_of(call.X));
   const Tensor R = empty({layers, r, d}, sums),
@@ -477,15 +479,15 @@ void build(StableIValue* stack, uint64_t, uint64_t outputs) {
     launch<double>(call, sizes, kernels().build_double.*map.in_double, R, D, aux);
   else
     launch<float>(call, sizes, kernels().build_float.*map.in_float, R, D, aux);
-  give(stack, R, D, aux);
+  return_values(stack, R, D, aux);
 }
 
 template <const Map& map>
 void build_backward(StableIValue* stack, uint64_t, uint64_t outputs) {
-  if (served_elsewhere(map.backward_name, stack, outputs)) return;
+  if (forward_to_python(map.backward_name, stack, outputs)) return;
   BuildBackwardCall call{Reader(stack)};
   const NoGrad guard;
-  const MapSizes sizes = check(Door(map.backward_name), call);
+  const MapSizes sizes = check(ArgumentChecker(map.backward_name), call);
   const int32_t code = code_of(call.X), sums = sum_code(code);
   const Tensor grad_X = empty({sizes.layers, sizes.d, sizes.r}, sums);
   call.X = converted(call.X, sums), call.signs = converted(call.signs, sums),
@@ -496,18 +498,18 @@ void build_backward(StableIValue* stack, uint64_t, uint64_t outputs) {
     launch<double>(call, sizes, kernels().build_double.*map.backward_in_double, grad_X);
   else
     launch<float>(call, sizes, kernels().build_float.*map.backward_in_float, grad_X);
-  give(stack, converted(grad_X, code));
+  return_values(stack, converted(grad_X, code));
 }
 
-// ---- the library
+// ---- operators that configure the library
 
-void serve(bool wanted) { serving = wanted; }
+void serve(bool wanted) { native_enabled = wanted; }
 
 void refuse(bool of_arguments, std::string text) {
-  refusal = {true, of_arguments, std::move(text)};
+  python_error = {true, of_arguments, std::move(text)};
 }
 
-void spoil(bool wanted) { spoiled = wanted; }
+void spoil(bool wanted) { poison_outputs = wanted; }
 
 void set_pool_limit(int64_t bytes) { pool_limit(size_t(bytes)); }
 

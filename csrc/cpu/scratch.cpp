@@ -5,61 +5,59 @@
 namespace reft {
 namespace {
 
-constexpr size_t kLine = 64;
-constexpr int kSizes = 9;   // blocks of 64 bytes, 128, ... 16 KiB are saved_input; larger ones are
-                            // what a call of many rows takes
-constexpr int kBlocks = 8;  // of each size
+constexpr size_t kCacheLine = 64;
+// Size classes of cached blocks: 64 bytes, 128, ... 16 KiB. Larger blocks are not cached.
+constexpr int kSizes = 9;
+constexpr int kBlocks = 8;  // blocks cached per size class
 #if defined(__SANITIZE_ADDRESS__)
-constexpr bool kKeeps = false;  // a saved_input block would hide what is read of it after its end
+constexpr bool kCaches = false;  // AddressSanitizer needs blocks that are really freed
 #else
-constexpr bool kKeeps = true;
+constexpr bool kCaches = true;
 #endif
 
-// The size's number, or kSizes when blocks of it are not saved_input.
-int number_of(size_t bytes) {
-  int number = 0;
-  for (size_t size = kLine; size < bytes; size *= 2)
-    if (++number == kSizes) break;
-  return kKeeps ? number : kSizes;
+// Index of the size class for `bytes`, or kSizes if such blocks are not cached.
+int size_class(size_t bytes) {
+  int index = 0;
+  for (size_t size = kCacheLine; size < bytes; size *= 2)
+    if (++index == kSizes) break;
+  return kCaches ? index : kSizes;
 }
 
-struct Kept {
+struct BlockCache {
   void* blocks[kSizes][kBlocks];
   int count[kSizes];
-  bool over;  // the thread is ending: what comes now goes to the system
+  bool thread_exiting;  // the thread is exiting: blocks are freed, not cached
 };
-thread_local Kept saved_input;
+thread_local BlockCache cache;
 
-// Gives a thread's blocks back when it ends.
+// Frees a thread's cached blocks when it exits.
 struct Owner {
   ~Owner() {
-    saved_input.over = true;
-    for (int number = 0; number < kSizes; ++number)
-      while (saved_input.count[number] > 0)
-        free(saved_input.blocks[number][--saved_input.count[number]]);
+    cache.thread_exiting = true;
+    for (int index = 0; index < kSizes; ++index)
+      while (cache.count[index] > 0) free(cache.blocks[index][--cache.count[index]]);
   }
 };
 
 }  // namespace
 
 void* scratch_take(size_t bytes) {
-  const int number = number_of(bytes);
-  if (number < kSizes) {
-    if (saved_input.count[number] > 0)
-      return saved_input.blocks[number][--saved_input.count[number]];
-    bytes = kLine << number;
+  const int index = size_class(bytes);
+  if (index < kSizes) {
+    if (cache.count[index] > 0) return cache.blocks[index][--cache.count[index]];
+    bytes = kCacheLine << index;
   }
   void* block = nullptr;
-  return posix_memalign(&block, kLine, bytes) == 0 ? block : nullptr;
+  return posix_memalign(&block, kCacheLine, bytes) == 0 ? block : nullptr;
 }
 
 void scratch_give(void* block, size_t bytes) {
   if (block == nullptr) return;
-  const int number = number_of(bytes);
-  if (number < kSizes && saved_input.count[number] < kBlocks && !saved_input.over) {
+  const int index = size_class(bytes);
+  if (index < kSizes && cache.count[index] < kBlocks && !cache.thread_exiting) {
     static thread_local Owner owner;
     (void)owner;
-    saved_input.blocks[number][saved_input.count[number]++] = block;
+    cache.blocks[index][cache.count[index]++] = block;
   } else {
     free(block);
   }

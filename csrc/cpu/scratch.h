@@ -1,15 +1,15 @@
-// Small blocks of scratch memory, saved_input by the thread that lets go of them for its next call:
-// a call on a few rows takes a dozen of them, and aligned ones are what malloc is slowest at.
+// Small cache-line-aligned scratch blocks. Each thread caches freed blocks for its next call,
+// because aligned allocation is slow and even a call on a few rows needs about a dozen blocks.
 #pragma once
 
 #include <stddef.h>
 
 namespace reft {
 
-// A block of at least `bytes` at a whole cache line; null when the system gives none.
+// Returns an uninitialized, cache-line-aligned block of at least `bytes`, or null if out of memory.
 void* scratch_take(size_t bytes);
 
-// Takes a block of scratch_take(bytes) back; null is nothing.
+// Releases a block from scratch_take(bytes); does nothing if null.
 void scratch_give(void* block, size_t bytes);
 
 }  // namespace reft

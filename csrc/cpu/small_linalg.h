@@ -1,4 +1,5 @@
-// r x r matrices in fp64: products, triangular inverse, inverse with pivoting.
+// Operations on small r x r matrices in fp64: product, triangular inverse, inverse with row
+// pivoting.
 #pragma once
 
 #include "gram.h"
@@ -7,7 +8,7 @@
 namespace reft {
 namespace REFT_ISA {
 
-// A square matrix in row order; its rows are padded to whole vectors of zeros.
+// A square row-major matrix; rows are padded with zeros to a whole number of vectors.
 struct Square {
   double* data;
   int64_t size, ld;
@@ -17,7 +18,7 @@ struct Square {
 inline int64_t square_ld(int64_t size) { return round_up(size, kLanes<double>); }
 inline int64_t square_count(int64_t size) { return size * square_ld(size); }
 
-// Hands out squares from one block of memory.
+// Allocates squares consecutively from one block of memory.
 class Squares {
  public:
   Squares(double* memory, int64_t size) : next_(memory), size_(size) {}
@@ -39,8 +40,8 @@ class Squares {
   int64_t size_;
 };
 
-// The left operand of a product: element (i, k) is data[i * row + k * column]; zeros left of it
-// (`upper`) are skipped.
+// The left operand of a product: element (i, k) is data[i * row + k * column]. Form::upper marks an
+// upper triangular matrix, whose zeros below the diagonal are skipped.
 enum class Form { full, upper };
 struct Operand {
   const double* data;
@@ -55,7 +56,7 @@ struct SquareSink {
   REFT_INLINE void operator()(int64_t i, int64_t n, vec<double> v) const { store(out[i] + n, v); }
 };
 
-// out = alpha a b, or out += alpha a b; out is neither a nor b.
+// out = alpha a b, or out += alpha a b if `accumulate`; out must not alias a or b.
 inline void multiply(double alpha, Operand a, Square b, Square out, bool accumulate = false) {
   constexpr int64_t kDepth = 256;
   alignas(64) double factor[kDepth * kFactorRows];
@@ -76,8 +77,8 @@ inline void multiply(double alpha, Operand a, Square b, Square out, bool accumul
   }
 }
 
-// The inverse of an upper triangular matrix, row by row from the last; nothing below the diagonal
-// is read.
+// Inverse of an upper triangular matrix, computed from the last row up. Elements below the diagonal
+// are not read.
 inline void invert_upper(Square upper, Square inverse) {
   const int64_t n = upper.size, ld = inverse.ld;
   constexpr int L = kLanes<double>;
@@ -95,7 +96,7 @@ inline void invert_upper(Square upper, Square inverse) {
   }
 }
 
-// a becomes its inverse: Gauss-Jordan with row pivoting; `order` holds a.size numbers.
+// Inverts a in place by Gauss-Jordan elimination with row pivoting; `order` has a.size elements.
 inline void invert(Square a, int64_t* order) {
   const int64_t n = a.size;
   constexpr int L = kLanes<double>;
@@ -123,7 +124,8 @@ inline void invert(Square a, int64_t* order) {
         store(a[i] + j, load(a[i] + j) - factor * load(row + j));
     }
   }
-  for (int64_t k = n - 1; k >= 0; --k) {  // the rows that were exchanged are columns of the inverse
+  // Row exchanges of a correspond to column exchanges of its inverse, in reverse order.
+  for (int64_t k = n - 1; k >= 0; --k) {
     if (order[k] == k) continue;
     for (int64_t i = 0; i < n; ++i) {
       double swap = a[i][k];

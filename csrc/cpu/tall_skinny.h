@@ -1,5 +1,5 @@
-// Tall [d, r] matrices of the orthonormal maps: how their rows are cut, their tiles and first r
-// rows, and the memory that passes over them share.
+// Tall [d, r] matrices of the orthonormal maps: partition of the rows, tiles, the first r rows, and
+// the memory that the passes share.
 #pragma once
 
 #include "gram.h"
@@ -10,17 +10,18 @@
 namespace reft {
 namespace REFT_ISA {
 
-// How a [d, r] matrix is cut by rows: into chunks, each with its sums, and those into tiles, which
-// stay in cache.
+// Partition of the rows of a [d, r] matrix: chunks have partial sums of their own and are processed
+// in tiles that fit in cache.
 template <class T>
 struct RowCut {
   RowCut(int64_t rows, int64_t rank) : d(rows), r(rank) {
     padded_r = round_up(r, kGramColumns);
     tile = r <= 32 ? 512 : 256;
-    chunk = r <= 128 ? 512 : 1024;  // the sums of all chunks take at most half the memory of X
+    // Chosen so that the sums of all chunks take at most half the memory of X.
+    chunk = r <= 128 ? 512 : 1024;
     chunks = (d + chunk - 1) / chunk;
-    ld = smaller(tile, round_up(d, kLanes<T>)) +
-         64 / int64_t(sizeof(T));  // a power of two would collide in L1
+    // One extra cache line: rows at a power-of-two distance would conflict in L1.
+    ld = smaller(tile, round_up(d, kLanes<T>)) + 64 / int64_t(sizeof(T));
   }
   int64_t tall_tile() const { return padded_r * ld; }
   int64_t sums() const { return padded_r * padded_r; }
@@ -29,10 +30,11 @@ struct RowCut {
   int64_t d, r, padded_r, tile, chunk, chunks, ld;
 };
 
-// What the first r rows of a tall matrix are taken as, whatever memory holds there.
+// How the first r rows of a tall matrix are interpreted, whatever values are stored in them: all
+// zero, strictly lower triangular, or unit lower triangular.
 enum class Top { blank, strictly_lower, unit_lower };
 
-// Rows first_row ... of a [d, r] matrix as a tile.
+// Loads rows first_row ... first_row + count of a [d, r] matrix as a transposed tile [r, count].
 template <class T>
 void load_tall(const T* X, const RowCut<T>& cut, int64_t first_row, int64_t count, T* tile) {
   load_transposed(X + first_row * cut.r, count, cut.r, tile, cut.ld);
@@ -52,7 +54,8 @@ void load_tall(const T* X, const RowCut<T>& cut, int64_t first_row, int64_t coun
   }
 }
 
-// The first r rows of X as a unit lower triangle (where `lower` is given) and its transpose.
+// Reads the first r rows of X as a unit lower triangular matrix: its transpose to `upper` and, if
+// `lower` is given, the matrix itself.
 template <class T>
 void read_top(const T* X, int64_t r, Square upper, const Square* lower = nullptr) {
   for (int64_t j = 0; j < r; ++j) {
@@ -76,7 +79,7 @@ void write_square(Square from, T* to) {
     for (int64_t j = 0; j < from.size; ++j) to[i * from.size + j] = T(from[i][j]);
 }
 
-// T0, which base holds on and above the diagonal.
+// Reads T0, which base stores on and above the diagonal of its first r rows.
 template <class T>
 void read_upper(const T* base, Square to) {
   for (int64_t i = 0; i < to.size; ++i) {
@@ -85,8 +88,8 @@ void read_upper(const T* base, Square to) {
   }
 }
 
-// A factor [r, sections * padded_r] as multiply_tile wants it: packed by blocks of rows, zero where
-// a tile is padding.
+// Packs a factor [r, sections * padded_r] for multiply_tile: in blocks of rows, with zeros for the
+// padding rows of the tiles.
 template <class T>
 class PackedFactor {
  public:
@@ -94,7 +97,7 @@ class PackedFactor {
       : data_(data), r_(cut.r), padded_r_(cut.padded_r), depth_(sections * cut.padded_r) {
     if (padded_r_ != r_) memset(data_, 0, size_t(r_ * depth_) * sizeof(T));
   }
-  // element (i, k) of the section = alpha a[i, k]
+  // Sets element (i, k) of the section to alpha * a[i, k].
   void fill(int64_t section, double alpha, Operand a) {
     for (int64_t block = 0; block < factor_blocks(r_); ++block) {
       int64_t row = factor_block_begin(r_, block), rows = factor_block_begin(r_, block + 1) - row;
@@ -110,23 +113,24 @@ class PackedFactor {
   int64_t r_, padded_r_, depth_;
 };
 
-// The part of a call that all its layers share: sums of chunks, and what solve hands to write.
+// Memory that the passes over all layers share: partial sums of chunks, and the factors that solve
+// computes for write.
 template <class T>
 struct LayerStore {
-  LayerStore(const RowCut<T>& row_cut, int64_t layers, int64_t gram_sections, int64_t handed_count)
+  LayerStore(const RowCut<T>& row_cut, int64_t layers, int64_t gram_sections, int64_t factors_count)
       : cut(row_cut),
         sections(gram_sections),
-        handed(round_up(handed_count, 64 / int64_t(sizeof(T)))),
+        factors_stride(round_up(factors_count, 64 / int64_t(sizeof(T)))),
         sums_(layers * cut.chunks * sections * cut.sums()),
-        handed_(layers * handed) {}
+        factors_(layers * factors_stride) {}
   double* sums(int64_t layer, int64_t chunk, int64_t section) const {
     return sums_ + ((layer * cut.chunks + chunk) * sections + section) * cut.sums();
   }
-  T* handed_over(int64_t layer) const { return handed_ + layer * handed; }
+  T* factors(int64_t layer) const { return factors_ + layer * factors_stride; }
   void clear_sums(int64_t layer, int64_t chunk) const {
     memset(sums(layer, chunk, 0), 0, size_t(sections * cut.sums()) * sizeof(double));
   }
-  // out += the sums of all chunks; of `upper` the upper triangle alone means something
+  // Adds the sums of all chunks to out; for symmetric sums only the upper triangle is valid.
   void add_sums(int64_t layer, int64_t section, Square out) const {
     for (int64_t chunk = 0; chunk < cut.chunks; ++chunk) {
       const double* from = sums(layer, chunk, section);
@@ -136,14 +140,14 @@ struct LayerStore {
   }
 
   RowCut<T> cut;
-  int64_t sections, handed;
+  int64_t sections, factors_stride;
 
  private:
   Scratch<double> sums_;
-  Scratch<T> handed_;
+  Scratch<T> factors_;
 };
 
-// Tiles of a thread, one after the other; their padding rows are zero and stay so.
+// The tiles of one thread, stored consecutively. Their padding rows are set to zero once.
 template <class T>
 class TileMemory {
  public:

@@ -1,5 +1,5 @@
-// What the row kernels share: scratch memory, weights as padded rows of the accumulation dtype, the
-// order in which entries are visited, and rows of a tile as vectors whatever their dtype.
+// Shared code of the row kernels: scratch memory, weights converted and padded, the order of the
+// entries, and loads and stores of parts of rows.
 #pragma once
 
 #include "edit.h"
@@ -13,7 +13,7 @@ namespace REFT_ISA {
 REFT_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 REFT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Uninitialised memory of this call, aligned to a cache line.
+// Uninitialized, cache-line-aligned memory, released at the end of the scope.
 template <class T>
 class Scratch {
  public:
@@ -35,8 +35,8 @@ class Scratch {
   size_t bytes_ = 0;
 };
 
-constexpr int64_t kChunkBytes =
-    2048;  // of one row: a chunk of every weight row and of a few rows stays in L1
+// Bytes per row of one chunk, so that a chunk of all weight rows and of a few data rows fits in L1.
+constexpr int64_t kChunkBytes = 2048;
 
 template <class A>
 constexpr int64_t kChunk = kChunkBytes / int64_t(sizeof(A));
@@ -46,7 +46,7 @@ inline int64_t padded(int64_t d) {
   return round_up(d, kLanes<A>);
 }
 
-// Weight rows a power of two apart would share a few cache sets; two lines more spread them.
+// Extra padding of two cache lines: rows at a power-of-two distance would map to few cache sets.
 template <class A>
 constexpr int64_t kSkew = 128 / int64_t(sizeof(A));
 
@@ -62,7 +62,7 @@ inline void convert_row(const T* from, int64_t count, A* to) {
   for (; i < count; ++i) to[i] = A(to_acc(from[i]));
 }
 
-// Element i of a typed tensor onwards, `count` of them, as A.
+// Converts `count` elements of a typed tensor, starting at element `first`, to A.
 template <class A>
 inline void convert(Typed from, int64_t first, int64_t count, A* to) {
   switch (from.dtype) {
@@ -77,7 +77,7 @@ inline void convert(Typed from, int64_t first, int64_t count, A* to) {
   }
 }
 
-// `rows` rows of d numbers as A, each padded with zeros to whole vectors.
+// A matrix [rows, d] converted to A, with each row padded with zeros to whole vectors.
 template <class A>
 class Panel {
  public:
@@ -102,8 +102,8 @@ class Panel {
 
 // ---- entries
 
-// The entries to work on, grouped by set, each set's in the order given: runs of one set share its
-// weights in cache.
+// The entries to process, grouped by weight set so that a run reuses its weights from cache. The
+// entries of a set keep their order.
 class Order {
  public:
   explicit Order(const Selection& s)
@@ -111,8 +111,8 @@ class Order {
     int64_t* begins = begins_;
     if (plain_) {
       begins[0] = 0;
-      for (int64_t k = 1; k <= s.sets; ++k)
-        begins[k] = s.entries;  // no entries have no ids either, but many sets
+      // With zero entries both pointers are null, but there can be several sets.
+      for (int64_t k = 1; k <= s.sets; ++k) begins[k] = s.entries;
       return;
     }
     entries_.reset(s.entries);
@@ -120,8 +120,8 @@ class Order {
     for (int64_t n = 0; n < s.entries; ++n)
       if (wanted(s, n)) ++begins[set(s, n) + 1];
     for (int64_t k = 0; k < s.sets; ++k) begins[k + 1] += begins[k];
-    for (int64_t n = 0; n < s.entries;
-         ++n)  // begins[k] serves as the cursor of set k and ends as the begin of k + 1
+    // begins[k] is the write position of set k; afterwards it equals the begin of set k + 1.
+    for (int64_t n = 0; n < s.entries; ++n)
       if (wanted(s, n)) entries_[begins[set(s, n)]++] = n;
     for (int64_t k = s.sets; k > 0; --k) begins[k] = begins[k - 1];
     begins[0] = 0;
@@ -140,8 +140,8 @@ class Order {
   Scratch<int64_t> begins_, entries_;
 };
 
-// A run of entries of one set: the unit that a thread takes. Its bounds depend on the entries
-// alone.
+// A run of entries of one set, processed by one thread. Its bounds depend only on the entries, not
+// on the number of threads.
 struct Run {
   int64_t set, begin, end;
 };
@@ -171,8 +171,8 @@ REFT_INLINE T* row_at(Rows rows, int64_t i) {
   return static_cast<T*>(rows.data) + i * rows.stride;
 }
 
-// Whether an output goes past the caches: it has memory of its own, in whole vectors, and so much
-// of it that whoever reads it next finds little of it there anyway.
+// Whether to write an output with non-temporal stores: it must not alias the input, be aligned to
+// whole vectors, and be too large to stay in cache.
 template <class T>
 inline bool streams_out(const Selection& s, Rows in, Rows out, int64_t d) {
   constexpr int64_t kStreamedBytes = 16 << 20, kUnit = 64;
@@ -182,9 +182,9 @@ inline bool streams_out(const Selection& s, Rows in, Rows out, int64_t d) {
          reinterpret_cast<uintptr_t>(out.data) % kUnit == 0;
 }
 
-// ---- a chunk of the rows of a tile, where it cannot be used in place
+// ---- buffer for a chunk of rows that cannot be used in place
 
-// A buffer of one chunk of `rows` rows, zero beyond the channels that it holds.
+// Buffer for one chunk of `rows` rows converted to A; the last vector is padded with zeros.
 template <class A>
 class Chunk {
  public:
@@ -219,8 +219,8 @@ class Chunk {
   Scratch<A*> rows_;
 };
 
-// Rows of a tile: as many as keep it in L2 between the two products, in multiples of the register
-// blocks.
+// Number of rows in a tile: a multiple of the register block such that the tile stays in L2 between
+// the two products.
 template <class T>
 inline int64_t tile_rows(int64_t d, int64_t r) {
   constexpr int64_t kTileBytes = 512 * 1024, kSumBytes = 64 * 1024, kUnit = 12;
@@ -229,8 +229,7 @@ inline int64_t tile_rows(int64_t d, int64_t r) {
   return rows < kUnit ? kUnit : smaller(rows, 4 * kUnit);
 }
 
-// How many units a thread should take at least: below this much work entering the pool costs more
-// than it brings.
+// Minimum number of units per thread; with less work the thread pool costs more than it gains.
 inline int64_t grain_of(int64_t work_per_unit) {
   constexpr int64_t kWork = 200000;  // multiply-adds, about 10 microseconds
   return work_per_unit >= kWork ? 1 : kWork / (work_per_unit > 0 ? work_per_unit : 1);

@@ -1,7 +1,5 @@
-// One vector of floats or doubles for the instruction set this file is compiled for, and loads and
-// stores that convert. Included once for each instruction set (build flags choose it; REFT_ISA
-// names its namespace): nothing here may be shared between them, so no function of the standard
-// library is instantiated.
+// SIMD vectors with converting loads and stores, compiled per instruction set (namespace REFT_ISA).
+// Standard library templates must not be used here: the linker would merge their copies.
 #pragma once
 
 #include <stdint.h>
@@ -36,7 +34,7 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// What sums of a storage type are carried in: fp64 stays, everything else is fp32.
+// Accumulation dtype of a storage type: fp64 for fp64, else fp32.
 template <class T>
 struct Accumulation {
   using type = float;
@@ -48,7 +46,7 @@ struct Accumulation<double> {
 template <class T>
 using acc_t = typename Accumulation<T>::type;
 
-// A vector of A (float or double), with the arithmetic operators of the language.
+// A vector of A (float or double), as a GCC vector extension type.
 template <class A>
 struct VectorOf;
 template <>
@@ -66,7 +64,7 @@ struct VectorOf<double> {
 template <class A>
 using vec = typename VectorOf<A>::type;
 
-// How many A a vector holds.
+// Number of elements A in a vector.
 template <class A>
 constexpr int kLanes = kVectorBytes / int(sizeof(A));
 
@@ -75,14 +73,13 @@ REFT_INLINE vec<A> broadcast(A value) {
   return value - vec<A>{};
 }
 
-// a * b + c; contraction is on (-ffp-contract=fast), so this is one instruction where the machine
-// has it.
+// a * b + c, compiled to one FMA instruction where available (-ffp-contract=fast).
 template <class V>
 REFT_INLINE V fma(V a, V b, V c) {
   return a * b + c;
 }
 
-// The sum of the lanes, in a fixed order: halves are added until one lane is left.
+// Sum of the lanes in a fixed order: the halves are added until one lane is left.
 template <class A>
 REFT_INLINE A lane_sum(vec<A> v) {
   A lanes[kLanes<A>];
@@ -106,8 +103,8 @@ REFT_INLINE float to_acc(fp16 v) {
 #if defined(__F16C__)
   return _cvtsh_ss(v.bits);
 #else
-  // the exponent is rebased by a multiplication, which also makes subnormals right; infinities and
-  // NaN are set apart
+  // The multiplication rebases the exponent and also handles subnormals; infinities and NaN are
+  // separate.
   uint32_t magnitude = uint32_t(v.bits & 0x7fff) << 13, sign = uint32_t(v.bits & 0x8000) << 16,
            bits;
   float out;
@@ -129,7 +126,7 @@ REFT_INLINE void from_acc(double v, double* out) { *out = v; }
 REFT_INLINE void from_acc(float v, bf16* out) {
   uint32_t bits;
   memcpy(&bits, &v, 4);
-  // to nearest, ties to even; a NaN keeps its upper bits and is made quiet
+  // Rounds to nearest even; a NaN keeps its upper bits and becomes quiet.
   out->bits =
       v != v ? uint16_t((bits >> 16) | 0x40) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
@@ -142,10 +139,10 @@ REFT_INLINE void from_acc(float v, fp16* out) {
   uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude > 0x7f800000u) {
     out->bits = uint16_t(sign | 0x7e00 | ((magnitude >> 13) & 0x3ff));
-  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more: infinity
     out->bits = uint16_t(sign | 0x7c00);
-  } else if (magnitude <
-             0x38800000u) {  // subnormal: an addition aligns the last bit, the hardware rounds
+    // Subnormal: adding 0.5 aligns the last bit, so that the hardware rounds.
+  } else if (magnitude < 0x38800000u) {
     float aligned, half = 0.5f;
     memcpy(&aligned, &magnitude, 4);
     aligned += half;
@@ -158,7 +155,7 @@ REFT_INLINE void from_acc(float v, fp16* out) {
 #endif
 }
 
-// ---- whole vectors: lanes of acc_t<T> from consecutive T, at any alignment
+// ---- whole vectors: acc_t<T> lanes from contiguous T, unaligned
 
 REFT_INLINE vec<float> load(const float* p) {
   vec<float> v;
@@ -198,7 +195,7 @@ REFT_INLINE vec<float> load(const fp16* p) {
 REFT_INLINE void store(float* p, vec<float> v) { memcpy(p, &v, sizeof(v)); }
 REFT_INLINE void store(double* p, vec<double> v) { memcpy(p, &v, sizeof(v)); }
 #if defined(__AVX512BF16__)
-// one instruction; unlike the arithmetic below it takes subnormal numbers as zero
+// Unlike the integer version below, this instruction flushes subnormal inputs to zero.
 REFT_INLINE void store(bf16* p, vec<float> v) {
   __m256bh rounded = _mm512_cvtneps_pbh((__m512)v);
   memcpy(p, &rounded, sizeof(rounded));
@@ -230,8 +227,7 @@ REFT_INLINE void store(fp16* p, vec<float> v) {
 #endif
 }
 
-// ---- stores that leave the caches alone, to addresses aligned to what they write; end_streams()
-// before others read
+// ---- non-temporal stores to aligned addresses; call end_streams() before other threads read
 
 #if defined(__AVX512F__)
 REFT_INLINE void stream(float* p, vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
@@ -243,7 +239,7 @@ REFT_INLINE void stream(double* p, vec<double> v) { _mm256_stream_pd(p, (__m256d
 REFT_INLINE void stream(float* p, vec<float> v) { store(p, v); }
 REFT_INLINE void stream(double* p, vec<double> v) { store(p, v); }
 #endif
-// bf16 and fp16: rounded as store() rounds
+// bf16 and fp16, rounded as in store().
 template <class T>
 REFT_INLINE void stream(T* p, vec<float> v) {
 #if defined(__AVX2__)
@@ -264,7 +260,8 @@ REFT_INLINE void end_streams() {
 #endif
 }
 
-// ---- the first `count` lanes (0 < count < kLanes): the others read as zero, and are not written
+// ---- partial vectors of `count` lanes (0 < count < kLanes); the other lanes are zero and not
+// stored
 
 template <class T>
 REFT_INLINE vec<acc_t<T>> load_part(const T* p, int count) {
