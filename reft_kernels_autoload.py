@@ -1,8 +1,8 @@
-"""Registers the ReFT method with PEFT in programs that do not import reft_kernels.
+"""Registration of the ReFT method with PEFT in programs that do not import reft_kernels.
 
 PyTorch calls :func:`watch_peft` at the end of ``import torch``, through the entry point group
 ``torch.backends`` (disabled by ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``). It installs an import hook
-that replaces PEFT's table of configuration classes by a :class:`MethodTable`, which imports
+that replaces PEFT's table of configuration classes with a :class:`MethodTable`, which imports
 ``reft_kernels.integrations.peft`` when the method REFT is first looked up.
 
 This module is imported while torch is still being imported. It is therefore separate from the
@@ -22,7 +22,7 @@ TABLE = "PEFT_TYPE_TO_CONFIG_MAPPING"
 
 
 class MethodTable(dict):
-    """PEFT's table of configuration classes, which loads the ReFT entry on first lookup.
+    """PEFT's table of configuration classes, which imports ReFT's class at its first lookup.
 
     Raises:
         ImportError: If ReFT is looked up and reft_kernels cannot be imported.
@@ -32,7 +32,7 @@ class MethodTable(dict):
     def __missing__(self, key: str) -> type:
         if key == METHOD:
             try:
-                import reft_kernels.integrations.peft  # noqa: F401  importing it registers the method
+                import reft_kernels.integrations.peft  # noqa: F401  registers the method
             except Exception as error:
                 raise ImportError(
                     f"an adapter of type {METHOD} needs reft_kernels, whose import failed: {error}"
@@ -43,7 +43,7 @@ class MethodTable(dict):
 
 
 class _Loader:
-    """Wraps the loader of ``peft.mapping`` and replaces the table after the module is executed."""
+    """Loader of ``peft.mapping`` that replaces the table after it has executed the module."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader

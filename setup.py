@@ -1,8 +1,9 @@
-"""Packaging: two packages in two places, a module that PyTorch loads and the native libraries;
-metadata is in pyproject.toml.
+"""Build of the packages ``reft_kernels`` and ``reft_train`` and of the native libraries.
 
-REFT_KERNELS_BUILD_NATIVE=0 installs without a compiler. REFT_KERNELS_BUILD_CUDA=1 adds the CUDA
-library, =0 leaves it out; unset, it is built where nvcc is found.
+The metadata is in pyproject.toml. Two environment variables control the native libraries:
+
+    REFT_KERNELS_BUILD_NATIVE  0 builds none, so that no compiler is needed. Default: 1.
+    REFT_KERNELS_BUILD_CUDA    1 builds the CUDA library, 0 does not. Default: 1 if nvcc is found.
 """
 
 import os
@@ -31,7 +32,7 @@ CUDA = NATIVE and _switch("REFT_KERNELS_BUILD_CUDA", native.nvcc() is not None)
 
 
 class BuildNative(build_ext):
-    """Libraries that PyTorch loads, not Python modules: no Python version in their names."""
+    """Build libraries that PyTorch loads; their file names do not contain a Python version."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -46,7 +47,7 @@ class BuildNative(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """One wheel for every Python 3: the libraries hold no Python."""
+    """Build one wheel for all versions of Python 3; the libraries do not use Python's C API."""
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
@@ -56,11 +57,10 @@ names = ["reft_kernels._native_cpu"] * NATIVE + ["reft_kernels._native_cuda"] * 
 setup(
     packages=find_packages(include=["reft_kernels", "reft_kernels.*"]) + find_packages("python"),
     package_dir={"reft_train": "python/reft_train"},
-    # beside the metadata that a build leaves here: torch must find it wherever it finds its entry
-    # point
+    # in the project root, next to the egg-info whose entry point makes torch import the module
     py_modules=["reft_kernels_autoload"],
     ext_modules=[Extension(name, sources=[]) for name in names],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
-    # what an isolated build needs beside setuptools: nothing more where nothing native is built
+    # additional requirements of an isolated build
     setup_requires=["torch>=2.11", "ninja"] if NATIVE else [],
 )

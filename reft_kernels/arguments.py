@@ -1,4 +1,4 @@
-"""Arguments of an edit that travel together."""
+"""Tuples of related arguments of an edit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RedWeights(NamedTuple):
 
 
 class RowSelection(NamedTuple):
-    """The rows that an edit changes, with the weight set and the coefficients of each."""
+    """Rows to edit, with the weight set and coefficients of each row."""
 
     rows: Tensor | None = None  # int32 [N], -1 skips; None for all rows
     weight_ids: Tensor | None = None  # int32 [N]; None for a single weight set

@@ -1,7 +1,7 @@
-"""Autograd of the edits: what is saved for the backward, what is edited in place or copied.
+"""Autograd functions of the edits.
 
-These functions run once for each layer and call, so the usual case (a contiguous hidden state) is
-written out in them: on the CPU the time of a small edit is that of its Python frames.
+These functions run once per layer and forward pass. The common case of contiguous hidden states is
+inlined in them, because Python function calls dominate the time of a small edit on the CPU.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels import (
-    ops,  # noqa: F401  (declares the operators)
+    ops,  # noqa: F401  (registers the operators)
     ownership,
 )
 from reft_kernels.arguments import EditWeights, RedWeights, RowSelection
@@ -27,20 +27,22 @@ _red_backward_ = torch.ops.reft_kernels.red_backward_.default
 
 
 def _as_rows(tensor: Tensor) -> Tensor:
-    """``[..., d]`` as ``[M, d]``; a copy only where no single row stride exists."""
+    """Return ``[..., d]`` as ``[M, d]``: a view if the strides allow it, else a copy."""
     return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _shaped(rows: Tensor, like: Tensor) -> Tensor:
-    """An operator's ``[M, d]`` output in ``like``'s shape; no view to autograd, so that the
-    caller may edit it in place.
+    """Return an operator's output ``[M, d]`` in the shape of ``like``.
+
+    Autograd does not record the result as a view, so that it can be edited in place.
     """
     return rows if like.dim() == 2 else torch.ops.aten._unsafe_view(rows, like.shape)
 
 
 def _has_row_stride(tensor: Tensor) -> bool:
-    """Whether ``[..., d]`` is viewable as ``[M, d]``, from its metadata alone (a traced tensor
-    has no address to compare).
+    """Return whether ``[..., d]`` can be viewed as ``[M, d]``.
+
+    This is computed from sizes and strides, because a traced tensor has no data pointer.
     """
     if tensor.dim() <= 2 or tensor.is_contiguous():
         return True
@@ -71,9 +73,10 @@ def _edit_rows_of(hidden: Tensor, in_place_op, *args):
 
 
 def _edit_without_graph(hidden: Tensor, in_place_op, *args) -> Tensor:
-    """Edit in place without recording, and count the change.
+    """Edit ``hidden`` in place without recording the edit for autograd.
 
-    Kernels do not increase the version counter, by which autograd detects changed tensors.
+    The version counter is incremented here, because the kernels do not do so. Autograd uses it to
+    detect that a saved tensor was modified.
     """
     if hidden.is_contiguous():
         in_place_op(hidden if hidden.dim() == 2 else hidden.view(-1, hidden.shape[-1]), *args)
@@ -145,8 +148,7 @@ class _Edit(torch.autograd.Function):
         else:
             out, saved_input, u, z = _edit(_as_rows(hidden), *args)
             out = _shaped(out, hidden)
-        # over all rows the backward rebuilds the input from the output, which the next layer keeps
-        # anyway
+        # without rows the backward recomputes the input from the output, which saves memory
         ctx.save_for_backward(
             out if rows is None else saved_input, u, z, rows, weight_ids, read, write, coeff
         )
@@ -253,11 +255,11 @@ def operators_check(hidden: Tensor) -> bool:
 
 
 def _copied_back(hidden: Tensor, out: Tensor) -> Tensor:
-    """The in-place edit as a compiler traces it: functionalization removes the copy, except where
-    ``hidden`` is a graph input.
+    """Copy the result of an out-of-place edit to ``hidden``, for traced in-place edits.
 
-    Dynamo returns a graph input that a Function marked dirty as it came in, and so without its
-    gradient (torch 2.13).
+    Functionalization removes the copy unless ``hidden`` is a graph input. An in-place Function is
+    not used, because Dynamo (torch 2.13) loses the gradient of a graph input that a Function marks
+    as dirty.
     """
     return hidden.copy_(out)
 
@@ -265,7 +267,21 @@ def _copied_back(hidden: Tensor, out: Tensor) -> Tensor:
 def apply_edit(
     hidden: Tensor, weights: EditWeights, chosen: RowSelection, activation: str, inplace: bool
 ) -> Tensor:
-    """The general edit with its gradient; ``activation`` by its canonical name."""
+    """Apply a low-rank edit and record it for autograd if an argument requires grad.
+
+    Args:
+        hidden: ``[..., d]``.
+        weights: The weights of the edit.
+        chosen: The rows, weight sets and coefficients.
+        activation: Canonical activation name.
+        inplace: Whether to edit ``hidden`` itself.
+
+    Returns:
+        The edited hidden states, with the shape and dtype of ``hidden``.
+
+    Raises:
+        ValueError: If ``inplace`` is true and ``hidden`` cannot be edited in place.
+    """
     read, read_bias, write, subtract_bias, subtract_projection = weights
     rows, weight_ids, coeff = chosen
     args = (
@@ -287,7 +303,7 @@ def apply_edit(
         or (subtract_bias is not None and subtract_bias.requires_grad)
         or (coeff is not None and coeff.requires_grad)
     )
-    # the conditions of check_writable that need only flags; it names the reason
+    # inlined conditions under which check_writable may raise
     if (
         inplace
         and not torch.compiler.is_compiling()
@@ -306,12 +322,25 @@ def apply_edit(
 
 
 def apply_red(hidden: Tensor, weights: RedWeights, chosen: RowSelection, inplace: bool) -> Tensor:
-    """RED with its gradient; it takes no ``coeff``."""
+    """Apply RED and record it for autograd if an argument requires grad.
+
+    Args:
+        hidden: ``[..., d]``.
+        weights: The weights of RED.
+        chosen: The rows and weight sets; ``coeff`` is ignored.
+        inplace: Whether to edit ``hidden`` itself.
+
+    Returns:
+        The edited hidden states, with the shape and dtype of ``hidden``.
+
+    Raises:
+        ValueError: If ``inplace`` is true and ``hidden`` cannot be edited in place.
+    """
     (scale, bias), (rows, weight_ids, _) = weights, chosen
     graph = torch.is_grad_enabled() and (
         hidden.requires_grad or scale.requires_grad or bias.requires_grad
     )
-    # the conditions of check_writable that need only flags; it names the reason
+    # inlined conditions under which check_writable may raise
     if (
         inplace
         and not torch.compiler.is_compiling()
@@ -320,9 +349,8 @@ def apply_red(hidden: Tensor, weights: RedWeights, chosen: RowSelection, inplace
         check_writable(hidden, graph)
     if graph:
         if inplace and torch.compiler.is_compiling():
-            saved_input = (
-                hidden.clone() if rows is None else hidden
-            )  # over all rows RED keeps its input, which the copy overwrites
+            # without rows RED saves its input for the backward, and the copy overwrites it
+            saved_input = hidden.clone() if rows is None else hidden
             return _copied_back(
                 hidden, _Red.apply(saved_input, rows, weight_ids, scale, bias, False)
             )

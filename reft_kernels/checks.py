@@ -18,7 +18,7 @@ from reft_kernels.orthonormal import MAX_RANK
 
 HIDDEN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHECKED = "_reft_checked"  # tensor attribute: (num_rows, version) of the last value check
-_ASSERTED = "_reft_asserted"
+_ASSERTED = "_reft_asserted"  # tensor attribute: (low, high, version) of the last assertion
 
 
 def describe(value: object) -> str:

@@ -1,11 +1,15 @@
-"""The ``cpu`` backend: the operators on CPU tensors by the native library built from ``csrc/cpu``.
+"""The ``cpu`` backend: loads the native library built from ``csrc/cpu``.
 
-The library implements the operators of :mod:`reft_kernels.ops` themselves, checks included:
-PyTorch's dispatcher calls it without any Python between. This file loads it and says whether it can
-serve. ``avx512bf16`` multiplies bf16 hidden states with weights rounded to bf16 from rank 8 on,
-except under relu, and rounds its outputs with subnormal numbers as zero.
-``REFT_KERNELS_CPU_ISA=avx512bf16|avx512|avx2|portable`` forces an instruction set,
-``REFT_KERNELS_CPU_LIBRARY`` names another build of the library (one with sanitizers).
+The library implements the operators of :mod:`reft_kernels.ops` for CPU tensors, including the
+argument checks. PyTorch's dispatcher calls it directly, without Python code in between.
+
+With the instruction set ``avx512bf16`` and bf16 hidden states, weights are rounded to bf16 for
+ranks of 8 or more, except with relu, and subnormal outputs are flushed to zero.
+
+Environment variables:
+
+    REFT_KERNELS_CPU_ISA      Forces ``avx512bf16``, ``avx512``, ``avx2`` or ``portable``.
+    REFT_KERNELS_CPU_LIBRARY  Path of another build of the library, such as one with sanitizers.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @functools.cache
 def _why_off() -> str | None:
-    """None when the library is loaded, else the reason; asked once."""
+    """Load the library on the first call; return None, or the reason why it cannot be used."""
     if not LIBRARY.exists():
         if os.environ.get(LIBRARY_VARIABLE):
             return f"{LIBRARY_VARIABLE}: got {str(LIBRARY)!r}, expected an existing file"
@@ -50,15 +54,22 @@ def _why_off() -> str | None:
 
 
 def instruction_set() -> str | None:
-    """``avx512bf16``, ``avx512``, ``avx2`` or ``portable``, whichever the library uses here;
-    None when it is off.
+    """Return the instruction set that the library uses on this machine.
+
+    Returns:
+        ``"avx512bf16"``, ``"avx512"``, ``"avx2"`` or ``"portable"``, or None if the library cannot
+        be used.
     """
     return torch.ops.reft_kernels_cpu.isa() if _why_off() is None else None
 
 
 def unsupported_reason(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """None when this backend can serve ``operator`` for tensors of that device type and dtype,
-    else the reason.
+    """Return why this backend cannot run an operator, or None if it can.
+
+    Args:
+        operator: An operator; the library implements all of them.
+        device_type: Device type of the tensors.
+        dtype: Dtype of the tensors.
     """
     if device_type != "cpu":
         return f"the native cpu backend does not serve {device_type} tensors"
@@ -68,8 +79,10 @@ def unsupported_reason(operator: str, device_type: str, dtype: torch.dtype) -> s
 
 
 def load() -> bool:
-    """Load the library, once, with which its kernels are the operators on CPU tensors; False
-    when it is off.
+    """Load the library, which registers its kernels as the operators for CPU tensors.
+
+    Returns:
+        Whether the library can be used.
     """
     if _why_off() is not None:
         return False
@@ -78,7 +91,10 @@ def load() -> bool:
 
 
 def serve(wanted: bool) -> None:
-    """Whether the library's kernels are to run on CPU tensors, or the backend that
-    :mod:`reft_kernels.dispatch` selects.
+    """Enable or disable the library's kernels for CPU tensors.
+
+    Args:
+        wanted: True to use the library's kernels, False to forward calls to the backend that
+            :mod:`reft_kernels.dispatch` selects.
     """
     torch.ops.reft_kernels_cpu.serve(wanted)

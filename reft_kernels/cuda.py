@@ -1,13 +1,13 @@
-"""The CUDA C++ backend (``csrc/cuda``): the edit of selected rows, and the orthonormal maps for all
-layers in one launch.
+"""The ``cuda`` backend: CUDA C++ kernels (``csrc/cuda``) for edits and orthonormal maps.
 
-The kernels are built at install time with ``REFT_KERNELS_BUILD_CUDA=1`` into ``_native_cuda.so``
-beside this file, and reach PyTorch through its stable ABI. Every function has the contract of
-:mod:`reft_kernels.reference`; launches: one for ``edit``, at most two for ``edit_backward``, one
-for each map and each map's backward. Sums have a fixed order: two runs are bit-identical.
-``REFT_KERNELS_CUDA_LIBRARY`` names another build of the library. One that runs the kernels in the
-emulation of the tests (``tests/cuda/emulation``) serves CPU tensors, and no others: it is to these
-kernels what ``TRITON_INTERPRET=1`` is to Triton's.
+The kernels are built at install time with ``REFT_KERNELS_BUILD_CUDA=1`` into ``_native_cuda.so`` in
+this directory; they use PyTorch's stable ABI. Each function takes and returns the same tensors as
+the function of that name in :mod:`reft_kernels.reference`. ``edit`` launches one kernel,
+``edit_backward`` at most two, and each orthonormal map and its backward one for all layers. Sums
+have a fixed order, so results are bit-identical between runs.
+
+``REFT_KERNELS_CUDA_LIBRARY`` is the path of another build of the library. The emulated build in
+``tests/cuda/emulation`` runs the kernels on CPU tensors only, for tests.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_na
 MAX_RANK = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPUS = "the CUDA kernels serve tensors on NVIDIA GPUs"
-_RANK_MULTIPLE = 8  # the backward's [N, r] scratch is padded to it
+_RANK_MULTIPLE = 8  # edit_backward pads the rank dimension of its temporary tensor to this
 
 
 @functools.cache
 def _why_not_loaded() -> str | None:
-    """Load the library once; None when its operators exist, else the reason."""
+    """Load the library on the first call; return None, or the reason why it cannot be loaded."""
     if not LIBRARY.exists():
         if os.environ.get(LIBRARY_VARIABLE):
             return f"{LIBRARY_VARIABLE}: got {str(LIBRARY)!r}, expected an existing file"
@@ -52,8 +52,10 @@ def _why_not_loaded() -> str | None:
 
 
 def emulated() -> bool:
-    """Whether the library runs the kernels in the emulation; an installed library, which never
-    does, is not loaded for it.
+    """Return whether the library is an emulated build.
+
+    Only a library named by ``REFT_KERNELS_CUDA_LIBRARY`` can be emulated. Without that variable
+    this returns False and does not load the library.
     """
     named = os.environ.get(LIBRARY_VARIABLE)
     return (
@@ -64,10 +66,15 @@ def emulated() -> bool:
 
 
 def unsupported_reason(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """None when the CUDA kernels can serve ``operator`` for tensors of that device type and dtype,
-    else the reason.
+    """Return why this backend cannot run an operator, or None if it can.
 
-    Edits over all rows, hidden states whose channels are strided, and RED go from here to Triton.
+    Edits of all rows, edits of hidden states with strided channels, and RED are supported by
+    calling Triton.
+
+    Args:
+        operator: An operator.
+        device_type: Device type of the tensors.
+        dtype: Dtype of the tensors.
     """
     if dtype not in _DTYPES:
         return (
@@ -94,8 +101,9 @@ def unsupported_reason(operator: str, device_type: str, dtype: torch.dtype) -> s
 
 
 def _elsewhere(operator: str) -> Callable:
-    """What serves a call that these kernels leave out: Triton; the reference where it is not
-    installed, or in the emulation.
+    """Return the function for a call that the CUDA kernels do not support.
+
+    It is Triton's, or the reference if Triton is not installed or the library is emulated.
     """
     name = "reference" if emulated() or importlib.util.find_spec("triton") is None else "triton"
     return getattr(importlib.import_module(f"reft_kernels.{name}"), operator)
@@ -106,7 +114,7 @@ def _dense_channels(*tensors: Tensor | None) -> bool:
 
 
 def _small(tensor: Tensor | None) -> Tensor | None:
-    """Contiguous and of a served dtype; nothing is copied where it already is."""
+    """Return ``tensor`` contiguous and in a supported dtype; copied only if needed."""
     if tensor is None:
         return None
     return (tensor if tensor.dtype in _DTYPES else tensor.float()).contiguous()
@@ -144,8 +152,12 @@ def edit(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The contract of :func:`reft_kernels.reference.edit`, in one launch; over all rows it is
-    Triton's.
+    """Compute :func:`reft_kernels.reference.edit` in one kernel launch.
+
+    Without ``rows``, or if channels are strided, Triton is called instead.
+
+    Raises:
+        ValueError: If the rank is not between 1 and 256.
     """
     if rows is None or not _dense_channels(source, out):
         return _elsewhere("edit")(
@@ -200,10 +212,13 @@ def edit_backward(
     activation: str,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The contract of :func:`reft_kernels.reference.edit_backward`, in two launches (one where only
-    dcoeff is wanted).
+    """Compute :func:`reft_kernels.reference.edit_backward` in at most two kernel launches.
 
-    Over all rows it is Triton's.
+    One launch suffices if only the gradient of ``coeff`` is needed. Without ``rows``, or if
+    channels are strided, Triton is called instead.
+
+    Raises:
+        ValueError: If the rank is not between 1 and 256.
     """
     if rows is None or not _dense_channels(grad, out, saved_input):
         return _elsewhere("edit_backward")(
@@ -272,17 +287,17 @@ def edit_backward(
 
 
 def red(source: Tensor, *args) -> Tensor:
-    """The contract of :func:`reft_kernels.reference.red`; it is Triton's."""
+    """Compute :func:`reft_kernels.reference.red` by calling Triton."""
     return _elsewhere("red")(source, *args)
 
 
 def red_backward(grad: Tensor, *args) -> tuple[Tensor, Tensor]:
-    """The contract of :func:`reft_kernels.reference.red_backward`; it is Triton's."""
+    """Compute :func:`reft_kernels.reference.red_backward` by calling Triton."""
     return _elsewhere("red_backward")(grad, *args)
 
 
 def _single(*tensors: Tensor | None) -> list[Tensor | None]:
-    """fp32 and contiguous; nothing is copied where it already is."""
+    """Return the tensors contiguous and in fp32; copied only if needed."""
     return [None if t is None else t.float().contiguous() for t in tensors]
 
 
@@ -313,8 +328,21 @@ def _build_backward(is_cayley: bool, grad_R, grad_D, X: Tensor, signs, base, aux
 def householder(
     X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None
 ):
-    """R ``[L, r, d]`` from X ``[L, d, r]``, D = W - R (empty without W) and T (with a base also
-    V0^T V) as ``aux``; fp32.
+    """Compute the Householder map for all layers in one kernel launch.
+
+    Args:
+        X: ``[L, d, r]``.
+        signs: ``[L, r]`` or None.
+        base: ``[L, d, r]`` or None.
+        point: ``[L, r, d]``, given if and only if ``base`` is.
+        W: ``[L, r, d]`` or None.
+
+    Returns:
+        R ``[L, r, d]``; D = W - R ``[L, r, d]``, empty without ``W``; and aux, which is T
+        ``[L, 1, r, r]``, or T and V0^T V ``[L, 2, r, r]`` with ``base``. All are fp32.
+
+    Raises:
+        ValueError: If r is not between 1 and min(d, 256).
     """
     return _build(False, X, signs, base, point, W)
 
@@ -322,8 +350,18 @@ def householder(
 def householder_backward(
     grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
 ) -> Tensor:
-    """dL/dX ``[L, d, r]`` in X's dtype, zero on and above the diagonal; ``grad_D`` counts
-    against R (D = W - R).
+    """Compute the gradient of X for :func:`householder`.
+
+    Args:
+        grad_R: ``[L, r, d]`` or None.
+        grad_D: ``[L, r, d]`` or None. It is subtracted from ``grad_R``, because D = W - R.
+        X: ``[L, d, r]``.
+        signs: ``[L, r]`` or None.
+        base: ``[L, d, r]`` or None.
+        aux: The tensor that :func:`householder` returned.
+
+    Returns:
+        ``[L, d, r]`` in the dtype of X, zero on and above the diagonal.
     """
     return _build_backward(False, grad_R, grad_D, X, signs, base, aux)
 
@@ -331,8 +369,9 @@ def householder_backward(
 def cayley(
     X: Tensor, signs: Tensor | None, base: Tensor | None, point: Tensor | None, W: Tensor | None
 ):
-    """R ``[L, r, d]`` from X ``[L, d, r]``, D = W - R (empty without W) and C (with a base also
-    V0^T V) as ``aux``; fp32.
+    """Compute the Cayley map for all layers in one kernel launch.
+
+    Arguments, results and errors are those of :func:`householder`, with C instead of T in ``aux``.
     """
     return _build(True, X, signs, base, point, W)
 
@@ -340,7 +379,8 @@ def cayley(
 def cayley_backward(
     grad_R, grad_D, X: Tensor, signs: Tensor | None, base: Tensor | None, aux: Tensor
 ) -> Tensor:
-    """dL/dX ``[L, d, r]`` in X's dtype, zero on and above the diagonal of X[:r]; ``grad_D``
-    counts against R (D = W - R).
+    """Compute the gradient of X for :func:`cayley`.
+
+    Arguments and result are those of :func:`householder_backward`.
     """
     return _build_backward(True, grad_R, grad_D, X, signs, base, aux)

@@ -1,12 +1,13 @@
-"""Which backend serves which operator on which tensor: one table, one place.
+"""Selection of the backend that runs an operator.
 
-``REFT_KERNELS_BACKEND=triton|cuda|cpu|torch`` forces a backend: forced and unable raises. Unset,
-the first able backend of the device's preference list serves, and a choice that costs speed is said
-once, as a warning.
+The environment variable ``REFT_KERNELS_BACKEND`` (``triton``, ``cuda``, ``cpu`` or ``torch``)
+forces a backend; a call that it does not support then raises :class:`BackendError`. Without it, the
+first backend in the device's preference list that supports the call is used. Each skipped backend
+causes one warning per process, except Triton for fp64, which it does not support.
 
-The operators are registered from Python for every device, with this table behind them, and from the
-native library for CPU tensors. While another backend than ``cpu`` is forced, the library hands its
-calls on to the table.
+The operators are registered in Python for all devices and in the native library for CPU tensors.
+While a backend other than ``cpu`` is selected for CPU tensors, the native library forwards its
+calls to Python.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ OPERATORS = (
 )
 ENVIRONMENT_VARIABLE = "REFT_KERNELS_BACKEND"
 
-# cuda stands behind triton by force alone: no committed measurement prefers it yet
+# cuda is used only if forced, because no committed measurement shows it to be faster than triton
 _PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
 _MODULES = {
     "triton": "reft_kernels.triton",
@@ -45,14 +46,14 @@ _MODULES = {
 
 
 class BackendError(RuntimeError):
-    """A backend was forced that cannot serve the call."""
+    """Raised if the forced backend does not support a call, or if no backend does."""
 
 
 _lock = threading.Lock()
 _forced: str | None = None
 _table: dict[tuple[str, str, torch.dtype], Callable | None] = {}
 _warned: set[str] = set()
-_native = None  # reft_kernels.cpu, once its library is loaded
+_native = None  # the module reft_kernels.cpu once its library is loaded
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -64,14 +65,20 @@ def _checked(name: str | None, source: str) -> str | None:
 
 
 def forced_backend() -> str | None:
-    """The backend that is forced now, by ``set_backend`` or the environment; None when the
-    choice is automatic.
-    """
+    """Return the forced backend, or None if the backend is selected automatically."""
     return _forced
 
 
 def set_backend(name: str | None) -> None:
-    """Force a backend for the process (``None`` or ``"auto"``: choose automatically)."""
+    """Force a backend for the whole process.
+
+    Args:
+        name: ``"triton"``, ``"cuda"``, ``"cpu"`` or ``"torch"``. None or ``"auto"`` restores
+            automatic selection.
+
+    Raises:
+        ValueError: If ``name`` is not a backend.
+    """
     global _forced
     with _lock:
         _forced = _checked(name, "backend")
@@ -81,8 +88,9 @@ def set_backend(name: str | None) -> None:
 
 
 def load_native() -> None:
-    """Load the native CPU library where there is one, before any thread can be in a call of an
-    operator.
+    """Load the native CPU library, if it was built.
+
+    This is called once, when the package is imported and no operator can be running yet.
     """
     global _native
     module = importlib.import_module(_MODULES["cpu"])
@@ -93,18 +101,22 @@ def load_native() -> None:
 
 
 def _is_native() -> bool:
-    """Whether the ``cpu`` backend serves CPU tensors; it does so for every operator and dtype,
-    or for none.
+    """Return whether CPU tensors use the ``cpu`` backend.
+
+    That backend supports either all operators and dtypes or none, so one of them is tested.
     """
     try:
         return choose("edit", "cpu", torch.float32)[0] == "cpu"
-    except BackendError:  # the calls say it
+    except BackendError:  # raised again by each call of an operator
         return False
 
 
 @contextlib.contextmanager
 def backend(name: str | None) -> Iterator[None]:
-    """Force a backend within a ``with`` block (process-wide, like ``set_backend``)."""
+    """Context manager that forces a backend for the whole process, as :func:`set_backend` does.
+
+    The previous setting is restored on exit.
+    """
     before = _forced
     set_backend(name)
     try:
@@ -114,15 +126,26 @@ def backend(name: str | None) -> Iterator[None]:
 
 
 def interpreting() -> bool:
-    """True when Triton kernels run in its interpreter (``TRITON_INTERPRET=1``)."""
+    """Return whether Triton runs its kernels in its interpreter (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on")
 
 
 def unsupported_reason(
     name: str, operator: str, device_type: str, dtype: torch.dtype
 ) -> str | None:
-    """None when backend ``name`` can serve ``operator`` for tensors of that device type and
-    dtype, else the reason.
+    """Return why a backend cannot run an operator.
+
+    Args:
+        name: A backend.
+        operator: An operator; one of ``OPERATORS``.
+        device_type: Device type of the tensors, such as ``"cuda"``.
+        dtype: Dtype of the tensors.
+
+    Returns:
+        The reason, or None if the backend can run the operator.
+
+    Raises:
+        ValueError: If ``operator`` is not an operator.
     """
     if operator not in OPERATORS:
         raise ValueError(f"operator: got {operator!r}, expected one of {', '.join(OPERATORS)}")
@@ -151,10 +174,18 @@ def unsupported_reason(
 
 
 def choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
-    """The backend that serves, and for each one passed over, why.
+    """Choose the backend for an operator.
+
+    Args:
+        operator: An operator; one of ``OPERATORS``.
+        device_type: Device type of the tensors.
+        dtype: Dtype of the tensors.
+
+    Returns:
+        The name of the backend, and the reason for each preferred backend that cannot be used.
 
     Raises:
-        BackendError: the forced backend cannot serve this call.
+        BackendError: If the forced backend does not support the operator, or no backend does.
     """
     if _forced is not None:
         reason = unsupported_reason(_forced, operator, device_type, dtype)
@@ -174,10 +205,16 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, di
 
 
 def select(operator: str, tensor: torch.Tensor) -> Callable | None:
-    """The function that computes ``operator`` for ``tensor``'s device and dtype; decided once, then
-    a dictionary lookup.
+    """Return the function that computes an operator for a tensor's device and dtype.
 
-    None stands for the ``cpu`` backend, which is called by way of PyTorch's dispatcher.
+    The function is cached for each operator, device type and dtype.
+
+    Returns:
+        The backend's function, or None for the ``cpu`` backend, which is called through PyTorch's
+        dispatcher.
+
+    Raises:
+        BackendError: If the forced backend does not support the operator, or no backend does.
     """
     key = (operator, tensor.device.type, tensor.dtype)
     try:
@@ -193,7 +230,7 @@ def _resolve(key: tuple[str, str, torch.dtype]) -> Callable | None:
     for other, reason in passed_over.items():
         if other not in _warned and not (
             other == "triton" and dtype == torch.float64
-        ):  # no kernel of it serves fp64
+        ):  # expected: Triton has no fp64 kernels
             _warned.add(other)
             warnings.warn(
                 f"reft_kernels: backend {other!r} is off ({reason}); {name!r} serves instead",
@@ -201,7 +238,7 @@ def _resolve(key: tuple[str, str, torch.dtype]) -> Callable | None:
             )
     function = None if name == "cpu" else getattr(importlib.import_module(_MODULES[name]), operator)
     with _lock:
-        if _forced == forced:  # else another thread has changed it meanwhile
+        if _forced == forced:  # another thread may have changed it
             _table[key] = function
     return function
 

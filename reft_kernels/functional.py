@@ -51,7 +51,10 @@ __all__ = [
 
 
 class _Names(NamedTuple):
-    """What a function calls its weights, for its errors; ``read`` is None where it has none."""
+    """Parameter names of a public function's weights, used in error messages.
+
+    ``read`` is None if the function has no such weight.
+    """
 
     write: str
     read: str | None

@@ -1,13 +1,14 @@
-"""What every operator asks of its arguments before anything is allocated or written.
+"""Argument checks of the operators ``torch.ops.reft_kernels.*``.
 
-:mod:`reft_kernels.checks` gives the public functions errors in the words of the family; this file
-guards the operators themselves, which a program can also call as ``torch.ops.reft_kernels.*``. The
-``cpu`` backend has these checks in the native library (``csrc/cpu/argument_checks.h``).
+An operator checks its arguments before it allocates or writes anything. These checks also protect
+programs that call the operators directly. The public functions have their own checks in
+:mod:`reft_kernels.checks`, whose errors use the parameter names of those functions. The ``cpu``
+backend implements the checks in the native library (``csrc/cpu/argument_checks.h``).
+
 Shapes, dtypes and devices are checked in the implementations and in the fakes. The values of
-``rows`` and ``weight_ids`` are checked by the implementations on the CPU, once for each tensor
-(:func:`reft_kernels.checks.check_row_values` remembers). On a GPU reading them would wait for the
-device: there the device itself asserts their range, once for each tensor that the public functions
-have not checked.
+``rows`` and ``weight_ids`` are checked only in the implementations, once per tensor: CPU tensors by
+:func:`reft_kernels.checks.check_row_values`, CUDA tensors by an assertion on the device
+(:func:`reft_kernels.checks.assert_range`), which does not synchronize.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ def _check_place(name: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def _check_apart(op: str, written: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError if a contiguous argument overlaps the memory that the call writes."""
+    """Raise ValueError if a contiguous argument overlaps the memory of ``written``.
+
+    Nothing is checked if ``written`` is not contiguous.
+    """
     if not written.is_contiguous():
         return
     begin, size = written.data_ptr(), written.nbytes
@@ -80,7 +84,7 @@ def _check_float(name: str, tensor: Tensor, shape: _Shape, like: Tensor) -> None
 
 
 def _check_exact(name: str, tensor: Tensor, shape: _Shape, dtype, like: Tensor) -> None:
-    """A tensor that the forward made: its dtype is fixed."""
+    """Check a tensor that the forward returned: shape, dtype and device are fixed."""
     if tensor.dtype != dtype:
         _refuse(TypeError, name, tensor, f"{dtype}, as the forward returned it")
     if tensor.shape != shape:
@@ -99,7 +103,10 @@ def _check_index(name: str, index: Tensor, length: int | None, like: Tensor) -> 
 def _check_selection(
     op, hidden: Tensor, rows: _Index, weight_ids: _Index, sets: int, traced
 ) -> int:
-    """Returns N, the number of entries."""
+    """Check ``rows`` and ``weight_ids``; return N, the number of entries.
+
+    ``sets`` is S, the number of weight sets. Values are not checked if ``traced`` is true.
+    """
     count = hidden.shape[0]
     values = not traced and hidden.device.type == "cpu"
     asserted = not traced and hidden.device.type == "cuda"
@@ -320,11 +327,11 @@ CHECKS: dict[str, Callable[..., None]] = {
     "cayley": _check_build("cayley"),
     "cayley_backward": _check_build_backward("cayley_backward"),
 }
-"""Operator name -> the check of its arguments; ``traced``: of shapes, dtypes and devices alone."""
+"""Argument checks by operator name; with ``traced=True`` they do not check values or memory."""
 
 
 def _required(schema: str) -> list[tuple[int, str]]:
-    """Numbers and names of the tensors that a schema does not let be None."""
+    """Return the index and name of each tensor argument that is not optional in a schema."""
     arguments = [text.split(" ") for text in schema[1 : schema.index(") ->")].split(", ")]
     return [
         (i, name) for i, (kind, name) in enumerate(arguments) if kind in ("Tensor", "Tensor(a!)")
@@ -332,8 +339,15 @@ def _required(schema: str) -> list[tuple[int, str]]:
 
 
 def guarded(name: str, schema: str, function: Callable, *, traced: bool = False) -> Callable:
-    """``function`` behind the check of the operator ``name``; the dispatcher lets any tensor be
-    None.
+    """Return a function that checks its arguments and then calls ``function``.
+
+    It also rejects None for required tensors, which PyTorch's dispatcher accepts.
+
+    Args:
+        name: The operator's name.
+        schema: The operator's schema.
+        function: An implementation or a fake of the operator.
+        traced: Whether to check only shapes, dtypes and devices, as a fake must.
     """
     check, required = CHECKS[name], _required(schema)
     options = {"traced": True} if traced else {}

@@ -1,21 +1,29 @@
-"""The operators of the engine: schemas, fakes and the door to the backends.
+"""PyTorch operators ``torch.ops.reft_kernels.*``: schemas, implementations and fakes.
 
-Every tensor that holds rows is two-dimensional here: ``hidden`` is ``[M, d]``; ``rows`` is int32
-``[N]`` (``-1`` skips) or ``None`` for all M rows; ``weight_ids`` is int32 ``[N]`` or ``None``.
-Weights are ``[r, d]`` and ``[r]``, or ``[S, r, d]`` and ``[S, r]`` when ``weight_ids`` is given.
-With ``x`` the selected rows, ``A`` = read, ``c`` = read_bias, ``B`` = write, ``p`` = subtract_bias:
+The edit operators take these arguments:
 
-    z = A x + c                                     (``A`` absent: z = c;  ``c`` absent: z = A x)
-    u = act(z) - (B x + p)   if subtract_projection else act(z)
+    hidden      ``[M, d]``, fp32, bf16, fp16 or fp64.
+    rows        int32 ``[N]``, the rows to edit; -1 skips an entry. None edits all M rows.
+    weight_ids  int32 ``[N]``, the weight set of each row, or None for a single set.
+    weights     ``[r, d]`` and ``[r]``, or ``[S, r, d]`` and ``[S, r]`` with ``weight_ids``.
+
+For a selected row x, with A = ``read``, c = ``read_bias``, B = ``write`` and p = ``subtract_bias``,
+``edit`` computes y:
+
+    z = A x + c                 (z = c without ``read``; z = A x without ``read_bias``)
+    u = act(z) - (B x + p)      (u = act(z) without ``subtract_projection``)
     y = x + B^T (coeff * u)
 
-Every member of the family that subtracts a projection subtracts the one it writes with, hence a
-flag and not a third weight.
+Methods that subtract a projection reuse the up-projection B, so ``subtract_projection`` is a flag.
 
-``saved_input`` is what the backward needs of the rows: their input ``x [N, d]`` when ``rows`` is
-given; nothing when it is not, for then the caller passes the output ``y`` back (``x = y - B^T
-(coeff * u)``) and no second copy of the hidden state lives on. Outputs that a call does not need
-are empty tensors, so that every operator has a fixed arity.
+``red`` computes y = scale * x + bias, with ``scale`` and ``bias`` ``[d]``, or ``[S, d]`` with
+``weight_ids``. The operators ``householder`` and ``cayley`` are described in
+:mod:`reft_kernels.orthonormal`.
+
+``saved_input`` holds the selected input rows x ``[N, d]`` for the backward pass. ``edit`` without
+``rows`` returns it empty, and the caller passes the output y to ``edit_backward``, which recomputes
+x = y - B^T (coeff * u). ``red`` out of place without ``rows`` returns it empty too, and the caller
+passes ``hidden`` to ``red_backward``. An output that a call does not need is an empty tensor.
 """
 
 from __future__ import annotations
@@ -70,19 +78,18 @@ SCHEMAS: dict[str, str] = {
     "cayley": f"({_BUILD_ARGS}) -> (Tensor R, Tensor D, Tensor aux)",
     "cayley_backward": f"({_BUILD_BACKWARD_ARGS}) -> Tensor grad_X",
 }
-"""Operator name -> schema: the list of what exists, under ``torch.ops.reft_kernels``."""
+"""Schemas of all operators, by operator name."""
 
 _library = torch.library.Library("reft_kernels", "DEF")
 
 
-# ---- implementations: allocate what is out of place, then call the backend that serves this device
-# and dtype; of the cpu
-# ---- backend the native library does both (csrc/cpu/registration.cpp)
+# ---- Implementations for backends other than cpu, whose operators are in csrc/cpu/registration.cpp
 
 
 def _output_like(tensor: Tensor, rows: Tensor | None) -> Tensor:
-    """A contiguous output: a copy where only some rows will be written, uninitialised where all
-    will.
+    """Allocate a contiguous output like ``tensor``.
+
+    It is uninitialized if ``rows`` is None, else a copy, because only some rows will be written.
     """
     out = host_memory.empty_like(tensor)
     return out if rows is None else out.copy_(tensor)
@@ -138,7 +145,7 @@ def _edit_backward_(backend: Callable, grad: Tensor, *args):
 
 def _red(backend: Callable, hidden: Tensor, rows: Tensor | None, weight_ids, scale, bias, save):
     out = _output_like(hidden, rows)
-    # out of place over all rows the caller still holds the input: keep no copy of it
+    # without rows the caller still has the input, so it need not be saved
     saved_input = backend(hidden, out, rows, weight_ids, scale, bias, save and rows is not None)
     return out, saved_input
 
@@ -163,7 +170,7 @@ def _build(backend: Callable, *args):
     return backend(*args)
 
 
-# ---- fakes: shapes and dtypes only
+# ---- Fake implementations: shapes and dtypes only
 
 
 def _edit_fake(
@@ -284,8 +291,12 @@ def _build_backward_fake(grad_R, grad_D, X, signs, base, aux):
 
 
 class _Operator(NamedTuple):
-    """How an operator is made: by ``implementation(backend, *arguments)``, with ``backend`` the
-    function that :func:`dispatch.select` gives for ``kind`` and the argument at ``like``."""
+    """Implementations of an operator.
+
+    ``implementation`` is called with a backend's function, followed by the operator's arguments.
+    :func:`dispatch.select` selects that function by ``kind`` and by the device and dtype of the
+    argument with index ``like``.
+    """
 
     implementation: Callable
     fake: Callable
@@ -310,7 +321,7 @@ _OPERATORS = {
 
 
 def _by_backend(name: str, operator: _Operator) -> Callable:
-    """The operator as the backend of its tensors computes it."""
+    """Return a function that runs the operator on the backend selected for its arguments."""
     overload = getattr(torch.ops.reft_kernels, name).default
     implementation, _, kind, like = operator
 
@@ -321,22 +332,35 @@ def _by_backend(name: str, operator: _Operator) -> Callable:
     return computed
 
 
-_raised = (
-    threading.local()
-)  # error: of this thread's last call that the native library handed on and that failed
+# attribute ``error``: the last exception in this thread that passed through the native library
+_raised = threading.local()
 
 
 def restored(error: Exception) -> Exception:
-    """``error``, or the exception that it stands for: through the native library an exception
-    passes without its type.
+    """Return the original of an exception that has passed through the native library.
+
+    The native library keeps only the message of a Python exception, not its type.
+
+    Args:
+        error: The exception that an operator raised.
+
+    Returns:
+        The last exception recorded in this thread if its message is that of ``error``, else
+        ``error``.
     """
     known, _raised.error = getattr(_raised, "error", None), None
     return known if known is not None and str(known) == str(error) else error
 
 
 def _handed_on(implementation: Callable, results: int) -> Callable:
-    """``implementation`` for the native library, which raises a plain exception with the text of
-    what is raised here.
+    """Wrap an implementation so that the native library can call it.
+
+    If ``implementation`` raises, the wrapper records the exception for :func:`restored`, passes the
+    message to the native library, which raises an error with it, and returns empty tensors.
+
+    Args:
+        implementation: The operator's implementation in Python.
+        results: The number of tensors that it returns.
     """
 
     def called(*args):

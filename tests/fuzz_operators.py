@@ -1,13 +1,15 @@
-"""Seeded fuzz of the operators: mutated arguments end in an exception or in the right answer.
+"""Fuzzer that calls the operators with mutated arguments.
 
     python -m tests.fuzz_operators --backend cpu --first 0 --cases 5000
 
-A case is a valid call of one operator with up to two mutations, all drawn from the case's seed. A
-call may raise TypeError, ValueError or RuntimeError, and then leaves every argument as it was; or
-it returns, and then agrees with the same call in
-fp64 on the ``torch`` backend and leaves alone what it does not own: every argument but the first of
-an in-place operator, and of that the rows that are not selected. Each seed is printed before its
-case, so the last line that a dead process leaves names the case.
+A case is a valid call of one operator with up to two mutations, determined by a seed. The call must
+do one of the following:
+
+    raise   TypeError, ValueError or RuntimeError, with all arguments unchanged.
+    return  The results agree with the same call in fp64 on the ``torch`` backend. Only the selected
+            rows of the first argument of an in-place operator are changed.
+
+Each seed is printed before its case runs. If the process crashes, the last line names the case.
 """
 
 from __future__ import annotations
@@ -44,19 +46,24 @@ WRONG_DTYPES = (
 
 
 def argument_kinds(name: str) -> dict[str, str]:
-    """An operator's arguments in order: name -> type, as the schema writes it."""
+    """Return the types of an operator's arguments by name, in the order of the schema."""
     return {
         a.name: str(a.type) for a in getattr(torch.ops.reft_kernels, name).default._schema.arguments
     }
 
 
 def argument_names(name: str) -> list[str]:
-    """The names of an operator's arguments, in order."""
+    """Return the names of an operator's arguments, in order."""
     return list(argument_kinds(name))
 
 
 class Draw:
-    """Valid arguments of an operator, by name."""
+    """Random valid arguments of an operator.
+
+    Args:
+        seed: Determines all arguments.
+        dtypes: Possible dtypes of the hidden states, or of X for the orthonormal maps.
+    """
 
     def __init__(self, seed: int, dtypes: tuple[torch.dtype, ...]):
         self.random = random.Random(seed)
@@ -71,7 +78,7 @@ class Draw:
         return (torch.randn(shape, generator=self.generator) / 2).to(wanted)
 
     def selection(self, rows: int) -> tuple[Tensor | None, Tensor | None, int, int | None]:
-        """rows, weight_ids, N and S."""
+        """Return ``rows``, ``weight_ids``, N (the number of entries) and S (the number of sets)."""
         chosen, count, sets = None, rows, None
         if self.chance(0.7):
             count = self.random.randint(0, rows)
@@ -168,7 +175,7 @@ class Draw:
         return {key: found[key] for key in argument_names(name)}
 
 
-# ---- mutations: each takes the draw, a tensor and its name, and returns another
+# ---- Mutations: each takes a Draw, a tensor and its name, and returns a changed tensor
 
 
 def _dtype(draw: Draw, t: Tensor, name: str) -> Tensor:
@@ -198,7 +205,7 @@ def _transposed(draw: Draw, t: Tensor, name: str) -> Tensor:
 
 
 def _strided(draw: Draw, t: Tensor, name: str) -> Tensor:
-    """The same values at other strides: a valid argument."""
+    """Return a tensor of the same values with other strides, which is a valid argument."""
     if t.dim() >= 2 and draw.chance(0.5):
         return t.mT.contiguous().mT
     return torch.stack([t, t], -1)[..., 0]
@@ -213,7 +220,7 @@ def _no_memory(draw: Draw, t: Tensor, name: str) -> Tensor:
 
 
 def _values(draw: Draw, t: Tensor, name: str) -> Tensor:
-    """Row and set numbers out of range or repeated; other values times two."""
+    """Change one integer, which may then be invalid; multiply floating-point values by 2."""
     if t.dtype.is_floating_point or t.is_complex() or t.numel() == 0:
         return t * 2 if t.dtype in TOLERANCE else t
     t = t.clone()
@@ -229,7 +236,7 @@ def _sparse(draw: Draw, t: Tensor, name: str) -> Tensor:
 
 
 def _inside(first: object, t: Tensor) -> Tensor:
-    """``t``'s shape in the memory of the first argument, where it fits."""
+    """Return a view of the first argument in the shape of ``t``, or ``t`` if it does not fit."""
     if (
         not isinstance(first, Tensor)
         or first.layout != torch.strided
@@ -263,8 +270,9 @@ ACTIVATION_NAMES = ("", "LINEAR", "swish", "no such activation", *ACTIVATIONS)
 
 
 def _with_rank(draw: Draw, args: dict, rank: int) -> None:
-    """Every weight and per-row tensor at another rank: consistent, and refused for the rank
-    alone.
+    """Change the rank of all weights and per-row tensors consistently.
+
+    The rank is then the only reason to reject the call.
     """
     r = args["write"].shape[-2]
     for key in ("read", "write"):
@@ -278,7 +286,7 @@ def _with_rank(draw: Draw, args: dict, rank: int) -> None:
 
 
 def mutate(draw: Draw, args: dict) -> list[str]:
-    """Change up to two arguments in place; says what was changed."""
+    """Change up to two entries of ``args`` in place; return a description of each change."""
     said = []
     for _ in range(draw.random.choice((0, 1, 1, 1, 1, 2))):
         name = draw.random.choice(list(args))
@@ -311,7 +319,7 @@ def mutate(draw: Draw, args: dict) -> list[str]:
     return said
 
 
-# ---- one case
+# ---- Running one case
 
 
 def _readable(t: object) -> bool:
@@ -319,7 +327,7 @@ def _readable(t: object) -> bool:
 
 
 def _bits(t: Tensor) -> Tensor:
-    """A dense copy whose bits compare equal, NaN or not."""
+    """Return a contiguous copy as bytes, so that equal NaN values compare equal."""
     return (
         t.detach().clone(memory_format=torch.contiguous_format).view(torch.uint8)
         if t.dim()
@@ -348,10 +356,8 @@ def _compare(
     for label, a, b in zip(labels, got, want, strict=True):
         assert a.shape == b.shape, f"{label}: shape {tuple(a.shape)}, expected {tuple(b.shape)}"
         if rows is not None and a.numel() and label == "saved_input":
-            a, b = (
-                a[rows >= 0],
-                b[rows >= 0],
-            )  # what is saved_input for a skipped entry is not defined
+            # saved_input is undefined for skipped entries
+            a, b = (a[rows >= 0], b[rows >= 0])
         if a.numel() == 0:
             continue
         error, size = float((a.double() - b.double()).abs().max()), float(b.double().abs().max())
@@ -368,7 +374,7 @@ def _compare(
 
 
 def _made_by_a_forward(args: dict, drawn: dict) -> bool:
-    """Whether a backward has its forward's values: what it makes of others is not defined."""
+    """Return whether a backward has the values of its forward; else its results are undefined."""
     if "aux" in args:
         keys = [k for k in ("X", "base", "aux") if args[k] is not None]
         return all(drawn[k] is not None and torch.equal(args[k], drawn[k]) for k in keys)
@@ -378,13 +384,21 @@ def _made_by_a_forward(args: dict, drawn: dict) -> bool:
 
 
 def run_case(seed: int, backend: str) -> str:
-    """One case; returns how it ended.
+    """Run one case.
+
+    Args:
+        seed: Determines the operator and its arguments.
+        backend: The backend to test.
+
+    Returns:
+        The name of the exception that the call raised; ``"right"`` if its results are correct;
+        ``"without values"`` or ``"of no forward"`` if they cannot be compared.
 
     Raises:
-        AssertionError: the call neither raised nor gave the right answer, or it changed what is not
-            its own.
+        AssertionError: If the results are wrong or the call changed a tensor that it must not
+            change.
     """
-    # Triton's kernels serve no fp64
+    # Triton has no fp64 kernels
     draw = Draw(seed, tuple(t for t in DTYPES if backend != "triton" or t != torch.float64))
     name = draw.random.choice(list(ops.SCHEMAS))
     with rk.backend("torch"):

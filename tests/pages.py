@@ -1,4 +1,4 @@
-"""Pages of the documentation as programs: their Python blocks, run in order in one namespace."""
+"""Functions that run the Python blocks of a documentation page."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """Each block with the line of the page at which it starts."""
+    """Return the source of each block, with the number of lines before it on the page."""
     text = page.read_text(encoding="utf-8")
     return [(text[: match.start(1)].count("\n"), match[1]) for match in _BLOCK.finditer(text)]
 
 
 def run_page(page: Path, namespace: dict[str, Any]) -> None:
-    """Run every block of a page."""
+    """Run all blocks of a page in order, in one namespace."""
     for line, source in python_blocks(page):
-        # empty lines in front, so that an error names the page's own line
+        # leading empty lines, so that line numbers in errors are those of the page
         exec(compile("\n" * line + source, str(page), "exec"), namespace)

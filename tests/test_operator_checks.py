@@ -1,5 +1,6 @@
-"""The operators' own door: wrong arguments raise before anything is written, whoever calls them
-and on whatever backend.
+"""Tests of the argument checks of ``torch.ops.reft_kernels.*``, on each backend.
+
+Invalid arguments must raise TypeError or ValueError before a tensor is written.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def backend(request):
 
 
 def arguments(**changed):
-    """A valid call of ``edit_`` on rows 1 and 4, with some arguments changed."""
+    """Return arguments of a valid call of ``edit_`` on rows 1 and 4, updated with ``changed``."""
     found = {
         "hidden": torch.randn(M, D),
         "rows": torch.tensor([1, 4], dtype=torch.int32),
@@ -53,7 +54,7 @@ def int32(*values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-LARGE = MAX_RANK + 344  # rank 600 ended the process
+LARGE = MAX_RANK + 344  # rank 600 once crashed the process
 WRONG = {
     "int64 rows": ({"rows": torch.tensor([1, 4])}, "rows: .*int64.*int32"),
     "rows beyond the end": ({"rows": int32(1, M)}, "rows: got values from 1 to 6"),
@@ -104,11 +105,11 @@ def test_wrong_arguments_raise_and_nothing_is_written(name, backend):
     assert torch.equal(args["hidden"], before)
 
 
-# ---- every operator: each tensor argument wrong in each way
+# ---- Every operator, with each tensor argument invalid in each way
 
 
 def _edit_call(name: str) -> dict:
-    """A valid call of an edit, with every tensor that it may take."""
+    """Return arguments of a valid call of an edit operator, with all optional tensors."""
     call = {
         "hidden": torch.randn(M, D),
         "rows": int32(1, 4, -1),
@@ -171,7 +172,7 @@ def _map_call(name: str) -> dict:
 
 
 def valid_call(name: str) -> dict:
-    """Arguments of a valid call of an operator, by name, with every optional tensor."""
+    """Return arguments of a valid call of an operator by name, with all optional tensors."""
     draw = {"edit": _edit_call, "red": _red_call}.get(name.split("_")[0], _map_call)
     call = draw(name)
     return {key: call[key] for key in argument_names(name)}
@@ -193,12 +194,12 @@ TENSORS = [
     for key, kind in argument_kinds(name).items()
     if "Tensor" in kind
 ]
-# these sizes are N, or that of which the others follow: a longer one makes another argument wrong
+# arguments that determine the expected sizes of others, so the error may name another argument
 _LEADING = ("hidden", "grad", "rows", "write", "scale", "X")
 
 
 def _refused(name: str, call: dict, message: str) -> None:
-    """The call raises, naming the argument, and leaves every tensor as it was."""
+    """Assert that a call raises an error that matches ``message`` and changes no tensor."""
     before = {
         k: v.clone() for k, v in call.items() if torch.is_tensor(v) and v.device.type == "cpu"
     }
@@ -268,7 +269,7 @@ IN_PLACE = [n for n in ops.SCHEMAS if n.endswith("_")]
 
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_what_is_written_to_shares_no_memory(name, backend):
-    """Neither within itself nor with another argument of the call."""
+    """Test that an in-place operator rejects an expanded first argument and overlapping memory."""
     first = argument_names(name)[0]
     call = valid_call(name)
     _refused(
@@ -280,9 +281,8 @@ def test_what_is_written_to_shares_no_memory(name, backend):
         value = call[argument]
         if torch.is_tensor(value) and value.is_floating_point():
             shared = torch.zeros(M * D + value.numel())
-            other = shared[M * D - 1 : -1].view(
-                value.shape
-            )  # its first element is the last that is written
+            # the first element of ``other`` is the last one of the tensor to be written
+            other = shared[M * D - 1 : -1].view(value.shape)
             changed = call | {first: shared[: M * D].view(M, D), argument: other}
             _refused(name, changed, f"^{name}: {argument}: got .*memory apart from what is written")
 
@@ -333,12 +333,12 @@ def test_a_backward_takes_what_its_forward_made(backend):
             OPS.edit_backward(out, *wrong, *rest, True, True)
 
 
-# ---- on a GPU the device asserts the range of row and set numbers; here the host's side of it
+# ---- Range assertions that run on a GPU, tested with a replacement of torch._assert_async
 
 
 @pytest.fixture
 def assertions(monkeypatch) -> list[tuple[bool, str]]:
-    """What the device would be asked to assert."""
+    """Record the value and message of each call of ``torch._assert_async``."""
     asked: list[tuple[bool, str]] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(
@@ -373,7 +373,7 @@ def test_an_inference_tensor_is_asserted_each_time(assertions):
         rows = int32(1)
         for _ in range(2):
             assert_range("rows", rows, -1, 6)
-    assert len(assertions) == 2  # it has no version that would tell of a change
+    assert len(assertions) == 2  # it has no version counter, so changes cannot be detected
 
 
 def test_every_operator_on_a_gpu_has_its_numbers_asserted(monkeypatch):
@@ -406,7 +406,7 @@ FUZZ = {
 
 @pytest.mark.parametrize("name", list(FUZZ))
 def test_twelve_thousand_mutated_calls(name):
-    """A case that ends the process is named by the last line that it leaves."""
+    """Run the fuzzer in a subprocess; if it crashes, its last output line names the case."""
     if not NATIVE and name == "cpu":
         pytest.skip("the native library of this package is not built here")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

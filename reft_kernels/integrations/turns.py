@@ -1,6 +1,7 @@
 """Expansion of conversations with several responses to one row per response.
 
-ReFT edits one prompt per row. Use with ``datasets.Dataset.map(expand_turns, batched=True)``.
+The expansion is needed because ReFT edits one prompt per row. Use it with
+``datasets.Dataset.map(expand_turns, batched=True)``.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ _LAYOUTS = "'messages', or 'input_ids' and 'labels'"
 
 
 def expand_turns(batch: Mapping[str, Any], *, prompt_completion: bool = False) -> dict[str, list]:
-    """Expand each row to one row per response.
+    """Expand each row of a batch to one row per response.
 
     A batch with a column ``messages`` (lists of ``{"role": ..., "content": ...}``) gives one row
-    per assistant turn, with the messages up to and including that turn. A batch with ``input_ids``
-    and ``labels`` gives one row per supervised span. It is truncated after the span, and labels
-    before the span are set to -100. Numeric columns of the same length (``attention_mask``,
-    ``position_ids``) are truncated likewise. All other columns are repeated. A row without an
-    assistant turn or supervised token is dropped. Expand rows before packing them.
+    per assistant turn, with the messages up to and including that turn.
+
+    A batch with ``input_ids`` and ``labels`` gives one row per supervised span, a run of labels
+    other than -100. The row is truncated after the span, and labels before the span are set to
+    -100. Lists of numbers as long as ``input_ids`` (``attention_mask``, ``position_ids``) are
+    truncated at the same position.
+
+    All other columns are repeated. A row without an assistant turn or supervised token is dropped.
+    Rows must be expanded before they are packed.
 
     Args:
         batch: The columns of a batch, or of a single example.
@@ -32,9 +37,9 @@ def expand_turns(batch: Mapping[str, Any], *, prompt_completion: bool = False) -
         The columns of the new batch.
 
     Raises:
-        TypeError: If a column has values of another type.
-        ValueError: If the batch has neither or both of these kinds of columns, the columns differ
-            in length, or a row is packed.
+        TypeError: If ``batch`` is not a mapping or a column has values of the wrong type.
+        ValueError: If the batch has neither ``messages`` nor ``input_ids`` and ``labels``, or all
+            of them; if columns differ in length; or if a row is packed.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch: got {_named(batch)}, expected a dict of columns")
@@ -145,7 +150,7 @@ def _aligned(value: Any, row: list) -> bool:
 
 
 def _refuse_packed(columns: dict[str, list], number: int) -> None:
-    """Raise ValueError if the position ids of a row restart, which means that it is packed."""
+    """Raise ValueError if the position ids of a row restart, as in a packed row."""
     places = columns.get("position_ids", [None] * (number + 1))[number]
     if not _aligned(places, columns["input_ids"][number]):
         return
@@ -162,7 +167,10 @@ def _refuse_packed(columns: dict[str, list], number: int) -> None:
 
 
 def _as_batch(columns: dict[str, Any], leading: str) -> dict[str, list]:
-    """Check that all columns have the same length; a single example becomes a batch of one."""
+    """Return the columns as a batch, after a check that they have the same length.
+
+    A single example becomes a batch of one.
+    """
     value = columns[leading]
     if not isinstance(value, list):
         raise TypeError(f"{leading}: got {_named(value)}, expected a list")

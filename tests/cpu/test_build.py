@@ -1,4 +1,7 @@
-"""Building and installing the native library: wheels, switches, missing tools, sanitizers."""
+"""Tests of building and installing the native CPU library.
+
+They cover wheels, build options, missing tools and builds with sanitizers.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def _run(
 
 
 def _copy(tmp_path: Path) -> Path:
-    """The sources alone, as a user would have them."""
+    """Copy the project's sources, without build outputs, and return the folder of the copy."""
     target = tmp_path / "project"
     target.mkdir()
     for name in (
@@ -86,7 +89,13 @@ print(rk.__file__, cpu.LIBRARY)
 
 
 def _clean_environment(folder: Path) -> Path:
-    """Its interpreter: an environment of its own, which sees torch and what torch needs, and no package of this project."""
+    """Create a virtual environment without this project's packages.
+
+    The other installed packages, such as torch, are linked into it.
+
+    Returns:
+        The path of its Python interpreter.
+    """
     done = _run(sys.executable, "-m", "venv", "--without-pip", folder)
     assert done.returncode == 0, done.stderr
     python = folder / "bin" / "python"
@@ -107,7 +116,7 @@ def _clean_environment(folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_make_wheel_builds_what_installs_without_a_compiler(tmp_path):
-    """The wheel of `make wheel`, installed by pip into a clean environment whose PATH has no compiler, and one edit."""
+    """Build with ``make wheel``, install without a compiler in ``PATH``, and apply one edit."""
     project = _copy(tmp_path)
     shutil.copy(ROOT / "Makefile", project)
     recipe = re.search(
@@ -155,7 +164,7 @@ def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path
     assert kept == modules | typed | {"reft_kernels/_native_cpu.so", "reft_kernels_autoload.py"}
     (license,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
     assert zipfile.ZipFile(wheel).read(license) == (ROOT / "LICENSE").read_bytes()
-    # and it works from where it is unpacked, in a process that has never seen this checkout
+    # the unpacked wheel works in a process that cannot import this checkout
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     use = "import torch, reft_kernels as rk; from reft_kernels import cpu; rk.set_backend('cpu')\n"
     use += "print(cpu.LIBRARY, rk.red(torch.ones(1, 2), torch.ones(2), torch.ones(2)).tolist())"
@@ -300,7 +309,7 @@ _SELECTED = [
 
 @pytest.fixture(scope="module")
 def sanitizers(tmp_path_factory) -> dict[str, str]:
-    """The environment of a process whose native library is one with sanitizers; built once."""
+    """Build the native library with sanitizers; return the environment of a process to use it."""
     compiler = os.environ.get("CXX", "g++")
     runtimes = []
     for name in ("libasan.so", "libubsan.so", "libstdc++.so"):
@@ -325,7 +334,7 @@ def sanitizers(tmp_path_factory) -> dict[str, str]:
     return {
         "REFT_KERNELS_CPU_LIBRARY": str(folder / "_native_cpu.so"),
         "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own memory at exit is not ours
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python does not free all its memory at exit
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "OMP_WAIT_POLICY": "passive",
     }
@@ -343,7 +352,7 @@ def test_address_and_undefined_behaviour_sanitizers_find_nothing(sanitizers):
 
 @pytest.mark.slow
 def test_sanitizers_find_nothing_in_mutated_calls(sanitizers):
-    """The last line that a dead process leaves names the case."""
+    """Run the fuzzer with sanitizers; if it crashes, its last output line names the case."""
     fuzz = ("-m", "tests.fuzz_operators", "--backend", "cpu", "--first", "50000", "--cases", "1500")
     done = _run(sys.executable, *fuzz, **sanitizers, OMP_NUM_THREADS="1")
     assert done.returncode == 0 and "ends" in done.stdout, (done.stdout[-300:], done.stderr[:3000])

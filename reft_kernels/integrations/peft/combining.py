@@ -1,8 +1,8 @@
-"""Combines ReFT with adapters of another PEFT method, such as LoRA, on one model.
+"""Combination of ReFT with another PEFT method, such as LoRA, on one model.
 
-All tuners of a model share one table of configurations. ReFT attaches to the innermost model, below
-every ``PeftModel``, so that the weights of both methods keep the names under which PEFT saves and
-loads them.
+All tuners of a model share one dictionary of configurations. ReFT attaches to the innermost model,
+below every ``PeftModel``, so that the weights of both methods keep the names under which PEFT saves
+and loads them.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ ORDER = (
 
 
 class AdapterConfigs(dict):
-    """A model's configurations by adapter name; rejects other methods around a ReFT model.
+    """A model's configurations by adapter name; accepts only ReFT adapters as additions.
 
-    A tuner of another method that wraps a ReFT model would save the weights of both methods under
-    names that do not load on the base model.
+    A tuner of another method that wraps a model with ReFT would save the weights of both methods
+    under names that do not load on the base model.
     """
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """Add configurations; ``get_peft_model`` calls it if the model has a tuner already.
+        """Add configurations.
+
+        ``get_peft_model`` calls this if the model already has a tuner.
 
         Raises:
-            ValueError: a configuration of another method.
+            ValueError: If a configuration belongs to another method.
         """
         added: dict[str, PeftConfig] = dict(*args, **kwargs)
         for name, config in added.items():
@@ -57,7 +59,7 @@ def _method(config: PeftConfig) -> str:
 
 
 def _why_alone(config: PeftConfig) -> str | None:
-    """The reason why an adapter cannot be combined with ReFT, or None."""
+    """Return why an adapter cannot be combined with ReFT, or None if it can."""
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     if config.is_prompt_learning or config.is_adaption_prompt:
         return "it adds tokens to the sequence, which ReFT's positions do not count"
@@ -71,10 +73,10 @@ def _why_alone(config: PeftConfig) -> str | None:
 
 
 def innermost(model: nn.Module) -> nn.Module:
-    """The model below every ``PeftModel``, to which ReFT attaches.
+    """Return the model below every ``PeftModel``, to which ReFT attaches.
 
     Raises:
-        ValueError: the model has an adapter that cannot be combined with ReFT.
+        ValueError: If the model has an adapter that cannot be combined with ReFT.
     """
     while True:
         configs = getattr(model, "peft_config", None)
@@ -93,15 +95,16 @@ def check_new(configs: Mapping[str, PeftConfig], name: str, config: PeftConfig) 
     """Check that a new adapter does not conflict with adapters of other methods.
 
     Args:
-        configs: the configurations that the model has already.
-        name: name of the new adapter.
-        config: configuration of the new adapter.
+        configs: The model's current configurations, by adapter name.
+        name: Name of the new adapter.
+        config: Configuration of the new adapter.
 
     Raises:
-        ValueError: an adapter of another method has the name or the same ``modules_to_save``.
+        ValueError: If an adapter of another method has the same name or shares a module in
+            ``modules_to_save``.
     """
     other = configs.get(name)
-    if other is not None and other.peft_type != REFT:  # a ReFT adapter is replaced, as in PEFT
+    if other is not None and other.peft_type != REFT:  # PEFT replaces adapters of the same method
         raise ValueError(
             f"adapter_name: {name!r} is already an adapter of this model ({_method(other)}); pass "
             "another name, as in "
@@ -122,12 +125,12 @@ def check_new(configs: Mapping[str, PeftConfig], name: str, config: PeftConfig) 
 
 
 def share_configs(model: nn.Module, tuner: BaseTuner, wrapped: nn.Module) -> None:
-    """Let the model and all tuners on it share one :class:`AdapterConfigs`.
+    """Make the model and all its tuners share one :class:`AdapterConfigs`.
 
     Args:
-        model: the innermost model.
-        tuner: the ReFT tuner.
-        wrapped: the model that was passed to PEFT: the innermost model or a ``PeftModel``.
+        model: The innermost model.
+        tuner: The ReFT tuner.
+        wrapped: The model that was passed to PEFT: the innermost model or a ``PeftModel``.
     """
     if not isinstance(tuner.peft_config, AdapterConfigs):
         tuner.peft_config = AdapterConfigs(tuner.peft_config)
@@ -139,19 +142,19 @@ def share_configs(model: nn.Module, tuner: BaseTuner, wrapped: nn.Module) -> Non
 
 
 def other_layers(model: nn.Module) -> list[BaseTunerLayer]:
-    """The tuner layers of other methods."""
+    """Return the tuner layers of other methods."""
     return [
         m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, ReftLayer)
     ]
 
 
 def auxiliary(model: nn.Module) -> list[AuxiliaryTrainingWrapper]:
-    """The wrappers of modules that adapters train in full (``modules_to_save``)."""
+    """Return the wrappers of fully trained modules (``modules_to_save``)."""
     return [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
 
 
 def other_active(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[str]:
-    """The active adapters of other methods, in the order of ``configs``."""
+    """Return the active adapters of other methods, in the order of ``configs``."""
     active = {
         name
         for layer in other_layers(model)
@@ -162,12 +165,12 @@ def other_active(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[st
 
 
 def adapters_of(layer: BaseTunerLayer) -> set[str]:
-    """The adapters that have weights in a tuner layer."""
+    """Return the names of the adapters that have weights in a tuner layer."""
     return layer._get_available_adapters()
 
 
 def without_weights(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[str]:
-    """Adapters of other methods in ``configs`` that have no weights in the model any more."""
+    """Return the adapters of other methods in ``configs`` that have no weights in the model."""
     present: set[str] = set()
     for layer in other_layers(model):
         present |= adapters_of(layer)
@@ -184,16 +187,16 @@ def set_active(
     """Set the active adapters of each method in ``names``; other methods are not changed.
 
     Args:
-        model: the innermost model.
-        configs: the configurations of all its adapters.
-        names: names of the adapters to activate.
-        inference_mode: whether to freeze the activated adapters.
+        model: The innermost model.
+        configs: The configurations of all its adapters, by adapter name.
+        names: Names of the adapters to activate.
+        inference_mode: Whether to freeze the activated adapters.
 
     Returns:
-        All active adapters, those of ReFT first.
+        The names of all active adapters, ReFT adapters first.
 
     Raises:
-        ValueError: unknown names.
+        ValueError: If a name is not in ``configs``.
     """
     names = list(names)
     unknown = sorted(set(names) - set(configs))
@@ -215,7 +218,7 @@ def set_active(
 
 
 def all_active(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[str]:
-    """All active adapters of a model, those of ReFT first."""
+    """Return the names of all active adapters of a model, ReFT adapters first."""
     reft = {
         n: None
         for m in model.modules()
@@ -227,7 +230,7 @@ def all_active(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[str]
 
 
 def delete_other(model: nn.Module, configs: dict[str, PeftConfig], name: str) -> None:
-    """Delete an adapter of another method, like the tuner of that method."""
+    """Delete an adapter of another method, as the tuner of that method does."""
     config = configs.pop(name)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
@@ -235,7 +238,7 @@ def delete_other(model: nn.Module, configs: dict[str, PeftConfig], name: str) ->
 
 
 def trainable_of_the_base(model: nn.Module) -> list[nn.Parameter]:
-    """Trainable parameters that belong to no adapter."""
+    """Return the trainable parameters that belong to no adapter."""
     adapters = {
         id(p)
         for m in [*other_layers(model), *auxiliary(model)]
@@ -250,10 +253,18 @@ def trainable_of_the_base(model: nn.Module) -> list[nn.Parameter]:
 
 
 def refuse_prompts(model: nn.Module, name: str, config: PeftConfig) -> None:
-    """Refuse virtual tokens around a model with ReFT adapters: its positions would count them.
+    """Reject prompt learning methods on a model that has ReFT adapters.
+
+    These methods add virtual tokens to the sequence, which would shift ReFT's positions.
+
+    Args:
+        model: The model to which the adapter is added.
+        name: Name of the adapter.
+        config: Configuration of the adapter.
 
     Raises:
-        ValueError: ``config`` is of prefix tuning, prompt tuning, P-tuning or another such method.
+        ValueError: If ``model`` has ReFT adapters and ``config`` is of a prompt learning method,
+            such as prefix tuning, prompt tuning or P-tuning.
     """
     reason = _why_alone(config)
     if reason is None or not (config.is_prompt_learning or config.is_adaption_prompt):
@@ -266,8 +277,10 @@ def refuse_prompts(model: nn.Module, name: str, config: PeftConfig) -> None:
 
 
 def install() -> None:
-    """Have :func:`refuse_prompts` run before a ``PeftModel`` is made and before it adds an
-    adapter.
+    """Patch ``PeftModel`` so that it calls :func:`refuse_prompts`.
+
+    The call precedes the construction of a ``PeftModel`` and the addition of an adapter. Further
+    calls of this function have no effect.
     """
     if hasattr(PeftModel.add_adapter, "reft_original"):
         return
@@ -292,5 +305,5 @@ def install() -> None:
         refuse_prompts(self, adapter_name, peft_config)
         return adding(self, adapter_name, peft_config, *args, **kwargs)
 
-    setattr(add_adapter, "reft_original", adding)  # noqa: B010  (mypy: a function has no such attribute)
+    setattr(add_adapter, "reft_original", adding)  # noqa: B010  (mypy rejects the plain assignment)
     PeftModel.__init__, PeftModel.add_adapter = make, add_adapter
