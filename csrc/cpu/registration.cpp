@@ -549,7 +549,7 @@ STABLE_TORCH_LIBRARY(reft_kernels_cpu, m) {
   m.def("spoil(bool wanted) -> ()");
   m.def("pooled_like(Tensor like) -> Tensor");
   m.def("set_pool_limit(int bytes) -> ()");
-  m.def("held_by_pool() -> (int used, int saved_input)");
+  m.def("held_by_pool() -> (int used, int kept)");
   m.def("isa() -> str");
   m.def("isa_refusal(str name) -> str");
 }
