@@ -78,10 +78,7 @@ def _edit_without_graph(hidden: Tensor, in_place_op, *args) -> Tensor:
     The version counter is incremented here, because the kernels do not do so. Autograd uses it to
     detect that a saved tensor was modified.
     """
-    if hidden.is_contiguous():
-        in_place_op(hidden if hidden.dim() == 2 else hidden.view(-1, hidden.shape[-1]), *args)
-    else:
-        _edit_rows_of(hidden, in_place_op, *args)
+    _edit_rows_of(hidden, in_place_op, *args)
     if not (torch.compiler.is_compiling() or hidden.is_inference()):
         torch.autograd.graph.increment_version(hidden)
     return hidden
@@ -138,11 +135,7 @@ class _Edit(torch.autograd.Function):
             True,
         )
         if inplace:
-            if hidden.is_contiguous():
-                rows_of_hidden = hidden if hidden.dim() == 2 else hidden.view(-1, hidden.shape[-1])
-                saved_input, u, z = _edit_(rows_of_hidden, *args)
-            else:
-                saved_input, u, z = _edit_rows_of(hidden, _edit_, *args)
+            saved_input, u, z = _edit_rows_of(hidden, _edit_, *args)
             ctx.mark_dirty(hidden)
             out = hidden
         else:
