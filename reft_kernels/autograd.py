@@ -1,7 +1,7 @@
 """Autograd functions of the edits.
 
-These functions run once per layer and forward pass. The common case of contiguous hidden states is
-inlined in them, because Python function calls dominate the time of a small edit on the CPU.
+These functions run once per layer and forward pass. They test flags inline and call few helpers,
+because Python function calls dominate the time of a small edit on the CPU.
 """
 
 from __future__ import annotations
