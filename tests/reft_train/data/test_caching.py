@@ -7,12 +7,13 @@ from __future__ import annotations
 import multiprocessing
 import warnings
 
-import datasets
 import pytest
 from reft_train.data import caching
 from reft_train.data.caching import cached, tokenizer_digest
 
 from tests.reft_train.tiny import tokenizer_of
+
+datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
 
 PARTS = {"task": "boolq", "max_length": 512}
 ROWS = {"input_ids": [[1, 2], [3]], "labels": [[-100, 2], [3]]}
