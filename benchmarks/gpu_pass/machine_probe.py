@@ -1,0 +1,76 @@
+"""What a machine offers to a pass: a GPU, tools and packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+PROBE_SECONDS = 60
+_GPU = """
+import torch
+if torch.cuda.is_available():
+    major, minor = torch.cuda.get_device_capability()
+    print(f"{major}{minor}")
+"""
+
+
+def tool(name: str) -> str | None:
+    """Return the path of a tool on the PATH or in the CUDA toolkit."""
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which(name) or shutil.which(str(Path(home) / "bin" / name))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found.
+
+    Attributes:
+        arch: Compute capability such as ``90``, or an empty string without a GPU.
+        tools: Paths of the tools that exist.
+    """
+
+    arch: str
+    tools: dict[str, str]
+
+    def lacks(self, need: str) -> str:
+        """Return why a need is not met, or an empty string."""
+        if need == "gpu":
+            return "" if self.arch else "no GPU"
+        if need in TOOLS:
+            return "" if need in self.tools else f"no {TOOLS[need]}"
+        if need == "ninja":
+            beside = Path(sys.executable).with_name("ninja")
+            found = beside.exists() or shutil.which("ninja")
+            return "" if found else "no ninja"
+        return "" if importlib.util.find_spec(need) else f"the package {need} is not installed"
+
+
+TOOLS = {"nvcc": "nvcc", "ncu": "ncu", "sanitizer": "compute-sanitizer"}
+
+
+def probe() -> Machine:
+    """Look for a GPU in another process, so that this one keeps no memory of the GPU.
+
+    Raises:
+        RuntimeError: If PyTorch cannot be imported.
+    """
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _GPU],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"PyTorch did not find the GPU within {PROBE_SECONDS} s") from None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise RuntimeError(f"{sys.executable} cannot use torch: {last}")
+    found = {need: path for need, name in TOOLS.items() if (path := tool(name))}
+    return Machine(done.stdout.strip(), found)
