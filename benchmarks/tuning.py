@@ -283,6 +283,7 @@ def main(argv: list[str] | None = None) -> int:
         }
     stopping.install(args.seconds)
     proposed: list[str] = []
+    failed = False
     with dispatch.backend("triton"):
         for label in settings.labels or found:
             if stopping.requested():
@@ -290,6 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             if label in done:
                 continue
             results = harness.measure_spec(SUITE, found[label], settings)
+            failed |= not any(row.median_ms is not None for row in results)
             harness.show(results)
             proposed += proposals(results)
             if args.csv:
@@ -300,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
         else "proposed: nothing, no adjacent configuration is faster by more than noise",
         flush=True,
     )
-    return stopping.status() if stopping.requested() else 0
+    return stopping.status() if stopping.requested() else int(failed)
 
 
 if __name__ == "__main__":

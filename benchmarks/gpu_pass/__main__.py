@@ -31,10 +31,12 @@ from benchmarks.gpu_pass import machine_probe, plan, process, summary
 from benchmarks.gpu_pass.machine_probe import Machine
 from benchmarks.gpu_pass.plan import Part, Step
 from benchmarks.gpu_pass.state import State
+from benchmarks.stopping import CUT_OFF, DEVICE_FAILED
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHIVE_SECONDS = 15  # between archives of a part that runs
 LEAST_SECONDS = 8  # a step is not started with less
+MOST_STARTS = 4  # of a step whose device fails
 DONE, FAILED, CUT, ABSENT = "done", "failed", "cut off", "absent"
 COMMIT_VARIABLE = "REFT_KERNELS_COMMIT"
 
@@ -45,14 +47,14 @@ class Pass:
     def __init__(self, args: argparse.Namespace, machine: Machine, state: State) -> None:
         self.args, self.machine, self.state = args, machine, state
         self.parts = tuple(part for part in plan.PARTS if part.name in args.parts)
-        self.deadline = time.monotonic() + args.seconds
+        self.deadline = time.monotonic() + args.seconds * args.stretch
         self._archived = 0.0
 
     def run(self) -> int:
         """Run the parts, then those that were cut off again while time is left."""
         planned_end = time.monotonic()
         for part in self.parts:
-            planned_end += part.seconds
+            planned_end += part.seconds * self.args.stretch
             self._part(part, planned_end)
         for part in self.parts:
             if self._left(part) and self.deadline - time.monotonic() > 2 * LEAST_SECONDS:
@@ -63,7 +65,7 @@ class Pass:
         found = [end for steps in ends.values() for end in steps.values()]
         if any(end.startswith(FAILED) for end in found):
             return 1
-        return 4 if any(end.startswith(CUT) for end in found) else 0
+        return CUT_OFF if any(end.startswith(CUT) for end in found) else 0
 
     def _left(self, part: Part) -> bool:
         ends = self.state.steps(part.name)
@@ -71,10 +73,10 @@ class Pass:
 
     def _part(self, part: Part, planned_end: float) -> None:
         print(f"== {part.name}: {part.about}, {part.seconds} s", flush=True)
-        remaining = part.seconds
+        remaining = part.seconds * self.args.stretch
         try:
             for step in part.steps:
-                remaining -= step.seconds
+                remaining -= step.seconds * self.args.stretch
                 end = self.state.steps(part.name).get(step.name, "")
                 if end.startswith(DONE) or end.startswith(FAILED) and not self.args.rehearse:
                     print(f"{step.name}: {end}, before", flush=True)
@@ -86,6 +88,9 @@ class Pass:
             self._archive(part)
 
     def _step(self, part: Part, step: Step, limit: float) -> None:
+        if self.args.rehearse and step.rehearsal == ():
+            self._end(part, step, f"{DONE}: rehearsed by the step before")
+            return
         needs = step.rehearsal_needs if self.args.rehearse else step.needs
         lacking = [reason for need in needs if (reason := self.machine.lacks(need))]
         if lacking:
@@ -98,20 +103,26 @@ class Pass:
         self._end(part, step, f"{CUT}: the pass ended while it ran", quiet=True)
         started = time.monotonic()
         print(f"-- {step.name}, at most {limit:.0f} s", flush=True)
-        status = process.run(
-            self._command(step, folder, limit - process.GRACE_SECONDS),
-            folder / f"{step.name}.log",
-            limit - process.GRACE_SECONDS / 2,
-            self._environment(step),
-            ROOT,
-            lambda: self._tick(part),
-        )
+        status = DEVICE_FAILED
+        for _ in range(MOST_STARTS):
+            left = started + limit - time.monotonic()
+            if status != DEVICE_FAILED or left < LEAST_SECONDS:
+                break
+            # a step whose device failed goes on in a new process, without what broke the device
+            status = process.run(
+                self._command(step, folder, left - process.GRACE_SECONDS),
+                folder / f"{step.name}.log",
+                left - process.GRACE_SECONDS / 2,
+                self._environment(step),
+                ROOT,
+                lambda: self._tick(part),
+            )
         took = f"{time.monotonic() - started:.0f} s"
         if status == 0:
             self._end(part, step, f"{DONE} in {took}")
-        elif status in (process.STOPPED, 4):
+        elif status in (process.STOPPED, CUT_OFF):
             self._end(part, step, f"{CUT} after {took}")
-        elif status == 3:
+        elif status == DEVICE_FAILED:
             self._end(part, step, f"{CUT} after {took}: the device failed")
         else:
             self._end(part, step, f"{FAILED} with status {status} after {took}")
@@ -174,6 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder of the archives (default: $OUT)")
     parser.add_argument("--state", type=Path, help="folder of the state (default: $STATE)")
     parser.add_argument("--seconds", type=float, default=plan.TOTAL_SECONDS, help="of the pass")
+    parser.add_argument(
+        "--stretch", type=float, default=1.0, help="factor of all budgets, for a slow machine"
+    )
     parser.add_argument("--commit", help="name of the commit, for rows measured in a copy")
     return parser
 

@@ -1,6 +1,6 @@
 """Make installed packages absent for the processes of a rehearsal.
 
-:func:`folder` makes a folder that, first in ``PYTHONPATH``, hides packages from every Python process:
+:func:`folder` makes a folder that, first in ``PYTHONPATH``, hides packages from Python processes:
 ``import`` raises ``ModuleNotFoundError`` and ``importlib.util.find_spec`` returns None.
 """
 

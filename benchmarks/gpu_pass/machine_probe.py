@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 PROBE_SECONDS = 60
 _GPU = """
 import torch
@@ -43,6 +44,8 @@ class Machine:
             return "" if self.arch else "no GPU"
         if need in TOOLS:
             return "" if need in self.tools else f"no {TOOLS[need]}"
+        if need == "interpreter":
+            return interpreter_fails()
         if need == "ninja":
             beside = Path(sys.executable).with_name("ninja")
             found = beside.exists() or shutil.which("ninja")
@@ -51,6 +54,31 @@ class Machine:
 
 
 TOOLS = {"nvcc": "nvcc", "ncu": "ncu", "sanitizer": "compute-sanitizer"}
+
+
+_INTERPRETED = """
+import torch
+from reft_kernels import dispatch, functional
+with dispatch.backend("triton"):
+    functional.loreft(torch.ones(2, 4), torch.eye(1, 4), torch.ones(1, 4), torch.zeros(1))
+"""
+
+
+def interpreter_fails() -> str:
+    """Return why Triton's interpreter does not work, or an empty string.
+
+    That of Triton 3.6 does not work with numpy 2.4 and later, for example.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _INTERPRETED],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        check=False,
+    )
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return f"Triton's interpreter: {last}" if done.returncode else ""
 
 
 def probe() -> Machine:

@@ -64,9 +64,10 @@ class Step:
         seconds: Its budget.
         command: Arguments. ``{python}``, ``{folder}`` (of the part's files), ``{seconds}``,
             ``{arch}``, ``{ncu}`` and ``{sanitizer}`` are replaced.
-        needs: What it cannot run without: ``gpu``, ``nvcc``, ``ninja``, ``ncu``, ``sanitizer``, or
-            the name of a Python package.
-        rehearsal: Arguments of its rehearsal without a GPU, on tiny inputs. ``None`` if the same.
+        needs: What it cannot run without: ``gpu``, ``nvcc``, ``ninja``, ``ncu``, ``sanitizer``,
+            ``interpreter`` (of Triton), or the name of a Python package.
+        rehearsal: Arguments of its rehearsal without a GPU, on tiny inputs. None if the same, empty
+            if the step before has rehearsed it.
         rehearsal_needs: As ``needs``, for the rehearsal.
         cases: What it measures, for the plan.
         environment: Environment variables of the rehearsal.
@@ -128,12 +129,12 @@ def _profile(number: int, seconds: int) -> Step:
         seconds,
         (*run, "--ncu", "{ncu}", "--cases", *PROFILED[number - 1]),
         ("gpu", "ncu"),
-        (*run, "--device", "cpu"),
+        (*run, "--device", "cpu") if number == 1 else (),
         cases=PROFILED[number - 1],
     )
 
 
-def _sanitize(tool: str, seconds: int) -> Step:
+def _sanitize(tool: str, seconds: int, first: bool) -> Step:
     tests = ("{python}", "-m", "benchmarks.gpu_pass.run_tests", "--results", "{folder}/" + tool)
     tests += (
         "--paths",
@@ -148,7 +149,7 @@ def _sanitize(tool: str, seconds: int) -> Step:
         seconds,
         (*tests, "--under", "{sanitizer}", "--tool", tool, "--", "-k", SANITIZED),
         ("gpu", "sanitizer", "pytest", "hypothesis"),
-        (*tests, "--collect-only", "--device", "cpu", "--", "-k", SANITIZED),
+        (*tests, "--collect-only", "--device", "cpu", "--", "-k", SANITIZED) if first else (),
         ("pytest", "hypothesis"),
         cases=(f"tests/cuda/test_cuda_kernels.py -k '{SANITIZED}'",),
     )
@@ -228,7 +229,7 @@ PARTS = (
     Part(
         "sanitize",
         "compute-sanitizer on a few tests of the CUDA kernels",
-        (_sanitize("memcheck", 20), _sanitize("racecheck", 20)),
+        (_sanitize("memcheck", 20, True), _sanitize("racecheck", 20, False)),
     ),
     Part(
         "tuning",
@@ -249,7 +250,7 @@ PARTS = (
                     *("--candidate-seconds", "6", "--seconds", "{seconds}", "--quick", "--cases"),
                     "forward rows=4 d=32 r=2 heuristic=edit_config float32",
                 ),
-                ("triton",),
+                ("triton", "interpreter"),
                 TUNED,
                 (("TRITON_INTERPRET", "1"),),
             ),

@@ -9,9 +9,11 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 GRACE_SECONDS = 6.0  # between SIGTERM and SIGKILL
 MOST_LOG_BYTES = 4 << 20
+MOST_SHOWN_BYTES = 64 << 10  # at a time
 STOPPED = -1  # the status of a command that was stopped
 
 
@@ -67,20 +69,27 @@ def run(
         try:
             while process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
-                _show(text.read())
+                _show(text)
+                if log.stat().st_size - seen > MOST_LOG_BYTES:
+                    print(f"stopped: more than {MOST_LOG_BYTES >> 10} KiB of output")
+                    break
                 if time.monotonic() - ticked >= 1:
                     ticked = time.monotonic()
                     each_second()
-                    if log.stat().st_size > MOST_LOG_BYTES:
-                        print(f"stopped: more than {MOST_LOG_BYTES >> 20} MiB of output")
-                        break
         finally:
             status = process.poll()
             stop(process)  # also what the command has left running
-            _show(text.read())
+            _show(text)
+            if log.stat().st_size > MOST_LOG_BYTES:
+                os.truncate(log, MOST_LOG_BYTES)
     return STOPPED if status is None else status
 
 
-def _show(text: bytes) -> None:
-    if text:
-        print(text.decode(errors="replace"), end="", flush=True)
+def _show(text: BinaryIO) -> None:
+    """Print what is new in a log, of much text the end."""
+    new = os.fstat(text.fileno()).st_size - text.tell()
+    if new > MOST_SHOWN_BYTES:
+        text.seek(-MOST_SHOWN_BYTES, os.SEEK_END)
+        print("[...]")
+    if new > 0:
+        print(text.read(MOST_SHOWN_BYTES).decode(errors="replace"), end="", flush=True)

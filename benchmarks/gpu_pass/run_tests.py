@@ -3,9 +3,10 @@
     python -m benchmarks.gpu_pass.run_tests --results FOLDER [--workers N] [--seconds N]
         [--collect-only] [--paths PATH ...] [-- PYTEST ARGUMENTS]
 
-Without a GPU, ``--collect-only`` collects what a GPU would run (:mod:`benchmarks.gpu_pass.assumed_gpu`).
+Without a GPU, ``--collect-only`` collects what a GPU would run
+(:mod:`benchmarks.gpu_pass.assumed_gpu`).
 No test at all is an error. A process that dies is started again without the test that killed it.
-Exit status: 0 if all tests passed; 1 if one failed or none was found; 4 if the run was cut off.
+Exit status: 0 if all tests passed; 4 if some have not run; 1 if one failed or none was found.
 """
 
 from __future__ import annotations
@@ -102,14 +103,17 @@ def _summary(folder: Path, cut: bool) -> int:
     for name, state in states.items():
         if state in ("failed", "crashed"):
             print(f"  {state}: {name}")
+    if not count_file.exists() and cut:
+        print("cut off before the tests were collected")
+        return CUT_OFF
     if not collected:
         print("no GPU test was collected: see the logs", flush=True)
         for log in sorted(folder.glob("*.log"))[:1]:
             print(log.read_text(errors="replace")[-3000:])
         return 1
-    if counts["failed"] or counts["crashed"]:
-        return 1
-    return CUT_OFF if cut or left > 0 else 0
+    if cut or left > 0:
+        return CUT_OFF
+    return int(counts["failed"] + counts["crashed"] > 0)
 
 
 def collect(arguments: list[str], chosen: list[str], gpu: bool) -> int:

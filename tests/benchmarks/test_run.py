@@ -1,4 +1,4 @@
-"""Tests of the command lines benchmarks.run, benchmarks.tuning and gpu_pass.sh."""
+"""Tests of the command lines benchmarks.run and benchmarks.tuning."""
 
 from __future__ import annotations
 
@@ -73,58 +73,6 @@ def test_bad_arguments(arguments, capsys):
 def test_an_unknown_suite():
     with pytest.raises(ValueError, match="suite: got 'nothing', expected one of edit_all_rows"):
         suites.load("nothing")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="tests the behaviour without a GPU")
-def test_the_gpu_pass_runs_through_without_a_gpu(tmp_path):
-    environment = os.environ | {
-        "OUT": str(tmp_path),
-        "PYTHON": sys.executable,
-        "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
-    }
-    done = subprocess.run(
-        [
-            "bash",
-            "benchmarks/gpu_pass.sh",
-            "env",
-            "tests",
-            "kernels",
-            "model",
-            "profile",
-            "sanitize",
-            "tuning",
-        ],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    left_out = (tmp_path / "left_out.txt").read_text().splitlines()
-    assert [line.split(":")[0] for line in left_out] == [
-        "env",
-        "tests",
-        "kernels",
-        "model",
-        "profile",
-        "sanitize",
-        "tuning",
-    ]
-    assert all("no GPU" in line for line in left_out) and not list(tmp_path.glob("*.done"))
-
-
-def test_the_gpu_pass_refuses_an_unknown_part(tmp_path):
-    environment = os.environ | {"OUT": str(tmp_path)}
-    done = subprocess.run(
-        ["bash", "benchmarks/gpu_pass.sh", "everything"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2 and "got 'everything', expected --resume, env build" in done.stderr
 
 
 def test_tuning_tries_each_knob_alone():
