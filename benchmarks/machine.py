@@ -67,10 +67,13 @@ def _named_commit() -> str:
     return os.environ.get(COMMIT_VARIABLE) or f"sources-{sources_digest()[:12]}"
 
 
-def sources_digest() -> str:
-    """Return a digest of the engine's, the kernels' and the benchmarks' source files."""
+def sources_digest(folders: tuple[str, ...] = ("benchmarks", "csrc", "reft_kernels")) -> str:
+    """Return a digest of the source files in folders of the repository.
+
+    By default they are those of the benchmarks, the kernels and the engine.
+    """
     root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
-    for folder in ("benchmarks", "csrc", "reft_kernels"):
+    for folder in folders:
         for path in sorted((root / folder).rglob("*")):
             if path.suffix in SOURCES and path.is_file():
                 digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())

@@ -16,6 +16,7 @@ import argparse
 import collections
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -112,12 +113,18 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name}: every case is in {file}")
             continue
         print(f"== {suites.load(name).TITLE}", flush=True)
-        for case_rows in suites.measure(name, settings):
-            harness.show(case_rows)
-            sys.stdout.flush()
-            failed |= any(row.note.startswith((harness.FAILED, "wrong")) for row in case_rows)
-            if file:
-                rows.append(case_rows, file)
+        try:
+            for case_rows in suites.measure(name, settings):
+                harness.show(case_rows)
+                sys.stdout.flush()
+                failed |= any(row.note.startswith((harness.FAILED, "wrong")) for row in case_rows)
+                if file:
+                    rows.append(case_rows, file)
+                if stopping.requested():
+                    break
+        except Exception:  # of the suite itself; the others go on
+            traceback.print_exc()
+            failed = True
         if stopping.requested():
             break
     print(f"{time.perf_counter() - started:.0f} s")

@@ -6,7 +6,7 @@
 Parts run in the order of their value, each within its budget; what a part leaves of its budget is
 at the disposal of those that follow, and at the end of those that were cut off. After each part,
 and every few seconds while it runs, its files are packed into one archive in the output folder
-($OUT, by default benchmarks/results/gpu_pass). The state is kept in another folder ($STATE, by
+($OUT, by default build/gpu_pass_out). The state is kept in another folder ($STATE, by
 default build/gpu_pass): a later call goes on where an earlier one ended, also with an empty output
 folder, as long as the sources are the same. ``tar -xzf PART.tar.gz -C STATE`` restores a part.
 
@@ -83,7 +83,10 @@ class Pass:
                     continue
                 # later steps keep their budgets, earlier ones may have left some
                 limit = min(planned_end - remaining, self.deadline) - time.monotonic()
-                self._step(part, step, limit)
+                try:
+                    self._step(part, step, limit)
+                except OSError as error:  # of the state folder: a full disk, for example
+                    self._end(part, step, f"{FAILED}: {error}")
         finally:
             self._archive(part)
 
@@ -128,7 +131,10 @@ class Pass:
             self._end(part, step, f"{FAILED} with status {status} after {took}")
 
     def _end(self, part: Part, step: Step, end: str, quiet: bool = False) -> None:
-        self.state.set_step(part.name, step.name, end)
+        try:
+            self.state.set_step(part.name, step.name, end)
+        except OSError as error:
+            print(f"{step.name}: not recorded: {error}", flush=True)
         if not quiet:
             print(f"{step.name}: {end}", flush=True)
 
@@ -219,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.plan:
         return 0
     kind = "rehearsal" if args.rehearse else "gpu_pass"
-    default = ROOT / ("build" if args.rehearse else "benchmarks/results") / f"{kind}_out"
+    default = ROOT / "build" / f"{kind}_out"
     args.out = (args.out or Path(os.environ.get("OUT") or default)).resolve()
     args.state = (args.state or Path(os.environ.get("STATE") or ROOT / "build" / kind)).resolve()
     args.parts = args.parts or names
@@ -233,8 +239,9 @@ def main(argv: list[str] | None = None) -> int:
         machine = machine_probe.probe()
         from benchmarks import machine as sources  # imports torch, which the probe has tried
 
-        state = State(args.state, f"{sources.sources_digest()} {kind}", args.fresh)
-    except (RuntimeError, FileExistsError) as error:
+        digest = sources.sources_digest(("benchmarks", "csrc", "reft_kernels", "tests"))
+        state = State(args.state, f"{digest} {kind}", args.fresh)
+    except (RuntimeError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     if not machine.arch and not args.rehearse:

@@ -186,7 +186,7 @@ PARTS = (
         (
             Step(
                 "tests",
-                125,
+                115,
                 (*TESTS, "--seconds", "{seconds}"),
                 ("gpu", "pytest", "hypothesis"),
                 (*TESTS, "--collect-only", "--device", "cpu"),
@@ -229,7 +229,7 @@ PARTS = (
     Part(
         "sanitize",
         "compute-sanitizer on a few tests of the CUDA kernels",
-        (_sanitize("memcheck", 20, True), _sanitize("racecheck", 20, False)),
+        (_sanitize("memcheck", 25, True), _sanitize("racecheck", 25, False)),
     ),
     Part(
         "tuning",

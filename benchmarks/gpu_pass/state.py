@@ -28,6 +28,7 @@ class State:
 
     def __init__(self, folder: Path, sources: str, fresh: bool = False) -> None:
         self.folder = folder
+        self._ends: dict[str, dict[str, str]] = {}  # known even if they cannot be written
         stamp = folder / "sources.txt"
         if folder.exists() and (
             fresh or not stamp.exists() or stamp.read_text().strip() != sources
@@ -46,13 +47,15 @@ class State:
 
     def steps(self, part: str) -> dict[str, str]:
         """Return how the steps of a part ended."""
+        own = self._ends.get(part, {})
         try:
-            return json.loads((self.part(part) / "steps.json").read_text())
-        except (FileNotFoundError, json.JSONDecodeError):  # cut off while it was written
-            return {}
+            return json.loads((self.part(part) / "steps.json").read_text()) | own
+        except (OSError, json.JSONDecodeError):  # cut off while it was written
+            return dict(own)
 
     def set_step(self, part: str, step: str, end: str) -> None:
         """Record how a step ended."""
+        self._ends.setdefault(part, {})[step] = end
         file = self.part(part) / "steps.json"
         written = file.with_suffix(".tmp")
         written.write_text(json.dumps(self.steps(part) | {step: end}, indent=1) + "\n")
@@ -63,14 +66,15 @@ class State:
         data = _packed(self.part(part), KEPT_LOG_BYTES)
         if len(data) > MOST_BYTES:
             data = _packed(self.part(part), 4096)
+        out.mkdir(parents=True, exist_ok=True)
         made = self.folder / f".{part}.tar.gz"
-        made.write_bytes(data)
         target = out / f"{part}.tar.gz"
         try:
+            made.write_bytes(data)
             os.replace(made, target)
-        except OSError:  # another file system
-            shutil.copyfile(made, target)
-            made.unlink()
+        except OSError:  # another file system, or a full one
+            target.write_bytes(data)
+            made.unlink(missing_ok=True)
         return target
 
 

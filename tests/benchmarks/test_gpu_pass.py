@@ -73,6 +73,11 @@ def test_the_planned_cases_of_the_other_tools_exist():
     assert set(plan.TUNED) <= {spec.label for spec in tuning.specs(GPU)}
 
 
+@pytest.mark.parametrize(("module", "heuristic", "mode"), tuning.EDIT_HEURISTICS)
+def test_the_tuned_heuristics_exist(module, heuristic, mode):
+    assert callable(getattr(tuning.kernel_module(module), heuristic))
+
+
 def test_an_unknown_case():
     with pytest.raises(ValueError, match="labels: got 'nothing', expected cases of r_build: forw"):
         suites.specs("r_build", RunSettings("cuda", labels=("nothing",)))
