@@ -190,7 +190,9 @@ def _build(
     if dry_run:
         print(done.stdout)
     if done.returncode:
-        raise BuildError(f"the native build failed in {objects}; mend it, {without}\n{done.stdout}")
+        raise BuildError(
+            f"the native build failed in {objects}; fix the error, {without}\n{done.stdout}"
+        )
     return library
 
 
