@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE_SECONDS = 60
+NSIGHT = Path("/opt/nvidia/nsight-compute")  # where its installer puts it, by version
 _GPU = """
 import torch
 if torch.cuda.is_available():
@@ -21,9 +22,11 @@ if torch.cuda.is_available():
 
 
 def tool(name: str) -> str | None:
-    """Return the path of a tool on the PATH or in the CUDA toolkit."""
+    """Return the path of a tool on the PATH, in the CUDA toolkit or in Nsight Compute's folder."""
     home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
-    return shutil.which(name) or shutil.which(str(Path(home) / "bin" / name))
+    folders = [Path(home) / "bin", *sorted(NSIGHT.glob("*"), reverse=True)]
+    found = (shutil.which(str(folder / name)) for folder in folders)
+    return shutil.which(name) or next((path for path in found if path), None)
 
 
 @dataclass(frozen=True)

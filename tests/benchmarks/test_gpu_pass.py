@@ -14,7 +14,15 @@ import pytest
 
 from benchmarks import profiled, suites, tuning
 from benchmarks.gpu_pass import __main__ as command
-from benchmarks.gpu_pass import machine_probe, plan, process, profile, run_tests, shards
+from benchmarks.gpu_pass import (
+    cuda_library,
+    machine_probe,
+    plan,
+    process,
+    profile,
+    run_tests,
+    shards,
+)
 from benchmarks.gpu_pass.state import State
 from benchmarks.protocol import RunSettings
 
@@ -301,6 +309,52 @@ def test_a_profile_without_kernels_is_tried_in_another_way(
     output = capsys.readouterr().out
     assert last in output.splitlines()[-1]
     assert "--nvtx --nvtx-include profiled --metrics dram__bytes_read.sum," in output
+
+
+@pytest.mark.parametrize(
+    ("stamp", "loads", "used"),
+    [("same", "", True), (None, "", True), ("other", "", False), ("same", "no symbol", False)],
+)
+def test_a_library_is_used_if_it_loads_and_fits_the_sources(
+    stamp, loads, used, tmp_path, monkeypatch, capfd
+):
+    (tmp_path / "_native_cuda.so").touch()
+    if stamp:
+        text = cuda_library.digest() if stamp == "same" else stamp
+        (tmp_path / "_native_cuda.sources").write_text(text)
+    built = []
+
+    def build(command, **_):
+        built.append(command)
+        monkeypatch.setattr(cuda_library, "loads", lambda: "")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(cuda_library, "loads", lambda: loads)
+    monkeypatch.setattr(cuda_library.subprocess, "run", build)
+    assert cuda_library.main(["--arch", "90", "--out", str(tmp_path)]) == 0
+    assert bool(built) != used
+    if built:
+        assert built[0][-2:] == ["--arch", "90"]
+        assert (tmp_path / "_native_cuda.sources").read_text().strip() == cuda_library.digest()
+
+
+def test_a_library_that_does_not_load_after_the_build_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cuda_library, "loads", lambda: "no symbol")
+    done = subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(cuda_library.subprocess, "run", lambda *_, **__: done)
+    assert cuda_library.main(["--out", str(tmp_path)]) == 1
+    assert "does not load: no symbol" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(machine_probe.tool("nvcc") is None, reason="nvcc is not installed")
+def test_the_build_can_be_for_one_architecture(tmp_path):
+    command = [sys.executable, "csrc/build.py", "--cuda", "--arch", "90", "--dry-run"]
+    command += ["--out", str(tmp_path), "--objects", str(tmp_path / "objects")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rules = (tmp_path / "objects" / "cuda" / "build.ninja").read_text()
+    assert "code=sm_90" in rules and "sm_80" not in rules and "sm_100" not in rules
+    assert "compile " in done.stdout and not list(tmp_path.rglob("*.o"))
 
 
 SOME_TESTS = """

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import reft_kernels
-from benchmarks import edits, graphs, harness, machine, op_metrics, rows, run, stopping
+from benchmarks import edits, graphs, harness, machine, op_metrics, rows, run, stopping, suites
 from benchmarks.protocol import Call, Case, Provider, RunSettings
 
 
@@ -325,6 +325,22 @@ def test_a_case_that_cannot_be_built_yields_a_row_with_the_reason():
         "rows=1",
         "out of memory",
     )
+
+
+@pytest.mark.usefixtures("_signals")
+def test_a_suite_that_raises_does_not_end_the_others(monkeypatch, capsys):
+    measured = []
+
+    def measure(name, settings):
+        measured.append(name)
+        if name == "r_build":
+            raise ZeroDivisionError
+        yield from ()
+
+    monkeypatch.setattr(suites, "measure", measure)
+    assert run.main(["--only", "r_build", "host_cost", "--device", "cpu"]) == 1
+    assert measured == ["r_build", "host_cost"]
+    assert "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_graphs_need_no_more_calls_than_sets():
