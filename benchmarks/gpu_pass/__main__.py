@@ -59,7 +59,7 @@ class Pass:
         for part in self.parts:
             if self._left(part) and self.deadline - time.monotonic() > 2 * LEAST_SECONDS:
                 print(f"== {part.name}: again, with the time that is left", flush=True)
-                self._part(part, self.deadline)
+                self._part(part, self.deadline, again=True)
         ends = {part.name: self.state.steps(part.name) for part in self.parts}
         print("\n".join(summary.lines(ends, self.state.folder)), flush=True)
         found = [end for steps in ends.values() for end in steps.values()]
@@ -67,22 +67,26 @@ class Pass:
             return 1
         return CUT_OFF if any(end.startswith(CUT) for end in found) else 0
 
+    def _ended(self, end: str) -> bool:
+        return end.startswith(DONE) or end.startswith(FAILED) and not self.args.rehearse
+
     def _left(self, part: Part) -> bool:
         ends = self.state.steps(part.name)
         return any(ends.get(step.name, CUT).startswith(CUT) for step in part.steps)
 
-    def _part(self, part: Part, planned_end: float) -> None:
+    def _part(self, part: Part, planned_end: float, again: bool = False) -> None:
         print(f"== {part.name}: {part.about}, {part.seconds} s", flush=True)
-        remaining = part.seconds * self.args.stretch
+        ends = self.state.steps(part.name)
+        pending = [step for step in part.steps if not self._ended(ends.get(step.name, ""))]
         try:
             for step in part.steps:
-                remaining -= step.seconds * self.args.stretch
-                end = self.state.steps(part.name).get(step.name, "")
-                if end.startswith(DONE) or end.startswith(FAILED) and not self.args.rehearse:
-                    print(f"{step.name}: {end}, before", flush=True)
+                if step not in pending:
+                    print(f"{step.name}: {ends[step.name]}, before", flush=True)
                     continue
                 # later steps keep their budgets, earlier ones may have left some
-                limit = min(planned_end - remaining, self.deadline) - time.monotonic()
+                later = pending[pending.index(step) + 1 :]
+                kept = 0 if again else sum(other.seconds for other in later) * self.args.stretch
+                limit = min(planned_end - kept, self.deadline) - time.monotonic()
                 try:
                     self._step(part, step, limit)
                 except OSError as error:  # of the state folder: a full disk, for example

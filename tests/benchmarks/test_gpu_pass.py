@@ -186,6 +186,19 @@ def test_a_second_call_does_only_what_is_left(tmp_path, monkeypatch, capsys):
     assert (first.read_text(), second.read_text()) == ("xx", "xxx")
 
 
+def test_what_is_cut_off_goes_on_with_the_time_that_is_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(process, "GRACE_SECONDS", 1.0)
+    file = tmp_path / "starts"
+    code = f"p = __import__('pathlib').Path(r'{file}'); p.open('a').write('x'); "
+    hangs = code + "len(p.read_text()) == 1 and __import__('time').sleep(600)"
+    steps = (_python("first", "", 9), _python("hangs", hangs, 9), _python("last", "", 400))
+    assert _pass(tmp_path, monkeypatch, steps) == 0
+    output = capsys.readouterr().out
+    assert "hangs: cut off after" in output and "== part: again" in output
+    assert file.read_text() == "xx"
+    assert output.index("last: done") < output.index("== part: again")
+
+
 def test_a_step_whose_device_fails_goes_on_in_a_new_process(tmp_path, monkeypatch, capsys):
     file = tmp_path / "starts"
     code = f"p = __import__('pathlib').Path(r'{file}'); p.open('a').write('x'); "
