@@ -9,19 +9,40 @@ from torch import Tensor
 
 from reft_kernels import allocation
 from reft_kernels.triton import common, orthonormal_launch
+from reft_kernels.triton.orthonormal_gram import total_gram
 from reft_kernels.triton.small_linalg import (
     FULL,
     LOWER,
     SCRATCH,
     UPPER,
     entry,
-    gram,
-    multiply_square,
+    load_square,
     product,
     put,
     signs_of,
-    total_gradient,
 )
+from reft_kernels.triton.tall_tiles import lower_part, total_gradient
+
+
+@triton.jit
+def _long_product(
+    acc,
+    M,
+    A,
+    j,
+    c,
+    d,
+    r: tl.constexpr,
+    LD: tl.constexpr,
+    BELOW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return acc + A M at (c, j) for r of more than one block of columns."""
+    for start in tl.range(0, r, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = lower_part(A, c[:, None], k[None, :], d, r, BLOCK_K, BELOW)
+        acc = tl.dot(x, load_square(M, k, j, r, LD), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -33,18 +54,19 @@ def build_backward_kernel(
     base,
     aux,
     grad_X,
-    wide,
-    narrow,
+    scratch,
     d,
-    r,
+    r: tl.constexpr,
     chunk,
     CAYLEY: tl.constexpr,
     N: tl.constexpr,
     LD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute dL/dX of one layer, for one split of the d rows.
 
@@ -55,39 +77,39 @@ def build_backward_kernel(
         base: ``[L, d, r]`` or None.
         aux: Result of the forward pass.
         grad_X: ``[L, d, r]``, output.
-        wide: fp64 scratch ``[L, splits, 4, LD, LD]``, with 7 matrices if there is a base.
-        narrow: fp32 scratch ``[L, splits, 3, LD, LD]``, with 4 matrices if there is a base.
+        scratch: fp64, the sums of :func:`~.orthonormal_gram.gram_kernel`, then
+            ``[L, splits, 7, LD, LD]``, with 11 matrices if there is a base.
         d, r: Sizes of X.
         chunk: Number of rows per split.
     """
     split = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
     program = layer * tl.num_programs(0) + split
+    matrices: tl.constexpr = 1 if base is None else 2
+    sums = scratch
+    scratch += tl.num_programs(1) * tl.cdiv(d, ROWS) * matrices * LD * LD
     X += layer * d * r
+    aux += layer * matrices * r * r
     if grad_R is not None:
         grad_R += layer * d * r
     if grad_D is not None:
         grad_D += layer * d * r
     if base is not None:
         base += layer * d * r
-        aux += layer * 2 * r * r
-        wide += program * 7 * LD * LD
-        narrow += program * 4 * LD * LD
+        scratch += program * 11 * LD * LD
     else:
-        aux += layer * r * r
-        wide += program * 4 * LD * LD
-        narrow += program * 3 * LD * LD
-    M_bar = wide  # V^T Fbar; cayley: V^T Fbar - Fbar[:r]
-    map_M = wide + LD * LD
-    U = wide + 2 * LD * LD  # inner^T M_bar
-    S_bar = wide + 3 * LD * LD
-    B0 = wide + 4 * LD * LD  # V0^T Fbar
-    H = wide + 5 * LD * LD  # T0^T B0
-    J = wide + 6 * LD * LD  # H M^T
-    out_F = narrow
-    out_S = narrow + LD * LD
-    out_P = narrow + 2 * LD * LD
-    out_J = narrow + 3 * LD * LD
+        scratch += program * 7 * LD * LD
+    M_bar = scratch  # V^T Fbar; cayley: V^T Fbar - Fbar[:r]
+    map_M = scratch + LD * LD
+    U = scratch + 2 * LD * LD  # inner^T M_bar
+    S_bar = scratch + 3 * LD * LD
+    out_F = scratch + 4 * LD * LD
+    out_S = scratch + 5 * LD * LD
+    out_P = scratch + 6 * LD * LD
+    B0 = scratch + 7 * LD * LD  # V0^T Fbar
+    H = scratch + 8 * LD * LD  # T0^T B0
+    J = scratch + 9 * LD * LD  # H M^T
+    out_J = scratch + 10 * LD * LD
     offsets = tl.arange(0, N)
     # Not a constexpr, so that no phase keeps its addresses in registers for the next
     tiles = tl.cdiv(r, N)
@@ -95,15 +117,16 @@ def build_backward_kernel(
     # V^T Fbar; with a base also V0^T Fbar. Fbar is dL/dF.
     for ti in tl.range(0, tiles):
         for tj in tl.range(0, tiles):
-            ri = ti * N + offsets
-            rj = tj * N + offsets
-            scale = signs_of(signs, layer, rj[None, :], r, base is None and not CAYLEY)
-            top = total_gradient(grad_R, grad_D, ri[:, None], rj[None, :], d, r).to(tl.float64)
-            sums = gram(X, None, grad_R, grad_D, ri, rj, d, r, N, BLOCK_D, CAYLEY, False)
-            put(M_bar, ri[:, None], rj[None, :], LD, (sums - top if CAYLEY else sums + top) * scale)
+            i = (ti * N + offsets)[:, None]
+            j = (tj * N + offsets)[None, :]
+            scale = signs_of(signs, layer, j, r, base is None and not CAYLEY)
+            top = total_gradient(grad_R, grad_D, i, j, d, r, N).to(tl.float64)
+            # Sums without the unit diagonals of V and V0
+            total = total_gram(sums, layer, i, j, d, N, LD, ROWS, 0, matrices, BLOCK_P)
+            put(M_bar, i, j, LD, (total - top if CAYLEY else total + top) * scale)
             if base is not None:
-                sums = gram(base, None, grad_R, grad_D, ri, rj, d, r, N, BLOCK_D, False, False)
-                put(B0, ri[:, None], rj[None, :], LD, (sums + top) * scale)
+                total = total_gram(sums, layer, i, j, d, N, LD, ROWS, 1, matrices, BLOCK_P)
+                put(B0, i, j, LD, (total + top) * scale)
     for ti in tl.range(0, tiles):
         for tj in tl.range(0, tiles):
             i = (ti * N + offsets)[:, None]
@@ -197,25 +220,49 @@ def build_backward_kernel(
     grad_X += layer * d * r
     first = split * chunk
     last = tl.minimum(first + chunk, d)
+    k = tl.arange(0, BLOCK_K)
     for jb in tl.range(0, tl.cdiv(r, BLOCK_J)):
         j = jb * BLOCK_J + tl.arange(0, BLOCK_J)
-        for start in tl.range(first, last, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-            acc = multiply_square(acc, out_F, None, grad_R, grad_D, j, c, d, r, LD, False, BLOCK_K)
-            acc = multiply_square(acc, out_S, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
+        if r <= BLOCK_K:
+            f = load_square(out_F, k, j, r, LD)
+            s = load_square(out_S, k, j, r, LD)
             if base is not None:
-                acc = multiply_square(acc, out_J, base, None, None, j, c, d, r, LD, False, BLOCK_K)
-            col = j[:, None]
-            row = c[None, :]
-            at = row * r + col
-            top = tl.load(out_P + row * LD + col, mask=(row < r) & (col < r), other=0.0)
-            if CAYLEY:
-                acc = tl.where(row < r, top, acc)
+                y = load_square(out_J, k, j, r, LD)
+        for start in tl.range(first, last, BLOCK_C, num_stages=STAGES):
+            c = start + tl.arange(0, BLOCK_C)
+            acc = tl.zeros([BLOCK_C, BLOCK_J], tl.float32)
+            if r <= BLOCK_K:
+                g = total_gradient(grad_R, grad_D, c[None, :], k[:, None], d, r, BLOCK_K)
+                acc = tl.dot(tl.trans(g), f, acc, input_precision="ieee")
+                x = lower_part(X, c[:, None], k[None, :], d, r, BLOCK_K, CAYLEY)
+                acc = tl.dot(x, s, acc, input_precision="ieee")
+                if base is not None:
+                    x = lower_part(base, c[:, None], k[None, :], d, r, BLOCK_K, False)
+                    acc = tl.dot(x, y, acc, input_precision="ieee")
             else:
-                acc += top
-            acc = tl.where(row > col, acc, 0.0)
-            tl.store(grad_X + at, acc.to(grad_X.dtype.element_ty), mask=(row < last) & (col < r))
+                for first_k in tl.range(0, r, BLOCK_K):
+                    ks = first_k + k
+                    g = total_gradient(grad_R, grad_D, c[None, :], ks[:, None], d, r, BLOCK_K)
+                    f = load_square(out_F, ks, j, r, LD)
+                    acc = tl.dot(tl.trans(g), f, acc, input_precision="ieee")
+                acc = _long_product(acc, out_S, X, j, c, d, r, LD, CAYLEY, BLOCK_K)
+                if base is not None:
+                    acc = _long_product(acc, out_J, base, j, c, d, r, LD, False, BLOCK_K)
+            row = c[:, None]
+            col = j[None, :]
+            if start < r:
+                top = tl.load(out_P + row * LD + col, mask=(row < r) & (col < r), other=0.0).to(
+                    tl.float32
+                )
+                if CAYLEY:
+                    acc = tl.where(row < r, top, acc)
+                else:
+                    acc += top
+                acc = tl.where(row > col, acc, 0.0)
+            keep = row < d
+            if r % BLOCK_J != 0:
+                keep = keep & (col < r)
+            tl.store(grad_X + row * r + col, acc.to(grad_X.dtype.element_ty), mask=keep)
 
 
 def build_backward(
@@ -228,26 +275,18 @@ def build_backward(
     aux: Tensor,
 ) -> Tensor:
     """Compute dL/dX; arguments as in :func:`reft_kernels.orthonormal.householder_backward`."""
-    layers, d, r = X.shape
-    if (grad_R is None and grad_D is None) or layers == 0:
+    if (grad_R is None and grad_D is None) or X.shape[0] == 0:
         return allocation.no_build_gradient(X)
     X, aux = X.contiguous(), aux.contiguous()
     grad_R, grad_D, signs, base = map(common.contiguous, (grad_R, grad_D, signs, base))
     grad_X = torch.empty_like(X)
-    config = orthonormal_launch.build_config(layers, d, r, orthonormal_launch.processors(X.device))
-    scratch = orthonormal_launch.allocate_scratch(config, X, *((4, 3) if base is None else (7, 4)))
     orthonormal_launch.launch(
         build_backward_kernel,
-        config,
         X,
-        is_cayley,
+        base,
         grad_R,
         grad_D,
-        X,
-        signs,
-        base,
-        aux,
-        grad_X,
-        *scratch,
+        is_cayley,
+        (grad_R, grad_D, X, signs, base, aux, grad_X),
     )
     return grad_X

@@ -8,19 +8,42 @@ from torch import Tensor
 
 from reft_kernels import allocation
 from reft_kernels.triton import common, orthonormal_launch
+from reft_kernels.triton.orthonormal_gram import total_gram
 from reft_kernels.triton.small_linalg import (
     LOWER,
     SCRATCH,
     UPPER,
     entry,
-    gram,
     invert,
-    multiply_square,
+    load_square,
     product,
     put,
     save,
     signs_of,
 )
+from reft_kernels.triton.tall_tiles import lower_part
+
+
+@triton.jit
+def _long_product(
+    acc,
+    M,
+    A,
+    j,
+    c,
+    d,
+    r: tl.constexpr,
+    LD: tl.constexpr,
+    BELOW: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Return acc + (A M)^T at (j, c) for r of more than one block of columns."""
+    for start in tl.range(0, r, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        m = tl.trans(load_square(M, k, j, r, LD))
+        x = lower_part(A, c[:, None], k[None, :], d, r, BLOCK_K, BELOW)
+        acc = tl.dot(m, tl.trans(x), acc, input_precision="ieee")
+    return acc
 
 
 @triton.jit
@@ -33,18 +56,19 @@ def build_kernel(
     R,
     D,
     aux,
-    wide,
-    narrow,
+    scratch,
     d,
-    r,
+    r: tl.constexpr,
     chunk,
     CAYLEY: tl.constexpr,
     N: tl.constexpr,
     LD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute R, D and aux of one layer, for one split of the d rows.
 
@@ -57,31 +81,31 @@ def build_kernel(
         R: fp32 ``[L, r, d]``, output.
         D: fp32 ``[L, r, d]``, output, or None.
         aux: fp32 ``[L, 1, r, r]``, or ``[L, 2, r, r]`` with ``base``, output.
-        wide: fp64 scratch ``[L, splits, 1, LD, LD]``, with 4 matrices if there is a base.
-        narrow: fp32 scratch ``[L, splits, 2, LD, LD]``, with 3 matrices if there is a base.
+        scratch: fp64, the sums of :func:`~.orthonormal_gram.gram_kernel`, then
+            ``[L, splits, 3, LD, LD]``, with 7 matrices if there is a base.
         d, r: Sizes of X.
         chunk: Number of rows per split.
     """
     split = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
     program = layer * tl.num_programs(0) + split
+    matrices: tl.constexpr = 1 if base is None else 2
+    sums = scratch
+    scratch += tl.num_programs(1) * tl.cdiv(d, ROWS) * matrices * LD * LD
     X += layer * d * r
+    aux += layer * matrices * r * r
     if base is not None:
         base += layer * d * r
-        aux += layer * 2 * r * r
-        wide += program * 4 * LD * LD
-        narrow += program * 3 * LD * LD
+        scratch += program * 7 * LD * LD
     else:
-        aux += layer * r * r
-        wide += program * LD * LD
-        narrow += program * 2 * LD * LD
-    inner = wide
-    cross = wide + LD * LD
-    map_M = wide + 2 * LD * LD
-    map_Z = wide + 3 * LD * LD
-    out_M = narrow
-    out_P = narrow + LD * LD
-    out_Y = narrow + 2 * LD * LD
+        scratch += program * 3 * LD * LD
+    inner = scratch
+    out_M = scratch + LD * LD
+    out_P = scratch + 2 * LD * LD
+    cross = scratch + 3 * LD * LD
+    map_M = scratch + 4 * LD * LD
+    map_Z = scratch + 5 * LD * LD
+    out_Y = scratch + 6 * LD * LD
     offsets = tl.arange(0, N)
     # Not a constexpr, so that no phase keeps its addresses in registers for the next
     tiles = tl.cdiv(r, N)
@@ -89,12 +113,13 @@ def build_kernel(
     # The matrix to invert, from the Gram matrix; with a base also V0^T V
     for ti in tl.range(0, tiles):
         for tj in tl.range(0, tiles):
-            ri = ti * N + offsets
-            rj = tj * N + offsets
-            i = ri[:, None]
-            j = rj[None, :]
+            i = (ti * N + offsets)[:, None]
+            j = (tj * N + offsets)[None, :]
             unit = (i == j).to(tl.float64)
-            G = unit + gram(X, X, None, None, ri, rj, d, r, N, BLOCK_D, CAYLEY, CAYLEY)
+            # The sums are symmetric, and only tiles on and above the diagonal tiles are stored
+            p = tl.minimum(i, j) if LD > N else i
+            q = tl.maximum(i, j) if LD > N else j
+            G = unit + total_gram(sums, layer, p, q, d, N, LD, ROWS, 0, matrices, BLOCK_P)
             below = entry(X, i, j, r, LD, LOWER)
             above = entry(X, j, i, r, LD, LOWER)
             if CAYLEY:
@@ -105,11 +130,9 @@ def build_kernel(
     if base is not None:
         for ti in tl.range(0, tiles):
             for tj in tl.range(0, tiles):
-                ri = ti * N + offsets
-                rj = tj * N + offsets
-                i = ri[:, None]
-                j = rj[None, :]
-                G = gram(base, X, None, None, ri, rj, d, r, N, BLOCK_D, False, CAYLEY)
+                i = (ti * N + offsets)[:, None]
+                j = (tj * N + offsets)[None, :]
+                G = total_gram(sums, layer, i, j, d, N, LD, ROWS, 1, matrices, BLOCK_P)
                 if not CAYLEY:
                     G += (
                         (i == j).to(tl.float64)
@@ -186,18 +209,33 @@ def build_kernel(
         point += layer * d * r
     first = split * chunk
     last = tl.minimum(first + chunk, d)
+    k = tl.arange(0, BLOCK_K)
     for jb in tl.range(0, tl.cdiv(r, BLOCK_J)):
         j = jb * BLOCK_J + tl.arange(0, BLOCK_J)
-        for start in tl.range(first, last, BLOCK_C):
+        if r <= BLOCK_K:
+            m = tl.trans(load_square(out_M, k, j, r, LD))
+            if base is not None:
+                y = tl.trans(load_square(out_Y, k, j, r, LD))
+        for start in tl.range(first, last, BLOCK_C, num_stages=STAGES):
             c = start + tl.arange(0, BLOCK_C)
             acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-            acc = multiply_square(acc, out_M, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
-            if base is not None:
-                acc = multiply_square(acc, out_Y, base, None, None, j, c, d, r, LD, False, BLOCK_K)
+            if r <= BLOCK_K:
+                x = lower_part(X, c[:, None], k[None, :], d, r, BLOCK_K, CAYLEY)
+                acc = tl.dot(m, tl.trans(x), acc, input_precision="ieee")
+                if base is not None:
+                    x = lower_part(base, c[:, None], k[None, :], d, r, BLOCK_K, False)
+                    acc = tl.dot(y, tl.trans(x), acc, input_precision="ieee")
+            else:
+                acc = _long_product(acc, out_M, X, j, c, d, r, LD, CAYLEY, BLOCK_K)
+                if base is not None:
+                    acc = _long_product(acc, out_Y, base, j, c, d, r, LD, False, BLOCK_K)
             row = j[:, None]
             col = c[None, :]
-            acc += tl.load(out_P + col * LD + row, mask=(col < r) & (row < r), other=0.0)
-            keep = (col < last) & (row < r)
+            if start < r:
+                acc += tl.load(out_P + col * LD + row, mask=(col < r) & (row < r), other=0.0).to(
+                    tl.float32
+                )
+            keep = (col < d) & (row < r)
             at = row * d + col
             if base is not None:
                 acc += tl.load(point + at, mask=keep, other=0.0).to(tl.float32)
@@ -217,19 +255,12 @@ def build(
     W: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute one of the maps; arguments as in :func:`reft_kernels.orthonormal.householder`."""
-    layers, d, r = X.shape
     X = X.contiguous()
     signs, base, point, W = map(common.contiguous, (signs, base, point, W))
     R, D, aux = allocation.build(X, base, W)
-    if layers > 0:
-        config = orthonormal_launch.build_config(
-            layers, d, r, orthonormal_launch.processors(X.device)
-        )
-        scratch = orthonormal_launch.allocate_scratch(
-            config, X, *((1, 2) if base is None else (4, 3))
-        )
+    if X.shape[0] > 0:
         out_D = D if W is not None else None
         orthonormal_launch.launch(
-            build_kernel, config, X, is_cayley, X, signs, base, point, W, R, out_D, aux, *scratch
+            build_kernel, X, base, None, None, is_cayley, (X, signs, base, point, W, R, out_D, aux)
         )
     return R, D, aux

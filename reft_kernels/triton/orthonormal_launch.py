@@ -11,40 +11,63 @@ import triton
 from torch import Tensor
 
 from reft_kernels.triton import common
+from reft_kernels.triton.orthonormal_gram import gram_kernel
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Launch parameters of both kernels."""
+    """Launch parameters of the kernels of both maps.
+
+    What the sums over d are rounded to depends on d and r alone. ``splits`` and ``chunk`` also
+    depend on the device and on the number of layers, but change no result.
+    """
 
     tile: int  # N: r x r matrices are processed in N x N tiles
     padded: int  # LD: r rounded up to a multiple of N
-    block_d: int  # rows of V per fp32 sum
+    rows: int  # rows of V per partial sum, a multiple of block_d
+    block_d: int  # rows of V per step of the partial sum
+    block_p: int  # partial sums that are loaded together
     block_k: int  # columns of the rank dimension contracted per step of the output loop
-    block_j: int  # rows of R per step of the output loop
+    block_j: int  # rows of R (columns of grad_X) per step of the output loop
     block_c: int  # columns of R (rows of grad_X) per step of the output loop
-    splits: int  # programs per layer
-    chunk: int  # rows of V that a program writes, a multiple of block_c
+    splits: int  # programs per layer of the second launch
+    chunk: int  # rows of V that such a program writes, a multiple of block_c
+    gram_warps: int
     num_warps: int
+    gram_stages: int
     num_stages: int
 
-    def constexprs(self) -> dict[str, int]:
-        """Return the constexpr arguments of the kernels."""
+    def gram_constexprs(self) -> dict[str, int]:
+        """Return the constexpr arguments of the first launch."""
         return {
             "N": self.tile,
             "LD": self.padded,
+            "ROWS": self.rows,
             "BLOCK_D": self.block_d,
+            "STAGES": self.gram_stages,
+        }
+
+    def constexprs(self) -> dict[str, int]:
+        """Return the constexpr arguments of the second launch."""
+        return {
+            "N": self.tile,
+            "LD": self.padded,
+            "ROWS": self.rows,
+            "BLOCK_P": self.block_p,
             "BLOCK_K": self.block_k,
             "BLOCK_J": self.block_j,
             "BLOCK_C": self.block_c,
+            "STAGES": self.num_stages,
         }
 
 
 _MAX_TILE = 32  # an fp64 tile of 64 x 64 causes register spills
-# Rows per fp32 sum by tile size; 4 and 8 keep 16 sums per thread in registers
-_BLOCK_D = {4: 256, 8: 64, 16: 32, 32: 32}
-# Every split repeats the Gram sum, so more splits save little. Not tuned on a GPU yet.
-_MAX_SPLITS = 8
+# By tile size: rows per step, which keep at most 64 sums in the registers of a thread. A program
+# with one warp has no barrier that waits for other warps.
+_BLOCK_D = {1: 256, 2: 128, 4: 64, 8: 32, 16: 32, 32: 32}
+_BLOCK_P = {1: 16, 2: 16, 4: 16, 8: 16, 16: 4, 32: 4}
+_BLOCK_C = {1: 128, 2: 128, 4: 128, 8: 64, 16: 64, 32: 64}
+_PROGRAMS = 4  # of one warp per multiprocessor, one for each scheduler. Not tuned on a GPU yet.
 _MAX_SCRATCH = 64 << 20  # bytes; large r uses fewer splits instead of more memory. Not tuned yet.
 
 
@@ -57,26 +80,31 @@ def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
         r: Rank.
         processors: Number of multiprocessors of the device.
     """
-    tile = min(_MAX_TILE, max(4, triton.next_power_of_2(r)))
+    tile = min(_MAX_TILE, triton.next_power_of_2(r))
     padded = triton.cdiv(r, tile) * tile
-    block_c = 64  # not tuned on a GPU yet
+    small = tile <= 16
+    block_c = _BLOCK_C[tile]
     chunks = triton.cdiv(d, block_c)
-    scratch = 72 * padded**2 * max(layers, 1)  # bytes per split: 7 fp64 and 4 fp32 matrices
-    splits = max(1, min(processors // max(layers, 1), _MAX_SPLITS, chunks, _MAX_SCRATCH // scratch))
+    programs = processors * (_PROGRAMS if small else 1)
+    scratch = 88 * padded**2 * max(layers, 1)  # bytes per split: 11 fp64 matrices
+    splits = max(1, min(programs // max(layers, 1), chunks, _MAX_SCRATCH // scratch))
     chunk = triton.cdiv(chunks, splits) * block_c
     return BuildConfig(
         tile=tile,
         padded=padded,
+        rows=max(256, 16 * padded),  # the sums of all parts are smaller than a quarter of X
         block_d=_BLOCK_D[tile],
+        block_p=_BLOCK_P[tile],
         # The minimum of tl.dot, which keeps this many values of each row in registers
         block_k=16,
-        block_j=max(16, tile),
+        block_j=max(4, tile),
         block_c=block_c,
         splits=triton.cdiv(d, chunk),
         chunk=chunk,
-        # One program per multiprocessor needs several warps to hide latency. Not tuned yet.
-        num_warps=8,
-        num_stages=1,  # prefetching would cause register spills
+        gram_warps=1 if small else 4,
+        num_warps=1 if small else 8,
+        gram_stages=4,
+        num_stages=2,
     )
 
 
@@ -89,29 +117,46 @@ def processors(device: torch.device) -> int:
 
 
 def launch(
-    kernel: Any, config: BuildConfig, X: Tensor, is_cayley: bool, *args: Tensor | None
+    kernel: Any,
+    X: Tensor,
+    base: Tensor | None,
+    grad_R: Tensor | None,
+    grad_D: Tensor | None,
+    is_cayley: bool,
+    args: tuple[Tensor | None, ...],
 ) -> None:
-    """Launch a kernel for X ``[L, d, r]``; ``args`` are its tensor arguments."""
+    """Launch the sums over d and then a kernel for X ``[L, d, r]``; ``args`` are its tensors."""
     layers, d, r = X.shape
+    config = build_config(layers, d, r, processors(X.device))
+    parts, tiles = triton.cdiv(d, config.rows), config.padded // config.tile
+    matrices, own = (1, 7) if base is None else (2, 11)
+    scratch = X.new_empty(
+        layers * (parts * matrices + config.splits * own) * config.padded**2, dtype=torch.float64
+    )
     with common.device_guard(X):
+        gram_kernel[(parts, matrices * tiles**2, layers)](
+            X,
+            base,
+            grad_R,
+            grad_D,
+            scratch,
+            d,
+            r,
+            is_cayley,
+            **config.gram_constexprs(),
+            num_warps=config.gram_warps,
+            num_stages=config.gram_stages,
+            **common.compile_options(X),
+        )
         kernel[(config.splits, layers)](
             *args,
+            scratch,
             d,
             r,
             config.chunk,
-            CAYLEY=is_cayley,
+            is_cayley,
             **config.constexprs(),
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **common.compile_options(X),
         )
-
-
-def allocate_scratch(
-    config: BuildConfig, X: Tensor, wide: int, narrow: int
-) -> tuple[Tensor, Tensor]:
-    """Allocate ``wide`` fp64 and ``narrow`` fp32 matrices ``[LD, LD]`` for each program."""
-    size = X.shape[0] * config.splits * config.padded**2
-    return X.new_empty(wide * size, dtype=torch.float64), X.new_empty(
-        narrow * size, dtype=torch.float32
-    )
