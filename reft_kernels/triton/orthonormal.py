@@ -91,12 +91,15 @@ def aot_specs(d: int, r: int) -> Iterator[tuple]:
                     first = kernel is gram_kernel
                     constexprs = {
                         "r": r,
+                        # a launch also specializes arguments that are 1
+                        **({"rank": 1} if r == 1 and not first else {}),
                         "CAYLEY": is_cayley,
                         **(config.gram_constexprs() if first else config.constexprs()),
                         **{name: None for name in absent if name in kernel.arg_names},
                     }
                     types = {
                         "d": "i32",
+                        "rank": "i32",
                         "chunk": "i32",
                         "scratch": "*fp64",
                         **dict.fromkeys(constexprs, "constexpr"),

@@ -14,6 +14,7 @@ from reft_kernels.triton.small_linalg import (
     FULL,
     LOWER,
     SCRATCH,
+    UNROLLED,
     UPPER,
     entry,
     load_square,
@@ -21,28 +22,53 @@ from reft_kernels.triton.small_linalg import (
     put,
     signs_of,
 )
-from reft_kernels.triton.tall_tiles import lower_part, total_gradient
+from reft_kernels.triton.tall_tiles import add_product, total_gradient
 
 
 @triton.jit
-def _long_product(
-    acc,
-    M,
-    A,
-    j,
+def _sum(
+    f,
+    F,
+    s,
+    S,
+    y,
+    J,
+    X,
+    base,
+    grad_R,
+    grad_D,
     c,
+    j,
     d,
+    rank,
     r: tl.constexpr,
     LD: tl.constexpr,
-    BELOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TOP: tl.constexpr,
+    CAYLEY: tl.constexpr,
 ):
-    """Return acc + A M at (c, j) for r of more than one block of columns."""
-    for start in tl.range(0, r, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        x = lower_part(A, c[:, None], k[None, :], d, r, BLOCK_K, BELOW)
-        acc = tl.dot(x, load_square(M, k, j, r, LD), acc, input_precision="ieee")
+    """Return Fbar F + L S + L0 J at (c, j)."""
+    acc = tl.zeros([BLOCK_C, BLOCK_J], tl.float32)
+    acc = add_product(
+        acc, f, F, None, grad_R, grad_D, c, j, d, rank, r, LD, BLOCK_K, TOP, False, False
+    )
+    acc = add_product(acc, s, S, X, None, None, c, j, d, rank, r, LD, BLOCK_K, TOP, CAYLEY, False)
+    if base is not None:
+        acc = add_product(
+            acc, y, J, base, None, None, c, j, d, rank, r, LD, BLOCK_K, TOP, False, False
+        )
     return acc
+
+
+@triton.jit
+def _store(grad_X, value, c, j, d, r: tl.constexpr, BLOCK_J: tl.constexpr):
+    keep = (c < d)[:, None]
+    if r % BLOCK_J != 0:
+        keep = keep & (j < r)[None, :]
+    at = c[:, None] * r + j[None, :]
+    tl.store(grad_X + at, value.to(grad_X.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -56,8 +82,9 @@ def build_backward_kernel(
     grad_X,
     scratch,
     d,
-    r: tl.constexpr,
+    rank,
     chunk,
+    r: tl.constexpr,
     CAYLEY: tl.constexpr,
     N: tl.constexpr,
     LD: tl.constexpr,
@@ -79,7 +106,7 @@ def build_backward_kernel(
         grad_X: ``[L, d, r]``, output.
         scratch: fp64, the sums of :func:`~.orthonormal_gram.gram_kernel`, then
             ``[L, splits, 7, LD, LD]``, with 11 matrices if there is a base.
-        d, r: Sizes of X.
+        d, rank: Sizes of X; ``r`` is the rank as a constexpr.
         chunk: Number of rows per split.
     """
     split = tl.program_id(0)
@@ -111,8 +138,9 @@ def build_backward_kernel(
     J = scratch + 9 * LD * LD  # H M^T
     out_J = scratch + 10 * LD * LD
     offsets = tl.arange(0, N)
-    # Not a constexpr, so that no phase keeps its addresses in registers for the next
-    tiles = tl.cdiv(r, N)
+    # A loop whose count is known is unrolled, and needs more registers than a thread has
+    bound = r if r <= UNROLLED else rank
+    tiles = tl.cdiv(bound, N)
 
     # V^T Fbar; with a base also V0^T Fbar. Fbar is dL/dF.
     for ti in tl.range(0, tiles):
@@ -135,7 +163,7 @@ def build_backward_kernel(
             if CAYLEY:
                 M = -2.0 * M
             else:
-                M += product(aux, X, i, j, r, 0, r, N, LD, FULL, False, LOWER, True)
+                M += product(aux, X, i, j, r, 0, bound, N, LD, FULL, False, LOWER, True)
             put(map_M, i, j, LD, M)
             put(
                 out_F, j, i, LD, M * signs_of(signs, layer, j, r, base is None and not CAYLEY)
@@ -153,17 +181,19 @@ def build_backward_kernel(
                     i,
                     j,
                     LD,
-                    product(base, B0, i, j, r, 0, r, N, LD, UPPER, True, SCRATCH, False),
+                    product(base, B0, i, j, r, 0, bound, N, LD, UPPER, True, SCRATCH, False),
                 )
         tl.debug_barrier()
         for ti in tl.range(0, tiles):
             for tj in tl.range(0, tiles):
                 i = (ti * N + offsets)[:, None]
                 j = (tj * N + offsets)[None, :]
-                change = -product(aux + r * r, H, i, j, r, 0, r, N, LD, FULL, True, SCRATCH, False)
+                change = -product(
+                    aux + r * r, H, i, j, r, 0, bound, N, LD, FULL, True, SCRATCH, False
+                )
                 if CAYLEY:
                     change += entry(H, i, j, r, LD, SCRATCH) + product(
-                        base, H, i, j, r, 0, r, N, LD, LOWER, False, SCRATCH, False
+                        base, H, i, j, r, 0, bound, N, LD, LOWER, False, SCRATCH, False
                     )
                 put(B0, i, j, LD, entry(M_bar, i, j, r, LD, SCRATCH) + change)
                 put(
@@ -171,7 +201,7 @@ def build_backward_kernel(
                     i,
                     j,
                     LD,
-                    product(H, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, True),
+                    product(H, map_M, i, j, r, 0, bound, N, LD, SCRATCH, False, SCRATCH, True),
                 )
         tl.debug_barrier()
         M_bar = B0  # the result has its own storage, because M_bar was read by other tiles
@@ -181,7 +211,13 @@ def build_backward_kernel(
         for tj in tl.range(0, tiles):
             i = (ti * N + offsets)[:, None]
             j = (tj * N + offsets)[None, :]
-            put(U, i, j, LD, product(aux, M_bar, i, j, r, 0, r, N, LD, FULL, True, SCRATCH, False))
+            put(
+                U,
+                i,
+                j,
+                LD,
+                product(aux, M_bar, i, j, r, 0, bound, N, LD, FULL, True, SCRATCH, False),
+            )
     tl.debug_barrier()
     for ti in tl.range(0, tiles):
         for tj in tl.range(0, tiles):
@@ -192,7 +228,7 @@ def build_backward_kernel(
                 i,
                 j,
                 LD,
-                -product(U, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, True),
+                -product(U, map_M, i, j, r, 0, bound, N, LD, SCRATCH, False, SCRATCH, True),
             )
     tl.debug_barrier()
     for ti in tl.range(0, tiles):
@@ -220,49 +256,74 @@ def build_backward_kernel(
     grad_X += layer * d * r
     first = split * chunk
     last = tl.minimum(first + chunk, d)
+    # Blocks that contain some of the first r rows of X are written by a loop of their own
+    top = tl.minimum(tl.cdiv(r, BLOCK_C) * BLOCK_C, last)
     k = tl.arange(0, BLOCK_K)
-    for jb in tl.range(0, tl.cdiv(r, BLOCK_J)):
+    for jb in tl.range(0, tl.cdiv(bound, BLOCK_J)):
         j = jb * BLOCK_J + tl.arange(0, BLOCK_J)
+        f = None
+        s = None
+        y = None
         if r <= BLOCK_K:
             f = load_square(out_F, k, j, r, LD)
             s = load_square(out_S, k, j, r, LD)
             if base is not None:
                 y = load_square(out_J, k, j, r, LD)
-        for start in tl.range(first, last, BLOCK_C, num_stages=STAGES):
+        for start in tl.range(first, top, BLOCK_C, num_stages=1):
             c = start + tl.arange(0, BLOCK_C)
-            acc = tl.zeros([BLOCK_C, BLOCK_J], tl.float32)
-            if r <= BLOCK_K:
-                g = total_gradient(grad_R, grad_D, c[None, :], k[:, None], d, r, BLOCK_K)
-                acc = tl.dot(tl.trans(g), f, acc, input_precision="ieee")
-                x = lower_part(X, c[:, None], k[None, :], d, r, BLOCK_K, CAYLEY)
-                acc = tl.dot(x, s, acc, input_precision="ieee")
-                if base is not None:
-                    x = lower_part(base, c[:, None], k[None, :], d, r, BLOCK_K, False)
-                    acc = tl.dot(x, y, acc, input_precision="ieee")
-            else:
-                for first_k in tl.range(0, r, BLOCK_K):
-                    ks = first_k + k
-                    g = total_gradient(grad_R, grad_D, c[None, :], ks[:, None], d, r, BLOCK_K)
-                    f = load_square(out_F, ks, j, r, LD)
-                    acc = tl.dot(tl.trans(g), f, acc, input_precision="ieee")
-                acc = _long_product(acc, out_S, X, j, c, d, r, LD, CAYLEY, BLOCK_K)
-                if base is not None:
-                    acc = _long_product(acc, out_J, base, j, c, d, r, LD, False, BLOCK_K)
+            acc = _sum(
+                f,
+                out_F,
+                s,
+                out_S,
+                y,
+                out_J,
+                X,
+                base,
+                grad_R,
+                grad_D,
+                c,
+                j,
+                d,
+                bound,
+                r,
+                LD,
+                BLOCK_K,
+                BLOCK_J,
+                BLOCK_C,
+                True,
+                CAYLEY,
+            )
             row = c[:, None]
-            col = j[None, :]
-            if start < r:
-                top = tl.load(out_P + row * LD + col, mask=(row < r) & (col < r), other=0.0).to(
-                    tl.float32
-                )
-                if CAYLEY:
-                    acc = tl.where(row < r, top, acc)
-                else:
-                    acc += top
-                acc = tl.where(row > col, acc, 0.0)
-            keep = row < d
-            if r % BLOCK_J != 0:
-                keep = keep & (col < r)
-            tl.store(grad_X + row * r + col, acc.to(grad_X.dtype.element_ty), mask=keep)
+            value = load_square(out_P, c, j, r, LD)
+            acc = tl.where(row < r, value, acc) if CAYLEY else acc + value
+            _store(grad_X, tl.where(row > j[None, :], acc, 0.0), c, j, d, r, BLOCK_J)
+        for start in tl.range(tl.maximum(first, top), last, BLOCK_C, num_stages=STAGES):
+            c = start + tl.arange(0, BLOCK_C)
+            acc = _sum(
+                f,
+                out_F,
+                s,
+                out_S,
+                y,
+                out_J,
+                X,
+                base,
+                grad_R,
+                grad_D,
+                c,
+                j,
+                d,
+                bound,
+                r,
+                LD,
+                BLOCK_K,
+                BLOCK_J,
+                BLOCK_C,
+                False,
+                CAYLEY,
+            )
+            _store(grad_X, acc, c, j, d, r, BLOCK_J)
 
 
 def build_backward(

@@ -12,6 +12,7 @@ from reft_kernels.triton.orthonormal_gram import total_gram
 from reft_kernels.triton.small_linalg import (
     LOWER,
     SCRATCH,
+    UNROLLED,
     UPPER,
     entry,
     invert,
@@ -21,29 +22,47 @@ from reft_kernels.triton.small_linalg import (
     save,
     signs_of,
 )
-from reft_kernels.triton.tall_tiles import lower_part
+from reft_kernels.triton.tall_tiles import add_product
 
 
 @triton.jit
-def _long_product(
+def _write(
     acc,
+    m,
     M,
-    A,
-    j,
+    X,
+    y,
+    Y,
+    base,
+    point,
+    W,
+    R,
+    D,
     c,
+    j,
     d,
+    rank,
     r: tl.constexpr,
     LD: tl.constexpr,
-    BELOW: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    TOP: tl.constexpr,
+    CAYLEY: tl.constexpr,
 ):
-    """Return acc + (A M)^T at (j, c) for r of more than one block of columns."""
-    for start in tl.range(0, r, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        m = tl.trans(load_square(M, k, j, r, LD))
-        x = lower_part(A, c[:, None], k[None, :], d, r, BLOCK_K, BELOW)
-        acc = tl.dot(m, tl.trans(x), acc, input_precision="ieee")
-    return acc
+    """Write R = acc + (L M + L0 Y)^T + point at (j, c), and D = W - R."""
+    acc = add_product(acc, m, M, X, None, None, c, j, d, rank, r, LD, BLOCK_K, TOP, CAYLEY, True)
+    keep = (c < d)[None, :]
+    if r % BLOCK_J != 0:
+        keep = keep & (j < r)[:, None]
+    at = j[:, None] * d + c[None, :]
+    if base is not None:
+        acc = add_product(
+            acc, y, Y, base, None, None, c, j, d, rank, r, LD, BLOCK_K, TOP, False, True
+        )
+        acc += tl.load(point + at, mask=keep, other=0.0).to(tl.float32)
+    tl.store(R + at, acc, mask=keep)
+    if W is not None:
+        tl.store(D + at, tl.load(W + at, mask=keep, other=0.0).to(tl.float32) - acc, mask=keep)
 
 
 @triton.jit
@@ -58,8 +77,9 @@ def build_kernel(
     aux,
     scratch,
     d,
-    r: tl.constexpr,
+    rank,
     chunk,
+    r: tl.constexpr,
     CAYLEY: tl.constexpr,
     N: tl.constexpr,
     LD: tl.constexpr,
@@ -83,7 +103,7 @@ def build_kernel(
         aux: fp32 ``[L, 1, r, r]``, or ``[L, 2, r, r]`` with ``base``, output.
         scratch: fp64, the sums of :func:`~.orthonormal_gram.gram_kernel`, then
             ``[L, splits, 3, LD, LD]``, with 7 matrices if there is a base.
-        d, r: Sizes of X.
+        d, rank: Sizes of X; ``r`` is the rank as a constexpr.
         chunk: Number of rows per split.
     """
     split = tl.program_id(0)
@@ -107,8 +127,9 @@ def build_kernel(
     map_Z = scratch + 5 * LD * LD
     out_Y = scratch + 6 * LD * LD
     offsets = tl.arange(0, N)
-    # Not a constexpr, so that no phase keeps its addresses in registers for the next
-    tiles = tl.cdiv(r, N)
+    # A loop whose count is known is unrolled, and needs more registers than a thread has
+    bound = r if r <= UNROLLED else rank
+    tiles = tl.cdiv(bound, N)
 
     # The matrix to invert, from the Gram matrix; with a base also V0^T V
     for ti in tl.range(0, tiles):
@@ -141,7 +162,7 @@ def build_kernel(
                     )
                 put(cross, i, j, LD, G)
     tl.debug_barrier()
-    invert(inner, r, N, LD)
+    invert(inner, bound, r, N, LD)
 
     # M and P; with a base also Z = V0^T (F - E)
     for ti in tl.range(0, tiles):
@@ -154,7 +175,7 @@ def build_kernel(
                 M = -2.0 * M
                 P = -M - unit
             else:
-                M += product(inner, X, i, j, r, 0, r, N, LD, SCRATCH, False, LOWER, True)
+                M += product(inner, X, i, j, r, 0, bound, N, LD, SCRATCH, False, LOWER, True)
                 P = M - unit
             scale = signs_of(signs, layer, j, r, base is None and not CAYLEY)
             if base is None:
@@ -171,11 +192,13 @@ def build_kernel(
                 M = entry(map_M, i, j, r, LD, SCRATCH)
                 top = (i == j).to(tl.float64) + entry(base, j, i, r, LD, LOWER)  # V0[:r]^T
                 Z = (
-                    product(cross, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, False)
+                    product(cross, map_M, i, j, r, 0, bound, N, LD, SCRATCH, False, SCRATCH, False)
                     - 2.0 * top
                 )
                 if CAYLEY:
-                    Z -= M + product(base, map_M, i, j, r, 0, r, N, LD, LOWER, True, SCRATCH, False)
+                    Z -= M + product(
+                        base, map_M, i, j, r, 0, bound, N, LD, LOWER, True, SCRATCH, False
+                    )
                 put(map_Z, i, j, LD, Z)
         tl.debug_barrier()
         for ti in tl.range(0, tiles):
@@ -183,7 +206,7 @@ def build_kernel(
                 i = (ti * N + offsets)[:, None]
                 j = (tj * N + offsets)[None, :]
                 scale = signs_of(signs, layer, j, r, False)
-                Y = product(base, map_Z, i, j, r, 0, r, N, LD, UPPER, False, SCRATCH, False)
+                Y = product(base, map_Z, i, j, r, 0, bound, N, LD, UPPER, False, SCRATCH, False)
                 put(out_Y, i, j, LD, -Y * scale)
                 unit = (i == j).to(tl.float64)
                 M = entry(map_M, i, j, r, LD, SCRATCH)
@@ -209,41 +232,69 @@ def build_kernel(
         point += layer * d * r
     first = split * chunk
     last = tl.minimum(first + chunk, d)
+    # Blocks that contain some of the first r rows of X are written by a loop of their own
+    top = tl.minimum(tl.cdiv(r, BLOCK_C) * BLOCK_C, last)
     k = tl.arange(0, BLOCK_K)
-    for jb in tl.range(0, tl.cdiv(r, BLOCK_J)):
+    for jb in tl.range(0, tl.cdiv(bound, BLOCK_J)):
         j = jb * BLOCK_J + tl.arange(0, BLOCK_J)
+        m = None
+        y = None
         if r <= BLOCK_K:
-            m = tl.trans(load_square(out_M, k, j, r, LD))
+            m = load_square(out_M, k, j, r, LD)
             if base is not None:
-                y = tl.trans(load_square(out_Y, k, j, r, LD))
-        for start in tl.range(first, last, BLOCK_C, num_stages=STAGES):
+                y = load_square(out_Y, k, j, r, LD)
+        for start in tl.range(first, top, BLOCK_C, num_stages=1):
+            c = start + tl.arange(0, BLOCK_C)
+            acc = tl.trans(load_square(out_P, c, j, r, LD))
+            _write(
+                acc,
+                m,
+                out_M,
+                X,
+                y,
+                out_Y,
+                base,
+                point,
+                W,
+                R,
+                D,
+                c,
+                j,
+                d,
+                bound,
+                r,
+                LD,
+                BLOCK_K,
+                BLOCK_J,
+                True,
+                CAYLEY,
+            )
+        for start in tl.range(tl.maximum(first, top), last, BLOCK_C, num_stages=STAGES):
             c = start + tl.arange(0, BLOCK_C)
             acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-            if r <= BLOCK_K:
-                x = lower_part(X, c[:, None], k[None, :], d, r, BLOCK_K, CAYLEY)
-                acc = tl.dot(m, tl.trans(x), acc, input_precision="ieee")
-                if base is not None:
-                    x = lower_part(base, c[:, None], k[None, :], d, r, BLOCK_K, False)
-                    acc = tl.dot(y, tl.trans(x), acc, input_precision="ieee")
-            else:
-                acc = _long_product(acc, out_M, X, j, c, d, r, LD, CAYLEY, BLOCK_K)
-                if base is not None:
-                    acc = _long_product(acc, out_Y, base, j, c, d, r, LD, False, BLOCK_K)
-            row = j[:, None]
-            col = c[None, :]
-            if start < r:
-                acc += tl.load(out_P + col * LD + row, mask=(col < r) & (row < r), other=0.0).to(
-                    tl.float32
-                )
-            keep = (col < d) & (row < r)
-            at = row * d + col
-            if base is not None:
-                acc += tl.load(point + at, mask=keep, other=0.0).to(tl.float32)
-            tl.store(R + at, acc, mask=keep)
-            if W is not None:
-                tl.store(
-                    D + at, tl.load(W + at, mask=keep, other=0.0).to(tl.float32) - acc, mask=keep
-                )
+            _write(
+                acc,
+                m,
+                out_M,
+                X,
+                y,
+                out_Y,
+                base,
+                point,
+                W,
+                R,
+                D,
+                c,
+                j,
+                d,
+                bound,
+                r,
+                LD,
+                BLOCK_K,
+                BLOCK_J,
+                False,
+                CAYLEY,
+            )
 
 
 def build(

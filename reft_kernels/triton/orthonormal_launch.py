@@ -96,8 +96,8 @@ def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
         block_d=_BLOCK_D[tile],
         block_p=_BLOCK_P[tile],
         # The minimum of tl.dot, which keeps this many values of each row in registers
-        block_k=16,
-        block_j=max(4, tile),
+        block_k=16 if r > 1 else 1,
+        block_j=tile if r == 1 else max(4, tile),
         block_c=block_c,
         splits=triton.cdiv(d, chunk),
         chunk=chunk,
@@ -154,6 +154,7 @@ def launch(
             d,
             r,
             config.chunk,
+            r,
             is_cayley,
             **config.constexprs(),
             num_warps=config.num_warps,

@@ -106,14 +106,14 @@ def _invert_tile(A, N: tl.constexpr):
 
 
 @triton.jit
-def invert(A, r: tl.constexpr, N: tl.constexpr, LD: tl.constexpr):
+def invert(A, rank, r: tl.constexpr, N: tl.constexpr, LD: tl.constexpr):
     """Invert A in scratch memory in place, by block Gauss-Jordan elimination without pivoting.
 
     This is stable if every leading block is far from singular: for triangular A, and for A with
-    positive definite symmetric part.
+    positive definite symmetric part. ``rank`` is r, but not a constexpr.
     """
     offsets = tl.arange(0, N)
-    blocks = tl.cdiv(r, N)
+    blocks = tl.cdiv(rank, N)
     for block in tl.range(0, blocks):
         first = block * N
         last = tl.minimum(first + N, r)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from reft_kernels.triton.small_linalg import load_square
+
 
 @triton.jit
 def all_rows(X, row, col, d, r: tl.constexpr, WIDTH: tl.constexpr):
@@ -50,38 +52,29 @@ def total_gradient(grad_R, grad_D, row, col, d, r: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit
-def _gram_step(
+def operand(
     A,
-    B,
     grad_R,
     grad_D,
-    start,
-    i,
-    j,
+    row,
+    col,
     d,
     r: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
     TOP: tl.constexpr,
-    A_BELOW: tl.constexpr,
-    B_BELOW: tl.constexpr,
+    BELOW: tl.constexpr,
 ):
-    """Return the operands a and b ``[BLOCK_D, N]`` of one block of rows, in fp32.
+    """Return a tile ``[rows, WIDTH]`` of A, or of the total gradient if A is None, in fp32.
 
-    TOP says whether the block may contain some of the first r rows.
+    row and col are 1-D. TOP says whether row may contain some of the first r rows. They are the
+    only ones of which a part is ignored.
     """
-    row = (start + tl.arange(0, BLOCK_D))[:, None]
-    if TOP:
-        a = lower_part(A, row, i[None, :], d, r, N, A_BELOW)
-    else:
-        a = all_rows(A, row, i[None, :], d, r, N)
-    if B is None:
-        b = tl.trans(total_gradient(grad_R, grad_D, tl.trans(row), j[:, None], d, r, N))
+    if A is None:
+        return tl.trans(total_gradient(grad_R, grad_D, row[None, :], col[:, None], d, r, WIDTH))
     elif TOP:
-        b = lower_part(B, row, j[None, :], d, r, N, B_BELOW)
+        return lower_part(A, row[:, None], col[None, :], d, r, WIDTH, BELOW)
     else:
-        b = all_rows(B, row, j[None, :], d, r, N)
-    return a, b
+        return all_rows(A, row[:, None], col[None, :], d, r, WIDTH)
 
 
 @triton.jit
@@ -121,31 +114,82 @@ def gram(
     """
     # Blocks that contain some of the first r rows are loaded by a loop of their own
     top = tl.minimum(tl.cdiv(r, BLOCK_D) * BLOCK_D, last)
+    rows = tl.arange(0, BLOCK_D)
     if N < 16:
         # A short fp32 sum for each row of the block; these are added in fp64
         parts = tl.zeros([BLOCK_D, N, N], tl.float32)
-        for start in tl.range(first, top, BLOCK_D):
-            a, b = _gram_step(
-                A, B, grad_R, grad_D, start, i, j, d, r, N, BLOCK_D, True, A_BELOW, B_BELOW
-            )
+        for start in tl.range(first, top, BLOCK_D, num_stages=1):
+            a = operand(A, None, None, start + rows, i, d, r, N, True, A_BELOW)
+            b = operand(B, grad_R, grad_D, start + rows, j, d, r, N, True, B_BELOW)
             parts += a[:, :, None] * b[:, None, :]
         for start in tl.range(tl.maximum(first, top), last, BLOCK_D, num_stages=STAGES):
-            a, b = _gram_step(
-                A, B, grad_R, grad_D, start, i, j, d, r, N, BLOCK_D, False, A_BELOW, B_BELOW
-            )
+            a = operand(A, None, None, start + rows, i, d, r, N, False, A_BELOW)
+            b = operand(B, grad_R, grad_D, start + rows, j, d, r, N, False, B_BELOW)
             parts += a[:, :, None] * b[:, None, :]
         return tl.sum(parts.to(tl.float64), axis=0)
     else:
         high = tl.zeros([N, N], tl.float32)
         low = tl.zeros([N, N], tl.float32)
-        for start in tl.range(first, top, BLOCK_D):
-            a, b = _gram_step(
-                A, B, grad_R, grad_D, start, i, j, d, r, N, BLOCK_D, True, A_BELOW, B_BELOW
-            )
+        for start in tl.range(first, top, BLOCK_D, num_stages=1):
+            a = operand(A, None, None, start + rows, i, d, r, N, True, A_BELOW)
+            b = operand(B, grad_R, grad_D, start + rows, j, d, r, N, True, B_BELOW)
             high, low = _two_sum(high, low, tl.dot(tl.trans(a), b, input_precision="ieee"))
         for start in tl.range(tl.maximum(first, top), last, BLOCK_D, num_stages=STAGES):
-            a, b = _gram_step(
-                A, B, grad_R, grad_D, start, i, j, d, r, N, BLOCK_D, False, A_BELOW, B_BELOW
-            )
+            a = operand(A, None, None, start + rows, i, d, r, N, False, A_BELOW)
+            b = operand(B, grad_R, grad_D, start + rows, j, d, r, N, False, B_BELOW)
             high, low = _two_sum(high, low, tl.dot(tl.trans(a), b, input_precision="ieee"))
         return high.to(tl.float64) + low.to(tl.float64)
+
+
+@triton.jit
+def _multiply(acc, x, m, BLOCK_K: tl.constexpr, AS_R: tl.constexpr):
+    """Return acc + x m, or with AS_R its transpose."""
+    if AS_R:
+        if BLOCK_K == 1:
+            return acc + tl.trans(m) * tl.trans(x)
+        else:
+            return tl.dot(tl.trans(m), tl.trans(x), acc, input_precision="ieee")
+    elif BLOCK_K == 1:
+        return acc + x * m
+    else:
+        return tl.dot(x, m, acc, input_precision="ieee")
+
+
+@triton.jit
+def add_product(
+    acc,
+    m,
+    M,
+    A,
+    grad_R,
+    grad_D,
+    c,
+    j,
+    d,
+    rank,
+    r: tl.constexpr,
+    LD: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TOP: tl.constexpr,
+    BELOW: tl.constexpr,
+    AS_R: tl.constexpr,
+):
+    """Return acc + A M at the rows c and columns j, in fp32.
+
+    Args:
+        acc: ``[BLOCK_C, BLOCK_J]``, or its transpose with ``AS_R``.
+        m: ``load_square(M, k, j)`` for all k if r <= BLOCK_K; else not read.
+        M: Scratch matrix.
+        A, grad_R, grad_D, TOP, BELOW: As in :func:`operand`.
+        c, j: 1-D indices.
+        d, r: Sizes of A. ``rank`` is r, but not a constexpr.
+    """
+    k = tl.arange(0, BLOCK_K)
+    if r <= BLOCK_K:
+        x = operand(A, grad_R, grad_D, c, k, d, r, BLOCK_K, TOP, BELOW)
+        acc = _multiply(acc, x, m, BLOCK_K, AS_R)
+    else:
+        for start in tl.range(0, rank, BLOCK_K):
+            x = operand(A, grad_R, grad_D, c, start + k, d, r, BLOCK_K, TOP, BELOW)
+            acc = _multiply(acc, x, load_square(M, start + k, j, r, LD), BLOCK_K, AS_R)
+    return acc
