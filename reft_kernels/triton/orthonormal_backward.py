@@ -259,7 +259,7 @@ def build_backward_kernel(
     # Blocks that contain some of the first r rows of X are written by a loop of their own
     top = tl.minimum(tl.cdiv(r, BLOCK_C) * BLOCK_C, last)
     k = tl.arange(0, BLOCK_K)
-    for jb in tl.range(0, tl.cdiv(bound, BLOCK_J)):
+    for jb in tl.range(0, 1 if r <= BLOCK_J else tl.cdiv(rank, BLOCK_J)):
         j = jb * BLOCK_J + tl.arange(0, BLOCK_J)
         f = None
         s = None

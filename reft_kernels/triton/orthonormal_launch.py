@@ -62,12 +62,14 @@ class BuildConfig:
 
 
 _MAX_TILE = 32  # an fp64 tile of 64 x 64 causes register spills
-# By tile size: rows per step, which keep at most 64 sums in the registers of a thread. A program
-# with one warp has no barrier that waits for other warps.
+# By tile size. A thread keeps at most 64 sums of the first launch, and at most 16 of the second and
+# the small matrices, in registers. Programs with one warp wait for no other warp at a barrier.
 _BLOCK_D = {1: 256, 2: 128, 4: 64, 8: 32, 16: 32, 32: 32}
-_BLOCK_P = {1: 16, 2: 16, 4: 16, 8: 16, 16: 4, 32: 4}
-_BLOCK_C = {1: 128, 2: 128, 4: 128, 8: 64, 16: 64, 32: 64}
-_PROGRAMS = 4  # of one warp per multiprocessor, one for each scheduler. Not tuned on a GPU yet.
+_BLOCK_P = {1: 16, 2: 16, 4: 16, 8: 16, 16: 8, 32: 4}
+_BLOCK_C = {1: 128, 2: 32, 4: 64, 8: 32, 16: 64, 32: 64}
+_GRAM_WARPS = {1: 1, 2: 1, 4: 1, 8: 1, 16: 1, 32: 4}
+_WARPS = {1: 1, 2: 1, 4: 1, 8: 1, 16: 4, 32: 8}
+_SCHEDULERS = 4  # of a multiprocessor; each has a warp of its own. Not tuned on a GPU yet.
 _MAX_SCRATCH = 64 << 20  # bytes; large r uses fewer splits instead of more memory. Not tuned yet.
 
 
@@ -82,10 +84,9 @@ def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
     """
     tile = min(_MAX_TILE, triton.next_power_of_2(r))
     padded = triton.cdiv(r, tile) * tile
-    small = tile <= 16
     block_c = _BLOCK_C[tile]
     chunks = triton.cdiv(d, block_c)
-    programs = processors * (_PROGRAMS if small else 1)
+    programs = processors * max(1, _SCHEDULERS // _WARPS[tile])
     scratch = 88 * padded**2 * max(layers, 1)  # bytes per split: 11 fp64 matrices
     splits = max(1, min(programs // max(layers, 1), chunks, _MAX_SCRATCH // scratch))
     chunk = triton.cdiv(chunks, splits) * block_c
@@ -101,10 +102,10 @@ def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
         block_c=block_c,
         splits=triton.cdiv(d, chunk),
         chunk=chunk,
-        gram_warps=1 if small else 4,
-        num_warps=1 if small else 8,
-        gram_stages=4,
-        num_stages=2,
+        gram_warps=_GRAM_WARPS[tile],
+        num_warps=_WARPS[tile],
+        gram_stages=4 if tile <= 8 else 3,
+        num_stages=3 if tile <= 8 else 2,
     )
 
 
