@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from reft_kernels.triton import common
+from reft_kernels.triton import launch as triton_launch
 from reft_kernels.triton.orthonormal_gram import gram_kernel
 
 
@@ -117,6 +118,26 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound(
+    kernel: Any, config: BuildConfig, r: int, is_cayley: bool, device_type: str
+) -> tuple[triton_launch.BoundKernel, triton_launch.BoundKernel]:
+    """Return the first launch and the launch of ``kernel``."""
+    options = common.compile_options(device_type)
+    return (
+        triton_launch.BoundKernel(
+            gram_kernel,
+            {"r": r, "CAYLEY": is_cayley, **config.gram_constexprs()},
+            {"num_warps": config.gram_warps, "num_stages": config.gram_stages, **options},
+        ),
+        triton_launch.BoundKernel(
+            kernel,
+            {"r": r, "CAYLEY": is_cayley, **config.constexprs()},
+            {"num_warps": config.num_warps, "num_stages": config.num_stages, **options},
+        ),
+    )
+
+
 def launch(
     kernel: Any,
     X: Tensor,
@@ -134,31 +155,8 @@ def launch(
     scratch = X.new_empty(
         layers * (parts * matrices + config.splits * own) * config.padded**2, dtype=torch.float64
     )
-    with common.device_guard(X):
-        gram_kernel[(parts, matrices * tiles**2, layers)](
-            X,
-            base,
-            grad_R,
-            grad_D,
-            scratch,
-            d,
-            r,
-            is_cayley,
-            **config.gram_constexprs(),
-            num_warps=config.gram_warps,
-            num_stages=config.gram_stages,
-            **common.compile_options(X),
-        )
-        kernel[(config.splits, layers)](
-            *args,
-            scratch,
-            d,
-            r,
-            config.chunk,
-            r,
-            is_cayley,
-            **config.constexprs(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **common.compile_options(X),
-        )
+    sums, build = _bound(kernel, config, r, is_cayley, X.device.type)
+    triton_launch.launch(
+        sums, (parts, matrices * tiles**2, layers), (X, base, grad_R, grad_D, scratch), (d,)
+    )
+    triton_launch.launch(build, (config.splits, layers), (*args, scratch), (d, r, config.chunk))
