@@ -200,7 +200,7 @@ class Intervention(nn.Module):
         return tuple((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
     def build(self) -> list[EditWeights] | list[RedWeights]:
-        """Compute the weights of each layer from the parameters, in one launch for all layers.
+        """Compute the weights of each layer from the parameters, in one call for all layers.
 
         If no gradient of the parameters is needed, the result is cached until a parameter changes.
 

@@ -1,4 +1,4 @@
-"""Householder and Cayley maps for all layers in one launch.
+"""Householder and Cayley maps for all layers in two launches.
 
 The maps, signs and base points are defined in :mod:`reft_kernels.orthonormal`. The kernels store V
 without its unit diagonal, which is then exact. With E the first r columns of the identity:
@@ -9,7 +9,7 @@ without its unit diagonal, which is then exact. With E the first r columns of th
                   (the product of reflectors is -F)
     cayley        L = V = [0; X[r:]], M = -2C, P = 2C - I
 
-There are two launches. The first writes partial sums of V^T V (backward: V^T Fbar) over the d rows.
+The first launch writes partial sums of V^T V (backward: V^T Fbar) over the d rows.
 The second reads X again, usually from the L2 cache. Its grid is (splits of d, layers); every
 program of a layer adds the partial sums and computes the r x r matrices itself, in fp64 and in its
 own scratch memory, and then writes its part of the d rows. The rows of a partial sum depend on d
