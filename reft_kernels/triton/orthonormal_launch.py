@@ -67,7 +67,7 @@ _MAX_TILE = 32  # an fp64 tile of 64 x 64 causes register spills
 # the small matrices, in registers. Programs with one warp wait for no other warp at a barrier.
 _BLOCK_D = {1: 256, 2: 128, 4: 64, 8: 32, 16: 32, 32: 32}
 _BLOCK_P = {1: 16, 2: 16, 4: 16, 8: 16, 16: 8, 32: 4}
-_BLOCK_C = {1: 128, 2: 32, 4: 32, 8: 32, 16: 64, 32: 64}
+_BLOCK_C = {1: 128, 2: 32, 4: 32, 8: 32, 16: 32, 32: 64}
 _GRAM_WARPS = {1: 1, 2: 1, 4: 1, 8: 1, 16: 1, 32: 4}
 _WARPS = {1: 1, 2: 1, 4: 1, 8: 1, 16: 4, 32: 8}
 _SCHEDULERS = 4  # of a multiprocessor; each has a warp of its own. Not tuned on a GPU yet.
