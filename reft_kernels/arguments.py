@@ -20,6 +20,16 @@ class EditWeights(NamedTuple):
     subtract_projection: bool  # whether B x is subtracted
 
 
+class BuiltWeights(EditWeights):
+    """Weights whose shapes, dtypes and devices were checked against each other.
+
+    Modules check them once for all layers, and an edit then checks only that they fit the hidden
+    states.
+    """
+
+    __slots__ = ()
+
+
 class RedWeights(NamedTuple):
     """Weights of RED, y = scale * x + bias."""
 

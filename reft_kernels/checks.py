@@ -172,6 +172,19 @@ def _is_marked(index: Tensor, limit: int) -> bool:
     return mark is not None and mark[0] <= limit and mark[1] == _version(index)
 
 
+def are_rows_known(rows: Tensor, num_rows: int) -> bool:
+    """Return whether the values of ``rows`` were checked for ``num_rows`` and are unchanged since.
+
+    True also for a GPU tensor whose range is asserted on the device.
+    """
+    if rows.is_inference():
+        return False
+    mark = getattr(rows, _CHECKED, None)
+    if mark is not None and mark[0] <= num_rows:
+        return mark[1] == rows._version
+    return rows.is_cuda and getattr(rows, _ASSERTED, None) == (-1, num_rows, rows._version)
+
+
 def assert_range(name: str, index: Tensor, low: int, high: int) -> None:
     """Assert on the device, without synchronizing, that ``index`` lies in ``[low, high)``.
 

@@ -28,6 +28,7 @@ passes ``hidden`` to ``red_backward``. An output that a call does not need is an
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -375,6 +376,56 @@ def _handed_on(implementation: Callable, results: int) -> Callable:
             return nothing if results > 1 else nothing[0]
 
     return called
+
+
+def direct(name: str, tensor: Tensor, checked: bool = False) -> Callable | None:
+    """Return a function that runs an operator without PyTorch's dispatcher.
+
+    The dispatcher serves modes, subclasses, function transforms, compilers and profilers. Where
+    none of them is active, a backend that launches kernels from Python is called directly, because
+    the dispatcher's call of a Python implementation takes longer than the launch.
+
+    Args:
+        name: An operator. The arguments of an edit's backward pass are not checked, because they
+            come from its forward and from autograd.
+        tensor: The argument that selects the backend.
+        checked: Whether the caller has checked the arguments.
+
+    Returns:
+        The function, which takes the operator's arguments, or None if the call must go through
+        ``torch.ops``.
+
+    Raises:
+        BackendError: If the forced backend does not support the operator, or no backend does.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(tensor) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return None
+    key = (name, tensor.device, tensor.dtype, checked)
+    try:
+        return dispatch.direct_calls[key]
+    except KeyError:
+        return _direct_call(key)
+
+
+def _direct_call(key: tuple[str, torch.device, torch.dtype, bool]) -> Callable | None:
+    name, device, dtype, checked = key
+    operator, forced = _OPERATORS[name], dispatch.forced_backend()
+    backend = dispatch.launching(operator.kind, device.type, dtype)
+    call: Callable | None = None
+    if backend is not None:
+        if name.endswith(("backward", "backward_")) or checked:
+            call = functools.partial(operator.implementation, backend)
+        else:
+            call = operator_checks.checked(name, operator.implementation, backend)
+    dispatch.keep_direct(key, call, forced)
+    return call
 
 
 _handed = torch.library.Library("reft_kernels_python", "DEF")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from reft_kernels.triton import common
@@ -59,13 +58,13 @@ def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
         r: Rank.
         processors: Number of multiprocessors of the device.
     """
-    tile = min(_MAX_TILE, max(4, triton.next_power_of_2(r)))
-    padded = triton.cdiv(r, tile) * tile
+    tile = min(_MAX_TILE, max(4, common.next_power_of_2(r)))
+    padded = common.cdiv(r, tile) * tile
     block_c = 64  # not tuned on a GPU yet
-    chunks = triton.cdiv(d, block_c)
+    chunks = common.cdiv(d, block_c)
     scratch = 72 * padded**2 * max(layers, 1)  # bytes per split: 7 fp64 and 4 fp32 matrices
     splits = max(1, min(processors // max(layers, 1), _MAX_SPLITS, chunks, _MAX_SCRATCH // scratch))
-    chunk = triton.cdiv(chunks, splits) * block_c
+    chunk = common.cdiv(chunks, splits) * block_c
     return BuildConfig(
         tile=tile,
         padded=padded,
@@ -74,7 +73,7 @@ def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
         block_k=16,
         block_j=max(16, tile),
         block_c=block_c,
-        splits=triton.cdiv(d, chunk),
+        splits=common.cdiv(d, chunk),
         chunk=chunk,
         # One program per multiprocessor needs several warps to hide latency. Not tuned yet.
         num_warps=8,
