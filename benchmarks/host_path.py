@@ -22,7 +22,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmarks import fake_gpu
 from reft_kernels import positions
 from reft_kernels.arguments import EditWeights, RowSelection
 from reft_kernels.autograd import apply_edit
@@ -84,6 +83,8 @@ def _sample(mode: str, chain: Chain, leaf: Tensor, leaves: list[Tensor]) -> floa
 
 def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
     """Return the seconds of one call by mode and provider, measured in turn."""
+    from benchmarks import fake_gpu  # imports triton, which may be absent
+
     torch.manual_seed(0)
     torch.set_num_threads(1)
     samples: dict[str, dict[str, list[float]]] = {mode: {EDIT: [], ADD: []} for mode in MODES}

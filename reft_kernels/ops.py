@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels import allocation, dispatch, host_memory, operator_checks
+from reft_kernels.arguments import EditArguments, EditBackwardArguments
 
 _EDIT_ARGS = (
     "Tensor? rows, Tensor? weight_ids, Tensor? read, Tensor? read_bias, Tensor write, Tensor? "
@@ -105,38 +106,10 @@ def _edit_(backend: Callable, hidden: Tensor, *args):
     return backend(hidden, hidden, *args)
 
 
-def _edit_backward(
-    backend: Callable,
-    grad: Tensor,
-    saved_input,
-    u,
-    z,
-    rows,
-    weight_ids,
-    read,
-    write,
-    coeff,
-    subtract_projection,
-    activation,
-    need_hidden,
-    need_weights,
-):
-    out = _output_like(grad, rows) if need_hidden else None
-    grads = backend(
-        grad,
-        out,
-        saved_input,
-        u,
-        z,
-        rows,
-        weight_ids,
-        read,
-        write,
-        coeff,
-        subtract_projection,
-        activation,
-        need_weights,
-    )
+def _edit_backward(backend: Callable, grad: Tensor, *args):
+    *arguments, need_hidden, need_weights = args
+    out = _output_like(grad, EditBackwardArguments(*arguments).rows) if need_hidden else None
+    grads = backend(grad, out, *arguments, need_weights)
     return (grad.new_empty(0) if out is None else out), *grads
 
 
@@ -174,54 +147,21 @@ def _build(backend: Callable, *args):
 # ---- Fake implementations: shapes and dtypes only
 
 
-def _edit_fake(
-    hidden,
-    rows,
-    weight_ids,
-    read,
-    read_bias,
-    write,
-    subtract_bias,
-    coeff,
-    subtract_projection,
-    activation,
-    save,
-):
-    return _output_fake(hidden), *allocation.edit_saved(hidden, rows, write, activation, save)
+def _edit__fake(hidden, *args):
+    *arguments, save = args
+    a = EditArguments(*arguments)
+    return allocation.edit_saved(hidden, a.rows, a.write, a.activation, save)
 
 
-def _edit__fake(
-    hidden,
-    rows,
-    weight_ids,
-    read,
-    read_bias,
-    write,
-    subtract_bias,
-    coeff,
-    subtract_projection,
-    activation,
-    save,
-):
-    return allocation.edit_saved(hidden, rows, write, activation, save)
+def _edit_fake(hidden, *args):
+    return _output_fake(hidden), *_edit__fake(hidden, *args)
 
 
-def _edit_backward__fake(
-    grad,
-    saved_input,
-    u,
-    z,
-    rows,
-    weight_ids,
-    read,
-    write,
-    coeff,
-    subtract_projection,
-    activation,
-    need_weights,
-):
+def _edit_backward__fake(grad, *args):
+    *arguments, need_weights = args
+    a = EditBackwardArguments(*arguments)
     return allocation.edit_gradients(
-        grad, rows, read, write, coeff, subtract_projection, need_weights
+        grad, a.rows, a.read, a.write, a.coeff, a.subtract_projection, need_weights
     )
 
 
@@ -233,35 +173,9 @@ def _hidden_grad_fake(grad, need_hidden):
     return _output_fake(grad) if need_hidden else grad.new_empty(0)
 
 
-def _edit_backward_fake(
-    grad,
-    saved_input,
-    u,
-    z,
-    rows,
-    weight_ids,
-    read,
-    write,
-    coeff,
-    subtract_projection,
-    activation,
-    need_hidden,
-    need_weights,
-):
-    rest = _edit_backward__fake(
-        grad,
-        saved_input,
-        u,
-        z,
-        rows,
-        weight_ids,
-        read,
-        write,
-        coeff,
-        subtract_projection,
-        activation,
-        need_weights,
-    )
+def _edit_backward_fake(grad, *args):
+    *arguments, need_hidden, need_weights = args
+    rest = _edit_backward__fake(grad, *arguments, need_weights)
     return _hidden_grad_fake(grad, need_hidden), *rest
 
 
