@@ -12,8 +12,7 @@ from torch import Tensor
 
 from reft_kernels.dtypes import accumulation_dtype
 
-
-_NOTHING = (0,)
+_NOTHING: tuple[int, ...] = (0,)
 
 
 def num_selected_rows(hidden: Tensor, rows: Tensor | None) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reft_kernels import ops, ownership
 from reft_kernels.arguments import BuiltWeights, EditWeights, RedWeights, RowSelection
-from reft_kernels.checks import check_writable
+from reft_kernels.checks import check_writable, is_marked, num_rows_of
 from reft_kernels.operator_checks import is_checked
 
 _edit, _edit_ = torch.ops.reft_kernels.edit.default, torch.ops.reft_kernels.edit_.default
@@ -241,17 +241,20 @@ class _Red(torch.autograd.Function):
 _apply_edit, _apply_red = _applied(_Edit), _applied(_Red)
 
 
-def operators_check(hidden: Tensor) -> bool:
-    """Return whether the operators check every argument of a call with ``hidden``.
+def operators_check(hidden: Tensor, rows: Tensor | None, weight_ids: Tensor | None) -> bool:
+    """Return whether the operators check every argument of a call, so that the caller need not.
 
-    They do so on the CPU. On a GPU they do not check the values of ``rows``, because that would
-    synchronize, and while a compiler traces there are no values.
+    They do so on the CPU. On a GPU they do not check that the values of ``rows`` are distinct,
+    because that would synchronize; here they need not if ``rows`` is marked as checked. While a
+    compiler traces there are no values.
     """
-    return (
-        isinstance(hidden, Tensor)
-        and hidden.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-    )
+    if not isinstance(hidden, Tensor) or torch.compiler.is_compiling():
+        return False
+    if hidden.is_cpu:
+        return True
+    if weight_ids is not None or hidden.dim() < 1 or hidden.shape[-1] < 1:
+        return False
+    return rows is None or (isinstance(rows, Tensor) and is_marked(rows, num_rows_of(hidden)))
 
 
 def _copied_back(hidden: Tensor, out: Tensor) -> Tensor:

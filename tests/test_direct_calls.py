@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reft_kernels as rk
 from reft_kernels import ops
 from reft_kernels.arguments import BuiltWeights, EditWeights
+from reft_kernels.autograd import operators_check
 from reft_kernels.checks import mark_rows
 from reft_kernels.dispatch import interpreting
 from reft_kernels.interventions import STACKED, LoReFT
@@ -203,3 +204,18 @@ def test_module_with_known_rows_refuses_a_wrong_hidden_state(triton_backend):
         module(torch.zeros(4, 9), rows=rows, inplace=True)
     with pytest.raises(ValueError, match="rows"):
         module(torch.zeros(2, 8), rows=rows, inplace=True)
+
+
+def test_arguments_are_checked_once():
+    """The public functions leave the checks to the operators wherever these check everything."""
+    hidden, gpu = torch.zeros(6, 8), torch.zeros(6, 8, device="meta")  # meta: not on the CPU
+    rows = torch.tensor([0, 5], dtype=torch.int32)
+    assert operators_check(hidden, rows, None) and operators_check(hidden, None, rows)
+    assert operators_check(gpu, None, None)
+    assert not operators_check(gpu, rows, None)  # that rows are distinct must be read
+    mark_rows(rows, 6)
+    assert operators_check(gpu, rows, None)
+    assert not operators_check(gpu[:5], rows, None)
+    assert not operators_check(gpu, rows, rows)
+    assert not operators_check("hidden", None, None)
+    assert not operators_check(torch.zeros(6, 0, device="meta"), rows, None)

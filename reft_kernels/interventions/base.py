@@ -367,7 +367,7 @@ class Intervention(nn.Module):
             weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
         self._check_sets(weight_ids)
         (weights,) = self.build()
-        if not operators_check(hidden):
+        if not operators_check(hidden, rows, weight_ids):
             self._check(hidden, weights, rows, weight_ids, coeff)
         try:
             return self.edit(
