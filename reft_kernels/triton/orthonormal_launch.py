@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from reft_kernels.triton import common
@@ -83,14 +82,14 @@ def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
         r: Rank.
         processors: Number of multiprocessors of the device.
     """
-    tile = min(_MAX_TILE, triton.next_power_of_2(r))
-    padded = triton.cdiv(r, tile) * tile
+    tile = min(_MAX_TILE, common.next_power_of_2(r))
+    padded = common.cdiv(r, tile) * tile
     block_c = _BLOCK_C[tile]
-    chunks = triton.cdiv(d, block_c)
+    chunks = common.cdiv(d, block_c)
     programs = processors * max(1, _SCHEDULERS // _WARPS[tile])
     scratch = 88 * padded**2 * max(layers, 1)  # bytes per split: 11 fp64 matrices
     splits = max(1, min(programs // max(layers, 1), chunks, _MAX_SCRATCH // scratch))
-    chunk = triton.cdiv(chunks, splits) * block_c
+    chunk = common.cdiv(chunks, splits) * block_c
     return BuildConfig(
         tile=tile,
         padded=padded,
@@ -101,7 +100,7 @@ def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
         block_k=16 if r > 1 else 1,
         block_j=tile if r == 1 else max(4, tile),
         block_c=block_c,
-        splits=triton.cdiv(d, chunk),
+        splits=common.cdiv(d, chunk),
         chunk=chunk,
         gram_warps=_GRAM_WARPS[tile],
         num_warps=_WARPS[tile],
