@@ -84,6 +84,8 @@ EDITS = {
     "four rows a block": Case((4, 100), 64, 4, rows=301, inplace=True),
     "four rows a block, sets": Case((4, 100), 40, 20, rows=301, sets=3, coeff=True),
     "four rows a block, odd d": Case((4, 100), 37, 2, rows=301, sets=2),
+    "many rows": Case((4, 300), 40, 3, rows=1100, sets=2, inplace=True),
+    "many rows, two passes": Case((4, 300), 48, 9, rows=1100),
     "two columns a thread": Case((2, 30), 8192, 4, rows=50, coeff=True, inplace=True),
 }
 

@@ -39,6 +39,12 @@ struct Scope {
   size_t object = 0;
 };
 
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes, group;
+};
+
 struct Thread {
   Fiber fiber;
   unsigned number = 0, block = 0;  // index in the block, index of the block among resident blocks
@@ -47,6 +53,8 @@ struct Thread {
   Site site = {};
   int lane_mask = 0;
   uint32_t value = 0, received = 0;
+  std::vector<Copy> copies;
+  unsigned groups = 0;  // committed groups of copies
 };
 
 struct Block {
@@ -269,6 +277,8 @@ void place(unsigned first_block) {
     for (unsigned t = 0; t < count; ++t) {
       Thread& thread = machine.threads[b * count + t];
       thread.number = t;
+      thread.copies.clear();
+      thread.groups = 0;
       thread.block = b;
       thread.index = {t % grid.threads.x, t / grid.threads.x % grid.threads.y,
                       t / grid.threads.x / grid.threads.y};
@@ -411,6 +421,42 @@ uint32_t shuffle_xor(unsigned mask, uint32_t bits, int lane_mask, Site site) {
     }
   });
   return thread.received;
+}
+
+uint32_t shuffle(unsigned mask, uint32_t bits, int lane, Site site) {
+  Thread& thread = *machine.current;
+  Scope& warp = warp_of(mask, site);
+  thread.value = bits;
+  thread.lane_mask = int(unsigned(lane) % kWarpLanes);
+  wait_at(warp, Wait::kWarp, site, true, false, [&] {
+    Thread* lanes = &machine.threads[warp.first];
+    for (unsigned k = 0; k < kWarpLanes; ++k) lanes[k].received = lanes[lanes[k].lane_mask].value;
+  });
+  return thread.received;
+}
+
+void copy_async(void* to, const void* from, unsigned bytes) {
+  Thread& thread = *machine.current;
+  if ((uintptr_t(to) | uintptr_t(from)) % bytes != 0) {
+    report("%s starts a misaligned copy", who(thread).c_str());
+    fail();
+  }
+  const bool now = order == Order::kReverse || (order == Order::kRandom && generator() % 2 == 0);
+  if (now)
+    memcpy(to, from, bytes);
+  else
+    thread.copies.push_back({to, from, bytes, thread.groups});
+}
+
+void commit_copies() { ++machine.current->groups; }
+
+void wait_copies(unsigned groups) {
+  Thread& thread = *machine.current;
+  const auto waited = [&](const Copy& copy) { return copy.group + groups < thread.groups; };
+  for (const Copy& copy : thread.copies)
+    if (waited(copy)) memcpy(copy.to, copy.from, copy.bytes);
+  thread.copies.erase(std::remove_if(thread.copies.begin(), thread.copies.end(), waited),
+                      thread.copies.end());
 }
 
 void* remote_shared(void* own, unsigned rank, Site site) {

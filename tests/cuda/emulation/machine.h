@@ -31,6 +31,12 @@ constexpr size_t kOptInShared =
 void barrier(Wait kind, Site site);
 void sync_warp(unsigned mask, Site site);
 uint32_t shuffle_xor(unsigned mask, uint32_t bits, int lane_mask, Site site);
+uint32_t shuffle(unsigned mask, uint32_t bits, int lane, Site site);
+// Asynchronous copies to shared memory. In forward order they take place when they are waited for,
+// in reverse order when they start, in random order at either time.
+void copy_async(void* to, const void* from, unsigned bytes);
+void commit_copies();
+void wait_copies(unsigned groups);
 void* remote_shared(void* own, unsigned rank, Site site);
 
 // functions for the host

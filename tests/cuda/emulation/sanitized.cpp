@@ -121,6 +121,7 @@ const Edit kEdits[] = {
      kLin},
     {"four rows a block, sets", 300, 269, 40, 18, 3, kB, kB, 0, true, true, true, true, false, true,
      true, Activation::kGelu},
+    {"many rows", 700, 590, 40, 3, 2, kB, kF, 0, true, true, true, false, true, true, true, kLin},
     {"two columns a thread", 9, 6, 8192, 3, 1, kB, kF, 0, true, true, true, true, true, true, true,
      kLin},
 };

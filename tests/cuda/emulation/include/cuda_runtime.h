@@ -52,6 +52,11 @@ inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask,
   return value;
 }
 
+inline int __shfl_sync(unsigned mask, int value, int lane, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
+  return int(emulation::shuffle(mask, uint32_t(value), lane, {file, line}));
+}
+
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel* kernel) {
   return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));
