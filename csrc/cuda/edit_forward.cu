@@ -136,6 +136,8 @@ cudaError_t choose(const EditForward& p, cudaStream_t stream) {
 cudaError_t edit_forward(const EditForward& p, cudaStream_t stream) {
   const bool wide = p.weight_dtype == Dtype::kFloat32;
   if (!wide && p.weight_dtype != p.dtype) return cudaErrorInvalidValue;
+  if (edit_tiles_serves(p)) return edit_tiles(p, stream);
+  if (p.selection.rows == nullptr) return cudaErrorNotSupported;
   switch (p.dtype) {
     case Dtype::kFloat32:
       return choose<float, float>(p, stream);

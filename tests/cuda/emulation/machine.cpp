@@ -53,12 +53,30 @@ struct Thread {
   Site site = {};
   int lane_mask = 0;
   uint32_t value = 0, received = 0;
+  void* operands = nullptr;
   std::vector<Copy> copies;
   unsigned groups = 0;  // committed groups of copies
 };
 
+struct Sent {
+  void* to;
+  float value[4];
+};
+
+// The state of a block's transfer barrier.
+struct Transfers {
+  uint64_t* barrier;
+  unsigned phases = 0;
+  int64_t missing = 0;  // bytes expected and not arrived
+  bool expected = false;
+  std::vector<Sent> sent;
+  std::vector<Thread*> waiting;
+  size_t object = 0;
+};
+
 struct Block {
   uint3 index = {};
+  std::vector<Transfers> transfers;
   unsigned ended = 0;
   Scope scope;
   unsigned char *mapping = nullptr, *shared = nullptr;
@@ -105,6 +123,8 @@ const char* name(Wait kind) {
       return "this_grid().sync()";
     case Wait::kWarp:
       return "a warp's shuffle or __syncwarp()";
+    case Wait::kTransfer:
+      return "a wait for transfers";
     case Wait::kEnded:
       return "the kernel's end";
     default:
@@ -269,6 +289,7 @@ void place(unsigned first_block) {
     block.index = {at % grid.blocks.x, at / grid.blocks.x % grid.blocks.y,
                    at / grid.blocks.x / grid.blocks.y};
     block.ended = 0;
+    block.transfers.clear();
     block.scope = {b * count, count, 0, {}, 0};
     allot(block);
     for (unsigned w = 0; w < warps; ++w)
@@ -289,7 +310,8 @@ void place(unsigned first_block) {
 
 void report_deadlock() {
   std::string text;
-  for (const Wait kind : {Wait::kWarp, Wait::kBlock, Wait::kCluster, Wait::kGrid, Wait::kEnded}) {
+  for (const Wait kind : {Wait::kWarp, Wait::kBlock, Wait::kCluster, Wait::kGrid, Wait::kTransfer,
+                          Wait::kEnded}) {
     const auto at_it = [&](const Thread& thread) { return thread.waits == kind; };
     const auto first = std::find_if(machine.threads.begin(), machine.threads.end(), at_it);
     if (first == machine.threads.end()) continue;
@@ -457,6 +479,83 @@ void wait_copies(unsigned groups) {
     if (waited(copy)) memcpy(copy.to, copy.from, copy.bytes);
   thread.copies.erase(std::remove_if(thread.copies.begin(), thread.copies.end(), waited),
                       thread.copies.end());
+}
+
+static Transfers& transfers_of(uint64_t* barrier, Block& block) {
+  for (Transfers& each : block.transfers)
+    if (each.barrier == barrier) return each;
+  report("%s uses a transfer barrier that has not been started", who(*machine.current).c_str());
+  fail();
+}
+
+static void end_phase(Transfers& transfers) {
+  if (!transfers.expected || transfers.missing != 0) return;
+  for (const Sent& sent : transfers.sent) memcpy(sent.to, sent.value, sizeof sent.value);
+  transfers.sent.clear();
+  transfers.expected = false;
+  ++transfers.phases;
+  for (Thread* thread : transfers.waiting) {
+    thread->waits = Wait::kNothing;
+    machine.ready.push_back(thread);
+  }
+  transfers.waiting.clear();
+}
+
+void start_transfers(uint64_t* arrived) {
+  Block& block = machine.blocks[machine.current->block];
+  block.transfers.push_back({});
+  block.transfers.back().barrier = arrived;
+  block.transfers.back().object = new_object();
+}
+
+void expect_transfers(uint64_t* arrived, unsigned bytes) {
+  Transfers& transfers = transfers_of(arrived, machine.blocks[machine.current->block]);
+  if (transfers.expected) {
+    report("%s expects transfers twice in a phase", who(*machine.current).c_str());
+    fail();
+  }
+  transfers.expected = true;
+  transfers.missing += bytes;
+  release(transfers.object);
+  end_phase(transfers);
+}
+
+void transfer(float* place, const float (&value)[4], uint64_t* arrived, unsigned to, Site site) {
+  void* remote = remote_shared(place, to, site);
+  auto* barrier = static_cast<uint64_t*>(remote_shared(arrived, to, site));
+  Transfers& transfers = transfers_of(barrier, machine.blocks[to]);
+  release(transfers.object);
+  if (order == Order::kReverse) {
+    memcpy(remote, value, sizeof value);
+  } else {
+    transfers.sent.push_back({remote, {}});
+    memcpy(transfers.sent.back().value, value, sizeof value);
+  }
+  transfers.missing -= int64_t(sizeof value);
+  end_phase(transfers);
+}
+
+void wait_transfers(uint64_t* arrived, unsigned parity, Site site) {
+  Thread& thread = *machine.current;
+  Transfers& transfers = transfers_of(arrived, machine.blocks[thread.block]);
+  const size_t object = transfers.object;
+  if (transfers.phases % 2 == parity) {
+    thread.waits = Wait::kTransfer;
+    thread.site = site;
+    transfers.waiting.push_back(&thread);
+    next(false);
+  }
+  acquire(object);
+}
+
+void with_lanes(void* operands, void (*last)(void* const* lanes), Site site) {
+  machine.current->operands = operands;
+  Scope& warp = warp_of(0xffffffffu, site);
+  wait_at(warp, Wait::kWarp, site, true, false, [&] {
+    void* lanes[kWarpLanes];
+    for (unsigned k = 0; k < kWarpLanes; ++k) lanes[k] = machine.threads[warp.first + k].operands;
+    last(lanes);
+  });
 }
 
 void* remote_shared(void* own, unsigned rank, Site site) {

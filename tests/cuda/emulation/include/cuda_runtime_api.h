@@ -15,6 +15,7 @@ enum cudaError_t : int {
   cudaErrorLaunchOutOfResources = 701,
   cudaErrorLaunchFailure = 719,
   cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorNotSupported = 801,
 };
 
 struct uint3 {
@@ -27,6 +28,10 @@ struct alignas(8) uint2 {
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 
 struct dim3 {
@@ -66,7 +71,10 @@ struct cudaFuncAttributes {
 };
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75
+};
 
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
