@@ -69,7 +69,7 @@ def emulated() -> bool:
 def unsupported_reason(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Return why this backend cannot run an operator, or None if it can.
 
-    Edits of all rows, edits of hidden states with strided channels, and RED are supported by
+    Calls of ``edit`` and ``edit_backward`` that the kernels do not serve, and RED, are supported by
     calling Triton.
 
     Args:
