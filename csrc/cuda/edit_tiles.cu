@@ -117,28 +117,31 @@ struct Weights {
   }
 };
 
+__device__ inline void load_row_numbers(const Selection& selection, int tile,
+                                        int32_t (&row)[2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int n = tile * kTileRows + half * 8 + threadIdx.x % kWarp / 4;
+    row[half] = -1;
+    if (n < selection.num_rows)
+      row[half] = selection.rows != nullptr ? selection.rows[n] : n;
+  }
+}
+
 // Starts the loads of a tile.
 template <class T>
-__device__ inline void load_tile(const EditForward& p, int64_t tile, int first_column,
+__device__ inline void load_tile(const EditForward& p, const int32_t (&row)[2], int first_column,
                                  RowTile& to) {
-  const Selection& selection = p.selection;
   const int lane = threadIdx.x % kWarp;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int64_t n = tile * kTileRows + half * 8 + lane / 4;
-    int32_t row = -1;
-    if (n < selection.num_rows)
-      row = selection.rows != nullptr ? selection.rows[n] : int32_t(n);
-    to.row[half] = row;
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const T* from = static_cast<const T*>(p.source) + to.row[half] * p.source_stride;
+    to.row[half] = row[half];
+    const T* from = static_cast<const T*>(p.source) + row[half] * p.source_stride;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
       const int c = first_column + j * kGroup + lane % 4 * 8;
       to.x[half][j] = {0, 0, 0, 0};
-      if (to.row[half] >= 0 && c < selection.d)
+      if (row[half] >= 0 && c < p.selection.d)
         to.x[half][j] = *reinterpret_cast<const uint4*>(from + c);
     }
   }
@@ -188,19 +191,22 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, 1)
   const int r = selection.rank, d = selection.d, warps = blockDim.x / kWarp;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int block = blockIdx.x % blocks;
-  const int64_t cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
+  const int cluster = blockIdx.x / blocks, clusters = gridDim.x / blocks;
   const int first_column = (block * warps + warp) * kWarpColumns;
   auto* arrived = dynamic_shared<uint64_t>();           // [2]
   float* biases = reinterpret_cast<float*>(arrived + 2);  // [2, 8 * WRITES]
   float* part = biases + 2 * kRanks * WRITES;             // [2, warps, READS, lane, 4]
   float* shared_z = part + 2 * warps * READS * kTile;     // [2, blocks, READS, lane, 4]
 
-  const int64_t tiles = ceil_div(selection.num_rows, kTileRows);
+  const int tiles = int(ceil_div(selection.num_rows, kTileRows));
   RowTile x[kStages];
   const auto load_first = [&] {
 #pragma unroll
-    for (int s = 0; s < kStages; ++s)
-      load_tile<T>(p, cluster + s * clusters, first_column, x[s]);
+    for (int s = 0; s < kStages; ++s) {
+      int32_t row[2];
+      load_row_numbers(selection, cluster + s * clusters, row);
+      load_tile<T>(p, row, first_column, x[s]);
+    }
   };
   constexpr bool kFull = READS + WRITES == 4;  // almost all registers hold weights
   if (!kFull) load_first();
@@ -221,12 +227,15 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, 1)
   }
 
   unsigned count = 0;  // of tiles so far; alternate tiles use alternate halves of shared memory
-  for (int64_t next = cluster; next < tiles;) {
+  for (int next = cluster; next < tiles;) {
 #pragma unroll
     for (int s = 0; s < kStages; ++s) {
-      const int64_t tile = next;
+      const int tile = next;
       if (tile >= tiles) break;
       next += clusters;
+      int32_t later_row[2];
+      const int later = tile + kStages * clusters;
+      if (!kFull) load_row_numbers(selection, later, later_row);  // before they are needed
       float coeff[WRITES][4];
       const auto load_coeff = [&] {
 #pragma unroll
@@ -234,9 +243,9 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, 1)
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const int i = w * kRanks + lane % 4 * 2 + k % 2;
-            const int64_t n = tile * kTileRows + k / 2 * 8 + lane / 4;
+            const int n = tile * kTileRows + k / 2 * 8 + lane / 4;
             const bool given = p.coeff.data != nullptr && i < r && x[s].row[k / 2] >= 0;
-            coeff[w][k] = given ? load_any(p.coeff, n * r + i) : 1.0f;
+            coeff[w][k] = given ? load_any(p.coeff, int64_t(n) * r + i) : 1.0f;
           }
       };
       if (!kFull) load_coeff();
@@ -302,11 +311,11 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, 1)
 #pragma unroll
           for (int k = 0; k < 4; ++k) {
             const int i = w * kRanks + lane % 4 * 2 + k % 2;
-            const int64_t n = tile * kTileRows + k / 2 * 8 + lane / 4;
+            const int n = tile * kTileRows + k / 2 * 8 + lane / 4;
             if (i >= r || n >= selection.num_rows) continue;
             const bool selected = x[s].row[k / 2] >= 0;  // others add nothing to the gradients
-            p.u[n * r + i] = selected ? value[k] : 0.0f;
-            if (p.z != nullptr) p.z[n * r + i] = selected ? z[w][k] : 0.0f;
+            p.u[int64_t(n) * r + i] = selected ? value[k] : 0.0f;
+            if (p.z != nullptr) p.z[int64_t(n) * r + i] = selected ? z[w][k] : 0.0f;
           }
         }
 #pragma unroll
@@ -346,11 +355,11 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, 1)
         if (c >= d) continue;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int64_t n = tile * kTileRows + half * 8 + lane / 4;
+          const int n = tile * kTileRows + half * 8 + lane / 4;
           const int64_t row = x[s].row[half];
           if (p.saved_input != nullptr && n < selection.num_rows)
             store_global(
-                reinterpret_cast<uint4*>(static_cast<T*>(p.saved_input) + n * d + c),
+                reinterpret_cast<uint4*>(static_cast<T*>(p.saved_input) + int64_t(n) * d + c),
                 x[s].x[half][j]);  // zeros if the entry is skipped
           if (row >= 0)
             store_global(
@@ -358,12 +367,15 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, 1)
                 uint4{y[half][0], y[half][1], y[half][2], y[half][3]});
         }
       }
-      load_tile<T>(p, tile + kStages * clusters, first_column, x[s]);
+      if (kFull) load_row_numbers(selection, later, later_row);
+      load_tile<T>(p, later_row, first_column, x[s]);
     }
   }
 }
 
 // ---- Host code
+
+constexpr int64_t kMaxRows = int64_t(1) << 30;  // the kernel counts rows in 32 bits
 
 struct TilePlan {
   int blocks, warps;  // of a cluster, of a block; blocks is 0 if the shape is not supported
@@ -458,7 +470,7 @@ bool edit_tiles_serves(const EditForward& p) {
   const Selection& selection = p.selection;
   const bool second = p.subtract_projection && p.activation != Activation::kLinear;
   if (selection.weight_ids != nullptr || p.dtype == Dtype::kFloat32) return false;
-  if (selection.rank > (second ? kRanks : 2 * kRanks) || selection.num_rows > INT32_MAX)
+  if (selection.rank > (second ? kRanks : 2 * kRanks) || selection.num_rows > kMaxRows)
     return false;
   // Few selected rows: more blocks share them in edit_forward. Not tuned on a GPU yet.
   if (selection.rows != nullptr && selection.num_rows <= 264) return false;
