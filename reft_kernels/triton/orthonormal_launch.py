@@ -149,7 +149,7 @@ def launch(
     """Launch the sums over d and then a kernel for X ``[L, d, r]``; ``args`` are its tensors."""
     layers, d, r = X.shape
     config = build_config(layers, d, r, processors(X.device))
-    parts, tiles = triton.cdiv(d, config.rows), config.padded // config.tile
+    parts, tiles = common.cdiv(d, config.rows), config.padded // config.tile
     matrices, own = (1, 7) if base is None else (2, 11)
     scratch = X.new_empty(
         layers * (parts * matrices + config.splits * own) * config.padded**2, dtype=torch.float64
