@@ -142,7 +142,8 @@ class RunSettings:
         quick: Use small shapes and few rounds.
         rounds: Samples per provider. Defaults to the number that each case sets.
         match: Measure only cases whose mode, shape and dtype contain each of these words.
-        labels: Measure only the cases with these labels, in this order. See :func:`case_label`.
+        labels: Measure only the cases with these labels; suites with ``specs`` do so in this order.
+            See :func:`case_label`.
         without: Leave out providers whose name contains one of these words.
         failed: Leave out these providers of a case, by the label of the case: they have broken the
             device before.
