@@ -85,18 +85,25 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
             ("gelu+sets+coeff", "gelu", True, True),
         ):
             label = f"{regime},{flags}"
-            config = forward.edit_config(rows, d, r, torch_dtype, extra, amd)
+            config = forward.edit_config(rows, d, r, torch_dtype, subtract_projection, amd)
             gradient_config = gradient.gradient_config(rows, d, r, 1, torch_dtype, extra, amd)
             plain = delta.delta_config(rows, d, r, torch_dtype, amd)
             blocks, plain_blocks = (
                 {"BLOCK_N": c.block_n, "BLOCK_D": c.block_d, "BLOCK_R": c.block_r}
                 for c in (config, plain)
             )
+            blocks |= {
+                "EVEN": d % config.block_d == 0,
+                "SLICES": config.slices,
+                "STAGES": config.num_stages,
+                "PRECISION": precision,
+                "SMALL_PRECISION": "bf16" if dtype == "bfloat16" else precision,
+            }
             index = ({"rows": "i32"} if selected else {}) | ({"weight_ids": "i32"} if extra else {})
             scale = {"coeff": "fp32"} if extra else {}
             weights = {"read": "fp32", "read_bias": "fp32", "write": "fp32"}
             saved = {"saved_input": h, "u_out": "fp32", "z_out": "fp32"}
-            common = {"USE_DOT": config.use_dot, "PRECISION": precision}
+            common = {"USE_DOT": plain.use_dot, "PRECISION": precision}
             yield _spec(
                 f"edit[{label}]",
                 forward.edit_kernel,
@@ -110,14 +117,7 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
                     "out_stride_n",
                     "out_stride_d",
                 ),
-                {
-                    "SUBTRACT": subtract_projection,
-                    "ACTIVATION": activation,
-                    "SAVE": True,
-                    "SMALL_PRECISION": precision,
-                }
-                | blocks
-                | common,
+                {"SUBTRACT": subtract_projection, "ACTIVATION": activation, "SAVE": True} | blocks,
                 config,
                 d,
                 r,

@@ -52,7 +52,7 @@ CASES = list(
         (False, True),  # coeff
         (7, 70),  # rows edited
         (1, 5, 20),  # rank
-        ("elementwise", "dot"),
+        ("few", "many"),  # configuration
     )
 )
 SAMPLE = random.Random(0).sample(CASES, 48)
@@ -181,12 +181,10 @@ def _inputs(dtype, rows_kind, sets, activation, reads, subtracts, with_coeff, n,
 
 
 def _force(monkeypatch, regime):
-    original = forward.edit_config
-    for module in (forward, delta):
+    for module, name in ((forward, "edit_config"), (delta, "delta_config")):
+        original = getattr(module, name)
         monkeypatch.setattr(
-            module,
-            "edit_config",
-            lambda n, *rest: original(10 if regime == "elementwise" else 5000, *rest),
+            module, name, lambda n, *rest, of=original: of(10 if regime == "few" else 5000, *rest)
         )
 
 
