@@ -38,6 +38,13 @@ def compile_options(tensor: Tensor) -> dict[str, int]:
     return CUDA_OPTIONS if tensor.is_cuda and not IS_AMD else {}
 
 
+def shared_memory(tensor: Tensor) -> int:
+    """Return the bytes of shared memory that a program on the tensor's device can use."""
+    if not tensor.is_cuda:
+        return 227 * 1024
+    return torch.cuda.get_device_properties(tensor.device).shared_memory_per_block_optin
+
+
 def dot_precision(dtype: torch.dtype) -> str | None:
     """Return the ``input_precision`` of products with hidden states of a dtype.
 
@@ -56,8 +63,8 @@ def dot_precision(dtype: torch.dtype) -> str | None:
 def small_precision(dtype: torch.dtype) -> str | None:
     """Return the ``input_precision`` of products with inner dimension r (:func:`dot_small`).
 
-    As :func:`dot_precision`, but both operands are fp32. "bf16" means that they are rounded to bf16,
-    as in a computation in bf16, and None that they are split into bf16 terms.
+    As :func:`dot_precision`, but both operands are fp32. "bf16" means that they are rounded to
+    bf16, as in a computation in bf16, and None that they are split into bf16 terms.
     """
     if INTERPRETING:
         return "ieee"

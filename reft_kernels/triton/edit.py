@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels import allocation
-from reft_kernels.triton import common, edit_tile
+from reft_kernels.triton import common, edit_all_rows, edit_tile
 
 FEW_ROWS = 1024  # more rows are bandwidth-bound: the weights are shared by more rows per program
 _BUFFERS = 92 * 1024  # GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program
@@ -35,7 +35,7 @@ class EditConfig:
     block_n: int  # rows per program
     block_d: int  # columns per step, divided among the slices
     block_r: int  # rank, padded to a power of two
-    slices: int  # parts of a step's columns, at most one for each warp
+    slices: int  # parts of a step's columns, one for each warp
     num_warps: int
     num_stages: int  # steps whose loads are in flight, plus one
 
@@ -59,20 +59,22 @@ def edit_config(
     """
     block_r = max(common.MIN_DOT if amd else 8, common.next_power_of_2(rank))
     wide = dtype == torch.float32
-    # Registers of the accumulators and of the weights' terms, relative to bf16 with r = 1
-    load = block_r * (2 if wide else 1) * (2 if second else 1)
+    sums = block_r * (2 if second else 1)  # columns of the accumulators
     if num_rows <= FEW_ROWS:
         # Launch-bound: few rows per program distribute the rows over the SMs, but each program
         # reads all weights, so there are more rows per program if the weights are large.
-        block_n, slices, num_warps, most = (8 if block_r == 8 else 16), 8, 8, 64
+        block_n, slices, most = (8 if block_r == 8 else 16), 8, 64
     else:
-        block_n, slices, num_warps, most = (64, 4, 4 if load <= 16 else 8, 32)
-        if load > 32:
-            block_n, slices = (64 if load <= 64 else 32), 2
-    if load > 128:
-        block_n, slices, most = 16, 2, 16
+        # At most 64 registers of a thread hold sums; fp32 and two sums need registers of their own
+        block_n = 2048 // (sums * (2 if wide else 1) * (2 if second else 1))
+        block_n, slices, most = max(16, min(block_n, 32 if amd or second else 64)), 4, 32
+    if sums * (2 if wide else 1) >= 64 or (wide and second):
+        most = common.MIN_DOT
+    if sums >= 128:
+        slices = 8 if sums == 128 else 4
+        block_n = 8 if wide else 16
     if amd:  # 4 wavefronts have as many threads as 8 warps
-        block_n, slices, num_warps, most = max(16, min(32, block_n)), min(4, slices), 4, 32
+        block_n, slices, most = max(16, block_n), 4, min(32, most)
     weights = max(block_r * (2 if second else 1), edit_tile.inner_rank(block_r)) * 4
     column = block_n * dtype.itemsize + weights  # bytes of a step, divided by its columns
     budget = _BUFFERS_AMD if amd else _BUFFERS_WIDE if wide else _BUFFERS
@@ -84,7 +86,7 @@ def edit_config(
         block_d = min(block_d, d & -d)  # divides d, so that no column needs a mask
     buffers = (budget - block_d * block_n * dtype.itemsize) // (block_d * column)
     num_stages = 1 + max(1, min(buffers, 3))
-    return EditConfig(block_n, block_d, block_r, slices, num_warps, num_stages)
+    return EditConfig(block_n, block_d, block_r, slices, slices, num_stages)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -144,33 +146,55 @@ def edit_kernel(
             stored = inside & (row_set == s)
         weights = tl.cast(s, tl.int64) * r
         x_mask = active[None, :, None]
-        z_acc = tl.zeros((SLICES, BLOCK_N, BLOCK_R), tl.float32)
-        q_acc = tl.zeros((SLICES, BLOCK_N, BLOCK_R), tl.float32)
-        if read is not None or SUBTRACT:
-            for start in tl.range(0, d, BLOCK_D, num_stages=STAGES):
-                col = start + part
-                x = tl.load(
-                    x_rows + col.to(tl.int64) * source_stride_d,
-                    mask=edit_tile.column_mask(x_mask, col, d, EVEN),
-                    other=0.0,
-                )
-                w_offsets = (weights + i) * d + col
-                w_mask = edit_tile.column_mask(i < r, col, d, EVEN)
-                if read is not None or FOLD:
-                    w = edit_tile.read_weight(read, write, w_offsets, w_mask, FOLD)
-                    z_acc = edit_tile.add_product(z_acc, x, w, PRECISION)
-                if SUBTRACT and not FOLD:
-                    w = tl.load(write + w_offsets, mask=w_mask, other=0.0)
-                    q_acc = edit_tile.add_product(q_acc, x, w, PRECISION)
+        z = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        q = z
+        if read is not None or FOLD:
+            z = edit_tile.project(
+                x_rows,
+                x_mask,
+                source_stride_d,
+                read,
+                write,
+                (weights + i) * d,
+                i < r,
+                d,
+                part,
+                FOLD,
+                EVEN,
+                BLOCK_N,
+                BLOCK_R,
+                SLICES,
+                STAGES,
+                PRECISION,
+            )
+        if SUBTRACT and not FOLD:
+            # A second loop: two accumulators and the terms of two matrices would spill registers
+            q = edit_tile.project(
+                x_rows,
+                x_mask,
+                source_stride_d,
+                write,
+                write,
+                (weights + i) * d,
+                i < r,
+                d,
+                part,
+                False,
+                EVEN,
+                BLOCK_N,
+                BLOCK_R,
+                SLICES,
+                STAGES,
+                PRECISION,
+            )
         u = edit_tile.subspace(
-            tl.sum(z_acc, 0),
-            tl.sum(q_acc, 0),
+            z,
+            q,
             read_bias,
             subtract_bias,
             coeff,
             u_out,
             z_out,
-            n,
             active,
             stored,
             weights,
@@ -178,6 +202,7 @@ def edit_kernel(
             SUBTRACT,
             ACTIVATION,
             SAVE,
+            BLOCK_N,
             BLOCK_R,
         )
         u = edit_tile.batch(u, SLICES, BLOCK_N, BLOCK_R, INNER)
@@ -222,18 +247,32 @@ def edit(
     saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)
     if num_rows == 0:
         return saved_input, u, z
+    rows, weight_ids, read, write, coeff = map(
+        common.contiguous, (rows, weight_ids, read, write, coeff)
+    )
+    read_bias, subtract_bias = common.contiguous(read_bias), common.contiguous(subtract_bias)
+    if rows is None and num_rows > FEW_ROWS and weight_ids is None and not subtract_projection:
+        all_rows = edit_all_rows.all_rows_config(
+            d, rank, source.dtype, common.shared_memory(source), common.IS_AMD
+        )
+        if all_rows is not None:
+            with common.device_guard(source):
+                edit_all_rows.launch_all_rows(
+                    all_rows, source, out, read, read_bias, write, coeff, u, z, activation, save
+                )
+            return saved_input, u, z
     config = edit_config(num_rows, d, rank, source.dtype, subtract_projection, common.IS_AMD)
     with common.device_guard(source):
         edit_kernel[(triton.cdiv(num_rows, config.block_n),)](
             source,
             out,
-            common.contiguous(rows),
-            common.contiguous(weight_ids),
-            common.contiguous(read),
-            common.contiguous(read_bias),
-            common.contiguous(write),
-            common.contiguous(subtract_bias),
-            common.contiguous(coeff),
+            rows,
+            weight_ids,
+            read,
+            read_bias,
+            write,
+            subtract_bias,
+            coeff,
             saved_input,
             u,
             z,

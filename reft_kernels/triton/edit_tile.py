@@ -78,6 +78,47 @@ def add_product(acc, x, w, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def project(
+    x_rows,
+    x_mask,
+    x_stride_d,
+    read,
+    write,
+    w_rows,
+    w_mask,
+    d,
+    part,
+    FOLD: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return x w^T ``[N, R]`` for the matrix w of :func:`read_weight`.
+
+    Args:
+        x_rows: Pointers to the rows of x, ``[1, N, 1]``.
+        w_rows: Offsets of the rows of w, ``[1, R, 1]``.
+        part: Columns of the first tile.
+        STAGES: Steps whose loads are in flight, plus one.
+    """
+    D: tl.constexpr = part.shape[0] * part.shape[2]
+    acc = tl.zeros((SLICES, BLOCK_N, BLOCK_R), tl.float32)
+    for start in tl.range(0, d, D, num_stages=STAGES):
+        col = start + part
+        x = tl.load(
+            x_rows + col.to(tl.int64) * x_stride_d,
+            mask=column_mask(x_mask, col, d, EVEN),
+            other=0.0,
+        )
+        w = read_weight(read, write, w_rows + col, column_mask(w_mask, col, d, EVEN), FOLD)
+        acc = add_product(acc, x, w, PRECISION)
+    return tl.sum(acc, 0)
+
+
+@triton.jit
 def subspace(
     z,
     q,
@@ -86,7 +127,6 @@ def subspace(
     coeff,
     u_out,
     z_out,
-    n,
     active,
     stored,
     bias_offset,
@@ -94,6 +134,7 @@ def subspace(
     SUBTRACT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Return coeff * u ``[N, R]``, zero outside of ``active``, and save u and z.
@@ -107,7 +148,8 @@ def subspace(
     """
     i = tl.arange(0, BLOCK_R)
     i_mask = i < r
-    small = n.to(tl.int64)[:, None] * r + i[None, :]
+    first = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N * r
+    small = tl.arange(0, BLOCK_N)[:, None] * r + i[None, :]  # int32, which takes fewer registers
     small_mask = active[:, None] & i_mask[None, :]
     if read_bias is not None:
         z += tl.load(read_bias + bias_offset + i, mask=i_mask, other=0.0).to(tl.float32)[None, :]
@@ -120,11 +162,11 @@ def subspace(
     u = tl.where(small_mask, u, 0.0)
     if SAVE:
         save_mask = stored[:, None] & i_mask[None, :]
-        tl.store(u_out + small, u, mask=save_mask)
+        tl.store(u_out + first + small, u, mask=save_mask)
         if ACTIVATION != "linear":
-            tl.store(z_out + small, tl.where(small_mask, z, 0.0), mask=save_mask)
+            tl.store(z_out + first + small, tl.where(small_mask, z, 0.0), mask=save_mask)
     if coeff is not None:
-        u *= tl.load(coeff + small, mask=small_mask, other=0.0).to(tl.float32)
+        u *= tl.load(coeff + first + small, mask=small_mask, other=0.0).to(tl.float32)
     return u
 
 
