@@ -12,6 +12,7 @@ is computed once, after the loop. The loads of a step are issued while previous 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels import allocation
-from reft_kernels.triton import common, edit_all_rows, edit_tile
+from reft_kernels.triton import common, edit_all_rows, edit_tile, launch
 
 FEW_ROWS = 1024  # more rows are bandwidth-bound: the weights are shared by more rows per program
 _BUFFERS = 92 * 1024  # GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program
@@ -40,6 +41,7 @@ class EditConfig:
     num_stages: int  # steps whose loads are in flight, plus one
 
 
+@functools.lru_cache(maxsize=1024)
 def edit_config(
     num_rows: int, d: int, rank: int, dtype: torch.dtype, second: bool = False, amd: bool = False
 ) -> EditConfig:
@@ -227,6 +229,39 @@ def edit_kernel(
             tl.store(y_rows + column * out_stride_d, y.to(x.dtype), mask=mask)
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound(
+    config: EditConfig,
+    d: int,
+    dtype: torch.dtype,
+    device_type: str,
+    subtract_projection: bool,
+    activation: str,
+    save: bool,
+) -> launch.BoundKernel:
+    return launch.BoundKernel(
+        edit_kernel,
+        {
+            "SUBTRACT": subtract_projection,
+            "ACTIVATION": activation,
+            "SAVE": save,
+            "EVEN": d % config.block_d == 0,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": config.block_d,
+            "BLOCK_R": config.block_r,
+            "SLICES": config.slices,
+            "STAGES": config.num_stages,
+            "PRECISION": common.dot_precision(dtype),
+            "SMALL_PRECISION": common.small_precision(dtype),
+        },
+        {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **common.compile_options(device_type),
+        },
+    )
+
+
 def edit(
     source: Tensor,
     out: Tensor,
@@ -247,23 +282,24 @@ def edit(
     saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)
     if num_rows == 0:
         return saved_input, u, z
-    rows, weight_ids, read, write, coeff = map(
-        common.contiguous, (rows, weight_ids, read, write, coeff)
+    rows, weight_ids, read, read_bias, subtract_bias, coeff = map(
+        common.contiguous, (rows, weight_ids, read, read_bias, subtract_bias, coeff)
     )
-    read_bias, subtract_bias = common.contiguous(read_bias), common.contiguous(subtract_bias)
+    write = write.contiguous()
     if rows is None and num_rows > FEW_ROWS and weight_ids is None and not subtract_projection:
-        all_rows = edit_all_rows.all_rows_config(
-            d, rank, source.dtype, common.shared_memory(source), common.IS_AMD
+        on_chip = edit_all_rows.all_rows_config(
+            d, rank, source.dtype, common.shared_memory(source.device), common.IS_AMD
         )
-        if all_rows is not None:
-            with common.device_guard(source):
-                edit_all_rows.launch_all_rows(
-                    all_rows, source, out, read, read_bias, write, coeff, u, z, activation, save
-                )
+        if on_chip is not None:
+            edit_all_rows.launch_all_rows(
+                on_chip, source, out, read, read_bias, write, coeff, u, z, activation, save
+            )
             return saved_input, u, z
     config = edit_config(num_rows, d, rank, source.dtype, subtract_projection, common.IS_AMD)
-    with common.device_guard(source):
-        edit_kernel[(triton.cdiv(num_rows, config.block_n),)](
+    launch.launch(
+        _bound(config, d, source.dtype, source.device.type, subtract_projection, activation, save),
+        (triton.cdiv(num_rows, config.block_n),),
+        (
             source,
             out,
             rows,
@@ -276,24 +312,7 @@ def edit(
             saved_input,
             u,
             z,
-            num_rows,
-            d,
-            rank,
-            *source.stride(),
-            *out.stride(),
-            SUBTRACT=subtract_projection,
-            ACTIVATION=activation,
-            SAVE=save,
-            EVEN=d % config.block_d == 0,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            BLOCK_R=config.block_r,
-            SLICES=config.slices,
-            STAGES=config.num_stages,
-            PRECISION=common.dot_precision(source.dtype),
-            SMALL_PRECISION=common.small_precision(source.dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **common.compile_options(source),
-        )
+        ),
+        (num_rows, d, rank, *source.stride(), *out.stride()),
+    )
     return saved_input, u, z

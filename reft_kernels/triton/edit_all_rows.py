@@ -13,6 +13,7 @@ projections.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common, edit_tile
+from reft_kernels.triton import common, edit_tile, launch
 
 ON_CHIP_BYTES = 4096  # of a row
 
@@ -34,8 +35,10 @@ class AllRowsConfig:
     block_r: int  # rank, padded to a power of two
     tiles: int  # tiles of a row
     slices: int  # parts of a tile's columns, one for each warp
+    num_warps: int
 
 
+@functools.lru_cache(maxsize=1024)
 def all_rows_config(
     d: int, rank: int, dtype: torch.dtype, shared_memory: int, amd: bool = False
 ) -> AllRowsConfig | None:
@@ -53,12 +56,13 @@ def all_rows_config(
     size = d * dtype.itemsize
     if amd or rank > 8 or size > ON_CHIP_BYTES:
         return None
-    block_n = 32 if dtype != torch.float32 else 16
+    block_n = 32 if dtype != torch.float32 and size <= 2048 else 16
     if block_n * size + 20 * 1024 > shared_memory:
         return None
-    block_d = next((n for n in (512, 256, 128) if d % n == 0), 512)
+    widths = (512, 256, 128) if dtype != torch.float32 else (256, 128)
+    block_d = next((n for n in widths if d % n == 0), widths[0])
     block_d = min(block_d, max(128, common.next_power_of_2(d)))
-    return AllRowsConfig(block_n, block_d, 8, triton.cdiv(d, block_d), 8)
+    return AllRowsConfig(block_n, block_d, 8, triton.cdiv(d, block_d), 8, 8)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -110,7 +114,7 @@ def edit_all_rows_kernel(
             mask=edit_tile.column_mask(inside[None, :, None], col, d, EVEN),
             other=0.0,
         )
-        x = x + (tile,)
+        x = x + (tile,)  # type: ignore[assignment]
     z = tl.zeros((SLICES, BLOCK_N, BLOCK_R), tl.float32)
     if read is not None:
         for t in tl.static_range(TILES):
@@ -159,6 +163,28 @@ def edit_all_rows_kernel(
         )
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound(
+    config: AllRowsConfig, d: int, dtype: torch.dtype, device_type: str, activation: str, save: bool
+) -> launch.BoundKernel:
+    return launch.BoundKernel(
+        edit_all_rows_kernel,
+        {
+            "ACTIVATION": activation,
+            "SAVE": save,
+            "EVEN": d % config.block_d == 0,
+            "TILES": config.tiles,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": config.block_d,
+            "BLOCK_R": config.block_r,
+            "SLICES": config.slices,
+            "PRECISION": common.dot_precision(dtype),
+            "SMALL_PRECISION": common.small_precision(dtype),
+        },
+        {"num_warps": config.num_warps, **common.compile_options(device_type)},
+    )
+
+
 def launch_all_rows(
     config: AllRowsConfig,
     source: Tensor,
@@ -174,30 +200,9 @@ def launch_all_rows(
 ) -> None:
     """Launch :func:`edit_all_rows_kernel` with contiguous arguments; the first two have strides."""
     (num_rows, d), rank = source.shape, write.shape[-2]
-    edit_all_rows_kernel[(triton.cdiv(num_rows, config.block_n),)](
-        source,
-        out,
-        read,
-        read_bias,
-        write,
-        coeff,
-        u,
-        z,
-        num_rows,
-        d,
-        rank,
-        *source.stride(),
-        *out.stride(),
-        ACTIVATION=activation,
-        SAVE=save,
-        EVEN=d % config.block_d == 0,
-        TILES=config.tiles,
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        BLOCK_R=config.block_r,
-        SLICES=config.slices,
-        PRECISION=common.dot_precision(source.dtype),
-        SMALL_PRECISION=common.small_precision(source.dtype),
-        num_warps=config.slices,
-        **common.compile_options(source),
+    launch.launch(
+        _bound(config, d, source.dtype, source.device.type, activation, save),
+        (triton.cdiv(num_rows, config.block_n),),
+        (source, out, read, read_bias, write, coeff, u, z),
+        (num_rows, d, rank, *source.stride(), *out.stride()),
     )
