@@ -34,7 +34,8 @@ def shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that a program can use."""
     if device.type != "cuda" or IS_AMD:  # PyTorch does not report it for AMD GPUs
         return 64 * 1024 if IS_AMD else 227 * 1024
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def dot_precision(dtype: torch.dtype) -> str | None:
