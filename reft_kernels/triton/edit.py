@@ -298,7 +298,7 @@ def edit(
     config = edit_config(num_rows, d, rank, source.dtype, subtract_projection, common.IS_AMD)
     launch.launch(
         _bound(config, d, source.dtype, source.device.type, subtract_projection, activation, save),
-        (triton.cdiv(num_rows, config.block_n),),
+        (common.cdiv(num_rows, config.block_n),),
         (
             source,
             out,

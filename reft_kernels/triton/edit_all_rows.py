@@ -62,7 +62,7 @@ def all_rows_config(
     widths = (512, 256, 128) if dtype != torch.float32 else (256, 128)
     block_d = next((n for n in widths if d % n == 0), widths[0])
     block_d = min(block_d, max(128, common.next_power_of_2(d)))
-    return AllRowsConfig(block_n, block_d, 8, triton.cdiv(d, block_d), 8, 8)
+    return AllRowsConfig(block_n, block_d, 8, common.cdiv(d, block_d), 8, 8)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -202,7 +202,7 @@ def launch_all_rows(
     (num_rows, d), rank = source.shape, write.shape[-2]
     launch.launch(
         _bound(config, d, source.dtype, source.device.type, activation, save),
-        (triton.cdiv(num_rows, config.block_n),),
+        (common.cdiv(num_rows, config.block_n),),
         (source, out, read, read_bias, write, coeff, u, z),
         (num_rows, d, rank, *source.stride(), *out.stride()),
     )
