@@ -78,7 +78,7 @@ def test_an_unknown_suite():
 def test_tuning_tries_each_knob_alone():
     from reft_kernels.triton.edit import EditConfig
 
-    present = EditConfig(16, 64, 16, True, 4, 1)
+    present = EditConfig(16, 64, 16, 4, 4, 1)
     found = tuning.adjacent(present)
     assert set(found) == {
         "block_n=8",
@@ -89,7 +89,7 @@ def test_tuning_tries_each_knob_alone():
         "num_warps=8",
         "num_stages=2",
     }
-    assert found["block_d=32"] == EditConfig(16, 32, 16, True, 4, 1)
+    assert found["block_d=32"] == EditConfig(16, 32, 16, 4, 4, 1)
 
 
 def test_tuning_proposes_only_what_beats_noise():
@@ -125,7 +125,7 @@ with dispatch.backend("triton"), torch.no_grad():
     default = edits.provider(reft_kernels.loreft, problems, "forward", edits.EditGate(problems[0], backward=False))
     candidates = tuning.candidates(module, "edit_config", default.prepare, default.check)
     assert len(candidates) > 4, candidates
-    for name in (tuning.PRESENT, "block_d=32"):
+    for name in (tuning.PRESENT, "block_n=16"):
         verdict = candidates[name].check()
         assert verdict.error <= verdict.allowed, (name, verdict)
 assert module.edit_config is heuristic
