@@ -111,8 +111,8 @@ struct Ring {
   static_assert(kStages >= 2 && kPieces % 16 == 0);
   T *g, *x;
 
-  __device__ T* of_g(int64_t step) const { return g + step % kStages * kElements; }
-  __device__ T* of_x(int64_t step) const { return x + step % kStages * kElements; }
+  __device__ T* of_g(int step) const { return g + step % kStages * kElements; }
+  __device__ T* of_x(int step) const { return x + step % kStages * kElements; }
 };
 
 template <class T, int V, bool SECOND, bool RING>
@@ -158,12 +158,13 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
   constexpr int kStages = RING ? Ring<T, V>::kStages : 1;
   const Ring<T, V> ring{reinterpret_cast<T*>(sums_a + warp * kTile),
                         reinterpret_cast<T*>(sums_b + warp * kTile)};
-  const int64_t steps = (selection.num_rows - warp * kRows + kWarps * kRows - 1) / (kWarps * kRows);
+  const int steps =
+      int((selection.num_rows - warp * kRows + kWarps * kRows - 1) / (kWarps * kRows));
   for (int pass = 0; pass < passes; ++pass) {
     float acc_a[kRanks][V] = {}, acc_b[kRanks][V] = {};
     int32_t fetched = fetch_rows(selection, set, 0), next = fetch_rows(selection, set, kAhead);
     // Starts the copies of a step, whose rows are in `fetched` or in `next`
-    const auto copy = [&](int64_t step, bool is_next) {
+    const auto copy = [&](int step, bool is_next) {
       if constexpr (RING) {
 #pragma unroll
         for (int e = lane; e < 2 * Ring<T, V>::kPieces; e += kWarp) {
@@ -173,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
           const int32_t row = __shfl_sync(0xffffffffu, is_next ? next : fetched, from);
           const int64_t column = first_column + at % kColumns;
           if (row < 0 || column >= d || (of_x && !needs_x)) continue;
-          const int64_t n = (step * kWarps + warp) * kRows + q;
+          const int64_t n = int64_t(step * kWarps + warp) * kRows + q;
           if (of_x)
             copy_async(ring.of_x(step) + at,
                        static_cast<const T*>(p.saved_input) + n * p.kept_stride + column);
@@ -187,8 +188,8 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
 #pragma unroll
     for (int step = 0; step < kStages - 1; ++step) copy(step, false);
 #pragma unroll 1  // unrolling causes register spills
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t n0 = (step * kWarps + warp) * kRows;
+    for (int step = 0; step < steps; ++step) {
+      const int64_t n0 = int64_t(step * kWarps + warp) * kRows;
       bool mine[kRows];
       int32_t row[kRows];
       const float* small = p.small + n0 * kCount * padded;
