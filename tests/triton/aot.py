@@ -73,6 +73,7 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
     forward = importlib.import_module("reft_kernels.triton.edit")
     delta = importlib.import_module("reft_kernels.triton.edit_delta")
     gradient = importlib.import_module("reft_kernels.triton.edit_gradient")
+    factors = importlib.import_module("reft_kernels.triton.factors")
     h, torch_dtype = _TYPES[dtype], getattr(torch, dtype)
     # as in common.dot_precision
     precision = None if dtype != "float32" else ("tf32x3" if backend == "cuda" else "ieee")
@@ -88,10 +89,11 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
             config = forward.edit_config(rows, d, r, torch_dtype, extra, amd)
             gradient_config = gradient.gradient_config(rows, d, r, 1, torch_dtype, extra, amd)
             plain = delta.delta_config(rows, d, r, torch_dtype, amd)
-            blocks, plain_blocks = (
-                {"BLOCK_N": c.block_n, "BLOCK_D": c.block_d, "BLOCK_R": c.block_r}
-                for c in (config, plain)
-            )
+            blocks = {
+                "BLOCK_N": config.block_n,
+                "BLOCK_D": config.block_d,
+                "BLOCK_R": config.block_r,
+            }
             index = ({"rows": "i32"} if selected else {}) | ({"weight_ids": "i32"} if extra else {})
             scale = {"coeff": "fp32"} if extra else {}
             weights = {"read": "fp32", "read_bias": "fp32", "write": "fp32"}
@@ -123,7 +125,6 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
                 r,
                 ("source_stride_d", "out_stride_d"),
             )
-            extras = {"ddelta_out": "fp32"} if extra else {}
             yield _spec(
                 f"delta[{label}]",
                 delta.delta_kernel,
@@ -131,34 +132,35 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
                 | index
                 | {"write": "fp32"}
                 | scale
-                | {"u": "fp32", "z": "fp32", "dz_out": "fp32", "dcoeff_out": "fp32"}
-                | extras,
-                ("num_rows", "d", "r", "grad_stride_n", "grad_stride_d"),
-                {"ACTIVATION": activation} | plain_blocks | common,
+                | {"u": "fp32", "z": "fp32", "workspace": "fp32", "dcoeff_out": "fp32"},
+                ("num_rows", "counter_groups", "d", "r", "grad_stride_n", "grad_stride_d"),
+                {
+                    "ACTIVATION": activation,
+                    "SECOND": extra,
+                    "TERMS": factors.terms(r, torch_dtype),
+                    "BATCH": plain.num_warps,
+                    "BLOCK_N": plain.block_n,
+                    "BLOCK_D": plain.block_d,
+                    "BLOCK_R": plain.block_r,
+                    "STAGES": plain.num_stages,
+                    "PRECISION": precision,
+                },
                 plain,
                 d,
                 r,
                 ("grad_stride_d",),
             )
-            one = gradient_config.chunks == 1
+            weight_grads = ("grad_read", "grad_read_bias", "grad_write", "grad_subtract_bias")
             yield _spec(
                 f"gradient[{label}]",
                 gradient.gradient_kernel,
                 {"grad": h, "out": h, "saved_input": h}
                 | index
-                | {"read": "fp32", "write": "fp32"}
-                | scale
-                | {"u": "fp32", "dz": "fp32"}
-                | ({"ddelta": "fp32"} if extra else {})
-                | {
-                    "grad_read": "fp32",
-                    "grad_read_bias": "fp32",
-                    "grad_write": "fp32",
-                    "grad_subtract_bias": "fp32",
-                }
-                | ({} if one else {"partials": "fp32", "counters": "i32"}),
+                | {"read": "fp32", "write": "fp32", "workspace": "fp32"}
+                | dict.fromkeys(weight_grads, "fp32"),
                 (
                     "num_rows",
+                    "counter_groups",
                     "num_sets",
                     "chunks",
                     "d",
@@ -172,21 +174,38 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
                 ),
                 {
                     "SUBTRACT": subtract_projection,
-                    "LINEAR": not extra,
+                    "SECOND": extra,
                     "NEED_WEIGHTS": True,
-                    "ONE_CHUNK": one,
-                    "PHASES": gradient_config.phases,
+                    "SUMS_CHUNKS": not amd,
+                    "TERMS": factors.terms(r, torch_dtype),
                     "BLOCK_N": gradient_config.block_n,
                     "BLOCK_D": gradient_config.block_d,
                     "BLOCK_R": gradient_config.block_r,
+                    "STAGES": gradient_config.num_stages,
                     "PRECISION": precision,
-                    "SMALL_PRECISION": precision,
                 },
                 gradient_config,
                 d,
                 r,
                 ("grad_stride_d", "out_stride_d", "saved_stride_d"),
             )
+            if amd and not selected:
+                yield _spec(
+                    f"sum[{label}]",
+                    gradient.sum_kernel,
+                    {"workspace": "fp32"} | dict.fromkeys(weight_grads, "fp32"),
+                    ("num_rows", "counter_groups", "num_sets", "chunks", "d", "r"),
+                    {
+                        "READS": True,
+                        "SUBTRACT": subtract_projection,
+                        "SECOND": extra,
+                        "BLOCK_D": gradient_config.block_d,
+                        "BLOCK_R": gradient_config.block_r,
+                    },
+                    gradient_config,
+                    d,
+                    r,
+                )
 
 
 def red_specs(d: int, dtype: str) -> Iterator[Spec]:

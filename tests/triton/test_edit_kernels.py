@@ -181,13 +181,20 @@ def _inputs(dtype, rows_kind, sets, activation, reads, subtracts, with_coeff, n,
 
 
 def _force(monkeypatch, regime):
-    original = forward.edit_config
-    for module in (forward, delta):
+    for module, name in (
+        (forward, "edit_config"),
+        (delta, "delta_config"),
+        (gradient, "gradient_config"),
+    ):
+        original = getattr(module, name)
         monkeypatch.setattr(
             module,
-            "edit_config",
-            lambda n, *rest: original(10 if regime == "elementwise" else 5000, *rest),
+            name,
+            lambda n, *rest, original=original: original(
+                10 if regime == "elementwise" else 5000, *rest
+            ),
         )
+    monkeypatch.setattr(backward, "gradient_config", gradient.gradient_config)
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=_id)
