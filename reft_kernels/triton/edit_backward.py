@@ -53,7 +53,14 @@ def edit_backward(
     second = subtract_projection and not linear
     sets = write.shape[0] if weight_ids is not None else 1
     config = gradient_config(
-        num_rows, grad.shape[1], write.shape[-2], sets, grad.dtype, second, common.IS_AMD
+        num_rows,
+        grad.shape[1],
+        write.shape[-2],
+        sets,
+        grad.dtype,
+        second,
+        rows is not None,
+        common.IS_AMD,
     )
     workspace = grad.new_empty(
         workspace_words(num_rows, write, config, second), dtype=torch.float32

@@ -5,13 +5,14 @@ writes dh = g + A^T dz - B^T ddelta, and sums dA, dB, dc and dp over its rows. E
 read and written by one program, so dh may overwrite g. Chunks take turns from the last rows to the
 first, because the first launch read the last rows last and an L2 cache still holds part of them.
 
-Without rows, x is not saved. It is y - B^T used with used = coeff * u, and for half precision
+Without rows, x is not saved. It is y - B^T used with used = coeff * u, and it is rebuilt in each
+tile. For half precision and r <= 8 instead
 
     dz^T x = dz^T y - (dz^T used) B
 
-replaces it, where dz^T used is ``[r, r]``: y's rounding is then the only error of dtype size, as it
-is after x is rebuilt. For fp32 the difference of the two sums would cancel for edits of several
-times h, so x is rebuilt in each tile.
+where dz^T used is ``[r, r]``: y's rounding is then the only error of dtype size, as it is after x
+is rebuilt. For fp32 the difference of the two sums would cancel for edits of several times h, and
+for larger r the products with ``[r, r]`` sums take more registers than the rebuilt tile.
 
 Bytes: dz of a row depends on the whole row of g, so one kernel would have to keep ``[rows, d]``
 tiles of g and x and the sums ``[2, r, d]`` on chip. At d = 4096, r = 8 in bf16 the sums take
@@ -31,6 +32,8 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels.triton import common, factors, reduction
+
+FEW_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def gradient_config(
     sets: int,
     dtype: torch.dtype,
     second: bool = False,
+    rows_selected: bool = False,
     amd: bool = False,
 ) -> GradientConfig:
     """Return the launch parameters of ``gradient_kernel`` for a shape.
@@ -66,20 +70,34 @@ def gradient_config(
         sets: S, the number of weight sets.
         dtype: dtype of the hidden states.
         second: Whether ddelta differs from dz and needs its own products.
+        rows_selected: Whether the call has ``rows``.
         amd: Whether the target is an AMD GPU.
     """
     block_r = factors.padded_rank(rank, dtype)
     columns = max(common.MIN_DOT, common.next_power_of_2(d))
     few = num_rows <= FEW_ROWS
-    block_n, block_d, num_warps = 64, 32 if few else 64, 4
+    if dtype == torch.float32:
+        block_n, block_d, num_warps, num_stages = 16, 64, 4, 3
+        if block_r > 16 or second:
+            block_d, num_warps, num_stages = 16 if block_r > 32 else 32, 8, 2
+    elif amd:
+        block_n, block_d, num_warps, num_stages = 32, 32, 4, 2
+    elif block_r > 32:
+        block_n, block_d, num_warps, num_stages = 32, 32, 4, 3
+    else:
+        block_n, block_d, num_warps, num_stages = 64 if block_r == 8 else 32, 64, 4, 3
+        if second:
+            block_n = 32
+    if few:
+        block_d = min(block_d, 32)
+    if rows_selected and not amd:
+        # Row numbers are loaded a step before the rows, which takes a buffer of each load
+        num_stages += 1
     block_d = min(columns, block_d)
-    # About four programs per SM of a large GPU (132 SMs), with at least eight steps each
+    # About four programs per SM of a large GPU (132 SMs)
     max_chunks = max(1, 528 // (triton.cdiv(d, block_d) * sets))
     chunks = max(1, min(max_chunks, num_rows // FEW_ROWS))
-    return GradientConfig(block_n, block_d, block_r, chunks, num_warps, 2 if amd else 3)
-
-
-FEW_ROWS = 1024
+    return GradientConfig(block_n, block_d, block_r, chunks, num_warps, num_stages)
 
 
 @triton.jit
@@ -180,8 +198,8 @@ def gradient_kernel(
     """
     FOLD: tl.constexpr = SUBTRACT and not SECOND
     NEEDS_X: tl.constexpr = NEED_WEIGHTS and (read is not None or SUBTRACT)
-    REBUILDS: tl.constexpr = NEEDS_X and rows is None and TERMS == 0
-    CORRECTS: tl.constexpr = NEEDS_X and rows is None and TERMS > 0
+    REBUILDS: tl.constexpr = NEEDS_X and rows is None and TERMS != 1
+    CORRECTS: tl.constexpr = NEEDS_X and rows is None and TERMS == 1
     EXACT: tl.constexpr = grad.dtype.element_ty != tl.bfloat16
     WIDTH: tl.constexpr = 16 if TERMS == 1 else BLOCK_R
     block = tl.program_id(0)
@@ -227,11 +245,11 @@ def gradient_kernel(
             mask=mask,
             other=0.0,
         )
-        dz_high, dz_low = factors.load(dz, n, active, BLOCK_R, TERMS)
-        if NEED_WEIGHTS or REBUILDS:
-            used_high, used_low = factors.load(used, n, active, BLOCK_R, TERMS)
-        if SECOND:
-            dd_high, dd_low = factors.load(minus_ddelta, n, active, BLOCK_R, TERMS)
+        if NEED_WEIGHTS:
+            dz_high, dz_low = factors.load_transposed(dz, n, active, BLOCK_R, TERMS)
+            used_high, used_low = factors.load_transposed(used, n, active, BLOCK_R, TERMS)
+            if SECOND:
+                dd_high, dd_low = factors.load_transposed(minus_ddelta, n, active, BLOCK_R, TERMS)
         if NEEDS_X:
             saved_row = row if rows is None else n.to(tl.int64)
             x = tl.load(
@@ -241,21 +259,18 @@ def gradient_kernel(
                 mask=mask,
                 other=0.0,
             )
+            if REBUILDS or CORRECTS:
+                row_high, row_low = factors.load(used, n, active, BLOCK_R, TERMS)
             if REBUILDS:
-                x = x - factors.expand(
-                    tl.zeros((BLOCK_N, BLOCK_D), tl.float32),
-                    used_high,
-                    used_low,
-                    b_high,
-                    b_low,
-                    EXACT,
-                    TERMS,
-                    PRECISION,
+                edit = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                edit = factors.expand(
+                    edit, row_high, row_low, b_high, b_low, True, TERMS, PRECISION
                 )
+                x = (x.to(tl.float32) - edit).to(x.dtype)
             acc_a = factors.outer(acc_a, dz_high, dz_low, x, TERMS, PRECISION)
             if CORRECTS:
                 acc_a_used = factors.gram(
-                    acc_a_used, dz_high, dz_low, used_high, used_low, TERMS, PRECISION
+                    acc_a_used, dz_high, dz_low, row_high, row_low, TERMS, PRECISION
                 )
         if NEED_WEIGHTS:
             ones = tl.full((BLOCK_N, 16), 1.0, dz_high.dtype)
@@ -266,14 +281,16 @@ def gradient_kernel(
                 acc_b = factors.outer(acc_b, dd_high, dd_low, x, TERMS, PRECISION)
                 if CORRECTS:
                     acc_b_used = factors.gram(
-                        acc_b_used, dd_high, dd_low, used_high, used_low, TERMS, PRECISION
+                        acc_b_used, dd_high, dd_low, row_high, row_low, TERMS, PRECISION
                     )
         if out is not None:
             dh = g.to(tl.float32)
             if read is not None or FOLD:
-                dh = factors.expand(dh, dz_high, dz_low, a_high, a_low, EXACT, TERMS, PRECISION)
+                high, low = factors.load(dz, n, active, BLOCK_R, TERMS)
+                dh = factors.expand(dh, high, low, a_high, a_low, EXACT, TERMS, PRECISION)
             if SECOND:
-                dh = factors.expand(dh, dd_high, dd_low, b_high, b_low, EXACT, TERMS, PRECISION)
+                high, low = factors.load(minus_ddelta, n, active, BLOCK_R, TERMS)
+                dh = factors.expand(dh, high, low, b_high, b_low, EXACT, TERMS, PRECISION)
             tl.store(
                 out + row[:, None] * out_stride_n + column[None, :] * out_stride_d,
                 dh.to(g.dtype),
@@ -283,9 +300,10 @@ def gradient_kernel(
         if CORRECTS:
             # x = y - B^T used: the products with y are corrected by those with B^T used
             b = tl.load(write + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
-            acc_a -= common.dot_small(acc_a_used, b, PRECISION)
+            b_high, b_low = factors.weight_terms(b, TERMS)
+            acc_a = factors.subtract_product(acc_a, acc_a_used, b_high, b_low, PRECISION)
             if SECOND:
-                acc_b -= common.dot_small(acc_b_used, b, PRECISION)
+                acc_b = factors.subtract_product(acc_b, acc_b_used, b_high, b_low, PRECISION)
         sum_a = factors.fold(acc_a, BLOCK_D, BLOCK_R, TERMS)
         sum_b = factors.fold(acc_b, BLOCK_D, BLOCK_R, TERMS)
         # The columns of acc_c are equal, and so are those of acc_q

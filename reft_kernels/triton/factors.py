@@ -72,7 +72,7 @@ def store(words, n, i, v, mask, BLOCK_R: tl.constexpr, TERMS: tl.constexpr):
 
 @triton.jit
 def load(words, n, active, BLOCK_R: tl.constexpr, TERMS: tl.constexpr):
-    """Return (high, low) of a factor's rows n; both are the whole row unless TERMS is 2."""
+    """Return (high, low) of a factor's rows n, ``[N, R]``; both are the row unless TERMS is 2."""
     source = pointer(words, TERMS)
     WIDTH: tl.constexpr = 16 if TERMS == 1 else BLOCK_R
     PITCH: tl.constexpr = 2 * BLOCK_R if TERMS == 2 else WIDTH
@@ -81,6 +81,24 @@ def load(words, n, active, BLOCK_R: tl.constexpr, TERMS: tl.constexpr):
     low = high
     if TERMS == 2:
         low = tl.load(source + BLOCK_R + offsets, mask=active[:, None], other=0.0)
+    return high, low
+
+
+@triton.jit
+def load_transposed(words, n, active, BLOCK_R: tl.constexpr, TERMS: tl.constexpr):
+    """Return what :func:`load` returns, transposed.
+
+    A factor is loaded once for each orientation, since a load is pipelined into shared memory only
+    if all products that use it read one layout, and a transposed register tile is not pipelined.
+    """
+    source = pointer(words, TERMS)
+    WIDTH: tl.constexpr = 16 if TERMS == 1 else BLOCK_R
+    PITCH: tl.constexpr = 2 * BLOCK_R if TERMS == 2 else WIDTH
+    offsets = n.to(tl.int64)[None, :] * PITCH + tl.arange(0, WIDTH)[:, None]
+    high = tl.load(source + offsets, mask=active[None, :], other=0.0)
+    low = high
+    if TERMS == 2:
+        low = tl.load(source + BLOCK_R + offsets, mask=active[None, :], other=0.0)
     return high, low
 
 
@@ -95,33 +113,42 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def outer(acc, high, low, x, TERMS: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + v^T x for a factor v and a tile x ``[N, D]`` of hidden states.
+    """Return acc + v^T x for a factor v, given as v^T, and a tile x ``[N, D]`` of hidden states.
 
     An fp16 tile is the exact sum of two bf16 terms.
     """
     if TERMS == 0:
-        acc = product(tl.trans(high), x, acc, PRECISION)
+        acc = product(high, x, acc, PRECISION)
     elif x.dtype == tl.float16:
         x_high, x_low = truncated_terms(x.to(tl.float32))
-        acc = product(tl.trans(high), x_high, acc, PRECISION)
-        acc = product(tl.trans(high), x_low, acc, PRECISION)
+        acc = product(high, x_high, acc, PRECISION)
+        acc = product(high, x_low, acc, PRECISION)
         if TERMS == 2:
-            acc = product(tl.trans(low), x_high, acc, PRECISION)
+            acc = product(low, x_high, acc, PRECISION)
     else:
-        acc = product(tl.trans(high), x, acc, PRECISION)
+        acc = product(high, x, acc, PRECISION)
         if TERMS == 2:
-            acc = product(tl.trans(low), x, acc, PRECISION)
+            acc = product(low, x, acc, PRECISION)
     return acc
 
 
 @triton.jit
 def gram(acc, high, low, other_high, other_low, TERMS: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + v^T w for two factors, without the product of their low terms."""
-    acc = product(tl.trans(high), other_high, acc, PRECISION)
+    """Return acc + v^T w for two factors, given as v^T and w, without the product of their low terms."""
+    acc = product(high, other_high, acc, PRECISION)
     if TERMS == 2:
-        acc = product(tl.trans(low), other_high, acc, PRECISION)
-        acc = product(tl.trans(high), other_low, acc, PRECISION)
+        acc = product(low, other_high, acc, PRECISION)
+        acc = product(high, other_low, acc, PRECISION)
     return acc
+
+
+@triton.jit
+def subtract_product(acc, v, w_high, w_low, PRECISION: tl.constexpr):
+    """Return acc - v w for fp32 v, split into bf16 terms, and weights w in bf16 terms."""
+    high, low = truncated_terms(-v)
+    acc = product(high, w_high, acc, PRECISION)
+    acc = product(low, w_high, acc, PRECISION)
+    return product(high, w_low, acc, PRECISION)
 
 
 @triton.jit

@@ -87,7 +87,9 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
         ):
             label = f"{regime},{flags}"
             config = forward.edit_config(rows, d, r, torch_dtype, extra, amd)
-            gradient_config = gradient.gradient_config(rows, d, r, 1, torch_dtype, extra, amd)
+            gradient_config = gradient.gradient_config(
+                rows, d, r, 1, torch_dtype, extra, selected, amd
+            )
             plain = delta.delta_config(rows, d, r, torch_dtype, amd)
             blocks = {
                 "BLOCK_N": config.block_n,
