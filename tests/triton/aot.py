@@ -230,14 +230,12 @@ def red_specs(d: int, dtype: str) -> Iterator[Spec]:
             2,
             ("source_stride_d", "out_stride_d"),
         )
-        one = config.chunks == 1
         yield _spec(
             f"red_backward[{rows}]",
             red.red_backward_kernel,
             {"grad": h, "out": h, "saved_input": h}
             | index
-            | {"scale": "fp32", "grad_scale": "fp32", "grad_bias": "fp32"}
-            | ({} if one else {"partials": "fp32", "counters": "i32"}),
+            | {"scale": "fp32", "grad_scale": "fp32", "grad_bias": "fp32", "partials": "fp32"},
             (
                 "num_rows",
                 "num_sets",
@@ -250,11 +248,21 @@ def red_specs(d: int, dtype: str) -> Iterator[Spec]:
                 "saved_stride_n",
                 "saved_stride_d",
             ),
-            {"NEED_WEIGHTS": True, "ONE_CHUNK": one} | blocks,
+            {"NEED_WEIGHTS": True} | blocks,
             config,
             d,
             2,
             ("grad_stride_d", "out_stride_d", "saved_stride_d"),
+        )
+        yield _spec(
+            f"red_sum[{rows}]",
+            red.red_sum_kernel,
+            {"grad_scale": "fp32", "grad_bias": "fp32", "partials": "fp32"},
+            ("size", "chunks"),
+            {"BLOCK": 256},
+            config,
+            d,
+            2,
         )
 
 
