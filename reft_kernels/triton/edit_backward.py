@@ -10,14 +10,8 @@ import torch
 from torch import Tensor
 
 from reft_kernels import allocation
-from reft_kernels.triton import common
+from reft_kernels.triton import common, edit_gradient
 from reft_kernels.triton.edit_delta import launch_delta
-from reft_kernels.triton.edit_gradient import (
-    counter_groups,
-    gradient_config,
-    launch_gradient,
-    workspace_words,
-)
 
 
 def edit_backward(
@@ -52,7 +46,7 @@ def edit_backward(
     write, u, z = write.contiguous(), u.contiguous(), z.contiguous()
     second = subtract_projection and not linear
     sets = write.shape[0] if weight_ids is not None else 1
-    config = gradient_config(
+    config = edit_gradient.gradient_config(
         num_rows,
         grad.shape[1],
         write.shape[-2],
@@ -63,16 +57,26 @@ def edit_backward(
         common.IS_AMD,
     )
     workspace = grad.new_empty(
-        workspace_words(num_rows, write, config, second), dtype=torch.float32
+        edit_gradient.workspace_words(num_rows, write, config, second), dtype=torch.float32
     )
-    groups = counter_groups(write, config)
+    groups = edit_gradient.counter_groups(write, config)
     with common.device_guard(grad):
         launch_delta(
-            grad, rows, weight_ids, write, coeff, u, z, workspace, groups, grads[4], activation,
+            grad,
+            rows,
+            weight_ids,
+            write,
+            coeff,
+            u,
+            z,
+            workspace,
+            groups,
+            grads[4],
+            activation,
             second,
         )
         if out is not None or need_weights:
-            launch_gradient(
+            edit_gradient.launch_gradient(
                 grad,
                 out,
                 saved_input,

@@ -85,11 +85,10 @@ def gradient_config(
     elif block_r > 32:
         block_n, block_d, num_warps, num_stages = 32, 32, 4, 3
     else:
-        block_n, block_d, num_warps, num_stages = 64 if block_r == 8 else 32, 64, 4, 3
-        if second:
-            block_n = 32
-    if few:
-        block_d = min(block_d, 32)
+        block_n, block_d, num_warps, num_stages = 32, 64, 4, 3
+    if few and block_d > 32:
+        # The narrower tile leaves registers for more rows
+        block_n, block_d = (64 if block_r == 8 and not second else block_n), 32
     if rows_selected and not amd:
         # Row numbers are loaded a step before the rows, which takes a buffer of each load
         num_stages += 1
@@ -127,9 +126,7 @@ def _sum_partials(
     vector = reduction.padded(tl.cast(num_sets, tl.int64) * r)
     size = 2 * reduction.padded(matrix) + 2 * vector
     tl.store(
-        grad_write + offsets,
-        reduction.sum_chunks(partials, offsets, mask, size, chunks),
-        mask=mask,
+        grad_write + offsets, reduction.sum_chunks(partials, offsets, mask, size, chunks), mask=mask
     )
     partials += reduction.padded(matrix)
     if READS:

@@ -78,7 +78,6 @@ def calls(request, monkeypatch):
             return dataclasses.replace(config(*args), block_n=16, chunks=3)
 
         monkeypatch.setattr(module, name, three_chunks)
-    monkeypatch.setattr(backward, "gradient_config", gradient.gradient_config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return [request.param(seed, device) for seed in range(3)]
 
