@@ -134,7 +134,10 @@ def outer(acc, high, low, x, TERMS: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def gram(acc, high, low, other_high, other_low, TERMS: tl.constexpr, PRECISION: tl.constexpr):
-    """Return acc + v^T w for two factors, given as v^T and w, without the product of their low terms."""
+    """Return acc + v^T w for two factors, given as v^T and w.
+
+    With TERMS = 2 the product of their low terms is omitted.
+    """
     acc = product(high, other_high, acc, PRECISION)
     if TERMS == 2:
         acc = product(low, other_high, acc, PRECISION)

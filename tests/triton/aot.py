@@ -3,7 +3,7 @@
     python tests/triton/aot.py [--full] [--target sm_90 ...]
 
 The script prints one line of JSON per compiled kernel, with its target, d, r, dtype, flags,
-registers, spills, stack and shared memory in bytes, and the target's limit. It must run in its own
+registers, spills, stack and shared memory in bytes, the target's limit, and atomics. It must run in its own
 process, because kernels cannot be compiled under Triton's interpreter.
 """
 
@@ -311,6 +311,18 @@ def _hip_usage(assembly: str) -> dict[str, int]:
     }
 
 
+def _synchronization(asm: dict[str, str], backend: str) -> dict[str, int]:
+    """Count atomics, and those of them that order memory and directly follow a barrier."""
+    if backend == "hip":
+        atomics = len(re.findall(r"^\s*(?:global|flat|buffer)_atomic", asm["amdgcn"], re.MULTILINE))
+        return {"atomics": atomics}
+    pattern = r"^\s*(?:@\S+\s+)?(bar\.sync|atom\.\S+|red\.\S+|st\.global)"
+    steps = re.findall(pattern, asm["ptx"], re.MULTILINE)
+    atomics = [k for k, step in enumerate(steps) if step.startswith(("atom.", "red."))]
+    ordered = [k for k in atomics if steps[k - 1] == "bar.sync" and "gpu.acq_rel" in steps[k]]
+    return {"atomics": len(atomics), "atomics_after_barrier": len(ordered)}
+
+
 def compile_one(job: tuple[str, int, int, str, int, str]) -> dict[str, object]:
     """Compile one specialization for one target and return its resources."""
     group, d, r, dtype, index, target = job
@@ -341,6 +353,7 @@ def compile_one(job: tuple[str, int, int, str, int, str]) -> dict[str, object]:
     with contextlib.redirect_stdout(io.StringIO()) as log:
         compiled = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
     usage = _cuda_usage(log.getvalue()) if backend == "cuda" else _hip_usage(compiled.asm["amdgcn"])
+    usage |= _synchronization(compiled.asm, backend)
     row = {"kernel": spec.label, "target": target, "d": d, "r": r, "dtype": dtype, **usage}
     return row | {"shared": compiled.metadata.shared, "shared_limit": limit}
 
