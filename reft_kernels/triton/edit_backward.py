@@ -60,35 +60,23 @@ def edit_backward(
         edit_gradient.workspace_words(num_rows, write, config, second), dtype=torch.float32
     )
     groups = edit_gradient.counter_groups(write, config)
-    with common.device_guard(grad):
-        launch_delta(
+    launch_delta(
+        grad, rows, weight_ids, write, coeff, u, z, workspace, groups, grads[4], activation, second
+    )
+    if out is not None or need_weights:
+        edit_gradient.launch_gradient(
             grad,
+            out,
+            saved_input,
             rows,
             weight_ids,
+            read,
             write,
-            coeff,
-            u,
-            z,
             workspace,
-            groups,
-            grads[4],
-            activation,
+            grads[:4],
+            config,
+            subtract_projection,
             second,
+            need_weights,
         )
-        if out is not None or need_weights:
-            edit_gradient.launch_gradient(
-                grad,
-                out,
-                saved_input,
-                rows,
-                weight_ids,
-                read,
-                write,
-                workspace,
-                grads[:4],
-                config,
-                subtract_projection,
-                second,
-                need_weights,
-            )
     return grads

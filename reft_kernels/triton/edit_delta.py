@@ -10,6 +10,7 @@ The kernel also sets the second launch's counters to zero (:mod:`reft_kernels.tr
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common, factors
+from reft_kernels.triton import common, factors, launch
 
 _STAGE_BYTES = 20 * 1024
 _BUFFER_BYTES = 92 * 1024  # GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program
@@ -34,6 +35,7 @@ class DeltaConfig:
     num_stages: int  # buffers of the loads
 
 
+@functools.lru_cache(maxsize=1024)
 def delta_config(
     num_rows: int, d: int, rank: int, dtype: torch.dtype, amd: bool = False
 ) -> DeltaConfig:
@@ -171,6 +173,32 @@ def delta_kernel(
         factors.store(dz_out + 2 * size, n, i, -ddelta, row_mask, BLOCK_R, TERMS)
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound(
+    config: DeltaConfig,
+    rank: int,
+    dtype: torch.dtype,
+    device_type: str,
+    activation: str,
+    second: bool,
+) -> launch.BoundKernel:
+    return launch.BoundKernel(
+        delta_kernel,
+        {
+            "ACTIVATION": activation,
+            "SECOND": second,
+            "TERMS": factors.terms(rank, dtype),
+            "BATCH": config.num_warps,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": config.block_d,
+            "BLOCK_R": config.block_r,
+            "STAGES": config.num_stages,
+            "PRECISION": common.dot_precision(dtype),
+        },
+        {"num_warps": config.num_warps, **common.compile_options(device_type)},
+    )
+
+
 def launch_delta(
     grad: Tensor,
     rows: Tensor | None,
@@ -201,30 +229,9 @@ def launch_delta(
     num_rows, rank = u.shape
     d = grad.shape[1]
     config = delta_config(num_rows, d, rank, grad.dtype, common.IS_AMD)
-    delta_kernel[(triton.cdiv(num_rows, config.block_n),)](
-        grad,
-        rows,
-        weight_ids,
-        write,
-        coeff,
-        u,
-        z,
-        workspace,
-        grad_coeff,
-        num_rows,
-        counter_groups,
-        d,
-        rank,
-        *grad.stride(),
-        ACTIVATION=activation,
-        SECOND=second,
-        TERMS=factors.terms(rank, grad.dtype),
-        BATCH=config.num_warps,
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        BLOCK_R=config.block_r,
-        STAGES=config.num_stages,
-        PRECISION=common.dot_precision(grad.dtype),
-        num_warps=config.num_warps,
-        **common.compile_options(grad),
+    launch.launch(
+        _bound(config, rank, grad.dtype, grad.device.type, activation, second),
+        (triton.cdiv(num_rows, config.block_n),),
+        (grad, rows, weight_ids, write, coeff, u, z, workspace, grad_coeff),
+        (num_rows, counter_groups, d, rank, *grad.stride()),
     )

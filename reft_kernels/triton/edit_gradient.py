@@ -24,6 +24,7 @@ L2 cache keeps of g. Nothing here was measured on a GPU.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common, factors, reduction
+from reft_kernels.triton import common, factors, launch, reduction
 
 FEW_ROWS = 1024
 
@@ -48,6 +49,7 @@ class GradientConfig:
     num_stages: int  # buffers of the loads
 
 
+@functools.lru_cache(maxsize=1024)
 def gradient_config(
     num_rows: int,
     d: int,
@@ -411,6 +413,51 @@ def counter_groups(write: Tensor, config: GradientConfig) -> int:
     return triton.cdiv(triton.cdiv(write.shape[-1], config.block_d) * sets, 16)
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound(
+    config: GradientConfig,
+    rank: int,
+    dtype: torch.dtype,
+    device_type: str,
+    subtract_projection: bool,
+    second: bool,
+    need_weights: bool,
+) -> launch.BoundKernel:
+    return launch.BoundKernel(
+        gradient_kernel,
+        {
+            "SUBTRACT": subtract_projection,
+            "SECOND": second,
+            "NEED_WEIGHTS": need_weights,
+            "SUMS_CHUNKS": not common.IS_AMD,
+            "TERMS": factors.terms(rank, dtype),
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": config.block_d,
+            "BLOCK_R": config.block_r,
+            "STAGES": config.num_stages,
+            "PRECISION": common.small_precision(dtype),
+        },
+        {"num_warps": config.num_warps, **common.compile_options(device_type)},
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound_sum(
+    config: GradientConfig, reads: bool, subtract_projection: bool, second: bool
+) -> launch.BoundKernel:
+    return launch.BoundKernel(
+        sum_kernel,
+        {
+            "READS": reads,
+            "SUBTRACT": subtract_projection,
+            "SECOND": second,
+            "BLOCK_D": config.block_d,
+            "BLOCK_R": config.block_r,
+        },
+        {"num_warps": config.num_warps},
+    )
+
+
 def launch_gradient(
     grad: Tensor,
     out: Tensor | None,
@@ -447,51 +494,28 @@ def launch_gradient(
     groups = counter_groups(write, config)
     blocks = triton.cdiv(d, config.block_d)
     saved_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
-    gradient_kernel[(blocks, config.chunks, sets)](
-        grad,
-        out,
-        saved_input,
-        rows,
-        weight_ids,
-        read,
-        write,
-        workspace,
-        *weight_grads,
-        num_rows,
-        groups,
-        sets,
-        config.chunks,
-        d,
-        rank,
-        *grad.stride(),
-        *(out.stride() if out is not None else (0, 0)),
-        *saved_strides,
-        SUBTRACT=subtract_projection,
-        SECOND=second,
-        NEED_WEIGHTS=need_weights,
-        SUMS_CHUNKS=not common.IS_AMD,
-        TERMS=factors.terms(rank, grad.dtype),
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        BLOCK_R=config.block_r,
-        STAGES=config.num_stages,
-        PRECISION=common.small_precision(grad.dtype),
-        num_warps=config.num_warps,
-        **common.compile_options(grad),
-    )
-    if need_weights and common.IS_AMD and config.chunks > 1:
-        sum_kernel[(blocks, sets)](
-            workspace,
-            *weight_grads,
+    launch.launch(
+        _bound(
+            config, rank, grad.dtype, grad.device.type, subtract_projection, second, need_weights
+        ),
+        (blocks, config.chunks, sets),
+        (grad, out, saved_input, rows, weight_ids, read, write, workspace, *weight_grads),
+        (
             num_rows,
             groups,
             sets,
             config.chunks,
             d,
             rank,
-            READS=read is not None,
-            SUBTRACT=subtract_projection,
-            SECOND=second,
-            BLOCK_D=config.block_d,
-            BLOCK_R=config.block_r,
+            *grad.stride(),
+            *(out.stride() if out is not None else (0, 0)),
+            *saved_strides,
+        ),
+    )
+    if need_weights and common.IS_AMD and config.chunks > 1:
+        launch.launch(
+            _bound_sum(config, read is not None, subtract_projection, second),
+            (blocks, sets),
+            (workspace, *weight_grads),
+            (num_rows, groups, sets, config.chunks, d, rank),
         )

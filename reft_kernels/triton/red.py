@@ -6,6 +6,7 @@ programs, and a second launch adds the partial sums.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels import allocation
-from reft_kernels.triton import common, reduction
+from reft_kernels.triton import common, launch, reduction
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RedConfig:
 FEW_ROWS = 1024
 
 
+@functools.lru_cache(maxsize=1024)
 def red_config(num_rows: int, d: int, sets: int) -> RedConfig:
     """Return the launch parameters for a shape: tiles of 4096 elements.
 
@@ -183,6 +185,23 @@ def red_sum_kernel(grad_scale, grad_bias, partials, size, chunks, BLOCK: tl.cons
     tl.store(grad_bias + offsets, total, mask=mask)
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound_forward(config: RedConfig, save: bool) -> launch.BoundKernel:
+    constants = {"SAVE": save, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
+    return launch.BoundKernel(red_kernel, constants, {"num_warps": config.num_warps})
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound_backward(config: RedConfig, need_weights: bool) -> launch.BoundKernel:
+    constants = {"NEED_WEIGHTS": need_weights, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
+    return launch.BoundKernel(red_backward_kernel, constants, {"num_warps": config.num_warps})
+
+
+@functools.lru_cache(maxsize=1)
+def _bound_sum() -> launch.BoundKernel:
+    return launch.BoundKernel(red_sum_kernel, {"BLOCK": 256}, {"num_warps": 4})
+
+
 def red(
     source: Tensor,
     out: Tensor,
@@ -199,8 +218,10 @@ def red(
     if num_rows == 0:
         return saved_input
     config = red_config(num_rows, d, scale.shape[0] if weight_ids is not None else 1)
-    with common.device_guard(source):
-        red_kernel[(triton.cdiv(num_rows, config.block_n), triton.cdiv(d, config.block_d))](
+    launch.launch(
+        _bound_forward(config, save),
+        (triton.cdiv(num_rows, config.block_n), triton.cdiv(d, config.block_d)),
+        (
             source,
             out,
             common.contiguous(rows),
@@ -208,15 +229,9 @@ def red(
             common.contiguous(scale),
             common.contiguous(bias),
             saved_input,
-            num_rows,
-            d,
-            *source.stride(),
-            *out.stride(),
-            SAVE=save,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-        )
+        ),
+        (num_rows, d, *source.stride(), *out.stride()),
+    )
     return saved_input
 
 
@@ -244,8 +259,10 @@ def red_backward(
     if need_weights and config.chunks > 1:
         partials = grad.new_empty(config.chunks * 2 * sets * d, dtype=torch.float32)
     saved_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
-    with common.device_guard(grad):
-        red_backward_kernel[(blocks, config.chunks, sets)](
+    launch.launch(
+        _bound_backward(config, need_weights),
+        (blocks, config.chunks, sets),
+        (
             grad,
             out,
             saved_input,
@@ -255,6 +272,8 @@ def red_backward(
             grad_scale,
             grad_bias,
             partials,
+        ),
+        (
             num_rows,
             sets,
             config.chunks,
@@ -262,14 +281,14 @@ def red_backward(
             *grad.stride(),
             *(out.stride() if out is not None else (0, 0)),
             *saved_strides,
-            NEED_WEIGHTS=need_weights,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
+        ),
+    )
+    if need_weights and config.chunks > 1:
+        size = sets * d
+        launch.launch(
+            _bound_sum(),
+            (triton.cdiv(size, 256),),
+            (grad_scale, grad_bias, partials),
+            (size, config.chunks),
         )
-        if need_weights and config.chunks > 1:
-            size = sets * d
-            red_sum_kernel[(triton.cdiv(size, 256),)](
-                grad_scale, grad_bias, partials, size, config.chunks, BLOCK=256
-            )
     return grad_scale, grad_bias
