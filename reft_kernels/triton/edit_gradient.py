@@ -437,7 +437,11 @@ def _bound(
             "STAGES": config.num_stages,
             "PRECISION": common.small_precision(dtype),
         },
-        {"num_warps": config.num_warps, **common.compile_options(device_type)},
+        {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **common.compile_options(device_type),
+        },
     )
 
 

@@ -82,6 +82,9 @@ def main() -> None:
 
     triton.runtime.driver.set_active(_Driver())
     triton.compiler.compile = compile_
+    launch = importlib.import_module("reft_kernels.triton.launch")
+    launch._current_device = lambda: -1  # the device index of CPU tensors
+    launch._current_stream = lambda device: 0
     backward = importlib.import_module("reft_kernels.triton.edit_backward")
     red = importlib.import_module("reft_kernels.triton.red")
     results = {}
