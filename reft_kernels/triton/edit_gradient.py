@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common, factors, launch, reduction
+from reft_kernels.triton import common, edit_sum, factors, launch, reduction
 
 FEW_ROWS = 1024
 
@@ -84,14 +84,14 @@ def gradient_config(
             block_d, num_warps, num_stages = 16 if block_r > 32 else 32, 8, 2
     elif amd:
         block_n, block_d, num_warps, num_stages = 32, 32, 4, 2
-    elif block_r > 32:
+    elif block_r > 32 or block_r > 16 and second:
         block_n, block_d, num_warps, num_stages = 32, 32, 4, 3
     else:
         block_n, block_d, num_warps, num_stages = 32, 64, 4, 3
     if few and block_d > 32:
         # The narrower tile leaves registers for more rows
         block_n, block_d = (64 if block_r == 8 and not second else block_n), 32
-    if rows_selected and not amd:
+    if rows_selected and not amd and dtype != torch.float32:
         # Row numbers are loaded a step before the rows, which takes a buffer of each load
         num_stages += 1
     block_d = min(columns, block_d)
@@ -99,58 +99,6 @@ def gradient_config(
     max_chunks = max(1, 528 // (triton.cdiv(d, block_d) * sets))
     chunks = max(1, min(max_chunks, num_rows // FEW_ROWS))
     return GradientConfig(block_n, block_d, block_r, chunks, num_warps, num_stages)
-
-
-@triton.jit
-def _sum_partials(
-    partials,
-    grad_read,
-    grad_read_bias,
-    grad_write,
-    grad_subtract_bias,
-    num_sets,
-    chunks,
-    d,
-    r,
-    block,
-    s,
-    READS: tl.constexpr,
-    SUBTRACT: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Store the sums of one block of columns and one weight set over all chunks."""
-    i = tl.arange(0, BLOCK_R)
-    col = block * BLOCK_D + tl.arange(0, BLOCK_D)
-    offsets = (tl.cast(s, tl.int64) * r + i[:, None]) * d + col[None, :]
-    mask = (i < r)[:, None] & (col < d)[None, :]
-    matrix = tl.cast(num_sets, tl.int64) * r * d
-    vector = reduction.padded(tl.cast(num_sets, tl.int64) * r)
-    size = 2 * reduction.padded(matrix) + 2 * vector
-    tl.store(
-        grad_write + offsets, reduction.sum_chunks(partials, offsets, mask, size, chunks), mask=mask
-    )
-    partials += reduction.padded(matrix)
-    if READS:
-        tl.store(
-            grad_read + offsets,
-            reduction.sum_chunks(partials, offsets, mask, size, chunks),
-            mask=mask,
-        )
-    partials += reduction.padded(matrix)
-    b_offsets = tl.cast(s, tl.int64) * r + i
-    b_mask = i + block * BLOCK_R < r  # only block 0 stores the bias gradients
-    tl.store(
-        grad_read_bias + b_offsets,
-        reduction.sum_chunks(partials, b_offsets, b_mask, size, chunks),
-        mask=b_mask,
-    )
-    if SUBTRACT:
-        tl.store(
-            grad_subtract_bias + b_offsets,
-            reduction.sum_chunks(partials + vector, b_offsets, b_mask, size, chunks),
-            mask=b_mask,
-        )
 
 
 @triton.jit(do_not_specialize=["num_rows", "counter_groups", "num_sets", "chunks"])
@@ -336,7 +284,7 @@ def gradient_kernel(
             if SUMS_CHUNKS:
                 counter = workspace.to(tl.pointer_type(tl.int32)) + s * tl.num_programs(0) + block
                 if reduction.is_last(counter, chunks):
-                    _sum_partials(
+                    edit_sum.sum_partials(
                         partials,
                         grad_read,
                         grad_read_bias,
@@ -353,46 +301,6 @@ def gradient_kernel(
                         BLOCK_D,
                         BLOCK_R,
                     )
-
-
-@triton.jit(do_not_specialize=["num_rows", "counter_groups", "num_sets", "chunks"])
-def sum_kernel(
-    workspace,
-    grad_read,
-    grad_read_bias,
-    grad_write,
-    grad_subtract_bias,
-    num_rows,
-    counter_groups,
-    num_sets,
-    chunks,
-    d,
-    r,
-    READS: tl.constexpr,
-    SUBTRACT: tl.constexpr,
-    SECOND: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Add the partial sums of :func:`gradient_kernel`'s chunks, in a launch of its own."""
-    size = tl.cast(num_rows, tl.int64) * BLOCK_R
-    _sum_partials(
-        workspace + counter_groups * 16 + (3 if SECOND else 2) * size,
-        grad_read,
-        grad_read_bias,
-        grad_write,
-        grad_subtract_bias,
-        num_sets,
-        chunks,
-        d,
-        r,
-        tl.program_id(0),
-        tl.program_id(1),
-        READS,
-        SUBTRACT,
-        BLOCK_D,
-        BLOCK_R,
-    )
 
 
 def workspace_words(num_rows: int, write: Tensor, config: GradientConfig, second: bool) -> int:
@@ -450,7 +358,7 @@ def _bound_sum(
     config: GradientConfig, reads: bool, subtract_projection: bool, second: bool
 ) -> launch.BoundKernel:
     return launch.BoundKernel(
-        sum_kernel,
+        edit_sum.sum_kernel,
         {
             "READS": reads,
             "SUBTRACT": subtract_projection,
@@ -477,7 +385,9 @@ def launch_gradient(
     second: bool,
     need_weights: bool,
 ) -> None:
-    """Launch :func:`gradient_kernel`, and on AMD GPUs :func:`sum_kernel` if there are chunks.
+    """Launch :func:`gradient_kernel`.
+
+    On AMD GPUs, :func:`reft_kernels.triton.edit_sum.sum_kernel` follows if there are chunks.
 
     Args:
         grad: g ``[M, d]``, with any strides.

@@ -194,7 +194,7 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
             if amd and not selected:
                 yield _spec(
                     f"sum[{label}]",
-                    gradient.sum_kernel,
+                    importlib.import_module("reft_kernels.triton.edit_sum").sum_kernel,
                     {"workspace": "fp32"} | dict.fromkeys(weight_grads, "fp32"),
                     ("num_rows", "counter_groups", "num_sets", "chunks", "d", "r"),
                     {
