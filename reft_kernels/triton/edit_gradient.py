@@ -149,6 +149,7 @@ def gradient_kernel(
     CORRECTS: tl.constexpr = NEEDS_X and rows is None and TERMS == 1
     EXACT: tl.constexpr = grad.dtype.element_ty != tl.bfloat16
     WIDTH: tl.constexpr = 16 if TERMS == 1 else BLOCK_R
+    SUMS: tl.constexpr = BLOCK_N if TERMS == 0 else 16
     block = tl.program_id(0)
     chunk = tl.program_id(1)
     s = tl.program_id(2)
@@ -171,8 +172,8 @@ def gradient_kernel(
         a_high, a_low = factors.weight_terms(a, TERMS)
     acc_a = tl.zeros((WIDTH, BLOCK_D), tl.float32)
     acc_b = tl.zeros((WIDTH, BLOCK_D), tl.float32)
-    acc_c = tl.zeros((WIDTH, 16), tl.float32)
-    acc_q = tl.zeros((WIDTH, 16), tl.float32)
+    acc_c = tl.zeros((WIDTH, SUMS), tl.float32)
+    acc_q = tl.zeros((WIDTH, SUMS), tl.float32)
     acc_a_used = tl.zeros((WIDTH, WIDTH), tl.float32)
     acc_b_used = tl.zeros((WIDTH, WIDTH), tl.float32)
     steps = tl.cdiv(num_rows, BLOCK_N)
@@ -220,11 +221,10 @@ def gradient_kernel(
                     acc_a_used, dz_high, dz_low, row_high, row_low, TERMS, PRECISION
                 )
         if NEED_WEIGHTS:
-            ones = tl.full((BLOCK_N, 16), 1.0, dz_high.dtype)
-            acc_c = factors.outer(acc_c, dz_high, dz_low, ones, TERMS, PRECISION)
+            acc_c = factors.row_sums(acc_c, dz_high, dz_low, BLOCK_N, TERMS, PRECISION)
             acc_b = factors.outer(acc_b, used_high, used_low, g, TERMS, PRECISION)
             if SECOND:
-                acc_q = factors.outer(acc_q, dd_high, dd_low, ones, TERMS, PRECISION)
+                acc_q = factors.row_sums(acc_q, dd_high, dd_low, BLOCK_N, TERMS, PRECISION)
                 acc_b = factors.outer(acc_b, dd_high, dd_low, x, TERMS, PRECISION)
                 if CORRECTS:
                     acc_b_used = factors.gram(
@@ -253,8 +253,9 @@ def gradient_kernel(
                 acc_b = factors.subtract_product(acc_b, acc_b_used, b_high, b_low, PRECISION)
         sum_a = factors.fold(acc_a, BLOCK_D, BLOCK_R, TERMS)
         sum_b = factors.fold(acc_b, BLOCK_D, BLOCK_R, TERMS)
-        # The columns of acc_c are equal, and so are those of acc_q
-        sum_c = tl.sum(factors.fold(acc_c, 16, BLOCK_R, TERMS), 1) / 16
+        # With terms the columns of acc_c are equal, and so are those of acc_q
+        COPIES: tl.constexpr = 1 if TERMS == 0 else 16
+        sum_c = tl.sum(factors.fold(acc_c, SUMS, BLOCK_R, TERMS), 1) / COPIES
         if FOLD:
             sum_b -= sum_a
         i = tl.arange(0, BLOCK_R)
@@ -264,7 +265,7 @@ def gradient_kernel(
         b_mask = i + block * BLOCK_R < r  # only block 0 stores the bias gradients
         subtract = -sum_c
         if SECOND:
-            subtract = tl.sum(factors.fold(acc_q, 16, BLOCK_R, TERMS), 1) / 16
+            subtract = tl.sum(factors.fold(acc_q, SUMS, BLOCK_R, TERMS), 1) / COPIES
         if chunks == 1:
             tl.store(grad_write + offsets, sum_b, mask=mask)
             if read is not None:

@@ -1,8 +1,8 @@
 """Sum of the partial gradients of the edit's weights over chunks of rows.
 
 The partial sums of a chunk are dB, dA ``[S, r, d]``, dc and dp ``[S, r]``, each padded to a
-multiple of 16 values. The last program of :mod:`reft_kernels.triton.edit_gradient` adds them, or a launch of
-``sum_kernel`` (:mod:`reft_kernels.triton.reduction`).
+multiple of 16 values. The last program of :mod:`reft_kernels.triton.edit_gradient` adds them, or a
+launch of ``sum_kernel`` (:mod:`reft_kernels.triton.reduction`).
 """
 
 from __future__ import annotations

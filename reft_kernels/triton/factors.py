@@ -133,6 +133,20 @@ def outer(acc, high, low, x, TERMS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def row_sums(acc, high, low, BLOCK_N: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr):
+    """Add a factor v, given as v^T, to its sum over rows.
+
+    With TERMS > 0, each of the 16 columns of acc is the sum, a product with ones; otherwise the
+    columns of acc, one for each row of the tile, are yet to be added.
+    """
+    if TERMS == 0:
+        return acc + high
+    else:
+        ones = tl.full((BLOCK_N, 16), 1.0, high.dtype)
+        return outer(acc, high, low, ones, TERMS, PRECISION)
+
+
+@triton.jit
 def gram(acc, high, low, other_high, other_low, TERMS: tl.constexpr, PRECISION: tl.constexpr):
     """Return acc + v^T w for two factors, given as v^T and w.
 
