@@ -235,7 +235,7 @@ def launch_delta(
     config = delta_config(num_rows, d, rank, grad.dtype, common.IS_AMD)
     launch.launch(
         _bound(config, rank, grad.dtype, grad.device.type, activation, second),
-        (triton.cdiv(num_rows, config.block_n),),
+        (common.cdiv(num_rows, config.block_n),),
         (grad, rows, weight_ids, write, coeff, u, z, workspace, grad_coeff),
         (num_rows, counter_groups, d, rank, *grad.stride()),
     )

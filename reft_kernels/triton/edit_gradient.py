@@ -96,7 +96,7 @@ def gradient_config(
         num_stages += 1
     block_d = min(columns, block_d)
     # About four programs per SM of a large GPU (132 SMs)
-    max_chunks = max(1, 528 // (triton.cdiv(d, block_d) * sets))
+    max_chunks = max(1, 528 // (common.cdiv(d, block_d) * sets))
     chunks = max(1, min(max_chunks, num_rows // FEW_ROWS))
     return GradientConfig(block_n, block_d, block_r, chunks, num_warps, num_stages)
 
@@ -319,7 +319,7 @@ def counter_groups(write: Tensor, config: GradientConfig) -> int:
     if config.chunks == 1:
         return 0
     sets = write.numel() // (write.shape[-1] * write.shape[-2])
-    return triton.cdiv(triton.cdiv(write.shape[-1], config.block_d) * sets, 16)
+    return common.cdiv(common.cdiv(write.shape[-1], config.block_d) * sets, 16)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -407,7 +407,7 @@ def launch_gradient(
     num_rows = grad.shape[0] if rows is None else rows.shape[0]
     sets = write.shape[0] if weight_ids is not None else 1
     groups = counter_groups(write, config)
-    blocks = triton.cdiv(d, config.block_d)
+    blocks = common.cdiv(d, config.block_d)
     saved_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
     launch.launch(
         _bound(

@@ -41,7 +41,7 @@ def red_config(num_rows: int, d: int, sets: int) -> RedConfig:
     """
     block_d = min(common.next_power_of_2(d), 64 if num_rows <= FEW_ROWS else 256)
     block_n = min(4096 // block_d, 64)
-    max_chunks = max(1, 528 // (triton.cdiv(d, block_d) * sets))
+    max_chunks = max(1, 528 // (common.cdiv(d, block_d) * sets))
     chunks = max(1, min(max_chunks, num_rows // FEW_ROWS))
     return RedConfig(block_n, block_d, chunks, 4)
 
@@ -220,7 +220,7 @@ def red(
     config = red_config(num_rows, d, scale.shape[0] if weight_ids is not None else 1)
     launch.launch(
         _bound_forward(config, save),
-        (triton.cdiv(num_rows, config.block_n), triton.cdiv(d, config.block_d)),
+        (common.cdiv(num_rows, config.block_n), common.cdiv(d, config.block_d)),
         (
             source,
             out,
@@ -254,7 +254,7 @@ def red_backward(
     if out is None and not need_weights:
         return grad_scale, grad_bias
     config = red_config(num_rows, d, sets)
-    blocks = triton.cdiv(d, config.block_d)
+    blocks = common.cdiv(d, config.block_d)
     partials = grad_scale  # not used with one chunk; the same type, so that one kernel is compiled
     if need_weights and config.chunks > 1:
         partials = grad.new_empty(config.chunks * 2 * sets * d, dtype=torch.float32)
@@ -287,7 +287,7 @@ def red_backward(
         size = sets * d
         launch.launch(
             _bound_sum(),
-            (triton.cdiv(size, 256),),
+            (common.cdiv(size, 256),),
             (grad_scale, grad_bias, partials),
             (size, config.chunks),
         )
