@@ -90,7 +90,7 @@ def _names(operand: str) -> list[str]:
 
 def _memory(instruction: Instruction) -> tuple[str, str] | None:
     """Return the kind and the state space of a memory access, or None."""
-    parts = instruction.opcode.split(".")
+    parts = [part.split("::")[0] for part in instruction.opcode.split(".")]
     if parts[0] in ("ld", "st") and "param" not in parts:
         space = next((p for p in parts if p in ("global", "shared", "local", "const")), "generic")
         return ("load" if parts[0] == "ld" else "store"), space

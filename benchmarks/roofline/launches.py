@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +50,15 @@ class Launch:
         return self.grid[0] * self.grid[1] * self.grid[2]
 
 
+def _forget() -> None:
+    """Clear what the launchers keep between calls, which depends on the target."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("reft_kernels.triton"):
+            for function in vars(module).values():
+                if hasattr(function, "cache_clear"):
+                    function.cache_clear()
+
+
 @contextlib.contextmanager
 def _as_on(target: Target) -> Iterator[None]:
     """Let the launchers decide as on the target."""
@@ -55,11 +66,44 @@ def _as_on(target: Target) -> Iterator[None]:
     build = importlib.import_module("reft_kernels.triton.orthonormal_launch")
     amd = target.backend == "hip"
     options = {} if amd else common.CUDA_OPTIONS
+    _forget()
     with (
         mock.patch.object(common, "IS_AMD", amd),
-        mock.patch.object(common, "compile_options", lambda tensor: options),
+        mock.patch.object(common, "compile_options", lambda of: options),
         mock.patch.object(build, "processors", lambda device: PROCESSORS),
     ):
+        yield
+    _forget()
+
+
+@contextlib.contextmanager
+def _recorder(launches: list[Launch]) -> Iterator[None]:
+    from triton.runtime.jit import JITFunction
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        names = kernel.arg_names
+        arguments = dict(zip(names, args, strict=False))
+        arguments |= {name: kwargs.pop(name) for name in names if name in kwargs}
+        whole = (*(grid(arguments) if callable(grid) else grid), 1, 1)
+        options = {name: value for name, value in kwargs.items() if value is not None}
+        launches.append(Launch(kernel, whole[:3], arguments, options))
+
+    def launch(bound, grid, tensors, integers):
+        run(
+            bound.kernel,
+            *tensors,
+            *integers,
+            grid=grid,
+            warmup=False,
+            **bound.constants,
+            **bound.options,
+        )
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        if importlib.util.find_spec("reft_kernels.triton.launch") is not None:
+            module = importlib.import_module("reft_kernels.triton.launch")
+            stack.enter_context(mock.patch.object(module, "launch", launch))
         yield
 
 
@@ -73,19 +117,8 @@ def record(target: Target, call: Callable[[], Any]) -> list[Launch]:
     """
     if interpreting():
         raise RuntimeError("TRITON_INTERPRET: got 1, expected 0; interpreted code is not compiled")
-    from triton.runtime.jit import JITFunction
-
     launches: list[Launch] = []
-
-    def run(kernel, *args, grid, warmup, **kwargs):
-        names = kernel.arg_names
-        arguments = dict(zip(names, args, strict=False))
-        arguments |= {name: kwargs.pop(name) for name in names if name in kwargs}
-        whole = (*(grid(arguments) if callable(grid) else grid), 1, 1)
-        options = {name: value for name, value in kwargs.items() if value is not None}
-        launches.append(Launch(kernel, whole[:3], arguments, options))
-
-    with _as_on(target), mock.patch.object(JITFunction, "run", run):
+    with _as_on(target), _recorder(launches):
         call()
     if not launches:
         raise RuntimeError("call: expected at least one launch of a kernel, got none")

@@ -12,6 +12,7 @@ from benchmarks.roofline.code import Block, Code, Instruction, Loop, blocks, loo
 _TENSOR = ("HMMA", "HGMMA", "IMMA", "QMMA", "QGMMA", "DMMA", "OMMA", "UTCHMMA", "UTCQMMA")
 _BULK = ("UBLKCP", "UTMALDG")
 _CONVERSIONS = ("F2F", "I2F", "F2I", "I2FP", "FRND", "F2FP")
+_AMD = ("s_", "v_", "ds_", "global_", "buffer_", "flat_", "scratch_")
 _AMD_WIDTHS = {
     "ubyte": 1,
     "byte": 1,
@@ -64,8 +65,10 @@ class Region:
     def add(self, instruction: Instruction) -> None:
         """Count an instruction."""
         self.instructions += 1
-        if instruction.opcode[0].islower():
+        if instruction.opcode.startswith(_AMD):
             self._add_amd(instruction.opcode)
+        elif instruction.opcode[0].islower():
+            self._add_ptx(instruction)
         else:
             self._add_nvidia(instruction)
 
@@ -98,6 +101,26 @@ class Region:
             self.atomics += 1
         elif name == "STL":
             self.local += _width(parts)
+
+    def _add_ptx(self, instruction: Instruction) -> None:
+        parts = instruction.opcode.split(".")
+        name = parts[0]
+        vector = next((int(part[1:]) for part in parts if part in ("v2", "v4", "v8")), 1)
+        if name in ("ld", "st") and "global" in parts:
+            width = vector * int(parts[-1].lstrip("busf")) // 8
+            (self.loads if name == "ld" else self.stores)[width] += 1
+        elif instruction.opcode.startswith(("cp.async.ca", "cp.async.cg")):
+            self.copies[int(instruction.operands[2], 0)] += 1
+        elif instruction.opcode.startswith("cp.async.bulk"):
+            self.bulk += "global" in instruction.opcode
+        elif name in ("bar", "barrier"):
+            self.barriers += 1
+        elif name in ("mma", "wgmma", "tcgen05"):
+            self.tensor += "mma" in parts or "sync" in parts or "mma_async" in parts
+        elif name == "shfl":
+            self.shuffles += 1
+        elif name in ("atom", "red"):
+            self.atomics += 1
 
     def _add_amd(self, opcode: str) -> None:
         access = re.match(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?(\w+?)(?:_d16\w*)?$", opcode)
@@ -162,6 +185,12 @@ def read(code: Code) -> Region:
 def walk(region: Region) -> list[Region]:
     """Return all loops inside a region, each before the loops inside it."""
     return [found for inner in region.inner for found in (inner, *walk(inner))]
+
+
+def memory_operations(region: Region) -> int:
+    """Return the number of accesses to global memory, which unrolling a loop multiplies."""
+    counts = (region.loads, region.stores, region.copies)
+    return sum(n for count in counts for n in count.values()) + region.bulk
 
 
 def total(region: Region, name: str) -> int:

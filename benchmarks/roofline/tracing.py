@@ -75,6 +75,23 @@ def samples(launch: Launch, most: int = 3) -> list[tuple[int, int, int]]:
 
 
 def traces(launch: Launch, compiled: Compiled) -> list[Trace]:
-    """Execute the sample programs of a launch."""
+    """Execute the sample programs of a launch; no program is the last to finish."""
     runner = machine(launch, compiled)
     return [runner.run(program) for program in samples(launch)]
+
+
+def last_arrival(launch: Launch, compiled: Compiled) -> Trace | None:
+    """Execute the last program as the last of those that share a sum.
+
+    They are counted along the second axis of the grid.
+
+    Returns:
+        None if programs do not count each other.
+    """
+    kernel = compiled.kernel
+    if kernel is None or not any(
+        i.opcode.startswith("atom.") and "shared" not in i.opcode for i in kernel.code.instructions
+    ):
+        return None
+    last = tuple(n - 1 for n in launch.grid)
+    return machine(launch, compiled, launch.grid[1] - 1).run((last[0], last[1], last[2]))

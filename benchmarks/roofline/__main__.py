@@ -1,0 +1,87 @@
+"""Print ESTIMATES of the kernels' times on a GPU, from the compiled code.
+
+    python -m benchmarks.roofline [--d 4096] [--rank 8] [--dtype bfloat16] [--rows N ...]
+        [--arch sm_90] [--operator edit ...] [--markdown] [--out FILE]
+
+No GPU is needed and none is used. The model is in :mod:`benchmarks.roofline.model`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+
+import torch
+
+from benchmarks.roofline import shapes, table
+from benchmarks.roofline.targets import TARGETS
+
+OPERATORS = ("edit", "edit backward", "R build", "R build backward")
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}, expected at least 1")
+    return number
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.roofline",
+        description="Print estimates of the kernels' times on a GPU, from the compiled code.",
+    )
+    parser.add_argument("--d", type=_positive, default=4096, help="columns (default: 4096)")
+    parser.add_argument("--rank", type=_positive, default=8, help="rank (default: 8)")
+    parser.add_argument("--rows", type=_positive, nargs="+", help="numbers of rows")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16"
+    )
+    parser.add_argument(
+        "--arch",
+        choices=[name for name, target in TARGETS.items() if target.backend == "cuda"],
+        default="sm_90",
+        help="what the code is compiled for; the assumptions are those of an H200",
+    )
+    parser.add_argument("--operator", choices=OPERATORS, nargs="+", default=OPERATORS)
+    parser.add_argument("--markdown", action="store_true", help="print markdown")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write to a file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    args = _parser().parse_args(argv)
+    if args.rank > args.d:
+        print(f"--rank: got {args.rank}, expected at most d = {args.d}", file=sys.stderr)
+        return 2
+    target = TARGETS[args.arch]
+    rows = tuple(args.rows) if args.rows else None
+    questions = shapes.questions(args.d, args.rank, getattr(torch, args.dtype), rows)
+    answers = [
+        table.answer(question, target)
+        for question in questions
+        if question.operator in args.operator
+    ]
+    cells = table.lines(answers)
+    title = f"d = {args.d}, r = {args.rank}, {args.dtype}"
+    if args.markdown:
+        parts = [f"ESTIMATES, {title}", table.markdown(cells), table.NOTE]
+        parts.append("\n".join(f"- {line}" for line in table.assumptions(target)))
+    else:
+        parts = [f"ESTIMATES, {title}", table.text(cells), table.NOTE]
+        parts.append("\n".join(table.assumptions(target)))
+    page = "\n\n".join(parts) + "\n"
+    if args.out:
+        args.out.write_text(page, encoding="utf-8")
+    else:
+        print(page, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
