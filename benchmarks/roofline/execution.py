@@ -109,7 +109,7 @@ def _written(instruction: Instruction) -> list[str]:
     name = instruction.opcode.split(".")[0]
     if name in ("st", "red", "bra", "ret", "exit", "trap", *_NO_RESULT) or not instruction.operands:
         return []
-    if instruction.opcode.startswith(("cp.", "stmatrix", "mbarrier.init", "mbarrier.inval")):
+    if instruction.operands[0].startswith("["):  # memory
         return []
     return _names(instruction.operands[0])
 

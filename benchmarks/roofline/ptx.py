@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
 from benchmarks.roofline.code import Code, Instruction
 
-_ENTRY = re.compile(r"\.entry\s+(\S+?)\s*\((.*?)\)(.*?)\n\{(.*?)\n\}", re.DOTALL)
+_ENTRY = re.compile(r"\.entry\s+(\S+?)\s*\((.*?)\)[^{]*\{", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)[^,\[\]]*?(\w+)(?:\[(\d+)\])?\s*$")
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]")
 _LABEL = re.compile(r"^([$\w]+):")
@@ -57,8 +58,8 @@ def _parameters(text: str) -> tuple[Parameter, ...]:
 
 
 def _statements(body: str) -> list[str]:
-    """Return labels (with their colon) and instructions, without comments and directives."""
-    lines = (re.sub(r"//.*", "", line).strip() for line in body.splitlines())
+    """Return labels (with their colon) and instructions, without directives."""
+    lines = (line.strip() for line in body.splitlines())
     kept = (line for line in lines if not line.startswith((".loc", ".file", ".pragma")))
     result = []
     for chunk in "\n".join(kept).split(";"):
@@ -89,6 +90,24 @@ def _instruction(text: str) -> Instruction:
     return Instruction(opcode, operands, guard, label, ends)
 
 
+def _renamed(text: str) -> str:
+    """Give registers of inner scopes, whose names have no %, names as other registers have."""
+    for kind, name in set(re.findall(r"\.reg\s+\.(\w+)\s+([A-Za-z_]\w*)\s*;", text)):
+        prefix = "%p_" if kind == "pred" else "%r_"
+        text = re.sub(rf"(?<![\w%$.]){name}\b", prefix + name, text)
+    return text
+
+
+def _body(text: str, start: int) -> str:
+    """Return the text up to the brace that closes the one before ``start``."""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[start : start + brace.start()]
+    raise ValueError("text: a kernel has no closing brace")
+
+
 def parse(text: str) -> dict[str, Kernel]:
     """Return the kernels of a PTX file by name.
 
@@ -97,14 +116,23 @@ def parse(text: str) -> dict[str, Kernel]:
     """
     shared = {name: int(size or 0) for _, name, size in _SHARED.findall(text)}
     kernels = {}
-    for name, parameters, _, body in _ENTRY.findall(text):
+    text = _renamed(re.sub(r"//.*", "", text))
+    for entry in _ENTRY.finditer(text):
+        name, parameters = entry[1], entry[2]
+        body = _body(text, entry.end())
         instructions: list[Instruction] = []
         labels: dict[str, int] = {}
+        repeated: dict[str, str] = {}
         for statement in _statements(body):
             if statement.endswith(":"):
-                labels[statement[:-1]] = len(instructions)
+                label = statement[:-1]
+                if label in labels:  # of an inner scope
+                    repeated[label] = f"{label}#{len(instructions)}"
+                labels[repeated.get(label, label)] = len(instructions)
             else:
-                instructions.append(_instruction(statement))
+                instruction = _instruction(statement)
+                label = repeated.get(instruction.label, instruction.label)
+                instructions.append(dataclasses.replace(instruction, label=label))
         code = Code(tuple(instructions), labels)
         kernels[name] = Kernel(name, _parameters(parameters), shared, code)
     if not kernels:

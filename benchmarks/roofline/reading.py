@@ -12,6 +12,8 @@ from benchmarks.roofline.code import Block, Code, Instruction, Loop, blocks, loo
 _TENSOR = ("HMMA", "HGMMA", "IMMA", "QMMA", "QGMMA", "DMMA", "OMMA", "UTCHMMA", "UTCQMMA")
 _BULK = ("UBLKCP", "UTMALDG")
 _CONVERSIONS = ("F2F", "I2F", "F2I", "I2FP", "FRND", "F2FP")
+_WAITING = ("try_wait", "TRYWAIT", "NANOSLEEP")
+_LONGEST_SPIN = 12  # instructions
 _AMD = ("s_", "v_", "ds_", "global_", "buffer_", "flat_", "scratch_")
 _AMD_WIDTHS = {
     "ubyte": 1,
@@ -158,26 +160,57 @@ def _width(parts: Sequence[str]) -> int:
     return 4
 
 
-def _count(code: Code, graph: Sequence[Block], numbers: Sequence[int]) -> Region:
-    region = Region()
-    for number in numbers:
-        for instruction in code.instructions[graph[number].start : graph[number].stop]:
-            region.add(instruction)
-    return region
+def _spins(code: Code, graph: Sequence[Block], loop: Loop) -> bool:
+    """Return whether a loop only waits for an mbarrier or an allocation of tensor memory."""
+    inside = [
+        instruction
+        for number in loop.blocks
+        for instruction in code.instructions[graph[number].start : graph[number].stop]
+    ]
+    waits = any(word in i.opcode for i in inside for word in _WAITING)
+    return waits and len(inside) <= _LONGEST_SPIN
+
+
+def structure(code: Code) -> tuple[list[Block], list[Loop], frozenset[int]]:
+    """Return the blocks, the loops that do work, and the blocks of loops that only wait."""
+    graph = blocks(code)
+    waiting: set[int] = set()
+
+    def working(tree: Sequence[Loop]) -> list[Loop]:
+        kept = []
+        for loop in tree:
+            if _spins(code, graph, loop):
+                waiting.update(loop.blocks)
+            else:
+                loop.inner = working(loop.inner)
+                kept.append(loop)
+        return kept
+
+    return graph, working(loops(graph)), frozenset(waiting)
 
 
 def read(code: Code) -> Region:
-    """Return the counts outside of all loops; ``inner`` has those of the loops."""
-    graph = blocks(code)
-    tree = loops(graph)
+    """Return the counts outside of all loops; ``inner`` has those of the loops.
+
+    A wait for an mbarrier is a first attempt and a loop of further ones; it is counted once.
+    """
+    graph, tree, waiting = structure(code)
+
+    def count(numbers: Sequence[int]) -> Region:
+        region = Region()
+        for number in numbers:
+            for instruction in code.instructions[graph[number].start : graph[number].stop]:
+                if number not in waiting or "TRYWAIT" not in instruction.opcode:
+                    region.add(instruction)
+        return region
 
     def of(loop: Loop) -> Region:
-        region = _count(code, graph, loop.own_blocks())
+        region = count(loop.own_blocks())
         region.inner = [of(inner) for inner in loop.inner]
         return region
 
     inside = frozenset().union(*(loop.blocks for loop in tree))
-    region = _count(code, graph, [k for k in range(len(graph)) if k not in inside])
+    region = count([k for k in range(len(graph)) if k not in inside])
     region.inner = [of(loop) for loop in tree]
     return region
 

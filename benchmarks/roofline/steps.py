@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.roofline import ptx
-from benchmarks.roofline.code import Block, Loop, blocks, loops
+from benchmarks.roofline.code import Block, Loop
 from benchmarks.roofline.execution import Trace
-from benchmarks.roofline.reading import Region, read
+from benchmarks.roofline.reading import Region, read, structure
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,7 @@ def steps(kernel: ptx.Kernel, region: Region, trace: Trace) -> list[Step]:
     Raises:
         ValueError: If a loop of the machine code has no counterpart in the PTX.
     """
-    graph = blocks(kernel.code)
-    tree = loops(graph)
+    graph, tree, _ = structure(kernel.code)
     inside = frozenset().union(*(loop.blocks for loop in tree))
     straight = _positions(graph, [k for k in range(len(graph)) if k not in inside])
     result = [Step(region, 1, straight, 0)]
