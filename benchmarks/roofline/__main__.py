@@ -38,9 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--d", type=_positive, default=4096, help="columns (default: 4096)")
     parser.add_argument("--rank", type=_positive, default=8, help="rank (default: 8)")
     parser.add_argument("--rows", type=_positive, nargs="+", help="numbers of rows")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16"
-    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument(
         "--arch",
         choices=[name for name, target in TARGETS.items() if target.backend == "cuda"],

@@ -48,9 +48,11 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         text = built.asm["amdgcn"]
         used = amdgcn.resources(text)
         region = reading.read(amdgcn.parse(text))
-        return Compiled(launch.name, target, **used, shared=shared, threads=threads, region=region, kernel=None)
+        return Compiled(
+            launch.name, target, **used, shared=shared, threads=threads, region=region, kernel=None
+        )
     cubin = built.asm["cubin"]
-    (name, text), = sass.disassemble(cubin).items()
+    ((name, text),) = sass.disassemble(cubin).items()
     used = sass.resources(cubin)[name]
     region = reading.read(sass.parse(text))
     return Compiled(

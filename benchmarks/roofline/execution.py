@@ -1,9 +1,9 @@
 """Execution of one program of a PTX kernel, for its branches and its memory accesses.
 
 Only instructions that an address, a branch or a predicate depends on are computed; all others are
-counted. Floating-point values and the contents of floating-point tensors are unknown; it is an error
-if an address or a branch depends on an unknown value. Threads that diverge are executed from the
-lowest address on.
+counted. Floating-point values and the contents of floating-point tensors are unknown; it is an
+error if an address or a branch depends on an unknown value. Threads that diverge are executed from
+the lowest address on.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Machine:
         self.slice = _Slice(kernel)
         self.memory = [_memory(i) for i in kernel.code.instructions]
         self.needed = [self.slice.needs(i) for i in kernel.code.instructions]
-        self.names = {name: 0 for name in kernel.shared}
+        self.names = dict.fromkeys(kernel.shared, 0)
         at = 0
         for name, size in kernel.shared.items():
             self.names[name] = at
@@ -519,4 +519,3 @@ def _gather(content: np.ndarray, start: np.ndarray, width: int) -> np.ndarray:
     for byte in range(width):
         value |= content[start + byte].astype(np.int64) << (8 * byte)
     return value
-

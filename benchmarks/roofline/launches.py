@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from reft_kernels.dispatch import interpreting
-
 from benchmarks.roofline.targets import Target
+from reft_kernels.dispatch import interpreting
 
 PROCESSORS = 132  # multiprocessors of an H100 or H200, which some launchers ask for
 

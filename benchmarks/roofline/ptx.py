@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from benchmarks.roofline.code import Code, Instruction
 
 _ENTRY = re.compile(r"\.entry\s+(\S+?)\s*\((.*?)\)[^{]*\{", re.DOTALL)
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)[^,\[\]]*?(\w+)(?:\[(\d+)\])?\s*$")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)[^,\[\]]*?(\w+)(?:\[(\d+)\])?\s*$"
+)
 _SHARED = re.compile(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+(\w+)\[(\d*)\]")
 _LABEL = re.compile(r"^([$\w]+):")
 _GUARDED = re.compile(r"^@(!?%?\w+)\s+(.*)$", re.DOTALL)

@@ -77,9 +77,13 @@ class Region:
     def _add_nvidia(self, instruction: Instruction) -> None:
         parts = instruction.opcode.split(".")
         name = parts[0]
-        if name == "BAR" and "ARV" not in parts or name in ("UCGABAR_WAIT", "CCTLBAR"):
-            self.barriers += 1
-        elif name == "SYNCS" and "TRYWAIT" in parts:
+        if (
+            name == "BAR"
+            and "ARV" not in parts
+            or name in ("UCGABAR_WAIT", "CCTLBAR")
+            or name == "SYNCS"
+            and "TRYWAIT" in parts
+        ):
             self.barriers += 1
         elif name in ("LDG", "LD"):
             self.loads[_width(parts)] += 1
@@ -125,7 +129,9 @@ class Region:
             self.atomics += 1
 
     def _add_amd(self, opcode: str) -> None:
-        access = re.match(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?(\w+?)(?:_d16\w*)?$", opcode)
+        access = re.match(
+            r"(?:global|buffer|flat)_(load|store)_(?:lds_)?(\w+?)(?:_d16\w*)?$", opcode
+        )
         if access:
             width = _AMD_WIDTHS.get(access[2].replace("b128", "dwordx4"), 4)
             target = self.copies if "_lds_" in opcode else self.loads

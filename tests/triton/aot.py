@@ -119,7 +119,8 @@ def _tensors(launch: launches.Launch, trace: Trace, d: int) -> dict[str, dict[st
     """Return how one program accesses each tensor whose rows have d elements."""
     result: dict[str, dict[str, Any]] = {}
     for name in {access.buffer for access in trace.accesses.values()}:
-        if launch.arguments[name].shape[-1:] != (d,):
+        tensor = launch.arguments[name]
+        if tensor.shape[-1:] != (d,) or not tensor.dtype.is_floating_point:
             continue
         accesses = [access for access in trace.accesses.values() if access.buffer == name]
         loads = [access for access in accesses if access.kind in ("load", "copy")]
@@ -138,8 +139,8 @@ def _code(launch: launches.Launch, compiled: compiling.Compiled, d: int) -> dict
     if compiled.kernel is None:
         loops = [_region(region, None, 0) for region in reading.walk(compiled.region)]
         return {"loops": loops, "tensors": {}}
-    traces = tracing.traces(launch, compiled)
-    trace = traces[len(traces) // 2]
+    chosen = tracing.samples(launch)
+    trace = tracing.machine(launch, compiled).run(chosen[len(chosen) // 2])
     found = steps.steps(compiled.kernel, compiled.region, trace)
     loops = [_region(step.region, step.iterations, step.buffers) for step in found[1:]]
     return {"loops": loops, "tensors": _tensors(launch, trace, d)}
