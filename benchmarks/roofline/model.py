@@ -250,9 +250,7 @@ def estimate(
         final = steps(kernel, compiled.region, last)
         few = max(device.spacing, warps / device.issue)
         clocks += _clocks(final, last, shared, False, few, device)
-        clocks -= _clocks(
-            steps(kernel, compiled.region, typical), typical, shared, False, few, device
-        )
+        clocks -= _clocks(found, typical, shared, False, few, device)
         traffic.l2 += (_moved(last) - _moved(typical)) * programs / launch.grid[1]
     hbm = traffic.hbm / device.hbm
     l2 = traffic.l2 / device.l2

@@ -77,13 +77,8 @@ class Region:
     def _add_nvidia(self, instruction: Instruction) -> None:
         parts = instruction.opcode.split(".")
         name = parts[0]
-        if (
-            name == "BAR"
-            and "ARV" not in parts
-            or name in ("UCGABAR_WAIT", "CCTLBAR")
-            or name == "SYNCS"
-            and "TRYWAIT" in parts
-        ):
+        waits = name == "SYNCS" and "TRYWAIT" in parts
+        if waits or (name == "BAR" and "ARV" not in parts) or name == "UCGABAR_WAIT":
             self.barriers += 1
         elif name in ("LDG", "LD"):
             self.loads[_width(parts)] += 1

@@ -31,11 +31,11 @@ NARROW_RANK = 16
 
 # (kernel, regime) -> limits for ranks up to NARROW_RANK, and beyond
 LIMITS: dict[tuple[str, str], tuple[Limits, Limits]] = {
-    ("edit", "selected"): (Limits(10, 8, 0, 0, 2), Limits(20, 2, 1, 0, 2)),
+    ("edit", "selected"): (Limits(10, 8, 0, 0, 2), Limits(20, 2, 1, 0, 4)),
     ("edit", "all"): (Limits(8, 16, 32, 1, 2), Limits(8, 4, 64, 1, 2)),
-    ("delta", "selected"): (Limits(10, 8, 0, 0), Limits(16, 2, 0, 0)),
+    ("delta", "selected"): (Limits(10, 8, 0, 0), Limits(16, 2, 0, 0, 2)),
     ("delta", "all"): (Limits(3, 16, 32, 1), Limits(3, 4, 16, 1)),
-    ("gradient", "selected"): (Limits(8, 16, 48, 1), Limits(22, 2, 48, 1, 2)),
+    ("gradient", "selected"): (Limits(8, 16, 48, 1), Limits(22, 2, 48, 0, 2)),
     ("gradient", "all"): (Limits(8, 16, 64, 1), Limits(23, 2, 64, 0, 2)),
     ("build", "householder"): (Limits(4, 16, 4, 0), Limits(4, 16, 4, 0)),
     ("build_backward", "householder"): (Limits(4, 4, 8, 0, 2), Limits(4, 4, 8, 0, 2)),
