@@ -16,8 +16,8 @@ from tests import budget, inputs, plain
 from tests.triton import roundings
 
 ROWS = 40
-DRAWS = 4
-SHAPES = [(64, 1), (768, 4), (4096, 8), (4096, 16), (8192, 32), (8192, 64)]
+DRAWS = 3
+SHAPES = [(64, 1), (768, 4), (4096, 8), (1024, 16), (2048, 32), (8192, 64)]
 LARGE = 30.0  # factor of edits that are much larger than the hidden state
 
 
@@ -66,9 +66,11 @@ class _Edit(torch.autograd.Function):
 
 
 def _draw(d: int, r: int, dtype: torch.dtype, size: float, products, saves: bool) -> budget.Draw:
+    """Return a draw in which the elements of the edit are ``size`` times those of the state."""
     case = inputs.Case((ROWS,), d, r)
     weights = inputs.weights("loreft", case)
-    weights["W"], weights["b"] = weights["W"] * size, weights["b"] * size
+    scale = size * (d / r) ** 0.5
+    weights["W"], weights["b"] = weights["W"] * scale, weights["b"] * scale
     return budget.Draw(
         {"hidden": torch.randn(ROWS, d).to(dtype), **weights},
         lambda hidden, W, b, R: _Edit.apply(hidden, W, b, R, products, saves),
