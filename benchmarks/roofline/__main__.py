@@ -1,9 +1,10 @@
 """Print ESTIMATES of the kernels' times on a GPU, from the compiled code.
 
     python -m benchmarks.roofline [--d 4096] [--rank 8] [--dtype bfloat16] [--rows N ...]
-        [--arch sm_90] [--operator edit ...] [--markdown] [--out FILE]
+        [--arch sm_90] [--operator edit ...] [--cuda] [--markdown] [--out FILE]
 
-No GPU is needed and none is used. The model is in :mod:`benchmarks.roofline.model`.
+No GPU is needed and none is used. The model is in :mod:`benchmarks.roofline.model`. ``--cuda`` adds
+what the machine code of ``csrc/cuda`` does; it needs nvcc.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 import torch
 
-from benchmarks.roofline import shapes, table
+from benchmarks.roofline import native, shapes, table
 from benchmarks.roofline.targets import TARGETS
 
 OPERATORS = ("edit", "edit backward", "R build", "R build backward")
@@ -46,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         help="what the code is compiled for; the assumptions are those of an H200",
     )
     parser.add_argument("--operator", choices=OPERATORS, nargs="+", default=OPERATORS)
+    parser.add_argument(
+        "--cuda", action="store_true", help="compile csrc/cuda with nvcc, too, and list its kernels"
+    )
     parser.add_argument("--markdown", action="store_true", help="print markdown")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to a file")
     return parser
@@ -57,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.rank > args.d:
         print(f"--rank: got {args.rank}, expected at most d = {args.d}", file=sys.stderr)
         return 2
+    if args.cuda and native.nvcc() is None:
+        print("--cuda: nvcc not found; install the CUDA toolkit or set CUDA_HOME", file=sys.stderr)
+        return 2
     target = TARGETS[args.arch]
     rows = tuple(args.rows) if args.rows else None
     questions = shapes.questions(args.d, args.rank, getattr(torch, args.dtype), rows)
@@ -65,14 +72,21 @@ def main(argv: list[str] | None = None) -> int:
         for question in questions
         if question.operator in args.operator
     ]
-    cells = table.lines(answers)
-    title = f"d = {args.d}, r = {args.rank}, {args.dtype}"
-    if args.markdown:
-        parts = [f"ESTIMATES, {title}", table.markdown(cells), table.NOTE]
-        parts.append("\n".join(f"- {line}" for line in table.assumptions(target)))
-    else:
-        parts = [f"ESTIMATES, {title}", table.text(cells), table.NOTE]
-        parts.append("\n".join(table.assumptions(target)))
+    layout = table.markdown if args.markdown else table.text
+    bullet = "- " if args.markdown else ""
+    parts = [
+        f"ESTIMATES, d = {args.d}, r = {args.rank}, {args.dtype}",
+        layout(table.HEAD, table.lines(answers)),
+        table.NOTE,
+        "\n".join(bullet + line for line in table.assumptions(target)),
+    ]
+    if args.cuda:
+        found = [
+            kernel
+            for source in sorted(native.SOURCES.glob("*.cu"))
+            for kernel in native.kernels(source, args.arch)
+        ]
+        parts += ["csrc/cuda, all instances", layout(native.HEAD, native.lines(found), 1)]
     page = "\n\n".join(parts) + "\n"
     if args.out:
         args.out.write_text(page, encoding="utf-8")

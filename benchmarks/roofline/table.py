@@ -145,19 +145,19 @@ def _sum(one: Answer) -> tuple[str, ...]:
     )
 
 
-def text(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in columns."""
-    widths = [max(len(row[k]) for row in (HEAD, *rows)) for k in range(len(HEAD))]
+def text(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> str:
+    """Return a table in columns, of which the first ``left`` are left-aligned."""
+    widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if k < 3 else cell.rjust(width)
+            cell.ljust(width) if k < left else cell.rjust(width)
             for k, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in (HEAD, *rows)
+        for row in (head, *rows)
     )
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in markdown."""
-    rule = ["---" if k < 3 else "---:" for k in range(len(HEAD))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (HEAD, rule, *rows))
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> str:
+    """Return a table in markdown, of which the first ``left`` columns are left-aligned."""
+    rule = ["---" if k < left else "---:" for k in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
