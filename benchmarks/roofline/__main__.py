@@ -2,9 +2,11 @@
 
     python -m benchmarks.roofline [--d 4096] [--rank 8] [--dtype bfloat16] [--rows N ...]
         [--arch sm_90] [--operator edit ...] [--cuda] [--markdown] [--out FILE]
+        [--save]
 
 No GPU is needed and none is used. The model is in :mod:`benchmarks.roofline.model`. ``--cuda`` adds
-what the machine code of ``csrc/cuda`` does; it needs nvcc.
+what the machine code of ``csrc/cuda`` does; it needs nvcc. ``--save`` keeps the table for
+``python -m benchmarks.page``.
 """
 
 from __future__ import annotations
@@ -18,8 +20,10 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compil
 
 import torch
 
-from benchmarks.roofline import native, shapes, table
+from benchmarks import machine
+from benchmarks.roofline import native, saved, shapes, table
 from benchmarks.roofline.targets import TARGETS
+from benchmarks.rows import RESULTS
 
 OPERATORS = ("edit", "edit backward", "R build", "R build backward")
 
@@ -52,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--markdown", action="store_true", help="print markdown")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to a file")
+    parser.add_argument(
+        "--save", action="store_true", help=f"write the table to benchmarks/results/{saved.NAME}"
+    )
     return parser
 
 
@@ -72,11 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         for question in questions
         if question.operator in args.operator
     ]
+    cells, title = table.lines(answers), f"d = {args.d}, r = {args.rank}, {args.dtype}"
     layout = table.markdown if args.markdown else table.text
     bullet = "- " if args.markdown else ""
     parts = [
-        f"ESTIMATES, d = {args.d}, r = {args.rank}, {args.dtype}",
-        layout(table.HEAD, table.lines(answers)),
+        f"ESTIMATES, {title}",
+        layout(table.HEAD, cells),
         table.NOTE,
         "\n".join(bullet + line for line in table.assumptions(target)),
     ]
@@ -88,6 +96,11 @@ def main(argv: list[str] | None = None) -> int:
         ]
         parts += ["csrc/cuda, all instances", layout(native.HEAD, native.lines(found), 1)]
     page = "\n\n".join(parts) + "\n"
+    if args.save:
+        notes = table.assumptions(target)
+        saved.write(
+            saved.Saved(title, machine.commit(), table.HEAD, cells, table.NOTE, notes), RESULTS
+        )
     if args.out:
         args.out.write_text(page, encoding="utf-8")
     else:
