@@ -1,7 +1,7 @@
 """The machine code of the Triton kernels at the shapes that matter: widths, barriers, pipelining.
 
-aot.py records, compiles, disassembles and executes the kernels in a subprocess. Loops that a program
-runs at least ``STEADY`` times are steady-state loops. limits.py has a limit for each kernel.
+aot.py records, compiles, disassembles and executes the kernels in a subprocess. limits.py says what
+a steady-state loop is and has limits for each kernel.
 """
 
 from __future__ import annotations
@@ -13,20 +13,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-from tests.triton.limits import limits
+from tests.triton.limits import Row, limits, reads, steady
 
 SCRIPT = Path(__file__).with_name("aot.py")
 TARGETS = ("sm_80", "sm_90", "sm_100")
-STEADY = 3
-STATES = ("source", "grad", "saved_input")  # hidden states and gradients of them
-
-Row = dict[str, Any]
 pytestmark = pytest.mark.slow
 
 
@@ -65,13 +60,6 @@ def _check(rows: list[Row], violations: Callable[[Row], Iterator[str]]) -> None:
     assert not found, f"{len(found)} of {len(rows)} kernels or loops:\n" + "\n".join(found[:20])
 
 
-def _steady(row: Row) -> Iterator[tuple[int, Row]]:
-    """Yield the number and the counts of each steady-state loop."""
-    for number, loop in enumerate(row["loops"]):
-        if loop["iterations"] >= STEADY:
-            yield number, loop
-
-
 def test_no_register_is_spilled(rows):
     def violations(row):
         if row["spills"] or row["stack"]:
@@ -84,7 +72,6 @@ def test_rows_are_accessed_in_wide_vectors(rows):
     def violations(row):
         least = limits(row["kernel"], row["r"]).width
         for name, access in row["tensors"].items():
-            # A row of few elements may be narrower than a vector for each thread
             if min(access["widths"]) < least:
                 yield f"{min(access['widths'])} bytes per thread of {name}, at least {least}"
 
@@ -94,7 +81,7 @@ def test_rows_are_accessed_in_wide_vectors(rows):
 def test_steady_state_has_few_barriers(rows):
     def violations(row):
         most = limits(row["kernel"], row["r"]).barriers
-        for number, loop in _steady(row):
+        for number, loop in steady(row):
             if loop["barriers"] > most:
                 yield f"{loop['barriers']} barriers an iteration of loop {number}, at most {most}"
 
@@ -104,7 +91,7 @@ def test_steady_state_has_few_barriers(rows):
 def test_copies_are_in_flight(rows):
     def violations(row):
         least = limits(row["kernel"], row["r"]).buffers
-        for number, loop in _steady(row):
+        for number, loop in steady(row):
             if loop["copies"] and loop["buffers"] < least:
                 yield f"{loop['buffers']} buffers in flight in loop {number}, at least {least}"
 
@@ -114,7 +101,7 @@ def test_copies_are_in_flight(rows):
 def test_weights_are_not_converted_in_loops(rows):
     def violations(row):
         most = limits(row["kernel"], row["r"]).conversions
-        for number, loop in _steady(row):
+        for number, loop in steady(row):
             if loop["conversions"] > most:
                 yield (
                     f"{loop['conversions']} scalar conversions an iteration of loop {number}, at "
@@ -127,10 +114,8 @@ def test_weights_are_not_converted_in_loops(rows):
 def test_states_are_read_as_often_as_the_limits_say(rows):
     def violations(row):
         most = limits(row["kernel"], row["r"]).reads
-        for name in STATES:
-            access = row["tensors"].get(name)
-            if access and access["read"] > most * access["read_distinct"]:
-                times = access["read"] / access["read_distinct"]
+        for name, times in reads(row).items():
+            if times > most:
                 yield f"{name} is read {times:.2f} times, at most {most}"
 
     _check(rows, violations)
