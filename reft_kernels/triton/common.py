@@ -19,6 +19,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up. ``triton.cdiv`` takes about 2 us when called from the host."""
+    return -(-a // b)
+
+
 CUDA_OPTIONS = {"maxnreg": 255}  # otherwise ptxas spills registers to increase occupancy
 
 

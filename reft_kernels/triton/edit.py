@@ -262,7 +262,7 @@ def edit(
     bound = _bound(config, source.dtype, source.device.type, subtract_projection, activation, save)
     launch.launch(
         bound,
-        (triton.cdiv(num_rows, config.block_n),),
+        (common.cdiv(num_rows, config.block_n),),
         (
             source,
             out,

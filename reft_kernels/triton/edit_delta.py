@@ -159,7 +159,7 @@ def launch_delta(
     config = delta_config(num_rows, d, rank, grad.dtype, common.IS_AMD)
     launch.launch(
         _bound(config, grad.dtype, grad.device.type, activation),
-        (triton.cdiv(num_rows, config.block_n),),
+        (common.cdiv(num_rows, config.block_n),),
         (grad, rows, weight_ids, write, coeff, u, z, dz, ddelta, grad_coeff),
         (num_rows, d, rank, *grad.stride()),
     )
