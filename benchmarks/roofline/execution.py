@@ -137,6 +137,8 @@ class _Slice:
 
     def _add(self, instruction: Instruction) -> None:
         access = _memory(instruction)
+        if access and access[0] == "copy" and self.shared:
+            self.registers.update(_names(instruction.operands[0]))
         if access and access[1] == "shared":
             if access[0] == "load" and not self.registers.isdisjoint(_written(instruction)):
                 self.shared = True
@@ -424,6 +426,30 @@ class Machine:
         base, _, more = text.partition("+")
         return self._value(base.strip()) + int(more.strip() or "0", 0)
 
+    def _copy(
+        self,
+        instruction: Instruction,
+        width: int,
+        address: np.ndarray,
+        executed: np.ndarray,
+        active: np.ndarray,
+    ) -> None:
+        """Copy to shared memory; executing threads whose source is masked write zeros."""
+        whole = self._known_address(instruction, 0)
+        target = whole[executed]
+        for byte in range(width):
+            self.shared_bytes[target + byte] = 0
+            self.shared_unknown[target + byte] = False
+        if not active.any():
+            return
+        buffer = self._buffer(int(address[active][0]))
+        place, start = whole[active], address[active] - buffer.address
+        for byte in range(width):
+            if buffer.content is None:
+                self.shared_unknown[place + byte] = True
+            else:
+                self.shared_bytes[place + byte] = buffer.content[start + byte]
+
     def _known_address(self, instruction: Instruction, position: int) -> np.ndarray:
         self._require(instruction, instruction.operands[position])
         return self._address(instruction.operands[position])
@@ -438,7 +464,7 @@ class Machine:
             if self.needed[at]:
                 raise Unsupported(instruction.opcode)
             return
-        active = self.active & self._known_guard(instruction)
+        active = executed = self.active & self._known_guard(instruction)
         if kind == "copy":
             width = int(instruction.operands[2], 0)
             address = self._known_address(instruction, 1)
@@ -452,6 +478,8 @@ class Machine:
             address = self._known_address(instruction, position)
         if active.any():
             self._record(at, kind, width, address, active, trace)
+        if kind == "copy" and self.slice.shared:
+            self._copy(instruction, width, address, executed, active)
         if kind == "atomic" and parts[0] == "atom" and self.needed[at]:
             self._set(
                 instruction.operands[0], np.full(self.threads, self.arrived, np.int64), active
