@@ -40,14 +40,15 @@ NARROW_RANK = 16
 
 # (kernel, regime) -> limits for ranks up to NARROW_RANK, and beyond
 LIMITS: dict[tuple[str, str], tuple[Limits, Limits]] = {
-    ("edit", "selected"): (Limits(10, 8, 0, 0, 2), Limits(20, 2, 1, 0, 4)),
+    ("edit", "selected"): (Limits(10, 8, 0, 2, 2), Limits(20, 2, 1, 2, 4)),
+    ("delta", "selected"): (Limits(10, 8, 0, 2, 1), Limits(16, 2, 0, 2, 2)),
+    ("gradient", "selected"): (Limits(8, 16, 48, 1, 1), Limits(22, 2, 48, 0, 2)),
     ("edit", "all"): (Limits(8, 16, 32, 1, 2), Limits(8, 4, 64, 1, 2)),
-    ("delta", "selected"): (Limits(10, 8, 0, 0), Limits(16, 2, 0, 0, 2)),
-    ("delta", "all"): (Limits(3, 16, 32, 1), Limits(3, 4, 16, 1)),
-    ("gradient", "selected"): (Limits(8, 16, 48, 1), Limits(22, 2, 48, 0, 2)),
-    ("gradient", "all"): (Limits(8, 16, 64, 1), Limits(23, 2, 64, 0, 2)),
-    ("build", "householder"): (Limits(4, 16, 4, 0), Limits(4, 16, 4, 0)),
-    ("build_backward", "householder"): (Limits(4, 4, 8, 0, 2), Limits(4, 4, 8, 0, 2)),
+    ("delta", "all"): (Limits(3, 16, 32, 1, 1), Limits(3, 4, 16, 1, 1)),
+    ("gradient", "all"): (Limits(8, 16, 64, 1, 1), Limits(23, 2, 64, 0, 2)),
+    ("gram", "householder"): (Limits(2, 16, 0, 2, 1), Limits(2, 16, 0, 2, 1)),
+    ("build", "householder"): (Limits(4, 16, 4, 1, 1), Limits(10, 16, 4, 0, 1)),
+    ("build_backward", "householder"): (Limits(3, 8, 12, 1, 1), Limits(8, 8, 23, 0, 1)),
 }
 
 
