@@ -344,7 +344,7 @@ def _bound(
             "BLOCK_D": config.block_d,
             "BLOCK_R": config.block_r,
             "STAGES": config.num_stages,
-            "PRECISION": common.small_precision(dtype),
+            "PRECISION": factors.precision(dtype),
         },
         {
             "num_warps": config.num_warps,

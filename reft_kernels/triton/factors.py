@@ -35,6 +35,15 @@ def padded_rank(rank: int, dtype: torch.dtype) -> int:
     return max(8 if terms(rank, dtype) == 1 else common.MIN_DOT, common.next_power_of_2(rank))
 
 
+def precision(dtype: torch.dtype) -> str | None:
+    """Return PRECISION of products of factors, for a dtype of the hidden states.
+
+    None: the operands are bf16 terms. The interpreter computes bf16 products incorrectly, so the
+    terms are converted to fp32 there.
+    """
+    return "ieee" if common.INTERPRETING else common.dot_precision(dtype)
+
+
 @triton.jit
 def truncated_terms(v):
     """Return bf16 terms (high, low) of fp32 v, both truncated, which needs no conversions."""
