@@ -40,15 +40,16 @@ NARROW_RANK = 16
 
 # (kernel, regime) -> limits for ranks up to NARROW_RANK, and beyond
 LIMITS: dict[tuple[str, str], tuple[Limits, Limits]] = {
-    ("edit", "selected"): (Limits(10, 8, 0, 2, 2), Limits(20, 2, 1, 2, 4)),
-    ("delta", "selected"): (Limits(10, 8, 0, 2, 1), Limits(16, 2, 0, 2, 2)),
-    ("gradient", "selected"): (Limits(8, 16, 48, 1, 1), Limits(22, 2, 48, 0, 2)),
-    ("edit", "all"): (Limits(8, 16, 32, 1, 2), Limits(8, 4, 64, 1, 2)),
-    ("delta", "all"): (Limits(3, 16, 32, 1, 1), Limits(3, 4, 16, 1, 1)),
-    ("gradient", "all"): (Limits(8, 16, 64, 1, 1), Limits(23, 2, 64, 0, 2)),
-    ("gram", "householder"): (Limits(2, 16, 0, 2, 1), Limits(2, 16, 0, 2, 1)),
-    ("build", "householder"): (Limits(4, 16, 4, 1, 1), Limits(10, 16, 4, 0, 1)),
-    ("build_backward", "householder"): (Limits(3, 8, 12, 1, 1), Limits(8, 8, 23, 0, 1)),
+    ("edit", "selected"): (Limits(reads=2), Limits(reads=2)),
+    ("edit", "all"): (Limits(barriers=4, reads=2), Limits(barriers=4, reads=2)),
+    ("edit_all_rows", "all"): (Limits(), Limits()),
+    ("delta", "selected"): (Limits(), Limits()),
+    ("delta", "all"): (Limits(), Limits()),
+    ("gradient", "selected"): (Limits(3, 8, 0, 1), Limits(28, 16, 0, 0)),
+    ("gradient", "all"): (Limits(4, 16, 0, 2), Limits(27, 16, 0, 0)),
+    ("gram", "householder"): (Limits(), Limits()),
+    ("build", "householder"): (Limits(4, 16, 4, 1), Limits(10, 16, 4, 0)),
+    ("build_backward", "householder"): (Limits(3, 8, 12, 1), Limits(8, 8, 23, 0)),
 }
 
 
