@@ -11,8 +11,6 @@ import reft_train
 
 def environment() -> dict[str, str]:
     """Return the environment for a new interpreter that imports the same two packages."""
-    paths = [
-        str(Path(package.__file__).resolve().parents[1]) for package in (reft_train, reft_kernels)
-    ]
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    packages = (Path(package.__file__).resolve() for package in (reft_train, reft_kernels))
+    paths = [*(str(path.parents[1]) for path in packages), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}

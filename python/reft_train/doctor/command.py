@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from reft_train import flags
 from reft_train.config import RunConfig
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 
 if TYPE_CHECKING:
     from reft_train.doctor.environment import Memory
     from reft_train.doctor.estimate import Estimate
     from reft_train.doctor.trial import MemoryTrial
 
-DESCRIPTION = """Say what is installed and which backend serves which operator. With --model and
+DESCRIPTION = """Report installed packages and the backend of each operator. With --model and
 --task, estimate the memory that a training needs before any weight is loaded, compare it with the
 machine's, and train a few steps on random tokens. Exits with 1 when the memory does not suffice or
 the trial fails."""
@@ -28,8 +28,9 @@ def add_parser(subparsers) -> None:
     summary = "check the installation, the memory that a model needs, and a few training steps"
     command = subparsers.add_parser("doctor", help=summary, description=DESCRIPTION)
     text = "timed steps; 0: no trial (default: 10)"
-    command.add_argument("--trial-steps", type=flags.count(0), default=10, metavar="N", help=text)
-    command.add_argument("--json", metavar="FILE", help="write everything to a file too")
+    steps = {"type": flags.number(int, 0), "default": 10, "metavar": "N"}
+    command.add_argument("--trial-steps", **steps, help=text)
+    command.add_argument("--json", metavar="FILE", help="also write the results to a file")
     flags.add_settings(command)
     command.set_defaults(run=run)
 
@@ -37,13 +38,13 @@ def add_parser(subparsers) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Run the command. Returns 0, or 1 when memory is insufficient or the trial failed."""
     if parsed.json is not None and Path(parsed.json).is_dir():
-        raise UserError(f"--json: got {parsed.json}, which is a folder, expected a file")
+        raise wrong("--json", f"{parsed.json}, which is a folder", "a file")
     config = None
     if parsed.config is not None or "model" in parsed:
         config = flags.settings(parsed)
-    elif extra_flags := sorted(flags.passed(parsed), key="task".__eq__):
-        name = extra_flags[0].replace("_", "-")
-        raise UserError(f"--model: got none with --{name}, expected a model's folder or hub name")
+    elif extra := sorted(flags.passed(parsed), key="task".__eq__):
+        name = extra[0].replace("_", "-")
+        raise wrong("--model", f"none with --{name}", "a model's folder or hub name")
     from reft_train.doctor.environment import environment, environment_lines
     from reft_train.files import dumps, write_text
 
@@ -66,24 +67,21 @@ def _examine(config: RunConfig, steps: int, report: dict[str, Any]) -> int:
     memory = environment.memory_of(device, spread=config.device_map == "auto")
     report["settings"] = config.to_dict()
     report["estimate"] = {**asdict(needed), "total": needed.total}
-    report["memory"] = None if memory is None else {"device": device, **asdict(memory)}
-    report["verdict"] = verdict(needed, memory, device)
+    report["memory"] = {"device": device, **asdict(memory)}
+    report["verdict"] = verdict(needed, memory)
     print("", *estimate_lines(needed, config.batch_size), report["verdict"], sep="\n", flush=True)
     if needed.length < config.max_length:
-        print(
-            f"the model reads {needed.length} tokens, fewer than --max-length {config.max_length}"
-        )
-    if memory is not None and needed.total > memory.free:
-        hints = list(remedies(config, task, memory.free, device == "cuda"))
+        limit = f"the model reads {needed.length} tokens"
+        print(f"{limit}, fewer than --max-length {config.max_length}")
+    if needed.total > memory.free:
+        hints = remedies(config, task, memory.free, device == "cuda")
         report["remedies"] = {changes: other.total for changes, other in hints}
         for changes, other in hints:
             fits = "" if other.total <= memory.free else ", which does not fit either"
             print(f"hint: {changes}: {size(other.total)}{fits}")
         if not hints:
-            print(
-                "hint: nothing can be made smaller; take a smaller model or a shorter --max-length"
-            )
-        print("no trial, since it would run out of memory")
+            print("hint: use a smaller model or a shorter --max-length")
+        print("the trial is skipped")
         return 1
     if not steps:
         return 0
@@ -96,62 +94,50 @@ def _examine(config: RunConfig, steps: int, report: dict[str, Any]) -> int:
 
 def size(count: float) -> str:
     """Format a number of bytes with a suitable unit."""
-    unit, factor = next(
-        (pair for pair in (("GiB", 2**30), ("MiB", 2**20)) if count >= pair[1]), ("KiB", 2**10)
-    )
+    units = (("GiB", 2**30), ("MiB", 2**20))
+    unit, factor = next((pair for pair in units if count >= pair[1]), ("KiB", 2**10))
     return f"{count / factor:,.2f} {unit}"
+
+
+def _aligned(facts: dict[str, str]) -> list[str]:
+    return [f"  {name:<23}{text}" for name, text in facts.items()]
 
 
 def estimate_lines(needed: Estimate, batch: int) -> list[str]:
     """Format the parts of the estimate."""
     share = f"{needed.trainable / needed.model_numbers:.4%} of the model's {needed.model_numbers:,}"
-    trained = f"  {needed.trainable:,} parameters ({share})" + (
-        f" and {needed.head:,} of a head" if needed.head else ""
-    )
+    head = f" and {needed.head:,} of a head" if needed.head else ""
+    trained = f"{size(needed.trained)}; {needed.trainable:,} parameters ({share}){head}"
     parts = {
-        "frozen weights": (needed.frozen, ""),
-        "trained weights": (needed.trained, trained),
-        "gradients": (needed.gradients, ""),
-        "Adam's moments": (needed.optimizer, ""),
-        "activations": (needed.activations, ""),
-        "total": (needed.total, ""),
+        "frozen weights": size(needed.frozen),
+        "trained weights": trained,
+        "gradients": size(needed.gradients),
+        "Adam's moments": size(needed.optimizer),
+        "activations": size(needed.activations),
+        "total": size(needed.total),
     }
-    title = (
-        f"memory for batches of {batch} x {needed.length} tokens, estimated from the model's "
-        "configuration"
-    )
-    return [
-        title,
-        *(f"  {name:<16}{size(count):>12}{text}" for name, (count, text) in parts.items()),
-    ]
+    title = f"memory for batches of {batch} x {needed.length} tokens, estimated"
+    return [f"{title} from the model's configuration", *_aligned(parts)]
 
 
-def verdict(needed: Estimate, memory: Memory | None, device: str) -> str:
+def verdict(needed: Estimate, memory: Memory) -> str:
     """Describe in one line whether the estimate fits."""
-    if memory is None:
-        return (
-            f"the system does not tell how much memory the {device} has; the estimate is "
-            f"{size(needed.total)}"
-        )
-    have = (
-        f"{size(needed.total)} estimated, {size(memory.free)} free of {size(memory.total)} "
-        f"({memory.source})"
-    )
+    free = f"{size(memory.free)} free of {size(memory.total)} ({memory.source})"
+    have = f"{size(needed.total)} estimated, {free}"
     if needed.total <= memory.free:
         return f"fits: {have}"
     if needed.total <= memory.total:
-        return f"does not fit now: {have}; other programs hold the rest"
+        return f"does not fit now: {have}; other programs use the rest"
     return f"does not fit: {have}"
 
 
 def trial_lines(trial: MemoryTrial, needed: Estimate) -> list[str]:
     """Format the trial's measurements, or the reason of its failure."""
-    lines = [
-        f"trial: {trial.steps} timed training steps on random tokens, {trial.length} an example"
-    ]
+    steps = f"{trial.steps} timed training steps on random tokens"
+    lines = [f"trial: {steps}, {trial.length} an example"]
     if trial.left_out:
-        lines.append(f"  without {', '.join(trial.left_out)}, which a trial leaves out")
-    if trial.step_seconds is not None:
+        lines.append(f"  ignored settings: {', '.join(trial.left_out)}")
+    if trial.peak is not None:
         over, peak = (trial.peak.peak - trial.peak.before) * 2**20, size(trial.peak.peak * 2**20)
         facts = {
             "step, median": f"{trial.step_seconds * 1e3:,.1f} ms",
@@ -164,5 +150,5 @@ def trial_lines(trial: MemoryTrial, needed: Estimate) -> list[str]:
         }
         if trial.orthonormality is not None:
             facts["max |R Rᵀ − I|"] = f"{trial.orthonormality:.2e}"
-        lines += [f"  {name:<23}{text}" for name, text in facts.items()]
-    return [*lines, "  all is well" if trial.failure is None else f"  FAILED: {trial.failure}"]
+        lines += _aligned(facts)
+    return [*lines, f"  FAILED: {trial.failure}" if trial.failure else "  passed"]

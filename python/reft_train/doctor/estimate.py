@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 from reft_train import methods, models
 from reft_train.config import REFT_METHODS, RunConfig
-from reft_train.errors import UserError
+from reft_train.errors import one_line, wrong
 from reft_train.tasks.base import Task
 
 
@@ -50,8 +49,6 @@ class Estimate:
 
 def empty_model(config: RunConfig, task: Task, dtype: torch.dtype) -> tuple[nn.Module, str]:
     """Build the frozen model on the meta device from ``config.json``; also return its kind."""
-    import transformers
-
     from reft_train.pooling import MeanPooledClassifier
 
     hf_config = models.model_config(config)
@@ -59,15 +56,14 @@ def empty_model(config: RunConfig, task: Task, dtype: torch.dtype) -> tuple[nn.M
     if kind == models.CLASSIFICATION:
         hf_config.num_labels = task.num_labels
     options = {} if config.attention is None else {"attn_implementation": config.attention}
+    build = models.class_of(config, kind).from_config
     try:
         with torch.device("meta"):
-            build = getattr(transformers, models.class_of(config, kind)).from_config
             model = build(hf_config, dtype=dtype, **options)
             if config.pooling == "mean":
                 model = MeanPooledClassifier(model, hf_config.num_labels, config.seed)
     except (ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model: got {config.model!r}, which cannot be built ({reason})") from None
+        raise wrong("model", f"{config.model!r}", f"a known model ({one_line(error)})") from None
     return model.requires_grad_(False), kind
 
 
@@ -76,15 +72,14 @@ def _matrices(part: nn.Module) -> list[nn.Module]:
     return [m for m in part.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
 
 
-def _blocks(model: nn.Module) -> list[nn.ModuleList]:
-    """Return the lists of layers: one, or those of an encoder and a decoder."""
-    block_lists: list[nn.ModuleList] = []
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the outermost layers, of an encoder and a decoder if the model has both."""
+    lists: list[nn.ModuleList] = []
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) and _matrices(module[0]):
-            block_lists += (
-                [] if any(module in set(other.modules()) for other in block_lists) else [module]
-            )
-    return block_lists
+            inner = any(module in set(other.modules()) for other in lists)
+            lists += [] if inner else [module]
+    return [block for part in lists for block in part]
 
 
 def _frozen_bytes(config: RunConfig, model: nn.Module) -> int:
@@ -95,12 +90,11 @@ def _frozen_bytes(config: RunConfig, model: nn.Module) -> int:
     if config.quantization != "none":
         kind = CustomDtype.INT4 if config.quantization == "4bit" else torch.int8
         output = model.get_output_embeddings()
-        linears = [
-            name
-            for name, m in model.named_modules()
-            if isinstance(m, nn.Linear) and m is not output
-        ]
-        special = {f"{name}.weight": kind for name in linears}
+        special = {
+            f"{name}.weight": kind
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not output
+        }
     return int(compute_module_sizes(model, special_dtypes=special)[""])
 
 
@@ -111,22 +105,20 @@ def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
     if config.method == "head":
         return 0, 0
     blocks, length = _blocks(model), _length(config, model)
-    width, edits, rows = model.get_input_embeddings().weight.shape[1], 0, 0
-    embeddings = [
-        m for m in model.modules() if isinstance(m, nn.Embedding) and m.embedding_dim == width
-    ]
+    width, edited = model.get_input_embeddings().weight.shape[1], 0
+    # the backward starts at the first edited layer, or at the embedding
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    first = [m for m in embeddings if m.embedding_dim == width]
     if config.method in REFT_METHODS:
         from reft_kernels.positions import parse
 
         spec = parse(config.positions)
-        numbers = range(sum(map(len, blocks))) if config.layers == "all" else config.layers
-        ends = (spec.first or 0) + (spec.last or 0)
-        edits, rows = len(numbers), config.batch_size * (min(ends, length) if ends else length)
-        first = [blocks[0][min(*numbers, len(blocks[0]) - 1)]] if blocks else embeddings
-    else:
-        first = embeddings
-        if config.method in ("lora", "dora"):
-            model = _adapted(config, model, kind)
+        numbers = range(len(blocks)) if config.layers == "all" else config.layers
+        rows = min((spec.first or 0) + (spec.last or 0) or length, length)
+        edited = len(numbers) * config.batch_size * rows * width * dtype.itemsize
+        first = [blocks[min(*numbers, len(blocks) - 1)]] if blocks else first
+    elif config.method in ("lora", "dora"):
+        model = _adapted(config, model, kind)
     for module in first:
         module.register_forward_hook(lambda module, args, output: _require_grad(output))
     fixed = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
@@ -138,10 +130,9 @@ def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
         return tensor
 
     tokens = torch.zeros(config.batch_size, length, dtype=torch.int64, device="meta")
-    labels = tokens if kind != models.CLASSIFICATION else tokens[:, 0]
-    if kind == models.CLASSIFICATION and task.labels is None:
-        labels = labels.to(dtype)
-    options = {"use_cache": False} if kind != models.CLASSIFICATION else {}
+    classes = kind == models.CLASSIFICATION
+    labels = tokens[:, 0].to(dtype if task.labels is None else torch.int64) if classes else tokens
+    options = {} if classes else {"use_cache": False}
     model.train()
     # silences messages about failures that are caught below
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
@@ -153,12 +144,9 @@ def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
         sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
     except Exception:
         # data-dependent experts or GPU-only kernels: count linear layer outputs and the logits
-        outputs = [
-            min(m.weight.shape) if m.weight.shape[0] == width else m.weight.shape[0]
-            for m in _matrices(model)
-        ]
+        shapes = [tuple(m.weight.shape) for m in _matrices(model)]
+        outputs = [min(shape) if shape[0] == width else shape[0] for shape in shapes]
         sizes = [tokens.numel() * dtype.itemsize * output for output in outputs]
-    edited = edits * rows * width * dtype.itemsize
     return sum(sizes) + edited, max(sizes, default=0)
 
 
@@ -177,12 +165,11 @@ def _length(config: RunConfig, model: nn.Module) -> int:
 
 def _adapted(config: RunConfig, model: nn.Module, kind: str) -> nn.Module:
     heads = [name for name in models.HEADS if hasattr(model, name)]
+    heads = heads if kind == models.CLASSIFICATION else []
     with warnings.catch_warnings():
-        # initialisation on the meta device warns that it does nothing
+        # initialization on the meta device warns that it does nothing
         warnings.simplefilter("ignore")
-        return methods.adapt(
-            config, models.Loaded(model, None, kind, heads if kind == models.CLASSIFICATION else [])
-        )
+        return methods.adapt(config, models.Loaded(model, None, kind, heads))
 
 
 def estimate(config: RunConfig, task: Task) -> Estimate:
@@ -196,32 +183,18 @@ def estimate(config: RunConfig, task: Task) -> Estimate:
     head = sum(p.numel() for name, p in trained.items() if "modules_to_save." in name)
     size = sum(p.numel() * p.element_size() for p in trained.values())
     kept, largest = kept_bytes(config, task)
-    depth = max(1, sum(map(len, blocks)))
+    depth, mixed = max(1, len(blocks)), config.mixed_precision != "no"
     if config.gradient_checkpointing:  # saves the layers' inputs and recomputes one layer at a time
-        width = model.get_input_embeddings().weight.shape[1] * (
-            2 if config.mixed_precision != "no" else 4
-        )
-        kept = min(
-            kept, depth * config.batch_size * length * width + max(2 * kept // depth, largest)
-        )
+        width = model.get_input_embeddings().weight.shape[1] * (2 if mixed else 4)
+        inputs = depth * config.batch_size * length * width
+        kept = min(kept, inputs + max(2 * kept // depth, largest))
     # autocast copies of frozen weights
-    copies = 2 * linear if config.mixed_precision != "no" else 0
-    return Estimate(
-        model_numbers=numbers,
-        trainable=sum(p.numel() for p in trained.values()) - head,
-        head=head,
-        frozen=frozen,
-        trained=size,
-        gradients=size,
-        optimizer=2 * size,
-        activations=kept + 2 * largest + copies,
-        length=length,
-    )
+    activations = kept + 2 * largest + (2 * linear if mixed else 0)
+    trainable = sum(p.numel() for p in trained.values()) - head
+    return Estimate(numbers, trainable, head, frozen, size, size, 2 * size, activations, length)
 
 
-def remedies(
-    config: RunConfig, task: Task, memory: int, cuda: bool
-) -> Iterator[tuple[str, Estimate]]:
+def remedies(config: RunConfig, task: Task, memory: int, cuda: bool) -> list[tuple[str, Estimate]]:
     """Return settings that need less memory, with their estimates.
 
     Returns all that fit, or all that were tried if none fits.
@@ -230,21 +203,17 @@ def remedies(
         memory: available bytes.
         cuda: whether there is a GPU, which quantization needs.
     """
-    tried = [] if config.gradient_checkpointing else [{"gradient_checkpointing": True}]
+    tried: dict[str, dict[str, Any]] = {}
+    if not config.gradient_checkpointing:
+        tried["--gradient-checkpointing"] = {"gradient_checkpointing": True}
     batch = config.batch_size
     while batch > 1 and estimate(config.replace(batch_size=batch), task).total > memory:
         batch //= 2
     if batch < config.batch_size:
-        factor = -(-config.batch_size // batch)
-        tried.append({"batch_size": batch, "accumulation": config.accumulation * factor})
+        steps = config.accumulation * -(-config.batch_size // batch)
+        changes = {"batch_size": batch, "accumulation": steps}
+        tried[f"--batch-size {batch} --accumulation {steps}"] = changes
     if cuda and config.quantization == "none" and task.decoding is not None:
-        tried.append({"quantization": "4bit"})
-    candidates = []
-    for changes in tried:
-        flags = (
-            f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
-            for name, value in changes.items()
-        )
-        candidates.append((" ".join(flags), estimate(config.replace(**changes), task)))
-    fitting = [pair for pair in candidates if pair[1].total <= memory]
-    yield from fitting or candidates
+        tried["--quantization 4bit"] = {"quantization": "4bit"}
+    found = [(flags, estimate(config.replace(**changes), task)) for flags, changes in tried.items()]
+    return [pair for pair in found if pair[1].total <= memory] or found

@@ -15,7 +15,7 @@ import torch
 
 from reft_train import methods, models
 from reft_train.config import RunConfig
-from reft_train.errors import UserError
+from reft_train.errors import UserError, one_line
 from reft_train.memory import Peak, PeakMeter
 from reft_train.tasks.base import Task
 from reft_train.training.session import quiet
@@ -82,9 +82,7 @@ class _Steps:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.model.train()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=config.lr, weight_decay=config.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.trained, config.lr, weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(config.seed)
 
     def batch(self, length: int) -> dict[str, Any]:
@@ -108,9 +106,7 @@ class _Steps:
     def frozen(self, batch: dict[str, Any]) -> None:
         """Run forward and backward through every frozen layer with the method disabled."""
         embedding = self.model.get_base_model().get_input_embeddings()
-        hook = embedding.register_forward_hook(
-            lambda m, args, output: output.detach().requires_grad_()
-        )
+        hook = embedding.register_forward_hook(lambda m, args, out: out.detach().requires_grad_())
         trained = [p for p in self.trained if p.requires_grad]
         try:
             with self.model.disable_adapter():
@@ -126,8 +122,7 @@ class _Steps:
         """Return time and result of a step."""
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         wait()
-        started = time.perf_counter()
-        result = step(batch)
+        started, result = time.perf_counter(), step(batch)
         wait()
         return time.perf_counter() - started, result
 
@@ -138,21 +133,16 @@ def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> MemoryT
     Runs ``MEMORY_STEPS`` steps under the memory meter, then ``steps`` timed ones.
     """
     quiet()
-    fields = {
-        "steps": steps,
-        "length": length,
-        "left_out": tuple(name for name in _LEFT_OUT if getattr(config, name)),
-    }
+    left_out = tuple(name for name in _LEFT_OUT if getattr(config, name))
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
     try:
-        return MemoryTrial(**fields, **_measured(config, task, steps, length))
+        return MemoryTrial(steps, length, left_out, **_measured(config, task, steps, length))
     except UserError:  # bad input is not a failed step
         raise
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return MemoryTrial(
-            **fields, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        )
+        failure = f"{type(error).__name__}: {one_line(error)}"
+        return MemoryTrial(steps, length, left_out, failure=failure)
     finally:
         torch.set_num_threads(threads)
 
@@ -166,22 +156,22 @@ def _measured(config: RunConfig, task: Task, steps: int, length: int) -> dict[st
     losses = [stepper.train(stepper.batch(length)) for _ in range(MEMORY_STEPS)]
     peak = meter.stop()
     stepper.frozen(stepper.batch(length))  # allocates its memory before it is timed
-    trained, frozen = [], []
+    times: dict[str, list[float]] = {"train": [], "frozen": []}
     for number in range(steps):
         tokens = stepper.batch(length)
-        for train in (True, False) if number % 2 else (False, True):
-            seconds, loss = stepper.seconds(stepper.train if train else stepper.frozen, tokens)
-            (trained if train else frozen).append(seconds)
-            losses += [loss] if train else []
-    step = statistics.median(trained)
+        for name in ("train", "frozen") if number % 2 else ("frozen", "train"):
+            seconds, loss = stepper.seconds(getattr(stepper, name), tokens)
+            times[name].append(seconds)
+            losses += [loss] if name == "train" else []
+    step, frozen = map(statistics.median, times.values())
     bad = next((number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     return {
         "step_seconds": step,
-        "frozen_seconds": statistics.median(frozen),
-        "ratio": statistics.median(a / b for a, b in zip(trained, frozen, strict=True)),
+        "frozen_seconds": frozen,
+        "ratio": statistics.median(a / b for a, b in zip(*times.values(), strict=True)),
         "tokens_per_second": config.batch_size * length / step,
         "peak": peak,
         "losses": tuple(losses),
         "orthonormality": orthonormality(stepper.model),
-        "failure": None if bad is None else f"the loss is {losses[bad - 1]} at step {bad}",
+        "failure": bad and f"the loss is {losses[bad - 1]} at step {bad}",
     }

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 from reft_train.progress import bar
 from reft_train.ranks import merged, place
 
@@ -44,10 +44,8 @@ def run_batches(
                 results = forward(batch)
             except torch.OutOfMemoryError:
                 longest = max(lengths[index] for index in batch)
-                what = f"which does not fit the GPU's memory with {longest} tokens a row"
-                raise UserError(
-                    f"eval_batch_size: got {batch_size}, {what}, expected less"
-                ) from None
+                what = f"{batch_size}, which exceeds the GPU's memory with {longest} tokens a row"
+                raise wrong("eval_batch_size", what, "less") from None
             by_index.update(zip(batch, results, strict=True))
             shown.update(len(batch))
     by_index = merged(by_index)

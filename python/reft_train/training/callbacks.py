@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,15 +17,7 @@ from reft_train.files import write_text
 from reft_train.progress import bar
 from reft_train.ranks import joined
 
-
-class HasSampler(Protocol):
-    """Interface of the trainer required by :class:`Bookkeeping`."""
-
-    sampler: Any
-    train_dataset: Any
-
-    def step_done(self) -> None:
-        """Called after each optimizer step."""
+LOG = "log.jsonl"
 
 
 class Journal(TrainerCallback):
@@ -37,10 +29,8 @@ class Journal(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Create the file, or truncate it to the step that the run resumes from."""
         if state.is_world_process_zero:
-            lines = [
-                json.dumps(entry) for entry in state.log_history if "train_runtime" not in entry
-            ]
-            write_text(self.path, "".join(f"{line}\n" for line in lines))
+            entries = [entry for entry in state.log_history if "train_runtime" not in entry]
+            write_text(self.path, "".join(f"{json.dumps(entry)}\n" for entry in entries))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Append the latest entry."""
@@ -108,7 +98,7 @@ class Interrupt(TrainerCallback):
 class Bookkeeping(TrainerCallback):
     """Notify the trainer after each optimizer step, and set the epoch of the sampler."""
 
-    def __init__(self, trainer: HasSampler) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -116,9 +106,8 @@ class Bookkeeping(TrainerCallback):
 
         Engines do not reach it in a resumed run, where the data loader is wrapped twice.
         """
-        order = (
-            self.trainer.sampler if self.trainer.sampler is not None else self.trainer.train_dataset
-        )
+        trainer = self.trainer
+        order = trainer.train_dataset if trainer.sampler is None else trainer.sampler
         order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -130,8 +119,8 @@ class Progress(TrainerCallback):
     """Progress bar with loss, tokens per second and held-out loss; first process only."""
 
     def __init__(self, title: str) -> None:
-        self.title, self._bar = title, bar(0, title, show=False)
-        self._shown: dict[str, str] = {}
+        self.title, self.shown = title, {}
+        self._bar = bar(0, title, show=False)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Open the bar at the step that the run starts from."""
@@ -144,15 +133,9 @@ class Progress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Display the latest values."""
-        forms = {
-            "loss": ("loss", ".4g"),
-            "tokens_per_second": ("tokens/s", ",.0f"),
-            "eval_loss": ("held out", ".4g"),
-        }
-        self._shown |= {
-            title: format(logs[name], form) for name, (title, form) in forms.items() if name in logs
-        }
-        self._bar.set_postfix(self._shown, refresh=False)
+        titles = {"loss": "loss", "tokens_per_second": "tokens/s", "eval_loss": "held out"}
+        self.shown |= {t: f"{logs[name]:.4g}" for name, t in titles.items() if name in logs}
+        self._bar.set_postfix(self.shown, refresh=False)
 
     def __enter__(self) -> Progress:
         return self

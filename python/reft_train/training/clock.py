@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -11,17 +12,15 @@ import torch
 class StepClock:
     """Step timer that measures each step between ``begin()`` and ``end()``.
 
-    ``settle()`` is called after a device synchronization. On CUDA a step is timed by two events on
-    its stream, on the CPU by a clock.
+    On CUDA a step is timed by two events on its stream, on the CPU by a clock.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
-        self._begun: float | torch.cuda.Event | None = None
-        self._open: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._seconds: list[float] = []
+        self._begun: Any = None
+        self._steps: list[tuple[Any, Any]] = []
 
-    def _now(self) -> float | torch.cuda.Event:
+    def _now(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -36,19 +35,14 @@ class StepClock:
     def end(self) -> None:
         """Stop timing the step; ignored if no step was started."""
         begun, self._begun = self._begun, None
-        if begun is not None and self._cuda:
-            self._open.append((begun, self._now()))
-        elif begun is not None:
-            self._seconds.append(self._now() - begun)
-
-    def settle(self) -> None:
-        """Read the events of finished steps."""
-        self._seconds += [begun.elapsed_time(ended) / 1e3 for begun, ended in self._open]
-        self._open.clear()
+        if begun is not None:
+            self._steps.append((begun, self._now()))
 
     def median(self) -> float:
         """Return the median step time in seconds, 0 without steps. Synchronizes the device."""
-        if self._open:
-            self._open[-1][1].synchronize()
-            self.settle()
-        return statistics.median(self._seconds) if self._seconds else 0.0
+        if not self._steps:
+            return 0.0
+        if not self._cuda:
+            return statistics.median(ended - begun for begun, ended in self._steps)
+        self._steps[-1][1].synchronize()
+        return statistics.median(begun.elapsed_time(ended) / 1e3 for begun, ended in self._steps)

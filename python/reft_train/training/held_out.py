@@ -10,10 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from reft_train.ranks import merged, place
+from reft_train.ranks import gathered, place
 
 Step = Callable[[dict], tuple[Tensor, Tensor | None]]
 
@@ -31,7 +30,6 @@ def held_out(
     collate: Callable[[list[dict]], dict],
     batch_size: int,
     shifted: bool,
-    device: Any,
 ) -> tuple[float, list[Any]]:
     """Return the mean loss over ``dataset``, and each example's logits if ``step`` returns them.
 
@@ -42,8 +40,7 @@ def held_out(
     rank, processes = place()
     order = sorted(range(len(dataset)), key=lambda index: -len(dataset[index]["input_ids"]))
     indices, share = order[rank::processes], -(-len(order) // processes)
-    logits_by_index: dict[int, Any] = {}
-    total = torch.zeros(2, dtype=torch.float64, device=device)
+    losses, logits_by_index = [], {}
     for start in range(0, share, batch_size):
         batch = indices[start : start + batch_size]
         # sharded models need the same number of forwards on every process
@@ -51,13 +48,13 @@ def held_out(
         count = learned(inputs["labels"], shifted)
         loss, logits = step(inputs)
         if batch and count:
-            total += torch.stack(
-                [loss.double() * count, torch.tensor(count, dtype=torch.float64, device=device)]
-            )
+            losses.append((loss.double().item() * count, count))
         if logits is not None:
             # a repeated batch contributes nothing
             logits_by_index.update(zip(batch, logits.float().cpu(), strict=False))
-    if processes > 1:
-        dist.all_reduce(total)
-    logits_by_index = merged(logits_by_index)
-    return float(total[0] / total[1]), [logits_by_index[index] for index in sorted(logits_by_index)]
+    shares = gathered((losses, logits_by_index))
+    total, count = torch.tensor(
+        [pair for part, _ in shares for pair in part], dtype=torch.float64
+    ).sum(0)
+    logits = {index: row for _, part in shares for index, row in part.items()}
+    return float(total / count), [logits[index] for index in sorted(logits)]
