@@ -63,9 +63,7 @@ class Data(_Settings):
     data: str | None = _set(None, "folder of data files, as LLM-Adapters lays them out")
     train: str | None = _set(None, "training file: .json, .jsonl, .csv, .tsv or .parquet")
     max_length: int = _set(512, "tokens of an example, target included", ge=4)
-    turns: Literal["all", "last"] = _set(
-        "all", "answers of a conversation that are trained: all, a row for each, or the last"
-    )
+    turns: Literal["all", "last"] = _set("all", "trained answers of a conversation")
     packing: bool = _set(False, "pack the examples of a batch into full rows, without padding")
     packed_length: int | None = _set(None, "tokens of a packed row; none: max_length", ge=4)
     group_by_length: bool = _set(True, "batches of similar length")
@@ -73,15 +71,9 @@ class Data(_Settings):
     shuffle_buffer: int = _set(1000, "rows to shuffle among when streaming", ge=1)
     train_rows: int | None = _set(None, "use at most so many training rows", ge=1)
     validation: float = _set(0.0, "held-out training rows: a part below 1, or a number", ge=0)
-    select: Literal["none", "loss", "metric"] = _set(
-        "none", "keep the best checkpoint by held-out loss or metric"
-    )
-    evaluate_every: int | None = _set(
-        None, "steps between evaluations of held-out rows; none: an epoch", ge=1
-    )
-    save_every: int | None = _set(
-        None, "steps between checkpoints; none: an epoch, or a tenth of a streaming run", ge=1
-    )
+    select: Literal["none", "loss", "metric"] = _set("none", "keep the best by held-out rows")
+    evaluate_every: int | None = _set(None, "steps between evaluations; none: an epoch", ge=1)
+    save_every: int | None = _set(None, "steps between checkpoints; none: an epoch", ge=1)
 
 
 class Method(_Settings):
@@ -97,12 +89,8 @@ class Method(_Settings):
     component: str = _set("block_output", "what to edit: a role, or a module path with {layer}")
     activation: str = _set("linear", "activation of the learned projection")
     dropout: float = _set(0.0, "dropout of the edits, or of LoRA", ge=0, le=0.99)
-    parametrization: Literal["householder", "cayley"] = _set(
-        "householder", "how R is kept orthonormal"
-    )
-    init: Literal["auto", "identity", "orthogonal"] = _set(
-        "auto", "initial edits; auto: the identity if the method has one"
-    )
+    parametrization: Literal["householder", "cayley"] = _set("householder", "map that builds R")
+    init: Literal["auto", "identity", "orthogonal"] = _set("auto", "initial edits")
     lora_alpha: float | None = _set(None, "scale of LoRA and DoRA; none: twice the rank", ge=1e-6)
     lora_targets: list[str] = _set([], "modules of LoRA, DoRA, IA3; none: PEFT's choice")
     prefix_tokens: int = _set(20, "virtual tokens of prefix tuning", ge=1)
@@ -112,25 +100,15 @@ class Frozen(_Settings):
     """Settings of the frozen model."""
 
     model: str = _set("", "folder or hub name of the frozen model")
-    architecture: Literal["auto", "causal", "seq2seq", "encoder"] = _set(
-        "auto", "how the model is used"
-    )
-    pooling: Literal["model", "mean"] = _set(
-        "model", "input of a classifier: the model's own, or the mean of the last hidden states"
-    )
+    architecture: Literal["auto", "causal", "seq2seq", "encoder"] = _set("auto", "kind of model")
+    pooling: Literal["model", "mean"] = _set("model", "classifier input: the model's own, or mean")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _set(
         "auto", "of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU that has it"
     )
-    quantization: Literal["none", "8bit", "4bit"] = _set(
-        "none", "of the frozen weights, by bitsandbytes"
-    )
+    quantization: Literal["none", "8bit", "4bit"] = _set("none", "by bitsandbytes")
     device: Literal["auto", "cpu", "cuda"] = _set("auto", "auto: cuda if available")
-    device_map: Literal["none", "auto"] = _set(
-        "none", "auto: distribute the frozen model over all devices"
-    )
-    attention: str | None = _set(
-        None, "attention implementation: eager, sdpa, flash_attention_2; none: the model's"
-    )
+    device_map: Literal["none", "auto"] = _set("none", "auto: model over all devices")
+    attention: str | None = _set(None, "eager, sdpa, flash_attention_2; none: the model's")
     liger: bool = _set(False, "Liger kernels in the frozen model")
 
 
@@ -184,35 +162,17 @@ class RunConfig(Scoring, Bookkeeping, Engine, Optimization, Method, Data, Frozen
         spec, held = parse(self.positions), self.validation
         canonical_activation(self.activation)
         apart = not self.share_weights and not (spec.first and spec.last)
-        text = f"false with positions {self.positions!r}"
+        positions, streamed = f"false with positions {self.positions!r}", f"{held:g} with streaming"
+        endless, fraction = self.streaming and self.max_steps is None, held >= 1 and held % 1
+        blind, unseen = self.select != "none" and not self.holds_out, f"{self.select!r} without rows"
         for fails, name, got, expected in (
             (not self.model, "model", "none", "a model's folder or hub name"),
             (not self.task, "task", "none", "a task such as commonsense, boolq or jsonl"),
-            (apart, "share_weights", text, "positions 'fN+lM'"),
-            (
-                self.streaming and self.max_steps is None,
-                "max_steps",
-                "none with streaming",
-                "a number: a stream has no length",
-            ),
-            (
-                self.streaming and held,
-                "validation",
-                f"{held:g} with streaming",
-                "0: a stream cannot be split",
-            ),
-            (
-                held >= 1 and held != int(held),
-                "validation",
-                f"{held:g}",
-                "a part below 1 or a whole number of rows",
-            ),
-            (
-                self.select != "none" and not self.holds_out,
-                "select",
-                f"{self.select!r} without validation",
-                "held-out training rows, such as --validation 0.1",
-            ),
+            (apart, "share_weights", positions, "positions 'fN+lM'"),
+            (endless, "max_steps", "none with streaming", "a number: a stream has no length"),
+            (self.streaming and held, "validation", streamed, "0: a stream cannot be split"),
+            (fraction, "validation", f"{held:g}", "a part below 1 or a whole number of rows"),
+            (blind, "select", unseen, "held-out training rows, such as --validation 0.1"),
             (self.fsdp and self.deepspeed, "fsdp", "true with deepspeed", "one of them"),
             (self.resume and self.overwrite, "resume", "true with overwrite", "one of them"),
         ):
@@ -266,7 +226,6 @@ def unknown(name: object, where: str = "") -> UserError:
 
 
 def read_mapping(path: str | Path, name: str) -> dict[str, Any]:
-    """Read a YAML file with one mapping."""
     import yaml
 
     try:

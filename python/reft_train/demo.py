@@ -62,12 +62,10 @@ class Texts(Task):
         return {"train": str(folder / "train.jsonl"), "test": [str(folder / "test.jsonl")]}
 
     def classified(self, row: Row) -> Classified:
-        """See :meth:`Task.classified`."""
         label = self.labels.index(row.fields["label"])
         return Classified(row.fields["text"], None, label, row.fields)
 
     def measure(self, predictions: Any, references: Any) -> dict[str, float]:
-        """Return the accuracy."""
         return {"accuracy": measure("accuracy", predictions, references)}
 
 

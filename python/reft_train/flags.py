@@ -68,7 +68,6 @@ def add_settings(
 
 
 def passed(parsed: argparse.Namespace, names: Iterable[str] = tuple(FIELDS)) -> dict[str, Any]:
-    """Return the settings passed as flags."""
     return {name: value for name, value in vars(parsed).items() if name in names}
 
 

@@ -186,7 +186,6 @@ def _quantization(config: RunConfig) -> Any:
 
 
 def pick_device(config: RunConfig) -> str:
-    """Return ``cuda`` or ``cpu``."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -196,7 +195,6 @@ def pick_device(config: RunConfig) -> str:
 
 
 def weight_dtype(config: RunConfig) -> Any:
-    """Return the dtype of the frozen weights."""
     import torch
 
     if config.dtype != "auto":
@@ -206,7 +204,6 @@ def weight_dtype(config: RunConfig) -> Any:
 
 
 def class_of(config: RunConfig, kind: str) -> Any:
-    """Return the transformers class to load."""
     import transformers
 
     if config.pooling == "mean" and kind != CLASSIFICATION:

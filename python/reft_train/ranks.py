@@ -16,7 +16,6 @@ def place() -> tuple[int, int]:
 
 
 def joined() -> bool:
-    """Whether there are several processes."""
     return place()[1] > 1
 
 

@@ -37,7 +37,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 
 def recipe(name: str) -> Mapping[str, Any]:
-    """Return the settings of a recipe."""
     if name not in RECIPES:
         raise wrong("recipe", repr(name), f"one of {', '.join(RECIPES)}")
     return RECIPES[name]

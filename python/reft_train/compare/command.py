@@ -71,7 +71,6 @@ def _methods(config: RunConfig, requested: Sequence[str] | None) -> tuple[str, .
 
 
 def table(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the header and a row for each method."""
     from reft_train.methods import TITLES
     from reft_train.search.study import shown
 
@@ -93,7 +92,6 @@ def table(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]
 
 
 def notes(comparison: Comparison) -> list[str]:
-    """Describe the columns."""
     plan = comparison.plan
     budget = f"{plan.trials} trial(s)" if plan.seconds is None else f"{plan.seconds:g} seconds"
     lines = [

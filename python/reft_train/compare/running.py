@@ -42,7 +42,6 @@ class ComparisonPlan:
 
     @property
     def folder(self) -> Path:
-        """Output folder of the comparison."""
         return Path(self.config.output)
 
     def search_plan(self, method: str, space: Space) -> SearchPlan:

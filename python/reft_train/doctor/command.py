@@ -13,14 +13,13 @@ from reft_train.config import RunConfig
 from reft_train.errors import wrong
 
 if TYPE_CHECKING:
-    from reft_train.doctor.environment import Memory
     from reft_train.doctor.estimate import Estimate
-    from reft_train.doctor.trial import MemoryTrial
+    from reft_train.doctor.trial import Trial
 
 DESCRIPTION = """Report installed packages and the backend of each operator. With --model and
---task, estimate the memory that a training needs before any weight is loaded, compare it with the
-machine's, and train a few steps on random tokens. Exits with 1 when the memory does not suffice or
-the trial fails."""
+--task, estimate the memory of weights, gradients and optimizer before any weight is loaded, compare
+it with the machine's, and train a few steps on random tokens, which measures the whole. Exits with
+1 when the memory does not suffice or the trial fails."""
 
 
 def add_parser(subparsers) -> None:
@@ -59,7 +58,7 @@ def run(parsed: argparse.Namespace) -> int:
 def _examine(config: RunConfig, steps: int, report: dict[str, Any]) -> int:
     from reft_train import models, tasks
     from reft_train.doctor import environment
-    from reft_train.doctor.estimate import estimate, remedies
+    from reft_train.doctor.estimate import estimate
     from reft_train.doctor.trial import run_trial
 
     task, device = tasks.get(config.task), models.pick_device(config)
@@ -68,70 +67,45 @@ def _examine(config: RunConfig, steps: int, report: dict[str, Any]) -> int:
     report["settings"] = config.to_dict()
     report["estimate"] = {**asdict(needed), "total": needed.total}
     report["memory"] = {"device": device, **asdict(memory)}
-    report["verdict"] = verdict(needed, memory)
-    print("", *estimate_lines(needed, config.batch_size), report["verdict"], sep="\n", flush=True)
+    print("", *estimate_lines(needed), sep="\n")
+    enough = needed.total <= memory.free
+    free = f"{size(memory.free)} free of {size(memory.total)} ({memory.source})"
+    report["verdict"] = f"{'fits' if enough else 'does not fit'}: {free}"
+    print(report["verdict"], flush=True)
     if needed.length < config.max_length:
         limit = f"the model reads {needed.length} tokens"
         print(f"{limit}, fewer than --max-length {config.max_length}")
-    if needed.total > memory.free:
-        hints = remedies(config, task, memory.free, device == "cuda")
-        report["remedies"] = {changes: other.total for changes, other in hints}
-        for changes, other in hints:
-            fits = "" if other.total <= memory.free else ", which does not fit either"
-            print(f"hint: {changes}: {size(other.total)}{fits}")
-        if not hints:
-            print("hint: use a smaller model or a shorter --max-length")
-        print("the trial is skipped")
-        return 1
-    if not steps:
-        return 0
+    if not enough:
+        print("hint: --quantization 4bit (with a GPU), --dtype bfloat16, or a smaller model")
+    if not enough or not steps:
+        return int(not enough)
     print(f"\nloading {config.model} for a trial", file=sys.stderr)
     trial = run_trial(config, task, steps, needed.length)
     report["trial"] = asdict(trial)
-    print("", *trial_lines(trial, needed), sep="\n", flush=True)
+    print("", *trial_lines(trial), sep="\n", flush=True)
     return 0 if trial.failure is None else 1
 
 
 def size(count: float) -> str:
-    """Format a number of bytes with a suitable unit."""
     units = (("GiB", 2**30), ("MiB", 2**20))
     unit, factor = next((pair for pair in units if count >= pair[1]), ("KiB", 2**10))
     return f"{count / factor:,.2f} {unit}"
 
 
-def _aligned(facts: dict[str, str]) -> list[str]:
-    return [f"  {name:<23}{text}" for name, text in facts.items()]
-
-
-def estimate_lines(needed: Estimate, batch: int) -> list[str]:
-    """Format the parts of the estimate."""
+def estimate_lines(needed: Estimate) -> list[str]:
     share = f"{needed.trainable / needed.model_numbers:.4%} of the model's {needed.model_numbers:,}"
     head = f" and {needed.head:,} of a head" if needed.head else ""
-    trained = f"{size(needed.trained)}; {needed.trainable:,} parameters ({share}){head}"
-    parts = {
-        "frozen weights": size(needed.frozen),
-        "trained weights": trained,
-        "gradients": size(needed.gradients),
-        "Adam's moments": size(needed.optimizer),
-        "activations": size(needed.activations),
-        "total": size(needed.total),
-    }
-    title = f"memory for batches of {batch} x {needed.length} tokens, estimated"
-    return [f"{title} from the model's configuration", *_aligned(parts)]
+    return [
+        "memory estimated from the model's configuration, without activations",
+        f"  frozen weights         {size(needed.frozen)}",
+        f"  trained weights        {size(needed.trained)}, with gradients and Adam's moments "
+        f"{size(4 * needed.trained)}",
+        f"  trained parameters     {needed.trainable:,} ({share}){head}",
+        f"  total                  {size(needed.total)}",
+    ]
 
 
-def verdict(needed: Estimate, memory: Memory) -> str:
-    """Describe in one line whether the estimate fits."""
-    free = f"{size(memory.free)} free of {size(memory.total)} ({memory.source})"
-    have = f"{size(needed.total)} estimated, {free}"
-    if needed.total <= memory.free:
-        return f"fits: {have}"
-    if needed.total <= memory.total:
-        return f"does not fit now: {have}; other programs use the rest"
-    return f"does not fit: {have}"
-
-
-def trial_lines(trial: MemoryTrial, needed: Estimate) -> list[str]:
+def trial_lines(trial: Trial) -> list[str]:
     """Format the trial's measurements, or the reason of its failure."""
     steps = f"{trial.steps} timed training steps on random tokens"
     lines = [f"trial: {steps}, {trial.length} an example"]
@@ -144,11 +118,10 @@ def trial_lines(trial: MemoryTrial, needed: Estimate) -> list[str]:
             "frozen model alone": f"{trial.frozen_seconds * 1e3:,.1f} ms, forward and backward",
             "ratio, median": f"{trial.ratio:.3f}",
             "tokens per second": f"{trial.tokens_per_second:,.0f}",
-            "memory over weights": f"{size(over)}; estimated {size(needed.step)}",
+            "memory over weights": size(over),
             "peak memory": f"{peak}: {trial.peak.method}",
             "loss": f"{trial.losses[0]:.4f} first, {trial.losses[-1]:.4f} last",
+            "max |R Rᵀ − I|": f"{trial.orthonormality or 0:.2e}",
         }
-        if trial.orthonormality is not None:
-            facts["max |R Rᵀ − I|"] = f"{trial.orthonormality:.2e}"
-        lines += _aligned(facts)
+        lines += [f"  {name:<23}{text}" for name, text in facts.items()]
     return [*lines, f"  FAILED: {trial.failure}" if trial.failure else "  passed"]

@@ -72,7 +72,6 @@ def environment() -> dict[str, Any]:
 
 
 def environment_lines(report: dict[str, Any]) -> list[str]:
-    """Format the environment as text."""
     from reft_kernels import env
 
     python = f"Python {report['python']}, {report['platform']}"

@@ -6,8 +6,7 @@ import contextlib
 import math
 import statistics
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,23 +14,21 @@ import torch
 
 from reft_train import methods, models
 from reft_train.config import RunConfig
+from reft_train.doctor.environment import memory_of
 from reft_train.errors import UserError, one_line
 from reft_train.memory import Peak, PeakMeter
 from reft_train.tasks.base import Task
 from reft_train.training.session import quiet
 from reft_train.training.trainer import orthonormality
 
-MEMORY_STEPS = 2  # Adam's moments exist from the second step on
-_LEFT_OUT = ("compile", "fsdp", "deepspeed", "packing")
-
 
 @dataclass(frozen=True)
-class MemoryTrial:
+class Trial:
     """Measurements of a trial; ``failure`` is a one-line reason, None if it succeeded.
 
     Attributes:
         ratio: median ratio of a step's time to the frozen model's forward and backward time.
-        peak: peak memory of the first steps.
+        peak: peak memory of two steps; Adam's moments exist from the second step on.
         left_out: ignored settings.
     """
 
@@ -49,129 +46,133 @@ class MemoryTrial:
 
 
 def random_batch(
-    config: RunConfig, kind: str, hf_config: Any, length: int, generator: torch.Generator
+    size: int, kind: str, hf_config: Any, length: int, generator: torch.Generator
 ) -> dict[str, Any]:
     """Create a batch of random tokens.
 
     A causal model learns the second half of the tokens, an encoder a random class.
     """
-    size, vocabulary = (config.batch_size, length), hf_config.get_text_config().vocab_size
-    tokens, labels = (torch.randint(vocabulary, size, generator=generator) for _ in range(2))
+    shape, vocabulary = (size, length), hf_config.get_text_config().vocab_size
+    tokens, labels = (torch.randint(vocabulary, shape, generator=generator) for _ in range(2))
     if kind == models.CAUSAL:
         labels = tokens.clone()
         labels[:, : length // 2] = -100
     elif kind == models.CLASSIFICATION:
         count = hf_config.num_labels
-        labels = labels[:, 0] % count if count > 1 else torch.rand(len(tokens), generator=generator)
+        labels = labels[:, 0] % count if count > 1 else torch.rand(size, generator=generator)
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
 
 
-class _Steps:
-    """A model with its optimizer, for training steps and frozen forward and backward passes."""
-
-    def __init__(self, config: RunConfig, task: Task, device: torch.device) -> None:
-        loaded = models.load(config, task)
-        self.config, self.device, self.kind = config, device, loaded.kind
-        self.model = methods.adapt(config, loaded)
-        if config.device_map == "none" and config.quantization == "none":
-            self.model.to(device)
-        loaded.model.config.use_cache = False  # as Trainer sets it
-        if config.gradient_checkpointing:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, config.lr, weight_decay=0.0)
-        self.generator = torch.Generator().manual_seed(config.seed)
-
-    def batch(self, length: int) -> dict[str, Any]:
-        hf_config = self.model.get_base_model().config
-        made = random_batch(self.config, self.kind, hf_config, length, self.generator)
-        return {name: value.to(self.device) for name, value in made.items()}
-
-    def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.mixed_precision)
-        with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
-            return self.model(**batch).loss
-
-    def train(self, batch: dict[str, Any]) -> float:
-        """Run one optimizer step and return its loss."""
-        loss = self._loss(batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    def frozen(self, batch: dict[str, Any]) -> None:
-        """Run forward and backward through every frozen layer with the method disabled."""
-        embedding = self.model.get_base_model().get_input_embeddings()
-        hook = embedding.register_forward_hook(lambda m, args, out: out.detach().requires_grad_())
-        trained = [p for p in self.trained if p.requires_grad]
-        try:
-            with self.model.disable_adapter():
-                for parameter in trained:
-                    parameter.requires_grad_(False)
-                self._loss(batch).backward()
-        finally:
-            hook.remove()
+@contextlib.contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """Disable the method, and make the backward run through every frozen layer."""
+    embedding = model.get_base_model().get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda m, args, out: out.detach().requires_grad_())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with model.disable_adapter():
             for parameter in trained:
-                parameter.requires_grad_(True)
-
-    def seconds(self, step: Callable[[dict], Any], batch: dict[str, Any]) -> tuple[float, Any]:
-        """Return time and result of a step."""
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        wait()
-        started, result = time.perf_counter(), step(batch)
-        wait()
-        return time.perf_counter() - started, result
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
-def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> MemoryTrial:
-    """Load and adapt the model, then train it.
+def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> Trial:
+    """Load and adapt the model, then run ``steps`` timed training steps.
 
-    Runs ``MEMORY_STEPS`` steps under the memory meter, then ``steps`` timed ones.
+    Before them, steps on one example and on a batch measure the memory; a batch that would not fit
+    is not tried.
     """
     quiet()
-    left_out = tuple(name for name in _LEFT_OUT if getattr(config, name))
+    left_out = ("compile", "fsdp", "deepspeed", "packing")
+    left_out = tuple(name for name in left_out if getattr(config, name))
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads or threads)
     try:
-        return MemoryTrial(steps, length, left_out, **_measured(config, task, steps, length))
+        return Trial(steps, length, left_out, **_measured(config, task, steps, length))
     except UserError:  # bad input is not a failed step
         raise
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
         failure = f"{type(error).__name__}: {one_line(error)}"
-        return MemoryTrial(steps, length, left_out, failure=failure)
+        return Trial(steps, length, left_out, failure=failure)
     finally:
         torch.set_num_threads(threads)
 
 
 def _measured(config: RunConfig, task: Task, steps: int, length: int) -> dict[str, Any]:
     device = torch.device(models.pick_device(config))
-    stepper, meter = _Steps(config, task, device), PeakMeter(device)
-    # libraries allocate memory at first use
-    stepper.frozen(stepper.batch(min(length, 16)))
-    meter.start()
-    losses = [stepper.train(stepper.batch(length)) for _ in range(MEMORY_STEPS)]
-    peak = meter.stop()
-    stepper.frozen(stepper.batch(length))  # allocates its memory before it is timed
-    times: dict[str, list[float]] = {"train": [], "frozen": []}
+    loaded, meter = models.load(config, task), PeakMeter(device)
+    model = methods.adapt(config, loaded).train()
+    if config.device_map == "none" and config.quantization == "none":
+        model.to(device)
+    loaded.model.config.use_cache = False  # as Trainer sets it
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, config.lr, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(config.seed)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    losses: list[float] = []
+
+    def batch(size: int) -> dict[str, Any]:
+        made = random_batch(size, loaded.kind, loaded.model.config, length, generator)
+        return {name: value.to(device) for name, value in made.items()}
+
+    def loss_of(inputs: dict[str, Any]) -> torch.Tensor:
+        with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
+            return model(**inputs).loss
+
+    def train(inputs: dict[str, Any]) -> None:
+        loss = loss_of(inputs)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+
+    def frozen(inputs: dict[str, Any]) -> None:
+        with _frozen(model):
+            loss_of(inputs).backward()
+
+    def peak_of(size: int) -> Peak:
+        meter.start()
+        train(batch(size))
+        train(batch(size))
+        return meter.stop()
+
+    def seconds(step: Callable, inputs: dict[str, Any]) -> float:
+        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        wait()
+        started = time.perf_counter()
+        step(inputs)
+        wait()
+        return time.perf_counter() - started
+
+    train(batch(1))  # libraries allocate memory at first use
+    one = peak_of(1)
+    needed = (one.peak - one.before) * config.batch_size
+    free = memory_of(device.type).free / 2**20
+    if needed > free:
+        what = f"a batch needs about {needed:,.0f} MiB, {free:,.0f} MiB are free"
+        hint = "--gradient-checkpointing, or a smaller --batch-size with more --accumulation"
+        raise MemoryError(f"{what}; consider {hint}")
+    peak, times = peak_of(config.batch_size), []
+    frozen(batch(config.batch_size))  # allocates its memory before it is timed
     for number in range(steps):
-        tokens = stepper.batch(length)
-        for name in ("train", "frozen") if number % 2 else ("frozen", "train"):
-            seconds, loss = stepper.seconds(getattr(stepper, name), tokens)
-            times[name].append(seconds)
-            losses += [loss] if name == "train" else []
-    step, frozen = map(statistics.median, times.values())
+        inputs, order = batch(config.batch_size), (train, frozen)
+        pair = {step: seconds(step, inputs) for step in (order if number % 2 else order[::-1])}
+        times.append((pair[train], pair[frozen]))
+    step, alone = (statistics.median(part) for part in zip(*times, strict=True))
     bad = next((number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
     return {
         "step_seconds": step,
-        "frozen_seconds": frozen,
-        "ratio": statistics.median(a / b for a, b in zip(*times.values(), strict=True)),
+        "frozen_seconds": alone,
+        "ratio": statistics.median(a / b for a, b in times),
         "tokens_per_second": config.batch_size * length / step,
         "peak": peak,
         "losses": tuple(losses),
-        "orthonormality": orthonormality(stepper.model),
+        "orthonormality": orthonormality(model),
         "failure": bad and f"the loss is {losses[bad - 1]} at step {bad}",
     }

@@ -44,7 +44,6 @@ def restored(name: str, value: Any) -> Any:
 
 
 def choices(values: Sequence[Any]) -> CategoricalDistribution:
-    """Create a categorical distribution."""
     return CategoricalDistribution([stored(value) for value in values])
 
 
@@ -54,7 +53,6 @@ def varied(method: str) -> tuple[str, ...]:
 
 
 def parse_flags(texts: Sequence[str], method: str) -> Space:
-    """Parse ``--vary NAME=YAML`` flags."""
     values = {}
     for text in texts:
         name, equals, entry = text.partition("=")
@@ -68,7 +66,6 @@ def parse_flags(texts: Sequence[str], method: str) -> Space:
 
 
 def read(path: str | Path, method: str) -> Space:
-    """Read a search space from a YAML file."""
     return parse(read_mapping(path, "--space"), method, f"--space {path}")
 
 

@@ -112,7 +112,6 @@ class SearchPlan:
 
     @property
     def folder(self) -> Path:
-        """Output folder of the search."""
         return Path(self.config.output)
 
 
@@ -149,7 +148,6 @@ class Trial:
         return self.state in ("complete", "pruned", "failed")
 
     def describe(self, objective: Objective) -> str:
-        """Describe a finished trial in one line."""
         result = self.state if self.value is None else f"{objective.name} {self.value:.4f}"
         why = f" ({self.reason})" if self.reason else ""
         settings = ", ".join(f"{name} {shown(value)}" for name, value in self.settings.items())
@@ -166,7 +164,6 @@ class Search:
 
     @property
     def trials(self) -> list[Trial]:
-        """All trials by number."""
         return [Trial.of(frozen) for frozen in self.study.get_trials(deepcopy=False)]
 
     @property
@@ -204,7 +201,6 @@ class Watch(TrainerCallback):
             raise optuna.TrialPruned(text)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise TimeoutError after the deadline."""
         if time.monotonic() >= self.deadline:
             raise TimeoutError
 
@@ -337,7 +333,6 @@ def _contains(entry: optuna.distributions.BaseDistribution, value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """Format a setting's value for a table."""
     return f"{value:.3g}" if isinstance(value, float) else str(stored(value))
 
 

@@ -25,7 +25,6 @@ class Instruct(Task):
     metrics = ()
 
     def example(self, row: Row, tokenizer: object = None) -> Example:
-        """See :meth:`Task.example`."""
         output = fields.string(row, "output")
         prompt = alpaca(fields.filled(row, "instruction"), fields.optional(row, "input"))
         return Example(prompt, output, output, row.fields)
@@ -59,5 +58,4 @@ def alpaca_eval_rows(
 
 
 def tasks() -> list[Task]:
-    """Return the task."""
     return [Instruct()]

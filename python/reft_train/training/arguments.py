@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         logging_steps=config.log_every,
         logging_first_step=True,
+        disable_tqdm=not sys.stderr.isatty(),
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         dataloader_num_workers=config.workers,

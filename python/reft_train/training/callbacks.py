@@ -14,7 +14,6 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from reft_train.files import write_text
-from reft_train.progress import bar
 from reft_train.ranks import joined
 
 LOG = "log.jsonl"
@@ -33,7 +32,6 @@ class Journal(TrainerCallback):
             write_text(self.path, "".join(f"{json.dumps(entry)}\n" for entry in entries))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Append the latest entry."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
@@ -43,7 +41,6 @@ class FiniteLoss(TrainerCallback):
     """Stop a run whose loss is not finite."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Raise FloatingPointError with the step number."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             hint = "a lower lr or float32 may help"
@@ -111,34 +108,4 @@ class Bookkeeping(TrainerCallback):
         order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the time of the step."""
         self.trainer.step_done()
-
-
-class Progress(TrainerCallback):
-    """Progress bar with loss, tokens per second and held-out loss; first process only."""
-
-    def __init__(self, title: str) -> None:
-        self.title, self.shown = title, {}
-        self._bar = bar(0, title, show=False)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar at the step that the run starts from."""
-        self._bar = bar(state.max_steps, self.title, show=state.is_world_process_zero)
-        self._bar.update(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance by one step."""
-        self._bar.update()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Display the latest values."""
-        titles = {"loss": "loss", "tokens_per_second": "tokens/s", "eval_loss": "held out"}
-        self.shown |= {t: f"{logs[name]:.4g}" for name, t in titles.items() if name in logs}
-        self._bar.set_postfix(self.shown, refresh=False)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()  # also after an error, so that its message starts on a new line

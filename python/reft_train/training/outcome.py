@@ -47,7 +47,6 @@ class Outcome:
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
-        """Write ``results.json``."""
         return write_text(folder / RESULTS, dumps(asdict(self)))
 
     def figures(self) -> dict[str, str]:

@@ -47,7 +47,6 @@ def run_curves(log: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def write_run_report(folder: Path, outcome: Outcome, log: Sequence[Mapping[str, Any]]) -> None:
-    """Write ``loss.png`` and ``report.html``."""
     png = write_bytes(folder / PICTURE, run_curves(log)).read_bytes()
     losses = [entry for entry in log if "loss" in entry]
     bad = [entry["step"] for entry in losses if not math.isfinite(entry["loss"])]

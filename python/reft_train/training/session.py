@@ -19,13 +19,13 @@ from reft_train.evaluation.scoring import score_set
 from reft_train.evaluation.writing import write_predictions
 from reft_train.files import write_text
 from reft_train.memory import PeakMeter
-from reft_train.methods import TITLES, adapt, check_base, record_base
+from reft_train.methods import adapt, check_base, record_base
 from reft_train.models import CLASSIFICATION, Loaded, load
 from reft_train.reporting import versions
 from reft_train.tasks.base import Row, Task
 from reft_train.training import checkpoints, prepare, run_dir
 from reft_train.training.arguments import training_arguments
-from reft_train.training.callbacks import LOG, FiniteLoss, Interrupt, Journal, Progress
+from reft_train.training.callbacks import LOG, FiniteLoss, Interrupt, Journal
 from reft_train.training.outcome import Outcome
 from reft_train.training.processes import join, together
 from reft_train.training.run_report import write_run_report
@@ -136,7 +136,7 @@ def _train(
         if config.overwrite:
             run_dir.clear(output)
     classifies = loaded.kind == CLASSIFICATION
-    interrupt, progress = Interrupt(), Progress(TITLES[config.method])
+    interrupt = Interrupt()
     trainer = ReftTrainer(
         collate=collate,
         sampler=prepare.sampler(config, examples, arguments.world_size),
@@ -149,7 +149,7 @@ def _train(
         train_dataset=examples,
         eval_dataset=held_out,
         compute_metrics=_class_metrics(task) if classifies else None,
-        callbacks=[FiniteLoss(), Journal(output / LOG), progress, interrupt, *callbacks],
+        callbacks=[FiniteLoss(), Journal(output / LOG), interrupt, *callbacks],
     )
     if classifies:
         # these models ignore num_items_in_batch, so Trainer would sum the means of micro-batches
@@ -165,7 +165,7 @@ def _train(
         write_text(output / run_dir.CONFIG, settings)
     meter, started = PeakMeter(arguments.device), time.perf_counter()
     meter.start()
-    with interrupt, progress:
+    with interrupt:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     seconds, memory = time.perf_counter() - started, meter.stop()
     error, state = orthonormality(trainer.model), trainer.state
@@ -181,7 +181,7 @@ def _train(
         steps=state.global_step,
         losses=[(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry],
         seconds=seconds,
-        step_seconds=trainer.clock.median(),
+        step_seconds=trainer.step_seconds(),
         tokens_per_second=trainer.tokens * arguments.world_size / seconds,
         memory=memory,
         validation={} if interrupted else _validation(state, metric),

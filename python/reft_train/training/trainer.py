@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from reft_kernels.integrations.peft import share_build
@@ -26,7 +27,6 @@ from reft_train.models import evaluating
 from reft_train.training import sharding
 from reft_train.training.callbacks import Bookkeeping
 from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
-from reft_train.training.clock import StepClock
 from reft_train.training.held_out import held_out
 
 
@@ -47,7 +47,7 @@ class ReftTrainer(transformers.Trainer):
         head_lr: learning rate of parameters under ``heads``. None: the same as the others.
         score: called with the model at each evaluation; its metrics join the held-out loss.
         keep: number of checkpoints to keep, in addition to the best one.
-        callbacks: additional callbacks; Trainer's progress and printing callbacks are removed.
+        callbacks: additional callbacks.
         kwargs: passed to :class:`transformers.Trainer`.
     """
 
@@ -69,11 +69,9 @@ class ReftTrainer(transformers.Trainer):
             return {**collate(features), "token_count": count}
 
         super().__init__(data_collator=counted, callbacks=[Bookkeeping(self), *callbacks], **kwargs)
-        for display in (ProgressCallback, PrinterCallback):
-            self.remove_callback(display)
         self.sampler, self.heads, self.head_lr = sampler, tuple(heads), head_lr
         self.score, self.keep = score, keep
-        self.clock, self.tokens, self._batch_tokens = StepClock(self.args.device), 0, 0
+        self.tokens, self._batch_tokens, self._ends = 0, 0, []
         self._logged: tuple[float, int] | None = None
         self._staging = False
         self._loss: torch.Tensor | float = 0.0
@@ -85,7 +83,6 @@ class ReftTrainer(transformers.Trainer):
         self._shared = share_build(self.model) if shares else None
 
     def close(self) -> None:
-        """Restore the model, so that each forward builds R again."""
         if self._shared is not None:
             self._shared.close()
             self._shared = None
@@ -131,7 +128,6 @@ class ReftTrainer(transformers.Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a training step; after its last forward, backpropagate R's gradients in one build."""
-        self.clock.begin()
         loss = super().training_step(*args, **kwargs)
         self._loss = self._loss + loss.detach().float()
         self.tokens += self._batch_tokens
@@ -142,7 +138,15 @@ class ReftTrainer(transformers.Trainer):
     def step_done(self) -> None:
         """Record the time of an optimizer step; called by the callback."""
         self._loss_steps += 1
-        self.clock.end()
+        self._ends.append(time.perf_counter())
+
+    def step_seconds(self) -> float:
+        """Return the median time from one optimizer step to the next, 0 without two of them.
+
+        The device is not synchronized, but a queue of steps moves at the device's speed.
+        """
+        intervals = [after - before for before, after in pairwise(self._ends)]
+        return statistics.median(intervals) if intervals else 0.0
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """Log as Trainer does, with tokens per second and orthonormality in training entries."""
