@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
-
-from reft_kernels.positions import resolve
 
 
 class TorchLoReFT(nn.Module):
@@ -34,32 +30,3 @@ class TorchLoReFT(nn.Module):
         """Return edited rows ``[N, d]``."""
         R = self.rotate.weight
         return hidden + (self.source(hidden) - hidden @ R.T) @ R
-
-
-def add_hooks(model: nn.Module, layers: list[int], rotations: Tensor, positions: str) -> None:
-    """Edit the outputs of ``model.encoder``'s layers by forward hooks.
-
-    The edits are stored as ``model.edits``.
-    """
-    lists = [module for module in model.encoder.modules() if isinstance(module, nn.ModuleList)]
-    blocks = next(blocks for blocks in lists if len(blocks) == model.config.num_hidden_layers)
-    model.edits = nn.ModuleList(TorchLoReFT(rotation) for rotation in rotations)
-    rows: list[Tensor] = []
-
-    def find_rows(module: nn.Module, args: Any, inputs: dict[str, Tensor]) -> None:
-        mask = inputs["attention_mask"]
-        indices = resolve(positions, mask.sum(1), mask.shape[1], attention_mask=mask)
-        rows[:] = [indices[indices >= 0].long()]
-
-    def hook(edit: TorchLoReFT) -> Any:
-        def edit_output(module: nn.Module, args: Any, output: Any) -> Any:
-            hidden = output[0] if isinstance(output, tuple) else output
-            flat = hidden.reshape(-1, hidden.shape[-1])
-            edited = flat.index_copy(0, rows[0], edit(flat[rows[0]])).view_as(hidden)
-            return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-        return edit_output
-
-    model.register_forward_pre_hook(find_rows, with_kwargs=True)
-    for layer, edit in zip(layers, model.edits, strict=True):
-        blocks[layer].register_forward_hook(hook(edit))

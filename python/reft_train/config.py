@@ -164,7 +164,7 @@ class RunConfig(Scoring, Bookkeeping, Engine, Optimization, Method, Data, Frozen
         apart = not self.share_weights and not (spec.first and spec.last)
         positions, streamed = f"false with positions {self.positions!r}", f"{held:g} with streaming"
         endless, fraction = self.streaming and self.max_steps is None, held >= 1 and held % 1
-        blind, unseen = self.select != "none" and not self.holds_out, f"{self.select!r} without rows"
+        blind, unseen = self.select != "none" and not self.holds_out, f"{self.select!r} alone"
         for fails, name, got, expected in (
             (not self.model, "model", "none", "a model's folder or hub name"),
             (not self.task, "task", "none", "a task such as commonsense, boolq or jsonl"),
@@ -255,7 +255,7 @@ def build(*layers: Mapping[str, Any]) -> RunConfig:
     if not isinstance(merged.get("task"), str) or not merged["task"]:
         raise wrong("task", "none", "a task such as commonsense, gsm8k, boolq or jsonl")
     name = merged.get("recipe") or tasks.get(merged["task"]).recipe
-    return validated({**recipe(name), **merged, "recipe": name})
+    return validated({**recipe(str(name)), **merged, "recipe": name})
 
 
 def dump_yaml(config: RunConfig) -> str:

@@ -10,7 +10,6 @@ import reft_train
 ORDER = (
     "errors",
     "files",
-    "procfs",
     "memory",
     "progress",
     "ranks",

@@ -140,16 +140,17 @@ def tokenize_rows(
     features |= dict.fromkeys(("length", "cut_prompt", "cut_target"), count)
 
     def items() -> Iterator[dict[str, Any]]:
+        lost = 0
         for item in iter_items(rows, task, tokenizer, kind, max_length, _CHUNK):
+            lost += item.lost
             if not item.lost:
                 cuts = {"cut_prompt": item.cut_prompt, "cut_target": item.cut_target}
                 yield {**item.columns(), "length": len(item.input_ids), **cuts}
+        if lost == len(rows):
+            raise all_lost(max_length)
 
     key = {**key, "task": task.name, "kind": kind, "max_length": max_length}
-    dataset = cached(items, datasets.Features(features), key, folder)
-    if not len(dataset):
-        raise all_lost(max_length)
-    return dataset
+    return cached(items, datasets.Features(features), key, folder)
 
 
 def iter_items(

@@ -277,7 +277,7 @@ def test_checkpoints_are_ordered_by_number_and_nothing_else_is_taken_for_one(tmp
 def test_a_checkpoint_that_lacks_a_file_is_refused(tmp_path):
     (checkpoint_of(tmp_path / "checkpoint-3", "a") / "scheduler.pt").unlink()
     with pytest.raises(
-        UserError, match="checkpoint-3 without scheduler.pt, expected a whole checkpoint"
+        UserError, match="checkpoint-3 without scheduler.pt, expected a complete checkpoint"
     ):
         checkpoints.last(tmp_path)
 

@@ -208,7 +208,7 @@ def test_signals_end_a_process_and_its_command_goes_on_exactly(dropping, tmp_pat
     )
     words = {
         "interrupted": shlex.split(
-            texts["interrupted"].splitlines()[-1].partition("to go on: ")[2]
+            texts["interrupted"].splitlines()[-1].partition("to resume: ")[2]
         ),
         "killed": [
             "reft-train",
@@ -263,7 +263,7 @@ def test_a_changed_setting_is_refused_on_resuming(name, begun, tiny_llama, capsy
     before = sorted(output.rglob("*"))
     assert run(tiny_llama, output, **{**settings, name: CHANGES[name]}, resume=True) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"resume: got {name} {CHANGES[name]!r}, but the run was begun with" in line
+    assert f"resume: got {name} {CHANGES[name]!r}, but the run was started with" in line
     assert sorted(output.rglob("*")) == before
 
 
@@ -278,7 +278,7 @@ def test_a_folder_that_holds_a_run_is_refused(begun, tiny_llama, capsys):
     output, settings = begun
     assert run(tiny_llama, output, **settings) == 2
     assert (
-        "which holds a run, expected another folder, --resume or --overwrite"
+        "which contains a run, expected another folder, --resume or --overwrite"
         in capsys.readouterr().err.splitlines()[-1]
     )
 
