@@ -54,12 +54,5 @@ class PeakMeter:
             torch.cuda.synchronize(self.device)
             peak = torch.cuda.max_memory_allocated(self.device)
             return Peak(self._before, peak / _MIB, self._method)
-        try:
-            found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        except OSError:
-            found = None
-        if found is not None:
-            return Peak(self._before, int(found[1]) / 1024, self._method)
-        now = psutil.Process().memory_info()
-        peak = getattr(now, "peak_wset", now.rss)  # Windows has the peak, macOS does not
-        return Peak(self._before, peak / _MIB, "resident memory of the process at the end")
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return Peak(self._before, int(found[1]) / 1024, self._method)

@@ -8,8 +8,6 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from reft_train.config import Bookkeeping, RunConfig, Scoring, read_yaml
 from reft_train.errors import UserError, wrong
 from reft_train.evaluation.writing import ALPACA_EVAL, PREDICTIONS
@@ -73,20 +71,6 @@ def check_same_data(rows: prepare.Rows, output: Path) -> None:
     path = output / DATA  # missing if the run was killed early
     if path.is_file() and path.read_text(encoding="utf-8") != rows.digest():
         raise UserError(f"resume: the training rows differ from those that {output} started with")
-
-
-def check_room(model: torch.nn.Module, config: RunConfig) -> None:
-    """Raise UserError if the disk cannot hold the checkpoints.
-
-    Counts the parameters and two optimizer moments for one checkpoint more than are kept.
-    """
-    output = Path(config.output)
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    needed = (config.keep + 2) * (3 * trained + 2**20)
-    free = shutil.disk_usage(check_folder(output, "output")).free
-    if free < needed:
-        expected = f"at least {needed / 2**20:.0f} MiB for checkpoints"
-        raise wrong("output", f"{output} with {free / 2**20:.0f} MiB free", expected)
 
 
 def clear(output: Path) -> None:

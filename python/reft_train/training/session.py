@@ -123,7 +123,6 @@ def _train(
 
     def adapted() -> tuple[Any, Any]:
         model = adapt(config, loaded, prepare.response_template(config, loaded, task, rows))
-        run_dir.check_room(model, config)
         return model, training_arguments(config, output, model, count, metric)
 
     def score(model: Any) -> dict[str, float]:
@@ -139,6 +138,7 @@ def _train(
     interrupt = Interrupt()
     trainer = ReftTrainer(
         collate=collate,
+        eval_collate=prepare.collator(config.replace(packing=False), loaded),
         sampler=prepare.sampler(config, examples, arguments.world_size),
         heads=loaded.heads,
         head_lr=config.head_lr,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import shutil
 import statistics
 import time
@@ -11,23 +13,27 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
+from torch.nn import functional as F
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from reft_kernels.integrations.peft import share_build
 from reft_kernels.interventions import Intervention
 from reft_kernels.parametrization import orthonormality_error
 from reft_train.errors import one_line, wrong
+from reft_train.evaluation.batching import run_batches
 from reft_train.files import write_text
 from reft_train.methods import save_adapter
 from reft_train.models import evaluating
 from reft_train.training import sharding
 from reft_train.training.callbacks import Bookkeeping
 from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
-from reft_train.training.held_out import held_out
+
+cross_entropy = functools.partial(F.cross_entropy, reduction="none")
 
 
 def orthonormality(model: nn.Module) -> float | None:
@@ -43,6 +49,7 @@ class ReftTrainer(transformers.Trainer):
 
     Args:
         collate: converts examples to a batch.
+        eval_collate: converts held-out examples to a batch with a row for each; None: ``collate``.
         sampler: order of the training examples, None for a stream.
         head_lr: learning rate of parameters under ``heads``. None: the same as the others.
         score: called with the model at each evaluation; its metrics join the held-out loss.
@@ -55,6 +62,7 @@ class ReftTrainer(transformers.Trainer):
         self,
         *,
         collate: Callable[[Sequence[dict]], dict],
+        eval_collate: Callable[[Sequence[dict]], dict] | None = None,
         sampler: torch.utils.data.Sampler | None,
         heads: Sequence[str] = (),
         head_lr: float | None = None,
@@ -70,7 +78,7 @@ class ReftTrainer(transformers.Trainer):
 
         super().__init__(data_collator=counted, callbacks=[Bookkeeping(self), *callbacks], **kwargs)
         self.sampler, self.heads, self.head_lr = sampler, tuple(heads), head_lr
-        self.score, self.keep = score, keep
+        self.score, self.keep, self.eval_collate = score, keep, eval_collate or collate
         self.tokens, self._batch_tokens, self._ends = 0, 0, []
         self._logged: tuple[float, int] | None = None
         self._staging = False
@@ -170,25 +178,36 @@ class ReftTrainer(transformers.Trainer):
     ) -> Any:
         """Compute the held-out loss, and the task's metrics where required.
 
+        The loss is a mean over labels, independent of batch size and number of processes
+        (transformers averages the means of batches, and repeats examples in the last ones).
         Metrics are computed for tasks with classes, and for runs that select by them.
         """
-        dataset, measured = dataloader.dataset, self.compute_metrics is not None
+        dataset = dataloader.dataset
         shifted = not getattr(self.model.config, "is_encoder_decoder", False)
 
-        def step(inputs: dict) -> tuple:
-            inputs = self._prepare_inputs(inputs)
+        def forward(batch: list[int]) -> list[tuple[float, int, list[float]]]:
+            inputs = self._prepare_inputs(self.eval_collate([dataset[index] for index in batch]))
             with self.compute_loss_context_manager():
-                # prediction_step would normalize by the tokens of all processes
-                loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
-            return loss, outputs["logits"] if measured else None
+                logits, labels = self.model(**inputs).logits.float(), inputs["labels"]
+            if labels.ndim == 1:
+                numbers = logits.shape[-1] == 1
+                losses = (logits[:, 0] - labels) ** 2 if numbers else cross_entropy(logits, labels)
+                return list(zip(losses.tolist(), [1] * len(batch), logits.tolist(), strict=True))
+            if shifted:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            losses = cross_entropy(logits.flatten(0, 1), labels.flatten()).view_as(labels).sum(1)
+            counts = labels.ne(-100).sum(1).tolist()
+            return [(loss, count, []) for loss, count in zip(losses.tolist(), counts, strict=True)]
 
+        lengths = [len(ids) for ids in dataset["input_ids"]]
         with evaluating(self.model):
             size = self.args.eval_batch_size
-            loss, logits = held_out(step, dataset, self.data_collator, size, shifted)
-        metrics = {"loss": loss}
-        if measured:
-            labels = torch.tensor(dataset["labels"][:])
-            prediction = EvalPrediction(torch.stack(logits).numpy(), labels.numpy())
+            losses, counts, logits = zip(
+                *run_batches(lengths, size, forward, "held-out rows", False), strict=True
+            )
+        metrics = {"loss": math.fsum(losses) / sum(counts)}
+        if self.compute_metrics is not None:
+            prediction = EvalPrediction(numpy.array(logits), numpy.array(dataset["labels"][:]))
             metrics |= self.compute_metrics(prediction)
         if self.score is not None:
             sharding.gather_to_generate(self.model)

@@ -124,9 +124,14 @@ def test_too_little_memory_for_a_batch_fails_the_trial_with_a_hint(tiny_llama, m
     assert "consider --gradient-checkpointing, or a smaller --batch" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_fails_the_trial(tiny_llama, tmp_path, capsys):
+def test_a_loss_that_is_not_finite_fails_the_trial(tiny_llama, tmp_path, capsys, monkeypatch):
+    def poison(optimizer):
+        for parameter in optimizer.param_groups[0]["params"]:
+            parameter.data.fill_(math.nan)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", poison)
     path = tmp_path / "found.json"
-    flags = ["--trial-steps", "1", "--lr", "1e38", "--json", str(path)]
+    flags = ["--trial-steps", "1", "--json", str(path)]
     assert main(["doctor", "--model", str(tiny_llama), *SMALL, *flags]) == 1
     assert "FAILED: the loss is nan at step 2" in capsys.readouterr().out
     assert _strict(path)["trial"]["losses"][1:] == [None] * 5

@@ -31,7 +31,7 @@ def refused(tmp_path, capfd):
 
 def test_a_model_folder_that_is_not_there(refused, tmp_path):
     line = refused(tmp_path / "nothing")
-    assert line.startswith(f"model: got '{tmp_path / 'nothing'}', which cannot be loaded")
+    assert line.startswith(f"model: got '{tmp_path / 'nothing'}', which does not exist")
 
 
 def test_a_folder_that_is_no_model(refused, tmp_path):
@@ -80,7 +80,7 @@ def test_a_hub_name_without_a_network(refused, monkeypatch):
         ({"recipe": "papers"}, "recipe: got 'papers', expected one of"),
         ({"layers": "0;9"}, "layers"),
         ({"rank": 64}, "rank"),
-        ({"rank": 0}, "rank: got 0, expected greater than or equal to 1"),
+        ({"rank": 0}, "rank: got '0', expected greater than or equal to 1"),
         ({"component": "no_such_part"}, "component"),
         ({"train": "no-such-file.jsonl"}, "--train: got no-such-file.jsonl, which does not exist"),
         ({"validation": 8}, "validation: got 8 of 8 training rows"),
