@@ -160,7 +160,7 @@ def run(parsed: argparse.Namespace) -> int:
         f"{len(task.rows)} texts of {len(task.labels)} labels, a quarter of each held out",
         identical if same else "FAILED: the reloaded adapter predicts differently",
         f"step / frozen: a training step over the frozen model's forward and backward, medians of "
-        f"{parsed.timing_steps} steps on random tokens; peak memory: {outcome.memory.method}",
+        f"{parsed.timing_steps} steps on random text; peak memory: {outcome.memory.method}",
     ]
     settings = {name: getattr(config, name) for name in ("model", *DEFAULTS)}
     settings |= reporting.versions()

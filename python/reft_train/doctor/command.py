@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """Report installed packages and the backend of each operator. With --model and
 --task, estimate the memory of weights, gradients and optimizer before any weight is loaded, compare
-it with the machine's, and train a few steps on random tokens, which measures the whole. Exits with
+it with the machine's, and train a few steps on random text, which measures the whole. Exits with
 1 when the memory does not suffice or the trial fails."""
 
 
@@ -107,21 +107,11 @@ def estimate_lines(needed: Estimate) -> list[str]:
 
 def trial_lines(trial: Trial) -> list[str]:
     """Format the trial's measurements, or the reason of its failure."""
-    steps = f"{trial.steps} timed training steps on random tokens"
-    lines = [f"trial: {steps}, {trial.length} an example"]
-    if trial.left_out:
-        lines.append(f"  ignored settings: {', '.join(trial.left_out)}")
-    if trial.peak is not None:
-        over, peak = (trial.peak.peak - trial.peak.before) * 2**20, size(trial.peak.peak * 2**20)
-        facts = {
-            "step, median": f"{trial.step_seconds * 1e3:,.1f} ms",
-            "frozen model alone": f"{trial.frozen_seconds * 1e3:,.1f} ms, forward and backward",
-            "ratio, median": f"{trial.ratio:.3f}",
-            "tokens per second": f"{trial.tokens_per_second:,.0f}",
-            "memory over weights": size(over),
-            "peak memory": f"{peak}: {trial.peak.method}",
-            "loss": f"{trial.losses[0]:.4f} first, {trial.losses[-1]:.4f} last",
-            "max |R Rᵀ − I|": f"{trial.orthonormality or 0:.2e}",
-        }
-        lines += [f"  {name:<23}{text}" for name, text in facts.items()]
+    lines = [
+        f"trial: {trial.steps} training steps on random text, {trial.length} tokens an example"
+    ]
+    if trial.outcome is not None:
+        alone = f"{trial.frozen_seconds * 1e3:,.1f} ms, forward and backward"
+        facts = {"frozen model alone": alone, "ratio": f"{trial.ratio:.3f}"}
+        lines += [f"  {name}: {text}" for name, text in (trial.outcome.figures() | facts).items()]
     return [*lines, f"  FAILED: {trial.failure}" if trial.failure else "  passed"]

@@ -1,25 +1,42 @@
-"""Short trial training on random tokens: time, memory, finite losses, orthonormality of R."""
+"""Short training on random text through the whole program, and its time over the frozen model's."""
 
 from __future__ import annotations
 
-import contextlib
-import math
+import json
+import random
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from reft_train import methods, models
+from reft_train import models
 from reft_train.config import RunConfig
-from reft_train.doctor.environment import memory_of
 from reft_train.errors import UserError, one_line
-from reft_train.memory import Peak, PeakMeter
-from reft_train.tasks.base import Task
-from reft_train.training.session import quiet
-from reft_train.training.trainer import orthonormality
+from reft_train.files import write_text
+from reft_train.tasks.base import Classified, Example, Row, Task
+from reft_train.training.outcome import Outcome
+from reft_train.training.session import train
+
+
+class RandomText(Task):
+    """Rows of random text, with the outputs of another task."""
+
+    name, recipe, metrics = "trial", "default", ()
+
+    def __init__(self, task: Task) -> None:
+        self.decoding, self.labels = task.decoding, task.labels
+
+    def example(self, row: Row, tokenizer: object = None) -> Example:
+        """Return two random texts."""
+        return Example(row.fields["text"], row.fields["target"], "")
+
+    def classified(self, row: Row) -> Classified:
+        """Return a random text and label."""
+        label = row.fields["label"]
+        return Classified(row.fields["text"], None, label if self.labels is None else int(label))
 
 
 @dataclass(frozen=True)
@@ -27,152 +44,65 @@ class Trial:
     """Measurements of a trial; ``failure`` is a one-line reason, None if it succeeded.
 
     Attributes:
-        ratio: median ratio of a step's time to the frozen model's forward and backward time.
-        peak: peak memory of two steps; Adam's moments exist from the second step on.
-        left_out: ignored settings.
+        length: tokens of an example.
+        ratio: time of a training step over the frozen model's forward and backward.
     """
 
     steps: int
     length: int
-    left_out: tuple[str, ...]
-    step_seconds: float | None = None
+    outcome: Outcome | None = None
     frozen_seconds: float | None = None
     ratio: float | None = None
-    tokens_per_second: float | None = None
-    peak: Peak | None = None
-    losses: tuple[float, ...] = ()
-    orthonormality: float | None = None
     failure: str | None = None
 
 
-def random_batch(
-    size: int, kind: str, hf_config: Any, length: int, generator: torch.Generator
-) -> dict[str, Any]:
-    """Create a batch of random tokens.
-
-    A causal model learns the second half of the tokens, an encoder a random class.
-    """
-    shape, vocabulary = (size, length), hf_config.get_text_config().vocab_size
-    tokens, labels = (torch.randint(vocabulary, shape, generator=generator) for _ in range(2))
-    if kind == models.CAUSAL:
-        labels = tokens.clone()
-        labels[:, : length // 2] = -100
-    elif kind == models.CLASSIFICATION:
-        count = hf_config.num_labels
-        labels = labels[:, 0] % count if count > 1 else torch.rand(size, generator=generator)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-
-
-@contextlib.contextmanager
-def _frozen(model: Any) -> Iterator[None]:
-    """Disable the method, and make the backward run through every frozen layer."""
-    embedding = model.get_base_model().get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda m, args, out: out.detach().requires_grad_())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    try:
-        with model.disable_adapter():
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            yield
-    finally:
-        hook.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
 def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> Trial:
-    """Load and adapt the model, then run ``steps`` timed training steps.
-
-    Before them, steps on one example and on a batch measure the memory; a batch that would not fit
-    is not tried.
-    """
-    quiet()
-    left_out = ("compile", "fsdp", "deepspeed", "packing")
-    left_out = tuple(name for name in left_out if getattr(config, name))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads or threads)
+    """Train ``steps`` steps of one forward each, then time the frozen model."""
+    task, count, labels = RandomText(task), config.batch_size, task.num_labels
+    words, rows = random.Random(config.seed), []
+    for _ in range(count):
+        text, target = (" ".join(map(str, words.choices(range(10_000), k=length))) for _ in "ab")
+        label = words.random() * labels
+        rows.append(json.dumps({"text": text, "target": target[: length // 2], "label": label}))
+    settings = {"max_steps": steps, "accumulation": 1, "log_every": steps, "save_every": steps + 1}
+    settings |= {"validation": 0, "select": "none", "streaming": False, "skip_test": True}
+    settings |= {"max_length": length, "resume": False, "overwrite": False}
     try:
-        return Trial(steps, length, left_out, **_measured(config, task, steps, length))
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(write_text(Path(folder) / "rows.jsonl", "\n".join(rows)))
+            places = {"train": path, "output": f"{folder}/run", "cache": folder}
+            outcome = train(config.replace(**settings, **places), report=False, task=task)
+        frozen = frozen_seconds(config, task, steps, length)
     except UserError:  # bad input is not a failed step
         raise
-    except (RuntimeError, ValueError, TypeError, MemoryError) as error:
+    except (RuntimeError, ValueError, TypeError, MemoryError, FloatingPointError) as error:
         failure = f"{type(error).__name__}: {one_line(error)}"
-        return Trial(steps, length, left_out, failure=failure)
-    finally:
-        torch.set_num_threads(threads)
+        return Trial(steps, length, failure=failure)
+    return Trial(steps, length, outcome, frozen, outcome.step_seconds / frozen)
 
 
-def _measured(config: RunConfig, task: Task, steps: int, length: int) -> dict[str, Any]:
+def frozen_seconds(config: RunConfig, task: Task, steps: int, length: int) -> float:
+    """Return the median time of a forward and backward through every frozen layer."""
     device = torch.device(models.pick_device(config))
-    loaded, meter = models.load(config, task), PeakMeter(device)
-    model = methods.adapt(config, loaded).train()
+    loaded = models.load(config, task)
+    model = loaded.model.train()
     if config.device_map == "none" and config.quantization == "none":
         model.to(device)
-    loaded.model.config.use_cache = False  # as Trainer sets it
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.lr, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(config.seed)
+    embedding = model.get_input_embeddings()
+    embedding.register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (config.batch_size, length)).to(device)
+    labels = ids
+    if loaded.kind == models.CLASSIFICATION:
+        labels = torch.zeros_like(ids[:, 0], dtype=torch.float32 if task.labels is None else None)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
-    losses: list[float] = []
-
-    def batch(size: int) -> dict[str, Any]:
-        made = random_batch(size, loaded.kind, loaded.model.config, length, generator)
-        return {name: value.to(device) for name, value in made.items()}
-
-    def loss_of(inputs: dict[str, Any]) -> torch.Tensor:
-        with torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext():
-            return model(**inputs).loss
-
-    def train(inputs: dict[str, Any]) -> None:
-        loss = loss_of(inputs)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.item())
-
-    def frozen(inputs: dict[str, Any]) -> None:
-        with _frozen(model):
-            loss_of(inputs).backward()
-
-    def peak_of(size: int) -> Peak:
-        meter.start()
-        train(batch(size))
-        train(batch(size))
-        return meter.stop()
-
-    def seconds(step: Callable, inputs: dict[str, Any]) -> float:
-        wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        wait()
+    times = []
+    for _ in range(steps + 1):
         started = time.perf_counter()
-        step(inputs)
-        wait()
-        return time.perf_counter() - started
-
-    train(batch(1))  # libraries allocate memory at first use
-    one = peak_of(1)
-    needed = (one.peak - one.before) * config.batch_size
-    free = memory_of(device.type).free / 2**20
-    if needed > free:
-        what = f"a batch needs about {needed:,.0f} MiB, {free:,.0f} MiB are free"
-        hint = "--gradient-checkpointing, or a smaller --batch-size with more --accumulation"
-        raise MemoryError(f"{what}; consider {hint}")
-    peak, times = peak_of(config.batch_size), []
-    frozen(batch(config.batch_size))  # allocates its memory before it is timed
-    for number in range(steps):
-        inputs, order = batch(config.batch_size), (train, frozen)
-        pair = {step: seconds(step, inputs) for step in (order if number % 2 else order[::-1])}
-        times.append((pair[train], pair[frozen]))
-    step, alone = (statistics.median(part) for part in zip(*times, strict=True))
-    bad = next((number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
-    return {
-        "step_seconds": step,
-        "frozen_seconds": alone,
-        "ratio": statistics.median(a / b for a, b in times),
-        "tokens_per_second": config.batch_size * length / step,
-        "peak": peak,
-        "losses": tuple(losses),
-        "orthonormality": orthonormality(model),
-        "failure": bad and f"the loss is {losses[bad - 1]} at step {bad}",
-    }
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])  # the first allocates memory
