@@ -22,7 +22,6 @@ from reft_train.errors import wrong
 from reft_train.files import check_folder, dumps, write_bytes, write_text
 from reft_train.tasks.base import Classified, Row, Task
 from reft_train.tasks.fields import answer, filled, optional
-from reft_train.tasks.measures import measure
 
 PACKAGES = ("asyncio", "email", "idlelib", "importlib", "multiprocessing", "unittest", "xml")
 DEFAULTS = {"rank": 8, "positions": "all", "layers": "all", "epochs": 3, "seed": 0, "lr": 5e-3}
@@ -64,9 +63,6 @@ class Texts(Task):
     def classified(self, row: Row) -> Classified:
         label = self.labels.index(row.fields["label"])
         return Classified(row.fields["text"], None, label, row.fields)
-
-    def measure(self, predictions: Any, references: Any) -> dict[str, float]:
-        return {"accuracy": measure("accuracy", predictions, references)}
 
 
 def load_file(path: Path) -> Texts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from reft_train.errors import UserError, one_line, wrong
 from reft_train.files import write_text
 from reft_train.search.space import Space
 from reft_train.search.study import Objective, Search, SearchPlan, Train, open_study, search
-from reft_train.subprocess_env import environment
 from reft_train.training.outcome import Outcome
 
 REFUSED = "not available: "
@@ -155,8 +155,10 @@ def run_isolated(config: RunConfig) -> Outcome:
     plan = write_text(output.with_name(f"{output.name}.yaml"), dump_yaml(config))
     log = output.with_name(f"{output.name}.log")
     command = [sys.executable, "-m", "reft_train", "run", "--config", str(plan)]
+    # the new interpreter imports the same packages
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with log.open("wb") as file:
-        done = subprocess.run(command, env=environment(), stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from reft_train.errors import wrong
 from reft_train.tasks import answers, fields
 from reft_train.tasks.base import Classified, Decoding, Example, Row, Scored, Task
-from reft_train.tasks.measures import measure
 
 # the labels are a word with these numbers; a few ARC questions have three or five choices
 _CHOICES = {"piqa": ("solution", 2), "social_i_qa": ("answer", 3), "hellaswag": ("ending", 4)}
@@ -60,11 +59,6 @@ class Commonsense(Task):
         """The stripped text after "the correct answer is " must equal the answer."""
         prediction = answers.after_trigger(generated)
         return Scored(prediction, prediction == example.answer)
-
-    def measure(
-        self, predictions: Sequence[int | float], references: Sequence[int | float]
-    ) -> dict[str, float]:
-        return {"accuracy": measure("accuracy", predictions, references)}
 
 
 def tasks() -> list[Task]:

@@ -1,17 +1,15 @@
-"""GLUE: nine sets of sentences or sentence pairs, with GLUE's metrics.
+"""GLUE: nine sets of sentences or sentence pairs, with GLUE's metrics; the paper reports the first.
 
-All sets are classification tasks, except STS-B, which is a regression.
+All sets are classification tasks, except STS-B, which is a regression. MNLI is its matched part.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
 from reft_train.errors import wrong
 from reft_train.tasks import fields
 from reft_train.tasks.base import Classified, Row, Task
-from reft_train.tasks.measures import measure
 
 _PAIR, _ENTAILMENT = ("sentence1", "sentence2"), ("entailment", "not_entailment")
 _THREE, _MNLI = ("entailment", "neutral", "contradiction"), ("premise", "hypothesis")
@@ -63,16 +61,6 @@ class Glue(Task):
         if not 0.0 <= value <= 5.0:
             raise wrong(where, repr(label), "a number from 0 to 5")
         return value
-
-    def measure(
-        self, predictions: Sequence[int | float], references: Sequence[int | float]
-    ) -> dict[str, float]:
-        """Compute GLUE's metrics for the set; the paper reports the first one.
-
-        CoLA: Matthews' correlation. MRPC and QQP: accuracy, F1. STS-B: Pearson's and Spearman's
-        correlations. The others: accuracy, for MNLI on its matched part.
-        """
-        return {name: measure(name, predictions, references) for name in self.metrics}
 
 
 def validation_split(n: int, seed: int) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -43,17 +44,15 @@ def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
     """
     if not joined():
         return prepare()
+    from accelerate import PartialState
+
     error, result = None, None
-    waits = in_turn and int(os.environ.get("LOCAL_RANK", "0")) > 0
-    if waits:
-        dist.barrier()
-    try:
-        result = prepare()
-    except UserError as refused:
-        error = refused
-    finally:
-        if in_turn and not waits:
-            dist.barrier()
+    first = PartialState().local_main_process_first() if in_turn else contextlib.nullcontext()
+    with first:
+        try:
+            result = prepare()
+        except UserError as refused:
+            error = refused
     messages = [text for text in gathered(error and str(error)) if text is not None]
     if messages:
         raise (UserError if is_first() else ReportedError)(messages[0]) from error
