@@ -52,7 +52,9 @@ def _split(rows: list[Row], validation: float, seed: int) -> tuple[list[Row], li
     if not 0 < count < len(rows):
         what = f"{validation:g} of {len(rows)} training rows"
         raise wrong("validation", what, "at least one on either side")
-    held = set(random.Random(f"validation/{seed}").sample(range(len(rows)), count))
+    order = list(range(len(rows)))
+    random.Random(f"validation/{seed}").shuffle(order)
+    held = set(order[:count])
     return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
@@ -89,7 +91,7 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
         # split before expanding, so that a conversation stays on one side
         rows.train = list(_expanded(rows.train, config, task))
         rows.held_out = list(_expanded(rows.held_out, config, task))
-    limit = config.test_rows if scored else 0
+    limit = config.test_rows
     rows.tests = {name: tests[:limit] for name, tests in rows.tests.items() if scored}
     return rows
 
