@@ -57,15 +57,22 @@ class Trial:
 
 
 def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> Trial:
-    """Train ``steps`` steps of one forward each, then time the frozen model."""
+    """Train ``steps`` timed steps of one forward each, then time the frozen model."""
     task, count, labels = RandomText(task), config.batch_size, task.num_labels
     words, rows = random.Random(config.seed), []
     for _ in range(count):
         text, target = (" ".join(map(str, words.choices(range(10_000), k=length))) for _ in "ab")
         label = words.random() * labels
         rows.append(json.dumps({"text": text, "target": target[: length // 2], "label": label}))
-    settings = {"max_steps": steps, "accumulation": 1, "log_every": steps, "save_every": steps + 1}
-    settings |= {"validation": 0, "select": "none", "streaming": False, "skip_test": True}
+    # the time of a step is that between two ends
+    settings = {"max_steps": steps + 1, "save_every": steps + 2, "log_every": steps}
+    settings |= {
+        "accumulation": 1,
+        "validation": 0,
+        "select": "none",
+        "streaming": False,
+        "skip_test": True,
+    }
     settings |= {"max_length": length, "resume": False, "overwrite": False}
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -88,8 +95,8 @@ def frozen_seconds(config: RunConfig, task: Task, steps: int, length: int) -> fl
     model = loaded.model.train()
     if config.device_map == "none" and config.quantization == "none":
         model.to(device)
-    embedding = model.get_input_embeddings()
-    embedding.register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
+    for embedding in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):
+        embedding.register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (config.batch_size, length)).to(device)
     labels = ids
