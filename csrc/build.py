@@ -182,7 +182,9 @@ def _build(library: Path, rules: list[str], objects: Path, without: str) -> Path
         [ninja(), "-C", str(objects)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode:
-        raise BuildError(f"the native build failed in {objects}; mend it, {without}\n{done.stdout}")
+        raise BuildError(
+            f"the native build failed in {objects}; fix the error, {without}\n{done.stdout}"
+        )
     return library
 
 

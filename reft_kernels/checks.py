@@ -228,7 +228,7 @@ def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
         repeated = (ordered[1:] == ordered[:-1]) & (ordered[1:] >= 0)
         if bool(repeated.any()):
             raise ValueError(
-                f"{name}: row {int(ordered[1:][repeated][0])} stands more than once, expected "
+                f"{name}: row {int(ordered[1:][repeated][0])} occurs more than once, expected "
                 "each row at most once"
             )
     return rows if rows.is_inference() else mark_rows(rows, num_rows)

@@ -47,9 +47,9 @@ def _why_off() -> str | None:
         )
     wanted = os.environ.get(ISA_VARIABLE)
     if wanted:
-        refusal = torch.ops.reft_kernels_cpu.isa_refusal(wanted)
-        if refusal:
-            return f"{ISA_VARIABLE}: got {wanted!r}, {refusal}"
+        reason = torch.ops.reft_kernels_cpu.isa_unsupported_reason(wanted)
+        if reason:
+            return f"{ISA_VARIABLE}: got {wanted!r}, {reason}"
     return None
 
 
@@ -72,9 +72,9 @@ def unsupported_reason(operator: str, device_type: str, dtype: torch.dtype) -> s
         dtype: Dtype of the tensors.
     """
     if device_type != "cpu":
-        return f"the native cpu backend does not serve {device_type} tensors"
+        return f"the native cpu backend does not support {device_type} tensors"
     if dtype not in _DTYPES:
-        return f"the native cpu backend does not serve {dtype}"
+        return f"the native cpu backend does not support {dtype}"
     return _why_off()
 
 
@@ -90,11 +90,11 @@ def load() -> bool:
     return True
 
 
-def serve(wanted: bool) -> None:
+def set_enabled(wanted: bool) -> None:
     """Enable or disable the library's kernels for CPU tensors.
 
     Args:
         wanted: True to use the library's kernels, False to forward calls to the backend that
             :mod:`reft_kernels.dispatch` selects.
     """
-    torch.ops.reft_kernels_cpu.serve(wanted)
+    torch.ops.reft_kernels_cpu.set_enabled(wanted)

@@ -84,7 +84,7 @@ def set_backend(name: str | None) -> None:
         _forced = _checked(name, "backend")
         _table.clear()
         if _native is not None:
-            _native.serve(_is_native())
+            _native.set_enabled(_is_native())
 
 
 def load_native() -> None:
@@ -97,7 +97,7 @@ def load_native() -> None:
     if module.load():
         with _lock:
             _native = module
-            _native.serve(_is_native())
+            _native.set_enabled(_is_native())
 
 
 def _is_native() -> bool:
@@ -162,7 +162,7 @@ def unsupported_reason(
     if device_type == "cpu" and not interpreting():
         return "Triton needs a GPU (or TRITON_INTERPRET=1, its interpreter, for tests)"
     if device_type not in ("cpu", "cuda"):
-        return f"Triton kernels do not serve {device_type} tensors"
+        return f"Triton kernels do not support {device_type} tensors"
     if device_type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         if capability < (8, 0):
@@ -191,7 +191,7 @@ def choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, di
         reason = unsupported_reason(_forced, operator, device_type, dtype)
         if reason is not None:
             raise BackendError(
-                f"backend {_forced!r} is forced but cannot serve {operator} on {device_type} "
+                f"backend {_forced!r} is forced but cannot run {operator} on {device_type} "
                 f"{dtype}: {reason}"
             )
         return _forced, {}

@@ -105,12 +105,12 @@ def poison(monkeypatch):
         monkeypatch.setattr(holder, name, _poisoned(getattr(holder, name)))
     native = cpu.instruction_set() is not None
     if native:
-        torch.ops.reft_kernels_cpu.spoil(
+        torch.ops.reft_kernels_cpu.poison_memory(
             True
         )  # as for the outputs that the native library makes itself
     yield
     if native:
-        torch.ops.reft_kernels_cpu.spoil(False)
+        torch.ops.reft_kernels_cpu.poison_memory(False)
 
 
 hypothesis.settings.register_profile(

@@ -91,7 +91,7 @@ BAD = [
     (
         {"rows": _i32(4, -1, 2, -1, 4)},
         ValueError,
-        "^rows: row 4 stands more than once, expected each row at most once",
+        "^rows: row 4 occurs more than once, expected each row at most once",
     ),
     ({"coeff": torch.ones(5, R)}, ValueError, r"^coeff: got shape \(5, 3\), expected \(6, 3\)"),
     (
@@ -183,7 +183,7 @@ def test_row_values_are_checked_once_and_again_after_a_change():
     with pytest.raises(ValueError, match="^rows: got values from -1 to 3"):
         check_row_values(rows, 3)
     rows[0] = 3
-    with pytest.raises(ValueError, match="^rows: row 3 stands more than once"):
+    with pytest.raises(ValueError, match="^rows: row 3 occurs more than once"):
         check_row_values(rows, 4)
     assert check_row_values(mark_rows(rows, 4), 4) is rows  # marked rows are not checked
 

@@ -59,7 +59,7 @@ WRONG = {
     "int64 rows": ({"rows": torch.tensor([1, 4])}, "rows: .*int64.*int32"),
     "rows beyond the end": ({"rows": int32(1, M)}, "rows: got values from 1 to 6"),
     "negative rows": ({"rows": int32(-2, 1)}, "rows: got values from -2"),
-    "repeated rows": ({"rows": int32(4, 4)}, "rows: row 4 stands more than once"),
+    "repeated rows": ({"rows": int32(4, 4)}, "rows: row 4 occurs more than once"),
     "rank 600 with coeff": (
         {
             "read": torch.randn(LARGE, D),
@@ -241,7 +241,7 @@ WRONG_ROWS = {
     "beyond the end": (int32(1, M, -1), "got values from -1 to 6"),
     "far beyond": (int32(1, 2**31 - 1, -1), "got values from -1 to 2147483647"),
     "negative": (int32(1, -2, 0), "got values from -2 to 1"),
-    "repeated": (int32(4, -1, 4), "row 4 stands more than once"),
+    "repeated": (int32(4, -1, 4), "row 4 occurs more than once"),
     "int64": (torch.tensor([1, 4, -1]), ".*int64.*expected torch.int32"),
     "floating": (torch.tensor([1.0, 4.0, -1.0]), ".*float32.*expected torch.int32"),
 }

@@ -219,7 +219,7 @@ def test_from_indices():
     for index, message in [
         (torch.tensor([[0, 3]]), r"^index: got columns from 0 to 3, expected \[0, 3\)"),
         (torch.tensor([[-2, 0]]), "^index: got columns from -2 to 0, expected"),
-        (torch.tensor([[1, 1]]), "^index: row 1 stands more than once"),
+        (torch.tensor([[1, 1]]), "^index: row 1 occurs more than once"),
         (torch.tensor([1, 1]), r"^index: got shape \(2,\).*expected an integer tensor \[B, P\]"),
         (torch.tensor([[1.0]]), "^index: got .*torch.float32.*expected an integer tensor"),
         ([[1]], "^index: got list"),

@@ -261,7 +261,7 @@ class ArgumentChecker {
     }
     if (repeated != std::numeric_limits<int32_t>::max())
       fail("rows", "row " + std::to_string(repeated) +
-                       " stands more than once, expected each row at most once");
+                       " occurs more than once, expected each row at most once");
   }
 
   void set_values(const int32_t* weight_ids, int64_t count, int64_t sets) const {

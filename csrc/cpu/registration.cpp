@@ -352,13 +352,13 @@ void build_backward(StableIValue* stack, uint64_t, uint64_t outputs) {
 
 // ---- operators that configure the library
 
-void serve(bool wanted) { native_enabled = wanted; }
+void set_enabled(bool wanted) { native_enabled = wanted; }
 
 void refuse(bool of_arguments, std::string text) {
   python_error = {true, of_arguments, std::move(text)};
 }
 
-void spoil(bool wanted) { poison_outputs = wanted; }
+void poison_memory(bool wanted) { poison_outputs = wanted; }
 
 void set_pool_limit(int64_t bytes) { pool_limit(size_t(bytes)); }
 
@@ -369,7 +369,7 @@ std::tuple<int64_t, int64_t> held_by_pool() {
 
 std::string isa() { return kernels().name; }
 
-std::string isa_refusal(std::string name) {
+std::string isa_unsupported_reason(std::string name) {
   const char* reason = unsupported_reason(name.c_str());
   return reason ? reason : "";
 }
@@ -393,14 +393,14 @@ STABLE_TORCH_LIBRARY_IMPL(reft_kernels, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY(reft_kernels_cpu, m) {
-  m.def("serve(bool wanted) -> ()");
+  m.def("set_enabled(bool wanted) -> ()");
   m.def("refuse(bool of_arguments, str text) -> ()");
-  m.def("spoil(bool wanted) -> ()");
+  m.def("poison_memory(bool wanted) -> ()");
   m.def("pooled_like(Tensor like) -> Tensor");
   m.def("set_pool_limit(int bytes) -> ()");
   m.def("held_by_pool() -> (int used, int kept)");
   m.def("isa() -> str");
-  m.def("isa_refusal(str name) -> str");
+  m.def("isa_unsupported_reason(str name) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cpu, CPU, m) {
@@ -408,11 +408,11 @@ STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reft_kernels_cpu, CompositeExplicitAutograd, m) {
-  m.impl("serve", TORCH_BOX(&reft::serve));
+  m.impl("set_enabled", TORCH_BOX(&reft::set_enabled));
   m.impl("refuse", TORCH_BOX(&reft::refuse));
-  m.impl("spoil", TORCH_BOX(&reft::spoil));
+  m.impl("poison_memory", TORCH_BOX(&reft::poison_memory));
   m.impl("set_pool_limit", TORCH_BOX(&reft::set_pool_limit));
   m.impl("held_by_pool", TORCH_BOX(&reft::held_by_pool));
   m.impl("isa", TORCH_BOX(&reft::isa));
-  m.impl("isa_refusal", TORCH_BOX(&reft::isa_refusal));
+  m.impl("isa_unsupported_reason", TORCH_BOX(&reft::isa_unsupported_reason));
 }

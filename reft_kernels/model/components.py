@@ -45,14 +45,14 @@ from typing import NamedTuple
 from torch import nn
 
 from reft_kernels.model.families import (
-    ROLES_REFUSED,
+    FAMILIES_WITHOUT_ROLES,
     config_of,
     layout_of,
     model_type_of,
-    refused,
-    why_refused,
+    unsupported_family_reason,
+    unsupported_target_reason,
 )
-from reft_kernels.model.roles import ROLES, Place, find_role, holds_maps, why_unfit
+from reft_kernels.model.roles import ROLES, Place, find_role, holds_maps, unsuitable_reason
 from reft_kernels.model.towers import (
     MODEL_INPUTS,
     TOKEN_INPUTS,
@@ -179,16 +179,16 @@ def _candidates(model: nn.Module, block_list: BlockList | None, pattern: str = "
 def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
     block_list = find_blocks(model, side)
     kind = model_type_of(model, "" if block_list is None else block_list.path)
-    reason = refused(kind)
+    reason = unsupported_family_reason(kind)
     if reason is not None:
         raise ValueError(
             f"component: got {role!r}, which cannot be edited in {type(model).__name__} ({kind}): "
             f"{reason}"
         )
-    if kind in ROLES_REFUSED:
+    if kind in FAMILIES_WITHOUT_ROLES:
         raise ValueError(
             f"component: got {role!r}, but {type(model).__name__} ({kind}) has no such module: "
-            f"{ROLES_REFUSED[kind]}"
+            f"{FAMILIES_WITHOUT_ROLES[kind]}"
         )
     if block_list is None:
         where = "" if side is None else f" in the {side}"
@@ -398,7 +398,9 @@ class _TargetFactory:
         enc_dec = _side_of(self.sides, path)
         backbone = backbone_path(model, path)
         stream = stream_of(model, path, backbone, block_list)
-        reason = why_refused(model, path, side, enc_dec) or why_unfit(model, path, stream)
+        reason = unsupported_target_reason(model, path, side, enc_dec) or unsuitable_reason(
+            model, path, stream
+        )
         if reason is None and block_path and holds_maps(model.get_submodule(block_path)):
             reason = (
                 "its block is convolutional: it holds channels first, [B, C, ...], not rows of "

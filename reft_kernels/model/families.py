@@ -15,7 +15,7 @@ _MAPS = "its stages hold feature maps [B, C, H, W], not rows of tokens"
 _GRIDS = "its blocks hold a grid [B, H, W, d], not rows of tokens"
 _MIXED = "its hidden state holds an image's rows beside the tokens, which positions do not count"
 
-REFUSED: dict[str, str] = {
+UNSUPPORTED_FAMILIES: dict[str, str] = {
     "squeezebert": "its blocks are run past every hook, by block.forward(), and hold [B, d, T]",
     "funnel": "its blocks are lists in lists, and pool the sequence between them",
     "reformer": "its blocks are reversible: they hold two streams and run again in the backward",
@@ -67,11 +67,11 @@ _NO_BLOCKS = (
     "its attentions and feed-forwards are two lists, and there is no list of blocks; name "
     "'attentions.{layer}' or 'ffns.{layer}'"
 )
-ROLES_REFUSED: dict[str, str] = {"xlm": _NO_BLOCKS, "flaubert": _NO_BLOCKS}
+FAMILIES_WITHOUT_ROLES: dict[str, str] = {"xlm": _NO_BLOCKS, "flaubert": _NO_BLOCKS}
 """Architectures in which roles are undefined; module paths can be used."""
 
 
-class Refusal(NamedTuple):
+class UnsupportedTarget(NamedTuple):
     """Modules of some architectures that cannot be edited.
 
     Attributes:
@@ -91,47 +91,47 @@ class Refusal(NamedTuple):
 
 
 _FIRST = "it reads the sequence first, [T, B, d]"
-PLACES_REFUSED: tuple[Refusal, ...] = (
-    Refusal(
+UNSUPPORTED_TARGETS: tuple[UnsupportedTarget, ...] = (
+    UnsupportedTarget(
         ("prophetnet", "xlm-prophetnet"),
         (),
         "the decoder's hidden state holds the predicting streams behind the tokens, [B, (1 + "
         "ngram) * T, d]",
         side="decoder",
     ),
-    Refusal(
+    UnsupportedTarget(
         ("pegasus_x",),
         ("self_attn",),
         "every second layer shifts the rows by half a block before its attention",
         side="encoder",
     ),
-    Refusal(
+    UnsupportedTarget(
         ("pegasus_x",),
         ("fc1", "fc2", "final_layer_norm"),
         "it runs twice in a layer, for the tokens and for the global tokens",
         side="encoder",
     ),
-    Refusal(
+    UnsupportedTarget(
         ("longformer", "led"),
         ("query", "key", "value", "query_global", "key_global", "value_global"),
         _FIRST,
     ),
-    Refusal(
+    UnsupportedTarget(
         ("deepseek_v4", "glm5_next", "glm5_next_text", "hy_v4"),
         ("attn_hc", "ffn_hc", "hc_head"),
         "it holds the weights that mix the residual streams, not a hidden state",
     ),
-    Refusal(
+    UnsupportedTarget(
         ("deepseek_v4", "glm5_next", "glm5_next_text", "hy_v4"),
         ("compressor", "indexer", "o_a_proj"),
         "its rows are windows or groups, not tokens",
     ),
-    Refusal(
+    UnsupportedTarget(
         ("swin", "swinv2", "donut-swin", "maskformer-swin", "swin2sr", "clap_audio_model"),
         ("attention",),
         "it runs on windows, [B * windows, rows, d], which shift from block to block",
     ),
-    Refusal(
+    UnsupportedTarget(
         ("ibert",),
         ("attention",),
         "it returns a tuple in a tuple; name 'attention.output'",
@@ -179,14 +179,14 @@ def model_type_of(model: nn.Module, path: str) -> str:
     return str(getattr(config_of(model, path), "model_type", None) or "")
 
 
-def refused(kind: str) -> str | None:
+def unsupported_family_reason(kind: str) -> str | None:
     """Why nothing in an architecture can be edited, or None."""
     if kind == "lilt" and _major_version() < 5:
         return (
             "its blocks return the text's and the layout's states in a tuple of their own before "
             "transformers 5"
         )
-    return REFUSED.get(kind)
+    return UNSUPPORTED_FAMILIES.get(kind)
 
 
 def _major_version() -> int:
@@ -194,7 +194,9 @@ def _major_version() -> int:
     return int(version.split(".")[0])
 
 
-def why_refused(model: nn.Module, path: str, where: str, side: str | None) -> str | None:
+def unsupported_target_reason(
+    model: nn.Module, path: str, where: str, side: str | None
+) -> str | None:
     """The reason why the architecture of a module does not allow an edit there, or None.
 
     Args:
@@ -204,18 +206,18 @@ def why_refused(model: nn.Module, path: str, where: str, side: str | None) -> st
         side: "encoder" or "decoder" in an encoder-decoder model, else None.
     """
     kind = model_type_of(model, path)
-    if refused(kind) is not None:
-        return f"{kind}: {refused(kind)}"
+    if unsupported_family_reason(kind) is not None:
+        return f"{kind}: {unsupported_family_reason(kind)}"
     parts = path.split(".")
-    for refusal in PLACES_REFUSED:
-        if kind not in refusal.model_types or refusal.side not in (None, side):
+    for target in UNSUPPORTED_TARGETS:
+        if kind not in target.model_types or target.side not in (None, side):
             continue
-        if refusal.last:
-            hit = parts[-1] in refusal.names and where == "output"
+        if target.last:
+            hit = parts[-1] in target.names and where == "output"
         else:
-            hit = not refusal.names or any(name in parts for name in refusal.names)
+            hit = not target.names or any(name in parts for name in target.names)
         if hit:
-            return f"{kind}: {refusal.reason}"
+            return f"{kind}: {target.reason}"
     return None
 
 

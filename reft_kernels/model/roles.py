@@ -260,7 +260,7 @@ def find_role(block: nn.Module, role: str, width: int | None = None) -> Place | 
     return Place(f"{only.path}.{projection}", "input")
 
 
-def why_unfit(model: nn.Module, path: str, stream: str) -> str | None:
+def unsuitable_reason(model: nn.Module, path: str, stream: str) -> str | None:
     """The reason why a module does not have one row per token in any architecture, or None.
 
     Args:

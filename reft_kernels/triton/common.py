@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from reft_kernels.allocation import contiguous as contiguous
 from reft_kernels.dispatch import interpreting
@@ -22,20 +19,12 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Return a context in which kernels are launched on the tensor's device.
-
-    If a model is distributed over several GPUs, the current device is often another one.
-    """
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 CUDA_OPTIONS = {"maxnreg": 255}  # otherwise ptxas spills registers to increase occupancy
 
 
-def compile_options(tensor: Tensor) -> dict[str, int]:
-    """Return additional compiler options for launches on the tensor's device."""
-    return CUDA_OPTIONS if tensor.is_cuda and not IS_AMD else {}
+def compile_options(device_type: str) -> dict[str, int]:
+    """Return additional compiler options for launches on a type of device."""
+    return CUDA_OPTIONS if device_type == "cuda" and not IS_AMD else {}
 
 
 def dot_precision(dtype: torch.dtype) -> str | None:

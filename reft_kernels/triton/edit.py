@@ -8,6 +8,7 @@ read and written for one set only.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels import allocation
-from reft_kernels.triton import common
+from reft_kernels.triton import common, launch
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class EditConfig:
     num_stages: int
 
 
+@functools.lru_cache(maxsize=1024)
 def edit_config(
     num_rows: int, d: int, rank: int, dtype: torch.dtype, second: bool = False, amd: bool = False
 ) -> EditConfig:
@@ -205,6 +207,36 @@ def edit_kernel(
             )
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound(
+    config: EditConfig,
+    dtype: torch.dtype,
+    device_type: str,
+    subtract_projection: bool,
+    activation: str,
+    save: bool,
+) -> launch.BoundKernel:
+    return launch.BoundKernel(
+        edit_kernel,
+        {
+            "SUBTRACT": subtract_projection,
+            "ACTIVATION": activation,
+            "SAVE": save,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": config.block_d,
+            "BLOCK_R": config.block_r,
+            "USE_DOT": config.use_dot,
+            "PRECISION": common.dot_precision(dtype),
+            "SMALL_PRECISION": common.small_precision(dtype),
+        },
+        {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **common.compile_options(device_type),
+        },
+    )
+
+
 def edit(
     source: Tensor,
     out: Tensor,
@@ -227,8 +259,11 @@ def edit(
         return saved_input, u, z
     second = subtract_projection and activation != "linear"
     config = edit_config(num_rows, d, rank, source.dtype, second, common.IS_AMD)
-    with common.device_guard(source):
-        edit_kernel[(triton.cdiv(num_rows, config.block_n),)](
+    bound = _bound(config, source.dtype, source.device.type, subtract_projection, activation, save)
+    launch.launch(
+        bound,
+        (triton.cdiv(num_rows, config.block_n),),
+        (
             source,
             out,
             common.contiguous(rows),
@@ -241,22 +276,7 @@ def edit(
             saved_input,
             u,
             z,
-            num_rows,
-            d,
-            rank,
-            *source.stride(),
-            *out.stride(),
-            SUBTRACT=subtract_projection,
-            ACTIVATION=activation,
-            SAVE=save,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            BLOCK_R=config.block_r,
-            USE_DOT=config.use_dot,
-            PRECISION=common.dot_precision(source.dtype),
-            SMALL_PRECISION=common.small_precision(source.dtype),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **common.compile_options(source),
-        )
+        ),
+        (num_rows, d, rank, *source.stride(), *out.stride()),
+    )
     return saved_input, u, z

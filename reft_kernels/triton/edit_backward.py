@@ -47,24 +47,23 @@ def edit_backward(
     write, u, z = write.contiguous(), u.contiguous(), z.contiguous()
     dz = grad.new_empty((num_rows, write.shape[-2]), dtype=torch.float32)
     ddelta = torch.empty_like(dz) if subtract_projection and not linear else None
-    with common.device_guard(grad):
-        launch_delta(grad, rows, weight_ids, write, coeff, u, z, dz, ddelta, grads[4], activation)
-        if out is not None or need_weights:
-            launch_gradient(
-                grad,
-                out,
-                saved_input,
-                rows,
-                weight_ids,
-                read,
-                write,
-                coeff,
-                u,
-                dz,
-                ddelta,
-                grads[:4],
-                subtract_projection,
-                linear,
-                need_weights,
-            )
+    launch_delta(grad, rows, weight_ids, write, coeff, u, z, dz, ddelta, grads[4], activation)
+    if out is not None or need_weights:
+        launch_gradient(
+            grad,
+            out,
+            saved_input,
+            rows,
+            weight_ids,
+            read,
+            write,
+            coeff,
+            u,
+            dz,
+            ddelta,
+            grads[:4],
+            subtract_projection,
+            linear,
+            need_weights,
+        )
     return grads

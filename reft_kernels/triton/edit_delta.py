@@ -6,6 +6,7 @@ dcoeff = u * delta, all ``[N, r]``. It reads g once. Each program processes BLOC
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
@@ -13,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common
+from reft_kernels.triton import common, launch
 from reft_kernels.triton.edit import EditConfig, edit_config
 
 
+@functools.lru_cache(maxsize=1024)
 def delta_config(
     num_rows: int, d: int, rank: int, dtype: torch.dtype, amd: bool = False
 ) -> EditConfig:
@@ -106,6 +108,28 @@ def delta_kernel(
     tl.store(dz_out + small, dz, mask=inside_small)
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound(
+    config: EditConfig, dtype: torch.dtype, device_type: str, activation: str
+) -> launch.BoundKernel:
+    return launch.BoundKernel(
+        delta_kernel,
+        {
+            "ACTIVATION": activation,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": config.block_d,
+            "BLOCK_R": config.block_r,
+            "USE_DOT": config.use_dot,
+            "PRECISION": common.dot_precision(dtype),
+        },
+        {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **common.compile_options(device_type),
+        },
+    )
+
+
 def launch_delta(
     grad: Tensor,
     rows: Tensor | None,
@@ -133,28 +157,9 @@ def launch_delta(
     num_rows, rank = dz.shape
     d = grad.shape[1]
     config = delta_config(num_rows, d, rank, grad.dtype, common.IS_AMD)
-    delta_kernel[(triton.cdiv(num_rows, config.block_n),)](
-        grad,
-        rows,
-        weight_ids,
-        write,
-        coeff,
-        u,
-        z,
-        dz,
-        ddelta,
-        grad_coeff,
-        num_rows,
-        d,
-        rank,
-        *grad.stride(),
-        ACTIVATION=activation,
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        BLOCK_R=config.block_r,
-        USE_DOT=config.use_dot,
-        PRECISION=common.dot_precision(grad.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **common.compile_options(grad),
+    launch.launch(
+        _bound(config, grad.dtype, grad.device.type, activation),
+        (triton.cdiv(num_rows, config.block_n),),
+        (grad, rows, weight_ids, write, coeff, u, z, dz, ddelta, grad_coeff),
+        (num_rows, d, rank, *grad.stride()),
     )

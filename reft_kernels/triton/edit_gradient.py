@@ -8,6 +8,7 @@ fixed order (:mod:`reft_kernels.triton.reduction`).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common, reduction
+from reft_kernels.triton import common, launch, reduction
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class GradientConfig:
     num_stages: int
 
 
+@functools.lru_cache(maxsize=1024)
 def gradient_config(
     num_rows: int,
     d: int,
@@ -361,6 +363,37 @@ def gradient_kernel(
                 tl.store(counter, 0)
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound(
+    config: GradientConfig,
+    dtype: torch.dtype,
+    device_type: str,
+    subtract_projection: bool,
+    linear: bool,
+    need_weights: bool,
+) -> launch.BoundKernel:
+    return launch.BoundKernel(
+        gradient_kernel,
+        {
+            "SUBTRACT": subtract_projection,
+            "LINEAR": linear,
+            "NEED_WEIGHTS": need_weights,
+            "ONE_CHUNK": config.chunks == 1 or not need_weights,
+            "PHASES": config.phases,
+            "BLOCK_N": config.block_n,
+            "BLOCK_D": config.block_d,
+            "BLOCK_R": config.block_r,
+            "PRECISION": common.dot_precision(dtype),
+            "SMALL_PRECISION": common.small_precision(dtype),
+        },
+        {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **common.compile_options(device_type),
+        },
+    )
+
+
 def launch_gradient(
     grad: Tensor,
     out: Tensor | None,
@@ -404,40 +437,34 @@ def launch_gradient(
         )
         counters = reduction.counters(grad, blocks * sets)
     saved_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
-    gradient_kernel[(blocks, config.chunks, sets)](
-        grad,
-        out,
-        saved_input,
-        rows,
-        weight_ids,
-        read,
-        write,
-        coeff,
-        u,
-        dz,
-        ddelta,
-        *weight_grads,
-        partials,
-        counters,
-        num_rows,
-        sets,
-        config.chunks,
-        d,
-        rank,
-        *grad.stride(),
-        *(out.stride() if out is not None else (0, 0)),
-        *saved_strides,
-        SUBTRACT=subtract_projection,
-        LINEAR=linear,
-        NEED_WEIGHTS=need_weights,
-        ONE_CHUNK=config.chunks == 1 or not need_weights,
-        PHASES=config.phases,
-        BLOCK_N=config.block_n,
-        BLOCK_D=config.block_d,
-        BLOCK_R=config.block_r,
-        PRECISION=common.dot_precision(grad.dtype),
-        SMALL_PRECISION=common.small_precision(grad.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        **common.compile_options(grad),
+    bound = _bound(config, grad.dtype, grad.device.type, subtract_projection, linear, need_weights)
+    launch.launch(
+        bound,
+        (blocks, config.chunks, sets),
+        (
+            grad,
+            out,
+            saved_input,
+            rows,
+            weight_ids,
+            read,
+            write,
+            coeff,
+            u,
+            dz,
+            ddelta,
+            *weight_grads,
+            partials,
+            counters,
+        ),
+        (
+            num_rows,
+            sets,
+            config.chunks,
+            d,
+            rank,
+            *grad.stride(),
+            *(out.stride() if out is not None else (0, 0)),
+            *saved_strides,
+        ),
     )

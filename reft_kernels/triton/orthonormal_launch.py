@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from reft_kernels.triton import common
+from reft_kernels.triton import launch as triton_launch
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ _MAX_SPLITS = 8
 _MAX_SCRATCH = 64 << 20  # bytes; large r uses fewer splits instead of more memory. Not tuned yet.
 
 
+@functools.lru_cache(maxsize=1024)
 def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
     """Return the launch parameters of ``layers`` matrices ``[d, r]``.
 
@@ -88,23 +90,28 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound(
+    kernel: Any, config: BuildConfig, is_cayley: bool, device_type: str
+) -> triton_launch.BoundKernel:
+    return triton_launch.BoundKernel(
+        kernel,
+        {"CAYLEY": is_cayley, **config.constexprs()},
+        {
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            **common.compile_options(device_type),
+        },
+    )
+
+
 def launch(
     kernel: Any, config: BuildConfig, X: Tensor, is_cayley: bool, *args: Tensor | None
 ) -> None:
     """Launch a kernel for X ``[L, d, r]``; ``args`` are its tensor arguments."""
     layers, d, r = X.shape
-    with common.device_guard(X):
-        kernel[(config.splits, layers)](
-            *args,
-            d,
-            r,
-            config.chunk,
-            CAYLEY=is_cayley,
-            **config.constexprs(),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **common.compile_options(X),
-        )
+    bound = _bound(kernel, config, is_cayley, X.device.type)
+    triton_launch.launch(bound, (config.splits, layers), args, (d, r, config.chunk))
 
 
 def allocate_scratch(

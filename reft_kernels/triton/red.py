@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels import allocation
-from reft_kernels.triton import common, reduction
+from reft_kernels.triton import common, launch, reduction
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class RedConfig:
     num_warps: int
 
 
+@functools.lru_cache(maxsize=1024)
 def red_config(num_rows: int, d: int, sets: int) -> RedConfig:
     """Return the launch parameters for a shape: tiles of 4096 elements. Not tuned on a GPU yet."""
     block_d = min(common.next_power_of_2(d), 256)
@@ -171,6 +173,23 @@ def red_backward_kernel(
                 tl.store(counter, 0)
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound_forward(config: RedConfig, save: bool) -> launch.BoundKernel:
+    constants = {"SAVE": save, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
+    return launch.BoundKernel(red_kernel, constants, {"num_warps": config.num_warps})
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound_backward(config: RedConfig, need_weights: bool) -> launch.BoundKernel:
+    constants = {
+        "NEED_WEIGHTS": need_weights,
+        "ONE_CHUNK": config.chunks == 1 or not need_weights,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": config.block_d,
+    }
+    return launch.BoundKernel(red_backward_kernel, constants, {"num_warps": config.num_warps})
+
+
 def red(
     source: Tensor,
     out: Tensor,
@@ -187,8 +206,10 @@ def red(
     if num_rows == 0:
         return saved_input
     config = red_config(num_rows, d, scale.shape[0] if weight_ids is not None else 1)
-    with common.device_guard(source):
-        red_kernel[(triton.cdiv(num_rows, config.block_n), triton.cdiv(d, config.block_d))](
+    launch.launch(
+        _bound_forward(config, save),
+        (triton.cdiv(num_rows, config.block_n), triton.cdiv(d, config.block_d)),
+        (
             source,
             out,
             common.contiguous(rows),
@@ -196,15 +217,9 @@ def red(
             common.contiguous(scale),
             common.contiguous(bias),
             saved_input,
-            num_rows,
-            d,
-            *source.stride(),
-            *out.stride(),
-            SAVE=save,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-        )
+        ),
+        (num_rows, d, *source.stride(), *out.stride()),
+    )
     return saved_input
 
 
@@ -233,8 +248,10 @@ def red_backward(
         partials = grad.new_empty(config.chunks * 2 * sets * d, dtype=torch.float32)
         counters = reduction.counters(grad, blocks * sets)
     saved_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
-    with common.device_guard(grad):
-        red_backward_kernel[(blocks, config.chunks, sets)](
+    launch.launch(
+        _bound_backward(config, need_weights),
+        (blocks, config.chunks, sets),
+        (
             grad,
             out,
             saved_input,
@@ -245,6 +262,8 @@ def red_backward(
             grad_bias,
             partials,
             counters,
+        ),
+        (
             num_rows,
             sets,
             config.chunks,
@@ -252,10 +271,6 @@ def red_backward(
             *grad.stride(),
             *(out.stride() if out is not None else (0, 0)),
             *saved_strides,
-            NEED_WEIGHTS=need_weights,
-            ONE_CHUNK=config.chunks == 1 or not need_weights,
-            BLOCK_N=config.block_n,
-            BLOCK_D=config.block_d,
-            num_warps=config.num_warps,
-        )
+        ),
+    )
     return grad_scale, grad_bias

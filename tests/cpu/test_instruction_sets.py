@@ -53,7 +53,7 @@ print("within budget")
 @pytest.mark.parametrize("isa", ["avx512bf16", "avx512", "avx2", "portable"])
 def test_within_the_error_budget(isa):
     refusal = (
-        torch.ops.reft_kernels_cpu.isa_refusal(isa)
+        torch.ops.reft_kernels_cpu.isa_unsupported_reason(isa)
         if cpu.instruction_set()
         else "the library is off"
     )

@@ -9,7 +9,7 @@ from reft_kernels.model import resolve
 from tests.model.towers import make
 
 ALL = "all"
-REFUSED = [
+UNSUPPORTED_FAMILIES = [
     (
         "mixtral",
         "mlp_activation",
@@ -102,7 +102,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("family", "name", "layers", "message"), REFUSED)
+@pytest.mark.parametrize(("family", "name", "layers", "message"), UNSUPPORTED_FAMILIES)
 def test_what_cannot_be_edited_is_refused_with_the_reason(family, name, layers, message):
     with pytest.raises(ValueError, match=message):
         resolve(make(family), name, layers)

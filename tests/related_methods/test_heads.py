@@ -205,7 +205,7 @@ def test_refusals():
         ValueError, match=r"^z: got shape \(2, 3, 27\).*expected a tensor \[\.\.\., 4 \* 7\]"
     ):
         module(z[..., 1:])
-    with pytest.raises(ValueError, match="^rows: row 1 stands more than once"):
+    with pytest.raises(ValueError, match="^rows: row 1 occurs more than once"):
         module(z, rows=common.rows("cpu", 1, 1))
     with pytest.raises(TypeError, match="^rows: got shape .*int64"):
         module(z, rows=torch.tensor([1]))

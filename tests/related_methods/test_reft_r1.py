@@ -143,7 +143,7 @@ def test_refusals():
         module(torch.randn(6, D))
     with pytest.raises(ValueError, match="^weight: got shape"):
         module(torch.randn(2, 3, D + 1))
-    with pytest.raises(ValueError, match="^rows: row 1 stands more than once"):
+    with pytest.raises(ValueError, match="^rows: row 1 occurs more than once"):
         module(torch.randn(2, 3, D), rows=common.rows("cpu", 1, 1))
     with pytest.raises(
         ValueError, match=r"^factor: got shape \(5,\), expected \(2,\) for each example"

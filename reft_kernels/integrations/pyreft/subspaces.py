@@ -38,7 +38,7 @@ def _columns(
         )
     if len(set(columns)) != len(columns):
         raise ValueError(
-            f"{where}: got {list(selected)!r}, in which a column stands more than once"
+            f"{where}: got {list(selected)!r}, in which a column occurs more than once"
         )
     return columns
 
