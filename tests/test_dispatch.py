@@ -69,9 +69,7 @@ def test_a_backend_of_another_build_raises_where_forced(name, monkeypatch):
     hidden = torch.ones(2, 4)
     with (
         rk.backend(name),
-        pytest.raises(
-            BackendError, match=f"^backend '{name}' is forced but cannot run red on cpu"
-        ),
+        pytest.raises(BackendError, match=f"^backend '{name}' is forced but cannot run red on cpu"),
     ):
         rk.red(hidden, torch.ones(4), torch.ones(4), inplace=True)
     assert torch.equal(hidden, torch.ones(2, 4))
