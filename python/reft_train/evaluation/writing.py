@@ -11,8 +11,8 @@ from typing import Any
 
 from reft_train.evaluation.scoring import SetScore, average
 from reft_train.files import dumps, replace_folder, write_text
-from reft_train.tasks.base import Example, Task
-from reft_train.tasks.instruct import alpaca_eval_rows
+from reft_train.tasks.base import Task
+from reft_train.tasks.instruct import alpaca_eval_row
 
 PREDICTIONS, ALPACA_EVAL = "predictions", "alpaca_eval"
 
@@ -38,10 +38,9 @@ def write_predictions(folder: Path, task: Task, scores: Sequence[SetScore], gene
         # Parquet has dates and other types that JSON lacks
         rows = (json.dumps(row, ensure_ascii=False, default=str) for row in score.predictions)
         lines[f"{name}.jsonl"] = "".join(f"{row}\n" for row in rows)
-        examples = [Example("", "", row["answer"], row) for row in score.predictions]
         if not task.metrics:
-            texts = [row["generated"] for row in score.predictions]
-            answers[f"{name}.json"] = dumps(alpaca_eval_rows(examples, texts, generator))
+            outputs = [alpaca_eval_row(row, generator) for row in score.predictions]
+            answers[f"{name}.json"] = dumps(outputs)
     for part, contents in ((PREDICTIONS, lines), (ALPACA_EVAL, answers)):
         if contents:
             folder.mkdir(parents=True, exist_ok=True)
