@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-full test-transformers4 test-gpu lint coverage wheel docs bench bench-transformers4 clean
+.PHONY: demo test test-full test-transformers4 test-gpu rehearsal lint coverage wheel docs bench bench-transformers4 clean
 
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
@@ -27,9 +27,13 @@ test: $(VENV)/.installed
 test-full: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --full $(ARGS)
 
-# every test that needs a GPU, in one command
+# the tests that need a GPU, without the exhaustive ones; benchmarks/gpu_pass.sh runs them in parallel and measures, too
 test-gpu: $(VENV)/.installed
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest -m "gpu and not full" $(ARGS)
+
+# the whole of benchmarks/gpu_pass.sh without a GPU: plan, collection, options, files, cut and resume
+rehearsal: $(VENV)/.installed
+	PYTHONPATH=.:python $(BIN)/python -m benchmarks.gpu_pass.rehearsal --whole $(ARGS)
 
 # the Hugging Face side again, on the oldest supported transformers, where AdapterHub's adapters can be installed too
 $(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py benchmarks/requirements-adapters.txt $(NATIVE)

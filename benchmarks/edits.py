@@ -48,13 +48,20 @@ def weights(d: int, rank: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def draw(rows: int, d: int, rank: int, dtype: torch.dtype, device: str, sets: int) -> list[Problem]:
-    """Return ``sets`` input sets with common weights."""
+    """Return ``sets`` input sets with equal weights.
+
+    On a GPU each set has its own copy of them, as each layer of a model has its own weights.
+    """
     common = weights(d, rank, device)
 
     def normal() -> Tensor:
         return torch.randn(rows, d, device=device, dtype=torch.float32).to(dtype)
 
-    return [Problem(normal(), normal(), common) for _ in range(sets)]
+    def own() -> tuple[Tensor, Tensor, Tensor]:
+        R, W, b = common
+        return (R.clone(), W.clone(), b.clone()) if device == "cuda" else common
+
+    return [Problem(normal(), normal(), own()) for _ in range(sets)]
 
 
 def eager_folded(h: Tensor, R: Tensor, W: Tensor, b: Tensor) -> Tensor:
@@ -142,7 +149,9 @@ class EditGate:
         self._allowed = [max(TIMES * error, rounding) for error in self._distances(eager_unfolded)]
 
     def _distances(self, edit: EditFunction) -> list[float]:
-        results = _results(edit, self.problem, self.problem.hidden.dtype, self.backward)
+        return self._errors(_results(edit, self.problem, self.problem.hidden.dtype, self.backward))
+
+    def _errors(self, results: Sequence[Tensor]) -> list[float]:
         pairs = zip(results, self._exact, strict=True)
         return [
             float((value.double() - exact).abs().max() / exact.abs().max())
@@ -150,7 +159,14 @@ class EditGate:
         ]
 
     def __call__(self, edit: EditFunction) -> AccuracyCheck:
-        pairs = zip(self._distances(edit), self._allowed, strict=True)
+        return self._largest(self._distances(edit))
+
+    def judge(self, results: Sequence[Tensor]) -> AccuracyCheck:
+        """Check an output and the gradients of the hidden state, R, W and b."""
+        return self._largest(self._errors(results))
+
+    def _largest(self, errors: list[float]) -> AccuracyCheck:
+        pairs = zip(errors, self._allowed, strict=True)
         return AccuracyCheck(*max(pairs, key=lambda pair: pair[0] / pair[1]))
 
 
@@ -189,14 +205,25 @@ def provider(
         calls = {
             "run": lambda out: torch.autograd.grad(out, leaves, problem.grad),
             "before": lambda: edit(*leaves),
+            "repeatable": lambda out: torch.autograd.grad(
+                out, leaves, problem.grad, retain_graph=True
+            ),
         }
-        return Call(**calls, **call | {"capturable": False})
+        return Call(**calls, **call)
 
     make = {"forward": forward, "backward": backward, "both": both}[mode]
     return Provider(
         lambda k: force_backend(backend, make(problems[k]), problems[k].hidden),
         check=(lambda: check_with_backend(backend, gate, edit)) if gate else None,
     )
+
+
+def touched_bytes(rows: int, d: int, dtype: torch.dtype, mode: str) -> int:
+    """Return the bytes of distinct memory that a call reads and writes, without the weights.
+
+    The backward mode counts the gradients alone, the least that a backward function touches.
+    """
+    return (4 if mode == "both" else 2) * rows * d * dtype.itemsize
 
 
 def least_bytes(rows: int, d: int, rank: int, dtype: torch.dtype, mode: str) -> int:

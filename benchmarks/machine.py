@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+COMMIT_VARIABLE = "REFT_KERNELS_COMMIT"
+SOURCES = {".py", ".cu", ".cuh", ".cpp", ".h"}
 CACHE_BYTES = 64 << 20  # assumed where a CPU's last-level cache size is not available
 
 
@@ -38,7 +41,8 @@ def device_name(device: str) -> str:
 def commit() -> str:
     """Return the short commit hash of the repository.
 
-    A plus sign follows if tracked files differ. Outside a checkout the result is "unknown".
+    A plus sign follows if tracked files differ. Outside a checkout it is the value of the
+    environment variable ``REFT_KERNELS_COMMIT``, or else ``sources-`` and a digest of the sources.
     """
     root = Path(__file__).resolve().parents[1]
 
@@ -50,15 +54,30 @@ def commit() -> str:
     try:
         head = git("rev-parse", "--short", "HEAD")
     except FileNotFoundError:
-        return "unknown"
+        return _named_commit()
+    if head.returncode:
+        return _named_commit()
     changed = git(
         "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"
     )
-    return (
-        "unknown"
-        if head.returncode
-        else head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-    )
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _named_commit() -> str:
+    return os.environ.get(COMMIT_VARIABLE) or f"sources-{sources_digest()[:12]}"
+
+
+def sources_digest(folders: tuple[str, ...] = ("benchmarks", "csrc", "reft_kernels")) -> str:
+    """Return a digest of the source files in folders of the repository.
+
+    By default they are those of the benchmarks, the kernels and the engine.
+    """
+    root, digest = Path(__file__).resolve().parents[1], hashlib.sha256()
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in SOURCES and path.is_file():
+                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 @functools.cache
@@ -93,6 +112,11 @@ def allocator(device: str) -> str:
     if device == "cuda":
         return "cuda"
     return "huge pages" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "malloc"
+
+
+def memory_bytes(device: str) -> int:
+    """Return the size of the GPU's memory."""
+    return torch.cuda.get_device_properties(0).total_memory
 
 
 def cache_bytes(device: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -23,6 +23,8 @@ class Call:
         run: Function to time. Takes the return value of ``before``.
         before: Untimed preparation of each call, such as the forward pass of a timed backward.
         capturable: Whether the call can be captured in a CUDA graph.
+        repeatable: The work of ``run`` in a form that can run many times on one return value of
+            ``before``, for captures. None if ``run`` can.
         countable: Whether a dispatch mode can count the call's operators. False for compiled code.
         context: Untimed context entered around ``before`` and ``run``, such as a forced backend.
         other_thread: Whether the call runs in another thread, where PyTorch's CPU profiler does
@@ -32,6 +34,7 @@ class Call:
     run: Callable[[object], object]
     before: Callable[[], object] = field(default=lambda: None)
     capturable: bool = True
+    repeatable: Callable[[object], object] | None = None
     countable: bool = True
     context: Callable[[], AbstractContextManager] = field(default=contextlib.nullcontext)
     other_thread: bool = False
@@ -40,6 +43,10 @@ class Call:
         """Run the call once, including its preparation."""
         with self.context():
             return self.run(self.before())
+
+    def repeat(self, prepared: object) -> object:
+        """Run the call on a return value of ``before`` that other calls use, too."""
+        return (self.repeatable or self.run)(prepared)
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,32 @@ class Case:
 
 
 @dataclass(frozen=True)
+class CaseSpec:
+    """A case that is not built yet: building it draws its inputs.
+
+    Attributes:
+        mode, shape, dtype: As in :class:`Case`.
+        build: Returns the case.
+    """
+
+    mode: str
+    shape: dict[str, object]
+    dtype: torch.dtype
+    build: Callable[[], Case]
+
+    @property
+    def label(self) -> str:
+        """Mode, shape and dtype, as in ``forward rows=8192 d=4096 r=8 bfloat16``."""
+        return case_label(self)
+
+
+def case_label(case: Case | CaseSpec) -> str:
+    """Return the mode, shape and dtype of a case, separated by spaces."""
+    shape = " ".join(f"{key}={value}" for key, value in case.shape.items())
+    return f"{case.mode} {shape} {str(case.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
 class RunSettings:
     """Settings of a benchmark run.
 
@@ -109,17 +142,40 @@ class RunSettings:
         quick: Use small shapes and few rounds.
         rounds: Samples per provider. Defaults to the number that each case sets.
         match: Measure only cases whose mode, shape and dtype contain each of these words.
+        labels: Measure only the cases with these labels; suites with ``specs`` do so in this order.
+            See :func:`case_label`.
+        without: Leave out providers whose name contains one of these words.
+        failed: Leave out these providers of a case, by the label of the case: they have broken the
+            device before.
     """
 
     device: str = "cpu"
     quick: bool = False
     rounds: int | None = None
     match: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    failed: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
-    def wants(self, case: Case) -> bool:
-        """Return whether the case's mode, shape and dtype contain every word of ``match``."""
-        text = f"{case.mode} {case.label} {case.dtype}"
-        return all(word in text for word in self.match)
+    def wants(self, case: Case | CaseSpec) -> bool:
+        """Return whether the case's mode, shape and dtype contain every word of ``match``.
+
+        If ``labels`` is given, the case's label must be one of them.
+        """
+        label = case_label(case)
+        return all(word in label for word in self.match) and (
+            not self.labels or label in self.labels
+        )
+
+    def providers(self, case: Case) -> dict[str, Provider]:
+        """Return the providers of a case to measure; the baseline is always one of them."""
+        failed = self.failed.get(case_label(case), frozenset())
+        return {
+            name: provider
+            for name, provider in case.providers.items()
+            if name not in failed
+            and (name == case.baseline or not any(word in name for word in self.without))
+        }
 
     def rounds_or(self, default: int) -> int:
         """Return ``rounds`` if given, else 3 for quick runs, else ``default``."""

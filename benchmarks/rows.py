@@ -6,6 +6,7 @@ The files are only appended to, never edited by hand.
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -33,7 +34,7 @@ class Measurement:
         torch, triton, transformers: Package versions.
         commit: Commit of this repository, followed by a plus sign if tracked files had changes.
         when: Start of the run in UTC.
-        rounds: Number of samples.
+        rounds: Number of samples; fewer than asked for if the run was cut off.
         median_ms, p20_ms, p80_ms: Time of one call, including host time.
         baseline: The provider that ``ratio`` refers to.
         ratio: Median over the rounds of the time divided by the baseline's time in the same round.
@@ -46,7 +47,7 @@ class Measurement:
         peak_bytes: Peak of allocated memory during a call, above the memory held before it.
         error, allowed: Largest error against fp64 and the largest that is accepted, both relative
             to the largest reference value.
-        note: Why there is no time.
+        note: Why there is no time, or why a part of the row is missing.
     """
 
     suite: str
@@ -119,6 +120,8 @@ def append(rows: Iterable[Measurement], path: Path) -> None:
             writer.writerow(names)
         for row in rows:
             writer.writerow([_written(getattr(row, name)) for name in names])
+        file.flush()
+        os.fsync(file.fileno())  # the machine may be taken back at any time
 
 
 def _written(value: object) -> object:

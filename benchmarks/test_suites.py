@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def _providers() -> Iterator[object]:
     settings = RunSettings(DEVICE, quick=True)
     for name in suites.NAMES:
-        for case in getattr(suites.load(name), "cases", lambda _: ())(settings):
+        for case in (spec.build() for spec in suites.specs(name, settings)):
             group = f"{name} {case.mode} {case.label}"
             for provider in case.providers:
                 yield pytest.param(

@@ -1,11 +1,14 @@
 """Time each kernel's launch parameters against adjacent values and propose changes.
 
-    python -m benchmarks.tuning [--quick] [--csv FILE] [--device cuda]
+    python -m benchmarks.tuning [--quick] [--csv FILE] [--device cuda] [--cases LABEL ...]
+        [--candidates N] [--candidate-seconds N] [--seconds N] [--resume]
 
 An adjacent configuration differs in one parameter, halved or doubled. All candidates of a shape
 are compared with fp64 and timed in turn on the same inputs. A candidate is proposed if its median
 is below the current one by more than ``WORTH`` and its 80th percentile is below the current 20th.
-The script only prints proposals; it does not change the heuristics.
+The script only prints proposals; it does not change the heuristics. Rows are written when their
+case is measured; a candidate that compiles for longer than ``--candidate-seconds`` is left out.
+Exit status: as for :mod:`benchmarks.run`.
 """
 
 from __future__ import annotations
@@ -13,20 +16,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
 import reft_kernels
-from benchmarks import edits, harness, rows
+from benchmarks import edits, harness, machine, rows, stopping
 from benchmarks.protocol import (
     AccuracyCheck,
     Call,
     Case,
+    CaseSpec,
     Provider,
     ProviderUnavailable,
     RunSettings,
@@ -37,15 +44,29 @@ from reft_kernels import dispatch
 
 WORTH = 0.03
 PRESENT = "present"
-KNOBS = {  # launch parameter: smallest and largest value tried
+SUITE = "tuning"
+KNOBS = {  # launch parameter: smallest and largest value tried, in order of expected effect
+    "num_stages": (1, 4),
     "block_n": (1, 128),
     "block_d": (16, 4096),
+    "num_warps": (1, 16),
     "block_c": (16, 256),
     "chunks": (1, 1024),
     "splits": (1, 64),
-    "num_warps": (1, 16),
-    "num_stages": (1, 4),
 }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the search.
+
+    Attributes:
+        candidates: Most candidates per case, or None for all.
+        seconds: Most seconds of one candidate's compilation and check, or None for any.
+    """
+
+    candidates: int | None = None
+    seconds: float | None = None
 
 
 def adjacent(config: object) -> dict[str, object]:
@@ -53,7 +74,7 @@ def adjacent(config: object) -> dict[str, object]:
     configs = {}
     for name, (low, high) in KNOBS.items():
         value = getattr(config, name, None)
-        for other in (value // 2, value * 2) if value else ():
+        for other in (value * 2, value // 2) if value else ():
             if low <= other <= high:
                 configs[f"{name}={other}"] = dataclasses.replace(config, **{name: other})
     return configs
@@ -83,7 +104,28 @@ def _recorded(module: ModuleType, name: str, call: Call) -> object:
         call.once()
     finally:
         setattr(module, name, heuristic)
+    if not seen:
+        raise ProviderUnavailable(f"{name} is not used for this shape")
     return seen[0]
+
+
+@contextlib.contextmanager
+def limited(seconds: float | None) -> Iterator[None]:
+    """Raise ``TimeoutError`` in the main thread when the block takes longer than ``seconds``."""
+
+    def over(*_: object) -> None:
+        raise TimeoutError(f"longer than {seconds:g} s")
+
+    if not seconds:
+        yield
+        return
+    former = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
 
 
 def candidates(
@@ -91,6 +133,7 @@ def candidates(
     heuristic: str,
     prepare: Callable[[int], Call],
     check: Callable[[], AccuracyCheck] | None,
+    limits: Limits = Limits(),
 ) -> dict[str, Provider]:
     """Return a provider for the current configuration and one for each adjacent configuration."""
     present = _recorded(module, heuristic, prepare(0))
@@ -101,82 +144,87 @@ def candidates(
 
         def checked() -> AccuracyCheck:
             try:
-                with using(module, heuristic, config):
+                with using(module, heuristic, config), limited(limits.seconds):
                     return check()
             except Exception as error:  # does not compile, or needs too much shared memory
-                raise ProviderUnavailable(
-                    f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-                ) from None
+                lines = str(error).splitlines() or [""]
+                raise ProviderUnavailable(f"{type(error).__name__}: {lines[0][:120]}") from None
 
         return Provider(configured, checked if check else None)
 
-    return {PRESENT: provider(present)} | {
-        name: provider(config) for name, config in adjacent(present).items()
-    }
+    neighbours = list(adjacent(present).items())[: limits.candidates]
+    return {PRESENT: provider(present)} | {name: provider(config) for name, config in neighbours}
 
 
-def _edit_cases(settings: RunSettings) -> Iterator[Case]:
-    edit, delta, gradient = (kernel_module(f"edit{part}") for part in ("", "_delta", "_gradient"))
-    shapes = (
-        [(64, 64, 4)]
-        if settings.quick
-        else [(112, 4096, 8), (448, 4096, 8), (8192, 4096, 8), (8192, 4096, 32), (8192, 2048, 8)]
-    )
+EDIT_SHAPES = ((448, 4096, 8), (8192, 4096, 8), (112, 4096, 8), (8192, 4096, 32), (8192, 2048, 8))
+BUILD_SHAPES = ((32, 4096, 8), (1, 4096, 8), (32, 4096, 32), (16, 2048, 8))
+EDIT_HEURISTICS = (  # module, heuristic, mode
+    ("edit", "edit_config", "forward"),
+    ("edit_delta", "delta_config", "backward"),
+    ("edit_gradient", "gradient_config", "backward"),
+)
+
+
+def specs(settings: RunSettings, limits: Limits = Limits()) -> Iterator[CaseSpec]:
+    """Yield the case of each shape and heuristic."""
     for dtype in (torch.float32,) if settings.quick else (torch.bfloat16, torch.float32):
-        for count, d, rank in shapes:
-            torch.manual_seed(0)
-            sets = min(4, harness.sets_for(2 * count * d * dtype.itemsize, settings.device))
-            problems = edits.draw(count, d, rank, dtype, settings.device, sets)
-            shape = {"rows": count, "d": d, "r": rank}
-            for module, heuristic, mode in (
-                (edit, "edit_config", "forward"),
-                (delta, "delta_config", "backward"),
-                (gradient, "gradient_config", "backward"),
-            ):
-                gate = edits.EditGate(problems[0], backward=mode == "backward")
-                default = edits.provider(reft_kernels.loreft, problems, mode, gate)
-                moved = edits.least_bytes(count, d, rank, dtype, mode)
-                try:
-                    providers = candidates(module, heuristic, default.prepare, default.check)
-                except IndexError:  # the heuristic is not called for this shape
-                    continue
-                yield Case(
-                    "tuning",
-                    mode,
-                    shape | {"heuristic": heuristic},
-                    dtype,
-                    providers,
-                    PRESENT,
-                    sets,
-                    moved,
-                    [problem.hidden for problem in problems],
+        for count, d, rank in ((4, 32, 2),) if settings.quick else EDIT_SHAPES:
+            for module, heuristic, mode in EDIT_HEURISTICS:
+                shape = {"rows": count, "d": d, "r": rank, "heuristic": heuristic}
+                build = functools.partial(
+                    _edit_case, module, mode, shape, dtype, settings.device, limits
                 )
-
-
-def _build_cases(settings: RunSettings) -> Iterator[Case]:
-    orthonormal_launch = kernel_module("orthonormal_launch")
-    for layers, d, rank in (
-        [(2, 64, 4)]
-        if settings.quick
-        else [(1, 4096, 8), (32, 4096, 8), (32, 4096, 32), (16, 2048, 8)]
-    ):
+                yield CaseSpec(mode, shape, dtype, build)
+    for layers, d, rank in ((2, 32, 2),) if settings.quick else BUILD_SHAPES:
         for mode in ("forward", "both"):
-            torch.manual_seed(0)
-            case = r_build.case(layers, d, rank, mode, settings.device)
-            default = case.providers["reft_kernels householder"]
-            providers = candidates(
-                orthonormal_launch, "build_config", default.prepare, default.check
-            )
-            shape = case.shape | {"heuristic": "build_config"}
-            yield dataclasses.replace(
-                case, suite="tuning", shape=shape, providers=providers, baseline=PRESENT
-            )
+            shape = {"layers": layers, "d": d, "r": rank, "heuristic": "build_config"}
+            build = functools.partial(_build_case, mode, shape, settings.device, limits)
+            yield CaseSpec(mode, shape, torch.float32, build)
+
+
+def _edit_case(
+    module: str,
+    mode: str,
+    shape: dict[str, object],
+    dtype: torch.dtype,
+    device: str,
+    limits: Limits,
+) -> Case:
+    torch.manual_seed(0)
+    count, d, rank = (int(shape[name]) for name in ("rows", "d", "r"))
+    touched = edits.touched_bytes(count, d, dtype, mode)
+    sets = min(4, harness.sets_for(touched, device, 2 * count * d * dtype.itemsize))
+    problems = edits.draw(count, d, rank, dtype, device, sets)
+    gate = edits.EditGate(problems[0], backward=mode == "backward")
+    default = edits.provider(reft_kernels.loreft, problems, mode, gate)
+    providers = candidates(
+        kernel_module(module), str(shape["heuristic"]), default.prepare, default.check, limits
+    )
+    moved = edits.least_bytes(count, d, rank, dtype, mode)
+    hidden = [problem.hidden for problem in problems]
+    return Case(SUITE, mode, shape, dtype, providers, PRESENT, sets, moved, hidden)
+
+
+def _build_case(mode: str, shape: dict[str, object], device: str, limits: Limits) -> Case:
+    layers, d, rank = (int(shape[name]) for name in ("layers", "d", "r"))
+    case = r_build.case(layers, d, rank, mode, device)
+    default = case.providers["reft_kernels householder"]
+    providers = candidates(
+        kernel_module("orthonormal_launch"),
+        str(shape["heuristic"]),
+        default.prepare,
+        default.check,
+        limits,
+    )
+    return dataclasses.replace(
+        case, suite=SUITE, shape=shape, providers=providers, baseline=PRESENT
+    )
 
 
 def proposals(rows_of_case: list[Measurement]) -> list[str]:
     """Return a line for each adjacent configuration that is faster by more than noise."""
-    present = next(row for row in rows_of_case if row.provider == PRESENT)
-    if present.median_ms is None:
+    present = next((row for row in rows_of_case if row.provider == PRESENT), None)
+    if present is None or present.median_ms is None:
         return []
     current_ms = present.graph_ms or present.median_ms
     return [
@@ -202,28 +250,59 @@ def main(argv: list[str] | None = None) -> int:
         "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
     parser.add_argument("--rounds", type=int, default=15, help="samples per provider")
+    parser.add_argument("--cases", nargs="+", default=[], metavar="LABEL", help="cases to run")
+    parser.add_argument("--candidates", type=int, help="most candidates per case (default: all)")
+    parser.add_argument(
+        "--candidate-seconds", type=float, help="leave out a candidate that compiles for longer"
+    )
+    parser.add_argument("--seconds", type=float, help="end the run after this time")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out cases that are in the file of --csv"
+    )
     args = parser.parse_args(argv)
     if args.device == "cpu" and not dispatch.interpreting():
         print(
             "--device: Triton kernels need a GPU, or a CPU with TRITON_INTERPRET=1", file=sys.stderr
         )
         return 2
-    settings = RunSettings(args.device, args.quick, 3 if args.quick else args.rounds)
+    limits = Limits(args.candidates, args.candidate_seconds)
+    settings = RunSettings(
+        args.device, args.quick, 3 if args.quick else args.rounds, labels=tuple(args.cases)
+    )
+    found = {spec.label: spec for spec in specs(settings, limits)}
+    unknown = [label for label in settings.labels if label not in found]
+    if unknown:
+        print(f"--cases: got {unknown[0]!r}, expected of: {'; '.join(found)}", file=sys.stderr)
+        return 2
+    done = set()
+    if args.resume and args.csv and args.csv.exists():
+        done = {
+            f"{row.mode} {row.shape} {row.dtype}"
+            for row in rows.read(args.csv)
+            if row.commit == machine.commit() and not row.note.startswith(harness.CUT_OFF)
+        }
+    stopping.install(args.seconds)
     proposed: list[str] = []
+    failed = False
     with dispatch.backend("triton"):
-        for cases in (_edit_cases, _build_cases):
-            for case in cases(settings):
-                results = harness.measure(case, settings)
-                harness.show(results)
-                proposed += proposals(results)
-                if args.csv:
-                    rows.append(results, args.csv)
+        for label in settings.labels or found:
+            if stopping.requested():
+                break
+            if label in done:
+                continue
+            results = harness.measure_spec(SUITE, found[label], settings)
+            failed |= not any(row.median_ms is not None for row in results)
+            harness.show(results)
+            proposed += proposals(results)
+            if args.csv:
+                rows.append(results, args.csv)
     print(
         "\n".join(["proposed:", *proposed])
         if proposed
-        else "proposed: nothing, no adjacent configuration is faster by more than noise"
+        else "proposed: nothing, no adjacent configuration is faster by more than noise",
+        flush=True,
     )
-    return 0
+    return stopping.status() if stopping.requested() else int(failed)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Build the native libraries with ninja: used by setup.py, by the tests, and by hand.
 
-    python csrc/build.py [--cuda] [--out FOLDER] [--sanitize address,undefined] [--isa avx2]
+    python csrc/build.py [--cuda [--arch 90]] [--out FOLDER] [--sanitize address,undefined]
+        [--isa avx2] [--dry-run]
 
 ``_native_cpu.so`` contains ``csrc/cpu``, compiled for each instruction set of the architecture.
 ``_native_cuda.so`` contains ``csrc/cuda`` for sm_80, sm_90 and sm_100. Both are PyTorch operator
@@ -172,15 +173,22 @@ def _cpu_rules(library: Path, objects: Path, sanitize: str | None, isa: str | No
     return lines
 
 
-def _build(library: Path, rules: list[str], objects: Path, without: str) -> Path:
+def _build(
+    library: Path, rules: list[str], objects: Path, without: str, dry_run: bool = False
+) -> Path:
     for folder in (library.parent, objects):
         folder.mkdir(parents=True, exist_ok=True)
     (objects / "build.ninja").write_text(
         "ninja_required_version = 1.5\n" + "\n".join(rules) + "\n", encoding="utf-8"
     )
     done = subprocess.run(
-        [ninja(), "-C", str(objects)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [ninja(), "-C", str(objects), *["-n"] * dry_run],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
+    if dry_run:
+        print(done.stdout)
     if done.returncode:
         raise BuildError(
             f"the native build failed in {objects}; fix the error, {without}\n{done.stdout}"
@@ -203,15 +211,16 @@ def build_cpu(
     return _build(library, _cpu_rules(library, objects, sanitize, isa), objects, _WITHOUT)
 
 
-def _cuda_rules(library: Path, objects: Path) -> list[str]:
+def _cuda_rules(library: Path, objects: Path, arch: str | None) -> list[str]:
     found = nvcc()
     if found is None:
         raise BuildError(
             f"nvcc: not found; install the CUDA toolkit or set CUDA_HOME, {_WITHOUT_CUDA}"
         )
     torch, home = torch_folder(), _toolkit(found)
-    targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES)
-    newest = CUDA_ARCHITECTURES[-1]  # also as PTX, which the driver compiles for later GPUs
+    architectures = (arch,) if arch else CUDA_ARCHITECTURES
+    targets = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in architectures)
+    newest = architectures[-1]  # also as PTX, which the driver compiles for later GPUs
     targets += f" -gencode arch=compute_{newest},code=compute_{newest}"
     static = home / "lib64" / "libcudart_static.a"
     lines = [
@@ -247,14 +256,19 @@ def _cuda_rules(library: Path, objects: Path) -> list[str]:
     return [*lines, f"build {_escape(library)}: link {' '.join(built)}"]
 
 
-def build_cuda(out: Path, objects: Path) -> Path:
+def build_cuda(out: Path, objects: Path, arch: str | None = None, dry_run: bool = False) -> Path:
     """Build ``_native_cuda.so`` into ``out``; object files go to ``objects``.
+
+    Args:
+        arch: Compile for this compute capability alone, such as ``90``.
+        dry_run: Print the commands and run none.
 
     Raises:
         BuildError: nvcc, ninja or torch's headers are missing, or a compilation failed.
     """
     library, objects = out.resolve() / "_native_cuda.so", objects.resolve()
-    return _build(library, _cuda_rules(library, objects), objects, _WITHOUT_CUDA)
+    rules = _cuda_rules(library, objects, arch)
+    return _build(library, rules, objects, _WITHOUT_CUDA, dry_run)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,10 +289,14 @@ def main(argv: list[str] | None = None) -> int:
         "--isa", help="one instruction set, to be compiled beside the portable one; none: all"
     )
     parser.add_argument("--cuda", action="store_true", help="build the CUDA library instead")
+    parser.add_argument("--arch", help="one compute capability of a GPU, such as 90; none: all")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the commands of the CUDA build, run none"
+    )
     args = parser.parse_args(argv)
     try:
         if args.cuda:
-            print(build_cuda(args.out, args.objects / "cuda"))
+            print(build_cuda(args.out, args.objects / "cuda", args.arch, args.dry_run))
         else:
             print(
                 build_cpu(

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from reft_kernels.dtypes import accumulation_dtype
 
+_NOTHING: tuple[int, ...] = (0,)
+
 
 def num_selected_rows(hidden: Tensor, rows: Tensor | None) -> int:
     """Return N, the number of rows that a call processes, skipped entries included."""
@@ -40,12 +42,15 @@ def edit_saved(
         ``[N, r]`` in the accumulation dtype (``z`` only for a nonlinear activation). Without
         ``save`` all three are empty.
     """
-    n, acc = num_selected_rows(hidden, rows), accumulation_dtype(hidden.dtype)
+    acc, new = accumulation_dtype(hidden.dtype), hidden.new_empty
+    if not save:
+        return new(_NOTHING), new(_NOTHING, dtype=acc), new(_NOTHING, dtype=acc)
+    n = num_selected_rows(hidden, rows)
     small = (n, write.shape[-2])
     return (
-        hidden.new_empty((n, hidden.shape[1]) if save and rows is not None else (0,)),
-        hidden.new_empty(small if save else (0,), dtype=acc),
-        hidden.new_empty(small if save and activation != "linear" else (0,), dtype=acc),
+        new(_NOTHING if rows is None else (n, hidden.shape[1])),
+        new(small, dtype=acc),
+        new(_NOTHING if activation == "linear" else small, dtype=acc),
     )
 
 
@@ -65,17 +70,18 @@ def edit_gradients(
         weights, and of ``coeff``, ``[N, r]``. The gradient of an absent argument is empty, as are
         all weight gradients without ``need_weights``.
     """
-    acc = accumulation_dtype(grad.dtype)
-
-    def allocate(shape: tuple[int, ...], needed: bool) -> Tensor:
-        return grad.new_empty(shape if needed else (0,), dtype=acc)
-
+    acc, new = accumulation_dtype(grad.dtype), grad.new_empty
+    matrix = write.shape if need_weights else _NOTHING
+    vector = matrix[:-1] if need_weights else _NOTHING
+    small = _NOTHING
+    if coeff is not None:
+        small = (num_selected_rows(grad, rows), write.shape[-2])
     return (
-        allocate(write.shape, need_weights and read is not None),
-        allocate(write.shape[:-1], need_weights),
-        allocate(write.shape, need_weights),
-        allocate(write.shape[:-1], need_weights and subtract_projection),
-        allocate((num_selected_rows(grad, rows), write.shape[-2]), coeff is not None),
+        new(_NOTHING if read is None else matrix, dtype=acc),
+        new(vector, dtype=acc),
+        new(matrix, dtype=acc),
+        new(vector if subtract_projection else _NOTHING, dtype=acc),
+        new(small, dtype=acc),
     )
 
 

@@ -11,12 +11,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reft_kernels import (
-    ops,  # noqa: F401  (registers the operators)
-    ownership,
-)
-from reft_kernels.arguments import EditWeights, RedWeights, RowSelection
-from reft_kernels.checks import check_writable
+from reft_kernels import ops, ownership
+from reft_kernels.arguments import BuiltWeights, EditWeights, RedWeights, RowSelection
+from reft_kernels.checks import check_writable, is_marked, num_rows_of
+from reft_kernels.operator_checks import is_checked
 
 _edit, _edit_ = torch.ops.reft_kernels.edit.default, torch.ops.reft_kernels.edit_.default
 _edit_backward = torch.ops.reft_kernels.edit_backward.default
@@ -121,6 +119,7 @@ class _Edit(torch.autograd.Function):
         subtract_projection,
         activation,
         inplace,
+        checked,
     ):
         args = (
             rows,
@@ -135,11 +134,13 @@ class _Edit(torch.autograd.Function):
             True,
         )
         if inplace:
-            saved_input, u, z = _edit_rows_of(hidden, _edit_, *args)
+            edit_ = ops.direct("edit_", hidden, checked) or _edit_
+            saved_input, u, z = _edit_rows_of(hidden, edit_, *args)
             ctx.mark_dirty(hidden)
             out = hidden
         else:
-            out, saved_input, u, z = _edit(_as_rows(hidden), *args)
+            edit = ops.direct("edit", hidden, checked) or _edit
+            out, saved_input, u, z = edit(_as_rows(hidden), *args)
             out = _shaped(out, hidden)
         # without rows the backward recomputes the input from the output, which saves memory
         ctx.save_for_backward(
@@ -171,10 +172,12 @@ class _Edit(torch.autograd.Function):
             activation,
         )
         if needs[0] and may_overwrite:
-            grads = _edit_rows_of(grad, _edit_backward_, *args, need_weights)
+            edit_backward_ = ops.direct("edit_backward_", grad) or _edit_backward_
+            grads = _edit_rows_of(grad, edit_backward_, *args, need_weights)
             grad_hidden = grad
         else:
-            grad_hidden, *grads = _edit_backward(_as_rows(grad), *args, needs[0], need_weights)
+            edit_backward = ops.direct("edit_backward", grad) or _edit_backward
+            grad_hidden, *grads = edit_backward(_as_rows(grad), *args, needs[0], need_weights)
             grad_hidden = _shaped(grad_hidden, grad) if needs[0] else None
         grad_read, grad_read_bias, grad_write, grad_subtract_bias, grad_coeff = grads
         return (
@@ -189,6 +192,7 @@ class _Edit(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
@@ -197,11 +201,12 @@ class _Red(torch.autograd.Function):
     def forward(ctx, hidden, rows, weight_ids, scale, bias, inplace):
         args = (rows, weight_ids, scale, bias, True)
         if inplace:
-            saved_input = _edit_rows_of(hidden, _red_, *args)
+            saved_input = _edit_rows_of(hidden, ops.direct("red_", hidden) or _red_, *args)
             ctx.mark_dirty(hidden)
             out = hidden
         else:
-            out, saved_input = _red(_as_rows(hidden), *args)
+            red = ops.direct("red", hidden) or _red
+            out, saved_input = red(_as_rows(hidden), *args)
             out = _shaped(out, hidden)
             saved_input = hidden if rows is None else saved_input
         ctx.save_for_backward(saved_input, rows, weight_ids, scale)
@@ -217,10 +222,12 @@ class _Red(torch.autograd.Function):
         need_weights = needs[3] or needs[4]
         args = (_as_rows(saved_input), rows, weight_ids, scale)
         if needs[0] and may_overwrite:
-            grad_scale, grad_bias = _edit_rows_of(grad, _red_backward_, *args, need_weights)
+            red_backward_ = ops.direct("red_backward_", grad) or _red_backward_
+            grad_scale, grad_bias = _edit_rows_of(grad, red_backward_, *args, need_weights)
             grad_hidden = grad
         else:
-            grad_hidden, grad_scale, grad_bias = _red_backward(
+            red_backward = ops.direct("red_backward", grad) or _red_backward
+            grad_hidden, grad_scale, grad_bias = red_backward(
                 _as_rows(grad), *args, needs[0], need_weights
             )
             grad_hidden = _shaped(grad_hidden, grad) if needs[0] else None
@@ -234,17 +241,20 @@ class _Red(torch.autograd.Function):
 _apply_edit, _apply_red = _applied(_Edit), _applied(_Red)
 
 
-def operators_check(hidden: Tensor) -> bool:
-    """Return whether the operators check every argument of a call with ``hidden``.
+def operators_check(hidden: Tensor, rows: Tensor | None, weight_ids: Tensor | None) -> bool:
+    """Return whether the operators check every argument of a call, so that the caller need not.
 
-    They do so on the CPU. On a GPU they do not check the values of ``rows``, because that would
-    synchronize, and while a compiler traces there are no values.
+    They do so on the CPU. On a GPU they do not check that the values of ``rows`` are distinct,
+    because that would synchronize; here they need not if ``rows`` is marked as checked. While a
+    compiler traces there are no values.
     """
-    return (
-        isinstance(hidden, Tensor)
-        and hidden.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-    )
+    if not isinstance(hidden, Tensor) or torch.compiler.is_compiling():
+        return False
+    if hidden.is_cpu:
+        return True
+    if weight_ids is not None or hidden.dim() < 1 or hidden.shape[-1] < 1:
+        return False
+    return rows is None or (isinstance(rows, Tensor) and is_marked(rows, num_rows_of(hidden)))
 
 
 def _copied_back(hidden: Tensor, out: Tensor) -> Tensor:
@@ -288,6 +298,13 @@ def apply_edit(
         subtract_projection,
         activation,
     )
+    # a compiler checks while it traces, and the cpu backend in C++
+    checked = (
+        coeff is None
+        and type(weights) is BuiltWeights
+        and not torch.compiler.is_compiling()
+        and is_checked(hidden, weights, rows, weight_ids)
+    )
     graph = torch.is_grad_enabled() and (
         hidden.requires_grad
         or write.requires_grad
@@ -305,13 +322,15 @@ def apply_edit(
         check_writable(hidden, graph)
     if graph:
         if inplace and torch.compiler.is_compiling():
-            return _copied_back(hidden, _Edit.apply(hidden, *args, False))
+            return _copied_back(hidden, _Edit.apply(hidden, *args, False, False))
         if ownership.baseline is None:
             ownership.calibrate()
-        return _apply_edit(hidden, *args, inplace)
+        return _apply_edit(hidden, *args, inplace, checked)
     if inplace:
-        return _edit_without_graph(hidden, _edit_, *args, False)
-    return _edit(_as_rows(hidden), *args, False)[0].view(hidden.shape)
+        edit_ = ops.direct("edit_", hidden, checked) or _edit_
+        return _edit_without_graph(hidden, edit_, *args, False)
+    edit = ops.direct("edit", hidden, checked) or _edit
+    return edit(_as_rows(hidden), *args, False)[0].view(hidden.shape)
 
 
 def apply_red(hidden: Tensor, weights: RedWeights, chosen: RowSelection, inplace: bool) -> Tensor:
@@ -351,5 +370,7 @@ def apply_red(hidden: Tensor, weights: RedWeights, chosen: RowSelection, inplace
             ownership.calibrate()
         return _apply_red(hidden, rows, weight_ids, scale, bias, inplace)
     if inplace:
-        return _edit_without_graph(hidden, _red_, rows, weight_ids, scale, bias, False)
-    return _red(_as_rows(hidden), rows, weight_ids, scale, bias, False)[0].view(hidden.shape)
+        red_ = ops.direct("red_", hidden) or _red_
+        return _edit_without_graph(hidden, red_, rows, weight_ids, scale, bias, False)
+    red = ops.direct("red", hidden) or _red
+    return red(_as_rows(hidden), rows, weight_ids, scale, bias, False)[0].view(hidden.shape)

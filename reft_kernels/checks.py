@@ -166,10 +166,23 @@ def mark_rows(rows: Tensor, num_rows: int) -> Tensor:
     return rows
 
 
-def _is_marked(index: Tensor, limit: int) -> bool:
+def is_marked(index: Tensor, limit: int) -> bool:
     """Return whether ``index`` was checked against ``limit`` or less and is unchanged since."""
     mark = getattr(index, _CHECKED, None)
     return mark is not None and mark[0] <= limit and mark[1] == _version(index)
+
+
+def are_rows_known(rows: Tensor, num_rows: int) -> bool:
+    """Return whether the values of ``rows`` were checked for ``num_rows`` and are unchanged since.
+
+    True also for a GPU tensor whose range is asserted on the device.
+    """
+    if rows.is_inference():
+        return False
+    mark = getattr(rows, _CHECKED, None)
+    if mark is not None and mark[0] <= num_rows:
+        return mark[1] == rows._version
+    return rows.is_cuda and getattr(rows, _ASSERTED, None) == (-1, num_rows, rows._version)
 
 
 def assert_range(name: str, index: Tensor, low: int, high: int) -> None:
@@ -185,7 +198,7 @@ def assert_range(name: str, index: Tensor, low: int, high: int) -> None:
     ):
         return
     asserted = getattr(index, _ASSERTED, None)
-    if _is_marked(index, high) or asserted == (low, high, _version(index)):
+    if is_marked(index, high) or asserted == (low, high, _version(index)):
         return
     least, most = torch.aminmax(index)
     torch._assert_async(
@@ -215,7 +228,7 @@ def check_row_values(rows: Tensor, num_rows: int, name: str = "rows") -> Tensor:
     """
     if torch.compiler.is_compiling() or (rows.is_cuda and torch.cuda.is_current_stream_capturing()):
         return rows
-    if _is_marked(rows, num_rows):
+    if is_marked(rows, num_rows):
         return rows
     if rows.numel():
         low, high = (int(v) for v in torch.stack(torch.aminmax(rows)).tolist())
@@ -249,7 +262,7 @@ def check_weight_id_values(weight_ids: Tensor, sets: int, name: str = "weight_id
         weight_ids.is_cuda and torch.cuda.is_current_stream_capturing()
     ):
         return
-    if _is_marked(weight_ids, sets):
+    if is_marked(weight_ids, sets):
         return
     if weight_ids.numel():
         low, high = (int(v) for v in torch.stack(torch.aminmax(weight_ids)).tolist())

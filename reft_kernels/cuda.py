@@ -31,6 +31,7 @@ LIBRARY = Path(os.environ.get(LIBRARY_VARIABLE) or Path(__file__).with_name("_na
 MAX_RANK = 256
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GPUS = "the CUDA kernels serve tensors on NVIDIA GPUs"
+_ALL_ROWS_RANK = 16  # the largest rank of the kernel for all rows
 _RANK_MULTIPLE = 8  # edit_backward pads the rank dimension of its temporary tensor to this
 
 
@@ -68,7 +69,7 @@ def emulated() -> bool:
 def unsupported_reason(operator: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Return why this backend cannot run an operator, or None if it can.
 
-    Edits of all rows, edits of hidden states with strided channels, and RED are supported by
+    Calls of ``edit`` and ``edit_backward`` that the kernels do not serve, and RED, are supported by
     calling Triton.
 
     Args:
@@ -154,47 +155,56 @@ def edit(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute :func:`reft_kernels.reference.edit` in one kernel launch.
 
-    Without ``rows``, or if channels are strided, Triton is called instead.
+    Triton is called instead if channels are strided, and without ``rows`` for fp32, for
+    ``weight_ids``, for ranks over 16 (8 if B x needs a product of its own), for d over 8192 or not
+    a multiple of 8, for unaligned rows, and on sm_80 for d over 1024.
 
     Raises:
         ValueError: If the rank is not between 1 and 256.
     """
-    if rows is None or not _dense_channels(source, out):
-        return _elsewhere("edit")(
-            source,
-            out,
-            rows,
-            weight_ids,
-            read,
-            read_bias,
-            write,
-            subtract_bias,
-            coeff,
-            subtract_projection,
-            activation,
-            save,
-        )
-    _check_rank(write)
-    saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)
-    if rows.shape[0] > 0:
-        read, write = _weights(source, read, write)
-        torch.ops.reft_kernels_cuda.edit_forward.default(
-            source,
-            out,
-            rows.contiguous(),
-            contiguous(weight_ids),
-            read,
-            _small(read_bias),
-            write,
-            _small(subtract_bias),
-            _small(coeff),
-            subtract_projection,
-            ACTIVATIONS.index(activation),
-            saved_input,
-            u,
-            z,
-        )
-    return saved_input, u, z
+    served = _dense_channels(source, out) and (
+        rows is not None
+        or weight_ids is None
+        and source.dtype != torch.float32
+        and write.shape[-2] <= _ALL_ROWS_RANK
+    )
+    if served:
+        _check_rank(write)
+        saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)
+        if allocation.num_selected_rows(source, rows) > 0:
+            native_read, native_write = _weights(source, read, write)
+            served = torch.ops.reft_kernels_cuda.edit_forward.default(
+                source,
+                out,
+                contiguous(rows),
+                contiguous(weight_ids),
+                native_read,
+                _small(read_bias),
+                native_write,
+                _small(subtract_bias),
+                _small(coeff),
+                subtract_projection,
+                ACTIVATIONS.index(activation),
+                saved_input,
+                u,
+                z,
+            )
+        if served:
+            return saved_input, u, z
+    return _elsewhere("edit")(
+        source,
+        out,
+        rows,
+        weight_ids,
+        read,
+        read_bias,
+        write,
+        subtract_bias,
+        coeff,
+        subtract_projection,
+        activation,
+        save,
+    )
 
 
 def edit_backward(

@@ -35,7 +35,9 @@ OPERATORS = (
 )
 ENVIRONMENT_VARIABLE = "REFT_KERNELS_BACKEND"
 
-# cuda is used only if forced, because no committed measurement shows it to be faster than triton
+# cuda is used only if forced, because no committed measurement shows it to be faster than triton.
+# After the first measurements on a GPU, a backend keeps an operator only where a committed row
+# shows it at least 10 % faster than the others; its kernels for the rest are deleted.
 _PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
 _MODULES = {
     "triton": "reft_kernels.triton",
@@ -45,6 +47,10 @@ _MODULES = {
 }
 
 
+# backends whose functions launch kernels from Python
+_LAUNCHING = ("triton", "cuda")
+
+
 class BackendError(RuntimeError):
     """Raised if the forced backend does not support a call, or if no backend does."""
 
@@ -52,6 +58,7 @@ class BackendError(RuntimeError):
 _lock = threading.Lock()
 _forced: str | None = None
 _table: dict[tuple[str, str, torch.dtype], Callable | None] = {}
+direct_calls: dict[tuple, Callable | None] = {}  # entries of ops.direct for the current backends
 _warned: set[str] = set()
 _native = None  # the module reft_kernels.cpu once its library is loaded
 
@@ -83,6 +90,7 @@ def set_backend(name: str | None) -> None:
     with _lock:
         _forced = _checked(name, "backend")
         _table.clear()
+        direct_calls.clear()
         if _native is not None:
             _native.set_enabled(_is_native())
 
@@ -221,6 +229,23 @@ def select(operator: str, tensor: torch.Tensor) -> Callable | None:
         return _table[key]
     except KeyError:
         return _resolve(key)
+
+
+def launching(operator: str, device_type: str, dtype: torch.dtype) -> Callable | None:
+    """Return the backend's function if the backend launches GPU kernels from Python, else None.
+
+    Raises:
+        BackendError: If the forced backend does not support the operator, or no backend does.
+    """
+    function = _resolve((operator, device_type, dtype))
+    return function if choose(operator, device_type, dtype)[0] in _LAUNCHING else None
+
+
+def keep_direct(key: tuple, function: Callable | None, forced: str | None) -> None:
+    """Store an entry of ``direct_calls`` if ``forced`` is still the forced backend."""
+    with _lock:
+        if _forced == forced:  # another thread may have changed it
+            direct_calls[key] = function
 
 
 def _resolve(key: tuple[str, str, torch.dtype]) -> Callable | None:

@@ -97,7 +97,7 @@ def _edit(
     if activation not in ACTIVATIONS:
         activation = canonical_activation(activation)
     missing = weights.read_bias is None or (weights.read is None and names.read is not None)
-    if missing or not operators_check(hidden):
+    if missing or not operators_check(hidden, chosen.rows, chosen.weight_ids):
         _check(names, hidden, weights, chosen, activation)
     try:
         return apply_edit(hidden, weights, chosen, activation, inplace)
@@ -319,7 +319,7 @@ def red(
     """
     if set_ids is not None:
         weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
-    if not operators_check(hidden):
+    if not operators_check(hidden, rows, weight_ids):
         check_red(hidden, scale, bias, rows, weight_ids)
     try:
         return apply_red(hidden, RedWeights(scale, bias), RowSelection(rows, weight_ids), inplace)

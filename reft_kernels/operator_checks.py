@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from reft_kernels.activations import ACTIVATIONS
+from reft_kernels.arguments import BuiltWeights, EditWeights
 from reft_kernels.checks import (
     HIDDEN_DTYPES,
+    are_rows_known,
     assert_range,
     check_row_values,
     check_weight_id_values,
@@ -144,6 +146,93 @@ def _check_write(op: str, hidden: Tensor, write: Tensor, weight_ids: Tensor | No
     _check_float(f"{op}: write", write, write.shape, hidden)
 
 
+def _is_plain(
+    hidden: Tensor,
+    rows: _Index,
+    others: tuple[Tensor | None, ...],
+    shapes: tuple[_Shape | None, ...],
+) -> bool:
+    """Return whether a call certainly passes the checks that the other functions make one by one.
+
+    This is the case of nearly every call: ``hidden`` is a contiguous matrix, ``rows`` is known to
+    be valid, and the floating-point arguments ``others`` have the expected shapes, lie on the
+    device of ``hidden`` and apart from its memory.
+    """
+    if (
+        hidden.layout is not torch.strided
+        or hidden.dtype not in _DTYPES
+        or hidden.dim() != 2
+        or not hidden.is_contiguous()
+        or hidden.shape[1] < 1
+    ):
+        return False
+    device, begin = hidden.device, hidden.data_ptr()
+    end = begin + hidden.nbytes
+    if rows is not None:
+        if (
+            rows.dtype is not torch.int32
+            or rows.dim() != 1
+            or rows.device != device
+            or not are_rows_known(rows, hidden.shape[0])
+        ):
+            return False
+        start = rows.data_ptr()
+        if start < end and start + rows.nbytes > begin:
+            return False
+    for tensor, shape in zip(others, shapes):  # noqa: B905  (same length, and on the hot path)
+        if tensor is None:
+            continue
+        if (
+            tensor.shape != shape
+            or tensor.dtype not in _DTYPES
+            or tensor.layout is not torch.strided
+            or tensor.device != device
+        ):
+            return False
+        start = tensor.data_ptr()
+        if start < end and start + tensor.nbytes > begin:
+            return False
+    return True
+
+
+def as_built(weights: EditWeights) -> EditWeights:
+    """Return ``weights`` as :class:`BuiltWeights` if they can be used without further checks."""
+    write, shape = weights.write, weights.write.shape
+    if not 2 <= len(shape) <= 3 or not 1 <= shape[-2] <= MAX_RANK:
+        return weights
+    if weights.subtract_bias is not None and not weights.subtract_projection:
+        return weights
+    expected = (shape, shape[:-1], shape, shape[:-1])
+    for tensor, size in zip(weights[:4], expected, strict=True):
+        if tensor is not None and (
+            tensor.shape != size
+            or tensor.dtype not in _DTYPES
+            or tensor.layout is not torch.strided
+            or tensor.device != write.device
+        ):
+            return weights
+    return BuiltWeights(*weights)
+
+
+def is_checked(hidden: Tensor, weights: EditWeights, rows: _Index, weight_ids: _Index) -> bool:
+    """Return whether an edit without ``coeff`` needs no checks of its arguments.
+
+    This is so if ``weights`` are :class:`BuiltWeights` that fit ``hidden``, and the values of
+    ``rows`` are known to be valid.
+    """
+    return (
+        type(weights) is BuiltWeights
+        and rows is not None
+        and weight_ids is None
+        and weights.write.dim() == 2
+        and hidden.shape[-1] == weights.write.shape[1]
+        and hidden.dtype in _DTYPES
+        and (device := hidden.device) == weights.write.device
+        and device == rows.device
+        and are_rows_known(rows, hidden.numel() // hidden.shape[-1])
+    )
+
+
 def _check_edit(op: str, in_place: bool) -> Callable[..., None]:
     def check(
         hidden,
@@ -160,10 +249,30 @@ def _check_edit(op: str, in_place: bool) -> Callable[..., None]:
         *,
         traced=False,
     ):
+        shape = write.shape
+        if (
+            weight_ids is None
+            and not traced
+            and activation in ACTIVATIONS
+            and len(shape) == 2
+            and shape[1] == hidden.shape[-1]
+            and 1 <= shape[0] <= MAX_RANK
+            and (subtract_bias is None or subtract_projection)
+        ):
+            vector = shape[:1]
+            coeff_shape = None
+            if coeff is not None:
+                coeff_shape = (hidden.shape[0] if rows is None else rows.shape[0], shape[0])
+            if _is_plain(
+                hidden,
+                rows,
+                (read, read_bias, write, subtract_bias, coeff),
+                (shape, vector, shape, vector, coeff_shape),
+            ):
+                return
         _check_hidden(f"{op}: hidden", hidden, in_place and not traced)
         _check_activation(op, activation)
         _check_write(op, hidden, write, weight_ids)
-        shape = write.shape
         if read is not None:
             _check_float(f"{op}: read", read, shape, hidden)
         if read_bias is not None:
@@ -336,6 +445,17 @@ def _required(schema: str) -> list[tuple[int, str]]:
     return [
         (i, name) for i, (kind, name) in enumerate(arguments) if kind in ("Tensor", "Tensor(a!)")
     ]
+
+
+def checked(name: str, implementation: Callable, backend: Callable) -> Callable:
+    """Return a function that checks an operator's arguments and runs it on a backend."""
+    check = CHECKS[name]
+
+    def call(*args):
+        check(*args)
+        return implementation(backend, *args)
+
+    return call
 
 
 def guarded(name: str, schema: str, function: Callable, *, traced: bool = False) -> Callable:

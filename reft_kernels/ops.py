@@ -28,6 +28,7 @@ passes ``hidden`` to ``red_backward``. An output that a call does not need is an
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -36,6 +37,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels import allocation, dispatch, host_memory, operator_checks
+from reft_kernels.arguments import EditArguments, EditBackwardArguments
 
 _EDIT_ARGS = (
     "Tensor? rows, Tensor? weight_ids, Tensor? read, Tensor? read_bias, Tensor write, Tensor? "
@@ -104,38 +106,10 @@ def _edit_(backend: Callable, hidden: Tensor, *args):
     return backend(hidden, hidden, *args)
 
 
-def _edit_backward(
-    backend: Callable,
-    grad: Tensor,
-    saved_input,
-    u,
-    z,
-    rows,
-    weight_ids,
-    read,
-    write,
-    coeff,
-    subtract_projection,
-    activation,
-    need_hidden,
-    need_weights,
-):
-    out = _output_like(grad, rows) if need_hidden else None
-    grads = backend(
-        grad,
-        out,
-        saved_input,
-        u,
-        z,
-        rows,
-        weight_ids,
-        read,
-        write,
-        coeff,
-        subtract_projection,
-        activation,
-        need_weights,
-    )
+def _edit_backward(backend: Callable, grad: Tensor, *args):
+    *arguments, need_hidden, need_weights = args
+    out = _output_like(grad, EditBackwardArguments(*arguments).rows) if need_hidden else None
+    grads = backend(grad, out, *arguments, need_weights)
     return (grad.new_empty(0) if out is None else out), *grads
 
 
@@ -173,54 +147,21 @@ def _build(backend: Callable, *args):
 # ---- Fake implementations: shapes and dtypes only
 
 
-def _edit_fake(
-    hidden,
-    rows,
-    weight_ids,
-    read,
-    read_bias,
-    write,
-    subtract_bias,
-    coeff,
-    subtract_projection,
-    activation,
-    save,
-):
-    return _output_fake(hidden), *allocation.edit_saved(hidden, rows, write, activation, save)
+def _edit__fake(hidden, *args):
+    *arguments, save = args
+    a = EditArguments(*arguments)
+    return allocation.edit_saved(hidden, a.rows, a.write, a.activation, save)
 
 
-def _edit__fake(
-    hidden,
-    rows,
-    weight_ids,
-    read,
-    read_bias,
-    write,
-    subtract_bias,
-    coeff,
-    subtract_projection,
-    activation,
-    save,
-):
-    return allocation.edit_saved(hidden, rows, write, activation, save)
+def _edit_fake(hidden, *args):
+    return _output_fake(hidden), *_edit__fake(hidden, *args)
 
 
-def _edit_backward__fake(
-    grad,
-    saved_input,
-    u,
-    z,
-    rows,
-    weight_ids,
-    read,
-    write,
-    coeff,
-    subtract_projection,
-    activation,
-    need_weights,
-):
+def _edit_backward__fake(grad, *args):
+    *arguments, need_weights = args
+    a = EditBackwardArguments(*arguments)
     return allocation.edit_gradients(
-        grad, rows, read, write, coeff, subtract_projection, need_weights
+        grad, a.rows, a.read, a.write, a.coeff, a.subtract_projection, need_weights
     )
 
 
@@ -232,35 +173,9 @@ def _hidden_grad_fake(grad, need_hidden):
     return _output_fake(grad) if need_hidden else grad.new_empty(0)
 
 
-def _edit_backward_fake(
-    grad,
-    saved_input,
-    u,
-    z,
-    rows,
-    weight_ids,
-    read,
-    write,
-    coeff,
-    subtract_projection,
-    activation,
-    need_hidden,
-    need_weights,
-):
-    rest = _edit_backward__fake(
-        grad,
-        saved_input,
-        u,
-        z,
-        rows,
-        weight_ids,
-        read,
-        write,
-        coeff,
-        subtract_projection,
-        activation,
-        need_weights,
-    )
+def _edit_backward_fake(grad, *args):
+    *arguments, need_hidden, need_weights = args
+    rest = _edit_backward__fake(grad, *arguments, need_weights)
     return _hidden_grad_fake(grad, need_hidden), *rest
 
 
@@ -375,6 +290,56 @@ def _handed_on(implementation: Callable, results: int) -> Callable:
             return nothing if results > 1 else nothing[0]
 
     return called
+
+
+def direct(name: str, tensor: Tensor, checked: bool = False) -> Callable | None:
+    """Return a function that runs an operator without PyTorch's dispatcher.
+
+    The dispatcher serves modes, subclasses, function transforms, compilers and profilers. Where
+    none of them is active, a backend that launches kernels from Python is called directly, because
+    the dispatcher's call of a Python implementation takes longer than the launch.
+
+    Args:
+        name: An operator. The arguments of an edit's backward pass are not checked, because they
+            come from its forward and from autograd.
+        tensor: The argument that selects the backend.
+        checked: Whether the caller has checked the arguments.
+
+    Returns:
+        The function, which takes the operator's arguments, or None if the call must go through
+        ``torch.ops``.
+
+    Raises:
+        BackendError: If the forced backend does not support the operator, or no backend does.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or type(tensor) is not Tensor
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch.autograd.profiler._is_profiler_enabled
+    ):
+        return None
+    key = (name, tensor.device, tensor.dtype, checked)
+    try:
+        return dispatch.direct_calls[key]
+    except KeyError:
+        return _direct_call(key)
+
+
+def _direct_call(key: tuple[str, torch.device, torch.dtype, bool]) -> Callable | None:
+    name, device, dtype, checked = key
+    operator, forced = _OPERATORS[name], dispatch.forced_backend()
+    backend = dispatch.launching(operator.kind, device.type, dtype)
+    call: Callable | None = None
+    if backend is not None:
+        if name.endswith(("backward", "backward_")) or checked:
+            call = functools.partial(operator.implementation, backend)
+        else:
+            call = operator_checks.checked(name, operator.implementation, backend)
+    dispatch.keep_direct(key, call, forced)
+    return call
 
 
 _handed = torch.library.Library("reft_kernels_python", "DEF")

@@ -93,7 +93,7 @@ def build(
     signs: Tensor | None = None,
     base: BasePoint | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute R and optionally D = W - R, for all leading dimensions in one launch.
+    """Compute R and optionally D = W - R, for all leading dimensions in one call.
 
     The shapes of the tensors are not checked.
 

@@ -27,6 +27,7 @@ _INTEGER_POISON = 0x5A5A5A5A
 _ON_MODELS = [
     Path(__file__).parent / name for name in ("model", "integrations")
 ]  # what depends on transformers' own modules
+_TRITON = Path(__file__).parent / "triton"
 _FULL = pytest.StashKey[bool]()
 
 
@@ -144,6 +145,9 @@ def pytest_collection_modifyitems(config, items):
         on_models = any(item.path.is_relative_to(folder) for folder in _ON_MODELS)
         if on_models and item.get_closest_marker("transformers5") is None:
             item.add_marker("transformers4")
+        # modules that run Triton's kernels name their device; test_aot only compiles
+        if item.path.parent == _TRITON and getattr(item.module, "DEVICE", "cpu") == "cuda":
+            item.add_marker("gpu")
     left_out = (
         []
         if config.stash[_FULL]

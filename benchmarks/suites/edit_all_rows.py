@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 import reft_kernels
 from benchmarks import edits, third_party
 from benchmarks.harness import sets_for
-from benchmarks.protocol import Call, Case, Provider, RunSettings
+from benchmarks.protocol import Call, Case, CaseSpec, Provider, RunSettings
 
 TITLE = "Edit of all rows"
 ABOUT = "h + Rᵀ(Wh + b - Rh) on every row: bandwidth against rows, speed-up against d and r"
@@ -43,54 +44,75 @@ def shapes(settings: RunSettings) -> list[tuple[int, int, int]]:
     return list(dict.fromkeys([*varied, *((rows, d, rank) for rank in RANKS)]))
 
 
-def cases(settings: RunSettings) -> Iterator[Case]:
+def specs(settings: RunSettings) -> Iterator[CaseSpec]:
     """Yield every shape in every mode."""
-    base = BASE[settings.device]
-    dtypes = DTYPES[settings.device]
+    base, device = BASE[settings.device], settings.device
+    dtypes = DTYPES[device]
     for dtype in dtypes[:1] if settings.quick else dtypes:
         for rows, d, r in shapes(settings):
-            torch.manual_seed(0)
-            torch.compiler.reset()
-            sets = sets_for(2 * rows * d * dtype.itemsize, settings.device)
-            problems = edits.draw(rows, d, r, dtype, settings.device, sets)
+            shape = {"rows": rows, "d": d, "r": r}
             central = settings.quick or rows == base[0] and r in (8, 32)
-            # compilation takes seconds per shape, and a GPU pass has only ten minutes
-            compiled = (
-                torch.compile(edits.eager_folded, dynamic=False)
-                if central or settings.device == "cpu"
-                else None
-            )
-            slow = functools.cache(
-                lambda problems=problems: third_party.pyreft_intervention(
-                    problems[0].weights, problems[0].hidden.dtype
-                )
-            )
+            # compilation takes seconds per shape
+            compiling = central or device == "cpu"
+            # pyreft factors d x d matrices, which takes long for larger d
+            with_pyreft = settings.quick or (rows, r) == (base[0], base[2]) and d <= base[1]
+            inputs = _Inputs(rows, d, r, dtype, device, compiling, with_pyreft)
             for mode in ("forward", "backward", "both"):
-                case = _case(problems, mode, settings.device, compiled)
-                # pyreft factors d x d matrices, which takes long for larger d
-                if settings.quick or (rows, r) == (base[0], base[2]) and d <= base[1]:
-                    case.providers["pyreft"] = third_party.pyreft_edit(problems, mode, slow)
-                yield case
+                yield CaseSpec(mode, shape, dtype, functools.partial(_case, inputs, mode))
             if central and d in (base[1], shapes(settings)[0][1]):
-                yield _inside(problems[0], settings.device)
+                yield CaseSpec("inside", shape, dtype, functools.partial(_inside, inputs))
 
 
-def _case(
-    problems: list[edits.Problem], mode: str, device: str, compiled: edits.EditFunction | None
-) -> Case:
-    rows, d = problems[0].hidden.shape
-    r, dtype = problems[0].weights[0].shape[0], problems[0].hidden.dtype
+@dataclass(frozen=True)
+class _Inputs:
+    """A shape, whose input sets are drawn when its first case is built."""
+
+    rows: int
+    d: int
+    r: int
+    dtype: torch.dtype
+    device: str
+    compiling: bool
+    with_pyreft: bool
+
+    def problems(self, mode: str) -> list[edits.Problem]:
+        """Return the input sets of a mode."""
+        touched = edits.touched_bytes(self.rows, self.d, self.dtype, mode)
+        held = 2 * self.rows * self.d * self.dtype.itemsize
+        # on the CPU as many sets in each mode, all larger than the cache
+        sets = sets_for(touched if self.device == "cuda" else held, self.device, held)
+        return _drawn(self.rows, self.d, self.r, self.dtype, self.device, sets)
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn(
+    rows: int, d: int, r: int, dtype: torch.dtype, device: str, sets: int
+) -> list[edits.Problem]:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    return edits.draw(rows, d, r, dtype, device, sets)
+
+
+def _case(inputs: _Inputs, mode: str) -> Case:
+    problems = inputs.problems(mode)
+    rows, d, r, dtype = inputs.rows, inputs.d, inputs.r, inputs.dtype
     gate = edits.EditGate(problems[0], backward=mode != "forward")
     providers = {
         name: edits.provider(reft_kernels.loreft, problems, mode, gate, backend)
-        for name, backend in edits.backends(device).items()
+        for name, backend in edits.backends(inputs.device).items()
     }
     providers["eager, folded"] = edits.provider(edits.eager_folded, problems, mode, gate)
     providers["eager, unfolded"] = edits.provider(edits.eager_unfolded, problems, mode, gate)
-    if compiled:
+    if inputs.compiling:
+        compiled = torch.compile(edits.eager_folded, dynamic=False)
         providers["torch.compile, folded"] = edits.provider(
             compiled, problems, mode, gate, countable=False
         )
+    if inputs.with_pyreft:
+        slow = functools.cache(
+            lambda: third_party.pyreft_intervention(problems[0].weights, problems[0].hidden.dtype)
+        )
+        providers["pyreft"] = third_party.pyreft_edit(problems, mode, slow)
     return Case(
         "edit_all_rows",
         mode,
@@ -105,7 +127,8 @@ def _case(
     )
 
 
-def _inside(problem: edits.Problem, device: str) -> Case:
+def _inside(inputs: _Inputs) -> Case:
+    problem = inputs.problems("both")[0]
     rows, d = problem.hidden.shape
     r, dtype = problem.weights[0].shape[0], problem.hidden.dtype
 

@@ -2,13 +2,15 @@
 
 The hidden state is [batch * T, d]. A provider edits the selected rows and returns a hidden state
 whose other rows are unchanged. "the rows alone" is the same edit by reft_kernels of a hidden
-state that holds only the selected rows, as a lower bound.
+state that holds only the selected rows, as a lower bound. On a GPU the backward of the edit is
+measured, too (:mod:`benchmarks.suites.selected_backward`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +18,8 @@ from torch import Tensor
 import reft_kernels
 from benchmarks import edits
 from benchmarks.harness import sets_for
-from benchmarks.protocol import AccuracyCheck, Call, Case, Provider, RunSettings
+from benchmarks.protocol import AccuracyCheck, Call, Case, CaseSpec, Provider, RunSettings
+from benchmarks.suites import selected_backward
 from reft_kernels import positions
 
 TITLE = "Edit of selected rows"
@@ -55,25 +58,83 @@ def _gathered_in_place(h: Tensor, R: Tensor, W: Tensor, b: Tensor, rows: Tensor)
     return h.index_copy_(0, rows, edits.eager_folded(h.index_select(0, rows), R, W, b))
 
 
-def cases(settings: RunSettings) -> Iterator[Case]:
+def specs(settings: RunSettings) -> Iterator[CaseSpec]:
     """Yield every batch size, length and number of positions."""
     device = settings.device
     d, rank = (128, 4) if settings.quick else (WIDTH, RANK)
     for dtype in DTYPES[:1] if settings.quick else DTYPES:
         for batch, length, count in shapes(settings):
-            torch.manual_seed(0)
-            torch.compiler.reset()
-            sets = min(8, sets_for(batch * length * d * dtype.itemsize, device))
-            problems = edits.draw(batch * length, d, rank, dtype, device, sets)
-            spec = f"f{count}+l{count}"
-            rows = positions.resolve(spec, [length] * batch, length, device=device)
-            shape = {"batch": batch, "T": length, "positions": spec, "d": d, "r": rank}
-            yield _case(problems, rows, shape, device)
+            inputs = _Inputs(batch, length, count, d, rank, dtype, device)
+            shape = {"batch": batch, "T": length, "positions": inputs.spec, "d": d, "r": rank}
+            yield CaseSpec("forward", shape, dtype, functools.partial(_forward, inputs, shape))
+            if device == "cuda" or settings.quick:
+                build = functools.partial(selected_backward.case, inputs, shape)
+                yield CaseSpec("backward", shape, dtype, build)
 
 
-def _case(
-    problems: list[edits.Problem], rows: Tensor, shape: dict[str, object], device: str
-) -> Case:
+@dataclass(frozen=True)
+class _Inputs:
+    """A shape, whose input sets are drawn when its first case is built."""
+
+    batch: int
+    length: int
+    count: int
+    d: int
+    rank: int
+    dtype: torch.dtype
+    device: str
+
+    @property
+    def spec(self) -> str:
+        """The positions of each sequence."""
+        return f"f{self.count}+l{self.count}"
+
+    def rows(self) -> Tensor:
+        """Return the selected rows, int32."""
+        lengths = [self.length] * self.batch
+        return positions.resolve(self.spec, lengths, self.length, device=self.device)
+
+    def problems(self, sets: int | None = None) -> list[edits.Problem]:
+        """Return the input sets, by default enough to exceed the cache."""
+        if sets is not None:
+            return _drawn(self, sets)
+        held = 2 * self.batch * self.length * self.d * self.dtype.itemsize
+        if self.device == "cuda":
+            # an edit in place touches the selected rows alone
+            sets = sets_for(
+                2 * self.batch * self.count * self.d * self.dtype.itemsize, "cuda", held
+            )
+        else:
+            sets = min(8, sets_for(held // 2, self.device))
+        return _drawn(self, sets)
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn(inputs: _Inputs, sets: int) -> list[edits.Problem]:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    rows = inputs.batch * inputs.length
+    return edits.draw(rows, inputs.d, inputs.rank, inputs.dtype, inputs.device, sets)
+
+
+def one_call(
+    mode: str,
+    batch: int,
+    length: int,
+    count: int,
+    d: int,
+    rank: int,
+    dtype: torch.dtype,
+    device: str,
+) -> Call:
+    """Return one call of reft_kernels on one input set, for a profiler."""
+    inputs = _Inputs(batch, length, count, d, rank, dtype, device)
+    build = {"forward": _forward, "backward": selected_backward.case}[mode]
+    return build(inputs, {}, sets=1).providers["reft_kernels"].prepare(0)
+
+
+def _forward(inputs: _Inputs, shape: dict[str, object], sets: int | None = None) -> Case:
+    problems, rows, device = inputs.problems(sets), inputs.rows(), inputs.device
     weights, wide = problems[0].weights, rows.long()
     d, dtype = problems[0].hidden.shape[1], problems[0].hidden.dtype
     alone = [problem.hidden[wide] for problem in problems]
@@ -96,7 +157,7 @@ def _case(
         def prepare(k: int) -> Call:
             def run(_: object) -> Tensor:
                 with torch.no_grad():
-                    return edit(hidden[k], *weights)
+                    return edit(hidden[k], *problems[k].weights)
 
             return edits.force_backend(backend, Call(run, **call), hidden[k])
 

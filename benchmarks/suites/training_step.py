@@ -17,7 +17,7 @@ import torch
 from benchmarks import models, shapes, third_party
 from benchmarks.correctness import Build, StepGate
 from benchmarks.models import Shape
-from benchmarks.protocol import Case, RunSettings
+from benchmarks.protocol import Case, CaseSpec, RunSettings
 from benchmarks.shapes import LLAMA_1B, LLAMA_8B, small
 
 TITLE = "Training step"
@@ -55,14 +55,15 @@ def model_shapes(settings: RunSettings) -> list[Shape]:
     return [*variants, dataclasses.replace(one, compiled=True)]
 
 
-def cases(settings: RunSettings) -> Iterator[Case]:
+def specs(settings: RunSettings) -> Iterator[CaseSpec]:
     """Yield every model."""
     for shape in model_shapes(settings):
-        torch.compiler.reset()
-        yield _case(shape, settings.device)
+        build = functools.partial(_case, shape, settings.device)
+        yield CaseSpec("step", shape.dimensions, shape.dtype, build)
 
 
 def _case(shape: Shape, device: str) -> Case:
+    torch.compiler.reset()
     model, weights = models.llama(shape, device), models.weights(shape, device)
     batches = [models.batch(shape, device, k) for k in range(4)]
     builds: dict[str, Build] = {

@@ -21,9 +21,10 @@ struct AnyDtype {
   Dtype dtype;
 };
 
-// N rows selected from hidden states [M, d] with unit stride in the last dimension.
+// N rows of hidden states [M, d] with unit stride in the last dimension.
 struct Selection {
-  const int32_t* rows;        // [N] row numbers; -1 skips an entry
+  const int32_t* rows;        // [N] row numbers, -1 skips an entry; null for all rows, which
+                              // edit_tiles alone supports
   const int32_t* weight_ids;  // [N], or null for a single weight set
   int64_t num_rows;           // N > 0
   int d;                      // > 0
@@ -83,7 +84,10 @@ __host__ __device__ constexpr int small_count(bool subtract_projection, bool lin
 }
 __host__ __device__ constexpr int padded_rank(int rank) { return (rank + 7) / 8 * 8; }
 
+// Launches edit_tiles where edit_tiles_serves.
 cudaError_t edit_forward(const EditForward& arguments, cudaStream_t stream);
+bool edit_tiles_serves(const EditForward& arguments);
+cudaError_t edit_tiles(const EditForward& arguments, cudaStream_t stream);
 cudaError_t edit_delta(const EditDelta& arguments, int count,
                        cudaStream_t stream);  // count: result of small_count
 cudaError_t edit_gradient(const EditGradient& arguments, cudaStream_t stream);

@@ -6,8 +6,10 @@
 #include <cuda_runtime.h>
 #include <math.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "arguments.h"
+#include "instructions.cuh"
 
 namespace reft_cuda {
 
@@ -47,11 +49,54 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T value[V];
 };
 
-// Loads V consecutive elements as fp32. Does not use the read-only cache, because an edit in place
-// writes to the memory that it has read.
+template <int BYTES>
+struct Word;
+template <>
+struct Word<2> {
+  using Type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+
+// Loads V consecutive elements. Does not use the read-only cache, because an edit in place writes
+// to the memory that it has read.
+template <class T, int V>
+__device__ inline Pack<T, V> load_pack(const T* from) {
+  return *reinterpret_cast<const Pack<T, V>*>(from);
+}
+
+template <class Whole>
+__device__ inline void store_whole(Whole* to, Whole value) {
+  *to = value;
+}
+// The compiler splits an assignment of 128 bits if it does not also see how they were computed.
+__device__ inline void store_whole(uint4* to, uint4 value) { store_global(to, value); }
+
+// Stores V consecutive elements in accesses of up to 128 bits; those of 128 bits must be to global
+// memory. The accesses are of integers, because the assignment of a Pack is split into elements.
+template <class T, int V>
+__device__ inline void store_pack(T* to, const Pack<T, V>& pack) {
+  using Whole = typename Word<alignof(Pack<T, V>)>::Type;
+  constexpr int kWords = sizeof(pack) / sizeof(Whole);
+  Whole words[kWords];
+  memcpy(words, &pack, sizeof pack);
+#pragma unroll
+  for (int k = 0; k < kWords; ++k) store_whole(reinterpret_cast<Whole*>(to) + k, words[k]);
+}
+
 template <class T, int V>
 __device__ inline void load(const T* from, float (&to)[V]) {
-  Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
+  const Pack<T, V> pack = load_pack<T, V>(from);
 #pragma unroll
   for (int v = 0; v < V; ++v) to[v] = to_float(pack.value[v]);
 }
@@ -61,7 +106,7 @@ __device__ inline void store(T* to, const float (&from)[V]) {
   Pack<T, V> pack;
 #pragma unroll
   for (int v = 0; v < V; ++v) pack.value[v] = from_float<T>(from[v]);
-  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+  store_pack<T, V>(to, pack);
 }
 
 // Loads one element of a tensor whose dtype is not a template parameter.

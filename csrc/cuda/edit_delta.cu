@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(kProjectThreads, 1)
     edit_delta_kernel(const EditDelta p, int count) {
   const Selection& selection = p.selection;
   const int r = selection.rank, padded = padded_rank(r);
-  const int64_t d = selection.d;
+  const int d = selection.d;
   auto& block = *dynamic_shared<RowBlock<ROWS>>();
   float* part = reinterpret_cast<float*>(dynamic_shared<unsigned char>() + 64);
   const int64_t first_entry = int64_t(blockIdx.x) * ROWS;
@@ -24,9 +24,11 @@ __global__ void __launch_bounds__(kProjectThreads, 1)
   for (int q = 0; q < ROWS; ++q) {
     const int64_t n = first_entry + q;
     if (left >> q & 1 || n >= selection.num_rows) continue;
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * padded; i += kProjectThreads)
       p.small[n * count * padded + i] = 0.0f;
     if (p.grad_coeff != nullptr)
+#pragma unroll 1
       for (int i = threadIdx.x; i < r; i += kProjectThreads) p.grad_coeff[n * r + i] = 0.0f;
   }
 

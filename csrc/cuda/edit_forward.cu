@@ -11,10 +11,9 @@ namespace {
 
 template <class T, class W, int V, int ROWS>
 __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const EditForward p) {
-  constexpr int kUnroll = ROWS == 1 ? 4 : 2;  // see project_warp
   const Selection& selection = p.selection;
   const int r = selection.rank;
-  const int64_t d = selection.d;
+  const int d = selection.d;
   const bool linear = p.activation == Activation::kLinear;
   const bool fold = p.subtract_projection && linear;     // A x - B x is one product with A - B
   const bool second = p.subtract_projection && !linear;  // B x needs a separate product
@@ -34,13 +33,16 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
     const int64_t n = first_entry + q;
     if (left >> q & 1 || n >= selection.num_rows) continue;
     // Skipped entries are saved as zeros, so that they add nothing to the weights' gradients
+#pragma unroll 1
     for (int i = threadIdx.x; i < r; i += kProjectThreads) {
       if (p.u != nullptr) p.u[n * r + i] = 0.0f;
       if (p.z != nullptr) p.z[n * r + i] = 0.0f;
     }
-    if (p.saved_input != nullptr)
-      for (int64_t c = threadIdx.x; c < d; c += kProjectThreads)
-        static_cast<T*>(p.saved_input)[n * d + c] = from_float<T>(0.0f);
+    if (p.saved_input == nullptr) continue;
+    const float zeros[V] = {};
+#pragma unroll 1
+    for (int c = int(threadIdx.x) * V; c < d; c += kProjectThreads * V)
+      store<T, V>(static_cast<T*>(p.saved_input) + n * d + c, zeros);
   }
 
   while (left != 0) {
@@ -79,15 +81,15 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
     }
     __syncthreads();
 
-    for (int64_t c = int64_t(threadIdx.x) * V; c < d; c += kProjectThreads * V) {
+    for (int c = int(threadIdx.x) * V; c < d; c += kProjectThreads * V) {
       Pack<T, V> value[ROWS];  // loaded before the loop to hide latency, used after it
 #pragma unroll
-      for (int q = 0; q < ROWS; ++q) value[q] = *reinterpret_cast<const Pack<T, V>*>(x[q] + c);
+      for (int q = 0; q < ROWS; ++q) value[q] = load_pack<T, V>(x[q] + c);
       float acc[ROWS][V] = {};
-#pragma unroll kUnroll
+#pragma unroll 4
       for (int i = 0; i < r; ++i) {
         float w[V], u[ROWS];
-        load<W, V>(write + i * d + c, w);
+        load<W, V>(write + int64_t(i) * d + c, w);
         load<float, ROWS>(used + i * ROWS, u);
 #pragma unroll
         for (int q = 0; q < ROWS; ++q)
@@ -98,8 +100,7 @@ __global__ void __launch_bounds__(kProjectThreads, 1) edit_forward_kernel(const 
       for (int q = 0; q < ROWS; ++q) {
         if (!(active >> q & 1)) continue;
         if (p.saved_input != nullptr)
-          *reinterpret_cast<Pack<T, V>*>(static_cast<T*>(p.saved_input) + (first_entry + q) * d +
-                                         c) = value[q];
+          store_pack<T, V>(static_cast<T*>(p.saved_input) + (first_entry + q) * d + c, value[q]);
 #pragma unroll
         for (int v = 0; v < V; ++v) acc[q][v] += to_float(value[q].value[v]);
         store<T, V>(static_cast<T*>(p.out) + block.row[q] * p.out_stride + c, acc[q]);
@@ -135,6 +136,8 @@ cudaError_t choose(const EditForward& p, cudaStream_t stream) {
 cudaError_t edit_forward(const EditForward& p, cudaStream_t stream) {
   const bool wide = p.weight_dtype == Dtype::kFloat32;
   if (!wide && p.weight_dtype != p.dtype) return cudaErrorInvalidValue;
+  if (edit_tiles_serves(p)) return edit_tiles(p, stream);
+  if (p.selection.rows == nullptr) return cudaErrorNotSupported;
   switch (p.dtype) {
     case Dtype::kFloat32:
       return choose<float, float>(p, stream);

@@ -4,8 +4,9 @@
 //     dA = dz^T x     dB = (coeff * u)^T g - ddelta^T x     dc = sum dz     dp = -sum ddelta
 //
 // A block processes 32 or 64 columns of one weight set and all rows. Each of its 16 warps processes
-// some of the rows, four at a time, with fp32 sums for eight ranks. The sums of the warps are added
-// in a fixed order, without atomics. Each element of g is read and written by one thread, so dh may
+// some of the rows, four at a time, with fp32 sums for eight ranks. Aligned rows pass through a
+// ring of buffers in shared memory, which a warp fills and reads alone. The sums of the warps are
+// added in a fixed order, without atomics. Each row of g is read and written by one warp, so dh may
 // overwrite g. An additional block per weight set computes dc and dp.
 #include "common.cuh"
 
@@ -15,6 +16,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kRows = 4;   // rows per step of a warp
+constexpr int kAhead = kWarp / kRows;  // steps whose row numbers a warp fetches at once
 constexpr int kRanks = 8;  // ranks per pass over the rows
 
 __device__ inline bool belongs(const Selection& selection, int64_t n, int set) {
@@ -56,6 +58,14 @@ __device__ inline void sum_biases(const EditGradient& p, int set) {
   }
 }
 
+// Returns row[q] without an indexed access, which would move the array to local memory.
+__device__ inline int32_t row_of(const int32_t (&row)[kRows], int q) {
+  int32_t found = row[0];
+#pragma unroll
+  for (int k = 1; k < kRows; ++k) found = q == k ? row[k] : found;
+  return found;
+}
+
 template <int V>
 __device__ inline void zero(float (&to)[V]) {
 #pragma unroll
@@ -78,7 +88,34 @@ __device__ inline float sum_warps(const float* sums, int e) {
   return total;
 }
 
-template <class T, int V, bool SECOND>
+// Returns, in lane l, the row number of row l % 4 of step `first + l / 4` of this warp, or -1 if the
+// row is not selected or uses another weight set.
+__device__ inline int32_t fetch_rows(const Selection& selection, int set, int64_t first) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t n = ((first + lane / kRows) * kWarps + warp) * kRows + lane % kRows;
+  if (n >= selection.num_rows) return -1;
+  const int32_t row = selection.rows[n];
+  // weight_ids is undefined for skipped entries, but may be read
+  const bool same = selection.weight_ids == nullptr || selection.weight_ids[n] == set;
+  return same ? row : -1;
+}
+
+// A ring of buffers [4, columns] for rows of g and x, in the memory of the warp's sums, which are
+// written when the rows have been read.
+template <class T, int V>
+struct Ring {
+  static constexpr int kColumns = kWarp * V, kElements = kRows * kColumns,
+                       kPiece = 16 / sizeof(T),      // elements of a copy
+                       kPieces = kElements / kPiece,  // copies of a buffer
+                       kStages = kRanks * kColumns * sizeof(float) / (kElements * sizeof(T));
+  static_assert(kStages >= 2 && kPieces % 16 == 0);
+  T *g, *x;
+
+  __device__ T* of_g(int step) const { return g + step % kStages * kElements; }
+  __device__ T* of_x(int step) const { return x + step % kStages * kElements; }
+};
+
+template <class T, int V, bool SECOND, bool RING>
 __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGradient p) {
   constexpr int kColumns = kWarp * V, kTile = kRanks * kColumns;
   const Selection& selection = p.selection;
@@ -118,10 +155,41 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
   const int64_t c = first_column + lane * V;
   const bool inside = c < d;  // d is a multiple of V
   const int passes = needs_weights ? padded / kRanks : 1;
+  constexpr int kStages = RING ? Ring<T, V>::kStages : 1;
+  const Ring<T, V> ring{reinterpret_cast<T*>(sums_a + warp * kTile),
+                        reinterpret_cast<T*>(sums_b + warp * kTile)};
+  const int steps =
+      int((selection.num_rows - warp * kRows + kWarps * kRows - 1) / (kWarps * kRows));
   for (int pass = 0; pass < passes; ++pass) {
     float acc_a[kRanks][V] = {}, acc_b[kRanks][V] = {};
+    int32_t fetched = fetch_rows(selection, set, 0), next = fetch_rows(selection, set, kAhead);
+    // Starts the copies of a step, whose rows are in `fetched` or in `next`
+    const auto copy = [&](int step, bool is_next) {
+      if constexpr (RING) {
+#pragma unroll
+        for (int e = lane; e < 2 * Ring<T, V>::kPieces; e += kWarp) {
+          const bool of_x = e >= Ring<T, V>::kPieces;
+          const int at = e % Ring<T, V>::kPieces * Ring<T, V>::kPiece, q = at / kColumns;
+          const int from = step % kAhead * kRows + q;
+          const int32_t row = __shfl_sync(0xffffffffu, is_next ? next : fetched, from);
+          const int64_t column = first_column + at % kColumns;
+          if (row < 0 || column >= d || (of_x && !needs_x)) continue;
+          const int64_t n = int64_t(step * kWarps + warp) * kRows + q;
+          if (of_x)
+            copy_async(ring.of_x(step) + at,
+                       static_cast<const T*>(p.saved_input) + n * p.kept_stride + column);
+          else
+            copy_async(ring.of_g(step) + at,
+                       static_cast<const T*>(p.grad) + int64_t(row) * p.grad_stride + column);
+        }
+        commit_copies();
+      }
+    };
+#pragma unroll
+    for (int step = 0; step < kStages - 1; ++step) copy(step, false);
 #pragma unroll 1  // unrolling causes register spills
-    for (int64_t n0 = int64_t(warp) * kRows; n0 < selection.num_rows; n0 += kWarps * kRows) {
+    for (int step = 0; step < steps; ++step) {
+      const int64_t n0 = int64_t(step * kWarps + warp) * kRows;
       bool mine[kRows];
       int32_t row[kRows];
       const float* small = p.small + n0 * kCount * padded;
@@ -130,16 +198,28 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
       float g[kRows][V], x[kRows][V];
 #pragma unroll
       for (int q = 0; q < kRows; ++q) {
-        const int64_t n = n0 + q;
-        mine[q] = belongs(selection, n, set);
-        row[q] = mine[q] ? selection.rows[n] : 0;
+        row[q] = __shfl_sync(0xffffffffu, fetched, step % kAhead * kRows + q);
+        mine[q] = row[q] >= 0;
         at_row[q] = mine[q] ? q * kCount * padded : 0;
+      }
+      copy(step + kStages - 1, step % kAhead + kStages - 1 >= kAhead);
+      if (step % kAhead == kAhead - 1) {
+        fetched = next;
+        next = fetch_rows(selection, set, step + 1 + kAhead);
+      }
+      if constexpr (RING) {
+        wait_copies<kStages - 1>();
+        __syncwarp();
       }
 #pragma unroll
       for (int q = 0; q < kRows; ++q) {
         zero(g[q]);
         zero(x[q]);
-        if (mine[q] && inside) {
+        if (!mine[q] || !inside) continue;
+        if constexpr (RING) {
+          load<T, V>(ring.of_g(step) + q * kColumns + lane * V, g[q]);
+          if (needs_x) load<T, V>(ring.of_x(step) + q * kColumns + lane * V, x[q]);
+        } else {
           load<T, V>(static_cast<const T*>(p.grad) + int64_t(row[q]) * p.grad_stride + c, g[q]);
           if (needs_x)
             load<T, V>(static_cast<const T*>(p.saved_input) + (n0 + q) * p.kept_stride + c, x[q]);
@@ -170,6 +250,7 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
           }
         }
       }
+      if constexpr (RING) __syncwarp();  // all lanes have read the buffers
       if (p.out == nullptr || pass != passes - 1) continue;
       // In the last pass g may be overwritten
       float change[kRows][V] = {};
@@ -193,11 +274,31 @@ __global__ void __launch_bounds__(kThreads, 1) edit_gradient_kernel(const EditGr
       }
 #pragma unroll
       for (int q = 0; q < kRows; ++q) {
-        if (!mine[q] || !inside) continue;
 #pragma unroll
         for (int v = 0; v < V; ++v) change[q][v] += g[q][v];
-        store<T, V>(static_cast<T*>(p.out) + int64_t(row[q]) * p.out_stride + c, change[q]);
+        if constexpr (RING)
+          store<T, V>(ring.of_g(step) + q * kColumns + lane * V, change[q]);
+        else if (mine[q] && inside)
+          store<T, V>(static_cast<T*>(p.out) + int64_t(row[q]) * p.out_stride + c, change[q]);
       }
+      if constexpr (RING) {
+        constexpr int kPiece = Ring<T, V>::kPiece;
+        __syncwarp();
+#pragma unroll
+        for (int e = 0; e < Ring<T, V>::kPieces; e += kWarp) {
+          const int at = (e + lane) % Ring<T, V>::kPieces * kPiece;
+          const int32_t to = row_of(row, at / kColumns);
+          const int64_t column = first_column + at % kColumns;
+          if (to < 0 || column >= d || e + lane >= Ring<T, V>::kPieces) continue;
+          store_pack<T, kPiece>(static_cast<T*>(p.out) + int64_t(to) * p.out_stride + column,
+                                load_pack<T, kPiece>(ring.of_g(step) + at));
+        }
+        __syncwarp();  // the next copies overwrite the buffer
+      }
+    }
+    if constexpr (RING) {
+      wait_copies<0>();
+      __syncwarp();  // the sums overwrite the buffers
     }
     if (!needs_weights) continue;
 #pragma unroll
@@ -233,7 +334,7 @@ int staged_rows(const EditGradient& p) {
              : padded_rank(p.selection.rank) * (p.subtract_projection && !p.linear ? 2 : 1);
 }
 
-template <class T, int V, bool SECOND>
+template <class T, int V, bool SECOND, bool RING>
 cudaError_t launch(const EditGradient& p, cudaStream_t stream) {
   const bool needs_weights = p.grad_write != nullptr;
   cudaLaunchConfig_t config = {};
@@ -242,7 +343,7 @@ cudaError_t launch(const EditGradient& p, cudaStream_t stream) {
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = shared_bytes(V, staged_rows(p));
   config.stream = stream;
-  auto kernel = edit_gradient_kernel<T, V, SECOND>;
+  auto kernel = edit_gradient_kernel<T, V, SECOND, RING>;
   if (config.dynamicSmemBytes > 48 * 1024) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              int(config.dynamicSmemBytes));
@@ -253,14 +354,15 @@ cudaError_t launch(const EditGradient& p, cudaStream_t stream) {
 
 template <class T, bool SECOND>
 cudaError_t choose(const EditGradient& p, cudaStream_t stream) {
-  const size_t pair = 2 * sizeof(T);
+  constexpr int kPiece = 16 / sizeof(T);
+  const bool pieces = p.selection.d % kPiece == 0 && p.grad_stride % kPiece == 0 &&
+                      p.out_stride % kPiece == 0 && p.kept_stride % kPiece == 0 &&
+                      aligned(p.grad, 16) && aligned(p.out, 16) && aligned(p.saved_input, 16);
+  if (!pieces) return launch<T, 1, SECOND, false>(p, stream);
   // Two columns per thread if blocks of 64 columns still occupy all multiprocessors. Not tuned on a
   // GPU yet.
-  const bool pairs = p.selection.d >= 8192 && p.selection.d % 2 == 0 && p.grad_stride % 2 == 0 &&
-                     p.out_stride % 2 == 0 && p.kept_stride % 2 == 0 && aligned(p.grad, pair) &&
-                     aligned(p.out, pair) && aligned(p.saved_input, pair) &&
-                     shared_bytes(2, staged_rows(p)) <= kSharedLimit;
-  return pairs ? launch<T, 2, SECOND>(p, stream) : launch<T, 1, SECOND>(p, stream);
+  const bool pairs = p.selection.d >= 8192 && shared_bytes(2, staged_rows(p)) <= kSharedLimit;
+  return pairs ? launch<T, 2, SECOND, true>(p, stream) : launch<T, 1, SECOND, true>(p, stream);
 }
 
 template <class T>

@@ -75,45 +75,68 @@ __host__ __device__ constexpr int part_size(int rows, int count) {
   return rows * (count > kProjectWarps ? count : kProjectWarps);
 }
 
+// The operands of one step of project_warp.
+template <class T, class W, int V, int ROWS, int VECTORS, bool FOLD>
+struct Operands {
+  Pack<T, V> x[ROWS];
+  Pack<W, V> w[VECTORS], m[VECTORS];
+
+  __device__ inline void load(const T* const (&from)[ROWS], const W* weights, const W* minus,
+                              const int64_t (&offset)[VECTORS], int c) {
+#pragma unroll
+    for (int k = 0; k < VECTORS; ++k) {
+      w[k] = load_pack<W, V>(weights + offset[k] + c);
+      if (FOLD) m[k] = load_pack<W, V>(minus + offset[k] + c);
+    }
+#pragma unroll
+    for (int q = 0; q < ROWS; ++q) x[q] = load_pack<T, V>(from[q] + c);
+  }
+
+  __device__ inline void multiply(float (&acc)[ROWS][VECTORS]) const {
+#pragma unroll
+    for (int k = 0; k < VECTORS; ++k)
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        float weight = to_float(w[k].value[v]);
+        if (FOLD) weight -= to_float(m[k].value[v]);
+#pragma unroll
+        for (int q = 0; q < ROWS; ++q)
+          acc[q][k] = fmaf(to_float(x[q].value[v]), weight, acc[q][k]);
+      }
+  }
+};
+
 template <class T, class W, int V, int ROWS, int VECTORS, bool FOLD>
 __device__ inline void project_warp(const T* const (&x)[ROWS], const W* weights, const W* minus,
-                                    int count, int64_t d, const WarpGrid& grid, float* part) {
-  constexpr int kUnroll =
-      (ROWS == 1 ? 4 : 2) / VECTORS;  // as many loads in flight as 128 registers allow
+                                    int count, int d, const WarpGrid& grid, float* part) {
+  // As many steps in flight as 128 registers allow
+  constexpr int kSteps = (ROWS == 1 ? 4 : 2) / VECTORS;
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int slice = warp / grid.width;
-  const int64_t step = int64_t(grid.slices) * kWarp * V;
+  const int step = grid.slices * kWarp * V;
   for (int i = warp % grid.width; i < count; i += grid.width * VECTORS) {
     int64_t offset[VECTORS];
 #pragma unroll
     for (int k = 0; k < VECTORS; ++k) {
       int vector = i + k * grid.width;
-      offset[k] =
-          (vector < count ? vector : i) * d;  // past the end, repeat a vector without storing it
+      offset[k] = int64_t(vector < count ? vector : i) *
+                  d;  // past the end, repeat a vector without storing it
     }
     float acc[ROWS][VECTORS] = {};
-#pragma unroll kUnroll
-    for (int64_t c = int64_t(slice * kWarp + lane) * V; c < d; c += step) {
-      float w[VECTORS][V];
+    int c = (slice * kWarp + lane) * V;
+    // One bound check for kSteps steps, because a load does not move above a branch
+    for (; d - c > (kSteps - 1) * step; c += kSteps * step) {
+      Operands<T, W, V, ROWS, VECTORS, FOLD> operands[kSteps];
 #pragma unroll
-      for (int k = 0; k < VECTORS; ++k) {
-        load<W, V>(weights + offset[k] + c, w[k]);
-        if (FOLD) {
-          float m[V];
-          load<W, V>(minus + offset[k] + c, m);
+      for (int s = 0; s < kSteps; ++s) operands[s].load(x, weights, minus, offset, c + s * step);
 #pragma unroll
-          for (int v = 0; v < V; ++v) w[k][v] -= m[v];
-        }
-      }
-#pragma unroll
-      for (int q = 0; q < ROWS; ++q) {
-        float value[V];
-        load<T, V>(x[q] + c, value);
-#pragma unroll
-        for (int k = 0; k < VECTORS; ++k)
-#pragma unroll
-          for (int v = 0; v < V; ++v) acc[q][k] = fmaf(value[v], w[k][v], acc[q][k]);
-      }
+      for (int s = 0; s < kSteps; ++s) operands[s].multiply(acc);
+    }
+#pragma unroll 1
+    for (; c < d; c += step) {
+      Operands<T, W, V, ROWS, VECTORS, FOLD> operands;
+      operands.load(x, weights, minus, offset, c);
+      operands.multiply(acc);
     }
 #pragma unroll
     for (int q = 0; q < ROWS; ++q)
@@ -131,7 +154,7 @@ __device__ inline void project_warp(const T* const (&x)[ROWS], const W* weights,
 // function, and the caller must synchronize before reading `part`.
 template <class T, class W, int V, int ROWS, bool FOLD>
 __device__ inline void project(const T* const (&x)[ROWS], const W* weights, const W* minus,
-                               int count, int64_t d, float* part) {
+                               int count, int d, float* part) {
   WarpGrid grid(count);
   if (count > kProjectWarps)
     project_warp<T, W, V, ROWS, 2, FOLD>(x, weights, minus, count, d, grid, part);

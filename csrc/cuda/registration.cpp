@@ -64,26 +64,28 @@ AnyDtype any(const char* name, const Optional& tensor) {
   return {input<void>(*tensor), dtype_of(name, *tensor)};
 }
 
-Selection selection_of(const Tensor& rows, const Optional& weight_ids, const Tensor& write) {
+Selection selection_of(const Tensor& hidden, const Optional& rows, const Optional& weight_ids,
+                       const Tensor& write) {
   const bool has_sets = weight_ids.has_value();
   Selection selection = {};
   selection.rows = input<int32_t>(rows);
   selection.weight_ids = input<int32_t>(weight_ids);
-  selection.num_rows = rows.size(0);
+  selection.num_rows = rows.has_value() ? rows->size(0) : hidden.size(0);
   selection.d = int(write.size(write.dim() - 1));
   selection.rank = int(write.size(write.dim() - 2));
   selection.sets = has_sets ? int(write.size(0)) : 1;
   return selection;
 }
 
-void edit_forward_op(Tensor source, Tensor out, Tensor rows, Optional weight_ids, Optional read,
+// Returns whether a kernel serves the call. Without rows, not all do.
+bool edit_forward_op(Tensor source, Tensor out, Optional rows, Optional weight_ids, Optional read,
                      Optional read_bias, Tensor write, Optional subtract_bias, Optional coeff,
                      bool subtract_projection, int64_t activation, Tensor saved_input, Tensor u,
                      Tensor z) {
   const char* name = "edit_forward";
   Launch launch(name, source);
   EditForward p = {};
-  p.selection = selection_of(rows, weight_ids, write);
+  p.selection = selection_of(source, rows, weight_ids, write);
   p.dtype = dtype_of(name, source);
   p.weight_dtype = dtype_of(name, write);
   p.source = input<void>(source);
@@ -100,7 +102,9 @@ void edit_forward_op(Tensor source, Tensor out, Tensor rows, Optional weight_ids
   p.z = output<float>(z);
   p.subtract_projection = subtract_projection;
   p.activation = Activation(activation);
+  if (!rows.has_value() && !edit_tiles_serves(p)) return false;
   launch.check(edit_forward(p, launch.stream()));
+  return true;
 }
 
 void edit_delta_op(Tensor grad, Tensor rows, Optional weight_ids, Tensor write, Optional coeff,
@@ -108,7 +112,7 @@ void edit_delta_op(Tensor grad, Tensor rows, Optional weight_ids, Tensor write, 
   const char* name = "edit_delta";
   Launch launch(name, grad);
   EditDelta p = {};
-  p.selection = selection_of(rows, weight_ids, write);
+  p.selection = selection_of(grad, rows, weight_ids, write);
   p.dtype = dtype_of(name, grad);
   p.weight_dtype = dtype_of(name, write);
   p.grad = input<void>(grad);
@@ -130,7 +134,7 @@ void edit_gradient_op(Tensor grad, Optional out, Tensor saved_input, Tensor rows
   const char* name = "edit_gradient";
   Launch launch(name, grad);
   EditGradient p = {};
-  p.selection = selection_of(rows, weight_ids, write);
+  p.selection = selection_of(grad, rows, weight_ids, write);
   p.dtype = dtype_of(name, grad);
   p.grad = input<void>(grad);
   p.grad_stride = grad.stride(0);
@@ -206,11 +210,11 @@ void build_backward_op(Optional grad_R, Optional grad_D, Tensor X, Optional sign
 
 STABLE_TORCH_LIBRARY(reft_kernels_cuda, m) {
   m.def(
-      "edit_forward(Tensor source, Tensor(a!) out, Tensor rows, Tensor? weight_ids, Tensor? read, "
+      "edit_forward(Tensor source, Tensor(a!) out, Tensor? rows, Tensor? weight_ids, Tensor? read, "
       "Tensor? read_bias, "
       "Tensor write, Tensor? subtract_bias, Tensor? coeff, bool subtract_projection, int "
       "activation, Tensor(b!) saved_input, Tensor(c!) u, "
-      "Tensor(d!) z) -> ()");
+      "Tensor(d!) z) -> bool");
   m.def(
       "edit_delta(Tensor grad, Tensor rows, Tensor? weight_ids, Tensor write, Tensor? coeff, "
       "Tensor u, Tensor z, "

@@ -4,7 +4,7 @@ An intervention edits hidden states of any floating-point dtype; its parameters 
 An orthonormal R is computed from unconstrained parameters ``X`` (see
 :mod:`reft_kernels.parametrization`), so it stays orthonormal under any optimizer, weight decay and
 rounding. A stacked intervention stores each parameter of its L layers in one tensor. It computes R
-(and D = W - R) for all layers in one launch, and the gradients of X in another.
+(and D = W - R) for all layers in one call, and the gradients of X in another.
 """
 
 from reft_kernels.arguments import EditWeights, RedWeights

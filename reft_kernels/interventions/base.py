@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels.activations import activate, canonical_activation
-from reft_kernels.arguments import EditWeights, RedWeights, RowSelection
+from reft_kernels.arguments import BuiltWeights, EditWeights, RedWeights, RowSelection
 from reft_kernels.autograd import apply_edit, operators_check
 from reft_kernels.checks import check_choice, check_count, check_edit
 from reft_kernels.deprecation import renamed_argument
+from reft_kernels.operator_checks import as_built
 from reft_kernels.ops import restored
 from reft_kernels.parametrization import INVERSES, MAX_RANK, PARAMETRIZATIONS, build
 
@@ -200,7 +201,7 @@ class Intervention(nn.Module):
         return tuple((t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
     def build(self) -> list[EditWeights] | list[RedWeights]:
-        """Compute the weights of each layer from the parameters, in one launch for all layers.
+        """Compute the weights of each layer from the parameters, in one call for all layers.
 
         If no gradient of the parameters is needed, the result is cached until a parameter changes.
 
@@ -231,13 +232,24 @@ class Intervention(nn.Module):
     def _per_layer(self, stacked: tuple) -> Any:
         """Split stacked weights into a list with one entry per layer."""
         if self.num_layers is None:
-            return [self._weights_of_layer(stacked)]
+            return self._checked([self._weights_of_layer(stacked)])
         # Parameters are cloned, because engines that shard parameters free their storage when the
         # forward of this module returns
         fields = [t.clone() if isinstance(t, nn.Parameter) else t for t in stacked]
         # The backward of unbind is a single stack; each index would fill zeros for all layers
         columns = [t.unbind(0) if isinstance(t, Tensor) else (t,) * self.num_layers for t in fields]
-        return [self._weights_of_layer(layer) for layer in zip(*columns, strict=True)]
+        return self._checked(
+            [self._weights_of_layer(layer) for layer in zip(*columns, strict=True)]
+        )
+
+    def _checked(self, layers: list) -> list:
+        """Check the weights of all layers once, so that each edit need not do so."""
+        first = layers[0]
+        if torch.compiler.is_compiling() or not isinstance(first, EditWeights):
+            return layers
+        if not isinstance(as_built(first), BuiltWeights):
+            return layers
+        return [BuiltWeights(*weights) for weights in layers]
 
     def train(self, mode: bool = True):
         self._built = None
@@ -355,7 +367,7 @@ class Intervention(nn.Module):
             weight_ids = renamed_argument("set_ids", set_ids, "weight_ids", weight_ids)
         self._check_sets(weight_ids)
         (weights,) = self.build()
-        if not operators_check(hidden):
+        if not operators_check(hidden, rows, weight_ids):
             self._check(hidden, weights, rows, weight_ids, coeff)
         try:
             return self.edit(

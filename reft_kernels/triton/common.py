@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -19,12 +21,26 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return a / b rounded up. ``triton.cdiv`` takes about 2 us when called from the host."""
+    return -(-a // b)
+
+
 CUDA_OPTIONS = {"maxnreg": 255}  # otherwise ptxas spills registers to increase occupancy
 
 
 def compile_options(device_type: str) -> dict[str, int]:
     """Return additional compiler options for launches on a type of device."""
     return CUDA_OPTIONS if device_type == "cuda" and not IS_AMD else {}
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program can use."""
+    if device.type != "cuda" or IS_AMD:  # PyTorch does not report it for AMD GPUs
+        return 64 * 1024 if IS_AMD else 227 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 def dot_precision(dtype: torch.dtype) -> str | None:
@@ -45,10 +61,12 @@ def dot_precision(dtype: torch.dtype) -> str | None:
 def small_precision(dtype: torch.dtype) -> str | None:
     """Return the ``input_precision`` of products with inner dimension r (:func:`dot_small`).
 
-    As :func:`dot_precision`, but both operands are fp32. None means that they are split into bf16
-    terms.
+    As :func:`dot_precision`, but both operands are fp32. "bf16" means that they are rounded to
+    bf16, as in a computation in bf16, and None that they are split into bf16 terms.
     """
-    return "ieee" if INTERPRETING else dot_precision(dtype)
+    if INTERPRETING:
+        return "ieee"
+    return "bf16" if dtype == torch.bfloat16 else dot_precision(dtype)
 
 
 @triton.jit
@@ -141,6 +159,31 @@ def dot_exact_left(x, w, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def split_bf16(w):
+    """Return bf16 terms (high, low) of fp32 w; high is truncated, which needs no conversion."""
+    bits = w.to(tl.uint32, bitcast=True) & 0xFFFF0000
+    high = bits.to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (w - high).to(tl.bfloat16)
+
+
+@triton.jit
+def add_dot_exact_left(acc, x, w, PRECISION: tl.constexpr):
+    """Return acc + x w as :func:`dot_exact_left`; w of the dtype of x is exact in one term."""
+    if PRECISION is not None:
+        return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision=PRECISION)
+    elif w.dtype == x.dtype:
+        return tl.dot(x, w, acc)
+    elif x.dtype == tl.bfloat16:
+        high, low = split_bf16(w.to(tl.float32))
+        return tl.dot(x, low, tl.dot(x, high, acc))
+    else:
+        w = w.to(tl.float32)
+        high = w.to(x.dtype)
+        low = (w - high.to(tl.float32)).to(x.dtype)
+        return tl.dot(x, low, tl.dot(x, high, acc))
+
+
+@triton.jit
 def dot_exact_right(v, x, PRECISION: tl.constexpr):
     """Return v x for fp32 v and x in the hidden states' dtype.
 
@@ -166,12 +209,16 @@ def dot_exact_right(v, x, PRECISION: tl.constexpr):
 def dot_small(v, w, PRECISION: tl.constexpr):
     """Return v w for fp32 v and w with inner dimension r.
 
-    Without PRECISION, both are split into high and low bf16 terms, and three of their products are
-    added. bf16 is also used for fp16 hidden states, because it has the range of fp32.
+    With PRECISION "bf16", both are rounded to bf16. Without PRECISION, both are split into high and
+    low bf16 terms, and three of their products are added; this is used for fp16 hidden states,
+    because bf16 has the range of fp32.
     """
-    if PRECISION is not None:
-        return tl.dot(v, w, input_precision=PRECISION)
+    if PRECISION == "bf16":
+        return tl.dot(v.to(tl.bfloat16), w.to(tl.bfloat16))
+    elif PRECISION is not None:
+        return tl.dot(v, w.to(tl.float32), input_precision=PRECISION)
     else:
+        w = w.to(tl.float32)
         v_high = v.to(tl.bfloat16)
         v_low = (v - v_high.to(tl.float32)).to(tl.bfloat16)
         w_high = w.to(tl.bfloat16)

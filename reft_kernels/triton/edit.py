@@ -1,9 +1,13 @@
 """Forward pass of the edit: one launch for a layer.
 
 A program processes BLOCK_N rows. It loops over the columns twice: first to compute z = A x, or
-(A - B) x, and then to compute y = x + B^T (coeff * u). The second read of x is served by the cache.
+(A - B) x, and then to compute y = x + B^T (coeff * u). x is read again in the second loop.
 With weight sets, a program repeats this for each set that occurs in its rows; each row is still
 read and written for one set only.
+
+Each step of a loop divides its columns among the warps: the products are batches of SLICES small
+products, so that no two warps load, split or multiply the same weights, and the sum over the slices
+is computed once, after the loop. The loads of a step are issued while previous steps are computed.
 """
 
 from __future__ import annotations
@@ -17,19 +21,24 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels import allocation
-from reft_kernels.triton import common, launch
+from reft_kernels.triton import common, edit_all_rows, edit_tile, launch
+
+FEW_ROWS = 1024  # more rows are bandwidth-bound: the weights are shared by more rows per program
+_BUFFERS = 92 * 1024  # GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program
+_BUFFERS_WIDE = 64 * 1024  # the products of fp32 hidden states need more memory of their own
+_BUFFERS_AMD = 48 * 1024
 
 
 @dataclass(frozen=True)
 class EditConfig:
-    """Launch parameters of ``edit_kernel`` and ``delta_kernel``."""
+    """Launch parameters of ``edit_kernel``."""
 
     block_n: int  # rows per program
-    block_d: int  # columns per step
+    block_d: int  # columns per step, divided among the slices
     block_r: int  # rank, padded to a power of two
-    use_dot: bool  # whether products use tl.dot instead of elementwise fp32 operations
+    slices: int  # parts of a step's columns, one for each warp
     num_warps: int
-    num_stages: int
+    num_stages: int  # steps whose loads are in flight, plus one
 
 
 @functools.lru_cache(maxsize=1024)
@@ -38,7 +47,8 @@ def edit_config(
 ) -> EditConfig:
     """Return the launch parameters of ``edit_kernel`` for a shape.
 
-    The tiles are the largest that compile without register spills on sm_80, sm_90, sm_100 and
+    The number of rows matters only in whether it exceeds FEW_ROWS, so that a change of it compiles
+    at most two kernels. The tiles compile without register spills on sm_80, sm_90, sm_100 and
     gfx942 (tests/triton/aot.py). Not tuned on a GPU yet.
 
     Args:
@@ -46,31 +56,39 @@ def edit_config(
         d: Number of columns.
         rank: r.
         dtype: dtype of the hidden states.
-        second: Whether B x needs its own product (nonlinear activation, subtracted projection).
+        second: Whether B is loaded in the first loop, too (subtracted projection).
         amd: Whether the target is an AMD GPU.
     """
-    block_r = common.next_power_of_2(rank)
-    columns = common.next_power_of_2(d)
-    if num_rows <= 1024 and rank <= 64:
-        # Launch-bound: one or two rows per program distribute the rows over the SMs. The products
-        # take 32 fp32 registers per thread.
-        block_n = 1 if num_rows <= 264 or rank > 16 else 2
-        block_d = max(16, min(columns, 4096 // (block_n * block_r)))
-        return EditConfig(block_n, block_d, block_r, False, 4, 2)
-    # Bandwidth-bound: 32 rows share each tile of the weights, and the 32 x 4096 bf16 inputs of 132
-    # programs fit into an L2 cache of 50 MB
-    block_r = max(common.MIN_DOT, block_r)
+    block_r = max(common.MIN_DOT if amd else 8, common.next_power_of_2(rank))
     wide = dtype == torch.float32
-    if rank <= 32:
-        block_n, block_d, num_warps = (
-            (16, 32, 4) if second else (32, 32 if wide and rank > 16 else 64, 8 if wide else 4)
-        )
+    sums = block_r * (2 if second else 1)  # columns of the accumulators
+    if num_rows <= FEW_ROWS:
+        # Launch-bound: few rows per program distribute the rows over the SMs, but each program
+        # reads all weights, so there are more rows per program if the weights are large.
+        block_n, slices, most = (8 if block_r == 8 else 16), 8, 64
     else:
-        block_n, block_d, num_warps = 16, 16 if second else 32, 8
-    num_warps = 4 if amd else num_warps  # 4 wavefronts have as many threads as 8 warps
-    return EditConfig(
-        block_n, max(common.MIN_DOT, min(columns, block_d)), block_r, True, num_warps, 2
-    )
+        # At most 64 registers of a thread hold sums; fp32 and two sums need registers of their own
+        block_n = 2048 // (sums * (2 if wide else 1) * (2 if second else 1))
+        block_n, slices, most = max(16, min(block_n, 32 if amd or second else 64)), 4, 32
+    if sums * (2 if wide else 1) >= 64 or (wide and second):
+        most = common.MIN_DOT
+    if sums >= 128:
+        slices = 8 if sums == 128 else 4
+        block_n = 8 if wide else 16
+    if amd:  # 4 wavefronts have as many threads as 8 warps
+        block_n, slices, most = max(16, block_n), 4, min(32, most)
+    weights = max(block_r * (2 if second else 1), edit_tile.inner_rank(block_r)) * 4
+    column = block_n * dtype.itemsize + weights  # bytes of a step, divided by its columns
+    budget = _BUFFERS_AMD if amd else _BUFFERS_WIDE if wide else _BUFFERS
+    block_d = slices * common.MIN_DOT
+    columns = min(slices * most, common.next_power_of_2(d))
+    while block_d < columns and 2 * block_d * (2 * column + block_n * dtype.itemsize) <= budget:
+        block_d *= 2
+    if (d & -d) >= slices * common.MIN_DOT:
+        block_d = min(block_d, d & -d)  # divides d, so that no column needs a mask
+    buffers = (budget - block_d * block_n * dtype.itemsize) // (block_d * column)
+    num_stages = 1 + max(1, min(buffers, 3))
+    return EditConfig(block_n, block_d, block_r, slices, slices, num_stages)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -97,119 +115,124 @@ def edit_kernel(
     SUBTRACT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SAVE: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    USE_DOT: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     SMALL_PRECISION: tl.constexpr,
 ):
-    """Compute the edit of BLOCK_N rows; arguments as in :func:`edit`, with None for absent ones."""
+    """Compute the edit of BLOCK_N rows; arguments as in :func:`edit`, with None for absent ones.
+
+    EVEN means that BLOCK_D divides d.
+    """
     FOLD: tl.constexpr = SUBTRACT and ACTIVATION == "linear"
+    INNER: tl.constexpr = BLOCK_R if BLOCK_R >= 16 else 16  # inner dimension of the second product
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    i = tl.arange(0, BLOCK_R)
     inside = n < num_rows
-    row = n.to(tl.int64)
-    valid = inside
-    if rows is not None:
-        row = tl.load(rows + n, mask=inside, other=-1).to(tl.int64)
-        valid = row >= 0
-    small = n.to(tl.int64)[:, None] * r + i[None, :]
-    i_mask = i < r
-    if SAVE and rows is not None:
-        # Skipped entries are saved as zeros, so that they add nothing to the weights' gradients
-        skipped = (inside & (row < 0))[:, None] & i_mask[None, :]
-        tl.store(u_out + small, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), mask=skipped)
-        if ACTIVATION != "linear":
-            tl.store(z_out + small, tl.zeros((BLOCK_N, BLOCK_R), tl.float32), mask=skipped)
-        skipped_rows = inside & (row < 0)
-        if tl.sum(skipped_rows.to(tl.int32), 0) > 0:
-            for start in range(0, d, BLOCK_D):
-                col = start + tl.arange(0, BLOCK_D)
-                blank = tl.zeros((BLOCK_N, BLOCK_D), saved_input.dtype.element_ty)
-                tl.store(
-                    saved_input + n[:, None].to(tl.int64) * d + col[None, :],
-                    blank,
-                    mask=skipped_rows[:, None] & (col < d)[None, :],
-                )
-    first_set = 0
-    last_set = 0
-    row_set = tl.zeros((BLOCK_N,), tl.int32)
-    if weight_ids is not None:
-        row_set = tl.load(weight_ids + n, mask=valid, other=0)
-        first_set = tl.min(tl.where(valid, row_set, 2147483647), 0)
-        last_set = tl.max(tl.where(valid, row_set, -1), 0)
+    row, valid, row_set, first_set, last_set = edit_tile.find_rows(
+        rows, weight_ids, n, inside, BLOCK_N
+    )
+    part = edit_tile.columns(SLICES, BLOCK_D // SLICES)
+    x_rows = source + row[None, :, None] * source_stride_n
+    y_rows = out + row[None, :, None] * out_stride_n
+    i = tl.arange(0, BLOCK_R)[None, :, None]
+    k = tl.arange(0, INNER)[None, :, None]
     for s in range(first_set, last_set + 1):
         active = valid
+        stored = inside
         if weight_ids is not None:
             active = valid & (row_set == s)
-        weight_offset = tl.cast(s, tl.int64) * r * d
-        bias_offset = tl.cast(s, tl.int64) * r
-        z_acc = common.product_start(BLOCK_N, BLOCK_R, BLOCK_D, USE_DOT)
-        q_acc = common.product_start(BLOCK_N, BLOCK_R, BLOCK_D, USE_DOT)
-        if read is not None or SUBTRACT:
-            for start in range(0, d, BLOCK_D):
-                col = start + tl.arange(0, BLOCK_D)
-                x_offsets = (
-                    row[:, None] * source_stride_n + col[None, :].to(tl.int64) * source_stride_d
-                )
-                x = tl.load(
-                    source + x_offsets, mask=active[:, None] & (col < d)[None, :], other=0.0
-                )
-                w_offsets = weight_offset + i[:, None].to(tl.int64) * d + col[None, :]
-                w_mask = i_mask[:, None] & (col < d)[None, :]
-                if read is not None or FOLD:
-                    w = common.effective_weight(read, write, w_offsets, w_mask, FOLD)
-                    z_acc = common.product_step(z_acc, x, w, USE_DOT, PRECISION)
-                if SUBTRACT and not FOLD:
-                    w = tl.load(write + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
-                    q_acc = common.product_step(q_acc, x, w, USE_DOT, PRECISION)
-        z = common.product_end(z_acc, USE_DOT)
-        if read_bias is not None:
-            z += tl.load(read_bias + bias_offset + i, mask=i_mask, other=0.0).to(tl.float32)[
-                None, :
-            ]
-        u = common.activate(z, ACTIVATION)
+            stored = inside & (row_set == s)
+        weights = tl.cast(s, tl.int64) * r
+        x_mask = active[None, :, None]
+        z = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+        q = z
+        if read is not None or FOLD:
+            z = edit_tile.project(
+                x_rows,
+                x_mask,
+                source_stride_d,
+                read,
+                write,
+                (weights + i) * d,
+                i < r,
+                d,
+                part,
+                FOLD,
+                EVEN,
+                BLOCK_N,
+                BLOCK_R,
+                SLICES,
+                STAGES,
+                PRECISION,
+            )
         if SUBTRACT and not FOLD:
-            u -= common.product_end(q_acc, USE_DOT)
-        if subtract_bias is not None:
-            u -= tl.load(subtract_bias + bias_offset + i, mask=i_mask, other=0.0).to(tl.float32)[
-                None, :
-            ]
-        small_mask = active[:, None] & i_mask[None, :]
-        if SAVE:
-            tl.store(u_out + small, u, mask=small_mask)
-            if ACTIVATION != "linear":
-                tl.store(z_out + small, z, mask=small_mask)
-        if coeff is not None:
-            u *= tl.load(coeff + small, mask=small_mask, other=0.0).to(tl.float32)
-        u = tl.where(small_mask, u, 0.0)
-        for start in range(0, d, BLOCK_D):
-            col = start + tl.arange(0, BLOCK_D)
-            x_mask = active[:, None] & (col < d)[None, :]
-            column = col[None, :].to(tl.int64)
-            x = tl.load(
-                source + row[:, None] * source_stride_n + column * source_stride_d,
-                mask=x_mask,
+            # A second loop: two accumulators and the terms of two matrices would spill registers
+            q = edit_tile.project(
+                x_rows,
+                x_mask,
+                source_stride_d,
+                write,
+                write,
+                (weights + i) * d,
+                i < r,
+                d,
+                part,
+                False,
+                EVEN,
+                BLOCK_N,
+                BLOCK_R,
+                SLICES,
+                STAGES,
+                PRECISION,
+            )
+        u = edit_tile.subspace(
+            z,
+            q,
+            read_bias,
+            subtract_bias,
+            coeff,
+            u_out,
+            z_out,
+            active,
+            stored,
+            weights,
+            r,
+            SUBTRACT,
+            ACTIVATION,
+            SAVE,
+            BLOCK_N,
+            BLOCK_R,
+        )
+        u = edit_tile.batch(u, SLICES, BLOCK_N, BLOCK_R, INNER)
+        for done in tl.range(0, d, BLOCK_D, num_stages=STAGES):
+            # From the last columns to the first: the last ones read are still in the cache
+            col = tl.cdiv(d, BLOCK_D) * BLOCK_D - BLOCK_D - done + part
+            column = col.to(tl.int64)
+            mask = edit_tile.column_mask(x_mask, col, d, EVEN)
+            x = tl.load(x_rows + column * source_stride_d, mask=mask, other=0.0)
+            w = tl.load(
+                write + (weights + k) * d + col,
+                mask=edit_tile.column_mask(k < r, col, d, EVEN),
                 other=0.0,
             )
-            w_offsets = weight_offset + i[:, None].to(tl.int64) * d + col[None, :]
-            w = tl.load(write + w_offsets, mask=i_mask[:, None] & (col < d)[None, :], other=0.0).to(
-                tl.float32
-            )
-            y = x.to(tl.float32) + common.expand(u, w, USE_DOT, SMALL_PRECISION)
+            y = x.to(tl.float32) + common.dot_small(u, w, SMALL_PRECISION)
             if SAVE and rows is not None:
-                tl.store(saved_input + n[:, None].to(tl.int64) * d + column, x, mask=x_mask)
-            tl.store(
-                out + row[:, None] * out_stride_n + column * out_stride_d,
-                y.to(x.dtype),
-                mask=x_mask,
-            )
+                tl.store(
+                    saved_input + n[None, :, None].to(tl.int64) * d + col,
+                    x,
+                    mask=edit_tile.column_mask(stored[None, :, None], col, d, EVEN),
+                )
+            tl.store(y_rows + column * out_stride_d, y.to(x.dtype), mask=mask)
 
 
 @functools.lru_cache(maxsize=1024)
 def _bound(
     config: EditConfig,
+    d: int,
     dtype: torch.dtype,
     device_type: str,
     subtract_projection: bool,
@@ -222,10 +245,12 @@ def _bound(
             "SUBTRACT": subtract_projection,
             "ACTIVATION": activation,
             "SAVE": save,
+            "EVEN": d % config.block_d == 0,
             "BLOCK_N": config.block_n,
             "BLOCK_D": config.block_d,
             "BLOCK_R": config.block_r,
-            "USE_DOT": config.use_dot,
+            "SLICES": config.slices,
+            "STAGES": config.num_stages,
             "PRECISION": common.dot_precision(dtype),
             "SMALL_PRECISION": common.small_precision(dtype),
         },
@@ -257,22 +282,33 @@ def edit(
     saved_input, u, z = allocation.edit_saved(source, rows, write, activation, save)
     if num_rows == 0:
         return saved_input, u, z
-    second = subtract_projection and activation != "linear"
-    config = edit_config(num_rows, d, rank, source.dtype, second, common.IS_AMD)
-    bound = _bound(config, source.dtype, source.device.type, subtract_projection, activation, save)
+    rows, weight_ids, read, read_bias, subtract_bias, coeff = map(
+        common.contiguous, (rows, weight_ids, read, read_bias, subtract_bias, coeff)
+    )
+    write = write.contiguous()
+    if rows is None and num_rows > FEW_ROWS and weight_ids is None and not subtract_projection:
+        on_chip = edit_all_rows.all_rows_config(
+            d, rank, source.dtype, common.shared_memory(source.device), common.IS_AMD
+        )
+        if on_chip is not None:
+            edit_all_rows.launch_all_rows(
+                on_chip, source, out, read, read_bias, write, coeff, u, z, activation, save
+            )
+            return saved_input, u, z
+    config = edit_config(num_rows, d, rank, source.dtype, subtract_projection, common.IS_AMD)
     launch.launch(
-        bound,
-        (triton.cdiv(num_rows, config.block_n),),
+        _bound(config, d, source.dtype, source.device.type, subtract_projection, activation, save),
+        (common.cdiv(num_rows, config.block_n),),
         (
             source,
             out,
-            common.contiguous(rows),
-            common.contiguous(weight_ids),
-            common.contiguous(read),
-            common.contiguous(read_bias),
-            common.contiguous(write),
-            common.contiguous(subtract_bias),
-            common.contiguous(coeff),
+            rows,
+            weight_ids,
+            read,
+            read_bias,
+            write,
+            subtract_bias,
+            coeff,
             saved_input,
             u,
             z,

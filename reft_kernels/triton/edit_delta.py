@@ -7,7 +7,7 @@ dcoeff = u * delta, all ``[N, r]``. It reads g once. Each program processes BLOC
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -15,7 +15,58 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels.triton import common, launch
-from reft_kernels.triton.edit import EditConfig, edit_config
+
+
+@dataclass(frozen=True)
+class EditConfig:
+    """Launch parameters of ``edit_kernel`` and ``delta_kernel``."""
+
+    block_n: int  # rows per program
+    block_d: int  # columns per step
+    block_r: int  # rank, padded to a power of two
+    use_dot: bool  # whether products use tl.dot instead of elementwise fp32 operations
+    num_warps: int
+    num_stages: int
+
+
+def edit_config(
+    num_rows: int, d: int, rank: int, dtype: torch.dtype, second: bool = False, amd: bool = False
+) -> EditConfig:
+    """Return the launch parameters of ``edit_kernel`` for a shape.
+
+    The tiles are the largest that compile without register spills on sm_80, sm_90, sm_100 and
+    gfx942 (tests/triton/aot.py). Not tuned on a GPU yet.
+
+    Args:
+        num_rows: N.
+        d: Number of columns.
+        rank: r.
+        dtype: dtype of the hidden states.
+        second: Whether B x needs its own product (nonlinear activation, subtracted projection).
+        amd: Whether the target is an AMD GPU.
+    """
+    block_r = common.next_power_of_2(rank)
+    columns = common.next_power_of_2(d)
+    if num_rows <= 1024 and rank <= 64:
+        # Launch-bound: one or two rows per program distribute the rows over the SMs. The products
+        # take 32 fp32 registers per thread.
+        block_n = 1 if num_rows <= 264 or rank > 16 else 2
+        block_d = max(16, min(columns, 4096 // (block_n * block_r)))
+        return EditConfig(block_n, block_d, block_r, False, 4, 2)
+    # Bandwidth-bound: 32 rows share each tile of the weights, and the 32 x 4096 bf16 inputs of 132
+    # programs fit into an L2 cache of 50 MB
+    block_r = max(common.MIN_DOT, block_r)
+    wide = dtype == torch.float32
+    if rank <= 32:
+        block_n, block_d, num_warps = (
+            (16, 32, 4) if second else (32, 32 if wide and rank > 16 else 64, 8 if wide else 4)
+        )
+    else:
+        block_n, block_d, num_warps = 16, 16 if second else 32, 8
+    num_warps = 4 if amd else num_warps  # 4 wavefronts have as many threads as 8 warps
+    return EditConfig(
+        block_n, max(common.MIN_DOT, min(columns, block_d)), block_r, True, num_warps, 2
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -159,7 +210,7 @@ def launch_delta(
     config = delta_config(num_rows, d, rank, grad.dtype, common.IS_AMD)
     launch.launch(
         _bound(config, grad.dtype, grad.device.type, activation),
-        (triton.cdiv(num_rows, config.block_n),),
+        (common.cdiv(num_rows, config.block_n),),
         (grad, rows, weight_ids, write, coeff, u, z, dz, ddelta, grad_coeff),
         (num_rows, d, rank, *grad.stride()),
     )

@@ -76,8 +76,8 @@ def gradient_config(
     num_stages = 1 if crowded and not wide else 2
     block_d = min(columns, block_d)
     # About four programs per SM of a large GPU (132 SMs), with at least four steps each
-    max_chunks = max(1, 528 // (triton.cdiv(d, block_d) * sets))
-    chunks = max(1, min(max_chunks, triton.cdiv(num_rows, 4 * block_n)))
+    max_chunks = max(1, 528 // (common.cdiv(d, block_d) * sets))
+    chunks = max(1, min(max_chunks, common.cdiv(num_rows, 4 * block_n)))
     return GradientConfig(block_n, block_d, block_r, chunks, phases, num_warps, num_stages)
 
 
@@ -429,7 +429,7 @@ def launch_gradient(
     sets = write.shape[0] if weight_ids is not None else 1
     second = subtract_projection and not linear
     config = gradient_config(num_rows, d, rank, sets, grad.dtype, second, common.IS_AMD)
-    blocks = triton.cdiv(d, config.block_d)
+    blocks = common.cdiv(d, config.block_d)
     partials = counters = None
     if need_weights and config.chunks > 1:
         partials = grad.new_empty(

@@ -9,19 +9,66 @@ from torch import Tensor
 
 from reft_kernels import allocation
 from reft_kernels.triton import common, orthonormal_launch
+from reft_kernels.triton.orthonormal_gram import total_gram
 from reft_kernels.triton.small_linalg import (
     FULL,
     LOWER,
     SCRATCH,
+    UNROLLED,
     UPPER,
     entry,
-    gram,
-    multiply_square,
+    load_square,
     product,
     put,
     signs_of,
-    total_gradient,
 )
+from reft_kernels.triton.tall_tiles import add_product, total_gradient
+
+
+@triton.jit
+def _sum(
+    f,
+    F,
+    s,
+    S,
+    y,
+    J,
+    X,
+    base,
+    grad_R,
+    grad_D,
+    c,
+    j,
+    d,
+    rank,
+    r: tl.constexpr,
+    LD: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TOP: tl.constexpr,
+    CAYLEY: tl.constexpr,
+):
+    """Return Fbar F + L S + L0 J at (c, j)."""
+    acc = tl.zeros([BLOCK_C, BLOCK_J], tl.float32)
+    acc = add_product(
+        acc, f, F, None, grad_R, grad_D, c, j, d, rank, r, LD, BLOCK_K, TOP, False, False
+    )
+    acc = add_product(acc, s, S, X, None, None, c, j, d, rank, r, LD, BLOCK_K, TOP, CAYLEY, False)
+    if base is not None:
+        acc = add_product(
+            acc, y, J, base, None, None, c, j, d, rank, r, LD, BLOCK_K, TOP, False, False
+        )
+    return acc
+
+
+@triton.jit
+def _store(grad_X, value, c, j, d, r: tl.constexpr, BLOCK_J: tl.constexpr):
+    keep = (c < d)[:, None]
+    if r % BLOCK_J != 0:
+        keep = keep & (j < r)[None, :]
+    at = c[:, None] * r + j[None, :]
+    tl.store(grad_X + at, value.to(grad_X.dtype.element_ty), mask=keep)
 
 
 @triton.jit
@@ -33,18 +80,20 @@ def build_backward_kernel(
     base,
     aux,
     grad_X,
-    wide,
-    narrow,
+    scratch,
     d,
-    r,
+    rank,
     chunk,
+    r: tl.constexpr,
     CAYLEY: tl.constexpr,
     N: tl.constexpr,
     LD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute dL/dX of one layer, for one split of the d rows.
 
@@ -55,55 +104,57 @@ def build_backward_kernel(
         base: ``[L, d, r]`` or None.
         aux: Result of the forward pass.
         grad_X: ``[L, d, r]``, output.
-        wide: fp64 scratch ``[L, splits, 4, LD, LD]``, with 7 matrices if there is a base.
-        narrow: fp32 scratch ``[L, splits, 3, LD, LD]``, with 4 matrices if there is a base.
-        d, r: Sizes of X.
+        scratch: fp64, the sums of :func:`~.orthonormal_gram.gram_kernel`, then
+            ``[L, splits, 7, LD, LD]``, with 11 matrices if there is a base.
+        d, rank: Sizes of X; ``r`` is the rank as a constexpr.
         chunk: Number of rows per split.
     """
     split = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
     program = layer * tl.num_programs(0) + split
+    matrices: tl.constexpr = 1 if base is None else 2
+    sums = scratch
+    scratch += tl.num_programs(1) * tl.cdiv(d, ROWS) * matrices * LD * LD
     X += layer * d * r
+    aux += layer * matrices * r * r
     if grad_R is not None:
         grad_R += layer * d * r
     if grad_D is not None:
         grad_D += layer * d * r
     if base is not None:
         base += layer * d * r
-        aux += layer * 2 * r * r
-        wide += program * 7 * LD * LD
-        narrow += program * 4 * LD * LD
+        scratch += program * 11 * LD * LD
     else:
-        aux += layer * r * r
-        wide += program * 4 * LD * LD
-        narrow += program * 3 * LD * LD
-    M_bar = wide  # V^T Fbar; cayley: V^T Fbar - Fbar[:r]
-    map_M = wide + LD * LD
-    U = wide + 2 * LD * LD  # inner^T M_bar
-    S_bar = wide + 3 * LD * LD
-    B0 = wide + 4 * LD * LD  # V0^T Fbar
-    H = wide + 5 * LD * LD  # T0^T B0
-    J = wide + 6 * LD * LD  # H M^T
-    out_F = narrow
-    out_S = narrow + LD * LD
-    out_P = narrow + 2 * LD * LD
-    out_J = narrow + 3 * LD * LD
+        scratch += program * 7 * LD * LD
+    M_bar = scratch  # V^T Fbar; cayley: V^T Fbar - Fbar[:r]
+    map_M = scratch + LD * LD
+    U = scratch + 2 * LD * LD  # inner^T M_bar
+    S_bar = scratch + 3 * LD * LD
+    out_F = scratch + 4 * LD * LD
+    out_S = scratch + 5 * LD * LD
+    out_P = scratch + 6 * LD * LD
+    B0 = scratch + 7 * LD * LD  # V0^T Fbar
+    H = scratch + 8 * LD * LD  # T0^T B0
+    J = scratch + 9 * LD * LD  # H M^T
+    out_J = scratch + 10 * LD * LD
     offsets = tl.arange(0, N)
-    # Not a constexpr, so that no phase keeps its addresses in registers for the next
-    tiles = tl.cdiv(r, N)
+    # A loop whose count is known is unrolled, and needs more registers than a thread has
+    bound = r if r <= UNROLLED else rank
+    tiles = tl.cdiv(bound, N)
 
     # V^T Fbar; with a base also V0^T Fbar. Fbar is dL/dF.
     for ti in tl.range(0, tiles):
         for tj in tl.range(0, tiles):
-            ri = ti * N + offsets
-            rj = tj * N + offsets
-            scale = signs_of(signs, layer, rj[None, :], r, base is None and not CAYLEY)
-            top = total_gradient(grad_R, grad_D, ri[:, None], rj[None, :], d, r).to(tl.float64)
-            sums = gram(X, None, grad_R, grad_D, ri, rj, d, r, N, BLOCK_D, CAYLEY, False)
-            put(M_bar, ri[:, None], rj[None, :], LD, (sums - top if CAYLEY else sums + top) * scale)
+            i = (ti * N + offsets)[:, None]
+            j = (tj * N + offsets)[None, :]
+            scale = signs_of(signs, layer, j, r, base is None and not CAYLEY)
+            top = total_gradient(grad_R, grad_D, i, j, d, r, N).to(tl.float64)
+            # Sums without the unit diagonals of V and V0
+            total = total_gram(sums, layer, i, j, d, N, LD, ROWS, 0, matrices, BLOCK_P)
+            put(M_bar, i, j, LD, (total - top if CAYLEY else total + top) * scale)
             if base is not None:
-                sums = gram(base, None, grad_R, grad_D, ri, rj, d, r, N, BLOCK_D, False, False)
-                put(B0, ri[:, None], rj[None, :], LD, (sums + top) * scale)
+                total = total_gram(sums, layer, i, j, d, N, LD, ROWS, 1, matrices, BLOCK_P)
+                put(B0, i, j, LD, (total + top) * scale)
     for ti in tl.range(0, tiles):
         for tj in tl.range(0, tiles):
             i = (ti * N + offsets)[:, None]
@@ -112,7 +163,7 @@ def build_backward_kernel(
             if CAYLEY:
                 M = -2.0 * M
             else:
-                M += product(aux, X, i, j, r, 0, r, N, LD, FULL, False, LOWER, True)
+                M += product(aux, X, i, j, r, 0, bound, N, LD, FULL, False, LOWER, True)
             put(map_M, i, j, LD, M)
             put(
                 out_F, j, i, LD, M * signs_of(signs, layer, j, r, base is None and not CAYLEY)
@@ -130,17 +181,19 @@ def build_backward_kernel(
                     i,
                     j,
                     LD,
-                    product(base, B0, i, j, r, 0, r, N, LD, UPPER, True, SCRATCH, False),
+                    product(base, B0, i, j, r, 0, bound, N, LD, UPPER, True, SCRATCH, False),
                 )
         tl.debug_barrier()
         for ti in tl.range(0, tiles):
             for tj in tl.range(0, tiles):
                 i = (ti * N + offsets)[:, None]
                 j = (tj * N + offsets)[None, :]
-                change = -product(aux + r * r, H, i, j, r, 0, r, N, LD, FULL, True, SCRATCH, False)
+                change = -product(
+                    aux + r * r, H, i, j, r, 0, bound, N, LD, FULL, True, SCRATCH, False
+                )
                 if CAYLEY:
                     change += entry(H, i, j, r, LD, SCRATCH) + product(
-                        base, H, i, j, r, 0, r, N, LD, LOWER, False, SCRATCH, False
+                        base, H, i, j, r, 0, bound, N, LD, LOWER, False, SCRATCH, False
                     )
                 put(B0, i, j, LD, entry(M_bar, i, j, r, LD, SCRATCH) + change)
                 put(
@@ -148,7 +201,7 @@ def build_backward_kernel(
                     i,
                     j,
                     LD,
-                    product(H, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, True),
+                    product(H, map_M, i, j, r, 0, bound, N, LD, SCRATCH, False, SCRATCH, True),
                 )
         tl.debug_barrier()
         M_bar = B0  # the result has its own storage, because M_bar was read by other tiles
@@ -158,7 +211,13 @@ def build_backward_kernel(
         for tj in tl.range(0, tiles):
             i = (ti * N + offsets)[:, None]
             j = (tj * N + offsets)[None, :]
-            put(U, i, j, LD, product(aux, M_bar, i, j, r, 0, r, N, LD, FULL, True, SCRATCH, False))
+            put(
+                U,
+                i,
+                j,
+                LD,
+                product(aux, M_bar, i, j, r, 0, bound, N, LD, FULL, True, SCRATCH, False),
+            )
     tl.debug_barrier()
     for ti in tl.range(0, tiles):
         for tj in tl.range(0, tiles):
@@ -169,7 +228,7 @@ def build_backward_kernel(
                 i,
                 j,
                 LD,
-                -product(U, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, True),
+                -product(U, map_M, i, j, r, 0, bound, N, LD, SCRATCH, False, SCRATCH, True),
             )
     tl.debug_barrier()
     for ti in tl.range(0, tiles):
@@ -197,25 +256,74 @@ def build_backward_kernel(
     grad_X += layer * d * r
     first = split * chunk
     last = tl.minimum(first + chunk, d)
-    for jb in tl.range(0, tl.cdiv(r, BLOCK_J)):
+    # Blocks that contain some of the first r rows of X are written by a loop of their own
+    top = tl.minimum(tl.cdiv(r, BLOCK_C) * BLOCK_C, last)
+    k = tl.arange(0, BLOCK_K)
+    for jb in tl.range(0, 1 if r <= BLOCK_J else tl.cdiv(rank, BLOCK_J)):
         j = jb * BLOCK_J + tl.arange(0, BLOCK_J)
-        for start in tl.range(first, last, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-            acc = multiply_square(acc, out_F, None, grad_R, grad_D, j, c, d, r, LD, False, BLOCK_K)
-            acc = multiply_square(acc, out_S, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
+        f = None
+        s = None
+        y = None
+        if r <= BLOCK_K:
+            f = load_square(out_F, k, j, r, LD)
+            s = load_square(out_S, k, j, r, LD)
             if base is not None:
-                acc = multiply_square(acc, out_J, base, None, None, j, c, d, r, LD, False, BLOCK_K)
-            col = j[:, None]
-            row = c[None, :]
-            at = row * r + col
-            top = tl.load(out_P + row * LD + col, mask=(row < r) & (col < r), other=0.0)
-            if CAYLEY:
-                acc = tl.where(row < r, top, acc)
-            else:
-                acc += top
-            acc = tl.where(row > col, acc, 0.0)
-            tl.store(grad_X + at, acc.to(grad_X.dtype.element_ty), mask=(row < last) & (col < r))
+                y = load_square(out_J, k, j, r, LD)
+        for start in tl.range(first, top, BLOCK_C, num_stages=1):
+            c = start + tl.arange(0, BLOCK_C)
+            acc = _sum(
+                f,
+                out_F,
+                s,
+                out_S,
+                y,
+                out_J,
+                X,
+                base,
+                grad_R,
+                grad_D,
+                c,
+                j,
+                d,
+                bound,
+                r,
+                LD,
+                BLOCK_K,
+                BLOCK_J,
+                BLOCK_C,
+                True,
+                CAYLEY,
+            )
+            row = c[:, None]
+            value = load_square(out_P, c, j, r, LD)
+            acc = tl.where(row < r, value, acc) if CAYLEY else acc + value
+            _store(grad_X, tl.where(row > j[None, :], acc, 0.0), c, j, d, r, BLOCK_J)
+        for start in tl.range(tl.maximum(first, top), last, BLOCK_C, num_stages=STAGES):
+            c = start + tl.arange(0, BLOCK_C)
+            acc = _sum(
+                f,
+                out_F,
+                s,
+                out_S,
+                y,
+                out_J,
+                X,
+                base,
+                grad_R,
+                grad_D,
+                c,
+                j,
+                d,
+                bound,
+                r,
+                LD,
+                BLOCK_K,
+                BLOCK_J,
+                BLOCK_C,
+                False,
+                CAYLEY,
+            )
+            _store(grad_X, acc, c, j, d, r, BLOCK_J)
 
 
 def build_backward(
@@ -228,26 +336,18 @@ def build_backward(
     aux: Tensor,
 ) -> Tensor:
     """Compute dL/dX; arguments as in :func:`reft_kernels.orthonormal.householder_backward`."""
-    layers, d, r = X.shape
-    if (grad_R is None and grad_D is None) or layers == 0:
+    if (grad_R is None and grad_D is None) or X.shape[0] == 0:
         return allocation.no_build_gradient(X)
     X, aux = X.contiguous(), aux.contiguous()
     grad_R, grad_D, signs, base = map(common.contiguous, (grad_R, grad_D, signs, base))
     grad_X = torch.empty_like(X)
-    config = orthonormal_launch.build_config(layers, d, r, orthonormal_launch.processors(X.device))
-    scratch = orthonormal_launch.allocate_scratch(config, X, *((4, 3) if base is None else (7, 4)))
     orthonormal_launch.launch(
         build_backward_kernel,
-        config,
         X,
-        is_cayley,
+        base,
         grad_R,
         grad_D,
-        X,
-        signs,
-        base,
-        aux,
-        grad_X,
-        *scratch,
+        is_cayley,
+        (grad_R, grad_D, X, signs, base, aux, grad_X),
     )
     return grad_X

@@ -8,19 +8,61 @@ from torch import Tensor
 
 from reft_kernels import allocation
 from reft_kernels.triton import common, orthonormal_launch
+from reft_kernels.triton.orthonormal_gram import total_gram
 from reft_kernels.triton.small_linalg import (
     LOWER,
     SCRATCH,
+    UNROLLED,
     UPPER,
     entry,
-    gram,
     invert,
-    multiply_square,
+    load_square,
     product,
     put,
     save,
     signs_of,
 )
+from reft_kernels.triton.tall_tiles import add_product
+
+
+@triton.jit
+def _write(
+    acc,
+    m,
+    M,
+    X,
+    y,
+    Y,
+    base,
+    point,
+    W,
+    R,
+    D,
+    c,
+    j,
+    d,
+    rank,
+    r: tl.constexpr,
+    LD: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    TOP: tl.constexpr,
+    CAYLEY: tl.constexpr,
+):
+    """Write R = acc + (L M + L0 Y)^T + point at (j, c), and D = W - R."""
+    acc = add_product(acc, m, M, X, None, None, c, j, d, rank, r, LD, BLOCK_K, TOP, CAYLEY, True)
+    keep = (c < d)[None, :]
+    if r % BLOCK_J != 0:
+        keep = keep & (j < r)[:, None]
+    at = j[:, None] * d + c[None, :]
+    if base is not None:
+        acc = add_product(
+            acc, y, Y, base, None, None, c, j, d, rank, r, LD, BLOCK_K, TOP, False, True
+        )
+        acc += tl.load(point + at, mask=keep, other=0.0).to(tl.float32)
+    tl.store(R + at, acc, mask=keep)
+    if W is not None:
+        tl.store(D + at, tl.load(W + at, mask=keep, other=0.0).to(tl.float32) - acc, mask=keep)
 
 
 @triton.jit
@@ -33,18 +75,20 @@ def build_kernel(
     R,
     D,
     aux,
-    wide,
-    narrow,
+    scratch,
     d,
-    r,
+    rank,
     chunk,
+    r: tl.constexpr,
     CAYLEY: tl.constexpr,
     N: tl.constexpr,
     LD: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Compute R, D and aux of one layer, for one split of the d rows.
 
@@ -57,44 +101,46 @@ def build_kernel(
         R: fp32 ``[L, r, d]``, output.
         D: fp32 ``[L, r, d]``, output, or None.
         aux: fp32 ``[L, 1, r, r]``, or ``[L, 2, r, r]`` with ``base``, output.
-        wide: fp64 scratch ``[L, splits, 1, LD, LD]``, with 4 matrices if there is a base.
-        narrow: fp32 scratch ``[L, splits, 2, LD, LD]``, with 3 matrices if there is a base.
-        d, r: Sizes of X.
+        scratch: fp64, the sums of :func:`~.orthonormal_gram.gram_kernel`, then
+            ``[L, splits, 3, LD, LD]``, with 7 matrices if there is a base.
+        d, rank: Sizes of X; ``r`` is the rank as a constexpr.
         chunk: Number of rows per split.
     """
     split = tl.program_id(0)
     layer = tl.program_id(1).to(tl.int64)
     program = layer * tl.num_programs(0) + split
+    matrices: tl.constexpr = 1 if base is None else 2
+    sums = scratch
+    scratch += tl.num_programs(1) * tl.cdiv(d, ROWS) * matrices * LD * LD
     X += layer * d * r
+    aux += layer * matrices * r * r
     if base is not None:
         base += layer * d * r
-        aux += layer * 2 * r * r
-        wide += program * 4 * LD * LD
-        narrow += program * 3 * LD * LD
+        scratch += program * 7 * LD * LD
     else:
-        aux += layer * r * r
-        wide += program * LD * LD
-        narrow += program * 2 * LD * LD
-    inner = wide
-    cross = wide + LD * LD
-    map_M = wide + 2 * LD * LD
-    map_Z = wide + 3 * LD * LD
-    out_M = narrow
-    out_P = narrow + LD * LD
-    out_Y = narrow + 2 * LD * LD
+        scratch += program * 3 * LD * LD
+    inner = scratch
+    out_M = scratch + LD * LD
+    out_P = scratch + 2 * LD * LD
+    cross = scratch + 3 * LD * LD
+    map_M = scratch + 4 * LD * LD
+    map_Z = scratch + 5 * LD * LD
+    out_Y = scratch + 6 * LD * LD
     offsets = tl.arange(0, N)
-    # Not a constexpr, so that no phase keeps its addresses in registers for the next
-    tiles = tl.cdiv(r, N)
+    # A loop whose count is known is unrolled, and needs more registers than a thread has
+    bound = r if r <= UNROLLED else rank
+    tiles = tl.cdiv(bound, N)
 
     # The matrix to invert, from the Gram matrix; with a base also V0^T V
     for ti in tl.range(0, tiles):
         for tj in tl.range(0, tiles):
-            ri = ti * N + offsets
-            rj = tj * N + offsets
-            i = ri[:, None]
-            j = rj[None, :]
+            i = (ti * N + offsets)[:, None]
+            j = (tj * N + offsets)[None, :]
             unit = (i == j).to(tl.float64)
-            G = unit + gram(X, X, None, None, ri, rj, d, r, N, BLOCK_D, CAYLEY, CAYLEY)
+            # The sums are symmetric, and only tiles on and above the diagonal tiles are stored
+            p = tl.minimum(i, j) if LD > N else i
+            q = tl.maximum(i, j) if LD > N else j
+            G = unit + total_gram(sums, layer, p, q, d, N, LD, ROWS, 0, matrices, BLOCK_P)
             below = entry(X, i, j, r, LD, LOWER)
             above = entry(X, j, i, r, LD, LOWER)
             if CAYLEY:
@@ -105,11 +151,9 @@ def build_kernel(
     if base is not None:
         for ti in tl.range(0, tiles):
             for tj in tl.range(0, tiles):
-                ri = ti * N + offsets
-                rj = tj * N + offsets
-                i = ri[:, None]
-                j = rj[None, :]
-                G = gram(base, X, None, None, ri, rj, d, r, N, BLOCK_D, False, CAYLEY)
+                i = (ti * N + offsets)[:, None]
+                j = (tj * N + offsets)[None, :]
+                G = total_gram(sums, layer, i, j, d, N, LD, ROWS, 1, matrices, BLOCK_P)
                 if not CAYLEY:
                     G += (
                         (i == j).to(tl.float64)
@@ -118,7 +162,7 @@ def build_kernel(
                     )
                 put(cross, i, j, LD, G)
     tl.debug_barrier()
-    invert(inner, r, N, LD)
+    invert(inner, bound, r, N, LD)
 
     # M and P; with a base also Z = V0^T (F - E)
     for ti in tl.range(0, tiles):
@@ -131,7 +175,7 @@ def build_kernel(
                 M = -2.0 * M
                 P = -M - unit
             else:
-                M += product(inner, X, i, j, r, 0, r, N, LD, SCRATCH, False, LOWER, True)
+                M += product(inner, X, i, j, r, 0, bound, N, LD, SCRATCH, False, LOWER, True)
                 P = M - unit
             scale = signs_of(signs, layer, j, r, base is None and not CAYLEY)
             if base is None:
@@ -148,11 +192,13 @@ def build_kernel(
                 M = entry(map_M, i, j, r, LD, SCRATCH)
                 top = (i == j).to(tl.float64) + entry(base, j, i, r, LD, LOWER)  # V0[:r]^T
                 Z = (
-                    product(cross, map_M, i, j, r, 0, r, N, LD, SCRATCH, False, SCRATCH, False)
+                    product(cross, map_M, i, j, r, 0, bound, N, LD, SCRATCH, False, SCRATCH, False)
                     - 2.0 * top
                 )
                 if CAYLEY:
-                    Z -= M + product(base, map_M, i, j, r, 0, r, N, LD, LOWER, True, SCRATCH, False)
+                    Z -= M + product(
+                        base, map_M, i, j, r, 0, bound, N, LD, LOWER, True, SCRATCH, False
+                    )
                 put(map_Z, i, j, LD, Z)
         tl.debug_barrier()
         for ti in tl.range(0, tiles):
@@ -160,7 +206,7 @@ def build_kernel(
                 i = (ti * N + offsets)[:, None]
                 j = (tj * N + offsets)[None, :]
                 scale = signs_of(signs, layer, j, r, False)
-                Y = product(base, map_Z, i, j, r, 0, r, N, LD, UPPER, False, SCRATCH, False)
+                Y = product(base, map_Z, i, j, r, 0, bound, N, LD, UPPER, False, SCRATCH, False)
                 put(out_Y, i, j, LD, -Y * scale)
                 unit = (i == j).to(tl.float64)
                 M = entry(map_M, i, j, r, LD, SCRATCH)
@@ -186,26 +232,69 @@ def build_kernel(
         point += layer * d * r
     first = split * chunk
     last = tl.minimum(first + chunk, d)
-    for jb in tl.range(0, tl.cdiv(r, BLOCK_J)):
+    # Blocks that contain some of the first r rows of X are written by a loop of their own
+    top = tl.minimum(tl.cdiv(r, BLOCK_C) * BLOCK_C, last)
+    k = tl.arange(0, BLOCK_K)
+    for jb in tl.range(0, 1 if r <= BLOCK_J else tl.cdiv(rank, BLOCK_J)):
         j = jb * BLOCK_J + tl.arange(0, BLOCK_J)
-        for start in tl.range(first, last, BLOCK_C):
+        m = None
+        y = None
+        if r <= BLOCK_K:
+            m = load_square(out_M, k, j, r, LD)
+            if base is not None:
+                y = load_square(out_Y, k, j, r, LD)
+        for start in tl.range(first, top, BLOCK_C, num_stages=1):
+            c = start + tl.arange(0, BLOCK_C)
+            acc = tl.trans(load_square(out_P, c, j, r, LD))
+            _write(
+                acc,
+                m,
+                out_M,
+                X,
+                y,
+                out_Y,
+                base,
+                point,
+                W,
+                R,
+                D,
+                c,
+                j,
+                d,
+                bound,
+                r,
+                LD,
+                BLOCK_K,
+                BLOCK_J,
+                True,
+                CAYLEY,
+            )
+        for start in tl.range(tl.maximum(first, top), last, BLOCK_C, num_stages=STAGES):
             c = start + tl.arange(0, BLOCK_C)
             acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-            acc = multiply_square(acc, out_M, X, None, None, j, c, d, r, LD, CAYLEY, BLOCK_K)
-            if base is not None:
-                acc = multiply_square(acc, out_Y, base, None, None, j, c, d, r, LD, False, BLOCK_K)
-            row = j[:, None]
-            col = c[None, :]
-            acc += tl.load(out_P + col * LD + row, mask=(col < r) & (row < r), other=0.0)
-            keep = (col < last) & (row < r)
-            at = row * d + col
-            if base is not None:
-                acc += tl.load(point + at, mask=keep, other=0.0).to(tl.float32)
-            tl.store(R + at, acc, mask=keep)
-            if W is not None:
-                tl.store(
-                    D + at, tl.load(W + at, mask=keep, other=0.0).to(tl.float32) - acc, mask=keep
-                )
+            _write(
+                acc,
+                m,
+                out_M,
+                X,
+                y,
+                out_Y,
+                base,
+                point,
+                W,
+                R,
+                D,
+                c,
+                j,
+                d,
+                bound,
+                r,
+                LD,
+                BLOCK_K,
+                BLOCK_J,
+                False,
+                CAYLEY,
+            )
 
 
 def build(
@@ -217,19 +306,12 @@ def build(
     W: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute one of the maps; arguments as in :func:`reft_kernels.orthonormal.householder`."""
-    layers, d, r = X.shape
     X = X.contiguous()
     signs, base, point, W = map(common.contiguous, (signs, base, point, W))
     R, D, aux = allocation.build(X, base, W)
-    if layers > 0:
-        config = orthonormal_launch.build_config(
-            layers, d, r, orthonormal_launch.processors(X.device)
-        )
-        scratch = orthonormal_launch.allocate_scratch(
-            config, X, *((1, 2) if base is None else (4, 3))
-        )
+    if X.shape[0] > 0:
         out_D = D if W is not None else None
         orthonormal_launch.launch(
-            build_kernel, config, X, is_cayley, X, signs, base, point, W, R, out_D, aux, *scratch
+            build_kernel, X, base, None, None, is_cayley, (X, signs, base, point, W, R, out_D, aux)
         )
     return R, D, aux

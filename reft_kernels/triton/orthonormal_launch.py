@@ -7,49 +7,72 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from reft_kernels.triton import common
 from reft_kernels.triton import launch as triton_launch
+from reft_kernels.triton.orthonormal_gram import gram_kernel
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Launch parameters of both kernels."""
+    """Launch parameters of the kernels of both maps.
+
+    What the sums over d are rounded to depends on d and r alone. ``splits`` and ``chunk`` also
+    depend on the device and on the number of layers, but change no result.
+    """
 
     tile: int  # N: r x r matrices are processed in N x N tiles
     padded: int  # LD: r rounded up to a multiple of N
-    block_d: int  # rows of V per fp32 sum
+    rows: int  # rows of V per partial sum, a multiple of block_d
+    block_d: int  # rows of V per step of the partial sum
+    block_p: int  # partial sums that are loaded together
     block_k: int  # columns of the rank dimension contracted per step of the output loop
-    block_j: int  # rows of R per step of the output loop
+    block_j: int  # rows of R (columns of grad_X) per step of the output loop
     block_c: int  # columns of R (rows of grad_X) per step of the output loop
-    splits: int  # programs per layer
-    chunk: int  # rows of V that a program writes, a multiple of block_c
+    splits: int  # programs per layer of the second launch
+    chunk: int  # rows of V that such a program writes, a multiple of block_c
+    gram_warps: int
     num_warps: int
+    gram_stages: int
     num_stages: int
 
-    def constexprs(self) -> dict[str, int]:
-        """Return the constexpr arguments of the kernels."""
+    def gram_constexprs(self) -> dict[str, int]:
+        """Return the constexpr arguments of the first launch."""
         return {
             "N": self.tile,
             "LD": self.padded,
+            "ROWS": self.rows,
             "BLOCK_D": self.block_d,
+            "STAGES": self.gram_stages,
+        }
+
+    def constexprs(self) -> dict[str, int]:
+        """Return the constexpr arguments of the second launch."""
+        return {
+            "N": self.tile,
+            "LD": self.padded,
+            "ROWS": self.rows,
+            "BLOCK_P": self.block_p,
             "BLOCK_K": self.block_k,
             "BLOCK_J": self.block_j,
             "BLOCK_C": self.block_c,
+            "STAGES": self.num_stages,
         }
 
 
 _MAX_TILE = 32  # an fp64 tile of 64 x 64 causes register spills
-# Rows per fp32 sum by tile size; 4 and 8 keep 16 sums per thread in registers
-_BLOCK_D = {4: 256, 8: 64, 16: 32, 32: 32}
-# Every split repeats the Gram sum, so more splits save little. Not tuned on a GPU yet.
-_MAX_SPLITS = 8
+# By tile size. A thread keeps at most 64 sums of the first launch, and at most 16 of the second and
+# the small matrices, in registers. Programs with one warp wait for no other warp at a barrier.
+_BLOCK_D = {1: 256, 2: 128, 4: 64, 8: 32, 16: 32, 32: 32}
+_BLOCK_P = {1: 16, 2: 16, 4: 16, 8: 16, 16: 8, 32: 4}
+_BLOCK_C = {1: 128, 2: 32, 4: 32, 8: 32, 16: 32, 32: 64}
+_GRAM_WARPS = {1: 1, 2: 1, 4: 1, 8: 1, 16: 1, 32: 4}
+_WARPS = {1: 1, 2: 1, 4: 1, 8: 1, 16: 4, 32: 8}
+_SCHEDULERS = 4  # of a multiprocessor; each has a warp of its own. Not tuned on a GPU yet.
 _MAX_SCRATCH = 64 << 20  # bytes; large r uses fewer splits instead of more memory. Not tuned yet.
 
 
-@functools.lru_cache(maxsize=1024)
 def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
     """Return the launch parameters of ``layers`` matrices ``[d, r]``.
 
@@ -59,26 +82,30 @@ def build_config(layers: int, d: int, r: int, processors: int) -> BuildConfig:
         r: Rank.
         processors: Number of multiprocessors of the device.
     """
-    tile = min(_MAX_TILE, max(4, triton.next_power_of_2(r)))
-    padded = triton.cdiv(r, tile) * tile
-    block_c = 64  # not tuned on a GPU yet
-    chunks = triton.cdiv(d, block_c)
-    scratch = 72 * padded**2 * max(layers, 1)  # bytes per split: 7 fp64 and 4 fp32 matrices
-    splits = max(1, min(processors // max(layers, 1), _MAX_SPLITS, chunks, _MAX_SCRATCH // scratch))
-    chunk = triton.cdiv(chunks, splits) * block_c
+    tile = min(_MAX_TILE, common.next_power_of_2(r))
+    padded = common.cdiv(r, tile) * tile
+    block_c = _BLOCK_C[tile]
+    chunks = common.cdiv(d, block_c)
+    programs = processors * max(1, _SCHEDULERS // _WARPS[tile])
+    scratch = 88 * padded**2 * max(layers, 1)  # bytes per split: 11 fp64 matrices
+    splits = max(1, min(programs // max(layers, 1), chunks, _MAX_SCRATCH // scratch))
+    chunk = common.cdiv(chunks, splits) * block_c
     return BuildConfig(
         tile=tile,
         padded=padded,
+        rows=max(256, 16 * padded),  # the sums of all parts are smaller than a quarter of X
         block_d=_BLOCK_D[tile],
+        block_p=_BLOCK_P[tile],
         # The minimum of tl.dot, which keeps this many values of each row in registers
-        block_k=16,
-        block_j=max(16, tile),
+        block_k=16 if r > 1 else 1,
+        block_j=tile if r == 1 else max(4, tile),
         block_c=block_c,
-        splits=triton.cdiv(d, chunk),
+        splits=common.cdiv(d, chunk),
         chunk=chunk,
-        # One program per multiprocessor needs several warps to hide latency. Not tuned yet.
-        num_warps=8,
-        num_stages=1,  # prefetching would cause register spills
+        gram_warps=_GRAM_WARPS[tile],
+        num_warps=_WARPS[tile],
+        gram_stages=4 if tile <= 8 else 3,
+        num_stages=3 if tile <= 8 else 2,
     )
 
 
@@ -92,33 +119,43 @@ def processors(device: torch.device) -> int:
 
 @functools.lru_cache(maxsize=1024)
 def _bound(
-    kernel: Any, config: BuildConfig, is_cayley: bool, device_type: str
-) -> triton_launch.BoundKernel:
-    return triton_launch.BoundKernel(
-        kernel,
-        {"CAYLEY": is_cayley, **config.constexprs()},
-        {
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-            **common.compile_options(device_type),
-        },
+    kernel: Any, config: BuildConfig, r: int, is_cayley: bool, device_type: str
+) -> tuple[triton_launch.BoundKernel, triton_launch.BoundKernel]:
+    """Return the first launch and the launch of ``kernel``."""
+    options = common.compile_options(device_type)
+    return (
+        triton_launch.BoundKernel(
+            gram_kernel,
+            {"r": r, "CAYLEY": is_cayley, **config.gram_constexprs()},
+            {"num_warps": config.gram_warps, "num_stages": config.gram_stages, **options},
+        ),
+        triton_launch.BoundKernel(
+            kernel,
+            {"r": r, "CAYLEY": is_cayley, **config.constexprs()},
+            {"num_warps": config.num_warps, "num_stages": config.num_stages, **options},
+        ),
     )
 
 
 def launch(
-    kernel: Any, config: BuildConfig, X: Tensor, is_cayley: bool, *args: Tensor | None
+    kernel: Any,
+    X: Tensor,
+    base: Tensor | None,
+    grad_R: Tensor | None,
+    grad_D: Tensor | None,
+    is_cayley: bool,
+    args: tuple[Tensor | None, ...],
 ) -> None:
-    """Launch a kernel for X ``[L, d, r]``; ``args`` are its tensor arguments."""
+    """Launch the sums over d and then a kernel for X ``[L, d, r]``; ``args`` are its tensors."""
     layers, d, r = X.shape
-    bound = _bound(kernel, config, is_cayley, X.device.type)
-    triton_launch.launch(bound, (config.splits, layers), args, (d, r, config.chunk))
-
-
-def allocate_scratch(
-    config: BuildConfig, X: Tensor, wide: int, narrow: int
-) -> tuple[Tensor, Tensor]:
-    """Allocate ``wide`` fp64 and ``narrow`` fp32 matrices ``[LD, LD]`` for each program."""
-    size = X.shape[0] * config.splits * config.padded**2
-    return X.new_empty(wide * size, dtype=torch.float64), X.new_empty(
-        narrow * size, dtype=torch.float32
+    config = build_config(layers, d, r, processors(X.device))
+    parts, tiles = common.cdiv(d, config.rows), config.padded // config.tile
+    matrices, own = (1, 7) if base is None else (2, 11)
+    scratch = X.new_empty(
+        layers * (parts * matrices + config.splits * own) * config.padded**2, dtype=torch.float64
     )
+    sums, build = _bound(kernel, config, r, is_cayley, X.device.type)
+    triton_launch.launch(
+        sums, (parts, matrices * tiles**2, layers), (X, base, grad_R, grad_D, scratch), (d,)
+    )
+    triton_launch.launch(build, (config.splits, layers), (*args, scratch), (d, r, config.chunk))

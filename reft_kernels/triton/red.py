@@ -29,8 +29,8 @@ def red_config(num_rows: int, d: int, sets: int) -> RedConfig:
     """Return the launch parameters for a shape: tiles of 4096 elements. Not tuned on a GPU yet."""
     block_d = min(common.next_power_of_2(d), 256)
     block_n = max(1, min(4096 // block_d, common.next_power_of_2(num_rows)))
-    max_chunks = max(1, 528 // (triton.cdiv(d, block_d) * sets))
-    chunks = max(1, min(max_chunks, triton.cdiv(num_rows, 4 * block_n)))
+    max_chunks = max(1, 528 // (common.cdiv(d, block_d) * sets))
+    chunks = max(1, min(max_chunks, common.cdiv(num_rows, 4 * block_n)))
     return RedConfig(block_n, block_d, chunks, 4)
 
 
@@ -208,7 +208,7 @@ def red(
     config = red_config(num_rows, d, scale.shape[0] if weight_ids is not None else 1)
     launch.launch(
         _bound_forward(config, save),
-        (triton.cdiv(num_rows, config.block_n), triton.cdiv(d, config.block_d)),
+        (common.cdiv(num_rows, config.block_n), common.cdiv(d, config.block_d)),
         (
             source,
             out,
@@ -242,7 +242,7 @@ def red_backward(
     if out is None and not need_weights:
         return grad_scale, grad_bias
     config = red_config(num_rows, d, sets)
-    blocks = triton.cdiv(d, config.block_d)
+    blocks = common.cdiv(d, config.block_d)
     partials = counters = None
     if need_weights and config.chunks > 1:
         partials = grad.new_empty(config.chunks * 2 * sets * d, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Device functions of the orthonormal maps: Gram matrices, and r x r products and inverses in fp64.
+"""Device functions of the orthonormal maps: r x r products and inverses in fp64.
 
 Each r x r matrix is stored in scratch memory of its program, padded to ``[LD, LD]``, where LD is r
 rounded up to a multiple of N, and processed in tiles of ``[N, N]``. The same code thus handles
@@ -17,9 +17,11 @@ FULL = tl.constexpr(1)  # [r, r], all entries
 LOWER = tl.constexpr(2)  # [r, r], entries with p > q
 UPPER = tl.constexpr(3)  # [r, r], entries with p <= q
 
+UNROLLED = tl.constexpr(8)  # largest r for which products are unrolled; such r have one tile
+
 
 @triton.jit
-def entry(matrix, p, q, r, LD: tl.constexpr, PART: tl.constexpr):
+def entry(matrix, p, q, r: tl.constexpr, LD: tl.constexpr, PART: tl.constexpr):
     """Return the entries (p, q) of a matrix in fp64; p and q are broadcast."""
     if PART == SCRATCH:
         value = tl.load(matrix + p * LD + q)
@@ -40,7 +42,15 @@ def put(matrix, p, q, LD: tl.constexpr, value):
 
 
 @triton.jit
-def save(matrix, p, q, r, value):
+def load_square(matrix, k, j, r: tl.constexpr, LD: tl.constexpr):
+    """Return the entries (k, j) of a scratch matrix in fp32, zero for indices from r; 1-D k, j."""
+    k = k[:, None]
+    j = j[None, :]
+    return tl.load(matrix + k * LD + j, mask=(k < r) & (j < r), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def save(matrix, p, q, r: tl.constexpr, value):
     """Store a tile of an ``[r, r]`` output at (p, q), rounded to its dtype."""
     tl.store(matrix + p * r + q, value.to(matrix.dtype.element_ty), mask=(p < r) & (q < r))
 
@@ -51,7 +61,7 @@ def product(
     B,
     i,
     j,
-    r,
+    r: tl.constexpr,
     first,
     last,
     N: tl.constexpr,
@@ -66,11 +76,18 @@ def product(
     A_T and B_T transpose the stored matrix; A_PART and B_PART are storage kinds as above.
     """
     acc = tl.zeros([N, N], tl.float64)
-    for step in tl.range(first, last):
-        k = tl.full([1, 1], 0, tl.int32) + step
-        a = entry(A, k, i, r, LD, A_PART) if A_T else entry(A, i, k, r, LD, A_PART)
-        b = entry(B, j, k, r, LD, B_PART) if B_T else entry(B, k, j, r, LD, B_PART)
-        acc += a * b
+    if r <= UNROLLED:
+        for step in tl.static_range(r):  # all loads are in flight at once
+            k = tl.full([1, 1], step, tl.int32)
+            a = entry(A, k, i, r, LD, A_PART) if A_T else entry(A, i, k, r, LD, A_PART)
+            b = entry(B, j, k, r, LD, B_PART) if B_T else entry(B, k, j, r, LD, B_PART)
+            acc += a * b
+    else:
+        for step in tl.range(first, last):
+            k = tl.full([1, 1], 0, tl.int32) + step
+            a = entry(A, k, i, r, LD, A_PART) if A_T else entry(A, i, k, r, LD, A_PART)
+            b = entry(B, j, k, r, LD, B_PART) if B_T else entry(B, k, j, r, LD, B_PART)
+            acc += a * b
     return acc
 
 
@@ -89,14 +106,14 @@ def _invert_tile(A, N: tl.constexpr):
 
 
 @triton.jit
-def invert(A, r, N: tl.constexpr, LD: tl.constexpr):
+def invert(A, rank, r: tl.constexpr, N: tl.constexpr, LD: tl.constexpr):
     """Invert A in scratch memory in place, by block Gauss-Jordan elimination without pivoting.
 
     This is stable if every leading block is far from singular: for triangular A, and for A with
-    positive definite symmetric part.
+    positive definite symmetric part. ``rank`` is r, but not a constexpr.
     """
     offsets = tl.arange(0, N)
-    blocks = tl.cdiv(r, N)
+    blocks = tl.cdiv(rank, N)
     for block in tl.range(0, blocks):
         first = block * N
         last = tl.minimum(first + N, r)
@@ -143,125 +160,7 @@ def invert(A, r, N: tl.constexpr, LD: tl.constexpr):
 
 
 @triton.jit
-def lower_part(X, row, col, d, r, BELOW: tl.constexpr):
-    """Return the entries (row, col) of tril(X, -1), or with BELOW of [0; X[r:]], in fp32.
-
-    X is ``[d, r]``; row and col are broadcast.
-    """
-    keep = (row < d) & (col < r) & ((row >= r) if BELOW else (row > col))
-    return tl.load(X + row * r + col, mask=keep, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def total_gradient(grad_R, grad_D, row, col, d, r):
-    """Return the entries (row, col) of (grad_R - grad_D)^T in fp32.
-
-    grad_R and grad_D are ``[r, d]`` or None, but not both None.
-    """
-    keep = (row < d) & (col < r)
-    at = col * d + row
-    if grad_D is None:
-        total = tl.load(grad_R + at, mask=keep, other=0.0).to(tl.float32)
-    else:
-        total = -tl.load(grad_D + at, mask=keep, other=0.0).to(tl.float32)
-        if grad_R is not None:
-            total += tl.load(grad_R + at, mask=keep, other=0.0).to(tl.float32)
-    return total
-
-
-@triton.jit
-def _operand(B, grad_R, grad_D, row, col, d, r, BELOW: tl.constexpr):
-    return (
-        total_gradient(grad_R, grad_D, row, col, d, r)
-        if B is None
-        else lower_part(B, row, col, d, r, BELOW)
-    )
-
-
-@triton.jit
-def multiply_square(
-    acc,
-    M,
-    A,
-    grad_R,
-    grad_D,
-    j,
-    c,
-    d,
-    r,
-    LD: tl.constexpr,
-    A_BELOW: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Return acc + (A M)^T at (j, c), ``[BLOCK_J, BLOCK_C]``, in fp32.
-
-    M is an fp32 matrix in scratch memory. A is as in :func:`gram`, or None for the total gradient.
-    A separate loop for each product keeps the addresses of only one pair of operands in registers.
-    """
-    for start in tl.range(0, r, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        m = tl.load(
-            M + k[None, :] * LD + j[:, None], mask=(k[None, :] < r) & (j[:, None] < r), other=0.0
-        )
-        acc = tl.dot(
-            m,
-            _operand(A, grad_R, grad_D, c[None, :], k[:, None], d, r, A_BELOW),
-            acc,
-            input_precision="ieee",
-        )
-    return acc
-
-
-@triton.jit
-def gram(
-    A,
-    B,
-    grad_R,
-    grad_D,
-    i,
-    j,
-    d,
-    r,
-    N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    A_BELOW: tl.constexpr,
-    B_BELOW: tl.constexpr,
-):
-    """Return the tile (i, j) of A^T B, summed over all d rows, in fp64.
-
-    i and j are ``[N]``. A and B are strictly lower triangular parts; B may be None for the total
-    gradient. The unit diagonal is excluded, because adding it in fp32 would round the smaller
-    entries.
-    """
-    rows = tl.arange(0, BLOCK_D)
-    if N < 16:
-        # One short fp32 sum per row of the block; the sums are added in fp64
-        parts = tl.zeros([BLOCK_D, N, N], tl.float32)
-        for start in tl.range(0, d, BLOCK_D):
-            row = (start + rows)[:, None]
-            a = lower_part(A, row, i[None, :], d, r, A_BELOW)
-            b = _operand(B, grad_R, grad_D, row, j[None, :], d, r, B_BELOW)
-            parts += a[:, :, None] * b[:, None, :]
-        return tl.sum(parts.to(tl.float64), axis=0)
-    else:
-        high = tl.zeros([N, N], tl.float32)
-        low = tl.zeros([N, N], tl.float32)
-        for start in tl.range(0, d, BLOCK_D):
-            row = start + rows
-            a = lower_part(A, row[None, :], i[:, None], d, r, A_BELOW)
-            b = _operand(B, grad_R, grad_D, row[:, None], j[None, :], d, r, B_BELOW)
-            tile = tl.dot(a, b, input_precision="ieee")
-            # TwoSum (Knuth) adds the rounding error of the fp32 sum to `low`. fp64 additions would
-            # be slow on consumer GPUs.
-            total = high + tile
-            added = total - high
-            low += (high - (total - added)) + (tile - added)
-            high = total
-        return high.to(tl.float64) + low.to(tl.float64)
-
-
-@triton.jit
-def signs_of(signs, layer, j, r, NEGATE: tl.constexpr):
+def signs_of(signs, layer, j, r: tl.constexpr, NEGATE: tl.constexpr):
     """Return the signs of the columns j in fp64 (1 if ``signs`` is None), negated with NEGATE."""
     scale = tl.full(j.shape, -1.0 if NEGATE else 1.0, tl.float64)
     if signs is not None:

@@ -94,12 +94,37 @@ def test_the_row_of_a_provider_that_cannot_run_has_a_note():
     }
 
 
-def test_another_error_is_not_swallowed():
-    def broken(_):
-        raise ZeroDivisionError
+@pytest.mark.parametrize("where", ["check", "prepare", "first call", "timed call"])
+def test_an_error_ends_its_provider_and_not_the_case(where):
+    calls = []
 
-    with pytest.raises(ZeroDivisionError):
-        harness.measure(case({"one": Provider(broken)}), ONCE)
+    def work(_):
+        calls.append(where)
+        if where == "first call" or where == "timed call" and len(calls) > 8:
+            raise ZeroDivisionError("division of 1\nby 0")
+        import time
+
+        time.sleep(1.1 * harness.SAMPLE_SECONDS)
+
+    def prepare(_):
+        if where == "prepare":
+            raise ZeroDivisionError("division of 1\nby 0")
+        return Call(work)
+
+    def check():
+        if where == "check":
+            raise ZeroDivisionError("division of 1\nby 0")
+        return AccuracyCheck(0.0, 1.0)
+
+    found = by_name(
+        harness.measure(
+            case({"broken": Provider(prepare, check), "one": slow([], "one")}, baseline="one"),
+            RunSettings(rounds=9),
+        )
+    )
+    assert found["broken"].note == "failed: ZeroDivisionError: division of 1"
+    assert found["broken"].median_ms is None and found["broken"].ratio is None
+    assert found["one"].rounds == 9 and found["one"].ratio == 1.0 and found["one"].note == ""
 
 
 def test_an_unknown_baseline():

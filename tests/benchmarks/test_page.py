@@ -10,6 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+pytest.importorskip("matplotlib", reason="the package matplotlib is not installed")
+
 from matplotlib.figure import Figure
 
 from benchmarks import page, plot_style, plots, suites

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+pytest.importorskip("matplotlib", reason="the package matplotlib is not installed")
+
 from benchmarks import readme, suites
 from benchmarks.readme import BEGIN, END
 from tests.benchmarks import GPU, edits, row, write

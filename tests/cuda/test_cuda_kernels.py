@@ -19,59 +19,12 @@ from reft_kernels import checks, cuda
 from reft_kernels.activations import ACTIVATIONS
 from reft_kernels.parametrization import orthonormality_error
 from tests import budget, inputs, maps, plain
+from tests.cuda.support import DEVICE, MARKS, emulation_alone, gpu_alone, in_each_order, kernels
 from tests.inputs import Case
 
-EMULATED = cuda.emulated()
-DEVICE = "cpu" if EMULATED else "cuda"
-_WHY_NOT = (
-    cuda.unsupported_reason("edit", DEVICE, torch.float32)
-    if EMULATED or torch.cuda.is_available()
-    else "needs a CUDA GPU"
-)
-pytestmark = [
-    pytest.mark.kernels,
-    *([] if EMULATED else [pytest.mark.gpu]),
-    pytest.mark.skipif(_WHY_NOT is not None, reason=str(_WHY_NOT)),
-    pytest.mark.usefixtures("poison", "_forced"),
-]
-_gpu_alone = pytest.mark.skipif(EMULATED, reason="needs a CUDA GPU")
-_emulation_alone = pytest.mark.skipif(
-    not EMULATED, reason="needs the emulation, which chooses the order of the threads"
-)
-
+pytestmark = MARKS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAPS = maps.MAPS
-
-
-@pytest.fixture
-def _forced():
-    with rk.backend("cuda"):
-        yield
-
-
-def _kernels(function) -> int:
-    """Return the number of kernels of this backend that ``function`` launches."""
-    function()
-    if EMULATED:
-        before = torch.ops.reft_kernels_cuda.launches()
-        function()
-        return torch.ops.reft_kernels_cuda.launches() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    return sum("reft_cuda" in event.name for event in profile.events())
-
-
-def _in_each_order(function) -> list:
-    """Return the results of ``function`` with emulated threads in each order."""
-    results = []
-    try:
-        for order, seed in (("forward", 0), ("reverse", 0), ("random", 1), ("random", 2)):
-            torch.ops.reft_kernels_cuda.schedule(order, seed)
-            results.append(function())
-    finally:
-        torch.ops.reft_kernels_cuda.schedule("forward", 0)
-    return results
 
 
 # edits
@@ -84,6 +37,8 @@ EDITS = {
     "four rows a block": Case((4, 100), 64, 4, rows=301, inplace=True),
     "four rows a block, sets": Case((4, 100), 40, 20, rows=301, sets=3, coeff=True),
     "four rows a block, odd d": Case((4, 100), 37, 2, rows=301, sets=2),
+    "many rows": Case((4, 300), 40, 3, rows=1100, sets=2, inplace=True),
+    "many rows, two passes": Case((4, 300), 48, 9, rows=1100),
     "two columns a thread": Case((2, 30), 8192, 4, rows=50, coeff=True, inplace=True),
 }
 
@@ -205,13 +160,13 @@ def test_two_runs_are_bit_identical(name, rows):
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
-@_emulation_alone
+@emulation_alone
 @pytest.mark.parametrize("rows", [30, 301])
 def test_the_order_of_threads_changes_no_bit_of_an_edit(rows):
     case = Case((4, 100), 136, 12, rows=rows, sets=3, coeff=True, activation="gelu")
     drawn = inputs.draw("noreft", case, torch.bfloat16, DEVICE)
     grad = torch.randn(4, 100, 136, device=DEVICE)
-    first, *others = _in_each_order(lambda: budget.outputs(drawn.engine, drawn.inputs, grad))
+    first, *others = in_each_order(lambda: budget.outputs(drawn.engine, drawn.inputs, grad))
     assert all(torch.equal(first[k], other[k]) for other in others for k in first)
 
 
@@ -281,12 +236,12 @@ def test_launches_of_an_edit(activation):
         "noreft", Case((4, 100), 64, 8, rows=50, activation=activation), torch.bfloat16, DEVICE
     )
     leaves = {k: t.requires_grad_() for k, t in drawn.inputs.items()}
-    assert _kernels(lambda: drawn.engine(**leaves)) == 1
+    assert kernels(lambda: drawn.engine(**leaves)) == 1
     grad = torch.randn(4, 100, 64, device=DEVICE)
-    assert _kernels(lambda: drawn.engine(**leaves).backward(grad)) == 3
+    assert kernels(lambda: drawn.engine(**leaves).backward(grad)) == 3
 
 
-@_gpu_alone
+@gpu_alone
 def test_captured_in_a_graph():
     """An edit and its backward do not synchronize, so a CUDA graph can capture them."""
     hidden, grad = torch.randn(64, 40, device=DEVICE), torch.randn(64, 40, device=DEVICE)
@@ -314,7 +269,7 @@ def test_captured_in_a_graph():
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
-@_gpu_alone
+@gpu_alone
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_device_is_the_tensors():
     other = torch.device("cuda", 1)
@@ -428,13 +383,13 @@ def test_strided_inputs_and_two_runs_are_bit_identical_for_the_maps(name, shape)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-@_emulation_alone
+@emulation_alone
 @pytest.mark.parametrize("shape", [(2, 40, 4), (1, 4096, 8), (1, 700, 48)], ids=str)
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.maps
 def test_the_order_of_threads_changes_no_bit_of_the_maps(name, shape):
     given, grads = _build_inputs(*shape, base=True), _grads(*shape)
-    first, *others = _in_each_order(lambda: _both(cuda, name, given, grads))
+    first, *others = in_each_order(lambda: _both(cuda, name, given, grads))
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
@@ -489,5 +444,5 @@ def test_no_layers(name):
 def test_one_launch_for_all_layers(name, shape):
     given, grads = _build_inputs(*shape), _grads(*shape)
     aux = getattr(cuda, name)(*given)[2]
-    assert _kernels(lambda: getattr(cuda, name)(*given)) == 1
-    assert _kernels(lambda: getattr(cuda, f"{name}_backward")(*grads, *given[:3], aux)) == 1
+    assert kernels(lambda: getattr(cuda, name)(*given)) == 1
+    assert kernels(lambda: getattr(cuda, f"{name}_backward")(*grads, *given[:3], aux)) == 1

@@ -223,6 +223,10 @@ FAULTS = [
     ("uninitialised", "", "nan"),
     ("misaligned", "", "made a misaligned access"),
     ("misaligned", "address", "runtime error: reference binding to misaligned address"),
+    ("copy without a wait", "", "nan"),
+    ("transfer without a wait", "", "nan"),
+    ("transfer without a wait", "thread", _RACE),
+    ("transfer of too few bytes", "", "128 at a wait for transfers"),
     ("grid barrier in a plain launch", "", "of a launch that is not cooperative"),
     ("no threads", "", "blocks of 0 threads"),
     ("too many threads", "", "blocks of 1056 threads"),
@@ -241,7 +245,9 @@ def test_a_fault_is_reported(case, sanitizer, output):
 
 @pytest.mark.parametrize("order", ["forward", "reverse"])
 @pytest.mark.parametrize("sanitizer", ["", "address", "thread"])
-@pytest.mark.parametrize("case", ["sound", "warp barrier", "sound cluster", "sound grid"])
+@pytest.mark.parametrize(
+    "case", ["sound", "warp barrier", "sound copy", "sound cluster", "sound transfer", "sound grid"]
+)
 def test_a_correct_kernel_is_not_reported(case, sanitizer, order):
     done = _program("faults", 900, sanitizer, case, order, kernels=False)
     assert done.returncode == 0 and done.stdout + done.stderr == "", done.stdout + done.stderr

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("pyreft", reason="the package pyreft is not installed")
+
 from reft_kernels import orthonormality_error
 from reft_kernels.integrations.pyreft.rotate import parametrization_of_weight
 from tests.integrations.pyreft_pairs import (

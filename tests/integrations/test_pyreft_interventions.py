@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch.func import functional_call
 
+pytest.importorskip("pyreft", reason="the package pyreft is not installed")
+
 from reft_kernels.integrations.pyreft.rotate import parametrization_of_weight
 from tests import budget
 from tests.integrations.pyreft_pairs import (

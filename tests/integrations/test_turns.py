@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import datasets
 import pytest
 import torch
 from peft import get_peft_model
@@ -12,6 +11,8 @@ from peft import get_peft_model
 from reft_kernels.integrations.peft import ReftConfig
 from reft_kernels.integrations.turns import expand_turns
 from tests.model.families import make, shake
+
+datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
 
 
 def conversation(*roles: str) -> list[dict[str, str]]:

@@ -71,32 +71,76 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
     import torch
 
     forward = importlib.import_module("reft_kernels.triton.edit")
+    all_rows = importlib.import_module("reft_kernels.triton.edit_all_rows")
     delta = importlib.import_module("reft_kernels.triton.edit_delta")
     gradient = importlib.import_module("reft_kernels.triton.edit_gradient")
     h, torch_dtype = _TYPES[dtype], getattr(torch, dtype)
     # as in common.dot_precision
     precision = None if dtype != "float32" else ("tf32x3" if backend == "cuda" else "ieee")
+    small_precision = "bf16" if dtype == "bfloat16" else precision
+    amd = backend == "hip"
+    on_chip = all_rows.all_rows_config(d, r, torch_dtype, 227 * 1024, amd)
+    if on_chip is not None:
+        for activation, scale in (("linear", {}), ("gelu", {"coeff": "fp32"})):
+            yield _spec(
+                f"edit_all_rows[{activation}]",
+                all_rows.edit_all_rows_kernel,
+                {"source": h, "out": h, "read": "fp32", "read_bias": "fp32", "write": "fp32"}
+                | scale
+                | {"u_out": "fp32", "z_out": "fp32"},
+                (
+                    "num_rows",
+                    "d",
+                    "r",
+                    "source_stride_n",
+                    "source_stride_d",
+                    "out_stride_n",
+                    "out_stride_d",
+                ),
+                {
+                    "ACTIVATION": activation,
+                    "SAVE": True,
+                    "EVEN": d % on_chip.block_d == 0,
+                    "TILES": on_chip.tiles,
+                    "BLOCK_N": on_chip.block_n,
+                    "BLOCK_D": on_chip.block_d,
+                    "BLOCK_R": on_chip.block_r,
+                    "SLICES": on_chip.slices,
+                    "PRECISION": precision,
+                    "SMALL_PRECISION": small_precision,
+                },
+                on_chip,
+                d,
+                r,
+                ("source_stride_d", "out_stride_d"),
+            )
     for regime, rows in (("selected", 448), ("all", 8192)):
         selected = regime == "selected"
-        amd = backend == "hip"
         for flags, activation, subtract_projection, extra in (
             ("folded", "linear", False, False),
             ("loreft", "linear", True, False),
             ("gelu+sets+coeff", "gelu", True, True),
         ):
             label = f"{regime},{flags}"
-            config = forward.edit_config(rows, d, r, torch_dtype, extra, amd)
+            config = forward.edit_config(rows, d, r, torch_dtype, subtract_projection, amd)
             gradient_config = gradient.gradient_config(rows, d, r, 1, torch_dtype, extra, amd)
             plain = delta.delta_config(rows, d, r, torch_dtype, amd)
             blocks, plain_blocks = (
                 {"BLOCK_N": c.block_n, "BLOCK_D": c.block_d, "BLOCK_R": c.block_r}
                 for c in (config, plain)
             )
+            blocks |= {
+                "EVEN": d % config.block_d == 0,
+                "SLICES": config.slices,
+                "STAGES": config.num_stages,
+                "PRECISION": precision,
+                "SMALL_PRECISION": small_precision,
+            }
             index = ({"rows": "i32"} if selected else {}) | ({"weight_ids": "i32"} if extra else {})
             scale = {"coeff": "fp32"} if extra else {}
             weights = {"read": "fp32", "read_bias": "fp32", "write": "fp32"}
             saved = {"saved_input": h, "u_out": "fp32", "z_out": "fp32"}
-            common = {"USE_DOT": config.use_dot, "PRECISION": precision}
+            common = {"USE_DOT": plain.use_dot, "PRECISION": precision}
             yield _spec(
                 f"edit[{label}]",
                 forward.edit_kernel,
@@ -110,14 +154,7 @@ def edit_specs(d: int, r: int, dtype: str, backend: str) -> Iterator[Spec]:
                     "out_stride_n",
                     "out_stride_d",
                 ),
-                {
-                    "SUBTRACT": subtract_projection,
-                    "ACTIVATION": activation,
-                    "SAVE": True,
-                    "SMALL_PRECISION": precision,
-                }
-                | blocks
-                | common,
+                {"SUBTRACT": subtract_projection, "ACTIVATION": activation, "SAVE": True} | blocks,
                 config,
                 d,
                 r,
@@ -329,7 +366,11 @@ def jobs(full: bool, targets: list[str]) -> list[tuple[str, int, int, str, int, 
         wanted += [("orthonormal", d, r, "float32") for d in DIMS for r in RANKS]
     else:
         wanted = [("edit", 4096, r, "bfloat16") for r in (8, 32)]
-        wanted += [("edit", 5120, 64, "bfloat16"), ("red", 4096, 2, "bfloat16")]
+        wanted += [
+            ("edit", 768, 4, "bfloat16"),
+            ("edit", 5120, 64, "bfloat16"),
+            ("red", 4096, 2, "bfloat16"),
+        ]
         wanted += [("orthonormal", 4096, 8, "float32")]
     results = []
     for target in targets:

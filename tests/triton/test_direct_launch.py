@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from tests.triton import fake_gpu
+from benchmarks import fake_gpu
 
 launch = importlib.import_module("reft_kernels.triton.launch")
 common = importlib.import_module("reft_kernels.triton.common")
@@ -48,8 +48,9 @@ def _bound(kernel=None, scale=1.0) -> launch.BoundKernel:
 
 
 @pytest.fixture
-def gpu(monkeypatch):
-    yield from fake_gpu.installed(monkeypatch)
+def gpu():
+    with fake_gpu.installed() as fake:
+        yield fake
 
 
 def _tensor(dtype=torch.float32, offset=0) -> torch.Tensor:
@@ -100,9 +101,9 @@ def _key(bound, tensors, integers):
 
 
 @pytest.mark.parametrize("target", _TARGETS)
-def test_keys_are_as_fine_as_tritons_specialization(target, monkeypatch):
+def test_keys_are_as_fine_as_tritons_specialization(target):
     """Calls with equal keys are specialized equally by Triton's own binder."""
-    with contextlib.contextmanager(fake_gpu.installed)(monkeypatch, _TARGETS[target]):
+    with fake_gpu.installed(_TARGETS[target]):
         bound = _bound()
         binder = bound.kernel.create_binder()[-1]
         known = {}

@@ -24,6 +24,7 @@ if not (interpreting() or torch.cuda.is_available()):
         "needs a GPU, or the Triton interpreter (TRITON_INTERPRET=1)", allow_module_level=True
     )
 
+all_rows = importlib.import_module("reft_kernels.triton.edit_all_rows")
 forward = importlib.import_module("reft_kernels.triton.edit")
 backward = importlib.import_module("reft_kernels.triton.edit_backward")
 delta = importlib.import_module("reft_kernels.triton.edit_delta")
@@ -52,7 +53,7 @@ CASES = list(
         (False, True),  # coeff
         (7, 70),  # rows edited
         (1, 5, 20),  # rank
-        ("elementwise", "dot"),
+        ("few", "many"),  # configuration
     )
 )
 SAMPLE = random.Random(0).sample(CASES, 48)
@@ -181,12 +182,10 @@ def _inputs(dtype, rows_kind, sets, activation, reads, subtracts, with_coeff, n,
 
 
 def _force(monkeypatch, regime):
-    original = forward.edit_config
-    for module in (forward, delta):
+    for module, name in ((forward, "edit_config"), (delta, "delta_config")):
+        original = getattr(module, name)
         monkeypatch.setattr(
-            module,
-            "edit_config",
-            lambda n, *rest: original(10 if regime == "elementwise" else 5000, *rest),
+            module, name, lambda n, *rest, of=original: of(10 if regime == "few" else 5000, *rest)
         )
 
 
@@ -202,6 +201,47 @@ def test_edit_and_its_backward(case, monkeypatch, poison):
         # the straightforward computation rounds to the hidden state's dtype at every step
         naive = _run(_naive(dtype)[0], _naive(dtype)[1], inputs, lambda t: t)
         draws.append((ours, naive, exact))
+    _hold(draws)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "d, r, activation, reads, strided",
+    [
+        (1, 1, "linear", True, False),
+        (33, 8, "gelu", True, True),
+        (768, 4, "linear", True, False),
+        (700, 3, "relu", False, False),
+        (1024, 8, "linear", True, True),
+    ],
+)
+def test_rows_read_once_into_registers(
+    dtype, d, r, activation, reads, strided, monkeypatch, poison
+):
+    """All rows at few columns: the kernel that keeps a tile of rows on chip."""
+    monkeypatch.setattr(forward, "FEW_ROWS", 0)
+    launches = []
+    launch = all_rows.launch_all_rows
+    monkeypatch.setattr(all_rows, "launch_all_rows", lambda *a: (launches.append(a[0]), launch(*a)))
+    n, draws = 37, []
+    for _ in range(1 if d > 100 else DRAWS):
+        read, write = (torch.randn(r, d, device=DEVICE) / d**0.5 for _ in range(2))
+        hidden = torch.randn(n, 2 * d if strided else d, device=DEVICE).to(dtype)
+        hidden = hidden[:, ::2] if strided else hidden
+        bias, coeff = (torch.randn(*shape, device=DEVICE) for shape in ((r,), (n, r)))
+
+        def run(edit, convert, hidden=hidden, read=read, write=write, bias=bias, coeff=coeff):
+            x = convert(hidden)
+            y = torch.full_like(x, float("nan"))
+            weights = (convert(read) if reads else None, convert(bias), convert(write))
+            _, u, z = edit(
+                x, y, None, None, *weights, None, convert(coeff), False, activation, True
+            )
+            return {"y": y, "u": u, "z": z}
+
+        naive = run(_naive(dtype)[0], lambda t: t.to(dtype))
+        draws.append((run(forward.edit, lambda t: t), naive, run(reference.edit, _double)))
+    assert len(launches) == len(draws)
     _hold(draws)
 
 

@@ -37,14 +37,22 @@ def _is_power_of_two(n: int) -> bool:
 @given(**shapes)
 def test_edit_tiles_are_valid_in_triton(num_rows, d, rank, dtype, second, amd):
     config = forward.edit_config(num_rows, d, rank, dtype, second, amd)
-    tile = (config.block_n, config.block_d, config.block_r)
+    tile = (config.block_n, config.block_d, config.block_r, config.slices)
     assert all(_is_power_of_two(side) for side in tile)
     assert rank <= config.block_r < 2 * max(rank, common.MIN_DOT)
-    if config.use_dot:
-        assert min(tile) >= common.MIN_DOT
-    else:
-        # the products of a tile are in registers, at most 32 fp32 values per thread
-        assert config.block_n * config.block_d * config.block_r <= max(4096, 16 * config.block_r)
+    assert config.block_d // config.slices >= common.MIN_DOT
+    assert config.slices <= config.num_warps and config.num_stages >= 2
+
+
+@given(
+    **{k: v for k, v in shapes.items() if k != "num_rows"},
+    rows=st.lists(st.integers(100, 10_000), min_size=3, max_size=20),
+)
+def test_a_change_of_the_number_of_rows_compiles_at_most_two_kernels(
+    rows, d, rank, dtype, second, amd
+):
+    configs = {forward.edit_config(n, d, rank, dtype, second, amd) for n in rows}
+    assert len(configs) <= 2
 
 
 @given(sets=st.integers(1, 64), **shapes)
@@ -70,10 +78,12 @@ def test_launch_configs_depend_on_shapes_alone():
     assert first == [forward.edit_config(n, 4096, 8, torch.bfloat16) for n in (1, 448, 8192)]
 
 
-def test_few_rows_spread_over_programs():
-    """f7+l7 of 32 prompts is launched with enough programs to occupy a large GPU."""
+def test_few_rows_spread_over_programs_that_share_the_weights():
+    """f7+l7 of 32 prompts: more programs would read more bytes of weights than of rows."""
     config = forward.edit_config(448, 4096, 8, torch.bfloat16)
-    assert -(-448 // config.block_n) >= 132
+    programs = -(-448 // config.block_n)
+    weights, rows = programs * 2 * 8 * 4096 * 4, 3 * 448 * 4096 * 2
+    assert programs >= 56 and weights < 1.5 * rows
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ class RotateLayer(nn.Module):
         )
 
     def build(self, W: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Compute R and optionally D = W - R in one launch.
+        """Compute R and optionally D = W - R in one call.
 
         If no gradient is needed, the result is cached until X, W or the base changes.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 KERNELS = ROOT / "csrc" / "cuda"
-MACHINE = ("machine", "runtime", "fiber")
+MACHINE = ("machine", "waits", "runtime", "fiber", "tensor")
 ARCHITECTURES = (800, 900)
 _spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
 native = importlib.util.module_from_spec(_spec)

@@ -130,6 +130,38 @@ __global__ void neighbour(float* out) {
   if (SYNC_AFTER) cluster.sync();
 }
 
+template <bool WAIT>
+__global__ void asynchronous_copy(float* out) {
+  float* shared = dynamic_shared<float>();
+  const int at = thread() / 4 * 4;
+  float* mine = out + blockIdx.x * kThreads;
+  mine[thread()] = float(kThreads - 1 - thread());
+  __syncthreads();
+  if (thread() % 4 == 0) reft_cuda::copy_async(shared + at, mine + at);
+  reft_cuda::commit_copies();
+  if (WAIT) reft_cuda::wait_copies<0>();
+  __syncthreads();
+  mine[thread()] = shared[thread()];
+}
+
+// out[i] = the index of the mirrored thread of the other block, sent by it
+template <bool WAIT, int BYTES>
+__global__ void transfer(float* out) {
+  float* shared = dynamic_shared<float>();
+  auto* arrived = reinterpret_cast<uint64_t*>(shared + kThreads);
+  if (thread() == 0) reft_cuda::start_transfers(arrived);
+  reft_cuda::sync_cluster();
+  if (thread() == 0) reft_cuda::expect_transfers(arrived, BYTES);
+  if (thread() % 4 == 0) {
+    const float last = float(kThreads - 1 - thread());
+    const float value[4] = {last, last - 1, last - 2, last - 3};
+    reft_cuda::transfer(shared + thread(), value, arrived, (blockIdx.x + 1) % 2);
+  }
+  if (WAIT) reft_cuda::wait_transfers(arrived, 0);
+  out[blockIdx.x * kThreads + threadIdx.x] = shared[thread()];
+  reft_cuda::sync_cluster();
+}
+
 template <bool SYNC>
 __global__ void over_the_grid(float* out) {
   float* mine = out + blockIdx.x * kThreads;
@@ -169,6 +201,11 @@ const Case kCases[] = {
     {"sound cluster", neighbour<true, true>, kCluster},
     {"cluster without a first barrier", neighbour<false, true>, kCluster},
     {"cluster without a last barrier", neighbour<true, false>, kCluster},
+    {"sound copy", asynchronous_copy<true>, kPlain},
+    {"copy without a wait", asynchronous_copy<false>, kPlain},
+    {"sound transfer", transfer<true, 256>, kCluster, 2, kThreads, 2, 272},
+    {"transfer without a wait", transfer<false, 256>, kCluster, 2, kThreads, 2, 272},
+    {"transfer of too few bytes", transfer<true, 512>, kCluster, 2, kThreads, 2, 272},
     {"sound grid", over_the_grid<true>, kCooperative},
     {"grid without a barrier", over_the_grid<false>, kCooperative},
     {"grid barrier in a plain launch", over_the_grid<true>, kPlain},

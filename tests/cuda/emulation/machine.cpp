@@ -15,7 +15,7 @@
 #include <utility>
 #include <vector>
 
-#include "fiber.h"
+#include "state.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -24,65 +24,11 @@ unsigned char (*dynamic_arena)[];
 }
 
 namespace emulation {
-namespace {
-
-constexpr unsigned kWarpLanes = 32;
-constexpr size_t kAlignment = 16;       // alignment of dynamic shared memory
-constexpr unsigned char kGuard = 0xa5;  // bytes before and after it
-// Fiber identities of ended threads that are kept. More would slow ThreadSanitizer down.
-constexpr size_t kIdentities = 2048;
-
-// Consecutive resident threads that wait for each other.
-struct Scope {
-  unsigned first = 0, count = 0, arrived = 0;
-  Site site = {};
-  size_t object = 0;
-};
-
-struct Thread {
-  Fiber fiber;
-  unsigned number = 0, block = 0;  // index in the block, index of the block among resident blocks
-  uint3 index = {};
-  Wait waits = Wait::kNothing;
-  Site site = {};
-  int lane_mask = 0;
-  uint32_t value = 0, received = 0;
-};
-
-struct Block {
-  uint3 index = {};
-  unsigned ended = 0;
-  Scope scope;
-  unsigned char *mapping = nullptr, *shared = nullptr;
-  size_t mapped = 0;
-};
-
-struct Machine {
-  Grid grid = {};
-  std::vector<Block> blocks;
-  std::vector<Thread> threads;
-  std::vector<Scope> warps;
-  Scope group;
-  std::vector<Thread*> ready;
-  Thread* current = nullptr;
-  Fiber host;
-  bool failed = false;
-  unsigned ended = 0;
-  size_t start_object = 0, end_object = 0, first_stack = 0;
-  std::vector<Block> spent;  // blocks whose memory is not used again in this launch
-};
 
 Machine machine;
-std::mutex one_launch;
 Order order = Order::kForward;
 std::minstd_rand generator;
-unsigned char fill_byte = 0xff;
 
-size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
-// Size of the inaccessible memory on either side of a block's shared memory. A larger size slows
-// ThreadSanitizer down.
-size_t fence() { return kRaces ? page() : 64 * page(); }
-size_t round_up(size_t a, size_t b) { return (a + b - 1) / b * b; }
 unsigned threads_of_block() {
   return machine.grid.threads.x * machine.grid.threads.y * machine.grid.threads.z;
 }
@@ -97,6 +43,8 @@ const char* name(Wait kind) {
       return "this_grid().sync()";
     case Wait::kWarp:
       return "a warp's shuffle or __syncwarp()";
+    case Wait::kTransfer:
+      return "a wait for transfers";
     case Wait::kEnded:
       return "the kernel's end";
     default:
@@ -111,6 +59,22 @@ std::string who(const Thread& thread) {
            block.z);
   return text;
 }
+
+namespace {
+
+constexpr size_t kAlignment = 16;       // alignment of dynamic shared memory
+constexpr unsigned char kGuard = 0xa5;  // bytes before and after it
+// Fiber identities of ended threads that are kept. More would slow ThreadSanitizer down.
+constexpr size_t kIdentities = 2048;
+
+std::mutex one_launch;
+unsigned char fill_byte = 0xff;
+
+size_t page() { return size_t(sysconf(_SC_PAGESIZE)); }
+// Size of the inaccessible memory on either side of a block's shared memory. A larger size slows
+// ThreadSanitizer down.
+size_t fence() { return kRaces ? page() : 64 * page(); }
+size_t round_up(size_t a, size_t b) { return (a + b - 1) / b * b; }
 
 // Makes a thread the running one: kernels see its indices and its block's memory.
 void enter(Thread& thread) {
@@ -128,6 +92,8 @@ Thread* take() {
   ready.pop_back();
   return thread;
 }
+
+}  // namespace
 
 // Called when the running thread waits or has ended. Switches to another thread, or to the host if
 // none can run.
@@ -159,32 +125,7 @@ void wake(Scope& scope) {
   }
 }
 
-// `together`: all threads must wait at the same source location. `orders`: memory accesses are
-// ordered.
-template <class Last>
-void wait_at(Scope& scope, Wait kind, Site site, bool together, bool orders, Last last) {
-  Thread& thread = *machine.current;
-  if (scope.arrived == 0) {
-    scope.site = site;
-    if (orders) scope.object = new_object();
-  } else if (together &&
-             (scope.site.line != site.line || strcmp(scope.site.file, site.file) != 0)) {
-    report("divergent %s: %s is at %s:%d, another at %s:%d", name(kind), who(thread).c_str(),
-           site.file, site.line, scope.site.file, scope.site.line);
-    fail();
-  }
-  const size_t object = scope.object;
-  thread.waits = kind;
-  thread.site = site;
-  if (orders) release(object);
-  if (++scope.arrived == scope.count) {
-    scope.arrived = 0;
-    last();
-    wake(scope);
-  }
-  next(false);
-  if (orders) acquire(object);
-}
+namespace {
 
 void check_guards(const Block& block) {
   const unsigned char *end = block.shared + machine.grid.shared,
@@ -261,6 +202,7 @@ void place(unsigned first_block) {
     block.index = {at % grid.blocks.x, at / grid.blocks.x % grid.blocks.y,
                    at / grid.blocks.x / grid.blocks.y};
     block.ended = 0;
+    for (Transfers& each : machine.transfers[b % kMaxCluster]) each.barrier = nullptr;
     block.scope = {b * count, count, 0, {}, 0};
     allot(block);
     for (unsigned w = 0; w < warps; ++w)
@@ -269,6 +211,7 @@ void place(unsigned first_block) {
     for (unsigned t = 0; t < count; ++t) {
       Thread& thread = machine.threads[b * count + t];
       thread.number = t;
+      thread.started = thread.groups = 0;
       thread.block = b;
       thread.index = {t % grid.threads.x, t / grid.threads.x % grid.threads.y,
                       t / grid.threads.x / grid.threads.y};
@@ -279,7 +222,8 @@ void place(unsigned first_block) {
 
 void report_deadlock() {
   std::string text;
-  for (const Wait kind : {Wait::kWarp, Wait::kBlock, Wait::kCluster, Wait::kGrid, Wait::kEnded}) {
+  for (const Wait kind : {Wait::kWarp, Wait::kBlock, Wait::kCluster, Wait::kGrid, Wait::kTransfer,
+                          Wait::kEnded}) {
     const auto at_it = [&](const Thread& thread) { return thread.waits == kind; };
     const auto first = std::find_if(machine.threads.begin(), machine.threads.end(), at_it);
     if (first == machine.threads.end()) continue;
@@ -359,73 +303,6 @@ class Faults {
 };
 
 }  // namespace
-
-void barrier(Wait kind, Site site) {
-  Thread& thread = *machine.current;
-  if (kind == Wait::kGrid && !machine.grid.cooperative) {
-    report("%s is at %s:%d, %s of a launch that is not cooperative", who(thread).c_str(), site.file,
-           site.line, name(kind));
-    fail();
-  }
-  if (kind == Wait::kCluster && kArch < 900) {
-    report("%s is at %s:%d, %s on a chip that has no clusters", who(thread).c_str(), site.file,
-           site.line, name(kind));
-    fail();
-  }
-  const bool block = kind == Wait::kBlock || (kind == Wait::kCluster && !machine.grid.cluster);
-  wait_at(block ? machine.blocks[thread.block].scope : machine.group, kind, site,
-          kind == Wait::kBlock, true, [] {});
-}
-
-static Scope& warp_of(unsigned mask, Site site) {
-  const Thread& thread = *machine.current;
-  const unsigned warps = (threads_of_block() + kWarpLanes - 1) / kWarpLanes;
-  Scope& warp = machine.warps[thread.block * warps + thread.number / kWarpLanes];
-  if (mask != 0xffffffffu || warp.count != kWarpLanes) {
-    report("%s is at %s:%d with mask %08x in a warp of %u lanes, full ones are emulated",
-           who(thread).c_str(), site.file, site.line, mask, warp.count);
-    fail();
-  }
-  return warp;
-}
-
-void sync_warp(unsigned mask, Site site) {
-  wait_at(warp_of(mask, site), Wait::kWarp, site, true, true, [] {});
-}
-
-uint32_t shuffle_xor(unsigned mask, uint32_t bits, int lane_mask, Site site) {
-  Thread& thread = *machine.current;
-  Scope& warp = warp_of(mask, site);
-  thread.value = bits;
-  thread.lane_mask = lane_mask;
-  // a shuffle exchanges values and does not order memory accesses
-  wait_at(warp, Wait::kWarp, site, true, false, [&] {
-    Thread* lanes = &machine.threads[warp.first];
-    for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
-      if (lanes[lane].lane_mask != lane_mask || unsigned(lane_mask) >= kWarpLanes) {
-        report("lanes of one shuffle at %s:%d give masks %d and %d", site.file, site.line,
-               lanes[lane].lane_mask, lane_mask);
-        fail();
-      }
-      lanes[lane].received = lanes[lane ^ unsigned(lane_mask)].value;
-    }
-  });
-  return thread.received;
-}
-
-void* remote_shared(void* own, unsigned rank, Site site) {
-  const Thread& thread = *machine.current;
-  const Block& block = machine.blocks[thread.block];
-  const auto address = static_cast<unsigned char*>(own);
-  if (kArch < 900 || !machine.grid.cluster || rank >= unsigned(machine.grid.together) ||
-      address < block.shared || address >= block.shared + machine.grid.shared) {
-    report(
-        "%s maps %p to rank %u at %s:%d: not in its shared memory, or no such block in its cluster",
-        who(thread).c_str(), own, rank, site.file, site.line);
-    fail();
-  }
-  return machine.blocks[rank].shared + (address - block.shared);
-}
 
 void set_order(Order chosen, unsigned seed) {
   order = chosen;

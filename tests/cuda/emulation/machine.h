@@ -15,7 +15,7 @@ struct Site {
   int line;
 };
 
-enum class Wait { kNothing, kBlock, kCluster, kGrid, kWarp, kEnded };
+enum class Wait { kNothing, kBlock, kCluster, kGrid, kWarp, kTransfer, kEnded };
 
 // The emulated device.
 constexpr int kArch = REFT_EMULATED_ARCH;  // 800 or 900: compute capability 8.0 or 9.0
@@ -31,7 +31,25 @@ constexpr size_t kOptInShared =
 void barrier(Wait kind, Site site);
 void sync_warp(unsigned mask, Site site);
 uint32_t shuffle_xor(unsigned mask, uint32_t bits, int lane_mask, Site site);
+uint32_t shuffle(unsigned mask, uint32_t bits, int lane, Site site);
+// Asynchronous copies to shared memory. In forward order they take place when they are waited for,
+// in reverse order when they start, in random order at either time.
+void copy_async(void* to, const void* from, unsigned bytes);
+void commit_copies();
+void wait_copies(unsigned groups);
 void* remote_shared(void* own, unsigned rank, Site site);
+// Transfers between the blocks of a cluster: see csrc/cuda/instructions.cuh. The bytes arrive with
+// the last ones of their phase, in reverse order when they are sent.
+void start_transfers(uint64_t* arrived);
+void expect_transfers(uint64_t* arrived, unsigned bytes);
+void transfer(float* place, const float (&value)[4], uint64_t* arrived, unsigned to, Site site);
+void wait_transfers(uint64_t* arrived, unsigned parity, Site site);
+// Waits for the other lanes of the warp; then the last one calls `last` with the operands of each.
+void with_lanes(void* operands, void (*last)(void* const* lanes), Site site);
+// In tensor.cpp: sum += a b, with a [16, depth] and b [depth, 8] in bf16 or fp16, in the layout of
+// mma.sync. The exact sum is rounded toward zero once.
+void multiply_add(float (&sum)[4], const uint32_t* a, const uint32_t* b, int depth, bool bf16,
+                  Site site);
 
 // functions for the host
 

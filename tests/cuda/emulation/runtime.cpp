@@ -61,10 +61,16 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (attribute != cudaDevAttrMultiProcessorCount || device != 0)
-    return remember(cudaErrorInvalidValue);
-  *value = emulation::kProcessors;
-  return cudaSuccess;
+  if (device != 0) return remember(cudaErrorInvalidValue);
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = emulation::kProcessors;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = emulation::kArch / 100;
+      return cudaSuccess;
+  }
+  return remember(cudaErrorInvalidValue);
 }
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {

@@ -121,7 +121,31 @@ const Edit kEdits[] = {
      kLin},
     {"four rows a block, sets", 300, 269, 40, 18, 3, kB, kB, 0, true, true, true, true, false, true,
      true, Activation::kGelu},
+    {"many rows", 700, 590, 40, 3, 2, kB, kF, 0, true, true, true, false, true, true, true, kLin},
     {"two columns a thread", 9, 6, 8192, 3, 1, kB, kF, 0, true, true, true, true, true, true, true,
+     kLin},
+};
+
+// Edits of one set of half-precision rows, which edit_tiles serves.
+struct Tiles {
+  const char* name;
+  int rows, selected, d, rank;  // selected: 0 for all rows
+  Dtype dtype, weights;
+  int gap;
+  bool read, subtract_projection, bias, coeff, in_place;
+  Activation activation;
+};
+
+const Tiles kTiles[] = {
+    {"tiles, one block", 37, 0, 264, 8, kB, kF, 0, true, true, true, true, true, kLin},
+    {"tiles, rank 13", 300, 0, 72, 13, kH, kF, 8, true, true, true, false, false, kLin},
+    {"tiles, two products", 40, 0, 264, 3, kB, kB, 0, true, true, true, true, true,
+     Activation::kGelu},
+    {"tiles, two blocks", 150, 0, 1048, 8, kB, kF, 0, true, false, true, true, true,
+     Activation::kTanh},
+    {"tiles, eight blocks", 40, 0, 4104, 2, kH, kH, 0, true, true, false, false, false, kLin},
+    {"tiles, no read, selected", 300, 270, 40, 4, kB, kF, 0, false, true, true, true, false, kLin},
+    {"tiles, two blocks, selected", 300, 270, 1032, 9, kB, kF, 0, true, true, true, true, true,
      kLin},
 };
 
@@ -280,6 +304,46 @@ void run_edit(const Edit& c) {
   });
 }
 
+void run_tiles(const Tiles& c) {
+  const int r = c.rank, stride = c.d + c.gap;
+  const size_t n = size_t(c.selected > 0 ? c.selected : c.rows), vectors = size_t(r) * c.d;
+  const float scale = 1.0f / sqrtf(float(c.d));
+  const Buffer hidden = random(c.dtype, size_t(c.rows) * stride, 1);
+  const Buffer read = random(c.weights, c.read ? vectors : 0, scale),
+               write = random(c.weights, vectors, scale);
+  const Buffer read_bias = random(kF, c.bias ? r : 0, 0.1f),
+               subtract_bias = random(kF, c.bias && c.subtract_projection ? r : 0, 0.1f),
+               coeff = random(kF, c.coeff ? n * r : 0, 1);
+  std::vector<int32_t> rows(n);
+  for (size_t k = 0; k < n; ++k) rows[k] = k % 4 == 1 ? -1 : int32_t(c.rows - 1 - k);
+
+  repeat(c.name, [&] {
+    const Buffer source(hidden);
+    Buffer out(hidden), saved_input(c.dtype, c.selected > 0 ? n * c.d : 0), u(kF, n * r),
+        z(kF, c.activation == kLin ? 0 : n * r);
+    EditForward p = {};
+    p.selection = {c.selected > 0 ? rows.data() : nullptr, nullptr, int64_t(n), c.d, r, 1};
+    p.dtype = c.dtype;
+    p.weight_dtype = c.weights;
+    p.source = c.in_place ? out.data() : source.data();
+    p.out = out.data();
+    p.source_stride = p.out_stride = stride;
+    p.read = read.data();
+    p.write = write.data();
+    p.read_bias = read_bias.any();
+    p.subtract_bias = subtract_bias.any();
+    p.coeff = coeff.any();
+    p.saved_input = saved_input.data();
+    p.u = u.floats();
+    p.z = z.floats();
+    p.subtract_projection = c.subtract_projection;
+    p.activation = c.activation;
+    require(edit_tiles_serves(p), c.name, "edit_tiles does not serve this case");
+    launched(edit_forward(p, nullptr), c.name);
+    return std::vector<Buffer>{out, saved_input, u, z};
+  });
+}
+
 void run_map(const Map& c) {
   const int layers = c.layers, d = c.d, r = c.rank;
   const size_t tall = size_t(layers) * d * r;
@@ -345,6 +409,9 @@ int main(int count, char** arguments) {
   };
   for (const Edit& edit : kEdits)
     if (chosen(edit.name)) run_edit(edit);
+  if (emulation::kArch >= 900)
+    for (const Tiles& tiles : kTiles)
+      if (chosen(tiles.name)) run_tiles(tiles);
   for (const Map& map : kMaps)
     if (chosen(map.name)) run_map(map);
   printf("%d cases, %lld launches, %d failures\n", ran,

@@ -1,0 +1,3 @@
+import pytest
+
+pytest.importorskip("optuna", reason="the package optuna is not installed")

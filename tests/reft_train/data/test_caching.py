@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import multiprocessing
 
-import datasets
 import pytest
 from reft_train.data.caching import cached, tokenizer_digest
 from reft_train.errors import UserError
 
 from tests.reft_train.tiny import tokenizer_of
+
+datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
 
 PARTS = {"task": "boolq", "max_length": 512}
 ROWS = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]

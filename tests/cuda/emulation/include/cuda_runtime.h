@@ -52,6 +52,11 @@ inline float __shfl_xor_sync(unsigned mask, float value, int lane_mask,
   return value;
 }
 
+inline int __shfl_sync(unsigned mask, int value, int lane, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
+  return int(emulation::shuffle(mask, uint32_t(value), lane, {file, line}));
+}
+
 template <class Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel* kernel) {
   return cudaFuncGetAttributes(attributes, reinterpret_cast<const void*>(kernel));
@@ -60,6 +65,20 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel* kernel
 template <class Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
   return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), attribute, value);
+}
+
+// A multiprocessor holds one block.
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+  *blocks = 1;
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*,
+                                           const cudaLaunchConfig_t* config) {
+  *clusters = emulation::kProcessors / int(config->attrs[0].val.clusterDim.x);
+  return cudaSuccess;
 }
 
 template <class... Expected, class... Actual>

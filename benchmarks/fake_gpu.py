@@ -5,16 +5,21 @@ CPU tensors take the place of GPU tensors. Nothing runs, so outputs are not writ
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from reft_kernels.triton import common, launch
+from reft_kernels import dispatch
+from reft_kernels.triton import common
 
+launch = importlib.import_module("reft_kernels.triton.launch")
 SM_90 = GPUTarget("cuda", 90, 32)
 
 
@@ -68,18 +73,36 @@ class FakeDriver:
         return self.stream
 
 
-def installed(monkeypatch, target: GPUTarget = SM_90) -> Iterator[FakeDriver]:
-    """Install the stand-in until ``monkeypatch`` is undone; yield it."""
+@contextlib.contextmanager
+def installed(target: GPUTarget = SM_90) -> Iterator[FakeDriver]:
+    """Launch kernels on the stand-in while the context is active; yields it."""
     fake = FakeDriver(target)
-    before = driver._active
-    monkeypatch.setattr(common, "INTERPRETING", False)
-    monkeypatch.setattr(common, "IS_AMD", target.backend == "hip")
-    monkeypatch.setattr(launch, "_current_device", fake.get_current_device)
-    monkeypatch.setattr(launch, "_current_stream", fake.get_current_stream)
-    driver.set_active(fake)
-    yield fake
-    # compiled kernels are unloaded by the driver that loaded them
-    for kernel in fake.kernels:
-        kernel.device_caches.clear()
-    gc.collect()
-    driver._active = before
+    with contextlib.ExitStack() as stack:
+        for holder, name, value in (
+            (common, "INTERPRETING", False),
+            (common, "IS_AMD", target.backend == "hip"),
+            (launch, "_current_device", fake.get_current_device),
+            (launch, "_current_stream", lambda device: fake.get_current_stream(device)),
+            (driver, "_active", fake),
+        ):
+            stack.enter_context(mock.patch.object(holder, name, value))
+        yield fake
+        # compiled kernels are unloaded by the driver that loaded them
+        for kernel in fake.kernels:
+            kernel.device_caches.clear()
+        gc.collect()
+
+
+@contextlib.contextmanager
+def serving_cpu_tensors() -> Iterator[None]:
+    """Force the Triton backend for CPU tensors while the context is active."""
+    reason = dispatch.unsupported_reason
+
+    def unsupported_reason(name, operator, device_type, dtype):
+        return None if name == "triton" else reason(name, operator, device_type, dtype)
+
+    with (
+        mock.patch.object(dispatch, "unsupported_reason", unsupported_reason),
+        dispatch.backend("triton"),
+    ):
+        yield

@@ -1,0 +1,1 @@
+"""All tests and measurements that need a GPU, in one command: ``benchmarks/gpu_pass.sh``."""
