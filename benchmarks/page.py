@@ -20,6 +20,7 @@ from pathlib import Path
 from reft_train.files import write_text
 
 from benchmarks import compare, plots, suites
+from benchmarks.roofline import saved as estimates
 from benchmarks.rows import RESULTS, Measurement
 
 OUT = RESULTS / "page.html"
@@ -254,6 +255,20 @@ def without_gpu(devices: dict[str, list[Measurement]]) -> list[str]:
     return [name for name in suites.NAMES if name not in measured]
 
 
+def _estimates(results: Path) -> str:
+    """Return the section of estimates, apart from all measured rows; empty without estimates."""
+    table = estimates.read(results)
+    if table is None:
+        return ""
+    lines = [("first" if row[0] else "", row) for row in table.rows]
+    notes = "".join(f"<li>{_text(line)}</li>" for line in table.assumptions)
+    return (
+        '<h2 id="estimates">Estimates for a GPU: not measured</h2>'
+        f"<p>{_text(table.title)}; kernels of commit {_text(table.commit)}. {_text(table.note)}</p>"
+        f'{_table(table.head, lines, 3)}<ul class="faint">{notes}</ul>'
+    )
+
+
 def render(devices: dict[str, list[Measurement]], results: Path) -> str:
     """Return the page for the newest rows of each device.
 
@@ -285,6 +300,7 @@ incorrect, not installed or out of memory has a note instead of a time.</p>
 <nav>{links or "nothing measured"}</nav>
 {f"<ul>{missing}</ul>" if missing else ""}
 {body}
+{_estimates(results)}
 </body></html>
 """
 

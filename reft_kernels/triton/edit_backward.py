@@ -1,6 +1,6 @@
 """Backward pass of the edit: at most two launches for a layer.
 
-1. :mod:`reft_kernels.triton.edit_delta` computes ddelta, dz and dcoeff, all ``[N, r]``.
+1. :mod:`reft_kernels.triton.edit_delta` computes dz, coeff * u, ddelta and dcoeff, ``[N, r]``.
 2. :mod:`reft_kernels.triton.edit_gradient` computes dh and the gradients of the weights.
 """
 
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from reft_kernels import allocation
-from reft_kernels.triton import common
+from reft_kernels.triton import common, edit_gradient
 from reft_kernels.triton.edit_delta import launch_delta
-from reft_kernels.triton.edit_gradient import launch_gradient
 
 
 def edit_backward(
@@ -45,11 +44,27 @@ def edit_backward(
         return grads
     rows, weight_ids, read, coeff = map(common.contiguous, (rows, weight_ids, read, coeff))
     write, u, z = write.contiguous(), u.contiguous(), z.contiguous()
-    dz = grad.new_empty((num_rows, write.shape[-2]), dtype=torch.float32)
-    ddelta = torch.empty_like(dz) if subtract_projection and not linear else None
-    launch_delta(grad, rows, weight_ids, write, coeff, u, z, dz, ddelta, grads[4], activation)
+    second = subtract_projection and not linear
+    sets = write.shape[0] if weight_ids is not None else 1
+    config = edit_gradient.gradient_config(
+        num_rows,
+        grad.shape[1],
+        write.shape[-2],
+        sets,
+        grad.dtype,
+        second,
+        rows is not None,
+        common.IS_AMD,
+    )
+    workspace = grad.new_empty(
+        edit_gradient.workspace_words(num_rows, write, config, second), dtype=torch.float32
+    )
+    groups = edit_gradient.counter_groups(write, config)
+    launch_delta(
+        grad, rows, weight_ids, write, coeff, u, z, workspace, groups, grads[4], activation, second
+    )
     if out is not None or need_weights:
-        launch_gradient(
+        edit_gradient.launch_gradient(
             grad,
             out,
             saved_input,
@@ -57,13 +72,11 @@ def edit_backward(
             weight_ids,
             read,
             write,
-            coeff,
-            u,
-            dz,
-            ddelta,
+            workspace,
             grads[:4],
+            config,
             subtract_projection,
-            linear,
+            second,
             need_weights,
         )
     return grads

@@ -1,90 +1,89 @@
-"""First launch of the edit's backward pass: dz, ddelta and dcoeff.
+"""First launch of the edit's backward pass: dz, coeff * u, ddelta and dcoeff.
 
 With delta = B g, the kernel computes ddelta = coeff * delta, dz = act'(z) * ddelta and
-dcoeff = u * delta, all ``[N, r]``. It reads g once. Each program processes BLOCK_N rows.
+dcoeff = u * delta, all ``[N, r]``. It reads g once. Each program processes BLOCK_N rows. The
+products are batched: each warp sums over its own columns, so that no warp waits for a long chain of
+dependent products, and each weight is split into bf16 terms by one warp of the program only.
+
+The kernel also sets the second launch's counters to zero (:mod:`reft_kernels.triton.reduction`).
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common, launch
+from reft_kernels.triton import common, factors, launch
+
+_STAGE_BYTES = 20 * 1024
+_BUFFER_BYTES = 92 * 1024  # GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program
 
 
 @dataclass(frozen=True)
-class EditConfig:
-    """Launch parameters of ``edit_kernel`` and ``delta_kernel``."""
+class DeltaConfig:
+    """Launch parameters of ``delta_kernel``."""
 
     block_n: int  # rows per program
-    block_d: int  # columns per step
-    block_r: int  # rank, padded to a power of two
-    use_dot: bool  # whether products use tl.dot instead of elementwise fp32 operations
+    block_d: int  # columns per step, a multiple of 16 * num_warps
+    block_r: int
     num_warps: int
-    num_stages: int
+    num_stages: int  # buffers of the loads
 
 
-def edit_config(
-    num_rows: int, d: int, rank: int, dtype: torch.dtype, second: bool = False, amd: bool = False
-) -> EditConfig:
-    """Return the launch parameters of ``edit_kernel`` for a shape.
+@functools.lru_cache(maxsize=1024)
+def delta_config(
+    num_rows: int, d: int, rank: int, dtype: torch.dtype, amd: bool = False
+) -> DeltaConfig:
+    """Return the launch parameters of ``delta_kernel``.
 
-    The tiles are the largest that compile without register spills on sm_80, sm_90, sm_100 and
-    gfx942 (tests/triton/aot.py). Not tuned on a GPU yet.
+    Few rows are shared by more programs. There are two configurations for a shape of the weights,
+    so that a change of the number of rows compiles at most two kernels. Not tuned on a GPU yet.
 
     Args:
         num_rows: N.
         d: Number of columns.
         rank: r.
         dtype: dtype of the hidden states.
-        second: Whether B x needs its own product (nonlinear activation, subtracted projection).
         amd: Whether the target is an AMD GPU.
     """
-    block_r = common.next_power_of_2(rank)
-    columns = common.next_power_of_2(d)
-    if num_rows <= 1024 and rank <= 64:
-        # Launch-bound: one or two rows per program distribute the rows over the SMs. The products
-        # take 32 fp32 registers per thread.
-        block_n = 1 if num_rows <= 264 or rank > 16 else 2
-        block_d = max(16, min(columns, 4096 // (block_n * block_r)))
-        return EditConfig(block_n, block_d, block_r, False, 4, 2)
-    # Bandwidth-bound: 32 rows share each tile of the weights, and the 32 x 4096 bf16 inputs of 132
-    # programs fit into an L2 cache of 50 MB
-    block_r = max(common.MIN_DOT, block_r)
-    wide = dtype == torch.float32
-    if rank <= 32:
-        block_n, block_d, num_warps = (
-            (16, 32, 4) if second else (32, 32 if wide and rank > 16 else 64, 8 if wide else 4)
-        )
+    block_r = factors.padded_rank(rank, dtype)
+    size = dtype.itemsize
+    block_n = 16 if num_rows < 4096 or block_r > 32 or size == 4 else 64
+    num_warps = 4
+    columns = num_warps * 16
+    buffers = 24 * 1024 if amd else _BUFFER_BYTES
+
+    def stage(block_d: int) -> int:
+        return block_d * (block_n * size + block_r * 4)
+
+    while columns < min(d, num_warps * 64) and stage(2 * columns) <= min(_STAGE_BYTES, buffers):
+        columns *= 2
+    num_stages = 2 if amd else max(2, min(5, buffers // stage(columns)))
+    return DeltaConfig(block_n, columns, block_r, num_warps, num_stages)
+
+
+@triton.jit
+def _step(acc, g, w, PRECISION: tl.constexpr):
+    """Return acc + g w for a tile g of hidden states and weights w in any dtype."""
+    if PRECISION is not None:
+        return factors.product(g, w, acc, PRECISION)
+    elif w.dtype == g.dtype:
+        return tl.dot(g, w, acc)
+    elif g.dtype == tl.bfloat16:
+        high, low = factors.truncated_terms(w.to(tl.float32))
+        return tl.dot(g, low, tl.dot(g, high, acc))
     else:
-        block_n, block_d, num_warps = 16, 16 if second else 32, 8
-    num_warps = 4 if amd else num_warps  # 4 wavefronts have as many threads as 8 warps
-    return EditConfig(
-        block_n, max(common.MIN_DOT, min(columns, block_d)), block_r, True, num_warps, 2
-    )
+        high = w.to(g.dtype)
+        low = (w.to(tl.float32) - high.to(tl.float32)).to(g.dtype)
+        return tl.dot(g, low, tl.dot(g, high, acc))
 
 
-@functools.lru_cache(maxsize=1024)
-def delta_config(
-    num_rows: int, d: int, rank: int, dtype: torch.dtype, amd: bool = False
-) -> EditConfig:
-    """Return the launch parameters of ``delta_kernel``.
-
-    They are those of ``edit_kernel``, except for 64 rows per program where 32 cause register spills
-    on sm_90 and sm_100. Not tuned on a GPU yet.
-    """
-    config = edit_config(num_rows, d, rank, dtype, False, amd)
-    if config.use_dot and rank <= 32 and dtype != torch.float32 and not amd:
-        config = replace(config, block_n=64)
-    return config
-
-
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "counter_groups"])
 def delta_kernel(
     grad,
     rows,
@@ -93,23 +92,31 @@ def delta_kernel(
     coeff,
     u,
     z,
-    dz_out,
-    ddelta_out,
+    workspace,
     dcoeff_out,
     num_rows,
+    counter_groups,
     d,
     r,
     grad_stride_n,
     grad_stride_d,
     ACTIVATION: tl.constexpr,
+    SECOND: tl.constexpr,
+    TERMS: tl.constexpr,
+    BATCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    USE_DOT: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute dz, ddelta and dcoeff of BLOCK_N rows; see :func:`launch_delta`."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Compute the factors of BLOCK_N rows; see :func:`launch_delta`."""
+    BLOCK_K: tl.constexpr = BLOCK_D // BATCH
+    program = tl.program_id(0)
+    lane = tl.arange(0, 16)
+    for group in range(program, counter_groups, tl.num_programs(0)):
+        tl.store(workspace.to(tl.pointer_type(tl.int32)) + group * 16 + lane, 0)
+    n = program * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_R)
     inside = n < num_rows
     row = n.to(tl.int64)
@@ -124,53 +131,68 @@ def delta_kernel(
         row_set = tl.load(weight_ids + n, mask=valid, other=0)
         first_set = tl.min(tl.where(valid, row_set, 2147483647), 0)
         last_set = tl.max(tl.where(valid, row_set, -1), 0)
-    delta = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    part = tl.arange(0, BATCH)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    acc = tl.zeros((BATCH, BLOCK_N, BLOCK_R), tl.float32)
     for s in range(first_set, last_set + 1):
         active = valid
         if weight_ids is not None:
+            # Rows of other sets and skipped rows are loaded as zeros
             active = valid & (row_set == s)
-        acc = common.product_start(BLOCK_N, BLOCK_R, BLOCK_D, USE_DOT)
-        for start in range(0, d, BLOCK_D):
-            col = start + tl.arange(0, BLOCK_D)
-            g_offsets = row[:, None] * grad_stride_n + col[None, :].to(tl.int64) * grad_stride_d
-            g = tl.load(grad + g_offsets, mask=active[:, None] & (col < d)[None, :], other=0.0)
-            w_offsets = (tl.cast(s, tl.int64) * r + i[:, None]) * d + col[None, :]
-            w = tl.load(
-                write + w_offsets, mask=(i < r)[:, None] & (col < d)[None, :], other=0.0
-            ).to(tl.float32)
-            acc = common.product_step(acc, g, w, USE_DOT, PRECISION)
-        # Rows of other sets and skipped rows were loaded as zeros
-        delta += common.product_end(acc, USE_DOT)
+        g_rows = grad + row[None, :, None] * grad_stride_n
+        w_rows = write + (tl.cast(s, tl.int64) * r + i[None, :, None]) * d
+        for start in tl.range(0, d, BLOCK_D, num_stages=STAGES):
+            col = start + part
+            g = tl.load(
+                g_rows + col.to(tl.int64) * grad_stride_d,
+                mask=active[None, :, None] & (col < d),
+                other=0.0,
+            )
+            w = tl.load(w_rows + col, mask=(i < r)[None, :, None] & (col < d), other=0.0)
+            acc = _step(acc, g, tl.trans(w, (0, 2, 1)), PRECISION)
+    delta = tl.sum(acc, 0)
     small = n.to(tl.int64)[:, None] * r + i[None, :]
     inside_small = inside[:, None] & (i < r)[None, :]
     valid_small = valid[:, None] & (i < r)[None, :]
+    used = tl.load(u + small, mask=valid_small, other=0.0)
     ddelta = delta
     if coeff is not None:
+        tl.store(dcoeff_out + small, used * delta, mask=inside_small)
         c = tl.load(coeff + small, mask=valid_small, other=0.0).to(tl.float32)
         ddelta = c * delta
-        used = tl.load(u + small, mask=valid_small, other=0.0)
-        tl.store(dcoeff_out + small, used * delta, mask=inside_small)
+        used *= c
     dz = ddelta
     if ACTIVATION != "linear":
         saved = tl.load(z + small, mask=valid_small, other=0.0)
         dz = ddelta * common.activation_derivative(saved, ACTIVATION)
-        if ddelta_out is not None:
-            tl.store(ddelta_out + small, ddelta, mask=inside_small)
-    tl.store(dz_out + small, dz, mask=inside_small)
+    dz_out = workspace + counter_groups * 16
+    size = tl.cast(num_rows, tl.int64) * BLOCK_R
+    row_mask = inside[:, None]
+    factors.store(dz_out, n, i, dz, row_mask, BLOCK_R, TERMS)
+    factors.store(dz_out + size, n, i, used, row_mask, BLOCK_R, TERMS)
+    if SECOND:
+        factors.store(dz_out + 2 * size, n, i, -ddelta, row_mask, BLOCK_R, TERMS)
 
 
 @functools.lru_cache(maxsize=1024)
 def _bound(
-    config: EditConfig, dtype: torch.dtype, device_type: str, activation: str
+    config: DeltaConfig,
+    rank: int,
+    dtype: torch.dtype,
+    device_type: str,
+    activation: str,
+    second: bool,
 ) -> launch.BoundKernel:
     return launch.BoundKernel(
         delta_kernel,
         {
             "ACTIVATION": activation,
+            "SECOND": second,
+            "TERMS": factors.terms(rank, dtype),
+            "BATCH": config.num_warps,
             "BLOCK_N": config.block_n,
             "BLOCK_D": config.block_d,
             "BLOCK_R": config.block_r,
-            "USE_DOT": config.use_dot,
+            "STAGES": config.num_stages,
             "PRECISION": common.dot_precision(dtype),
         },
         {
@@ -189,10 +211,11 @@ def launch_delta(
     coeff: Tensor | None,
     u: Tensor,
     z: Tensor,
-    dz: Tensor,
-    ddelta: Tensor | None,
+    workspace: Tensor,
+    counter_groups: int,
     grad_coeff: Tensor,
     activation: str,
+    second: bool,
 ) -> None:
     """Launch :func:`delta_kernel`.
 
@@ -200,17 +223,19 @@ def launch_delta(
         grad: g ``[M, d]``, with any strides.
         rows, weight_ids, write, coeff, u, z: As in :func:`reft_kernels.reference.edit_backward`,
             contiguous.
-        dz: fp32 ``[N, r]``, output.
-        ddelta: fp32 ``[N, r]``, output, or None if it equals ``dz`` or is not needed.
+        workspace: fp32, receives 16 * counter_groups zeros of type int32, then the factors dz,
+            coeff * u and, with ``second``, -ddelta (:mod:`reft_kernels.triton.factors`).
+        counter_groups: Number of groups of 16 counters.
         grad_coeff: fp32 ``[N, r]``, output; not written without ``coeff``.
         activation: Canonical activation name.
+        second: Whether ddelta differs from dz and is needed.
     """
-    num_rows, rank = dz.shape
+    num_rows, rank = u.shape
     d = grad.shape[1]
     config = delta_config(num_rows, d, rank, grad.dtype, common.IS_AMD)
     launch.launch(
-        _bound(config, grad.dtype, grad.device.type, activation),
+        _bound(config, rank, grad.dtype, grad.device.type, activation, second),
         (common.cdiv(num_rows, config.block_n),),
-        (grad, rows, weight_ids, write, coeff, u, z, dz, ddelta, grad_coeff),
-        (num_rows, d, rank, *grad.stride()),
+        (grad, rows, weight_ids, write, coeff, u, z, workspace, grad_coeff),
+        (num_rows, counter_groups, d, rank, *grad.stride()),
     )

@@ -1,9 +1,25 @@
 """Second launch of the edit's backward pass: dh and the gradients of the weights.
 
-The grid is (blocks of columns, chunks of rows, weight sets). A program reads its tile of g and x,
+The grid is (blocks of columns, chunks of rows, weight sets). A program reads its tiles of g and x,
 writes dh = g + A^T dz - B^T ddelta, and sums dA, dB, dc and dp over its rows. Each element of g is
-read and written by one program, so dh may overwrite g. The sums of different chunks are added in a
-fixed order (:mod:`reft_kernels.triton.reduction`).
+read and written by one program, so dh may overwrite g. Chunks take turns from the last rows to the
+first, because the first launch read the last rows last and an L2 cache still holds part of them.
+
+Without rows, x is not saved. It is y - B^T used with used = coeff * u, and it is rebuilt in each
+tile. For half precision and r <= 8 instead
+
+    dz^T x = dz^T y - (dz^T used) B
+
+where dz^T used is ``[r, r]``: y's rounding is then the only error of dtype size, as it is after x
+is rebuilt. For fp32 the difference of the two sums would cancel for edits of several times h, and
+for larger r the products with ``[r, r]`` sums take more registers than the rebuilt tile.
+
+Bytes: dz of a row depends on the whole row of g, so one kernel would have to keep ``[rows, d]``
+tiles of g and x and the sums ``[2, r, d]`` on chip. At d = 4096, r = 8 in bf16 the sums take
+256 KiB, all the registers of an SM; adding them to memory for each tile of 16 rows would move
+512 KiB for 384 KiB of states. Splitting d over a cluster of programs needs sums over distributed
+shared memory, which Triton does not have. So g is read twice: four states are moved, less what the
+L2 cache keeps of g. Nothing here was measured on a GPU.
 """
 
 from __future__ import annotations
@@ -16,24 +32,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common, launch, reduction
+from reft_kernels.triton import common, edit_sum, factors, launch, reduction
+
+FEW_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class GradientConfig:
-    """Launch parameters of ``gradient_kernel``.
-
-    ``phases`` is the number of passes over the rows. One pass computes everything; two compute the
-    sums, then dh; three compute dA, then dB, then dh. More passes keep fewer tiles in registers.
-    """
+    """Launch parameters of ``gradient_kernel``."""
 
     block_n: int  # rows per step
     block_d: int  # columns per program
-    block_r: int  # rank, padded to a power of two of at least 16
+    block_r: int
     chunks: int  # number of programs that share the rows of one block of columns
-    phases: int
     num_warps: int
-    num_stages: int
+    num_stages: int  # buffers of the loads
 
 
 @functools.lru_cache(maxsize=1024)
@@ -44,12 +57,13 @@ def gradient_config(
     sets: int,
     dtype: torch.dtype,
     second: bool = False,
+    rows_selected: bool = False,
     amd: bool = False,
 ) -> GradientConfig:
     """Return the launch parameters of ``gradient_kernel`` for a shape.
 
-    The tiles compile without register spills on all targets (tests/triton/aot.py). Not tuned on a
-    GPU yet.
+    The tiles compile without register spills on all targets (tests/triton/aot.py). Few rows get
+    narrow blocks of columns and one chunk, many rows wide blocks. Not tuned on a GPU yet.
 
     Args:
         num_rows: N.
@@ -58,161 +72,36 @@ def gradient_config(
         sets: S, the number of weight sets.
         dtype: dtype of the hidden states.
         second: Whether ddelta differs from dz and needs its own products.
+        rows_selected: Whether the call has ``rows``.
         amd: Whether the target is an AMD GPU.
     """
-    block_r = max(common.MIN_DOT, common.next_power_of_2(rank))
+    block_r = factors.padded_rank(rank, dtype)
     columns = max(common.MIN_DOT, common.next_power_of_2(d))
-    wide = dtype == torch.float32
-    crowded = rank > 16 and second
-    if amd or crowded and not wide:
-        block_n, block_d, num_warps = 16, 32, 4
-    elif rank > 32 or crowded:
-        block_n, block_d, num_warps = 16, 16, 8
-    elif second or rank > 16 and not wide:
-        block_n, block_d, num_warps = 16, 32, 4
+    few = num_rows <= FEW_ROWS
+    if dtype == torch.float32:
+        block_n, block_d, num_warps, num_stages = 16, 64, 4, 3
+        if block_r > 16 or second:
+            block_d, num_warps, num_stages = 16 if block_r > 32 else 32, 8, 2
+    elif amd:
+        block_n, block_d, num_warps, num_stages = 32, 32, 4, 2
+    elif block_r > 32 or block_r > 16 and second:
+        block_n, block_d, num_warps, num_stages = 32, 32, 4, 3
     else:
-        block_n, block_d, num_warps = (16, 64, 8) if wide else (32, 64, 4)
-    phases = 1 + (rank > 32 or second) + crowded
-    num_stages = 1 if crowded and not wide else 2
+        block_n, block_d, num_warps, num_stages = 32, 64, 4, 3
+    if few and block_d > 32:
+        # The narrower tile leaves registers for more rows
+        block_n, block_d = (64 if block_r == 8 and not second else block_n), 32
+    if rows_selected and not amd and dtype != torch.float32:
+        # Row numbers are loaded a step before the rows, which takes a buffer of each load
+        num_stages += 1
     block_d = min(columns, block_d)
-    # About four programs per SM of a large GPU (132 SMs), with at least four steps each
+    # About four programs per SM of a large GPU (132 SMs)
     max_chunks = max(1, 528 // (common.cdiv(d, block_d) * sets))
-    chunks = max(1, min(max_chunks, common.cdiv(num_rows, 4 * block_n)))
-    return GradientConfig(block_n, block_d, block_r, chunks, phases, num_warps, num_stages)
+    chunks = max(1, min(max_chunks, num_rows // FEW_ROWS))
+    return GradientConfig(block_n, block_d, block_r, chunks, num_warps, num_stages)
 
 
-@triton.jit
-def _pass_over_rows(
-    acc_a,
-    acc_b,
-    acc_c,
-    acc_q,
-    grad,
-    out,
-    saved_input,
-    rows,
-    weight_ids,
-    read,
-    write,
-    coeff,
-    u,
-    dz,
-    ddelta,
-    num_rows,
-    chunks,
-    d,
-    r,
-    grad_stride_n,
-    grad_stride_d,
-    out_stride_n,
-    out_stride_d,
-    saved_stride_n,
-    saved_stride_d,
-    SUBTRACT: tl.constexpr,
-    SECOND: tl.constexpr,
-    SUMS_A: tl.constexpr,
-    SUMS_B: tl.constexpr,
-    WRITES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-    SMALL_PRECISION: tl.constexpr,
-):
-    """Make one pass over the program's rows.
-
-    SUMS_A adds to dA (acc_a) and dc (acc_c), SUMS_B adds to dB (acc_b) and -dp (acc_q), and WRITES
-    stores dh. SECOND means that ddelta differs from dz.
-    """
-    FOLD: tl.constexpr = SUBTRACT and not SECOND
-    NEEDS_X: tl.constexpr = (SUMS_A and (read is not None or SUBTRACT)) or (SUMS_B and SECOND)
-    REBUILDS: tl.constexpr = NEEDS_X and rows is None
-    chunk = tl.program_id(1)
-    s = tl.program_id(2)
-    i = tl.arange(0, BLOCK_R)
-    col = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    column = col.to(tl.int64)
-    i_mask = i < r
-    c_mask = col < d
-    w_offsets = (tl.cast(s, tl.int64) * r + i[:, None]) * d + column[None, :]
-    w_mask = i_mask[:, None] & c_mask[None, :]
-    steps = tl.cdiv(num_rows, BLOCK_N)
-    per_chunk = tl.cdiv(steps, chunks)
-    if REBUILDS or (WRITES and SECOND):
-        b_tile = tl.load(write + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
-    if WRITES and (read is not None or FOLD):
-        a_tile = common.effective_weight(read, write, w_offsets, w_mask, FOLD)
-    for step in range(chunk * per_chunk, tl.minimum(steps, (chunk + 1) * per_chunk)):
-        n = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = n < num_rows
-        row = n.to(tl.int64)
-        active = inside
-        if rows is not None:
-            row = tl.load(rows + n, mask=inside, other=-1).to(tl.int64)
-            active = row >= 0
-        if weight_ids is not None:
-            active = active & (tl.load(weight_ids + n, mask=active, other=-1) == s)
-        tile_mask = active[:, None] & c_mask[None, :]
-        n64 = n.to(tl.int64)
-        small = n64[:, None] * r + i[None, :]
-        small_mask = active[:, None] & i_mask[None, :]
-        # Small tiles are loaded again in transposed layout, because transposing a register tile
-        # for a product is slow
-        small_t = n64[None, :] * r + i[:, None]
-        small_t_mask = active[None, :] & i_mask[:, None]
-        g = tl.load(
-            grad + row[:, None] * grad_stride_n + column[None, :] * grad_stride_d,
-            mask=tile_mask,
-            other=0.0,
-        )
-        if NEEDS_X:
-            saved_row = row if rows is None else n64
-            x = tl.load(
-                saved_input
-                + saved_row[:, None] * saved_stride_n
-                + column[None, :] * saved_stride_d,
-                mask=tile_mask,
-                other=0.0,
-            )
-            if REBUILDS:
-                # Without rows, saved_input is the output y, and x = y - B^T (coeff * u)
-                used = tl.load(u + small, mask=small_mask, other=0.0)
-                if coeff is not None:
-                    used *= tl.load(coeff + small, mask=small_mask, other=0.0).to(tl.float32)
-                x = (x.to(tl.float32) - common.dot_small(used, b_tile, SMALL_PRECISION)).to(x.dtype)
-        if SUMS_B:
-            used_t = tl.load(u + small_t, mask=small_t_mask, other=0.0)
-            if coeff is not None:
-                used_t *= tl.load(coeff + small_t, mask=small_t_mask, other=0.0).to(tl.float32)
-            acc_b += common.dot_exact_right(used_t, g, PRECISION)
-            if SECOND:
-                ddelta_t = tl.load(ddelta + small_t, mask=small_t_mask, other=0.0)
-                acc_b -= common.dot_exact_right(ddelta_t, x, PRECISION)
-                acc_q += tl.sum(tl.load(ddelta + small, mask=small_mask, other=0.0), 0)
-        if SUMS_A:
-            if read is not None or SUBTRACT:
-                dz_t = tl.load(dz + small_t, mask=small_t_mask, other=0.0)
-                acc_a += common.dot_exact_right(dz_t, x, PRECISION)
-            acc_c += tl.sum(tl.load(dz + small, mask=small_mask, other=0.0), 0)
-        if WRITES:
-            dh = g.to(tl.float32)
-            if read is not None or FOLD:
-                dh += common.dot_small(
-                    tl.load(dz + small, mask=small_mask, other=0.0), a_tile, SMALL_PRECISION
-                )
-            if SECOND:
-                dh -= common.dot_small(
-                    tl.load(ddelta + small, mask=small_mask, other=0.0), b_tile, SMALL_PRECISION
-                )
-            tl.store(
-                out + row[:, None] * out_stride_n + column[None, :] * out_stride_d,
-                dh.to(g.dtype),
-                mask=tile_mask,
-            )
-    return acc_a, acc_b, acc_c, acc_q
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_sets", "chunks"])
+@triton.jit(do_not_specialize=["num_rows", "counter_groups", "num_sets", "chunks"])
 def gradient_kernel(
     grad,
     out,
@@ -221,17 +110,13 @@ def gradient_kernel(
     weight_ids,
     read,
     write,
-    coeff,
-    u,
-    dz,
-    ddelta,
+    workspace,
     grad_read,
     grad_read_bias,
     grad_write,
     grad_subtract_bias,
-    partials,
-    counters,
     num_rows,
+    counter_groups,
     num_sets,
     chunks,
     d,
@@ -243,154 +128,246 @@ def gradient_kernel(
     saved_stride_n,
     saved_stride_d,
     SUBTRACT: tl.constexpr,
-    LINEAR: tl.constexpr,
+    SECOND: tl.constexpr,
     NEED_WEIGHTS: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    PHASES: tl.constexpr,
+    SUMS_CHUNKS: tl.constexpr,
+    TERMS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    SMALL_PRECISION: tl.constexpr,
 ):
     """Compute dh and the weights' gradients for one block of columns, chunk of rows and weight set.
 
-    ``partials`` is fp32 and holds the sums dB, dA, dc and -dp of each chunk. It and ``counters``
-    are None if ONE_CHUNK is set. See :func:`launch_gradient`.
+    With SUMS_CHUNKS, the last chunk to finish adds the sums of all chunks. SECOND means that
+    ddelta differs from dz. See :func:`launch_gradient`.
     """
-    FOLD: tl.constexpr = SUBTRACT and LINEAR
-    # Whether ddelta differs from dz, which needs separate products
-    SECOND: tl.constexpr = SUBTRACT and not LINEAR
+    FOLD: tl.constexpr = SUBTRACT and not SECOND
+    NEEDS_X: tl.constexpr = NEED_WEIGHTS and (read is not None or SUBTRACT)
+    REBUILDS: tl.constexpr = NEEDS_X and rows is None and TERMS != 1
+    CORRECTS: tl.constexpr = NEEDS_X and rows is None and TERMS == 1
+    EXACT: tl.constexpr = grad.dtype.element_ty != tl.bfloat16
+    WIDTH: tl.constexpr = 16 if TERMS == 1 else BLOCK_R
+    SUMS: tl.constexpr = BLOCK_N if TERMS == 0 else 16
     block = tl.program_id(0)
     chunk = tl.program_id(1)
     s = tl.program_id(2)
-    i = tl.arange(0, BLOCK_R)
+    # With TERMS = 1, the rows of high and of low terms meet the same weights
+    i = tl.arange(0, WIDTH) % BLOCK_R
     col = block * BLOCK_D + tl.arange(0, BLOCK_D)
     column = col.to(tl.int64)
-    i_mask = i < r
     c_mask = col < d
     w_offsets = (tl.cast(s, tl.int64) * r + i[:, None]) * d + column[None, :]
-    w_mask = i_mask[:, None] & c_mask[None, :]
-    acc_a = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    acc_b = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    acc_c = tl.zeros((BLOCK_R,), tl.float32)
-    acc_q = tl.zeros((BLOCK_R,), tl.float32)
-    for phase in tl.static_range(PHASES):
-        # One pass, or sums and dh in separate passes, or dA, dB and dh in separate passes
-        if (NEED_WEIGHTS and (phase < PHASES - 1 or PHASES == 1)) or (
-            out is not None and phase == PHASES - 1
-        ):
-            acc_a, acc_b, acc_c, acc_q = _pass_over_rows(
-                acc_a,
-                acc_b,
-                acc_c,
-                acc_q,
-                grad,
-                out,
-                saved_input,
-                rows,
-                weight_ids,
-                read,
-                write,
-                coeff,
-                u,
-                dz,
-                ddelta,
-                num_rows,
-                chunks,
-                d,
-                r,
-                grad_stride_n,
-                grad_stride_d,
-                out_stride_n,
-                out_stride_d,
-                saved_stride_n,
-                saved_stride_d,
-                SUBTRACT,
-                SECOND,
-                NEED_WEIGHTS and phase == 0,
-                NEED_WEIGHTS and phase == (1 if PHASES == 3 else 0),
-                out is not None and phase == PHASES - 1,
-                BLOCK_N,
-                BLOCK_D,
-                BLOCK_R,
-                PRECISION,
-                SMALL_PRECISION,
+    w_mask = (i < r)[:, None] & c_mask[None, :]
+    dz = workspace + counter_groups * 16
+    size = tl.cast(num_rows, tl.int64) * BLOCK_R
+    used = dz + size
+    minus_ddelta = dz + 2 * size
+    if REBUILDS or (out is not None and SECOND):
+        b = tl.load(write + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
+        b_high, b_low = factors.weight_terms(b, TERMS)
+    if out is not None and (read is not None or FOLD):
+        a = common.effective_weight(read, write, w_offsets, w_mask, FOLD)
+        a_high, a_low = factors.weight_terms(a, TERMS)
+    acc_a = tl.zeros((WIDTH, BLOCK_D), tl.float32)
+    acc_b = tl.zeros((WIDTH, BLOCK_D), tl.float32)
+    acc_c = tl.zeros((WIDTH, SUMS), tl.float32)
+    acc_q = tl.zeros((WIDTH, SUMS), tl.float32)
+    acc_a_used = tl.zeros((WIDTH, WIDTH), tl.float32)
+    acc_b_used = tl.zeros((WIDTH, WIDTH), tl.float32)
+    steps = tl.cdiv(num_rows, BLOCK_N)
+    for turn in tl.range(0, tl.cdiv(steps - chunk, chunks), num_stages=STAGES):
+        n = (steps - 1 - chunk - turn * chunks) * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = n < num_rows
+        row = n.to(tl.int64)
+        active = inside
+        if rows is not None:
+            row = tl.load(rows + n, mask=inside, other=-1).to(tl.int64)
+            active = row >= 0
+        if weight_ids is not None:
+            active = active & (tl.load(weight_ids + n, mask=active, other=-1) == s)
+        mask = active[:, None] & c_mask[None, :]
+        g = tl.load(
+            grad + row[:, None] * grad_stride_n + column[None, :] * grad_stride_d,
+            mask=mask,
+            other=0.0,
+        )
+        if NEED_WEIGHTS:
+            dz_high, dz_low = factors.load_transposed(dz, n, active, BLOCK_R, TERMS)
+            used_high, used_low = factors.load_transposed(used, n, active, BLOCK_R, TERMS)
+            if SECOND:
+                dd_high, dd_low = factors.load_transposed(minus_ddelta, n, active, BLOCK_R, TERMS)
+        if NEEDS_X:
+            saved_row = row if rows is None else n.to(tl.int64)
+            x = tl.load(
+                saved_input
+                + saved_row[:, None] * saved_stride_n
+                + column[None, :] * saved_stride_d,
+                mask=mask,
+                other=0.0,
+            )
+            if REBUILDS or CORRECTS:
+                row_high, row_low = factors.load(used, n, active, BLOCK_R, TERMS)
+            if REBUILDS:
+                edit = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                edit = factors.expand(
+                    edit, row_high, row_low, b_high, b_low, True, TERMS, PRECISION
+                )
+                x = (x.to(tl.float32) - edit).to(x.dtype)
+            acc_a = factors.outer(acc_a, dz_high, dz_low, x, TERMS, PRECISION)
+            if CORRECTS:
+                acc_a_used = factors.gram(
+                    acc_a_used, dz_high, dz_low, row_high, row_low, TERMS, PRECISION
+                )
+        if NEED_WEIGHTS:
+            acc_c = factors.row_sums(acc_c, dz_high, dz_low, BLOCK_N, TERMS, PRECISION)
+            acc_b = factors.outer(acc_b, used_high, used_low, g, TERMS, PRECISION)
+            if SECOND:
+                acc_q = factors.row_sums(acc_q, dd_high, dd_low, BLOCK_N, TERMS, PRECISION)
+                acc_b = factors.outer(acc_b, dd_high, dd_low, x, TERMS, PRECISION)
+                if CORRECTS:
+                    acc_b_used = factors.gram(
+                        acc_b_used, dd_high, dd_low, row_high, row_low, TERMS, PRECISION
+                    )
+        if out is not None:
+            dh = g.to(tl.float32)
+            if read is not None or FOLD:
+                high, low = factors.load(dz, n, active, BLOCK_R, TERMS)
+                dh = factors.expand(dh, high, low, a_high, a_low, EXACT, TERMS, PRECISION)
+            if SECOND:
+                high, low = factors.load(minus_ddelta, n, active, BLOCK_R, TERMS)
+                dh = factors.expand(dh, high, low, b_high, b_low, EXACT, TERMS, PRECISION)
+            tl.store(
+                out + row[:, None] * out_stride_n + column[None, :] * out_stride_d,
+                dh.to(g.dtype),
+                mask=mask,
             )
     if NEED_WEIGHTS:
-        if FOLD:
-            acc_b -= acc_a
-        b_offsets = tl.cast(s, tl.int64) * r + i
-        first_block = i + block * BLOCK_R < r  # only block 0 stores the bias gradients
-        if ONE_CHUNK:
-            tl.store(grad_write + w_offsets, acc_b, mask=w_mask)
-            if read is not None:
-                tl.store(grad_read + w_offsets, acc_a, mask=w_mask)
-            tl.store(grad_read_bias + b_offsets, acc_c, mask=first_block)
-            if FOLD:
-                tl.store(grad_subtract_bias + b_offsets, -acc_c, mask=first_block)
+        if CORRECTS:
+            # x = y - B^T used: the products with y are corrected by those with B^T used
+            b = tl.load(write + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
+            b_high, b_low = factors.weight_terms(b, TERMS)
+            acc_a = factors.subtract_product(acc_a, acc_a_used, b_high, b_low, PRECISION)
             if SECOND:
-                tl.store(grad_subtract_bias + b_offsets, -acc_q, mask=first_block)
+                acc_b = factors.subtract_product(acc_b, acc_b_used, b_high, b_low, PRECISION)
+        sum_a = factors.fold(acc_a, BLOCK_D, BLOCK_R, TERMS)
+        sum_b = factors.fold(acc_b, BLOCK_D, BLOCK_R, TERMS)
+        # With terms the columns of acc_c are equal, and so are those of acc_q
+        COPIES: tl.constexpr = 1 if TERMS == 0 else 16
+        sum_c = tl.sum(factors.fold(acc_c, SUMS, BLOCK_R, TERMS), 1) / COPIES
+        if FOLD:
+            sum_b -= sum_a
+        i = tl.arange(0, BLOCK_R)
+        offsets = (tl.cast(s, tl.int64) * r + i[:, None]) * d + column[None, :]
+        mask = (i < r)[:, None] & c_mask[None, :]
+        b_offsets = tl.cast(s, tl.int64) * r + i
+        b_mask = i + block * BLOCK_R < r  # only block 0 stores the bias gradients
+        subtract = -sum_c
+        if SECOND:
+            subtract = tl.sum(factors.fold(acc_q, SUMS, BLOCK_R, TERMS), 1) / COPIES
+        if chunks == 1:
+            tl.store(grad_write + offsets, sum_b, mask=mask)
+            if read is not None:
+                tl.store(grad_read + offsets, sum_a, mask=mask)
+            tl.store(grad_read_bias + b_offsets, sum_c, mask=b_mask)
+            if SUBTRACT:
+                tl.store(grad_subtract_bias + b_offsets, subtract, mask=b_mask)
         else:
-            matrix = tl.cast(num_sets, tl.int64) * r * d
-            vector = tl.cast(num_sets, tl.int64) * r
-            stride = 2 * matrix + 2 * vector
-            chunk_partials = partials + tl.cast(chunk, tl.int64) * stride
-            tl.store(chunk_partials + w_offsets, acc_b, mask=w_mask)
-            tl.store(chunk_partials + matrix + w_offsets, acc_a, mask=w_mask)
-            tl.store(chunk_partials + 2 * matrix + b_offsets, acc_c, mask=first_block)
-            tl.store(chunk_partials + 2 * matrix + vector + b_offsets, acc_q, mask=first_block)
-            counter = counters + s * tl.num_programs(0) + block
-            if reduction.is_last(counter, chunks):
-                total = reduction.sum_chunks(partials, w_offsets, w_mask, stride, chunks)
-                tl.store(grad_write + w_offsets, total, mask=w_mask)
-                if read is not None:
-                    total = reduction.sum_chunks(
-                        partials + matrix, w_offsets, w_mask, stride, chunks
+            partials = dz + (3 if SECOND else 2) * size
+            matrix = reduction.padded(tl.cast(num_sets, tl.int64) * r * d)
+            vector = reduction.padded(tl.cast(num_sets, tl.int64) * r)
+            own = partials + chunk * (2 * matrix + 2 * vector)
+            tl.store(own + offsets, sum_b, mask=mask)
+            tl.store(own + matrix + offsets, sum_a, mask=mask)
+            tl.store(own + 2 * matrix + b_offsets, sum_c, mask=b_mask)
+            tl.store(own + 2 * matrix + vector + b_offsets, subtract, mask=b_mask)
+            if SUMS_CHUNKS:
+                counter = workspace.to(tl.pointer_type(tl.int32)) + s * tl.num_programs(0) + block
+                if reduction.is_last(counter, chunks):
+                    edit_sum.sum_partials(
+                        partials,
+                        grad_read,
+                        grad_read_bias,
+                        grad_write,
+                        grad_subtract_bias,
+                        num_sets,
+                        chunks,
+                        d,
+                        r,
+                        block,
+                        s,
+                        read is not None,
+                        SUBTRACT,
+                        BLOCK_D,
+                        BLOCK_R,
                     )
-                    tl.store(grad_read + w_offsets, total, mask=w_mask)
-                bias = reduction.sum_chunks(
-                    partials + 2 * matrix, b_offsets, first_block, stride, chunks
-                )
-                tl.store(grad_read_bias + b_offsets, bias, mask=first_block)
-                if FOLD:
-                    tl.store(grad_subtract_bias + b_offsets, -bias, mask=first_block)
-                if SECOND:
-                    bias = reduction.sum_chunks(
-                        partials + 2 * matrix + vector, b_offsets, first_block, stride, chunks
-                    )
-                    tl.store(grad_subtract_bias + b_offsets, -bias, mask=first_block)
-                tl.store(counter, 0)
+
+
+def workspace_words(num_rows: int, write: Tensor, config: GradientConfig, second: bool) -> int:
+    """Return the number of fp32 words that the backward pass needs besides its results."""
+    rank, d = write.shape[-2:]
+    words = (3 if second else 2) * num_rows * config.block_r
+    if config.chunks > 1:
+        matrix, vector = (reduction.round_up(n) for n in (write.numel(), write.numel() // d))
+        words += 16 * counter_groups(write, config) + config.chunks * 2 * (matrix + vector)
+    return words
+
+
+def counter_groups(write: Tensor, config: GradientConfig) -> int:
+    """Return the number of groups of 16 counters, one for each program's tile of the weights."""
+    if config.chunks == 1:
+        return 0
+    sets = write.numel() // (write.shape[-1] * write.shape[-2])
+    return common.cdiv(common.cdiv(write.shape[-1], config.block_d) * sets, 16)
 
 
 @functools.lru_cache(maxsize=1024)
 def _bound(
     config: GradientConfig,
+    rank: int,
     dtype: torch.dtype,
     device_type: str,
     subtract_projection: bool,
-    linear: bool,
+    second: bool,
     need_weights: bool,
 ) -> launch.BoundKernel:
     return launch.BoundKernel(
         gradient_kernel,
         {
             "SUBTRACT": subtract_projection,
-            "LINEAR": linear,
+            "SECOND": second,
             "NEED_WEIGHTS": need_weights,
-            "ONE_CHUNK": config.chunks == 1 or not need_weights,
-            "PHASES": config.phases,
+            "SUMS_CHUNKS": not common.IS_AMD,
+            "TERMS": factors.terms(rank, dtype),
             "BLOCK_N": config.block_n,
             "BLOCK_D": config.block_d,
             "BLOCK_R": config.block_r,
-            "PRECISION": common.dot_precision(dtype),
-            "SMALL_PRECISION": common.small_precision(dtype),
+            "STAGES": config.num_stages,
+            "PRECISION": common.small_precision(dtype),
         },
         {
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
             **common.compile_options(device_type),
         },
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _bound_sum(
+    config: GradientConfig, reads: bool, subtract_projection: bool, second: bool
+) -> launch.BoundKernel:
+    return launch.BoundKernel(
+        edit_sum.sum_kernel,
+        {
+            "READS": reads,
+            "SUBTRACT": subtract_projection,
+            "SECOND": second,
+            "BLOCK_D": config.block_d,
+            "BLOCK_R": config.block_r,
+        },
+        {"num_warps": config.num_warps},
     )
 
 
@@ -402,63 +379,45 @@ def launch_gradient(
     weight_ids: Tensor | None,
     read: Tensor | None,
     write: Tensor,
-    coeff: Tensor | None,
-    u: Tensor,
-    dz: Tensor,
-    ddelta: Tensor | None,
+    workspace: Tensor,
     weight_grads: tuple[Tensor, Tensor, Tensor, Tensor],
+    config: GradientConfig,
     subtract_projection: bool,
-    linear: bool,
+    second: bool,
     need_weights: bool,
 ) -> None:
     """Launch :func:`gradient_kernel`.
+
+    On AMD GPUs, :func:`reft_kernels.triton.edit_sum.sum_kernel` follows if there are chunks.
 
     Args:
         grad: g ``[M, d]``, with any strides.
         out: ``[M, d]``, receives dh in the selected rows, with any strides. None to omit dh.
         saved_input: As in :func:`reft_kernels.reference.edit_backward`, with any strides.
-        rows, weight_ids, read, write, coeff, u: As in the same function, contiguous.
-        dz, ddelta: Results of :func:`reft_kernels.triton.edit_delta.launch_delta`.
+        rows, weight_ids, read, write: As in the same function, contiguous.
+        workspace: Counters and factors from :func:`reft_kernels.triton.edit_delta.launch_delta`,
+            with space for the partial sums: :func:`workspace_words` in all.
         weight_grads: fp32 outputs dA, dc, dB and dp, shaped like the weights.
+        config: Result of :func:`gradient_config`.
         subtract_projection: Whether the edit subtracts B x.
-        linear: Whether the activation is linear.
+        second: Whether it does and the activation is not linear.
         need_weights: Whether to compute ``weight_grads``.
     """
-    num_rows, rank = dz.shape
-    d = grad.shape[1]
+    d, rank = grad.shape[1], write.shape[-2]
+    num_rows = grad.shape[0] if rows is None else rows.shape[0]
     sets = write.shape[0] if weight_ids is not None else 1
-    second = subtract_projection and not linear
-    config = gradient_config(num_rows, d, rank, sets, grad.dtype, second, common.IS_AMD)
+    groups = counter_groups(write, config)
     blocks = common.cdiv(d, config.block_d)
-    partials = counters = None
-    if need_weights and config.chunks > 1:
-        partials = grad.new_empty(
-            config.chunks * 2 * (write.numel() + write.numel() // d), dtype=torch.float32
-        )
-        counters = reduction.counters(grad, blocks * sets)
     saved_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
-    bound = _bound(config, grad.dtype, grad.device.type, subtract_projection, linear, need_weights)
     launch.launch(
-        bound,
-        (blocks, config.chunks, sets),
-        (
-            grad,
-            out,
-            saved_input,
-            rows,
-            weight_ids,
-            read,
-            write,
-            coeff,
-            u,
-            dz,
-            ddelta,
-            *weight_grads,
-            partials,
-            counters,
+        _bound(
+            config, rank, grad.dtype, grad.device.type, subtract_projection, second, need_weights
         ),
+        (blocks, config.chunks, sets),
+        (grad, out, saved_input, rows, weight_ids, read, write, workspace, *weight_grads),
         (
             num_rows,
+            groups,
             sets,
             config.chunks,
             d,
@@ -468,3 +427,10 @@ def launch_gradient(
             *saved_strides,
         ),
     )
+    if need_weights and common.IS_AMD and config.chunks > 1:
+        launch.launch(
+            _bound_sum(config, read is not None, subtract_projection, second),
+            (blocks, sets),
+            (workspace, *weight_grads),
+            (num_rows, groups, sets, config.chunks, d, rank),
+        )

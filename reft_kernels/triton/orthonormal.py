@@ -18,14 +18,10 @@ and r alone, so results are bitwise reproducible and do not depend on the number
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
-from reft_kernels.triton import orthonormal_launch
-from reft_kernels.triton.orthonormal_backward import build_backward, build_backward_kernel
-from reft_kernels.triton.orthonormal_forward import build, build_kernel
-from reft_kernels.triton.orthonormal_gram import gram_kernel
+from reft_kernels.triton.orthonormal_backward import build_backward
+from reft_kernels.triton.orthonormal_forward import build
 
 
 def householder(
@@ -64,47 +60,3 @@ def cayley_backward(
 ) -> Tensor:
     """Implement :func:`reft_kernels.orthonormal.cayley_backward`."""
     return build_backward(True, grad_R, grad_D, X, signs, base, aux)
-
-
-def aot_specs(d: int, r: int) -> Iterator[tuple]:
-    """Yield the variants of the kernels for ahead-of-time compilation.
-
-    Each is ``(jit_function, signature, constexprs, num_warps, num_stages)``, in fp32, for both
-    maps, with and without ``base`` and ``W``. Compile CUDA targets with ``common.CUDA_OPTIONS``.
-    """
-    config = orthonormal_launch.build_config(32, d, r, 132)
-    for is_cayley in (False, True):
-        for has_base in (False, True):
-            for has_W in (False, True):
-                no_base = () if has_base else ("base", "point")
-                no_signs = () if has_base else ("signs",)
-                no_W = () if has_W else ("W", "D")
-                no_grad_D = () if has_W else ("grad_D",)
-                variants = [
-                    (build_kernel, no_base + no_signs + no_W),
-                    (build_backward_kernel, no_base + no_signs + no_grad_D),
-                    (gram_kernel, no_base + no_grad_D),
-                ]
-                if not has_W:
-                    variants.append((gram_kernel, (*no_base, "grad_R", "grad_D")))
-                for kernel, absent in variants:
-                    first = kernel is gram_kernel
-                    constexprs = {
-                        "r": r,
-                        # a launch also specializes arguments that are 1
-                        **({"rank": 1} if r == 1 and not first else {}),
-                        "CAYLEY": is_cayley,
-                        **(config.gram_constexprs() if first else config.constexprs()),
-                        **{name: None for name in absent if name in kernel.arg_names},
-                    }
-                    types = {
-                        "d": "i32",
-                        "rank": "i32",
-                        "chunk": "i32",
-                        "scratch": "*fp64",
-                        **dict.fromkeys(constexprs, "constexpr"),
-                    }
-                    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
-                    warps = config.gram_warps if first else config.num_warps
-                    stages = config.gram_stages if first else config.num_stages
-                    yield kernel, signature, constexprs, warps, stages

@@ -1,4 +1,8 @@
-"""RED, y = scale * x + bias: one launch for the forward and one for the backward pass."""
+"""RED, y = scale * x + bias: one launch for the forward pass, at most two for the backward pass.
+
+The backward pass of few rows is one launch. With more rows, chunks of them are summed by different
+programs, and a second launch adds the partial sums.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +28,21 @@ class RedConfig:
     num_warps: int
 
 
+FEW_ROWS = 1024
+
+
 @functools.lru_cache(maxsize=1024)
 def red_config(num_rows: int, d: int, sets: int) -> RedConfig:
-    """Return the launch parameters for a shape: tiles of 4096 elements. Not tuned on a GPU yet."""
-    block_d = min(common.next_power_of_2(d), 256)
-    block_n = max(1, min(4096 // block_d, common.next_power_of_2(num_rows)))
+    """Return the launch parameters for a shape: tiles of 4096 elements.
+
+    Few rows get narrow blocks of columns and one chunk. There are two tiles for a shape of the
+    weights, so that a change of the number of rows compiles at most two kernels. Not tuned on a GPU
+    yet.
+    """
+    block_d = min(common.next_power_of_2(d), 64 if num_rows <= FEW_ROWS else 256)
+    block_n = min(4096 // block_d, 64)
     max_chunks = max(1, 528 // (common.cdiv(d, block_d) * sets))
-    chunks = max(1, min(max_chunks, common.cdiv(num_rows, 4 * block_n)))
+    chunks = max(1, min(max_chunks, num_rows // FEW_ROWS))
     return RedConfig(block_n, block_d, chunks, 4)
 
 
@@ -94,7 +106,6 @@ def red_backward_kernel(
     grad_scale,
     grad_bias,
     partials,
-    counters,
     num_rows,
     num_sets,
     chunks,
@@ -106,13 +117,12 @@ def red_backward_kernel(
     saved_stride_n,
     saved_stride_d,
     NEED_WEIGHTS: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Compute dh, dscale and dbias for one block of columns, chunk of rows and weight set.
 
-    ``partials`` is fp32 ``[chunks, 2, S, d]``. It and ``counters`` are None if ONE_CHUNK is set.
+    ``partials`` is fp32 ``[chunks, 2, S, d]``; it is not used if there is one chunk.
     """
     block = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -153,7 +163,7 @@ def red_backward_kernel(
             dh = (a[None, :] * g).to(g_raw.dtype)
             tl.store(out + row[:, None] * out_stride_n + column * out_stride_d, dh, mask=mask)
     if NEED_WEIGHTS:
-        if ONE_CHUNK:
+        if chunks == 1:
             tl.store(grad_scale + w_offsets, acc_scale, mask=c_mask)
             tl.store(grad_bias + w_offsets, acc_bias, mask=c_mask)
         else:
@@ -161,16 +171,18 @@ def red_backward_kernel(
             chunk_partials = partials + tl.cast(chunk, tl.int64) * 2 * size
             tl.store(chunk_partials + w_offsets, acc_scale, mask=c_mask)
             tl.store(chunk_partials + size + w_offsets, acc_bias, mask=c_mask)
-            counter = counters + s * tl.num_programs(0) + block
-            if reduction.is_last(counter, chunks):
-                tl.store(
-                    grad_scale + w_offsets,
-                    reduction.sum_chunks(partials, w_offsets, c_mask, 2 * size, chunks),
-                    mask=c_mask,
-                )
-                total = reduction.sum_chunks(partials + size, w_offsets, c_mask, 2 * size, chunks)
-                tl.store(grad_bias + w_offsets, total, mask=c_mask)
-                tl.store(counter, 0)
+
+
+@triton.jit(do_not_specialize=["size", "chunks"])
+def red_sum_kernel(grad_scale, grad_bias, partials, size, chunks, BLOCK: tl.constexpr):
+    """Add the partial sums of :func:`red_backward_kernel`'s chunks, ``[chunks, 2, size]``."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    stride = 2 * tl.cast(size, tl.int64)
+    total = reduction.sum_chunks(partials, offsets, mask, stride, chunks)
+    tl.store(grad_scale + offsets, total, mask=mask)
+    total = reduction.sum_chunks(partials + size, offsets, mask, stride, chunks)
+    tl.store(grad_bias + offsets, total, mask=mask)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -181,13 +193,13 @@ def _bound_forward(config: RedConfig, save: bool) -> launch.BoundKernel:
 
 @functools.lru_cache(maxsize=1024)
 def _bound_backward(config: RedConfig, need_weights: bool) -> launch.BoundKernel:
-    constants = {
-        "NEED_WEIGHTS": need_weights,
-        "ONE_CHUNK": config.chunks == 1 or not need_weights,
-        "BLOCK_N": config.block_n,
-        "BLOCK_D": config.block_d,
-    }
+    constants = {"NEED_WEIGHTS": need_weights, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
     return launch.BoundKernel(red_backward_kernel, constants, {"num_warps": config.num_warps})
+
+
+@functools.lru_cache(maxsize=1)
+def _bound_sum() -> launch.BoundKernel:
+    return launch.BoundKernel(red_sum_kernel, {"BLOCK": 256}, {"num_warps": 4})
 
 
 def red(
@@ -243,10 +255,9 @@ def red_backward(
         return grad_scale, grad_bias
     config = red_config(num_rows, d, sets)
     blocks = common.cdiv(d, config.block_d)
-    partials = counters = None
+    partials = grad_scale  # not used with one chunk; the same type, so that one kernel is compiled
     if need_weights and config.chunks > 1:
         partials = grad.new_empty(config.chunks * 2 * sets * d, dtype=torch.float32)
-        counters = reduction.counters(grad, blocks * sets)
     saved_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
     launch.launch(
         _bound_backward(config, need_weights),
@@ -261,7 +272,6 @@ def red_backward(
             grad_scale,
             grad_bias,
             partials,
-            counters,
         ),
         (
             num_rows,
@@ -273,4 +283,12 @@ def red_backward(
             *saved_strides,
         ),
     )
+    if need_weights and config.chunks > 1:
+        size = sets * d
+        launch.launch(
+            _bound_sum(),
+            (common.cdiv(size, 256),),
+            (grad_scale, grad_bias, partials),
+            (size, config.chunks),
+        )
     return grad_scale, grad_bias

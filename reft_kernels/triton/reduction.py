@@ -1,41 +1,40 @@
-"""Deterministic sum over chunks of rows, within the launch that computes the partial sums.
+"""Deterministic sums over chunks of rows.
 
-For each output tile, one program per chunk stores an fp32 partial sum. The program that finishes
-last, determined by an atomic counter, adds the partial sums in the order of the chunks, so the
-result does not depend on which program it is. It then resets the counter, so no separate launch is
-needed for that.
+Each chunk stores its fp32 partial sums, and they are added in the order of the chunks, so that the
+result does not depend on when a program runs. Two ways to add them:
+
+- in the launch that computes them, by the program of a tile that finishes last. An atomic counter
+  determines which one it is. The counters are part of the call's own workspace, and an earlier
+  launch of the same call sets them to zero: no state outlives a call, none is shared between CUDA
+  graphs or streams, and a graph that is replayed always finds zeros.
+- in a launch of its own, which needs neither counters nor atomics. It is used where there is no
+  earlier launch (RED) and on AMD GPUs: there a barrier does not wait for the stores of other
+  waves, so that a counter could be ahead of the partial sums.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-_counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
-def counters(like: Tensor, count: int) -> Tensor:
-    """Return a tensor of at least ``count`` int32 zeros on the device of ``like``.
+def round_up(count: int) -> int:
+    """Return count rounded up to a multiple of 16, as :func:`padded` does in kernels."""
+    return (count + 15) // 16 * 16
 
-    There is one such tensor per device and stream, since launches on a stream do not overlap.
-    """
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    key = (like.device, stream)
-    buffer = _counters.get(key)
-    if buffer is None or buffer.numel() < count:
-        buffer = _counters[key] = torch.zeros(
-            max(count, 4096), dtype=torch.int32, device=like.device
-        )
-    return buffer
+
+@triton.jit
+def padded(count):
+    """Return count rounded up to a multiple of 16, so that what follows it stays aligned."""
+    return (count + 15) // 16 * 16
 
 
 @triton.jit
 def is_last(counter, chunks):
     """Return whether this is the last of ``chunks`` programs to reach this point.
 
-    The preceding stores of the other programs are then visible to this program.
+    The preceding stores of the other programs are then visible to this program. This holds on
+    NVIDIA GPUs, where the barrier orders the stores of all warps before the releasing atomic.
     """
     tl.debug_barrier()
     return tl.atomic_add(counter, 1, sem="acq_rel") == chunks - 1

@@ -16,6 +16,8 @@ pytest.importorskip("matplotlib", reason="the package matplotlib is not installe
 from matplotlib.figure import Figure
 
 from benchmarks import page, plot_style, plots, suites
+from benchmarks.roofline import saved
+from benchmarks.roofline.saved import Saved
 from benchmarks.rows import Measurement
 from tests.benchmarks import GPU, edits, row, write
 
@@ -369,3 +371,21 @@ def test_inline_figures_are_svg():
     addresses = _Page(_render({"d": edits()})).addresses
     images = [base64.b64decode(a.split(",", 1)[1]) for a in addresses if a.startswith("data:")]
     assert len(images) == 2 and all(b"<svg" in image for image in images)
+
+
+def test_estimates_have_a_section_of_their_own(tmp_path):
+    table = Saved(
+        "d = 512", "abc", ("operator", "ESTIMATE us"), [("edit & more", "7.5")], "n", ["a"]
+    )
+    saved.write(table, tmp_path)
+    text = page.render({"CPU": [row()]}, tmp_path)
+    before, _, after = text.partition("Estimates for a GPU: not measured")
+    assert "ESTIMATE us" not in before and "7.5" not in before
+    assert {"edit & more", "7.5"} <= set(_Page(text).cells)
+    assert "kernels of commit abc" in after and "<h2" not in after
+
+
+def test_a_file_that_is_no_table_of_estimates_is_an_error(tmp_path):
+    (tmp_path / saved.NAME).write_text("{}")
+    with pytest.raises(ValueError, match="expected a table"):
+        page.render({}, tmp_path)

@@ -42,6 +42,26 @@ def _check(rows: list[dict]) -> None:
         f"{len(too_large)} of {len(rows)} kernels need too much shared memory, the first: "
         f"{too_large[0]}"
     )
+    _check_order_of_stores(rows)
+
+
+def _check_order_of_stores(rows: list[dict]) -> None:
+    """Partial sums are visible before they are counted or added.
+
+    On AMD GPUs a barrier does not wait for other waves' stores, so no kernel may count finished
+    programs: partial sums are added by a launch of their own. On NVIDIA GPUs the one atomic of a
+    kernel releases what all warps stored before the barrier that precedes it.
+    """
+    for row in rows:
+        if row["target"].startswith("gfx"):
+            assert row["atomics"] == 0, f"an atomic in the code of an AMD GPU: {row}"
+        else:
+            assert row["atomics"] == row["atomics_after_barrier"], f"not after a barrier: {row}"
+            counts = row["kernel"].startswith("gradient")
+            assert row["atomics"] == int(counts), f"unexpected number of atomics: {row}"
+    kernels = {row["kernel"].split("[")[0] for row in rows}
+    if any(row["target"].startswith("gfx") for row in rows):
+        assert {"sum", "red_sum"} <= kernels, f"no launch adds partial sums: {sorted(kernels)}"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Launch configurations of the Triton kernels: grids, tiles and counters for given shapes.
+"""Launch configurations of the Triton kernels: grids and tiles for given shapes.
 
 No kernel runs.
 """
@@ -18,7 +18,6 @@ common = importlib.import_module("reft_kernels.triton.common")
 forward = importlib.import_module("reft_kernels.triton.edit")
 gradient = importlib.import_module("reft_kernels.triton.edit_gradient")
 red = importlib.import_module("reft_kernels.triton.red")
-reduction = importlib.import_module("reft_kernels.triton.reduction")
 
 shapes = {
     "num_rows": st.integers(1, 1 << 20),
@@ -55,13 +54,17 @@ def test_a_change_of_the_number_of_rows_compiles_at_most_two_kernels(
     assert len(configs) <= 2
 
 
-@given(sets=st.integers(1, 64), **shapes)
-def test_gradient_tiles_and_chunks_cover_the_rows(sets, num_rows, d, rank, dtype, second, amd):
-    config = gradient.gradient_config(num_rows, d, rank, sets, dtype, second, amd)
+@given(sets=st.integers(1, 64), selected=st.booleans(), **shapes)
+def test_gradient_tiles_and_chunks_cover_the_rows(
+    sets, selected, num_rows, d, rank, dtype, second, amd
+):
+    config = gradient.gradient_config(num_rows, d, rank, sets, dtype, second, selected, amd)
     tile = (config.block_n, config.block_d, config.block_r)
-    assert all(_is_power_of_two(side) for side in tile) and min(tile) >= common.MIN_DOT
+    assert all(_is_power_of_two(side) for side in tile) and min(tile[:2]) >= common.MIN_DOT
     assert rank <= config.block_r
     assert 1 <= config.chunks <= -(-num_rows // (4 * config.block_n))
+    if num_rows <= gradient.FEW_ROWS:
+        assert config.chunks == 1, "few rows need neither partial sums nor counters"
 
 
 @given(sets=st.integers(1, 64), num_rows=st.integers(1, 1 << 20), d=st.integers(1, 16384))
@@ -91,15 +94,6 @@ def test_few_rows_spread_over_programs_that_share_the_weights():
 )
 def test_next_power_of_two(n, power):
     assert common.next_power_of_2(n) == power
-
-
-def test_counters_are_zero_kept_and_grow():
-    like = torch.empty(0)
-    small = reduction.counters(like, 10)
-    assert small.dtype == torch.int32 and int(small.abs().sum()) == 0
-    assert reduction.counters(like, 5) is small
-    large = reduction.counters(like, small.numel() + 1)
-    assert large.numel() > small.numel() and int(large.abs().sum()) == 0
 
 
 def test_products_stay_on_tensor_cores_where_the_dtype_allows(monkeypatch):
