@@ -14,12 +14,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 
 import torch
-from reft_train.demo.baselines import TorchLoReFT
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmarks import edits
 from benchmarks.protocol import AccuracyCheck, Call, Provider
+from benchmarks.torch_loreft import TorchLoReFT
 from reft_kernels import positions
 from reft_kernels.interventions import StackedLoReFT
 

@@ -23,8 +23,7 @@ from pathlib import Path
 from reft_train import tasks
 from reft_train.data.reading import read_rows
 from reft_train.files import write_text
-from reft_train.reporting.log import read_log
-from reft_train.reporting.versions import versions
+from reft_train.reporting import versions
 
 from benchmarks import machine
 from benchmarks.proof.stdlib_llama import train_llama
@@ -54,6 +53,11 @@ SETTINGS = (
 )
 
 
+def _entries(log: Path) -> list[dict]:
+    """Return the entries of a run's log; a line that is being written is left out."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").split("\n")[:-1] if line]
+
+
 def command(*words: object) -> list[str]:
     """Return a reft-train command line."""
     return [sys.executable, "-m", "reft_train", *map(str, words)]
@@ -67,7 +71,7 @@ def interrupted(words: list[str], log: Path, step: int) -> None:
     """
     process = subprocess.Popen(words)
     while process.poll() is None and not (
-        log.is_file() and any(e["step"] >= step for e in read_log(log))
+        log.is_file() and any(e["step"] >= step for e in _entries(log))
     ):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
@@ -96,7 +100,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     """Return the logged training losses of a run."""
     return [
         (entry["step"], entry["loss"])
-        for entry in read_log(folder / "log.jsonl")
+        for entry in _entries(folder / "log.jsonl")
         if "loss" in entry
     ]
 

@@ -25,9 +25,8 @@ import torch
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
 from reft_train.data.sampling import ShuffledSampler
-from reft_train.reporting.log import LOG
 from reft_train.training.arguments import training_arguments
-from reft_train.training.callbacks import FiniteLoss, Journal
+from reft_train.training.callbacks import LOG, FiniteLoss, Journal
 from reft_train.training.trainer import ReftTrainer
 from torch import Tensor, nn
 from transformers import TrainerCallback

@@ -12,27 +12,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reft_train import evaluate, run
+from reft_train import demo, evaluate, run
 from reft_train.compare import command as compare
-from reft_train.demo import command as demo
 from reft_train.doctor import command as doctor
 from reft_train.errors import ReportedError, UserError
 from reft_train.search import command as search
 
-# import names of packages that only the extra ``train`` installs
-_TRAIN = (
-    "accelerate",
-    "datasets",
-    "matplotlib",
-    "optuna",
-    "peft",
-    "rich",
-    "safetensors",
-    "scipy",
-    "tqdm",
-    "transformers",
-)
-_EXTRAS = {name: name for name in _TRAIN} | {"sklearn": "scikit-learn", "yaml": "pyyaml"}
 COMMANDS = (run, evaluate, search, compare, doctor, demo)
 
 
@@ -44,11 +29,9 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="python -m reft_train", description="Train and evaluate ReFT adapters."
     )
-    subparsers = top.add_subparsers(
-        title="commands", dest="command", required=True, metavar="COMMAND"
-    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        command.add_parser(subparsers)
+        command.add_parser(commands)
     return top
 
 
@@ -62,9 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
         parsed = parser().parse_args(arguments)
 
-    def report(text: object) -> int:
-        print(f"reft_train {parsed.command}: {text}", file=sys.stderr)
-        return 2
+    def report(text: object, code: int = 2) -> int:
+        if first or code == 2:
+            print(f"reft_train {parsed.command}: {text}", file=sys.stderr)
+        return code
 
     try:
         return parsed.run(parsed)
@@ -74,15 +58,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # an error from a data loader worker carries a full traceback; its last part is the message
         return report(f"error: {str(error).strip().rpartition('UserError: ')[2]}")
     except FloatingPointError as error:
-        if first:
-            report(error)
-        return 1
+        return report(error, 1)
     except ModuleNotFoundError as error:
-        package = _EXTRAS.get((error.name or "").partition(".")[0])
-        if package is None:
+        if (error.name or "").startswith("reft_"):
             raise
-        hint = 'pip install "reft_kernels[train]" brings it'
-        return report(f"error: needs the package {package}, which is not installed; {hint}")
+        hint = 'pip install "reft_kernels[train]" installs what reft-train needs'
+        return report(f"error: the module {error.name} is not installed; {hint}")
     except OSError as error:  # disk full or permission denied; a traceback would not help
         return report(f"error: {error}")
     except KeyboardInterrupt:

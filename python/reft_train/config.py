@@ -1,22 +1,19 @@
-"""Configuration of a run: a frozen dataclass filled from a recipe, a YAML file and flags.
+"""Settings of a run, filled from a recipe, a YAML file and flags, and validated by pydantic.
 
 All values are checked before any model or data is loaded.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import math
-import types
-import typing
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from reft_train.errors import UserError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from reft_train.errors import UserError, one_line, wrong
 from reft_train.recipes import recipe
 
 REFT_METHODS = ("loreft", "direft", "nodireft", "noreft", "consreft", "lobireft", "red")
@@ -24,193 +21,164 @@ PEFT_METHODS = ("lora", "dora", "prefix", "ia3", "head")
 METHODS = REFT_METHODS + PEFT_METHODS
 
 
-def _field(
-    default: Any,
-    text: str,
-    choices: tuple[str, ...] | None = None,
-    low: float | None = None,
-    high: float | None = None,
-):
-    return field(
-        default=default, metadata={"help": text, "choices": choices, "low": low, "high": high}
-    )
+def _set(default: Any, text: str, **limits: Any) -> Any:
+    return Field(default, description=text, **limits)
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """Settings of a run.
+def _layers(value: Any) -> Any:
+    if value == "all":
+        return value
+    try:
+        numbers = re.split("[;,]", value) if isinstance(value, str) else value
+        numbers = sorted(int(number) for number in numbers)
+    except (TypeError, ValueError):
+        numbers = [-1]
+    if numbers[:1] == [-1] or len(set(numbers)) < len(numbers) or min(numbers, default=0) < 0:
+        raise wrong("layers", repr(value), "'all' or layer numbers such as 0;2;4, each once")
+    return numbers
 
-    ``reft-train run --help`` describes every field. The flag of a field is its name with dashes.
-    """
 
-    model: str = _field("", "folder or hub name of the frozen model")
-    task: str = _field("", "commonsense, math, gsm8k, instruct, boolq, glue/NAME, jsonl, ...")
-    recipe: str | None = _field(None, "named settings to start from; none: the task's")
-    data: str | None = _field(None, "folder of data files, as LLM-Adapters lays them out")
-    train: str | None = _field(None, "training file: .json, .jsonl, .csv, .tsv or .parquet")
-    test: list[str] = field(
-        default_factory=list, metadata={"help": "test files; none: those in the data folder"}
-    )
-    output: str = _field("runs/run", "folder for adapter, checkpoints, log and report")
-    resume: bool = _field(False, "go on from the last checkpoint in the output folder")
-    overwrite: bool = _field(False, "replace a run that the output folder holds")
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    method: str = _field("loreft", "what is trained", METHODS)
-    rank: int = _field(8, "rank of the edits, or of LoRA", None, 1, 256)
-    layers: str | list[int] = _field("all", "all, or numbers of the layers to edit, such as 0;2;4")
-    positions: str = _field("f7+l7", "tokens to edit: f7+l7, f3, l1, prompt or all")
-    share_weights: bool = _field(True, "same weights for first and last positions")
-    component: str = _field("block_output", "what to edit: a role, or a module path with {layer}")
-    activation: str = _field("linear", "activation of the learned projection")
-    dropout: float = _field(0.0, "dropout of the edits, or of LoRA", None, 0.0, 0.99)
-    parametrization: str = _field(
-        "householder", "how R is kept orthonormal", ("householder", "cayley")
-    )
-    init: str = _field(
-        "auto",
-        "the edits' start; auto: the identity where there is one",
-        ("auto", "identity", "orthogonal"),
-    )
-    lora_alpha: float | None = _field(
-        None, "scale of LoRA and DoRA; none: twice the rank", None, 1e-6
-    )
-    lora_targets: list[str] = field(
-        default_factory=list, metadata={"help": "modules of LoRA, DoRA, IA3; none: PEFT's choice"}
-    )
-    prefix_tokens: int = _field(20, "virtual tokens of prefix tuning", None, 1)
 
-    architecture: str = _field(
-        "auto", "how the model is used", ("auto", "causal", "seq2seq", "encoder")
-    )
-    pooling: str = _field(
-        "model",
-        "what a classifier reads: as the model's own does, or the mean of the last hidden states",
-        ("model", "mean"),
-    )
-    dtype: str = _field(
-        "auto",
-        "of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU that has it",
-        ("auto", "float32", "bfloat16", "float16"),
-    )
-    mixed_precision: str = _field("no", "autocast in training", ("no", "bf16", "fp16"))
-    quantization: str = _field(
-        "none", "of the frozen weights, by bitsandbytes", ("none", "8bit", "4bit")
-    )
-    device: str = _field("auto", "auto: cuda where there is one", ("auto", "cpu", "cuda"))
-    device_map: str = _field(
-        "none", "auto: spread the frozen model over all devices", ("none", "auto")
-    )
-    attention: str | None = _field(
-        None, "attention implementation: eager, sdpa, flash_attention_2; none: the model's"
-    )
-    compile: bool = _field(False, "torch.compile the model")
-    liger: bool = _field(False, "Liger kernels in the frozen model")
-    gradient_checkpointing: bool = _field(False, "recompute layers in the backward")
-    fsdp: bool = _field(False, "shard by torch FSDP2, under torchrun or accelerate launch")
-    deepspeed: str | None = _field(None, "DeepSpeed configuration, as Trainer takes it")
+class Bookkeeping(_Settings):
+    """Settings that do not change what is trained."""
 
-    epochs: int = _field(3, "passes over the training rows", None, 1)
-    max_steps: int | None = _field(None, "optimizer steps; replaces epochs", None, 1)
-    batch_size: int = _field(16, "examples in a forward of one process", None, 1)
-    accumulation: int = _field(2, "forwards in an optimizer step", None, 1)
-    lr: float = _field(9e-4, "highest learning rate", None, 0.0)
-    head_lr: float | None = _field(None, "of a classification head; none: lr", None, 0.0)
-    weight_decay: float = _field(0.0, "decay of the trained weights", None, 0.0)
-    warmup: float = _field(
-        0.1, "part of the steps over which the learning rate rises", None, 0.0, 1.0
-    )
-    schedule: str = _field("linear", "of the learning rate", ("linear", "cosine", "constant"))
-    max_grad_norm: float = _field(1.0, "clip gradients to this norm; 0: do not", None, 0.0)
-    seed: int = _field(42, "of weights, data order and splits", None, 0, 2**31 - 1)
+    output: str = _set("runs/run", "folder for adapter, checkpoints, log and report")
+    resume: bool = _set(False, "resume from the last checkpoint in the output folder")
+    overwrite: bool = _set(False, "replace the run in the output folder")
+    log_every: int = _set(10, "steps between log entries", ge=1)
+    keep: int = _set(2, "checkpoints to keep", ge=1)
+    workers: int = _set(0, "processes that prepare batches", ge=0)
+    threads: int | None = _set(None, "CPU threads; none: torch's choice", ge=1)
+    cache: str | None = _set(None, "folder of tokenized data; none: the user's cache folder")
 
-    max_length: int = _field(512, "tokens of an example, target included", None, 4)
-    turns: str = _field(
-        "all",
-        "answers of a conversation that are trained: all, a row for each, or the last",
-        ("all", "last"),
-    )
-    packing: bool = _field(False, "pack the examples of a batch into full rows, without padding")
-    packed_length: int | None = _field(None, "tokens of a packed row; none: max_length", None, 4)
-    group_by_length: bool = _field(True, "batches of similar length")
-    streaming: bool = _field(
-        False, "read and tokenize the training file while training; needs max_steps"
-    )
-    shuffle_buffer: int = _field(1000, "rows to shuffle among when streaming", None, 1)
-    train_rows: int | None = _field(None, "use at most so many training rows", None, 1)
-    test_rows: int | None = _field(None, "use at most so many rows of each test set", None, 1)
-    validation: float = _field(
-        0.0, "held-out training rows: a part below 1, or a number", None, 0.0
-    )
-    select: str = _field(
-        "none", "keep the best checkpoint by held-out loss or metric", ("none", "loss", "metric")
-    )
-    evaluate_every: int | None = _field(
-        None, "steps between evaluations of held-out rows; none: an epoch", None, 1
-    )
-    save_every: int | None = _field(
-        None, "steps between checkpoints; none: an epoch, or a tenth of a streaming run", None, 1
-    )
-    keep: int = _field(2, "checkpoints to keep", None, 1)
-    log_every: int = _field(10, "steps between lines of the log", None, 1)
-    workers: int = _field(0, "processes that prepare batches", None, 0)
-    threads: int | None = _field(None, "CPU threads; none: torch's choice", None, 1)
-    cache: str | None = _field(None, "folder of tokenized data; none: the user's cache folder")
 
-    skip_test: bool = _field(False, "do not score the test sets at the end")
-    eval_batch_size: int = _field(32, "examples in a forward of evaluation", None, 1)
-    max_new_tokens: int | None = _field(None, "tokens of an answer; none: the task's", None, 1)
-    temperature: float = _field(0.0, "of sampling; 0: greedy", None, 0.0)
-    top_p: float = _field(1.0, "nucleus of sampling", None, 1e-6, 1.0)
-    num_beams: int = _field(1, "beams", None, 1)
+class Data(_Settings):
+    """Settings of the data."""
 
-    def __post_init__(self) -> None:
-        for name in FIELDS:
-            object.__setattr__(self, name, check(name, getattr(self, name)))
-        if not self.model:
-            raise UserError("model: got none, expected a model's folder or hub name")
-        if not self.task:
-            raise UserError(
-                "task: got none, expected a task such as commonsense, gsm8k, boolq or jsonl"
-            )
-        self._check_pairs()
+    task: str = _set("", "commonsense, math, gsm8k, instruct, boolq, glue/NAME, jsonl, ...")
+    recipe: str | None = _set(None, "named settings to start from; none: the task's")
+    data: str | None = _set(None, "folder of data files, as LLM-Adapters lays them out")
+    train: str | None = _set(None, "training file: .json, .jsonl, .csv, .tsv or .parquet")
+    max_length: int = _set(512, "tokens of an example, target included", ge=4)
+    turns: Literal["all", "last"] = _set("all", "trained answers of a conversation")
+    packing: bool = _set(False, "pack the examples of a batch into full rows, without padding")
+    packed_length: int | None = _set(None, "tokens of a packed row; none: max_length", ge=4)
+    group_by_length: bool = _set(True, "batches of similar length")
+    streaming: bool = _set(False, "read and tokenize while training; needs max_steps")
+    shuffle_buffer: int = _set(1000, "rows to shuffle among when streaming", ge=1)
+    train_rows: int | None = _set(None, "use at most so many training rows", ge=1)
+    validation: float = _set(0.0, "held-out training rows: a part below 1, or a number", ge=0)
+    select: Literal["none", "loss", "metric"] = _set("none", "keep the best by held-out rows")
+    evaluate_every: int | None = _set(None, "steps between evaluations; none: an epoch", ge=1)
+    save_every: int | None = _set(None, "steps between checkpoints; none: an epoch", ge=1)
 
-    def _check_pairs(self) -> None:
+
+class Method(_Settings):
+    """Settings of the method that is trained."""
+
+    method: Literal[METHODS] = _set("loreft", "what is trained")  # type: ignore[valid-type]
+    rank: int = _set(8, "rank of the edits, or of LoRA", ge=1, le=256)
+    layers: Annotated[str | list[int], BeforeValidator(_layers)] = _set(
+        "all", "all, or numbers of the layers to edit, such as 0;2;4"
+    )
+    positions: str = _set("f7+l7", "tokens to edit: f7+l7, f3, l1, prompt or all")
+    share_weights: bool = _set(True, "same weights for first and last positions")
+    component: str = _set("block_output", "what to edit: a role, or a module path with {layer}")
+    activation: str = _set("linear", "activation of the learned projection")
+    dropout: float = _set(0.0, "dropout of the edits, or of LoRA", ge=0, le=0.99)
+    parametrization: Literal["householder", "cayley"] = _set("householder", "map that builds R")
+    init: Literal["auto", "identity", "orthogonal"] = _set("auto", "initial edits")
+    lora_alpha: float | None = _set(None, "scale of LoRA and DoRA; none: twice the rank", ge=1e-6)
+    lora_targets: list[str] = _set([], "modules of LoRA, DoRA, IA3; none: PEFT's choice")
+    prefix_tokens: int = _set(20, "virtual tokens of prefix tuning", ge=1)
+
+
+class Frozen(_Settings):
+    """Settings of the frozen model."""
+
+    model: str = _set("", "folder or hub name of the frozen model")
+    architecture: Literal["auto", "causal", "seq2seq", "encoder"] = _set("auto", "kind of model")
+    pooling: Literal["model", "mean"] = _set("model", "classifier input: the model's own, or mean")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _set(
+        "auto", "of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU that has it"
+    )
+    quantization: Literal["none", "8bit", "4bit"] = _set("none", "by bitsandbytes")
+    device: Literal["auto", "cpu", "cuda"] = _set("auto", "auto: cuda if available")
+    device_map: Literal["none", "auto"] = _set("none", "auto: model over all devices")
+    attention: str | None = _set(None, "eager, sdpa, flash_attention_2; none: the model's")
+    liger: bool = _set(False, "Liger kernels in the frozen model")
+
+
+class Optimization(_Settings):
+    """Settings of the optimizer."""
+
+    lr: float = _set(9e-4, "highest learning rate", ge=0)
+    head_lr: float | None = _set(None, "of a classification head; none: lr", ge=0)
+    weight_decay: float = _set(0.0, "decay of the trained weights", ge=0)
+    warmup: float = _set(0.1, "part of the steps in which the learning rate rises", ge=0, le=1)
+    schedule: Literal["linear", "cosine", "constant"] = _set("linear", "of the learning rate")
+    max_grad_norm: float = _set(1.0, "clip gradients to this norm; 0: do not", ge=0)
+    epochs: int = _set(3, "passes over the training rows", ge=1)
+    max_steps: int | None = _set(None, "optimizer steps; replaces epochs", ge=1)
+    batch_size: int = _set(16, "examples in a forward of one process", ge=1)
+    accumulation: int = _set(2, "forwards in an optimizer step", ge=1)
+
+
+class Engine(_Settings):
+    """Settings of the training engine."""
+
+    seed: int = _set(42, "of weights, data order and splits", ge=0, lt=2**31)
+    mixed_precision: Literal["no", "bf16", "fp16"] = _set("no", "autocast in training")
+    compile: bool = _set(False, "torch.compile the model")
+    gradient_checkpointing: bool = _set(False, "recompute layers in the backward")
+    fsdp: bool = _set(False, "shard by torch FSDP2, under torchrun or accelerate launch")
+    deepspeed: str | None = _set(None, "DeepSpeed configuration, as Trainer takes it")
+
+
+class Scoring(_Settings):
+    """Settings of the evaluation on test sets."""
+
+    skip_test: bool = _set(False, "do not score the test sets at the end")
+    test: list[str] = _set([], "test files; none: those in the data folder")
+    test_rows: int | None = _set(None, "use at most so many rows of each test set", ge=1)
+    eval_batch_size: int = _set(32, "examples in a forward of evaluation", ge=1)
+    max_new_tokens: int | None = _set(None, "tokens of an answer; none: the task's", ge=1)
+    temperature: float = _set(0.0, "of sampling; 0: greedy", ge=0)
+    top_p: float = _set(1.0, "nucleus of sampling", ge=1e-6, le=1)
+    num_beams: int = _set(1, "beams", ge=1)
+
+
+class RunConfig(Scoring, Bookkeeping, Engine, Optimization, Method, Data, Frozen):
+    """Settings of a run, as ``reft-train run --help`` lists them."""
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
         from reft_kernels.activations import canonical_activation
         from reft_kernels.positions import parse
 
-        try:
-            spec = parse(self.positions)
-            canonical_activation(self.activation)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-        if not self.share_weights and not (spec.first and spec.last):
-            raise UserError(
-                f"share_weights: got false with positions {self.positions!r}, expected positions "
-                "'fN+lM'"
-            )
-        if self.streaming and self.max_steps is None:
-            raise UserError(
-                "max_steps: got none with streaming, expected a number: a stream has no length"
-            )
-        if self.streaming and self.validation:
-            raise UserError(
-                f"validation: got {self.validation:g} with streaming, expected 0: a stream cannot "
-                "be split"
-            )
-        if self.validation >= 1 and self.validation != int(self.validation):
-            raise UserError(
-                f"validation: got {self.validation:g}, expected a part below 1 or a whole number "
-                "of rows"
-            )
-        if self.select != "none" and not self.holds_out:
-            raise UserError(
-                f"select: got {self.select!r} without validation, expected held-out training rows "
-                "to choose by"
-            )
-        if self.fsdp and self.deepspeed:
-            raise UserError("fsdp: got true with deepspeed, expected one of them")
-        if self.resume and self.overwrite:
-            raise UserError("resume: got true with overwrite, expected one of them")
+        spec, held = parse(self.positions), self.validation
+        canonical_activation(self.activation)
+        apart = not self.share_weights and not (spec.first and spec.last)
+        positions, streamed = f"false with positions {self.positions!r}", f"{held:g} with streaming"
+        endless, fraction = self.streaming and self.max_steps is None, held >= 1 and held % 1
+        blind, unseen = self.select != "none" and not self.holds_out, f"{self.select!r} alone"
+        for fails, name, got, expected in (
+            (not self.model, "model", "none", "a model's folder or hub name"),
+            (not self.task, "task", "none", "a task such as commonsense, boolq or jsonl"),
+            (apart, "share_weights", positions, "positions 'fN+lM'"),
+            (endless, "max_steps", "none with streaming", "a number: a stream has no length"),
+            (self.streaming and held, "validation", streamed, "0: a stream cannot be split"),
+            (fraction, "validation", f"{held:g}", "a part below 1 or a whole number of rows"),
+            (blind, "select", unseen, "held-out training rows, such as --validation 0.1"),
+            (self.fsdp and self.deepspeed, "fsdp", "true with deepspeed", "one of them"),
+            (self.resume and self.overwrite, "resume", "true with overwrite", "one of them"),
+        ):
+            if fails:
+                raise wrong(name, got, expected)
+        return self
 
     @property
     def holds_out(self) -> bool:
@@ -219,92 +187,63 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name as plain values."""
-        return dataclasses.asdict(self)
+        return self.model_dump()
 
     def replace(self, **changes: Any) -> RunConfig:
         """Return a copy with the given changes, validated again."""
-        known(changes, "setting")
-        return dataclasses.replace(self, **changes)
+        return validated({**self.to_dict(), **changes})
 
 
-FIELDS: Mapping[str, dataclasses.Field] = types.MappingProxyType(
-    {f.name: f for f in dataclasses.fields(RunConfig)}
-)
-TYPES: Mapping[str, Any] = types.MappingProxyType(typing.get_type_hints(RunConfig))
+FIELDS = RunConfig.model_fields
 
 
-def known(names: typing.Iterable[str], what: str) -> None:
-    """Raise UserError for a name that is not a setting."""
-    for name in names:
-        if name not in FIELDS:
-            near = get_close_matches(str(name), FIELDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "reft-train run --help lists them"
-            raise UserError(f"{what}: got {name!r}, which is none; {hint}")
+def validated(values: Mapping[str, Any]) -> RunConfig:
+    """Build a configuration; the first invalid value is reported in a UserError."""
+    try:
+        return RunConfig(**values)
+    except ValidationError as failure:
+        error = failure.errors()[0]
+    reason = error["msg"].removeprefix("Value error, ")
+    if not error["loc"] or error["type"] == "value_error":
+        raise UserError(reason)
+    name = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        raise unknown(name)
+    raise wrong(name, repr(error["input"]), reason.removeprefix("Input should be "))
 
 
 def check(name: str, value: Any) -> Any:
-    """Validate a setting's value and convert it to the field's type."""
-    hint, about = TYPES[name], FIELDS[name].metadata
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None and type(None) in kinds:
-        return None
-    value = _converted(name, value, kinds)
-    choices, low, high = about.get("choices"), about.get("low"), about.get("high")
-    if choices is not None and value not in choices:
-        raise UserError(f"{name}: got {value!r}, expected one of {', '.join(choices)}")
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        ends = (-math.inf if low is None else low), (math.inf if high is None else high)
-        if not (math.isfinite(value) and ends[0] <= value <= ends[1]):
-            limits = f">= {low:g}" if high is None else f"from {low:g} to {high:g}"
-            raise UserError(f"{name}: got {value!r}, expected a number {limits}")
-    return value
+    """Validate the value of one setting and convert it to the field's type."""
+    least = {"model": "none", "task": "none", "validation": 0.1, "max_steps": 1}
+    return getattr(validated({**least, name: value}), name)
 
 
-def _converted(name: str, value: Any, kinds: tuple[Any, ...]) -> Any:
-    inner = next((typing.get_args(k)[0] for k in kinds if typing.get_origin(k) is list), None)
-    expected = {int: "a whole number", str: "text", float: "a number", bool: "true or false"}.get(
-        kinds[0], "a list"
-    )
-    if bool in kinds or isinstance(value, bool):
-        if bool in kinds and isinstance(value, bool):
-            return value
-    elif int in kinds and isinstance(value, int):
-        return value
-    elif float in kinds:
-        with contextlib.suppress(TypeError, ValueError):
-            return float(value)  # YAML parses 9e-4 as a string
-    elif inner and isinstance(value, list | tuple):
-        if all(type(item) is inner for item in value):
-            return list(value)
-        value, expected = list(value), f"a list of {'numbers' if inner is int else 'names'}"
-    elif str in kinds and isinstance(value, str):
-        if name != "layers" or value == "all":
-            return value
-        expected = "'all' or a list of layer numbers"
-    raise UserError(f"{name}: got {value!r}, expected {expected}")
+def unknown(name: object, where: str = "") -> UserError:
+    """Build the error for a name that is not a setting."""
+    near = get_close_matches(str(name), FIELDS, n=1)
+    hint = f"did you mean {near[0]}?" if near else "reft-train run --help lists the settings"
+    return UserError(f"{where}unknown setting {name!r}; {hint}")
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read settings from a YAML file with one mapping of :class:`RunConfig` field names."""
+def read_mapping(path: str | Path, name: str) -> dict[str, Any]:
     import yaml
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-        raise UserError(
-            f"--config: got {path}, which cannot be read ({reason}), expected a YAML file"
-        ) from None
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"--config: got {path}, which is not YAML ({reason}), expected a mapping of settings"
-        ) from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
+        raise wrong(name, f"{path}, which cannot be read ({reason})", "a YAML file") from None
     if not isinstance(values, dict):
-        raise UserError(
-            f"--config: got {path} with a {type(values).__name__}, expected a mapping of settings"
-        )
-    known(values, f"setting in {path}")
+        raise wrong(name, f"{path} with a {type(values).__name__}", "a mapping of settings")
+    return values
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read settings from a YAML file with one mapping of :class:`RunConfig` field names."""
+    values = read_mapping(path, "--config")
+    for name in values:
+        if name not in FIELDS:
+            raise unknown(name, f"{path}: ")
     return values
 
 
@@ -312,16 +251,11 @@ def build(*layers: Mapping[str, Any]) -> RunConfig:
     """Build a configuration from mappings; later ones override earlier ones and the recipe."""
     from reft_train import tasks
 
-    merged: dict[str, Any] = {}
-    for values in layers:
-        known(values, "setting")
-        merged.update(values)
+    merged = {name: value for values in layers for name, value in values.items()}
     if not isinstance(merged.get("task"), str) or not merged["task"]:
-        raise UserError(
-            "task: got none, expected a task such as commonsense, gsm8k, boolq or jsonl"
-        )
-    name = check("recipe", merged.get("recipe")) or tasks.get(merged["task"]).recipe
-    return RunConfig(**{**recipe(name), **merged, "recipe": name})
+        raise wrong("task", "none", "a task such as commonsense, gsm8k, boolq or jsonl")
+    name = merged.get("recipe") or tasks.get(merged["task"]).recipe
+    return validated({**recipe(str(name)), **merged, "recipe": name})
 
 
 def dump_yaml(config: RunConfig) -> str:

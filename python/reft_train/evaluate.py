@@ -9,32 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from reft_train import flags, tasks
-from reft_train.config import RunConfig, build, read_yaml
-from reft_train.errors import UserError
+from reft_train.config import Frozen, RunConfig, Scoring, build, read_yaml
+from reft_train.errors import wrong
 from reft_train.files import check_folder, read_object
 
-SETTINGS = (
-    "model",
-    "task",
-    "data",
-    "test",
-    "test_rows",
-    "max_length",
-    "eval_batch_size",
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "num_beams",
-    "seed",
-    "architecture",
-    "dtype",
-    "quantization",
-    "device",
-    "device_map",
-    "attention",
-    "liger",
-    "threads",
-)
+SETTINGS = [*Frozen.model_fields, *Scoring.model_fields, "task", "data", "max_length", "seed"]
+SETTINGS = [name for name in (*SETTINGS, "threads") if name not in ("skip_test", "pooling")]
 CONFIG, ADAPTER, FROZEN = "config.yaml", "adapter", "none"
 DESCRIPTION = """Score an adapter on test sets: generate answers or predict classes, apply the
 task's rule, print a table with the average over sets. Writes scores.json,
@@ -43,14 +23,13 @@ predictions/<set>.jsonl and, for instruct, alpaca_eval/<set>.json."""
 
 def add_parser(subparsers) -> None:
     """Add the command and its flags."""
-    command = subparsers.add_parser(
-        "eval", help="score a run, an adapter or a frozen model", description=DESCRIPTION
-    )
-    text = "a run's output folder: settings and adapter are taken from there, other flags win"
+    text = "score a run, an adapter or a frozen model"
+    command = subparsers.add_parser("eval", help=text, description=DESCRIPTION)
+    text = "a run's output folder, for settings and adapter; other flags take precedence"
     command.add_argument("--run", dest="run_folder", metavar="FOLDER", help=text)
     text = "adapter to score; none: the frozen model itself (default: that of --run)"
     command.add_argument("--adapter", metavar="FOLDER", help=text)
-    text = "where scores and predictions go (default: eval in the run's folder, or runs/eval)"
+    text = "folder of scores and predictions (default: eval in the run's folder, or runs/eval)"
     command.add_argument("--out", metavar="FOLDER", help=text)
     flags.add_settings(command, SETTINGS)
     command.set_defaults(run=run)
@@ -69,7 +48,7 @@ def run(parsed: argparse.Namespace) -> int:
         if config.model == read_yaml(base / CONFIG).get("model"):
             models.check_reachable(config, base)
         if parsed.adapter is None:
-            methods.check_run_base(config, base, models.model_config(config))
+            methods.check_base(models.model_config(config), base, "model")
     task = tasks.get(config.task)
     sets = find_rows(config.replace(train=None, skip_test=False), task, train=False).tests
     if adapter is not None:
@@ -84,9 +63,8 @@ def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
     if parsed.run_folder is not None:
         path = Path(parsed.run_folder) / CONFIG
         if not path.is_file():
-            raise UserError(
-                f"--run: got {parsed.run_folder}, without a {CONFIG}, expected a run's output "
-                "folder"
+            raise wrong(
+                "--run", f"{parsed.run_folder}, without a {CONFIG}", "a run's output folder"
             )
         layers.append(read_yaml(path))
     if parsed.config is not None:
@@ -101,7 +79,7 @@ def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
         path = resolve_adapter(parsed) / "adapter_config.json"
         merged["model"] = read_object(path, "--adapter").get("base_model_name_or_path")
     if not merged.get("model"):
-        raise UserError("--model: got none, expected a model's folder or hub name, or --run FOLDER")
+        raise wrong("--model", "none", "a model's folder or hub name, or --run FOLDER")
     return build(merged)
 
 
@@ -111,14 +89,11 @@ def resolve_adapter(parsed: argparse.Namespace) -> Path | None:
         return None
     if parsed.adapter is None and parsed.run_folder is None:
         expected = "an adapter's folder, none for the frozen model, or --run FOLDER"
-        raise UserError(f"--adapter: got nothing, expected {expected}")
+        raise wrong("--adapter", "nothing", expected)
     folder = Path(parsed.run_folder) / ADAPTER if parsed.adapter is None else Path(parsed.adapter)
     if not (folder / "adapter_config.json").is_file():
         name = "--run" if parsed.adapter is None else "--adapter"
-        raise UserError(
-            f"{name}: got {folder}, without an adapter_config.json, expected an adapter that a "
-            "run saved"
-        )
+        raise wrong(name, f"{folder}, without an adapter_config.json", "a saved adapter")
     return folder
 
 
@@ -142,19 +117,13 @@ def _score(
     scores = [scoring.score_set(name, rows, loaded, task, config) for name, rows in sets.items()]
     if not state.is_main_process:
         return 0
-    settings = {name: getattr(config, name) for name in SETTINGS if name not in ("model", "task")}
-    about = {
-        "model": config.model,
-        "adapter": None if adapter is None else str(adapter),
-        "task": task.name,
-    }
-    writing.write_predictions(out, scores)
-    if not task.metrics:
-        writing.write_alpaca_eval(
-            out, scores, Path(config.model).name + ("" if adapter is None else "-reft")
-        )
-        print("not scored here: the answers in alpaca_eval go to its judge", file=sys.stderr)
+    model_name = Path(config.model).name + ("" if adapter is None else "-reft")
+    writing.write_predictions(out, task, scores, model_name)
+    about = {"model": config.model, "task": task.name, "adapter": adapter and str(adapter)}
+    settings = {name: getattr(config, name) for name in SETTINGS if name not in about}
     writing.write_scores(out, scores, {**about, "settings": settings})
     print(scoring.render(scores))
+    if not task.metrics:
+        print("not scored: alpaca_eval/ has the answers for its judge", file=sys.stderr)
     print(f"written to {out}")
     return 0

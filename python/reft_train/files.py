@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -39,19 +38,17 @@ def write_text(path: Path, content: str) -> Path:
 def replace_folder(source: Path, target: Path) -> Path:
     """Move the folder ``source`` to ``target`` on the same file system, replacing an old folder."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        os.replace(source, target)
-        return target
-    # a non-empty folder cannot be replaced in a single rename
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.")) / "old"
-    os.replace(target, aside)
-    try:
-        os.replace(source, target)
-    except BaseException:
-        os.replace(aside, target)
-        raise
-    finally:
-        shutil.rmtree(aside.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as aside:
+        # a non-empty folder cannot be replaced in a single rename
+        old = Path(aside) / "old"
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(source, target)
+        except BaseException:
+            if old.exists():
+                os.replace(old, target)
+            raise
     return target
 
 
@@ -73,11 +70,9 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # JSON and UTF-8 decoding errors are ValueErrors
-        reason = f"which is not readable JSON ({error})"
-        raise UserError(f"{name}: got {path}, {reason}, expected an object") from None
+        raise wrong(name, f"{path}, which is not readable JSON ({error})", "an object") from None
     if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise UserError(f"{name}: got {path} with a JSON {kind}, expected an object")
+        raise wrong(name, f"{path} with a JSON {type(value).__name__}", "an object")
     return value
 
 
@@ -85,14 +80,12 @@ def check_folder(folder: Path, name: str) -> Path:
     """Return the deepest existing folder on the path of an output folder."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise UserError(f"{name}: got {folder}, but {existing} is a file, expected a folder")
+        raise wrong(name, f"{folder}, but {existing} is a file", "a folder")
     if not os.access(existing, os.W_OK):
-        reason = f"but {existing} cannot be written to"
-        raise UserError(f"{name}: got {folder}, {reason}, expected a folder that can")
+        raise wrong(name, f"{folder}, but {existing} is not writable", "a writable folder")
     return existing
 
 
 def default_cache() -> Path:
     """Return ``$XDG_CACHE_HOME/reft_train``, or ``~/.cache/reft_train``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "reft_train"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft_train"

@@ -7,34 +7,23 @@ inherits its parent's value.
 
 from __future__ import annotations
 
-import sys
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
-
-from reft_train.procfs import STATUS, sizes
 
 _MIB = 2**20
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Memory before the work and at its peak in MiB (0 where unknown), and how it was measured."""
+    """Memory before the work and at its peak in MiB, and how it was measured."""
 
     before: float
     peak: float
     method: str
-
-
-def _max_rss_mib() -> float:
-    try:
-        import resource
-    except ImportError:  # not available on Windows
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        _MIB if sys.platform == "darwin" else 1024
-    )
 
 
 class PeakMeter:
@@ -44,36 +33,26 @@ class PeakMeter:
         self.device, self._before, self._method = device, 0.0, ""
 
     def start(self) -> None:
-        """Reset the peak, where the system supports it."""
+        """Reset the peak if the system supports it."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             self._before = torch.cuda.memory_allocated(self.device) / _MIB
-            self._method = "peak of PyTorch's CUDA allocator while training"
+            self._method = "peak of PyTorch's CUDA allocator during training"
             return
-        self._before, self._method = (
-            sizes(STATUS).get("VmRSS", 0) / _MIB,
-            "peak resident memory of the ",
-        )
+        self._before = psutil.Process().memory_info().rss / _MIB
         try:
             # writing 5 resets VmHWM to the current size
             Path("/proc/self/clear_refs").write_text("5")
-            self._method += "variant's process while training (VmHWM, reset before it)"
+            self._method = "peak resident memory of the process during training (VmHWM)"
         except OSError:
-            self._method += "variant's process since its start (VmHWM)"
+            self._method = "peak resident memory of the process since its start"
 
     def stop(self) -> Peak:
         """Return the peak since ``start()``."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            return Peak(
-                self._before, torch.cuda.max_memory_allocated(self.device) / _MIB, self._method
-            )
-        high_water = sizes(STATUS).get("VmHWM")
-        if high_water is None:
-            return Peak(
-                self._before,
-                _max_rss_mib(),
-                "peak resident memory of the process since its start (ru_maxrss)",
-            )
-        return Peak(self._before, high_water / _MIB, self._method)
+            peak = torch.cuda.max_memory_allocated(self.device)
+            return Peak(self._before, peak / _MIB, self._method)
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return Peak(self._before, int(found[1]) / 1024, self._method)

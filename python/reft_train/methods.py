@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_train.config import REFT_METHODS, RunConfig
-from reft_train.errors import UserError
+from reft_train.errors import UserError, one_line, wrong
 from reft_train.files import read_object, write_text
 from reft_train.models import CAUSAL, CLASSIFICATION, Loaded, identity
 
@@ -48,29 +48,14 @@ def peft_config(
     if loaded.kind == CLASSIFICATION and config.method != "prefix":
         common["modules_to_save"] = list(loaded.heads)
     if config.method in REFT_METHODS:
-        names = (
-            "layers",
-            "rank",
-            "positions",
-            "share_weights",
-            "component",
-            "activation",
-            "dropout",
-            "parametrization",
-        )
-        same = {name: getattr(config, name) for name in names}
-        init = None if config.init == "auto" else config.init
-        return ReftConfig(
-            intervention=config.method,
-            init=init,
-            response_template=response_template,
-            **same,
-            **common,
-        )
+        names = ("layers", "rank", "positions", "share_weights", "component", "activation")
+        same = {name: getattr(config, name) for name in (*names, "dropout", "parametrization")}
+        common |= {"init": None if config.init == "auto" else config.init}
+        common |= {"intervention": config.method, "response_template": response_template}
+        return ReftConfig(**same, **common)
     if config.method == "head":
         if loaded.kind != CLASSIFICATION:
-            expected = "a task with classes on an encoder: a language model has no new head"
-            raise UserError(f"method: got 'head', expected {expected}")
+            raise wrong("method", "'head' with a model that generates", "a task with classes")
         # adapts no layer; only saves and loads the head
         return peft.LoraConfig(target_modules=DUMMY_TARGET_MODULES, **common)
     if config.method == "prefix":
@@ -100,8 +85,10 @@ def adapt(config: RunConfig, loaded: Loaded, response_template: list[int] | None
     torch.manual_seed(config.seed)
     try:
         return get_peft_model(loaded.model, peft_config(config, loaded, response_template))
+    except UserError:
+        raise
     except (ValueError, TypeError) as error:
-        raise UserError(f"method {config.method}: {' '.join(str(error).split())}") from None
+        raise UserError(f"method {config.method}: {one_line(error, 1000)}") from None
 
 
 def save_adapter(model: Any, folder: Path, state_dict: dict[str, Any] | None = None) -> None:
@@ -118,14 +105,13 @@ def load_adapter(loaded: Loaded, folder: str | Path, *, trainable: bool = False)
 
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
-        expected = "a folder with adapter_config.json and adapter_model.safetensors"
-        raise UserError(f"adapter: got {folder}, expected {expected}")
+        raise wrong("adapter", folder, "a folder with adapter_config.json and weights")
     check_base(loaded.model.config, folder)
     try:
         return PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"adapter: got {folder}, which does not fit the model ({reason})") from None
+        text = f"adapter: got {folder}, which does not fit the model ({one_line(error)})"
+        raise UserError(text) from None
 
 
 def record_base(hf_config: Any, folder: Path) -> None:
@@ -133,41 +119,14 @@ def record_base(hf_config: Any, folder: Path) -> None:
     write_text(folder / BASE_MODEL, json.dumps(identity(hf_config)))
 
 
-def _first_difference(hf_config: Any, folder: Path) -> tuple[str, Any, Any] | None:
-    """Return the name, recorded value and current value of the first difference.
+def check_base(hf_config: Any, folder: Path, name: str = "adapter") -> None:
+    """Raise UserError if a run or an adapter was trained on a different base model.
 
-    None if nothing differs or nothing was recorded.
+    A folder without a record of the base model is accepted: PEFT compares the shapes.
     """
     path = folder / BASE_MODEL
-    if not path.is_file():
-        return None  # written by another program or an older release; PEFT compares the shapes
-    saved, current = read_object(path, BASE_MODEL), identity(hf_config)
-    return next(
-        (
-            (name, value, current.get(name))
-            for name, value in saved.items()
-            if current.get(name) != value
-        ),
-        None,
-    )
-
-
-def check_base(hf_config: Any, folder: Path) -> None:
-    """Raise UserError if an adapter was trained on a different base model."""
-    if difference := _first_difference(hf_config, folder):
-        name, value, current = difference
-        raise UserError(
-            f"adapter: got {folder}, trained on a model with {name} {value}, but the model has "
-            f"{current}"
-        )
-
-
-def check_run_base(config: RunConfig, folder: Path, hf_config: Any) -> None:
-    """Raise UserError if a run was trained on a different model.
-
-    A run without a record of its base model is accepted.
-    """
-    if difference := _first_difference(hf_config, folder):
-        name, value, current = difference
-        begun = f"{folder} was trained on a model with {name} {value}, expected the same model"
-        raise UserError(f"model: got {config.model!r} with {name} {current}, but {begun}")
+    saved, current = read_object(path, BASE_MODEL) if path.is_file() else {}, identity(hf_config)
+    for key, value in saved.items():
+        if current.get(key) != value:
+            what = f"a model with {key} {current.get(key)}"
+            raise UserError(f"{name}: got {what}, but {folder} was trained with {key} {value}")

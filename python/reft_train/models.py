@@ -12,22 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from reft_train.config import RunConfig
-from reft_train.errors import UserError
+from reft_train.errors import UserError, one_line, wrong
 from reft_train.tasks.base import Task
 
 CAUSAL, SEQ2SEQ, CLASSIFICATION = "causal", "seq2seq", "classification"
 HEADS = ("classifier", "score", "classification_head")
-_IDENTITY = (
-    "model_type",
-    "hidden_size",
-    "d_model",
-    "n_embd",
-    "num_hidden_layers",
-    "num_layers",
-    "n_layer",
-    "vocab_size",
+_WIDTH, _DEPTH = (
+    ("hidden_size", "d_model", "n_embd"),
+    ("num_hidden_layers", "num_layers", "n_layer"),
 )
-_PLACE = "expected a model's folder: --model FOLDER"
+_IDENTITY = ("model_type", *_WIDTH, *_DEPTH, "vocab_size")
 
 
 @dataclass
@@ -67,15 +61,13 @@ def model_config(config: RunConfig) -> Any:
     """Load the model's configuration, or raise UserError listing the locations tried."""
     from transformers import AutoConfig
 
-    path = Path(config.model)
-    if not path.exists() and _is_local(config.model):
-        raise UserError(
-            f"model: got {config.model!r}, which cannot be loaded: there is no such folder; "
-            f"{_PLACE}"
-        )
+    path, expected = Path(config.model), "a folder with config.json, weights and a tokenizer"
     if path.exists() and not (path / "config.json").is_file():
-        expected = "a folder with config.json, weights and a tokenizer: --model FOLDER"
-        raise UserError(f"model: got {path}, expected {expected}")
+        raise wrong("model", path, f"{expected}: --model FOLDER")
+    if not path.exists() and _is_local(config.model):
+        raise wrong(
+            "model", f"{config.model!r}, which does not exist", f"{expected}: --model FOLDER"
+        )
     logger = logging.getLogger("huggingface_hub")  # silences one warning per retry
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -89,38 +81,26 @@ def model_config(config: RunConfig) -> Any:
 
 def _unloadable(name: str, what: str, error: Exception) -> UserError:
     """Build the error for a model that cannot be loaded; for a hub name it lists what was tried."""
-    reason = " ".join(str(error).split())
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        return UserError(f"model: got {name!r}, {what} ({reason[:300]})")
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+        return UserError(f"model: got {name!r}, {what} ({one_line(error)})")
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     chain: list[BaseException] = [error]
-    while (
-        cause := chain[-1].__cause__ or chain[-1].__context__
-    ) is not None and cause not in chain:
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    hub = f"what huggingface.co gave cannot be used ({reason[:300]})"
-    for kind, explanation in (
-        (
-            GatedRepoError,
-            "huggingface.co gives it to accepted users alone: accept its terms there, hf auth "
-            "login",
-        ),
-        (RepositoryNotFoundError, "huggingface.co has no such model, or not without hf auth login"),
-        (
-            OSError | OfflineModeIsEnabled,
-            f"huggingface.co did not give it, as without a network ({reason[:100]})",
-        ),
-    ):
-        if any(isinstance(part, kind) for part in chain):
-            hub = explanation
-            break
+
+    def raised(kind: Any) -> bool:
+        return any(isinstance(part, kind) for part in chain)
+
+    if raised(GatedRepoError):
+        hub = "access on huggingface.co is restricted: accept its terms there and run hf auth login"
+    elif raised(RepositoryNotFoundError):
+        hub = "huggingface.co has no such public model (hf auth login gives access to private ones)"
+    else:
+        hub = f"it could not be downloaded from huggingface.co ({one_line(error, 100)})"
     return UserError(
-        f"model: got {name!r}, {what}: it is no folder here, the hub's cache does not have it, "
-        f"and {hub}; "
-        f"download it first, where there is a network: hf download {name} --local-dir FOLDER, and "
-        "give that: "
-        "--model FOLDER"
+        f"model: got {name!r}, {what}: it is neither a folder nor in the hub's cache, and {hub}; "
+        f"to download it elsewhere: hf download {name} --local-dir FOLDER, then --model FOLDER"
     )
 
 
@@ -137,15 +117,9 @@ def check_reachable(config: RunConfig, run: Path) -> None:
     try:
         model_config(config)
     except UserError as error:
-        reason = f"does not exist as a folder here and cannot be loaded by that name ({error})"
-        if Path(config.model).exists():
-            reason = f"cannot be loaded ({error})"
-        elif _is_local(config.model):
-            reason = "does not exist any more"
-        where = f"{config.model!r}, which {reason}"
-        raise UserError(
-            f"model: {run} was trained on {where}; --model DIR gives its new place"
-        ) from None
+        where = f"{config.model!r}, which cannot be loaded ({error})"
+        text = f"model: {run} was trained on {where}; --model FOLDER gives its new location"
+        raise UserError(text) from None
 
 
 def identity(hf_config: Any) -> dict[str, Any]:
@@ -160,28 +134,21 @@ def identity(hf_config: Any) -> dict[str, Any]:
 
 def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
     """Return how the model is used: ``architecture`` if set, else derived from model and task."""
-    generates, classifies = (
-        task.decoding is not None,
-        task.labels is not None or task.decoding is None,
-    )
+    generates = task.decoding is not None
     named = " ".join(getattr(hf_config, "architectures", None) or ())
+    causal = any(part in named for part in ("CausalLM", "LMHead", "ConditionalGeneration"))
     if config.architecture != "auto":
         kind = {"encoder": CLASSIFICATION}.get(config.architecture, config.architecture)
     elif generates and getattr(hf_config, "is_encoder_decoder", False):
         kind = SEQ2SEQ
-    elif generates and any(
-        part in named for part in ("CausalLM", "LMHead", "ConditionalGeneration")
-    ):
-        kind = CAUSAL
     else:
-        kind = CLASSIFICATION
-    if kind == CLASSIFICATION and not classifies:
+        kind = CAUSAL if generates and causal else CLASSIFICATION
+    if kind == CLASSIFICATION and generates and task.labels is None:
         what = f"which generates text, with {hf_config.model_type}"
-        raise UserError(f"task: got {task.name!r}, {what}, expected a causal model")
+        raise wrong("task", f"{task.name!r}, {what}", "a causal model")
     if kind != CLASSIFICATION and not generates:
-        raise UserError(
-            f"architecture: got {config.architecture!r} with {task.name!r}, expected encoder or "
-            "auto"
+        raise wrong(
+            "architecture", f"{config.architecture!r} with {task.name!r}", "encoder or auto"
         )
     return kind
 
@@ -194,12 +161,9 @@ def load_tokenizer(config: RunConfig) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
     except Exception as error:  # the error type for a broken file depends on the tokenizer
         raise _unloadable(config.model, "whose tokenizer cannot be loaded", error) from None
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        raise wrong("model", f"{config.model!r}", "a tokenizer with a padding or an EOS token")
     if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise UserError(
-                f"model: got {config.model!r}, whose tokenizer has neither a padding nor an end "
-                "token"
-            )
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token works
     return tokenizer
 
@@ -208,10 +172,8 @@ def _quantization(config: RunConfig) -> Any:
     if config.quantization == "none":
         return None
     if find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"quantization: got {config.quantization!r}, expected none: bitsandbytes is not "
-            "installed"
-        )
+        what = f"{config.quantization!r}, but bitsandbytes is not installed"
+        raise wrong("quantization", what, "none")
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -219,47 +181,36 @@ def _quantization(config: RunConfig) -> Any:
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if config.quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, **options)
 
 
 def pick_device(config: RunConfig) -> str:
-    """Return ``cuda`` or ``cpu``."""
     import torch
 
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
-        raise UserError("device: got cuda, but torch sees no CUDA device, expected cpu or auto")
+        raise wrong("device", "cuda, but torch finds no CUDA device", "cpu or auto")
     return "cuda" if cuda and config.device != "cpu" else "cpu"
 
 
 def weight_dtype(config: RunConfig) -> Any:
-    """Return the dtype of the frozen weights."""
     import torch
 
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return (
-        torch.bfloat16
-        if pick_device(config) == "cuda" and torch.cuda.is_bf16_supported()
-        else torch.float32
-    )
+    bf16 = pick_device(config) == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float32
 
 
-def class_of(config: RunConfig, kind: str) -> str:
-    """Return the name of the transformers class to load."""
-    if config.pooling != "mean":
-        names = {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}
-        return names.get(kind, "AutoModelForSequenceClassification")
-    if kind != CLASSIFICATION:
-        raise UserError(
-            f"pooling: got 'mean' with a {kind} model, expected 'model': it generates text"
-        )
-    return "AutoModel"
+def class_of(config: RunConfig, kind: str) -> Any:
+    import transformers
+
+    if config.pooling == "mean" and kind != CLASSIFICATION:
+        raise wrong("pooling", f"'mean' with a {kind} model", "'model': it generates text")
+    names = {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}
+    name = names.get(kind, "AutoModelForSequenceClassification")
+    return getattr(transformers, "AutoModel" if config.pooling == "mean" else name)
 
 
 def load(config: RunConfig, task: Task) -> Loaded:
@@ -268,42 +219,35 @@ def load(config: RunConfig, task: Task) -> Loaded:
     A new head is initialized from the seed.
     """
     import torch
-    import transformers
 
     from reft_train.pooling import HEAD, MeanPooledClassifier
 
     hf_config = model_config(config)
     kind = kind_of(config, hf_config, task)
-    tokenizer = load_tokenizer(config)
+    tokenizer, quantization = load_tokenizer(config), _quantization(config)
+    on_cpu = quantization is not None and pick_device(config) == "cpu"
     options: dict[str, Any] = {
         "config": hf_config,
         "dtype": weight_dtype(config),
-        "quantization_config": _quantization(config),
+        "quantization_config": quantization,
         "attn_implementation": config.attention,
-        "device_map": "auto" if config.device_map == "auto" else None,
+        # with no map bitsandbytes would use an available GPU
+        "device_map": "auto" if config.device_map == "auto" else "cpu" if on_cpu else None,
     }
-    if (
-        config.quantization != "none"
-        and config.device_map != "auto"
-        and pick_device(config) == "cpu"
-    ):
-        options["device_map"] = "cpu"  # otherwise bitsandbytes would use an available GPU
     options = {name: value for name, value in options.items() if value is not None}
     if kind == CLASSIFICATION:
         hf_config.num_labels = task.num_labels
-        hf_config.problem_type = (
-            "regression" if task.labels is None else "single_label_classification"
-        )
+        classes = task.labels is not None
+        hf_config.problem_type = "single_label_classification" if classes else "regression"
         if getattr(hf_config, "pad_token_id", None) is None:
             # decoders locate the last real token by the pad id
             hf_config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(config.seed)  # initializes a new head
+    kind_class = class_of(config, kind)
     try:
-        model, info = getattr(transformers, class_of(config, kind)).from_pretrained(
+        model, info = kind_class.from_pretrained(
             config.model, output_loading_info=True, use_safetensors=True, **options
         )
-    except UserError:
-        raise
     except Exception as error:  # raised by the hub client, safetensors or transformers
         raise _unloadable(config.model, "whose weights cannot be loaded", error) from None
     heads = []
@@ -314,7 +258,7 @@ def load(config: RunConfig, task: Task) -> Loaded:
         model, heads = MeanPooledClassifier(model, hf_config.num_labels, config.seed), [HEAD]
     if config.liger:
         if find_spec("liger_kernel") is None:
-            raise UserError("liger: got true, expected false: liger-kernel is not installed")
+            raise wrong("liger", "true, but liger-kernel is not installed", "false")
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=model)

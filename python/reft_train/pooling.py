@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -30,13 +29,11 @@ class MeanPooledClassifier(nn.Module):
         self.config = encoder.config
         self.name_or_path = encoder.name_or_path  # PEFT stores it in the adapter's configuration
         self.classifier = nn.Linear(self.config.hidden_size, num_labels)
-        bound = 1.0 / math.sqrt(self.config.hidden_size)
+        bound = self.config.hidden_size**-0.5
         if not self.classifier.weight.is_meta:
-            with torch.no_grad():
-                self.classifier.weight.uniform_(
-                    -bound, bound, generator=torch.Generator().manual_seed(seed)
-                )
-                self.classifier.bias.zero_()
+            generator = torch.Generator().manual_seed(seed)
+            nn.init.uniform_(self.classifier.weight, -bound, bound, generator=generator)
+            nn.init.zeros_(self.classifier.bias)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -60,20 +57,13 @@ class MeanPooledClassifier(nn.Module):
         labels: Tensor | None = None,
         **inputs: Any,
     ) -> Any:
-        """Compute logits ``[B, num_labels]``, and the loss if ``labels [B]`` is given.
-
-        The input is token ids or ``inputs_embeds``.
-        """
+        """Compute logits ``[B, num_labels]``, and the loss if ``labels [B]`` is given."""
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        known = {
-            name: inputs[name]
-            for name in ("inputs_embeds", "token_type_ids")
-            if inputs.get(name) is not None
-        }
-        hidden = self.encoder(
-            input_ids=input_ids, attention_mask=attention_mask, **known
-        ).last_hidden_state
+        known = ("inputs_embeds", "token_type_ids")
+        options = {name: inputs[name] for name in known if inputs.get(name) is not None}
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **options)
+        hidden = output.last_hidden_state
         mask = torch.ones_like(hidden[..., 0]) if attention_mask is None else attention_mask
         mask = mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)

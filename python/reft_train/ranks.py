@@ -11,15 +11,11 @@ Result = TypeVar("Result")
 
 def place() -> tuple[int, int]:
     """Return this process's rank and the number of processes."""
-    return (
-        (dist.get_rank(), dist.get_world_size())
-        if dist.is_available() and dist.is_initialized()
-        else (0, 1)
-    )
+    joint = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if joint else (0, 1)
 
 
 def joined() -> bool:
-    """Whether there are several processes."""
     return place()[1] > 1
 
 

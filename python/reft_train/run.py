@@ -12,14 +12,13 @@ from reft_train.flags import add_settings, settings
 DESCRIPTION = """Train a ReFT adapter (or a PEFT baseline) on a frozen Hugging Face model and
 score it on the task's test sets. Settings come from the task's recipe, then from --config, then
 from flags. Under torchrun or accelerate launch several processes share the work. Ctrl-C saves a
-checkpoint and says how to go on."""
+checkpoint and prints the command that resumes the run."""
 
 
 def add_parser(subparsers) -> None:
     """Add the command and its flags."""
-    command = subparsers.add_parser(
-        "run", help="train and score an adapter on a task", description=DESCRIPTION
-    )
+    text = "train and score an adapter on a task"
+    command = subparsers.add_parser("run", help=text, description=DESCRIPTION)
     add_settings(command)
     command.set_defaults(run=run)
 
@@ -32,7 +31,6 @@ def run(parsed: argparse.Namespace) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         raise ReportedError(str(error)) from None  # the first process of this machine prints it
-    from reft_train.training.outcome import summary
     from reft_train.training.processes import leave
     from reft_train.training.run_dir import resume_hint
     from reft_train.training.session import train
@@ -43,12 +41,9 @@ def run(parsed: argparse.Namespace) -> int:
         leave()  # all processes raise together; exiting with group threads running would abort
         raise
     leave()
-    if int(os.environ.get("RANK", "0")):
-        return 130 if outcome.interrupted else 0
-    print(summary(outcome))
-    if outcome.interrupted:
-        print(
-            f"stopped at step {outcome.steps}, checkpoint saved; to go on: {resume_hint(config)}",
-            file=sys.stderr,
-        )
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(outcome.summary())
+        if outcome.interrupted:
+            stopped = f"stopped at step {outcome.steps}, checkpoint saved"
+            print(f"{stopped}; to resume: {resume_hint(config)}", file=sys.stderr)
     return 130 if outcome.interrupted else 0

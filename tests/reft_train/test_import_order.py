@@ -10,11 +10,8 @@ import reft_train
 ORDER = (
     "errors",
     "files",
-    "procfs",
     "memory",
-    "progress",
     "ranks",
-    "subprocess_env",
     "reporting",
     "tasks",
     "recipes",

@@ -25,11 +25,8 @@ def _modules_of_before():
 
 
 @pytest.mark.usefixtures("_modules_of_before")
-@pytest.mark.parametrize(
-    "module, package",
-    [("yaml", "pyyaml"), ("transformers", "transformers"), ("datasets", "datasets")],
-)
-def test_a_missing_package_is_named_in_one_line(module, package, monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("module", ["yaml", "transformers", "datasets"])
+def test_a_missing_package_is_named_in_one_line(module, monkeypatch, tmp_path, capsys):
     for name in [
         name
         for name in sys.modules
@@ -40,16 +37,14 @@ def test_a_missing_package_is_named_in_one_line(module, package, monkeypatch, tm
     (tmp_path / "run.yaml").write_text("model: somewhere\ntask: boolq\n")
     assert main(["run", "--config", str(tmp_path / "run.yaml")]) == 2
     error = capsys.readouterr().err
-    assert (
-        error.count("\n") == 1 and f"needs the package {package}, which is not installed" in error
-    )
+    assert error.count("\n") == 1 and f"the module {module} is not installed" in error
 
 
-def test_a_missing_module_of_another_kind_is_a_bug_and_raises(monkeypatch):
+def test_a_missing_module_of_the_program_is_a_bug_and_raises(monkeypatch):
     from reft_train import run
 
     def broken(parsed):
-        raise ModuleNotFoundError("no module named nowhere", name="nowhere")
+        raise ModuleNotFoundError("no module named reft_train.nowhere", name="reft_train.nowhere")
 
     monkeypatch.setattr(run, "run", broken)
     with pytest.raises(ModuleNotFoundError):

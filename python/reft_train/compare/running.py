@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -12,13 +13,13 @@ from typing import Any
 
 from reft_train import tasks
 from reft_train.config import RunConfig, dump_yaml
-from reft_train.errors import UserError
+from reft_train.errors import UserError, one_line, wrong
 from reft_train.files import write_text
-from reft_train.search.objective import Objective
 from reft_train.search.space import Space
-from reft_train.search.study import SearchPlan, Train, open_study, search, trials
-from reft_train.subprocess_env import environment
+from reft_train.search.study import Objective, Search, SearchPlan, Train, open_study, search
 from reft_train.training.outcome import Outcome
+
+REFUSED = "not available: "
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,14 @@ class ComparisonPlan:
 
     @property
     def folder(self) -> Path:
-        """Output folder of the comparison."""
         return Path(self.config.output)
 
     def search_plan(self, method: str, space: Space) -> SearchPlan:
         """Return the plan of a method's search, with a separate folder."""
         output = str(self.folder / "search" / method)
         config = self.config.replace(method=method, output=output, resume=False, overwrite=False)
-        return SearchPlan(
-            config,
-            space,
-            self.objective,
-            self.trials,
-            self.seconds,
-            pruner="none",
-            sampler_seed=self.sampler_seed,
-            start=False,
-        )
+        budget = {"trials": self.trials, "timeout": self.seconds, "sampler_seed": self.sampler_seed}
+        return SearchPlan(config, space, self.objective, **budget, pruner="none", start=False)
 
     def final_config(self, best: RunConfig, seed: int) -> RunConfig:
         """Return the settings of a tested run: the method's best ones with the given seed."""
@@ -66,13 +58,8 @@ class ComparisonPlan:
 
     def order(self, methods: Sequence[str]) -> list[tuple[str, int]]:
         """Order the tested runs by seed, rotating the methods to spread machine noise evenly."""
-        count = len(methods)
-        turns = enumerate(self.seeds)
-        return [
-            (methods[(place + turn) % count], seed)
-            for turn, seed in turns
-            for place in range(count)
-        ]
+        turns, count = enumerate(self.seeds), len(methods)
+        return [(methods[(at + turn) % count], seed) for turn, seed in turns for at in range(count)]
 
 
 @dataclass(frozen=True)
@@ -81,7 +68,13 @@ class Spread:
 
     mean: float
     deviation: float | None
-    count: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """Return the spread of values, or None without values."""
+        several = len(values) > 1
+        deviation = statistics.stdev(values) if several else None
+        return cls(statistics.fmean(values), deviation) if values else None
 
     def __str__(self) -> str:
         return f"{self.mean:.4f}" + ("" if self.deviation is None else f" ± {self.deviation:.4f}")
@@ -106,6 +99,36 @@ class MethodResult:
     tokens_per_second: float | None = None
     peak_mib: float | None = None
     memory_method: str = ""
+
+    def measured(
+        self, outcomes: Sequence[Outcome], failures: Sequence[str], plan: ComparisonPlan
+    ) -> MethodResult:
+        """Add the results of the tested runs."""
+        status, metric = self.status, next(iter(tasks.get(plan.config.task).metrics), None)
+        if failures:
+            seeds = len(failures) + len(outcomes)
+            status = f"{len(failures)} of {seeds} seeds failed: {failures[0]}"
+        if not outcomes:
+            return replace(self, status=status)
+        sets, held_out = outcomes[0].tests if metric else (), plan.objective.name
+        by_set = {name: [outcome.tests[name][metric] for outcome in outcomes] for name in sets}
+        held = [
+            outcome.validation[held_out] for outcome in outcomes if held_out in outcome.validation
+        ]
+        return replace(
+            self,
+            status=status,
+            seeds=len(outcomes),
+            test=Spread.of([statistics.fmean(run) for run in zip(*by_set.values(), strict=True)]),
+            tests={name: Spread.of(values) for name, values in by_set.items()},
+            validation=Spread.of(held),
+            trainable=outcomes[0].trainable,
+            head=outcomes[0].head,
+            step_seconds=statistics.median(outcome.step_seconds for outcome in outcomes),
+            tokens_per_second=statistics.median(outcome.tokens_per_second for outcome in outcomes),
+            peak_mib=max(outcome.memory.peak for outcome in outcomes),
+            memory_method=outcomes[0].memory.method,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,17 +155,16 @@ def run_isolated(config: RunConfig) -> Outcome:
     plan = write_text(output.with_name(f"{output.name}.yaml"), dump_yaml(config))
     log = output.with_name(f"{output.name}.log")
     command = [sys.executable, "-m", "reft_train", "run", "--config", str(plan)]
+    # the new interpreter imports the same packages
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with log.open("wb") as file:
-        code = subprocess.run(
-            command, env=environment(), stdout=file, stderr=subprocess.STDOUT
-        ).returncode
-    if code == 130:
+        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode == 130:
         raise KeyboardInterrupt
-    if code:
-        words = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or [
-            "no output"
-        ]
-        raise RunFailed(f"{words[-1][:300]} (exit code {code}, see {log})")
+    if done.returncode:
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = lines[-1][:300] if lines else "no output"
+        raise RunFailed(f"{last} (exit code {done.returncode}, see {log})")
     return Outcome.load(output)
 
 
@@ -168,21 +190,16 @@ def compare(
     """
     folder = plan.folder
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"output: got {folder}, which is a file, expected a folder")
+        raise wrong("output", f"{folder}, which is a file", "a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "search").is_dir():
-        raise UserError(
-            f"output: got {folder}, which holds other files than a comparison's, expected a new "
-            "folder"
-        )
+        raise wrong("output", f"{folder}, which contains other files", "a new folder")
     tuned = {method: _tuned(plan, method, spaces[method], train, log) for method in plan.methods}
-    refused = [row.status.removeprefix("not available: ") for row, _ in tuned.values()]
-    if all(row.status.startswith("not available: ") for row, _ in tuned.values()):
-        raise UserError(refused[0])
+    refused = [row.status for row, _ in tuned.values() if row.status.startswith(REFUSED)]
+    if len(refused) == len(tuned):
+        raise UserError(refused[0].removeprefix(REFUSED))
     outcomes: dict[tuple[str, int], Outcome] = {}
     failures: dict[str, list[str]] = {method: [] for method in plan.methods}
-    for method, seed in plan.order(
-        [method for method, (_, best) in tuned.items() if best is not None]
-    ):
+    for method, seed in plan.order([method for method, (_, best) in tuned.items() if best]):
         config = plan.final_config(tuned[method][1], seed)
         outcome = _finished(config)
         if outcome is None:
@@ -194,11 +211,10 @@ def compare(
                 failures[method].append(str(error))
                 continue
         outcomes[method, seed] = outcome
-    metric = next(iter(tasks.get(plan.config.task).metrics), None)
     rows = []
     for method, (row, _) in tuned.items():
         done = [outcomes[method, seed] for seed in plan.seeds if (method, seed) in outcomes]
-        rows.append(_measured(row, done, failures[method], metric, plan.objective.name))
+        rows.append(row.measured(done, failures[method], plan))
     return Comparison(plan, rows, outcomes)
 
 
@@ -210,28 +226,25 @@ def _tuned(
     log(f"{method}: choosing {', '.join(space)} on held-out rows")
     if plan.seconds is not None and search_plan.folder.exists():
         # subtract the time used by an interrupted comparison
-        spent = sum(trial.seconds for trial in trials(open_study(search_plan)))
-        search_plan = replace(search_plan, timeout=plan.seconds - spent)
+        earlier = Search(search_plan, open_study(search_plan)).trials
+        left = plan.seconds - sum(trial.seconds for trial in earlier)
+        search_plan = replace(search_plan, timeout=left)
     try:
         result = search(search_plan, train, lambda line: log(f"  {line}"))
     except UserError as error:
-        return MethodResult(method, f"not available: {error}"), None
+        return MethodResult(method, f"{REFUSED}{error}"), None
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         # raised by PEFT and models that do not support the method
-        return MethodResult(
-            method, f"failed: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ), None
+        return MethodResult(method, f"failed: {type(error).__name__}: {one_line(error)}"), None
     if result.interrupted:
         raise KeyboardInterrupt
-    settled = [trial for trial in result.trials if trial.settled]
-    row = MethodResult(
-        method, trials=len(settled), search_seconds=sum(trial.seconds for trial in result.trials)
-    )
+    known = result.trials
+    settled = [trial for trial in known if trial.settled]
+    seconds = sum(trial.seconds for trial in known)
+    row = MethodResult(method, trials=len(settled), search_seconds=seconds)
     if result.best is None:
-        reason = next(
-            (trial.reason for trial in settled if trial.reason),
-            "no trial finished within the budget",
-        )
+        reasons = (trial.reason for trial in settled if trial.reason)
+        reason = next(reasons, "no trial finished within the budget")
         return replace(row, status=f"failed: {reason}"), None
     return replace(row, varied=result.best.settings), result.best_config
 
@@ -245,43 +258,3 @@ def _finished(config: RunConfig) -> Outcome | None:
     place = dict.fromkeys(("output", "resume", "overwrite"))  # settings that do not identify a run
     same = {**config.to_dict(), **place} == {**outcome.config, **place}
     return outcome if same and not outcome.interrupted else None
-
-
-def _spread(values: Sequence[float]) -> Spread | None:
-    if not values:
-        return None
-    return Spread(
-        statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values)
-    )
-
-
-def _measured(
-    row: MethodResult,
-    outcomes: Sequence[Outcome],
-    failures: Sequence[str],
-    metric: str | None,
-    held_out: str,
-) -> MethodResult:
-    """Add the results of the tested runs to the method's result."""
-    if failures:
-        seeds = len(failures) + len(outcomes)
-        row = replace(row, status=f"{len(failures)} of {seeds} seeds failed: {failures[0]}")
-    if not outcomes:
-        return row
-    sets = list(outcomes[0].tests) if metric is not None else []
-    by_set = {name: [outcome.tests[name][metric] for outcome in outcomes] for name in sets}
-    return replace(
-        row,
-        seeds=len(outcomes),
-        test=_spread([statistics.fmean(values) for values in zip(*by_set.values(), strict=True)]),
-        tests={name: _spread(values) for name, values in by_set.items()},
-        validation=_spread(
-            [outcome.validation[held_out] for outcome in outcomes if held_out in outcome.validation]
-        ),
-        trainable=outcomes[0].trainable,
-        head=outcomes[0].head,
-        step_seconds=statistics.median(outcome.step_seconds for outcome in outcomes),
-        tokens_per_second=statistics.median(outcome.tokens_per_second for outcome in outcomes),
-        peak_mib=max(outcome.memory.peak for outcome in outcomes),
-        memory_method=outcomes[0].memory.method,
-    )

@@ -5,24 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reft_train.files import default_cache, replace_folder
+from reft_train.errors import UserError
+from reft_train.files import default_cache
 
 if TYPE_CHECKING:
     import datasets
 
-_FORMAT = 3  # version of the stored format; part of every key
+_FORMAT = 4  # version of the stored format; part of every key
 
 
 def cached(
-    build: Callable[[], datasets.Dataset], parts: Mapping[str, object], folder: Path | None = None
+    items: Callable[[], Iterable[dict[str, Any]]],
+    features: datasets.Features,
+    parts: Mapping[str, object],
+    folder: Path | None = None,
 ) -> datasets.Dataset:
-    """Return the data set that ``build`` creates, memory-mapped from disk, cached if possible.
+    """Return the data set of ``items()``, memory-mapped from the cache of ``datasets``.
 
     An unreadable cached data set is rebuilt. If the cache cannot be written, a warning is issued.
 
@@ -31,33 +34,26 @@ def cached(
         folder: cache folder. None: ``tokenized`` in the user's cache folder.
     """
     import datasets
-
-    def load() -> datasets.Dataset | None:
-        try:
-            return datasets.load_from_disk(str(path))
-        except Exception:  # the error type depends on where the file is damaged
-            return None
+    from datasets.exceptions import DatasetGenerationError
 
     folder = default_cache() / "tokenized" if folder is None else folder
     named = json.dumps({"format": _FORMAT, **parts}, sort_keys=True)
-    path = folder / hashlib.sha256(named.encode()).hexdigest()
-    if (stored := load()) is not None:
-        return stored
-    dataset, temporary = build(), None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".new."))
-        dataset.save_to_disk(str(temporary / "data"))
-        if load() is None:  # another process may have created it in the meantime
-            replace_folder(temporary / "data", path)
-    except OSError as error:
-        if load() is None:
-            warnings.warn(f"tokenized data are not kept: {error}", stacklevel=2)
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    stored = load()
-    return dataset if stored is None else stored
+    key = hashlib.sha256(named.encode()).hexdigest()
+    for _ in range(2):
+        options = {"features": features, "cache_dir": str(folder / key), "fingerprint": key}
+        try:
+            return datasets.Dataset.from_generator(items, **options)
+        except (DatasetGenerationError, OSError, ValueError, KeyError) as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, UserError):
+                raise cause from None
+            if isinstance(cause, OSError) and not (folder / key).is_dir():
+                break
+            shutil.rmtree(folder / key, ignore_errors=True)  # damaged
+    warnings.warn(f"tokenized data are not cached: {cause}", stacklevel=2)
+    return datasets.Dataset.from_list(list(items()), features=features)
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

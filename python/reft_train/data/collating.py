@@ -15,12 +15,6 @@ from reft_train.data.tokenizing import IGNORED
 Items = Sequence[Mapping[str, Any]]
 
 
-def pad(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
-    """Pad ``rows`` with ``value`` to int64 ``[B, T]``, where T is the length of the longest row."""
-    tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
-
-
 @dataclass(frozen=True)
 class PaddingCollator:
     """Collate causal items: ``input_ids``, ``attention_mask``, and ``labels`` if present.
@@ -33,32 +27,25 @@ class PaddingCollator:
     pad_id: int
     side: str = "right"
 
-    def __post_init__(self) -> None:
-        if self.side not in ("left", "right"):
-            raise ValueError(f"side: got {self.side!r}, expected 'left' or 'right'")
-
     def __call__(self, items: Items) -> dict[str, Tensor]:
         ids = [item["input_ids"] for item in items]
-        mask = [[1] * len(row) for row in ids]
         batch = {
-            "input_ids": pad(ids, self.pad_id, self.side),
-            "attention_mask": pad(mask, 0, self.side),
+            "input_ids": self._padded(ids, self.pad_id),
+            "attention_mask": self._padded([[1] * len(row) for row in ids], 0),
         }
         if "token_type_ids" in items[0]:
-            batch["token_type_ids"] = pad([item["token_type_ids"] for item in items], 0, self.side)
+            batch["token_type_ids"] = self._padded([item["token_type_ids"] for item in items], 0)
         if "labels" in items[0]:
             batch["labels"] = self._labels([item["labels"] for item in items])
         return batch
 
-    def _labels(self, labels: Sequence[Any]) -> Tensor:
-        return pad(labels, IGNORED, self.side)
-
-
-class Seq2SeqCollator(PaddingCollator):
-    """Collate encoder-decoder items; labels are padded separately, on the right."""
+    def _padded(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
+        options = {"padding_value": value, "padding_side": self.side}
+        return pad_sequence(tensors, batch_first=True, **options)
 
     def _labels(self, labels: Sequence[Any]) -> Tensor:
-        return pad(labels, IGNORED)
+        return self._padded(labels, IGNORED)
 
 
 class ClassificationCollator(PaddingCollator):

@@ -1,6 +1,7 @@
 """Readers of row files: .json (a list of objects), .jsonl, .csv, .tsv and .parquet.
 
-``datasets`` is not used: its errors do not name the line, and it forces one type per column.
+``datasets.load_dataset`` is not used: it gives each column one type, so that an answer column with
+letters and numbers comes back JSON-encoded, and it refuses such files with blank lines.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from reft_train.errors import UserError
+from reft_train.errors import UserError, one_line, wrong
 from reft_train.tasks.base import Row
 
 
@@ -30,144 +31,76 @@ def iter_rows(path: Path, name: str = "--train") -> Iterator[Row]:
     Args:
         name: argument name for error messages.
     """
-    path = existing_file(path, name)
-    return _at_least_one(_READERS[path.suffix.lower()](path, name), path, name)
+    path, where = existing_file(path, name), ""
+    try:
+        for place, fields in _READERS[path.suffix.lower()](path):
+            where = f"{place} of {path}"
+            if not isinstance(fields, dict):
+                raise wrong(name, f"{where}, which is a {type(fields).__name__}", "an object")
+            yield Row(fields, where)
+    except UserError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:
+        after = f" after {where}" if where else ""
+        reason = f"which cannot be read{after} ({one_line(error)})"
+        raise wrong(name, f"{path}, {reason}", f"a {path.suffix} file of rows") from None
+    if not where:
+        raise wrong(name, f"{path} without a row", "at least one")
 
 
 def existing_file(path: Path, name: str) -> Path:
     """Return ``path`` after checking that it is a file with a supported suffix."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(
-            f"{name}: got {path}, which is a folder, expected a file{_nearby(path, '')}"
-        )
-    if path.suffix.lower() not in _READERS:
-        raise UserError(f"{name}: got {path}, expected a file that ends in {', '.join(SUFFIXES)}")
-    if not path.is_file():
-        nearby = _nearby(path.parent, path.name)
-        raise UserError(f"{name}: got {path}, which does not exist, expected a file{nearby}")
-    return path
+    folder = path if path.is_dir() else path.parent
+    if path.suffix.lower() not in _READERS and not path.is_dir():
+        raise wrong(name, path, f"a file that ends in {', '.join(SUFFIXES)}")
+    if path.is_file():
+        return path
+    files = [entry.name for entry in folder.glob("*") if entry.suffix.lower() in _READERS]
+    shown = difflib.get_close_matches(path.name, files, n=3) or sorted(files)[:5]
+    nearby = f" ({folder} has {', '.join(shown)})" if shown else ""
+    what = "which is a folder" if path.is_dir() else "which does not exist"
+    raise wrong(name, f"{path}, {what}", f"a file{nearby}")
 
 
-def _nearby(folder: Path, name: str) -> str:
-    if not folder.is_dir():
-        return f" (there is no folder {folder} either)"
-    files = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in _READERS)
-    shown = difflib.get_close_matches(name, files, n=3) or files[:5]
-    return (
-        f" ({folder} holds {', '.join(shown)}{', ...' if len(files) > len(shown) else ''})"
-        if shown
-        else ""
-    )
-
-
-def _at_least_one(rows: Iterator[Row], path: Path, name: str) -> Iterator[Row]:
-    row = None
-    try:
-        for row in rows:
-            yield row
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"{name}: got {path}, which cannot be read ({reason}), expected a file"
-        ) from None
-    if row is None:
-        raise UserError(f"{name}: got {path} without a row, expected at least one")
-
-
-def _lines(path: Path, name: str) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                reason = f"which is not UTF-8 ({error.reason} at byte {error.start + 1})"
-                raise UserError(
-                    f"{name}: got line {number} of {path}, {reason}, expected UTF-8"
-                ) from None
-
-
-def _object(value: Any, where: str, name: str) -> Row:
-    if not isinstance(value, dict):
-        raise UserError(
-            f"{name}: got {where}, which is a {type(value).__name__}, expected an object"
-        )
-    return Row(value, where)
-
-
-def _json(path: Path, name: str) -> Iterator[Row]:
-    content = "".join(_lines(path, name))
-    if not content.strip():
-        return
-    try:
-        rows = json.loads(content)
-    except json.JSONDecodeError as error:
-        lines = " (one object on each line is .jsonl)" if error.msg == "Extra data" else ""
-        reason = f"which is not JSON ({error})"
-        raise UserError(
-            f"{name}: got {path}, {reason}, expected a list of objects{lines}"
-        ) from None
+def _json(path: Path) -> Iterator[tuple[str, Any]]:
+    rows = json.loads(path.read_text(encoding="utf-8-sig") or "[]")
     if not isinstance(rows, list):
-        raise UserError(
-            f"{name}: got {path}, which is a {type(rows).__name__}, expected a list of objects"
-        )
-    for number, row in enumerate(rows, start=1):
-        yield _object(row, f"row {number} of {path}", name)
+        raise ValueError(f"a {type(rows).__name__} instead of a list of objects")
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _jsonl(path: Path, name: str) -> Iterator[Row]:
-    for number, line in enumerate(_lines(path, name), start=1):
-        if line.strip():
-            where = f"line {number} of {path}"
-            try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
-                reason = f"which is not JSON ({error.msg}, column {error.colno})"
-                raise UserError(f"{name}: got {where}, {reason}, expected an object") from None
-            yield _object(value, where, name)
+def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    text = f"line {number}, column {error.colno}: {error.msg}"
+                    raise ValueError(text) from None
 
 
-def _table(path: Path, name: str) -> Iterator[Row]:
+def _table(path: Path) -> Iterator[tuple[str, Any]]:
     tabs = path.suffix.lower() == ".tsv"
-    dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-    reader = csv.reader(_lines(path, name), strict=True, **dialect)
-    try:
-        columns = next(reader, [])
-        repeated = sorted({column for column in columns if columns.count(column) > 1})
-        if repeated:
-            raise UserError(
-                f"{name}: got {path} with column {repeated[0]!r} more than once, expected each once"
-            )
-        # skips blank lines
-        for number, values in enumerate((values for values in reader if values), start=1):
-            where = f"row {number} of {path}"
-            if len(values) != len(columns):
-                place = f"{where} (line {reader.line_num})"
-                raise UserError(
-                    f"{name}: got {len(values)} fields in {place}, expected the header's "
-                    f"{len(columns)}"
-                )
-            yield Row(dict(zip(columns, values, strict=True)), where)
-    except csv.Error as error:
-        place = f"{path}, line {reader.line_num}"
-        raise UserError(f"{name}: got {place}: {error}, expected a table with a header") from None
+    dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True, **dialect)
+        columns = reader.fieldnames or ()
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"the columns {', '.join(columns)} are not distinct")
+        for number, row in enumerate(reader, 1):
+            if None in row or None in row.values():
+                raise ValueError(f"line {reader.line_num} does not have {len(columns)} fields")
+            yield f"row {number}", row
 
 
-def _parquet(path: Path, name: str) -> Iterator[Row]:
-    import pyarrow
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     from pyarrow import parquet
 
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for fields in (row for batch in file.iter_batches() for row in batch.to_pylist()):
-                number += 1
-                yield Row(fields, f"row {number} of {path}")
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{name}: got {path}, which is not Parquet ({reason}), expected a Parquet file"
-        ) from None
+    with parquet.ParquetFile(path) as file:
+        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 _READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _table, ".tsv": _table, ".parquet": _parquet}

@@ -41,7 +41,8 @@ class GroupedSampler(ShuffledSampler):
     """Sample indices in random order with examples of similar length next to each other.
 
     Shuffled indices are sorted by length within buckets of sixteen groups; the buckets are cut into
-    groups, and the groups are shuffled. An incomplete group comes last.
+    groups, and the groups are shuffled. An incomplete group comes last. (Trainer's own sampler
+    orders all groups of a bucket by length, and its order cannot be resumed exactly.)
 
     Args:
         lengths: tokens of each example.
@@ -49,19 +50,17 @@ class GroupedSampler(ShuffledSampler):
     """
 
     def __init__(self, lengths: Sequence[int], group: int, seed: int) -> None:
-        if group < 1:
-            raise ValueError(f"group: got {group}, expected at least 1")
         super().__init__(len(lengths), seed)
         self.lengths, self.group = list(lengths), group
 
     def __iter__(self) -> Iterator[int]:
-        generator, length = self._generator(), self.lengths.__getitem__
+        generator, length, size = self._generator(), self.lengths.__getitem__, self.group
         order = _shuffled(range(self.count), generator)
-        grouped = self.count - self.count % self.group
+        grouped = self.count - self.count % size
         groups = []
-        for start in range(0, grouped, self.group * _BUCKET):
-            bucket = sorted(order[start : min(start + self.group * _BUCKET, grouped)], key=length)
-            groups += [bucket[i : i + self.group] for i in range(0, len(bucket), self.group)]
+        for start in range(0, grouped, size * _BUCKET):
+            bucket = sorted(order[start : min(start + size * _BUCKET, grouped)], key=length)
+            groups += [bucket[i : i + size] for i in range(0, len(bucket), size)]
         rest = sorted(order[grouped:], key=length)
         return iter([index for group in [*_shuffled(groups, generator), rest] for index in group])
 

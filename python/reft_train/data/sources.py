@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reft_train.data.reading import SUFFIXES, existing_file
-from reft_train.errors import UserError
+from reft_train.errors import one_line, wrong
 from reft_train.tasks.base import Row, Task
 
 if TYPE_CHECKING:
     from reft_train.tasks.glue import Glue
 
 # training sets whose name differs from the task's
-TRAINING_SETS = {
-    "commonsense": "commonsense_170k",
-    "math": "math_10k",
-    "instruct": "alpaca_data_cleaned",
-}
+_LLM_ADAPTERS = {"commonsense": "commonsense_170k", "math": "math_10k"}
+TRAINING_SETS = {**_LLM_ADAPTERS, "instruct": "alpaca_data_cleaned"}
 GLUE_ON_THE_HUB = "nyu-mll/glue"
 
 
@@ -53,71 +50,54 @@ def find(
         train_needed, tests_needed: whether to raise if nothing is found.
     """
     if data is not None and not Path(data).is_dir():
-        kind = "a file (--train and --test name files)" if Path(data).exists() else "not there"
-        raise UserError(f"--data: got {data}, which is {kind}, expected a folder")
-    named = _named_tests(task, tests)
+        kind = "a file (use --train and --test)" if Path(data).exists() else "missing"
+        raise wrong("--data", f"{data}, which is {kind}", "a folder")
+    named, short = _named_tests(task, tests), task.name.removeprefix("glue/")
     if train is not None:
         train = existing_file(train, "--train")
     elif data is not None:
         name = TRAINING_SETS.get(task.name)
-        places = (
-            [Path(data, name), Path(data, name, "train")]
-            if name
-            else [Path(data, _short(task), "train")]
-        )
-        train = _first([*places, Path(data, "train")], train_needed)
+        stems = [name, f"{name}/train", "train"] if name else [f"{short}/train", "train"]
+        train = _first([Path(data, stem) for stem in stems], train_needed)
     elif train_needed:
-        raise UserError(
-            f"--train: got nothing for task {task.name}, expected a file, or a folder with --data"
-        )
+        raise wrong("--train", f"nothing for task {task.name}", "a file, or a folder with --data")
     if data is not None and not named:
-        named = _folder_tests(task, Path(data), tests_needed)
+        named = _folder_tests(task, Path(data), short, tests_needed)
     if tests_needed and not named:
-        raise UserError(
-            f"--test: got nothing for task {task.name}, expected a file, or a folder with --data"
-        )
+        raise wrong("--test", f"nothing for task {task.name}", "a file, or a folder with --data")
     return Files(train, named)
 
 
-def _short(task: Task) -> str:
-    return task.name.removeprefix("glue/")
-
-
-def _folder_tests(task: Task, data: Path, needed: bool) -> dict[str, Path]:
-    if task.name.startswith("glue/"):
-        (split,) = task.test_sets
-        places = {split: [data / _short(task) / split, data / split]}
+def _folder_tests(task: Task, data: Path, short: str, needed: bool) -> dict[str, Path]:
+    places = {name: [data / name / "test", data / name] for name in task.test_sets}
+    if short != task.name:  # GLUE
+        places = {name: [data / short / name, data / name] for name in task.test_sets}
+    elif len(places) == 1:
+        places[task.test_sets[0]].append(data / "test")
     else:
-        places = {name: [data / name / "test", data / name] for name in task.test_sets}
-        if len(places) == 1:
-            places[task.test_sets[0]].append(data / "test")
-    tests = {name: path for name, stems in places.items() if (path := _first(stems, needed=False))}
-    if not tests and len(task.test_sets) > 1 and (path := _first([data / "test"], needed=False)):
-        tests = {"test": path}
+        places["test"] = [data / "test"]
+    tests = {name: path for name, stems in places.items() if (path := _first(stems, False))}
+    if len(tests) > 1 and "test" not in task.test_sets:
+        tests.pop("test", None)
     if needed and not tests:
-        raise _not_found([stem for stems in places.values() for stem in stems])
+        _first([stem for stems in places.values() for stem in stems], True)
     return tests
 
 
 def _first(stems: Sequence[Path], needed: bool) -> Path | None:
+    suffixes = (*SUFFIXES, "-00000-of-00001.parquet")
     for stem in stems:
-        suffixes = (*SUFFIXES, "-00000-of-00001.parquet")
-        files = [
-            path for suffix in suffixes if (path := stem.with_name(stem.name + suffix)).is_file()
-        ]
+        candidates = [stem.with_name(stem.name + suffix) for suffix in suffixes]
+        files = [path for path in candidates if path.is_file()]
         if len(files) > 1:
-            hint = "expected one of them (--train and --test name files)"
-            raise UserError(f"--data: got both {files[0]} and {files[1]}, {hint}")
+            hint = "one of them (choose with --train and --test)"
+            raise wrong("--data", f"both {files[0]} and {files[1]}", hint)
         if files:
             return files[0]
     if needed:
-        raise _not_found(stems)
+        places = f"one of {', '.join(map(str, stems))} ({', '.join(SUFFIXES)})"
+        raise wrong("--data", "a folder without a file for the task", places)
     return None
-
-
-def _not_found(stems: Iterable[Path]) -> UserError:
-    places = f"{', '.join(map(str, stems))} ({', '.join(SUFFIXES)})"
-    return UserError(f"--data: got a folder without a file for the task, expected one of {places}")
 
 
 def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
@@ -125,14 +105,11 @@ def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
     for path in tests:
         path = existing_file(path, "--test")
         # both boolq/test.json and boolq.json belong to boolq
-        name = (
-            path.parent.name
-            if path.stem == "test" and path.parent.name in task.test_sets
-            else path.stem
-        )
+        in_set = path.stem == "test" and path.parent.name in task.test_sets
+        name = path.parent.name if in_set else path.stem
         name = str(path) if name in named else name
         if name in named:
-            raise UserError(f"--test: got {path} twice, expected each file once")
+            raise wrong("--test", f"{path} twice", "each file once")
         named[name] = path
     return named
 
@@ -141,16 +118,12 @@ def hub_rows(task: Glue, split: str) -> list[Row]:
     """Load the rows of a GLUE split from the Hugging Face hub or its cache."""
     from datasets import load_dataset
 
+    place = f"{GLUE_ON_THE_HUB} {task.subset} {split}"
     try:
         rows = load_dataset(GLUE_ON_THE_HUB, task.subset, split=split)
     except Exception as error:  # the hub clients raise errors from many packages
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        reason = f"({type(error).__name__}: {one_line(error, 120)})"
         files = f"{task.subset}/train.parquet and {task.subset}/{task.test_sets[0]}.parquet"
-        others = ", ".join(suffix for suffix in SUFFIXES if suffix != ".parquet")
-        raise UserError(
-            f"--data: got none, and {GLUE_ON_THE_HUB} {task.subset} does not load from the hub, "
-            "as without a "
-            f"network ({reason}), expected a folder with {files} (or {others})"
-        ) from None
-    place = f"{GLUE_ON_THE_HUB} {task.subset} {split}"
-    return [Row(dict(row), f"row {number} of {place}") for number, row in enumerate(rows, start=1)]
+        what = f"none, and {place} cannot be loaded from the hub {reason}"
+        raise wrong("--data", what, f"a folder with {files}") from None
+    return [Row(dict(row), f"row {number} of {place}") for number, row in enumerate(rows, 1)]

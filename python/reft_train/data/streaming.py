@@ -3,104 +3,60 @@
 from __future__ import annotations
 
 import itertools
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-import torch
-from torch.utils.data import IterableDataset, get_worker_info
+import datasets
 
 from reft_train.data.reading import existing_file, iter_rows
-from reft_train.data.sampling import epoch_seed
 from reft_train.data.tokenizing import iter_items
-from reft_train.errors import UserError
-
-if TYPE_CHECKING:
-    from reft_train.tasks.base import Row, Task
-
-T = TypeVar("T")
+from reft_train.errors import wrong
+from reft_train.tasks.base import Task
 
 
-def shuffled(values: Iterable[T], buffer: int, generator: random.Random) -> Iterator[T]:
-    """Shuffle ``values`` with a buffer of about ``buffer`` values."""
-    held: list[T] = []
-    for value in values:
-        if len(held) < buffer:
-            held.append(value)
-        else:
-            place = generator.randrange(buffer)
-            held[place], value = value, held[place]
-            yield value
-    generator.shuffle(held)
-    yield from held
+def streamed(
+    path: Path,
+    task: Task,
+    tokenizer: Any,
+    kind: str,
+    max_length: int,
+    *,
+    seed: int = 0,
+    buffer: int = 1000,
+    workers: int = 0,
+    all_turns: bool = False,
+) -> datasets.IterableDataset:
+    """Return an endless data set of a file's usable items, shuffled with a buffer by ``datasets``.
 
-
-class StreamingRows(IterableDataset):
-    """Iterable data set of a file's usable items, ordered by seed and epoch.
-
-    Each data loader worker reads its share of the rows; accelerate distributes items to processes.
+    The order is a function of the seed. Each of ``workers`` data loader workers reads its share of
+    the rows; accelerate distributes items to processes.
 
     Args:
         path: .jsonl, .csv, .tsv or .parquet, read row by row; .json is read completely.
         task, tokenizer, kind, max_length: see :func:`reft_train.data.tokenizing.tokenize_rows`.
-        buffer: size of the shuffle buffer; 1 keeps the file's order.
-        name: argument name for errors about the file.
-        endless: restart at the end, with a different order in each pass.
+        buffer: size of the shuffle buffer in items.
         all_turns: yield an item for each answer of a conversation instead of only the last.
     """
+    path, count = existing_file(path, "--train"), max(1, workers)
 
-    def __init__(
-        self,
-        path: Path,
-        task: Task,
-        tokenizer: Any,
-        kind: str,
-        max_length: int,
-        *,
-        seed: int = 0,
-        buffer: int = 10_000,
-        name: str = "--train",
-        endless: bool = False,
-        all_turns: bool = False,
-    ) -> None:
-        if buffer < 1:
-            raise UserError(f"buffer: got {buffer}, expected at least 1")
-        self.path, self.name = existing_file(path, name), name
-        self.task, self.tokenizer, self.kind, self.max_length = task, tokenizer, kind, max_length
-        self.seed, self.buffer, self.endless, self.all_turns = seed, buffer, endless, all_turns
-        self._epoch = torch.zeros(
-            (), dtype=torch.int64
-        ).share_memory_()  # shared with persistent workers
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration; called by accelerate and transformers' Trainer."""
-        self._epoch.fill_(epoch)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        first = int(self._epoch)
-        for epoch in itertools.count(first) if self.endless else (first,):
-            yield from self._pass(epoch)
-
-    def _pass(self, epoch: int) -> Iterator[dict[str, Any]]:
-        worker, usable = get_worker_info(), 0
-        index, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        rows = shuffled(self._rows(), self.buffer, random.Random(epoch_seed(self.seed, epoch)))
-        rows = itertools.islice(rows, index, None, workers)
-        for item in iter_items(rows, self.task, self.tokenizer, self.kind, self.max_length):
-            if item.lost:
-                continue
-            usable += 1
-            types = {} if item.token_type_ids is None else {"token_type_ids": item.token_type_ids}
-            yield {"input_ids": item.input_ids, "labels": item.labels, **types}
-        if self.endless and not usable:  # another pass would find no usable rows either
-            share = f" in the share of worker {index} of {workers}" if workers > 1 else ""
-            raise UserError(
-                f"{self.name}: got {self.path} without a usable row{share}, expected rows that "
-                "keep a "
-                f"prompt and an answer within max_length {self.max_length}"
+    def items(shares: list[int]) -> Iterator[dict[str, Any]]:
+        for _ in itertools.count():
+            usable = False
+            rows = iter_rows(path)
+            rows = (
+                part for row in rows for part in (task.training_rows(row) if all_turns else [row])
             )
+            rows = (row for number, row in enumerate(rows) if number % count in shares)
+            for item in iter_items(rows, task, tokenizer, kind, max_length):
+                if not item.lost:
+                    usable = True
+                    yield item.columns()
+            if not usable:  # another pass would find no usable rows either
+                expected = f"rows whose prompt and answer fit within max_length {max_length}"
+                raise wrong("--train", f"{path} without a usable row", expected)
 
-    def _rows(self) -> Iterator[Row]:
-        for row in iter_rows(self.path, self.name):
-            yield from self.task.training_rows(row) if self.all_turns else [row]
+    # datasets gives each worker one of the values of a list
+    shares = {"shares": list(range(count))}
+    stream = datasets.IterableDataset.from_generator(items, gen_kwargs=shares)
+    return stream.shuffle(seed=seed, buffer_size=buffer)

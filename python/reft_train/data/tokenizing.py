@@ -11,16 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from reft_train.errors import UserError
+from reft_train.errors import UserError, wrong
 
 if TYPE_CHECKING:
     import datasets
 
     from reft_train.tasks.base import Classified, Example, Row, Task
 
-KINDS = ("causal", "seq2seq", "classification")
 IGNORED = -100  # label ignored by the loss
 _CHUNK = 1000  # rows tokenized per batch; fast tokenizers use several threads for a batch
 
@@ -39,12 +39,10 @@ class Item(NamedTuple):
     cut_target: int = 0
     lost: bool = False
 
-
-class Cuts(NamedTuple):
-    """Numbers of examples with truncated prompts (or texts to classify) and truncated targets."""
-
-    prompts: int
-    targets: int
+    def columns(self) -> dict[str, Any]:
+        """Return what a batch needs."""
+        types = {} if self.token_type_ids is None else {"token_type_ids": self.token_type_ids}
+        return {"input_ids": self.input_ids, "labels": self.labels, **types}
 
 
 class Specials(NamedTuple):
@@ -59,22 +57,14 @@ class Specials(NamedTuple):
     @classmethod
     def of(cls, tokenizer: Any) -> Specials:
         """Determine the special tokens by encoding a letter with and without them."""
-        letter_ids = tokenizer("a", add_special_tokens=False)["input_ids"]
-        encoded = tokenizer("a")["input_ids"]
-        starts = [
-            i
-            for i in range(len(encoded))
-            if letter_ids and encoded[i : i + len(letter_ids)] == letter_ids
-        ]
+        letter = tokenizer("a", add_special_tokens=False)["input_ids"]
+        encoded, size = tokenizer("a")["input_ids"], len(letter)
+        starts = [i for i in range(len(encoded)) if letter and encoded[i : i + size] == letter]
         if not starts:
-            name = type(tokenizer).__name__
-            raise UserError(
-                f"tokenizer: got a {name} that reads 'a' as {encoded}, expected a token for it"
-            )
-        before, after = encoded[: starts[0]], encoded[starts[0] + len(letter_ids) :]
-        return cls(
-            before, after, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.bos_token
-        )
+            what = f"a {type(tokenizer).__name__} that encodes 'a' as {encoded}"
+            raise wrong("tokenizer", what, "a token for it")
+        ends = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.bos_token
+        return cls(encoded[: starts[0]], encoded[starts[0] + size :], *ends)
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -82,8 +72,8 @@ def pad_id(tokenizer: Any) -> int:
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
-    name = type(tokenizer).__name__
-    raise UserError(f"tokenizer: got a {name} without a pad or EOS token, expected one of them")
+    what = f"a {type(tokenizer).__name__} without a pad or EOS token"
+    raise wrong("tokenizer", what, "one of them")
 
 
 def encode(
@@ -94,7 +84,7 @@ def encode(
     *,
     where: str | None = None,
 ) -> Item:
-    """Encode one example for a model of ``kind``.
+    """Encode one example for a model of ``kind``: causal, seq2seq or classification.
 
     The target is kept and the prompt is cut from the left, after its BOS. A target that does not
     fit next to one prompt token is cut at its end, before its EOS. Prompt and target of an
@@ -114,89 +104,80 @@ def prompt_ids(
     specials = Specials.of(tokenizer)
     after = specials.after if kind == "seq2seq" else []
     if max_length <= len(after):
-        raise UserError(f"max_length: got {max_length}, expected at least {len(after) + 1}")
+        raise wrong("max_length", max_length, f"at least {len(after) + 1}")
     bodies = _prompts(prompts, [None] * len(prompts), tokenizer, specials)
     return [_cut_left(before, body, max_length - len(after)) + after for before, body in bodies]
 
 
 def tokenize_rows(
-    rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int
+    rows: Sequence[Row],
+    task: Task,
+    tokenizer: Any,
+    kind: str,
+    max_length: int,
+    key: dict[str, Any],
+    folder: Path | None = None,
 ) -> datasets.Dataset:
-    """Tokenize all rows that are not lost (see :class:`Item`), with a ``length`` column."""
+    """Tokenize all rows that are not lost (see :class:`Item`), or load them from the cache.
+
+    The data set has the columns of :meth:`Item.columns`, ``length``, and the cut tokens.
+
+    Args:
+        key: identifies rows and tokenizer; see :func:`reft_train.data.caching.cached`.
+    """
     import datasets
 
+    from reft_train.data.caching import cached
+
+    if not rows:
+        raise wrong("data", "no rows", "at least one")
     tokens, count = datasets.Sequence(datasets.Value("int32")), datasets.Value("int32")
-    number = datasets.Value(
-        "float64" if kind == "classification" and task.labels is None else "int64"
-    )
-    labels = number if kind == "classification" else tokens
-    features = {
-        "input_ids": tokens,
-        "labels": labels,
-        "token_type_ids": tokens,
-        "cut_prompt": count,
-        "cut_target": count,
-    }
-    parts, read = [], 0
-    for items in _chunks(rows, task, tokenizer, kind, max_length, _CHUNK):
-        read += len(items)
-        items = [item for item in items if not item.lost]
-        if items:
-            names = [name for name in features if getattr(items[0], name) is not None]
-            columns = {name: [getattr(item, name) for item in items] for name in names}
-            columns["length"] = [len(item.input_ids) for item in items]
-            schema = datasets.Features({name: features[name] for name in names} | {"length": count})
-            parts.append(datasets.Dataset.from_dict(columns, features=schema))
-    if not read:
-        raise UserError("data: got no rows, expected at least one")
-    if not parts:
-        raise all_lost(max_length)
-    return datasets.concatenate_datasets(parts)
+    number = datasets.Value("float64" if task.labels is None else "int64")
+    features = {"input_ids": tokens, "labels": number if kind == "classification" else tokens}
+    first = next(iter_items(rows[:1], task, tokenizer, kind, max_length))
+    if first.token_type_ids is not None:
+        features["token_type_ids"] = tokens
+    features |= dict.fromkeys(("length", "cut_prompt", "cut_target"), count)
+
+    def items() -> Iterator[dict[str, Any]]:
+        lost = 0
+        for item in iter_items(rows, task, tokenizer, kind, max_length, _CHUNK):
+            lost += item.lost
+            if not item.lost:
+                cuts = {"cut_prompt": item.cut_prompt, "cut_target": item.cut_target}
+                yield {**item.columns(), "length": len(item.input_ids), **cuts}
+        if lost == len(rows):
+            raise all_lost(max_length)
+
+    key = {**key, "task": task.name, "kind": kind, "max_length": max_length}
+    return cached(items, datasets.Features(features), key, folder)
 
 
 def iter_items(
-    rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int
+    rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int, chunk: int = 1
 ) -> Iterator[Item]:
-    """Lazily yield an item for each row, including lost ones."""
-    for items in _chunks(rows, task, tokenizer, kind, max_length, 1):
-        yield from items
-
-
-def count_cuts(dataset: datasets.Dataset) -> Cuts:
-    """Count the truncated examples in a data set of :func:`tokenize_rows`."""
-    return Cuts(*(sum(cut > 0 for cut in dataset[name]) for name in ("cut_prompt", "cut_target")))
+    """Lazily yield an item for each row, including lost ones, ``chunk`` rows at a time."""
+    rows = iter(rows)
+    while taken := list(islice(rows, chunk)):
+        classes = kind == "classification"
+        read = [task.classified(r) if classes else task.example(r, tokenizer) for r in taken]
+        yield from _encode(kind, read, [row.where for row in taken], tokenizer, max_length)
 
 
 def all_lost(max_length: int) -> UserError:
     """Build the error for a data set without usable rows."""
-    return UserError(
-        f"max_length: got {max_length}, which leaves no row both a prompt and an answer, expected "
-        "more"
-    )
-
-
-def _chunks(rows, task, tokenizer, kind, max_length: int, chunk: int) -> Iterator[list[Item]]:
-    rows = iter(rows)
-    while taken := list(islice(rows, chunk)):
-        if kind == "classification":
-            read = [task.classified(row) for row in taken]
-        else:
-            read = [task.example(row, tokenizer) for row in taken]
-        yield _encode(kind, read, [row.where for row in taken], tokenizer, max_length)
+    what = f"{max_length}, which leaves no row both a prompt and an answer"
+    return wrong("max_length", what, "a larger number")
 
 
 def _encode(kind: str, examples, locations, tokenizer, max_length: int) -> list[Item]:
-    if kind not in KINDS:
-        raise UserError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     if max_length < 2:
-        raise UserError(f"max_length: got {max_length}, expected at least 2")
+        raise wrong("max_length", max_length, "at least 2")
+    pairs = list(zip(examples, locations, strict=True))
     if kind == "classification":
-        return [
-            _text(classified, where, tokenizer, max_length)
-            for classified, where in zip(examples, locations, strict=True)
-        ]
+        return [_text(classified, where, tokenizer, max_length) for classified, where in pairs]
     specials, causal, items = Specials.of(tokenizer), kind == "causal", []
-    for example, where in zip(examples, locations, strict=True):
+    for example, where in pairs:
         if not example.target.strip():
             raise _empty("target", example.target, where)
     prompts = _prompts([example.prompt for example in examples], locations, tokenizer, specials)
@@ -205,13 +186,11 @@ def _encode(kind: str, examples, locations, tokenizer, max_length: int) -> list[
         target = whole if len(whole) <= room else [*whole[: room - 1], whole[-1]]
         prompt = _cut_left(before, body, max_length - len(target if causal else specials.after))
         cuts = len(before) + len(body) - len(prompt), len(whole) - len(target)
-        lost = (cuts[0] > 0 and len(prompt) <= max(len(before), 1)) or (
-            cuts[1] > 0 and len(target) == 1
-        )
-        if causal:
-            items.append(Item(prompt + target, [IGNORED] * len(prompt) + target, None, *cuts, lost))
-        else:
-            items.append(Item(prompt + specials.after, target, None, *cuts, lost))
+        no_prompt = cuts[0] > 0 and len(prompt) <= max(len(before), 1)
+        lost = no_prompt or (cuts[1] > 0 and len(target) == 1)
+        ids = prompt + (target if causal else specials.after)
+        labels = [IGNORED] * len(prompt) + target if causal else target
+        items.append(Item(ids, labels, None, *cuts, lost))
     return items
 
 
@@ -236,12 +215,8 @@ def _prompts(
     """
     encoded = []
     for prompt, where, body in zip(prompts, locations, _ids(prompts, tokenizer), strict=True):
-        before = specials.before
-        if (
-            specials.bos_text
-            and prompt.startswith(specials.bos_text)
-            and body[:1] == [specials.bos]
-        ):
+        before, bos = specials.before, specials.bos_text
+        if bos and prompt.startswith(bos) and body[:1] == [specials.bos]:
             before, body = body[:1], body[1:]
         if not prompt.strip() or not body:
             raise _empty("prompt", prompt, where)
@@ -251,19 +226,15 @@ def _prompts(
 
 def _targets(examples: Sequence[Example], tokenizer, specials: Specials) -> list[list[int]]:
     if specials.eos is None:
-        name = type(tokenizer).__name__
-        raise UserError(
-            f"tokenizer: got a {name} without an EOS token, expected one: it ends an answer"
-        )
+        what = f"a {type(tokenizer).__name__} without an EOS token"
+        raise wrong("tokenizer", what, "one: it ends an answer")
     rows = _ids([example.target for example in examples], tokenizer)
     return [row if row[-1:] == [specials.eos] else [*row, specials.eos] for row in rows]
 
 
 def _ids(texts: Sequence[str], tokenizer) -> list[list[int]]:
-    return [
-        list(ids)
-        for ids in tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    ]
+    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
 
 
 def _cut_left(before: list[int], body: list[int], room: int) -> list[int]:
@@ -272,9 +243,8 @@ def _cut_left(before: list[int], body: list[int], room: int) -> list[int]:
     At least the first token of ``before`` is kept.
     """
     before = before[:room]
-    kept = room - len(before)
-    return before + (body if len(body) <= kept else body[len(body) - kept :])
+    return before + body[max(0, len(body) - (room - len(before))) :]
 
 
 def _empty(name: str, text: str, where: str | None) -> UserError:
-    return UserError(f"{name}{f' of {where}' if where else ''}: got {text!r}, expected text")
+    return wrong(f"{name}{f' of {where}' if where else ''}", repr(text), "text")

@@ -10,17 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from reft_train import flags
 from reft_train.config import RunConfig
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 
 if TYPE_CHECKING:
-    from reft_train.doctor.environment import Memory
     from reft_train.doctor.estimate import Estimate
-    from reft_train.doctor.trial import MemoryTrial
+    from reft_train.doctor.trial import Trial
 
-DESCRIPTION = """Say what is installed and which backend serves which operator. With --model and
---task, estimate the memory that a training needs before any weight is loaded, compare it with the
-machine's, and train a few steps on random tokens. Exits with 1 when the memory does not suffice or
-the trial fails."""
+DESCRIPTION = """Report installed packages and the backend of each operator. With --model and
+--task, estimate the memory of weights, gradients and optimizer before any weight is loaded, compare
+it with the machine's, and train a few steps on random text, which measures the whole. Exits with
+1 when the memory does not suffice or the trial fails."""
 
 
 def add_parser(subparsers) -> None:
@@ -28,8 +27,9 @@ def add_parser(subparsers) -> None:
     summary = "check the installation, the memory that a model needs, and a few training steps"
     command = subparsers.add_parser("doctor", help=summary, description=DESCRIPTION)
     text = "timed steps; 0: no trial (default: 10)"
-    command.add_argument("--trial-steps", type=flags.count(0), default=10, metavar="N", help=text)
-    command.add_argument("--json", metavar="FILE", help="write everything to a file too")
+    steps = {"type": flags.number(int, 0), "default": 10, "metavar": "N"}
+    command.add_argument("--trial-steps", **steps, help=text)
+    command.add_argument("--json", metavar="FILE", help="also write the results to a file")
     flags.add_settings(command)
     command.set_defaults(run=run)
 
@@ -37,13 +37,13 @@ def add_parser(subparsers) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Run the command. Returns 0, or 1 when memory is insufficient or the trial failed."""
     if parsed.json is not None and Path(parsed.json).is_dir():
-        raise UserError(f"--json: got {parsed.json}, which is a folder, expected a file")
+        raise wrong("--json", f"{parsed.json}, which is a folder", "a file")
     config = None
     if parsed.config is not None or "model" in parsed:
         config = flags.settings(parsed)
-    elif extra_flags := sorted(flags.passed(parsed), key="task".__eq__):
-        name = extra_flags[0].replace("_", "-")
-        raise UserError(f"--model: got none with --{name}, expected a model's folder or hub name")
+    elif extra := sorted(flags.passed(parsed), key="task".__eq__):
+        name = extra[0].replace("_", "-")
+        raise wrong("--model", f"none with --{name}", "a model's folder or hub name")
     from reft_train.doctor.environment import environment, environment_lines
     from reft_train.files import dumps, write_text
 
@@ -58,7 +58,7 @@ def run(parsed: argparse.Namespace) -> int:
 def _examine(config: RunConfig, steps: int, report: dict[str, Any]) -> int:
     from reft_train import models, tasks
     from reft_train.doctor import environment
-    from reft_train.doctor.estimate import estimate, remedies
+    from reft_train.doctor.estimate import estimate
     from reft_train.doctor.trial import run_trial
 
     task, device = tasks.get(config.task), models.pick_device(config)
@@ -66,103 +66,52 @@ def _examine(config: RunConfig, steps: int, report: dict[str, Any]) -> int:
     memory = environment.memory_of(device, spread=config.device_map == "auto")
     report["settings"] = config.to_dict()
     report["estimate"] = {**asdict(needed), "total": needed.total}
-    report["memory"] = None if memory is None else {"device": device, **asdict(memory)}
-    report["verdict"] = verdict(needed, memory, device)
-    print("", *estimate_lines(needed, config.batch_size), report["verdict"], sep="\n", flush=True)
+    report["memory"] = {"device": device, **asdict(memory)}
+    print("", *estimate_lines(needed), sep="\n")
+    enough = needed.total <= memory.free
+    free = f"{size(memory.free)} free of {size(memory.total)} ({memory.source})"
+    report["verdict"] = f"{'fits' if enough else 'does not fit'}: {free}"
+    print(report["verdict"], flush=True)
     if needed.length < config.max_length:
-        print(
-            f"the model reads {needed.length} tokens, fewer than --max-length {config.max_length}"
-        )
-    if memory is not None and needed.total > memory.free:
-        hints = list(remedies(config, task, memory.free, device == "cuda"))
-        report["remedies"] = {changes: other.total for changes, other in hints}
-        for changes, other in hints:
-            fits = "" if other.total <= memory.free else ", which does not fit either"
-            print(f"hint: {changes}: {size(other.total)}{fits}")
-        if not hints:
-            print(
-                "hint: nothing can be made smaller; take a smaller model or a shorter --max-length"
-            )
-        print("no trial, since it would run out of memory")
-        return 1
-    if not steps:
-        return 0
+        limit = f"the model reads {needed.length} tokens"
+        print(f"{limit}, fewer than --max-length {config.max_length}")
+    if not enough:
+        print("hint: --quantization 4bit (with a GPU), --dtype bfloat16, or a smaller model")
+    if not enough or not steps:
+        return int(not enough)
     print(f"\nloading {config.model} for a trial", file=sys.stderr)
     trial = run_trial(config, task, steps, needed.length)
     report["trial"] = asdict(trial)
-    print("", *trial_lines(trial, needed), sep="\n", flush=True)
+    print("", *trial_lines(trial), sep="\n", flush=True)
     return 0 if trial.failure is None else 1
 
 
 def size(count: float) -> str:
-    """Format a number of bytes with a suitable unit."""
-    unit, factor = next(
-        (pair for pair in (("GiB", 2**30), ("MiB", 2**20)) if count >= pair[1]), ("KiB", 2**10)
-    )
+    units = (("GiB", 2**30), ("MiB", 2**20))
+    unit, factor = next((pair for pair in units if count >= pair[1]), ("KiB", 2**10))
     return f"{count / factor:,.2f} {unit}"
 
 
-def estimate_lines(needed: Estimate, batch: int) -> list[str]:
-    """Format the parts of the estimate."""
+def estimate_lines(needed: Estimate) -> list[str]:
     share = f"{needed.trainable / needed.model_numbers:.4%} of the model's {needed.model_numbers:,}"
-    trained = f"  {needed.trainable:,} parameters ({share})" + (
-        f" and {needed.head:,} of a head" if needed.head else ""
-    )
-    parts = {
-        "frozen weights": (needed.frozen, ""),
-        "trained weights": (needed.trained, trained),
-        "gradients": (needed.gradients, ""),
-        "Adam's moments": (needed.optimizer, ""),
-        "activations": (needed.activations, ""),
-        "total": (needed.total, ""),
-    }
-    title = (
-        f"memory for batches of {batch} x {needed.length} tokens, estimated from the model's "
-        "configuration"
-    )
+    head = f" and {needed.head:,} of a head" if needed.head else ""
     return [
-        title,
-        *(f"  {name:<16}{size(count):>12}{text}" for name, (count, text) in parts.items()),
+        "memory estimated from the model's configuration, without activations",
+        f"  frozen weights         {size(needed.frozen)}",
+        f"  trained weights        {size(needed.trained)}, with gradients and Adam's moments "
+        f"{size(4 * needed.trained)}",
+        f"  trained parameters     {needed.trainable:,} ({share}){head}",
+        f"  total                  {size(needed.total)}",
     ]
 
 
-def verdict(needed: Estimate, memory: Memory | None, device: str) -> str:
-    """Describe in one line whether the estimate fits."""
-    if memory is None:
-        return (
-            f"the system does not tell how much memory the {device} has; the estimate is "
-            f"{size(needed.total)}"
-        )
-    have = (
-        f"{size(needed.total)} estimated, {size(memory.free)} free of {size(memory.total)} "
-        f"({memory.source})"
-    )
-    if needed.total <= memory.free:
-        return f"fits: {have}"
-    if needed.total <= memory.total:
-        return f"does not fit now: {have}; other programs hold the rest"
-    return f"does not fit: {have}"
-
-
-def trial_lines(trial: MemoryTrial, needed: Estimate) -> list[str]:
+def trial_lines(trial: Trial) -> list[str]:
     """Format the trial's measurements, or the reason of its failure."""
     lines = [
-        f"trial: {trial.steps} timed training steps on random tokens, {trial.length} an example"
+        f"trial: {trial.steps} training steps on random text, {trial.length} tokens an example"
     ]
-    if trial.left_out:
-        lines.append(f"  without {', '.join(trial.left_out)}, which a trial leaves out")
-    if trial.step_seconds is not None:
-        over, peak = (trial.peak.peak - trial.peak.before) * 2**20, size(trial.peak.peak * 2**20)
-        facts = {
-            "step, median": f"{trial.step_seconds * 1e3:,.1f} ms",
-            "frozen model alone": f"{trial.frozen_seconds * 1e3:,.1f} ms, forward and backward",
-            "ratio, median": f"{trial.ratio:.3f}",
-            "tokens per second": f"{trial.tokens_per_second:,.0f}",
-            "memory over weights": f"{size(over)}; estimated {size(needed.step)}",
-            "peak memory": f"{peak}: {trial.peak.method}",
-            "loss": f"{trial.losses[0]:.4f} first, {trial.losses[-1]:.4f} last",
-        }
-        if trial.orthonormality is not None:
-            facts["max |R Rᵀ − I|"] = f"{trial.orthonormality:.2e}"
-        lines += [f"  {name:<23}{text}" for name, text in facts.items()]
-    return [*lines, "  all is well" if trial.failure is None else f"  FAILED: {trial.failure}"]
+    if trial.outcome is not None:
+        alone = f"{trial.frozen_seconds * 1e3:,.1f} ms, forward and backward"
+        facts = {"frozen model alone": alone, "ratio": f"{trial.ratio:.3f}"}
+        lines += [f"  {name}: {text}" for name, text in (trial.outcome.figures() | facts).items()]
+    return [*lines, f"  FAILED: {trial.failure}" if trial.failure else "  passed"]

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reft_train.procfs import MEMINFO, sizes
-from reft_train.reporting.versions import MISSING, installed
+import psutil
+
+from reft_train.reporting import installed
 
 NEEDED_FOR = {
     "torch": "everything",
@@ -19,6 +20,7 @@ NEEDED_FOR = {
     "accelerate": "training",
     "datasets": "Parquet files and training data",
     "safetensors": "weights and adapters",
+    "pydantic": "settings",
     "matplotlib": "loss.png and report.html",
     "rich": "tables",
     "scikit-learn": "scores of GLUE tasks",
@@ -28,12 +30,10 @@ NEEDED_FOR = {
     "deepspeed": "--deepspeed",
     "tensorboard": "TensorBoard logs",
 }
+_CGROUP = Path("/sys/fs/cgroup")
 _GROUPS = (
-    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
-    (
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ),
+    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
 )
 
 
@@ -56,69 +56,53 @@ def environment() -> dict[str, Any]:
     from reft_kernels import cpu, env
     from reft_kernels.version import __version__
 
-    devices = env.devices()
+    devices = dict(env.devices())
+    backends = {name: {"serving": env.serving(name), "off": env.unable(name)} for name in devices}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "reft_kernels": __version__,
         "packages": {name: installed(name) for name in NEEDED_FOR},
-        "devices": dict(devices),
+        "devices": devices,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": cpu.instruction_set(),
-        "backends": {
-            name: {"serving": env.serving(name), "off": env.unable(name)} for name, _ in devices
-        },
+        "backends": backends,
     }
 
 
 def environment_lines(report: dict[str, Any]) -> list[str]:
-    """Format the environment as text."""
     from reft_kernels import env
 
-    lines = [
-        f"reft_kernels {report['reft_kernels']}, Python {report['python']}, {report['platform']}"
-    ]
+    python = f"Python {report['python']}, {report['platform']}"
+    lines = [f"reft_kernels {report['reft_kernels']}, {python}"]
     for name, version in report["packages"].items():
-        lines.append(
-            f"  {name:<14}{version}"
-            + (f", needed for {NEEDED_FOR[name]}" if version == MISSING else "")
-        )
-    cpu = (
-        f"{report['cores']} cores, {report['threads']} threads, instruction set "
-        f"{report['instruction_set']}"
-    )
-    return [*lines, f"  CPU: {cpu}", *env.backend_lines()]
+        purpose = f", needed for {NEEDED_FOR[name]}" if version == "not installed" else ""
+        lines.append(f"  {name:<14}{version}{purpose}")
+    cpu = f"{report['cores']} cores, {report['threads']} threads"
+    lines.append(f"  CPU: {cpu}, instruction set {report['instruction_set']}")
+    return [*lines, *env.backend_lines()]
 
 
 def _number(path: Path) -> int | None:
     try:
-        text = path.read_text().strip()
-    except OSError:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max" for no limit
         return None
-    return int(text) if text.isdecimal() else None  # cgroup reports "max" for no limit
 
 
-def _cpu() -> Memory | None:
-    fields = sizes(MEMINFO)
-    if not {"MemAvailable", "MemTotal"} <= fields.keys():
-        return None
-    memory = Memory(fields["MemAvailable"], fields["MemTotal"], "/proc/meminfo")
+def memory_of(device: str, spread: bool = False) -> Memory:
+    """Return the memory of ``cpu`` or ``cuda`` (``spread``: of all GPUs)."""
+    if device == "cuda":
+        import torch
+
+        numbers = range(torch.cuda.device_count()) if spread else [torch.cuda.current_device()]
+        free, total = map(sum, zip(*map(torch.cuda.mem_get_info, numbers), strict=True))
+        return Memory(free, total, f"CUDA, {len(numbers)} device(s)")
+    found = psutil.virtual_memory()
     for paths in _GROUPS:
         limit, used = map(_number, paths)
-        if limit is not None and used is not None and limit < memory.total:
-            return Memory(
-                min(memory.free, max(0, limit - used)), limit, "the control group's limit"
-            )
-    return memory
-
-
-def memory_of(device: str, spread: bool = False) -> Memory | None:
-    """Return the memory of ``cpu`` or ``cuda`` (``spread``: of all GPUs), or None if unknown."""
-    if device != "cuda":
-        return _cpu()
-    import torch
-
-    numbers = range(torch.cuda.device_count()) if spread else [torch.cuda.current_device()]
-    free, total = map(sum, zip(*map(torch.cuda.mem_get_info, numbers), strict=True))
-    return Memory(free, total, f"CUDA, {len(numbers)} device(s)")
+        if limit is not None and used is not None and limit < found.total:
+            free = min(found.available, max(0, limit - used))
+            return Memory(free, limit, "the control group's limit")
+    return Memory(found.available, found.total, "system memory")

@@ -1,25 +1,21 @@
-"""Estimate of training memory on PyTorch's meta device, without reading weights.
+"""Estimate of a training's weights, gradients and optimizer states, without reading weights.
 
-Weights are counted by accelerate; activations are the tensors saved by a forward on the meta
-device. Not included: memory of the libraries, allocator overhead, activations of mixture-of-experts
-layers, and sharding.
+The model is built on PyTorch's meta device and measured by accelerate. Activations are not
+estimated; the trial measures them.
 """
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from reft_train import methods, models
-from reft_train.config import REFT_METHODS, RunConfig
-from reft_train.errors import UserError
+from reft_train.config import RunConfig
+from reft_train.errors import one_line, wrong
 from reft_train.tasks.base import Task
 
 
@@ -32,59 +28,33 @@ class Estimate:
     head: int
     frozen: int
     trained: int
-    gradients: int
-    optimizer: int
-    activations: int
     length: int
 
     @property
-    def step(self) -> int:
-        """Memory of a training step in addition to the weights."""
-        return self.gradients + self.optimizer + self.activations
-
-    @property
     def total(self) -> int:
-        """Total memory."""
-        return self.frozen + self.trained + self.step
+        """Bytes of the weights, the gradients and Adam's two moments."""
+        return self.frozen + 4 * self.trained
 
 
-def empty_model(config: RunConfig, task: Task, dtype: torch.dtype) -> tuple[nn.Module, str]:
-    """Build the frozen model on the meta device from ``config.json``; also return its kind."""
-    import transformers
-
-    from reft_train.pooling import MeanPooledClassifier
+def empty_model(config: RunConfig, task: Task) -> models.Loaded:
+    """Build the frozen model on the meta device from ``config.json``."""
+    from reft_train.pooling import HEAD, MeanPooledClassifier
 
     hf_config = models.model_config(config)
     kind = models.kind_of(config, hf_config, task)
     if kind == models.CLASSIFICATION:
         hf_config.num_labels = task.num_labels
-    options = {} if config.attention is None else {"attn_implementation": config.attention}
+    build, dtype = models.class_of(config, kind).from_config, models.weight_dtype(config)
     try:
         with torch.device("meta"):
-            build = getattr(transformers, models.class_of(config, kind)).from_config
-            model = build(hf_config, dtype=dtype, **options)
+            model = build(hf_config, dtype=dtype)
             if config.pooling == "mean":
                 model = MeanPooledClassifier(model, hf_config.num_labels, config.seed)
     except (ValueError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model: got {config.model!r}, which cannot be built ({reason})") from None
-    return model.requires_grad_(False), kind
-
-
-def _matrices(part: nn.Module) -> list[nn.Module]:
-    """Return the linear layers, including GPT-2's Conv1D."""
-    return [m for m in part.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-
-
-def _blocks(model: nn.Module) -> list[nn.ModuleList]:
-    """Return the lists of layers: one, or those of an encoder and a decoder."""
-    block_lists: list[nn.ModuleList] = []
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) and _matrices(module[0]):
-            block_lists += (
-                [] if any(module in set(other.modules()) for other in block_lists) else [module]
-            )
-    return block_lists
+        raise wrong("model", f"{config.model!r}", f"a known model ({one_line(error)})") from None
+    heads = [name for name in (*models.HEADS, HEAD) if hasattr(model, name)]
+    heads = heads[:1] if kind == models.CLASSIFICATION else []
+    return models.Loaded(model.requires_grad_(False), None, kind, heads)
 
 
 def _frozen_bytes(config: RunConfig, model: nn.Module) -> int:
@@ -95,156 +65,25 @@ def _frozen_bytes(config: RunConfig, model: nn.Module) -> int:
     if config.quantization != "none":
         kind = CustomDtype.INT4 if config.quantization == "4bit" else torch.int8
         output = model.get_output_embeddings()
-        linears = [
-            name
-            for name, m in model.named_modules()
-            if isinstance(m, nn.Linear) and m is not output
-        ]
-        special = {f"{name}.weight": kind for name in linears}
+        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m != output]
+        special = {f"{name}.weight": kind for name in linear}
     return int(compute_module_sizes(model, special_dtypes=special)[""])
 
 
-def kept_bytes(config: RunConfig, task: Task) -> tuple[int, int]:
-    """Return the bytes saved for the backward without checkpointing, and of the largest tensor."""
-    dtype = models.weight_dtype(config) if config.mixed_precision == "no" else torch.bfloat16
-    model, kind = empty_model(config, task, dtype)
-    if config.method == "head":
-        return 0, 0
-    blocks, length = _blocks(model), _length(config, model)
-    width, edits, rows = model.get_input_embeddings().weight.shape[1], 0, 0
-    embeddings = [
-        m for m in model.modules() if isinstance(m, nn.Embedding) and m.embedding_dim == width
-    ]
-    if config.method in REFT_METHODS:
-        from reft_kernels.positions import parse
-
-        spec = parse(config.positions)
-        numbers = range(sum(map(len, blocks))) if config.layers == "all" else config.layers
-        ends = (spec.first or 0) + (spec.last or 0)
-        edits, rows = len(numbers), config.batch_size * (min(ends, length) if ends else length)
-        first = [blocks[0][min(*numbers, len(blocks[0]) - 1)]] if blocks else embeddings
-    else:
-        first = embeddings
-        if config.method in ("lora", "dora"):
-            model = _adapted(config, model, kind)
-    for module in first:
-        module.register_forward_hook(lambda module, args, output: _require_grad(output))
-    fixed = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.Tensor] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage()._cdata not in fixed:
-            kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    tokens = torch.zeros(config.batch_size, length, dtype=torch.int64, device="meta")
-    labels = tokens if kind != models.CLASSIFICATION else tokens[:, 0]
-    if kind == models.CLASSIFICATION and task.labels is None:
-        labels = labels.to(dtype)
-    options = {"use_cache": False} if kind != models.CLASSIFICATION else {}
-    model.train()
-    # silences messages about failures that are caught below
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
-    # without fake tensors transformers would read mask values
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    try:
-        with fake, torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            model(input_ids=tokens, labels=labels, **options)
-        sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-    except Exception:
-        # data-dependent experts or GPU-only kernels: count linear layer outputs and the logits
-        outputs = [
-            min(m.weight.shape) if m.weight.shape[0] == width else m.weight.shape[0]
-            for m in _matrices(model)
-        ]
-        sizes = [tokens.numel() * dtype.itemsize * output for output in outputs]
-    edited = edits * rows * width * dtype.itemsize
-    return sum(sizes) + edited, max(sizes, default=0)
-
-
-def _require_grad(output: Any) -> Any:
-    hidden = output[0] if isinstance(output, tuple) else output
-    if not hidden.requires_grad:
-        hidden.requires_grad_()
-    return output
-
-
-def _length(config: RunConfig, model: nn.Module) -> int:
-    text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    return min(config.max_length, longest or config.max_length)
-
-
-def _adapted(config: RunConfig, model: nn.Module, kind: str) -> nn.Module:
-    heads = [name for name in models.HEADS if hasattr(model, name)]
-    with warnings.catch_warnings():
-        # initialisation on the meta device warns that it does nothing
-        warnings.simplefilter("ignore")
-        return methods.adapt(
-            config, models.Loaded(model, None, kind, heads if kind == models.CLASSIFICATION else [])
-        )
-
-
 def estimate(config: RunConfig, task: Task) -> Estimate:
-    """Estimate the memory of a training with the given settings."""
-    model, kind = empty_model(config, task, models.weight_dtype(config))
-    numbers, frozen = sum(p.numel() for p in model.parameters()), _frozen_bytes(config, model)
-    blocks, length = _blocks(model), _length(config, model)
-    linear = sum(m.weight.numel() for part in blocks for m in _matrices(part))
-    adapted = _adapted(config, model, kind)
+    """Estimate the memory of a training's weights with the given settings."""
+    loaded = empty_model(config, task)
+    numbers = sum(p.numel() for p in loaded.model.parameters())
+    frozen = _frozen_bytes(config, loaded.model)
+    text = loaded.model.config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    length = min(config.max_length, longest or config.max_length)
+    with warnings.catch_warnings():
+        # initialization on the meta device warns that it does nothing
+        warnings.simplefilter("ignore")
+        adapted = methods.adapt(config, loaded)
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     head = sum(p.numel() for name, p in trained.items() if "modules_to_save." in name)
     size = sum(p.numel() * p.element_size() for p in trained.values())
-    kept, largest = kept_bytes(config, task)
-    depth = max(1, sum(map(len, blocks)))
-    if config.gradient_checkpointing:  # saves the layers' inputs and recomputes one layer at a time
-        width = model.get_input_embeddings().weight.shape[1] * (
-            2 if config.mixed_precision != "no" else 4
-        )
-        kept = min(
-            kept, depth * config.batch_size * length * width + max(2 * kept // depth, largest)
-        )
-    # autocast copies of frozen weights
-    copies = 2 * linear if config.mixed_precision != "no" else 0
-    return Estimate(
-        model_numbers=numbers,
-        trainable=sum(p.numel() for p in trained.values()) - head,
-        head=head,
-        frozen=frozen,
-        trained=size,
-        gradients=size,
-        optimizer=2 * size,
-        activations=kept + 2 * largest + copies,
-        length=length,
-    )
-
-
-def remedies(
-    config: RunConfig, task: Task, memory: int, cuda: bool
-) -> Iterator[tuple[str, Estimate]]:
-    """Return settings that need less memory, with their estimates.
-
-    Returns all that fit, or all that were tried if none fits.
-
-    Args:
-        memory: available bytes.
-        cuda: whether there is a GPU, which quantization needs.
-    """
-    tried = [] if config.gradient_checkpointing else [{"gradient_checkpointing": True}]
-    batch = config.batch_size
-    while batch > 1 and estimate(config.replace(batch_size=batch), task).total > memory:
-        batch //= 2
-    if batch < config.batch_size:
-        factor = -(-config.batch_size // batch)
-        tried.append({"batch_size": batch, "accumulation": config.accumulation * factor})
-    if cuda and config.quantization == "none" and task.decoding is not None:
-        tried.append({"quantization": "4bit"})
-    candidates = []
-    for changes in tried:
-        flags = (
-            f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
-            for name, value in changes.items()
-        )
-        candidates.append((" ".join(flags), estimate(config.replace(**changes), task)))
-    fitting = [pair for pair in candidates if pair[1].total <= memory]
-    yield from fitting or candidates
+    trainable = sum(p.numel() for p in trained.values()) - head
+    return Estimate(numbers, trainable, head, frozen, size, length)

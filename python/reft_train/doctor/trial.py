@@ -1,187 +1,115 @@
-"""Short trial training on random tokens: time, memory, finite losses, orthonormality of R."""
+"""Short training on random text through the whole program, and its time over the frozen model's."""
 
 from __future__ import annotations
 
-import contextlib
-import math
+import json
+import random
 import statistics
+import tempfile
 import time
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 
-from reft_train import methods, models
+from reft_train import models
 from reft_train.config import RunConfig
-from reft_train.errors import UserError
-from reft_train.memory import Peak, PeakMeter
-from reft_train.tasks.base import Task
-from reft_train.training.session import quiet
-from reft_train.training.trainer import orthonormality
+from reft_train.errors import UserError, one_line
+from reft_train.files import write_text
+from reft_train.tasks.base import Classified, Example, Row, Task
+from reft_train.training.outcome import Outcome
+from reft_train.training.session import train
 
-MEMORY_STEPS = 2  # Adam's moments exist from the second step on
-_LEFT_OUT = ("compile", "fsdp", "deepspeed", "packing")
+
+class RandomText(Task):
+    """Rows of random text, with the outputs of another task."""
+
+    name, recipe, metrics = "trial", "default", ()
+
+    def __init__(self, task: Task) -> None:
+        self.decoding, self.labels = task.decoding, task.labels
+
+    def example(self, row: Row, tokenizer: object = None) -> Example:
+        """Return two random texts."""
+        return Example(row.fields["text"], row.fields["target"], "")
+
+    def classified(self, row: Row) -> Classified:
+        """Return a random text and label."""
+        label = row.fields["label"]
+        return Classified(row.fields["text"], None, label if self.labels is None else int(label))
 
 
 @dataclass(frozen=True)
-class MemoryTrial:
+class Trial:
     """Measurements of a trial; ``failure`` is a one-line reason, None if it succeeded.
 
     Attributes:
-        ratio: median ratio of a step's time to the frozen model's forward and backward time.
-        peak: peak memory of the first steps.
-        left_out: ignored settings.
+        length: tokens of an example.
+        ratio: time of a training step over the frozen model's forward and backward.
     """
 
     steps: int
     length: int
-    left_out: tuple[str, ...]
-    step_seconds: float | None = None
+    outcome: Outcome | None = None
     frozen_seconds: float | None = None
     ratio: float | None = None
-    tokens_per_second: float | None = None
-    peak: Peak | None = None
-    losses: tuple[float, ...] = ()
-    orthonormality: float | None = None
     failure: str | None = None
 
 
-def random_batch(
-    config: RunConfig, kind: str, hf_config: Any, length: int, generator: torch.Generator
-) -> dict[str, Any]:
-    """Create a batch of random tokens.
-
-    A causal model learns the second half of the tokens, an encoder a random class.
-    """
-    size, vocabulary = (config.batch_size, length), hf_config.get_text_config().vocab_size
-    tokens, labels = (torch.randint(vocabulary, size, generator=generator) for _ in range(2))
-    if kind == models.CAUSAL:
-        labels = tokens.clone()
-        labels[:, : length // 2] = -100
-    elif kind == models.CLASSIFICATION:
-        count = hf_config.num_labels
-        labels = labels[:, 0] % count if count > 1 else torch.rand(len(tokens), generator=generator)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-
-
-class _Steps:
-    """A model with its optimizer, for training steps and frozen forward and backward passes."""
-
-    def __init__(self, config: RunConfig, task: Task, device: torch.device) -> None:
-        loaded = models.load(config, task)
-        self.config, self.device, self.kind = config, device, loaded.kind
-        self.model = methods.adapt(config, loaded)
-        if config.device_map == "none" and config.quantization == "none":
-            self.model.to(device)
-        loaded.model.config.use_cache = False  # as Trainer sets it
-        if config.gradient_checkpointing:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.model.train()
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=config.lr, weight_decay=config.weight_decay
-        )
-        self.generator = torch.Generator().manual_seed(config.seed)
-
-    def batch(self, length: int) -> dict[str, Any]:
-        hf_config = self.model.get_base_model().config
-        made = random_batch(self.config, self.kind, hf_config, length, self.generator)
-        return {name: value.to(self.device) for name, value in made.items()}
-
-    def _loss(self, batch: dict[str, Any]) -> torch.Tensor:
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.config.mixed_precision)
-        with torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext():
-            return self.model(**batch).loss
-
-    def train(self, batch: dict[str, Any]) -> float:
-        """Run one optimizer step and return its loss."""
-        loss = self._loss(batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    def frozen(self, batch: dict[str, Any]) -> None:
-        """Run forward and backward through every frozen layer with the method disabled."""
-        embedding = self.model.get_base_model().get_input_embeddings()
-        hook = embedding.register_forward_hook(
-            lambda m, args, output: output.detach().requires_grad_()
-        )
-        trained = [p for p in self.trained if p.requires_grad]
-        try:
-            with self.model.disable_adapter():
-                for parameter in trained:
-                    parameter.requires_grad_(False)
-                self._loss(batch).backward()
-        finally:
-            hook.remove()
-            for parameter in trained:
-                parameter.requires_grad_(True)
-
-    def seconds(self, step: Callable[[dict], Any], batch: dict[str, Any]) -> tuple[float, Any]:
-        """Return time and result of a step."""
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        wait()
-        started = time.perf_counter()
-        result = step(batch)
-        wait()
-        return time.perf_counter() - started, result
-
-
-def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> MemoryTrial:
-    """Load and adapt the model, then train it.
-
-    Runs ``MEMORY_STEPS`` steps under the memory meter, then ``steps`` timed ones.
-    """
-    quiet()
-    fields = {
-        "steps": steps,
-        "length": length,
-        "left_out": tuple(name for name in _LEFT_OUT if getattr(config, name)),
+def run_trial(config: RunConfig, task: Task, steps: int, length: int) -> Trial:
+    """Train ``steps`` timed steps of one forward each, then time the frozen model."""
+    task, count, labels = RandomText(task), config.batch_size, task.num_labels
+    words, rows = random.Random(config.seed), []
+    for _ in range(count):
+        text, target = (" ".join(map(str, words.choices(range(10_000), k=length))) for _ in "ab")
+        label = words.random() * labels
+        rows.append(json.dumps({"text": text, "target": target[: length // 2], "label": label}))
+    # the time of a step is that between two ends
+    settings = {"max_steps": steps + 1, "save_every": steps + 2, "log_every": steps}
+    settings |= {
+        "accumulation": 1,
+        "validation": 0,
+        "select": "none",
+        "streaming": False,
+        "skip_test": True,
     }
-    threads = torch.get_num_threads()
-    torch.set_num_threads(config.threads or threads)
+    settings |= {"max_length": length, "resume": False, "overwrite": False}
     try:
-        return MemoryTrial(**fields, **_measured(config, task, steps, length))
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(write_text(Path(folder) / "rows.jsonl", "\n".join(rows)))
+            places = {"train": path, "output": f"{folder}/run", "cache": folder}
+            outcome = train(config.replace(**settings, **places), report=False, task=task)
+        frozen = frozen_seconds(config, task, steps, length)
     except UserError:  # bad input is not a failed step
         raise
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        return MemoryTrial(
-            **fields, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        )
-    finally:
-        torch.set_num_threads(threads)
+    except (RuntimeError, ValueError, TypeError, MemoryError, FloatingPointError) as error:
+        failure = f"{type(error).__name__}: {one_line(error)}"
+        return Trial(steps, length, failure=failure)
+    return Trial(steps, length, outcome, frozen, outcome.step_seconds / frozen)
 
 
-def _measured(config: RunConfig, task: Task, steps: int, length: int) -> dict[str, Any]:
+def frozen_seconds(config: RunConfig, task: Task, steps: int, length: int) -> float:
+    """Return the median time of a forward and backward through every frozen layer."""
     device = torch.device(models.pick_device(config))
-    stepper, meter = _Steps(config, task, device), PeakMeter(device)
-    # libraries allocate memory at first use
-    stepper.frozen(stepper.batch(min(length, 16)))
-    meter.start()
-    losses = [stepper.train(stepper.batch(length)) for _ in range(MEMORY_STEPS)]
-    peak = meter.stop()
-    stepper.frozen(stepper.batch(length))  # allocates its memory before it is timed
-    trained, frozen = [], []
-    for number in range(steps):
-        tokens = stepper.batch(length)
-        for train in (True, False) if number % 2 else (False, True):
-            seconds, loss = stepper.seconds(stepper.train if train else stepper.frozen, tokens)
-            (trained if train else frozen).append(seconds)
-            losses += [loss] if train else []
-    step = statistics.median(trained)
-    bad = next((number for number, loss in enumerate(losses, 1) if not math.isfinite(loss)), None)
-    return {
-        "step_seconds": step,
-        "frozen_seconds": statistics.median(frozen),
-        "ratio": statistics.median(a / b for a, b in zip(trained, frozen, strict=True)),
-        "tokens_per_second": config.batch_size * length / step,
-        "peak": peak,
-        "losses": tuple(losses),
-        "orthonormality": orthonormality(stepper.model),
-        "failure": None if bad is None else f"the loss is {losses[bad - 1]} at step {bad}",
-    }
+    loaded = models.load(config, task)
+    model = loaded.model.train()
+    if config.device_map == "none" and config.quantization == "none":
+        model.to(device)
+    for embedding in (m for m in model.modules() if isinstance(m, torch.nn.Embedding)):
+        embedding.register_forward_hook(lambda module, args, out: out.detach().requires_grad_())
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (config.batch_size, length)).to(device)
+    labels = ids
+    if loaded.kind == models.CLASSIFICATION:
+        labels = torch.zeros_like(ids[:, 0], dtype=torch.float32 if task.labels is None else None)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    times = []
+    for _ in range(steps + 1):
+        started = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss = model(input_ids=ids, labels=labels).loss
+        loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])  # the first allocates memory

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from reft_train.errors import UserError
-from reft_train.progress import bar
+from reft_train.errors import wrong
 from reft_train.ranks import merged, place
 
 Result = TypeVar("Result")
+
+
+def bar(total: int, title: str, unit: str = "step", show: bool = True) -> Any:
+    """Create a tqdm bar on stderr; without a terminal it is printed every ten seconds."""
+    from tqdm import tqdm
+
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    options = {"unit": unit, "mininterval": every, "maxinterval": every, "disable": not show}
+    return tqdm(total=total, desc=f"{title:<26}", **options)
 
 
 def run_batches(
@@ -44,10 +53,8 @@ def run_batches(
                 results = forward(batch)
             except torch.OutOfMemoryError:
                 longest = max(lengths[index] for index in batch)
-                what = f"which does not fit the GPU's memory with {longest} tokens a row"
-                raise UserError(
-                    f"eval_batch_size: got {batch_size}, {what}, expected less"
-                ) from None
+                what = f"{batch_size}, which exceeds the GPU's memory with {longest} tokens a row"
+                raise wrong("eval_batch_size", what, "less") from None
             by_index.update(zip(batch, results, strict=True))
             shown.update(len(batch))
     by_index = merged(by_index)

@@ -43,25 +43,16 @@ class Decode:
 
     def answer_room(self, prompt: int) -> int:
         """Return the number of answer tokens available after a prompt of the given length."""
-        room = self.max_new_tokens
-        return (
-            room
-            if self.max_total_tokens is None
-            else max(0, min(room, self.max_total_tokens - prompt))
-        )
+        total, new = self.max_total_tokens, self.max_new_tokens
+        return new if total is None else max(0, min(new, total - prompt))
 
     def prompt_room(self, max_length: int) -> int:
-        """Return the token limit of a prompt.
+        """Return the token limit of a prompt: ``max_length``, or less to leave room for the answer.
 
-        It is ``max_length``, or less to leave room for the answer, which gets at most half of the
-        total.
+        The answer gets at most half of the total.
         """
-        total = self.max_total_tokens
-        return (
-            max_length
-            if total is None
-            else min(max_length, total - min(self.max_new_tokens, total // 2))
-        )
+        total, new = self.max_total_tokens, self.max_new_tokens
+        return max_length if total is None else min(max_length, total - min(new, total // 2))
 
 
 def context_window(model: Any, kind: str) -> int | None:
@@ -79,9 +70,8 @@ def encode_prompts(
     prompts: Sequence[str], tokenizer: Any, kind: str, decode: Decode, max_length: int
 ) -> list[list[int]]:
     """Tokenize prompts as in training, cut from the left to leave room for the answer."""
-    return prompt_ids(
-        prompts, tokenizer, decode.prompt_room(max_length) if kind == CAUSAL else max_length, kind
-    )
+    room = decode.prompt_room(max_length) if kind == CAUSAL else max_length
+    return prompt_ids(prompts, tokenizer, room, kind)
 
 
 def generate(
@@ -105,13 +95,11 @@ def generate(
         prompts: token ids.
     """
     collate = PaddingCollator(pad_id(tokenizer), "left" if kind == CAUSAL else "right")
-    base = bare(model)
-    model_ends = getattr(base.generation_config, "eos_token_id", None)
+    base, ends = bare(model), [tokenizer.eos_token_id]
+    more = getattr(base.generation_config, "eos_token_id", None)
     # the tokenizer's end token, used in training, and the model's
-    ends = dict.fromkeys(
-        [tokenizer.eos_token_id, *(model_ends if isinstance(model_ends, list) else [model_ends])]
-    )
-    ends = [token for token in ends if token is not None]
+    ends = [*ends, *(more if isinstance(more, list) else [more])]
+    ends = list(dict.fromkeys(token for token in ends if token is not None))
     # FSDP and DeepSpeed ZeRO-3 shard the weights, so each process takes part in each forward
     sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
@@ -123,39 +111,30 @@ def generate(
         output = model.generate(**inputs, synced_gpus=joined() and sharded).cpu()
         # the output repeats a causal prompt, or starts with the decoder's start token
         start = inputs["input_ids"].shape[1] if kind == CAUSAL else 1
-        return [
-            text(row[:room]) for row, room in zip(output[:, start:].tolist(), rooms, strict=True)
-        ]
+        rows = zip(output[:, start:].tolist(), rooms, strict=True)
+        return [text(row[:room]) for row, room in rows]
 
     def text(tokens: list[int]) -> str:
         end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-        return tokenizer.decode(
-            tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return tokenizer.decode(tokens[:end], **options)
 
     lengths = [len(prompt) for prompt in prompts]
-    with (
-        evaluating(model),
-        _generation_config(base, tokenizer, decode, ends),
-        _seeded(model.device, decode.seed),
-    ):
+    with evaluating(model), _decoding(model, base, tokenizer, decode, ends):
         return run_batches(lengths, batch_size, forward, title, progress)
 
 
 @contextmanager
-def _generation_config(
-    base: Any, tokenizer: Any, decode: Decode, ends: list[int]
+def _decoding(
+    model: Any, base: Any, tokenizer: Any, decode: Decode, ends: list[int]
 ) -> Iterator[None]:
-    """Replace the model's generation config by these settings, and restore it on exit."""
+    """Replace the model's generation config and the random state, and restore both on exit."""
     from transformers import GenerationConfig
 
-    before = base.generation_config
-    sampling = {
-        "do_sample": True,
-        "temperature": decode.temperature,
-        "top_p": decode.top_p,
-        "top_k": 0,
-    }
+    before, sampling = base.generation_config, {"do_sample": False}
+    if decode.temperature > 0:
+        sampling = {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}
+        sampling |= {"do_sample": True}
     base.generation_config = GenerationConfig(
         num_beams=decode.num_beams,
         use_cache=True,
@@ -163,17 +142,12 @@ def _generation_config(
         eos_token_id=ends or None,
         pad_token_id=pad_id(tokenizer),
         decoder_start_token_id=before.decoder_start_token_id,
-        **(sampling if decode.temperature > 0 else {"do_sample": False}),
+        **sampling,
     )
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        yield
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(decode.seed)
+            yield
     finally:
         base.generation_config = before
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the random generators and restore their state on exit."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield

@@ -13,11 +13,11 @@ import torch
 from reft_train.config import RunConfig
 from reft_train.data.collating import ClassificationCollator
 from reft_train.data.tokenizing import encode, pad_id
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 from reft_train.evaluation.batching import run_batches
 from reft_train.evaluation.generating import Decode, context_window, encode_prompts, generate
 from reft_train.models import CLASSIFICATION, Loaded, evaluating
-from reft_train.reporting.page import text_table
+from reft_train.reporting import text_table
 from reft_train.tasks.base import Row, Task
 
 
@@ -53,7 +53,7 @@ def score_set(
             rule), and for classes ``probabilities`` by label.
     """
     if not rows:
-        raise UserError(f"test set {name}: got no rows, expected at least one")
+        raise wrong(f"test set {name}", "no rows", "at least one")
     score = _classes if loaded.kind == CLASSIFICATION else _answers
     metrics, predictions = score(name, rows, loaded, task, config, progress)
     predictions = [{**row, "index": index, **rest} for index, (row, rest) in enumerate(predictions)]
@@ -64,26 +64,18 @@ def _answers(
     name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
 ) -> tuple:
     examples = [task.example(row, loaded.tokenizer) for row in rows]
-    decode = Decode.of(config, task.decoding, context_window(loaded.model, loaded.kind))
+    model, tokenizer, kind = loaded.model, loaded.tokenizer, loaded.kind
+    decode = Decode.of(config, task.decoding, context_window(model, kind))
     texts = [example.prompt for example in examples]
-    prompts = encode_prompts(texts, loaded.tokenizer, loaded.kind, decode, config.max_length)
-    generated = generate(
-        loaded.model,
-        loaded.tokenizer,
-        loaded.kind,
-        prompts,
-        decode,
-        config.eval_batch_size,
-        progress,
-        f"scoring {name}",
-    )
+    prompts = encode_prompts(texts, tokenizer, kind, decode, config.max_length)
+    size, title = config.eval_batch_size, f"scoring {name}"
+    generated = generate(model, tokenizer, kind, prompts, decode, size, progress, title)
     predictions = []
     for example, text in zip(examples, generated, strict=True):
         scored = task.score(text, example) if task.metrics else None
         record = {"generated": text, "prediction": scored and scored.prediction}
-        predictions.append(
-            (example.row, {**record, "answer": example.answer, "right": scored and scored.right})
-        )
+        record |= {"answer": example.answer, "right": scored and scored.right}
+        predictions.append((example.row, record))
     right = sum(bool(record["right"]) for _, record in predictions)
     return {task.metrics[0]: right / len(rows)} if task.metrics else {}, predictions
 
@@ -91,30 +83,27 @@ def _answers(
 def _classes(
     name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
 ) -> tuple:
-    classified, items, model = [task.classified(row) for row in rows], [], loaded.model
-    for text, row in zip(classified, rows, strict=True):
-        item = encode(CLASSIFICATION, text, loaded.tokenizer, config.max_length, where=row.where)
-        types = {} if item.token_type_ids is None else {"token_type_ids": item.token_type_ids}
-        items.append({"input_ids": item.input_ids, **types})
+    classified, model = [task.classified(row) for row in rows], loaded.model
+    items = [
+        encode(CLASSIFICATION, text, loaded.tokenizer, config.max_length, where=row.where).columns()
+        for text, row in zip(classified, rows, strict=True)
+    ]
     collate = ClassificationCollator(pad_id(loaded.tokenizer))
 
     def forward(batch: list[int]) -> list[list[float]]:
         inputs = collate([items[index] for index in batch])
-        return (
-            model(**{key: tensor.to(model.device) for key, tensor in inputs.items()})
-            .logits.float()
-            .tolist()
-        )
+        del inputs["labels"]
+        inputs = {key: tensor.to(model.device) for key, tensor in inputs.items()}
+        return model(**inputs).logits.float().tolist()
 
     with evaluating(model):
         lengths = [len(item["input_ids"]) for item in items]
-        logits = torch.tensor(
-            run_batches(lengths, config.eval_batch_size, forward, f"scoring {name}", progress)
-        )
+        size, title = config.eval_batch_size, f"scoring {name}"
+        logits = torch.tensor(run_batches(lengths, size, forward, title, progress))
     for finite, row in zip(logits.isfinite().all(-1).tolist(), rows, strict=True):
         if not finite:
-            hint = "expected numbers; --dtype float32 may help"
-            raise UserError(f"model: got an output that is not finite for {row.where}, {hint}")
+            hint = "numbers; --dtype float32 may help"
+            raise wrong("model", f"an output that is not finite for {row.where}", hint)
     values = (logits.squeeze(-1) if task.labels is None else logits.argmax(-1)).tolist()
     predictions = []
     for text, value, shares in zip(classified, values, logits.softmax(-1).tolist(), strict=True):
@@ -128,11 +117,8 @@ def _classes(
 
 def average(scores: Sequence[SetScore]) -> dict[str, float]:
     """Average every metric that all sets have, with equal weight per set."""
-    shared = (
-        [name for name in scores[0].metrics if all(name in score.metrics for score in scores)]
-        if scores
-        else []
-    )
+    names = list(scores[0].metrics) if scores else []
+    shared = [name for name in names if all(name in score.metrics for score in scores)]
     return {name: statistics.fmean(score.metrics[name] for score in scores) for name in shared}
 
 

@@ -4,35 +4,31 @@ from __future__ import annotations
 
 import argparse
 import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from reft_train import flags
 from reft_train.config import FIELDS, RunConfig
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 
 if TYPE_CHECKING:
     from reft_train.search.space import Space
+    from reft_train.search.study import Search
 
 DESCRIPTION = """Hyperparameter search with optuna. Each trial trains on the training rows that are
 not held out and is judged on those that are; test sets are never read. Without --space, rank,
 layers, positions, lr, dropout and parametrization vary, as far as the method has them; a setting
-whose flag is given stays fixed. The same command again goes on where it stopped. Writes best.yaml
+whose flag is given stays fixed. The same command again resumes a search. Writes best.yaml
 (for reft-train run --config), trials.json and report.html to --output, by default runs/search."""
-_NOT_HERE = ("resume", "skip_test")
 
 
 def add_choice(add: Callable) -> None:
     """Add the flags common to all searches: the objective and the sampler's seed."""
     text = "held-out loss or metric (default: auto, metric of a task with classes)"
     add("--objective", default="auto", metavar="NAME", help=text)
-    add(
-        "--sampler-seed",
-        type=flags.SEED,
-        default=0,
-        metavar="N",
-        help="of the choice of trials (default: 0)",
-    )
+    text = "seed of the sampler (default: 0)"
+    add("--sampler-seed", type=flags.SEED, default=0, metavar="N", help=text)
 
 
 def add_parser(subparsers) -> None:
@@ -42,21 +38,18 @@ def add_parser(subparsers) -> None:
     add = command.add_argument_group("search").add_argument
     forms = "setting: {choices: [...]} or {low, high, log, step}"
     add("--space", metavar="FILE", help=f"YAML: {forms}; none: the method's default")
-    text = "more of the same, such as 'rank=[4, 8]'; wins over --space"
+    text = "further entries, such as 'rank=[4, 8]'; they take precedence over --space"
     add("--vary", nargs="+", default=[], metavar="NAME=VALUES", help=text)
-    add(
-        "--trials", type=flags.count(1), default=20, metavar="N", help="trials in all (default: 20)"
-    )
-    add("--timeout", type=flags.rate, metavar="SECONDS", help="end the search after so long")
+    text = "trials in all (default: 20)"
+    add("--trials", type=flags.number(int, 1), default=20, metavar="N", help=text)
+    text = "end the search after so many seconds"
+    add("--timeout", type=flags.number(float, 1e-9), metavar="SECONDS", help=text)
     add_choice(add)
-    text = "ends hopeless trials (default: median)"
+    text = "stops trials early (default: median)"
     add("--pruner", choices=("median", "hyperband", "none"), default="median", help=text)
-    add(
-        "--storage",
-        metavar="URL",
-        help="optuna's storage (default: sqlite, search.db in the output folder)",
-    )
-    flags.add_settings(command, [name for name in FIELDS if name not in _NOT_HERE])
+    text = "optuna's storage (default: sqlite, search.db in the output folder)"
+    add("--storage", metavar="URL", help=text)
+    flags.add_settings(command, [name for name in FIELDS if name not in ("resume", "skip_test")])
     command.set_defaults(run=run)
 
 
@@ -76,27 +69,71 @@ def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> Space:
     for name in requested:
         if name in fixed:
             flag = f"--{name.replace('_', '-')}"
-            raise UserError(
-                f"{flag}: got {fixed[name]!r}, but the search varies it, expected one of the two"
-            )
+            raise wrong(flag, f"{fixed[name]!r}, but the search varies it", "one of the two")
     if parsed.space is not None:
         return requested
     hf_config = models.model_config(config)
     encoder = models.kind_of(config, hf_config, tasks.get(config.task)) == models.CLASSIFICATION
     default = space.space_of(config, hf_config, encoder)
-    varied = {**{name: entry for name, entry in default.items() if name not in fixed}, **requested}
+    varied = {name: entry for name, entry in default.items() if name not in fixed} | requested
     if not varied:
-        expected = "settings such as 'lr={low: 1e-4, high: 1e-2, log: true}'"
-        raise UserError(f"--vary: got nothing to vary, expected {expected}")
+        raise wrong("--vary", "nothing to vary", "such as 'lr={low: 1e-4, high: 1e-2, log: true}'")
     return varied
 
 
 def one_process() -> None:
     """Raise UserError if there are several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "WORLD_SIZE: got more than one process, expected one: trials are run in turn"
-        )
+        raise wrong("WORLD_SIZE", "several processes", "one: trials run one after the other")
+
+
+def table(result: Search) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and a row for each trial that has run, best trials first."""
+    from reft_train.search.study import shown
+
+    objective, names, rows = result.plan.objective, result.plan.space, []
+    sign = 1 if objective.direction == "minimize" else -1
+    ran = [trial for trial in result.trials if trial.state not in ("waiting", "running")]
+    for trial in sorted(ran, key=lambda t: (t.value is None, sign * (t.value or 0.0), t.number)):
+        value = "-" if trial.value is None else f"{trial.value:.4f}"
+        settings = (shown(trial.settings.get(name, "-")) for name in names)
+        state = f"{trial.state} ({trial.reason})" if trial.reason else trial.state
+        rows.append((str(trial.number), value, f"{trial.seconds:.0f}", *settings, state))
+    return ("trial", f"held-out {objective.name}", "seconds", *names, "state"), rows
+
+
+def write_report(result: Search) -> None:
+    """Write ``report.html`` with optuna's plots of values and, if meaningful, importances."""
+    import matplotlib
+    import optuna
+
+    from reft_train import reporting
+    from reft_train.files import write_bytes
+
+    plan, pngs = result.plan, {}
+    values = [trial.value for trial in result.trials if trial.value is not None]
+    matplotlib.use("Agg")  # optuna plots with pyplot, which would otherwise need a display
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        draw, axes = optuna.visualization.matplotlib, {}
+        if values:
+            axes["history.png"] = draw.plot_optimization_history(result.study)
+        if len(values) > 3 and len(set(values)) > 1:  # fewer give mostly noise
+            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+            axes["importance.png"] = draw.plot_param_importances(result.study, evaluator=evaluator)
+        for name, part in axes.items():
+            pngs[name] = reporting.to_png(part.figure)
+            write_bytes(plan.folder / name, pngs[name])
+    best = "no trial has finished" if result.best is None else f"best: trial {result.best.number}"
+    objective = f"held-out {plan.objective.name} ({plan.objective.direction})"
+    sections = {
+        "Trials": [f"{best}; by {objective}. No test set was read.", table(result)],
+        "Figures": list(pngs.values()),
+        "Space": [dict(plan.space)],
+        "Other settings and versions": [plan.config.to_dict(), reporting.versions()],
+    }
+    title = f"Search: {plan.config.method} on {plan.config.task}"
+    reporting.write_page(plan.folder / "report.html", title, sections)
 
 
 def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
@@ -109,33 +146,22 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
     if parsed.config is None and "output" not in parsed:
         parsed.output = "runs/search"
     config = flags.settings(parsed)
-    from reft_train.reporting.page import text_table
-    from reft_train.search import report, study
-    from reft_train.search.objective import resolve
+    from reft_train.reporting import text_table
+    from reft_train.search import study
     from reft_train.training import session
 
-    objective, config = resolve(config, parsed.objective)
-    plan = study.SearchPlan(
-        config,
-        resolve_space(parsed, config),
-        objective,
-        parsed.trials,
-        parsed.timeout,
-        parsed.storage,
-        parsed.pruner,
-        parsed.sampler_seed,
-    )
+    objective, config = study.resolve(config, parsed.objective)
+    budget = (parsed.trials, parsed.timeout, parsed.storage, parsed.pruner, parsed.sampler_seed)
+    plan = study.SearchPlan(config, resolve_space(parsed, config), objective, *budget)
     result = study.search(plan, train or session.train)
-    report.write(result)
-    print(text_table(*report.table(result)))
+    write_report(result)
+    print(text_table(*table(result)))
     if result.interrupted:
-        print(f"interrupted: the search is kept in {plan.folder}; the same command goes on")
+        print(f"interrupted; the same command resumes the search in {plan.folder}")
         return 130
     if result.best is None:
-        print(f"no trial has finished; the reasons are above and in {study.TRIALS}")
+        print("no trial has finished")
         return 1
     path = plan.folder / study.BEST
-    print(
-        f"best: trial {result.best.number}; train and test it with: reft-train run --config {path}"
-    )
+    print(f"best: trial {result.best.number}; to train and test it: reft-train run --config {path}")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,40 +14,21 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from reft_train.config import REFT_METHODS, RunConfig, check
-from reft_train.errors import UserError
+from reft_train.config import REFT_METHODS, Optimization, RunConfig, check, read_mapping
+from reft_train.errors import UserError, wrong
 
 Space = Mapping[str, BaseDistribution]
-_OPTIMIZATION = (
-    "lr",
-    "head_lr",
-    "weight_decay",
-    "warmup",
-    "schedule",
-    "max_grad_norm",
-    "epochs",
-    "max_steps",
-    "batch_size",
-    "accumulation",
-    "max_length",
-)
 _REFT = ("layers", "positions", "share_weights", "component", "activation", "dropout", "init")
 _LORA = ("rank", "layers", "dropout", "lora_alpha", "lora_targets")
+_ORTHONORMAL = ("loreft", "direft", "consreft", "lobireft")
 _OF_METHOD: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(REFT_METHODS, ("rank", *_REFT)),
-    **dict.fromkeys(
-        ("loreft", "direft", "consreft", "lobireft"), ("rank", "parametrization", *_REFT)
-    ),
-    "red": _REFT,
-    "lora": _LORA,
-    "dora": _LORA,
-    "prefix": ("prefix_tokens",),
-    "ia3": ("lora_targets",),
-    "head": (),
+    **dict.fromkeys(_ORTHONORMAL, ("rank", "parametrization", *_REFT)),
+    **dict.fromkeys(("lora", "dora"), _LORA),
+    **{"red": _REFT, "prefix": ("prefix_tokens",), "ia3": ("lora_targets",), "head": ()},
 }
 # learning rates span two decades for each method, so that budgets are comparable
 _RATES = {"lora": (2e-5, 2e-3), "dora": (2e-5, 2e-3), "prefix": (1e-3, 1e-1), "ia3": (5e-4, 5e-2)}
-_RANKS = (1, 2, 4, 8, 16, 32)
 
 
 def stored(value: Any) -> Any:
@@ -60,49 +40,19 @@ def restored(name: str, value: Any) -> Any:
     """Convert a value stored by optuna back to a setting's value."""
     if name == "lora_targets":
         return value.split(";") if value else []
-    return list(map(int, value.split(";"))) if name == "layers" and value != "all" else value
+    return check(name, value) if name == "layers" else value
 
 
 def choices(values: Sequence[Any]) -> CategoricalDistribution:
-    """Create a categorical distribution."""
     return CategoricalDistribution([stored(value) for value in values])
 
 
-def holds(entry: BaseDistribution, value: Any) -> bool:
-    """Whether a distribution contains a value."""
-    if isinstance(entry, CategoricalDistribution):
-        return stored(value) in entry.choices
-    if not isinstance(value, int | float) or not entry.low <= value <= entry.high:
-        return False
-    steps = 0.0 if entry.step is None else (value - entry.low) / entry.step
-    return math.isclose(steps, round(steps))
-
-
 def varied(method: str) -> tuple[str, ...]:
-    """Return the settings that a search can vary.
-
-    Data, seed and held-out rows are excluded, so that trials are comparable.
-    """
-    return (*_OF_METHOD[method], *_OPTIMIZATION)
-
-
-def read(path: str | Path, method: str) -> Space:
-    """Read a search space from a YAML file."""
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"--space: got {path}, which does not exist, expected a YAML file"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"--space: got {path}, which is not YAML ({' '.join(str(error).split())})"
-        ) from None
-    return parse(values, method, f"--space {path}")
+    """Return the settings that a search can vary."""
+    return (*_OF_METHOD[method], *Optimization.model_fields, "max_length")
 
 
 def parse_flags(texts: Sequence[str], method: str) -> Space:
-    """Parse ``--vary NAME=YAML`` flags."""
     values = {}
     for text in texts:
         name, equals, entry = text.partition("=")
@@ -111,30 +61,29 @@ def parse_flags(texts: Sequence[str], method: str) -> Space:
         except yaml.YAMLError:
             equals = ""
         if not equals:
-            raise UserError(f"--vary: got {text!r}, expected NAME=VALUES such as rank=[4, 8]")
+            raise wrong("--vary", repr(text), "NAME=VALUES such as rank=[4, 8]")
     return parse(values, method, "--vary")
 
 
-def parse(values: Any, method: str, where: str) -> Space:
+def read(path: str | Path, method: str) -> Space:
+    return parse(read_mapping(path, "--space"), method, f"--space {path}")
+
+
+def parse(values: Mapping[str, Any], method: str, where: str) -> Space:
     """Parse a space from names with a list, ``{choices: [...]}`` or ``{low, high, log, step}``."""
-    if not isinstance(values, Mapping) or not values:
-        raise UserError(
-            f"{where}: got {values!r}, expected a mapping of settings to choices or ranges"
-        )
-    for name in values:
-        if name not in (possible := varied(method)):
-            names = ", ".join(possible)
-            raise UserError(
-                f"{where}: got {name!r}, expected settings that {method} can vary: {names}"
-            )
-    space = {}
+    space, possible = {}, varied(method)
     for name, value in values.items():
+        if name not in possible:
+            expected = f"settings that {method} can vary: {', '.join(possible)}"
+            raise wrong(where, repr(name), expected)
         try:
             space[name] = _entry(name, value)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        except (TypeError, ValueError) as error:  # raised by optuna
+        except (TypeError, ValueError, AttributeError) as error:  # raised by optuna
             raise UserError(f"{where}: {name}: got {value!r}: {error}") from None
+    if not space:
+        raise wrong(where, "nothing", "a mapping of settings to choices or ranges")
     return space
 
 
@@ -144,50 +93,35 @@ def _entry(name: str, value: Any) -> BaseDistribution:
     if isinstance(value, list):
         values = [check(name, one) for one in value]
         if not values or len({str(stored(one)) for one in values}) < len(values):
-            raise UserError(f"{name}: got {value!r}, expected one or more values, each once")
+            raise wrong(name, repr(value), "one or more values, each once")
         return choices(values)
-    if not isinstance(value, Mapping) or not {"low", "high"} <= set(value) <= {
-        "low",
-        "high",
-        "log",
-        "step",
-    }:
-        forms = "a list, {choices: [...]} or {low, high, log, step}"
-        raise UserError(f"{name}: got {value!r}, expected {forms}")
-    low, high, step = check(name, value["low"]), check(name, value["high"]), value.get("step")
+    keys = set(value) if isinstance(value, Mapping) else set()
+    if not {"low", "high"} <= keys <= {"low", "high", "log", "step"}:
+        raise wrong(name, repr(value), "a list, {choices: [...]} or {low, high, log, step}")
+    low, high = check(name, value["low"]), check(name, value["high"])
     if any(isinstance(end, bool) or not isinstance(end, int | float) for end in (low, high)):
-        raise UserError(f"{name}: got {value!r}, expected choices: this setting is no number")
-    whole, log = isinstance(low, int), value.get("log", False)
-    step = (1 if whole else None) if step is None else float(step)  # YAML parses 1e-4 as a string
-    if (
-        not low < high
-        or not isinstance(log, bool)
-        or (step is not None and not 0 < step <= high - low)
-    ):
-        raise UserError(
-            f"{name}: got {value!r}, expected low < high, log true or false, 0 < step <= high - low"
-        )
-    if not whole:
-        return FloatDistribution(low, high, log=log, step=step)
-    if step != int(step):
-        raise UserError(f"{name}: got {value!r}, expected a whole step")
-    return IntDistribution(low, high, log=log, step=int(step))
+        raise wrong(name, repr(value), "choices: this setting is not a number")
+    # YAML reads 1e-4 as a string
+    step = None if value.get("step") is None else float(value["step"])
+    options = {"low": low, "high": high, "log": value.get("log", False)}
+    if not low < high or not isinstance(options["log"], bool) or (step or 1e-12) <= 0:
+        raise wrong(name, repr(value), "low < high, log true or false, step > 0")
+    if isinstance(low, float):
+        return FloatDistribution(**options, step=step)
+    if step is not None and step != int(step):
+        raise wrong(name, repr(value), "a whole step")
+    return IntDistribution(**options, step=int(step or 1))
 
 
-def ranks(hf_config: Any) -> CategoricalDistribution:
-    """Return the powers of two up to 32 that the model's width allows."""
-    width = getattr(hf_config.get_text_config(), "hidden_size", None) or _RANKS[-1]
-    return choices([rank for rank in _RANKS if rank <= width])
+def _size(hf_config: Any, name: str) -> int:
+    return getattr(hf_config.get_text_config(), name, None) or 0
 
 
 def layer_sets(hf_config: Any) -> CategoricalDistribution:
     """Return all layers, every second layer, and four evenly spaced ones as in the paper."""
-    depth = getattr(hf_config.get_text_config(), "num_hidden_layers", None) or 0
-    sets: list[Any] = ["all"]
-    for numbers in (
-        list(range(1, depth, 2)),
-        sorted({depth * (2 * part + 1) // 8 for part in range(4)}),
-    ):
+    depth, sets = _size(hf_config, "num_hidden_layers"), ["all"]
+    four = sorted({depth * (2 * part + 1) // 8 for part in range(4)})
+    for numbers in (list(range(1, depth, 2)), four):
         if 0 < len(numbers) < depth and numbers not in sets:
             sets.append(numbers)
     return choices(sets)
@@ -216,9 +150,10 @@ def space_of(config: RunConfig, hf_config: Any, encoder: bool) -> Space:
 def small_space_of(config: RunConfig, hf_config: Any) -> Space:
     """Return the space of a comparison: learning rate and the size of the method."""
     low, high = _RATES.get(config.method, (1e-4, 1e-2))
+    width = _size(hf_config, "hidden_size") or 32
     space = {
         "lr": FloatDistribution(low, high, log=True),
-        "rank": ranks(hf_config),
+        "rank": choices([rank for rank in (1, 2, 4, 8, 16, 32) if rank <= width]),
         "prefix_tokens": choices((5, 10, 20, 40)),
     }
     return {name: entry for name, entry in space.items() if name in varied(config.method)}

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,35 +20,72 @@ import optuna
 import torch
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 from transformers import TrainerCallback
 
-from reft_train.config import RunConfig, dump_yaml
-from reft_train.errors import UserError
+from reft_train import tasks
+from reft_train.config import Bookkeeping, RunConfig, dump_yaml
+from reft_train.errors import UserError, one_line, wrong
 from reft_train.files import dumps, write_text
-from reft_train.search.objective import Objective
-from reft_train.search.space import Space, holds, restored, stored
+from reft_train.search.space import Space, restored, stored
 from reft_train.training.outcome import Outcome
 
 BEST, TRIALS, DATABASE = "best.yaml", "trials.json", "search.db"
 # settings that do not change a trial's value, or that the search sets itself
-_FREE = (
-    "output",
-    "resume",
-    "overwrite",
-    "skip_test",
-    "test",
-    "test_rows",
-    "workers",
-    "threads",
-    "cache",
-    "keep",
-    "log_every",
-    "save_every",
-    "eval_batch_size",
-)
+_FREE = {*Bookkeeping.model_fields, "skip_test", "test", "test_rows", "eval_batch_size"}
+_FREE |= {"save_every"}
 Train = Callable[..., Outcome]
-Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The held-out metric ``name``, never a metric of a test set."""
+
+    name: str
+
+    @property
+    def direction(self) -> str:
+        """``minimize`` for a loss, ``maximize`` for every other metric."""
+        return "minimize" if self.name in ("loss", "perplexity") else "maximize"
+
+    def of(self, metrics: Mapping[str, float]) -> float:
+        """Look up the objective in a run's held-out metrics, with or without Trainer's ``eval_``.
+
+        Raises:
+            UserError: the metric is missing.
+            FloatingPointError: the metric is not finite.
+        """
+        plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
+        if self.name not in plain:
+            names = ", ".join(plain) or "none"
+            raise wrong("objective", repr(self.name), f"one of the held-out metrics: {names}")
+        if not math.isfinite(plain[self.name]):
+            raise FloatingPointError(f"held-out {self.name} is {plain[self.name]}")
+        return float(plain[self.name])
+
+
+def resolve(config: RunConfig, requested: str = "auto") -> tuple[Objective, RunConfig]:
+    """Return the objective, and the settings with which a run computes it.
+
+    Args:
+        requested: a metric of the task, ``loss``, ``metric`` (the task's first), or ``auto``.
+            ``auto`` is the metric if the task has classes or ``select`` requests it, else the loss.
+    """
+    if not config.holds_out:
+        raise wrong("validation", "0", "held-out training rows, such as --validation 0.1")
+    task = tasks.get(config.task)
+    if requested == "auto":
+        metric = task.metrics and (task.decoding is None or config.select == "metric")
+        requested = "metric" if metric else "loss"
+    if requested == "loss":
+        # GLUE's held-out rows are only read if the run selects by them
+        unseen = config.select == "none" and not config.validation
+        return Objective("loss"), config.replace(select="loss") if unseen else config
+    if not task.metrics or requested not in ("metric", *task.metrics):
+        expected = ", ".join(("loss", *task.metrics))
+        raise wrong("objective", repr(requested), f"auto or one of {expected}")
+    name = task.metrics[0] if requested == "metric" else requested
+    # a run computes its task's held-out metrics only if it selects by them
+    return Objective(name), config.replace(select="metric") if config.select == "none" else config
 
 
 @dataclass(frozen=True)
@@ -74,7 +112,6 @@ class SearchPlan:
 
     @property
     def folder(self) -> Path:
-        """Output folder of the search."""
         return Path(self.config.output)
 
 
@@ -92,47 +129,64 @@ class Trial:
     seconds: float
     reason: str
     curve: list[tuple[int, float]]
-    retries: int | None
+
+    @classmethod
+    def of(cls, frozen: FrozenTrial) -> Trial:
+        """Convert optuna's record; a failed trial without a reason was interrupted."""
+        reason, state = frozen.user_attrs.get("reason", ""), frozen.state.name.lower()
+        if state == "fail":
+            state = "failed" if reason else "interrupted"
+        value = frozen.value if state == "complete" else None
+        settings = {name: restored(name, value) for name, value in frozen.params.items()}
+        seconds = frozen.duration.total_seconds() if frozen.duration else 0.0
+        curve = sorted(frozen.intermediate_values.items())
+        return cls(frozen.number, state, value, settings, seconds, reason, curve)
 
     @property
     def settled(self) -> bool:
         """Whether the trial will not be run again."""
         return self.state in ("complete", "pruned", "failed")
 
+    def describe(self, objective: Objective) -> str:
+        result = self.state if self.value is None else f"{objective.name} {self.value:.4f}"
+        why = f" ({self.reason})" if self.reason else ""
+        settings = ", ".join(f"{name} {shown(value)}" for name, value in self.settings.items())
+        return f"trial {self.number}: {result}{why} in {self.seconds:.0f} s with {settings}"
+
 
 @dataclass(frozen=True)
 class Search:
-    """State of a search; ``best`` is None if no trial has finished."""
+    """State of a search."""
 
     plan: SearchPlan
-    trials: list[Trial]
-    best: Trial | None
-    interrupted: bool
     study: optuna.Study
+    interrupted: bool = False
+
+    @property
+    def trials(self) -> list[Trial]:
+        return [Trial.of(frozen) for frozen in self.study.get_trials(deepcopy=False)]
+
+    @property
+    def best(self) -> Trial | None:
+        """The best trial; None if no trial has finished."""
+        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return Trial.of(self.study.best_trial) if done else None
 
     @property
     def best_config(self) -> RunConfig:
         """Return the best trial's settings, with the search's subfolder ``best`` as output."""
-        output = str(self.plan.folder / "best")
-        return self.plan.config.replace(
-            **self.best.settings, output=output, resume=False, overwrite=False
-        )
-
-
-class TimeUp(Exception):
-    """Raised when the search's time is over."""
+        output = {"output": str(self.plan.folder / "best"), "resume": False, "overwrite": False}
+        return self.plan.config.replace(**self.best.settings, **output)
 
 
 class Watch(TrainerCallback):
-    """Report held-out values to optuna, numbered from 1.
+    """Report held-out values to optuna, numbered from 1, and stop at the deadline.
 
     Steps are not used as numbers, since they depend on the batch size, which can vary.
     """
 
-    def __init__(
-        self, trial: optuna.Trial, objective: Objective, deadline: float | None, clock: Clock
-    ) -> None:
-        self.trial, self.objective, self.deadline, self.clock = trial, objective, deadline, clock
+    def __init__(self, trial: optuna.Trial, objective: Objective, deadline: float) -> None:
+        self.trial, self.objective, self.deadline = trial, objective, deadline
         self.evaluations = 0
 
     def on_evaluate(
@@ -143,22 +197,15 @@ class Watch(TrainerCallback):
         self.evaluations += 1
         self.trial.report(value, self.evaluations)
         if state.global_step < state.max_steps and self.trial.should_prune():
-            raise optuna.TrialPruned(
-                f"held-out {self.objective.name} {value:.4g} at evaluation {self.evaluations}"
-            )
+            text = f"held-out {self.objective.name} {value:.4g} at evaluation {self.evaluations}"
+            raise optuna.TrialPruned(text)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Raise TimeUp after the deadline."""
-        if self.deadline is not None and self.clock() >= self.deadline:
-            raise TimeUp
+        if time.monotonic() >= self.deadline:
+            raise TimeoutError
 
 
-def search(
-    plan: SearchPlan,
-    train: Train,
-    log: Callable[[str], None] = print,
-    clock: Clock = time.monotonic,
-) -> Search:
+def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -> Search:
     """Run the missing trials, and write ``best.yaml`` and ``trials.json``.
 
     A trial that fails is recorded with its reason. Failures are RuntimeError (including out of
@@ -167,205 +214,139 @@ def search(
     Args:
         train: called as :func:`reft_train.training.session.train`.
     """
-    _prepare(plan)
-    study = open_study(plan)
-    deadline = None if plan.timeout is None else clock() + plan.timeout
-    interrupted = False
-    while not interrupted and (deadline is None or clock() < deadline):
-        settled = sum(trial.settled for trial in trials(study))
+    result = Search(plan, open_study(plan))
+    deadline = math.inf if plan.timeout is None else time.monotonic() + plan.timeout
+    while time.monotonic() < deadline and not result.interrupted:
+        settled = sum(trial.settled for trial in result.trials)
         if plan.trials is not None and settled >= plan.trials:
             break
         # seeded per trial, so that a resumed search samples the same trials as an uninterrupted one
         seed = random.Random(f"{plan.sampler_seed} {settled}").randrange(2**31)
-        study.sampler = optuna.samplers.TPESampler(seed=seed)
-        interrupted = _trial(plan, study, train, deadline, log, clock)
-        _save(plan, study)
-    return _result(plan, study, interrupted)
+        result.study.sampler = optuna.samplers.TPESampler(seed=seed)
+        trial = result.study.ask(dict(plan.space))
+        watch = Watch(trial, plan.objective, deadline)
+        interrupted = _run(result, trial, watch, train)
+        result = Search(plan, result.study, interrupted)
+        log(result.trials[trial.number].describe(plan.objective))
+        _save(result)
+    return result
 
 
-def _prepare(plan: SearchPlan) -> None:
-    folder = plan.folder
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output: got {folder}, which is a file, expected a folder")
-    is_search = any((folder / name).exists() for name in (DATABASE, TRIALS, "trials"))
-    if folder.exists() and any(folder.iterdir()) and not is_search:
-        raise UserError(
-            f"output: got {folder}, which holds other files than a search's, expected a new folder"
-        )
-    if plan.config.overwrite:
-        shutil.rmtree(folder / "trials", ignore_errors=True)
-        for name in (BEST, TRIALS):
-            (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def open_study(plan: SearchPlan) -> optuna.Study:
-    """Open the plan's study and requeue interrupted trials."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    config, space = plan.config, plan.space
-    url = f"sqlite:///{plan.folder.absolute() / DATABASE}" if plan.storage is None else plan.storage
-    name = "reft-train" if plan.storage is None else str(plan.folder)
-    settings = {
-        key: value for key, value in config.to_dict().items() if key not in (*_FREE, *space)
-    }
-    entries = {key: json.loads(distribution_to_json(entry)) for key, entry in space.items()}
-    # a JSON round trip gives the values as the storage returns them
-    identity = json.loads(
-        json.dumps({"objective": plan.objective.name, "space": entries, **settings})
-    )
-    kinds = {"median": optuna.pruners.MedianPruner, "hyperband": optuna.pruners.HyperbandPruner}
-    options = {
-        "study_name": name,
-        "direction": plan.objective.direction,
-        "load_if_exists": True,
-        "pruner": kinds.get(plan.pruner, optuna.pruners.NopPruner)(),
-    }
-    try:
-        storage = optuna.storages.get_storage(url)
-        study = optuna.create_study(storage=storage, **options)
-        old = study.user_attrs.get("identity", identity)
-        if (
-            old != identity
-            and not config.overwrite
-            and any(trial.settled for trial in trials(study))
-        ):
-            raise UserError(_difference(old, identity, plan.folder))
-        if old != identity or config.overwrite:
-            optuna.delete_study(study_name=name, storage=storage)
-            study = optuna.create_study(storage=storage, **options)
-    except UserError:
-        raise
-    except (SQLAlchemyError, ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--storage: got {url}, which cannot be used ({reason})") from None
-    if "identity" not in study.user_attrs:
-        study.set_user_attr("identity", identity)
-        values = {key: getattr(config, key) for key in space}
-        values = {key: stored(value) for key, value in values.items() if holds(space[key], value)}
-        if plan.start and values:
-            study.enqueue_trial(values)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)  # its process has ended
-    again = {trial.retries for trial in trials(study)}
-    for trial, frozen in zip(trials(study), study.get_trials(deepcopy=False), strict=True):
-        if trial.state == "interrupted" and frozen.params and trial.number not in again:
-            study.enqueue_trial(frozen.params, user_attrs={"retries": trial.number})
-    return study
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any], folder: Path) -> str:
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    shown = "; ".join(f"{name} {old.get(name)!r}, now {new.get(name)!r}" for name in names[:3])
-    what = f"which holds a search with other settings ({shown})"
-    return f"output: got {folder}, {what}, expected another folder or --overwrite"
-
-
-def trials(study: optuna.Study) -> list[Trial]:
-    """Return all trials of a study by number."""
-    return [_record(frozen) for frozen in study.get_trials(deepcopy=False)]
-
-
-def _record(frozen: FrozenTrial) -> Trial:
-    reason, state = frozen.user_attrs.get("reason", ""), frozen.state.name.lower()
-    return Trial(
-        number=frozen.number,
-        state=("failed" if reason else "interrupted") if state == "fail" else state,
-        value=frozen.value if state == "complete" else None,
-        settings={name: restored(name, value) for name, value in frozen.params.items()},
-        seconds=float(frozen.user_attrs.get("seconds", 0.0)),
-        reason=reason,
-        curve=sorted(frozen.intermediate_values.items()),
-        retries=frozen.user_attrs.get("retries"),
-    )
-
-
-def _trial(
-    plan: SearchPlan,
-    study: optuna.Study,
-    train: Train,
-    deadline: float | None,
-    log: Callable,
-    clock: Clock,
-) -> bool:
-    """Run one trial from sampling to reporting; return whether it was interrupted."""
-    trial = study.ask(dict(plan.space))
+def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> bool:
+    """Run one trial and report it to the study; return whether it was interrupted."""
+    plan, study, value, reason, state = result.plan, result.study, None, "", TrialState.FAIL
     settings = {name: restored(name, value) for name, value in trial.params.items()}
-    started, value, reason, state, interrupted = clock(), None, "", TrialState.FAIL, False
+    output = str(plan.folder / "trials" / str(trial.number))
+    fixed = {"output": output, "skip_test": True, "resume": False, "overwrite": True}
+    interrupted = False
     try:
-        output = str(plan.folder / "trials" / str(trial.number))
-        config = plan.config.replace(
-            **settings, output=output, skip_test=True, resume=False, overwrite=True
-        )
-        outcome = train(
-            config, callbacks=[Watch(trial, plan.objective, deadline, clock)], report=False
-        )
+        config = plan.config.replace(**settings, **fixed)
+        outcome = train(config, callbacks=[watch], report=False)
         interrupted = outcome.interrupted
         if not interrupted:
             value, state = plan.objective.of(outcome.validation), TrialState.COMPLETE
     except optuna.TrialPruned as error:
         reason, state = str(error), TrialState.PRUNED
-    except TimeUp:
+    except TimeoutError:
         pass  # a trial without a recorded reason is resumed later
     except KeyboardInterrupt:
         interrupted = True
     except UserError as error:
-        if not any(known.state in ("complete", "pruned") for known in trials(study)):
+        if not any(known.state in ("complete", "pruned") for known in result.trials):
             study.tell(trial, state=TrialState.FAIL)
             raise
         reason = str(error)
     except (RuntimeError, MemoryError, ArithmeticError) as error:
-        text = (str(error).strip().splitlines() or [""])[0]
-        reason = f"{type(error).__name__}: {text}"[:300]
-    _free_memory()
-    trial.set_user_attr("seconds", clock() - started)
-    if reason:
-        trial.set_user_attr("reason", reason)
-    study.tell(trial, value, state=state)
-    log(describe(trials(study)[trial.number], plan.objective))
-    return interrupted
-
-
-def _free_memory() -> None:
+        reason = f"{type(error).__name__}: {one_line(error)}"
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    if reason:
+        trial.set_user_attr("reason", reason)
+    study.tell(trial, value, state=state)
+    return interrupted
+
+
+def open_study(plan: SearchPlan) -> optuna.Study:
+    """Open the plan's study in its folder and requeue interrupted trials."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    config, folder, space = plan.config, plan.folder, plan.space
+    if folder.exists() and not folder.is_dir():
+        raise wrong("output", f"{folder}, which is a file", "a folder")
+    is_search = any((folder / name).exists() for name in (DATABASE, TRIALS, "trials"))
+    if folder.exists() and any(folder.iterdir()) and not is_search:
+        raise wrong("output", f"{folder}, which contains other files", "a new folder")
+    if config.overwrite:
+        shutil.rmtree(folder / "trials", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    url = f"sqlite:///{folder.absolute() / DATABASE}" if plan.storage is None else plan.storage
+    settings = {k: v for k, v in config.to_dict().items() if k not in (*_FREE, *space)}
+    entries = {name: json.loads(distribution_to_json(entry)) for name, entry in space.items()}
+    # a JSON round trip gives the values as the storage returns them
+    identity = json.loads(
+        json.dumps({"objective": plan.objective.name, "space": entries, **settings})
+    )
+    pruners = {"median": optuna.pruners.MedianPruner, "hyperband": optuna.pruners.HyperbandPruner}
+    options = {
+        "study_name": "reft-train" if plan.storage is None else str(folder),
+        "direction": plan.objective.direction,
+        "load_if_exists": True,
+        "pruner": pruners.get(plan.pruner, optuna.pruners.NopPruner)(),
+    }
+    try:
+        storage = optuna.storages.get_storage(url)
+        study = optuna.create_study(storage=storage, **options)
+    except Exception as error:  # raised by SQLAlchemy and database drivers
+        raise wrong(
+            "--storage", f"{url} ({one_line(error)})", "a URL that optuna can use"
+        ) from None
+    old = study.user_attrs.get("identity", identity)
+    if old != identity or config.overwrite:
+        if not config.overwrite and any(trial.settled for trial in Search(plan, study).trials):
+            names = [name for name in {**old, **identity} if old.get(name) != identity.get(name)]
+            pairs = (f"{name} {old.get(name)!r}, now {identity.get(name)!r}" for name in names[:3])
+            what = f"{folder}, which contains a search with other settings ({'; '.join(pairs)})"
+            raise wrong("output", what, "another folder or --overwrite")
+        optuna.delete_study(study_name=options["study_name"], storage=storage)
+        study = optuna.create_study(storage=storage, **options)
+    if "identity" not in study.user_attrs:
+        study.set_user_attr("identity", identity)
+        values = {name: stored(getattr(config, name)) for name in space}
+        values = {name: value for name, value in values.items() if _contains(space[name], value)}
+        if plan.start and values:
+            study.enqueue_trial(values)
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)  # its process has ended
+    known = study.get_trials(deepcopy=False)
+    retried = {trial.user_attrs.get("retry_of") for trial in known}
+    for trial in known:
+        if Trial.of(trial).state == "interrupted" and trial.params and trial.number not in retried:
+            study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
+    return study
+
+
+def _contains(entry: optuna.distributions.BaseDistribution, value: Any) -> bool:
+    try:
+        return entry._contains(entry.to_internal_repr(value))
+    except ValueError:
+        return False
 
 
 def shown(value: Any) -> str:
-    """Format a setting's value for a table."""
     return f"{value:.3g}" if isinstance(value, float) else str(stored(value))
 
 
-def describe(trial: Trial, objective: Objective) -> str:
-    """Describe a finished trial in one line."""
-    result = f"{objective.name} {trial.value:.4f}" if trial.value is not None else trial.state
-    why = f" ({trial.reason})" if trial.reason else ""
-    settings = ", ".join(f"{name} {shown(value)}" for name, value in trial.settings.items())
-    return f"trial {trial.number}: {result}{why} in {trial.seconds:.0f} s with {settings}"
-
-
-def _result(plan: SearchPlan, study: optuna.Study, interrupted: bool = False) -> Search:
-    known = trials(study)
-    number = plan.objective.best(
-        {trial.number: trial.value for trial in known if trial.value is not None}
-    )
-    return Search(plan, known, None if number is None else known[number], interrupted, study)
-
-
-def _save(plan: SearchPlan, study: optuna.Study) -> None:
+def _save(result: Search) -> None:
     """Write the results, and remove weights and checkpoints of all trials except the best."""
-    result = _result(plan, study)
-    numbers = {
-        "objective": plan.objective.name,
-        "direction": plan.objective.direction,
-        "best": None if result.best is None else result.best.number,
-        "trials": [asdict(trial) for trial in result.trials],
-    }
-    write_text(plan.folder / TRIALS, dumps(numbers))
-    if result.best is not None:
+    plan, best, known = result.plan, result.best, result.trials
+    objective = {"objective": plan.objective.name, "direction": plan.objective.direction}
+    number = None if best is None else best.number
+    records = [asdict(trial) for trial in known]
+    write_text(plan.folder / TRIALS, dumps({**objective, "best": number, "trials": records}))
+    if best is not None:
         write_text(plan.folder / BEST, dump_yaml(result.best_config))
-    for trial in result.trials:
-        if result.best is None or trial.number != result.best.number:
+    for trial in known:
+        if trial.number != number:
             folder = plan.folder / "trials" / str(trial.number)
             for path in (folder / "adapter", *folder.glob("checkpoint-*"), folder / ".saving"):
                 shutil.rmtree(path, ignore_errors=True)

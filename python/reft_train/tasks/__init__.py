@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import difflib
 
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 from reft_train.tasks.base import Task
 
 
 def _tasks() -> dict[str, Task]:
     from reft_train.tasks import arithmetic, commonsense, glue, instruct, jsonl
 
-    return {
-        task.name: task
-        for part in (commonsense, arithmetic, instruct, glue, jsonl)
-        for task in part.tasks()
-    }
+    modules = (commonsense, arithmetic, instruct, glue, jsonl)
+    return {task.name: task for module in modules for task in module.tasks()}
 
 
 def names() -> list[str]:
@@ -24,10 +21,9 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Task:
-    """Return the task of a name."""
     tasks = _tasks()
     if name not in tasks:
         close = difflib.get_close_matches(name, tasks, n=1)
         meant = f" (did you mean {close[0]!r}?)" if close else ""
-        raise UserError(f"task: got {name!r}{meant}, expected one of {', '.join(tasks)}")
+        raise wrong("task", f"{name!r}{meant}", f"one of {', '.join(tasks)}")
     return tasks[name]

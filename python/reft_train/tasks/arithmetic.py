@@ -18,11 +18,10 @@ SETS = ("MultiArith", "gsm8k", "SVAMP", "mawps", "AddSub", "AQuA", "SingleEq")
 class Arithmetic(Task):
     """One of the seven arithmetic sets, or their mixture."""
 
-    def __init__(
-        self, name: str, test_sets: tuple[str, ...], recipe: str = "math", max_new_tokens: int = 512
-    ) -> None:
-        self.name, self.test_sets, self.recipe = name, test_sets, recipe
-        self.decoding = Decoding(max_new_tokens)
+    def __init__(self, name: str, test_sets: tuple[str, ...]) -> None:
+        self.name, self.test_sets = name, test_sets
+        self.recipe = "gsm8k" if name == "gsm8k" else "math"
+        self.decoding = Decoding(256 if name == "gsm8k" else 512)
 
     def example(self, row: Row, tokenizer: object = None) -> Example:
         """See :meth:`Task.example`.
@@ -44,18 +43,10 @@ class Arithmetic(Task):
         if number is not None:
             prediction = answers.last_number(text)
             return Scored(prediction, answers.same_number(prediction, number))
-        prediction = (
-            answers.first_letter(text)
-            if re.fullmatch("[A-E]", example.answer)
-            else text.strip() or None
-        )
+        letter = re.fullmatch("[A-E]", example.answer)
+        prediction = answers.first_letter(text) if letter else text.strip() or None
         return Scored(prediction, prediction == example.answer)
 
 
 def tasks() -> list[Task]:
-    """Return the mixture and the sets; only gsm8k has its own settings."""
-    alone = {"gsm8k": {"recipe": "gsm8k", "max_new_tokens": 256}}
-    return [
-        Arithmetic("math", SETS),
-        *(Arithmetic(name, (name,), **alone.get(name, {})) for name in SETS),
-    ]
+    return [Arithmetic("math", SETS), *(Arithmetic(name, (name,)) for name in SETS)]

@@ -98,5 +98,23 @@ class Task:
     def measure(
         self, predictions: Sequence[int | float], references: Sequence[int | float]
     ) -> dict[str, float]:
-        """Compute the metrics of predicted classes or numbers against the references."""
-        raise NotImplementedError(f"{self.name} has no class metrics")
+        """Compute the metrics of predicted classes or numbers, as GLUE defines them.
+
+        accuracy, f1 (of class 1), matthews, pearson and spearman are fractions or correlations up
+        to 1.
+        """
+        return {name: _measure(name, references, predictions) for name in self.metrics}
+
+
+def _measure(name: str, *pairs: Sequence[int | float]) -> float:
+    from scipy import stats
+    from sklearn import metrics
+
+    if name in ("pearson", "spearman"):
+        if any(len(set(values)) == 1 for values in pairs):
+            return 0.0  # the correlation with a constant is undefined
+        return float(getattr(stats, f"{name}r")(*pairs).statistic)
+    if name == "f1":
+        return float(metrics.f1_score(*pairs, zero_division=0.0))
+    names = {"accuracy": metrics.accuracy_score, "matthews": metrics.matthews_corrcoef}
+    return float(names[name](*pairs))

@@ -9,22 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 from reft_train.tasks import answers, fields
 from reft_train.tasks.base import Classified, Decoding, Example, Row, Scored, Task
-from reft_train.tasks.measures import measure
 
-SETS = {
-    "boolq": ("true", "false"),
-    "piqa": ("solution1", "solution2"),
-    "social_i_qa": ("answer1", "answer2", "answer3"),
-    "hellaswag": ("ending1", "ending2", "ending3", "ending4"),
-    "winogrande": ("option1", "option2"),
-    # a few ARC questions have three or five choices
-    "ARC-Easy": ("answer1", "answer2", "answer3", "answer4", "answer5"),
-    "ARC-Challenge": ("answer1", "answer2", "answer3", "answer4", "answer5"),
-    "openbookqa": ("answer1", "answer2", "answer3", "answer4"),
-}
+# the labels are a word with these numbers; a few ARC questions have three or five choices
+_CHOICES = {"piqa": ("solution", 2), "social_i_qa": ("answer", 3), "hellaswag": ("ending", 4)}
+_CHOICES |= {"winogrande": ("option", 2), "ARC-Easy": ("answer", 5)}
+_CHOICES |= {"ARC-Challenge": ("answer", 5), "openbookqa": ("answer", 4)}
+SETS: dict[str, tuple[str, ...]] = {"boolq": ("true", "false")}
+SETS |= {n: tuple(f"{word}{i + 1}" for i in range(k)) for n, (word, k) in _CHOICES.items()}
 _FORMAT_TAIL = re.compile(r"\s*Answer format: \w+(?:/\w+)*\s*\Z")
 _BOOLQ_HEAD = "Please answer the following question with true or false, question: "
 
@@ -44,10 +38,8 @@ class Commonsense(Task):
     def example(self, row: Row, tokenizer: object = None) -> Example:
         """See :meth:`Task.example`. A non-empty ``input`` follows on a separate line."""
         parts = [fields.filled(row, "instruction"), fields.optional(row, "input")]
-        answer = fields.answer(row)
-        return Example(
-            "\n".join(filter(None, parts)) + "\n", answers.TRIGGER + answer, answer, row.fields
-        )
+        prompt, answer = "\n".join(filter(None, parts)) + "\n", fields.answer(row)
+        return Example(prompt, answers.TRIGGER + answer, answer, row.fields)
 
     def classified(self, row: Row) -> Classified:
         """Return the instruction without its last line ("Answer format: ..."), and any ``input``.
@@ -56,32 +48,19 @@ class Commonsense(Task):
         """
         if self.labels is None:
             return super().classified(row)
-        instruction = fields.filled(row, "instruction")
-        answer = fields.answer(row)
+        instruction, answer = fields.filled(row, "instruction"), fields.answer(row)
         if answer not in self.labels:
-            raise UserError(
-                f"{row.where}: answer: got {answer!r}, expected one of {', '.join(self.labels)}"
-            )
+            raise wrong(f"{row.where}: answer", repr(answer), f"one of {', '.join(self.labels)}")
         text = _FORMAT_TAIL.sub("", instruction).removeprefix(_BOOLQ_HEAD) or instruction
-        return Classified(
-            text, fields.optional(row, "input") or None, self.labels.index(answer), row.fields
-        )
+        pair, label = fields.optional(row, "input") or None, self.labels.index(answer)
+        return Classified(text, pair, label, row.fields)
 
     def score(self, generated: str, example: Example) -> Scored:
         """The stripped text after "the correct answer is " must equal the answer."""
         prediction = answers.after_trigger(generated)
         return Scored(prediction, prediction == example.answer)
 
-    def measure(
-        self, predictions: Sequence[int | float], references: Sequence[int | float]
-    ) -> dict[str, float]:
-        """Return the accuracy."""
-        return {"accuracy": measure("accuracy", predictions, references)}
-
 
 def tasks() -> list[Task]:
-    """Return the mixture and the sets."""
-    return [
-        Commonsense("commonsense", None, tuple(SETS)),
-        *(Commonsense(name, labels, (name,)) for name, labels in SETS.items()),
-    ]
+    sets = [Commonsense(name, labels, (name,)) for name, labels in SETS.items()]
+    return [Commonsense("commonsense", None, tuple(SETS)), *sets]

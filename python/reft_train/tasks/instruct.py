@@ -5,7 +5,8 @@ Answers are exported in ``alpaca_eval``'s format for a judge; they are not score
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from reft_train.tasks import answers, fields
 from reft_train.tasks.base import Decoding, Example, Row, Task
@@ -25,39 +26,20 @@ class Instruct(Task):
     metrics = ()
 
     def example(self, row: Row, tokenizer: object = None) -> Example:
-        """See :meth:`Task.example`."""
         output = fields.string(row, "output")
         prompt = alpaca(fields.filled(row, "instruction"), fields.optional(row, "input"))
         return Example(prompt, output, output, row.fields)
 
 
-def alpaca_eval_rows(
-    examples: Sequence[Example], outputs: Sequence[str], generator: str
-) -> list[dict[str, str]]:
-    """Return the rows that ``alpaca_eval --model_outputs`` reads.
+def alpaca_eval_row(prediction: Mapping[str, Any], generator: str) -> dict[str, str]:
+    """Return the row of a prediction that ``alpaca_eval --model_outputs`` reads.
 
-    Args:
-        examples: examples of :class:`Instruct`.
-        outputs: generated texts, one for each example.
-        generator: the model's name in the tables.
-
-    Returns:
-        Rows of instruction, output, dataset ("alpaca_eval" unless given in the row) and generator.
-
-    Raises:
-        ValueError: the numbers of outputs and examples differ.
+    ``generator`` is the model's name in the tables; the dataset is "alpaca_eval" by default.
     """
-    return [
-        {
-            "instruction": example.row["instruction"],
-            "output": answers.response(output).strip(),
-            "dataset": example.row.get("dataset") or EVALUATION_SET,
-            "generator": generator,
-        }
-        for example, output in zip(examples, outputs, strict=True)
-    ]
+    output, dataset = answers.response(prediction["generated"]), prediction.get("dataset")
+    row = {"instruction": prediction["instruction"], "output": output.strip()}
+    return {**row, "dataset": dataset or EVALUATION_SET, "generator": generator}
 
 
 def tasks() -> list[Task]:
-    """Return the task."""
     return [Instruct()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reft_train.errors import UserError
+from reft_train.errors import one_line, wrong
 from reft_train.tasks import fields
 from reft_train.tasks.base import Decoding, Example, Row, Scored, Task
 from reft_train.tasks.templates import alpaca
@@ -29,26 +29,21 @@ class Jsonl(Task):
     metrics = ("exact_match",)
 
     def example(self, row: Row, tokenizer: Any = None) -> Example:
-        """See :meth:`Task.example`."""
-        layout = next(
-            (names for names in LAYOUTS if any(name in row.fields for name in names)), None
-        )
+        found = (names for names in LAYOUTS if any(name in row.fields for name in names))
+        layout = next(found, None)
         if layout is None:
             names = ", ".join(map(str, row.fields)) or "none"
             expected = "messages, or prompt and completion, or instruction and output"
-            raise UserError(f"{row.where}: got fields {names}, expected {expected}")
+            raise wrong(row.where, f"fields {names}", expected)
         if layout[0] == "messages":
             prompt, target = _chat(row, tokenizer)
         elif layout[0] == "prompt":
-            prompt, target = (
-                fields.filled(row, "prompt", layout),
-                fields.string(row, "completion", layout),
-            )
+            prompt = fields.filled(row, "prompt", layout)
+            target = fields.string(row, "completion", layout)
         else:
             target = fields.string(row, "output", layout)
-            prompt = alpaca(
-                fields.filled(row, "instruction", layout), fields.optional(row, "input", layout)
-            )
+            instruction = fields.filled(row, "instruction", layout)
+            prompt = alpaca(instruction, fields.optional(row, "input", layout))
         return Example(prompt, target, target.strip(), row.fields)
 
     def training_rows(self, row: Row) -> list[Row]:
@@ -63,15 +58,10 @@ class Jsonl(Task):
         expanded = expand_turns({"messages": [_conversation(row)]})["messages"]
         turns = [turn for turn in expanded if len(turn) > 1]
         if not turns:
-            raise UserError(
-                f"{row.where}: messages: got none of role 'assistant' after another, expected one"
-            )
-        where = [f"{row.where}, turn {number}" for number in range(1, len(turns) + 1)]
-        where = [row.where] if len(turns) == 1 else where
-        return [
-            Row({**row.fields, "messages": turn}, place)
-            for turn, place in zip(turns, where, strict=True)
-        ]
+            raise wrong(f"{row.where}: messages", "no 'assistant' message after another", "one")
+        rows = [Row({**row.fields, "messages": turn}, row.where) for turn in turns]
+        numbered = enumerate(rows, 1) if len(rows) > 1 else ()
+        return [Row(r.fields, f"{r.where}, turn {number}") for number, r in numbered] or rows
 
     def score(self, generated: str, example: Example) -> Scored:
         """The whole stripped text must equal the target."""
@@ -80,35 +70,22 @@ class Jsonl(Task):
 
 
 def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
-    messages = _conversation(row)
+    messages, name = _conversation(row), f"{row.where}: messages"
     if messages[-1]["role"] != "assistant":
-        role = messages[-1]["role"]
-        raise UserError(
-            f"{row.where}: message {len(messages)}: got role {role!r} last, expected 'assistant'"
-        )
+        raise wrong(name, f"role {messages[-1]['role']!r} last", "'assistant'")
     if getattr(tokenizer, "chat_template", None) is None:
-        expected = "one that has it, or rows of prompt and completion"
-        raise UserError(
-            f"{row.where}: messages: got a tokenizer without a chat template, expected {expected}"
-        )
+        raise wrong(name, "a tokenizer without a chat template", "one, or prompt and completion")
     import jinja2  # template engine used by apply_chat_template
 
+    options = {"tokenize": False, "add_generation_prompt": True}
     try:
-        prompt = tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True
-        )
+        prompt = tokenizer.apply_chat_template(messages[:-1], **options)
     except jinja2.TemplateError as error:
-        reason = f"a chat that the tokenizer's template refuses ({' '.join(str(error).split())})"
-        raise UserError(
-            f"{row.where}: messages: got {reason}, expected roles in an order that it takes"
-        ) from None
-    start = tokenizer.bos_token
+        what = f"a chat that the tokenizer's template rejects ({one_line(error)})"
+        raise wrong(name, what, "an order of roles that it accepts") from None
+    start, ids = tokenizer.bos_token, [tokenizer.bos_token_id] * 2
     # some templates write the BOS token that the tokenizer adds again when it encodes the prompt
-    if (
-        start
-        and prompt.startswith(start)
-        and tokenizer(prompt)["input_ids"][:2] == [tokenizer.bos_token_id] * 2
-    ):
+    if start and prompt.startswith(start) and tokenizer(prompt)["input_ids"][:2] == ids:
         prompt = prompt[len(start) :]
     return prompt, messages[-1]["content"]
 
@@ -116,25 +93,19 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
 def _conversation(row: Row) -> list[dict[str, str]]:
     messages = row.fields["messages"]
     if not isinstance(messages, list) or len(messages) < 2:
-        raise UserError(
-            f"{row.where}: messages: got {fields.described(messages)}, expected a list of at "
-            "least two"
-        )
+        expected = "a list of at least two"
+        raise wrong(f"{row.where}: messages", fields.described(messages), expected)
     for number, message in enumerate(messages, start=1):
         where = f"{row.where}: message {number}"
         if not isinstance(message, dict):
-            raise UserError(
-                f"{where}: got {fields.described(message)}, expected an object with role and "
-                "content"
-            )
+            raise wrong(where, fields.described(message), "an object with role and content")
         part = Row(message, where)
         role = fields.filled(part, "role", ("role", "content"))
         if role not in ROLES:
-            raise UserError(f"{where}: role: got {role!r}, expected one of {', '.join(ROLES)}")
+            raise wrong(f"{where}: role", repr(role), f"one of {', '.join(ROLES)}")
         fields.filled(part, "content", ("role", "content"))
     return messages
 
 
 def tasks() -> list[Task]:
-    """Return the task."""
     return [Jsonl()]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from reft_train.config import RunConfig
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 from reft_train.models import pick_device
 from reft_train.training.sharding import fsdp_arguments
 
@@ -24,14 +25,9 @@ def steps_in_all(config: RunConfig, examples: int | None, processes: int) -> int
     return config.epochs * max(1, math.ceil(forwards / config.accumulation))
 
 
-def _strategy(every: int | None, name: str, requested: bool) -> dict[str, Any]:
-    if not requested:
-        return {f"{name}_strategy": "no"}
-    return (
-        {f"{name}_strategy": "epoch"}
-        if every is None
-        else {f"{name}_strategy": "steps", f"{name}_steps": every}
-    )
+def _strategy(every: int | None, name: str) -> dict[str, Any]:
+    kind = "epoch" if every is None else "steps"
+    return {f"{name}_strategy": kind} | ({} if every is None else {f"{name}_steps": every})
 
 
 def training_arguments(
@@ -48,42 +44,33 @@ def training_arguments(
     import torch
     import transformers
 
-    device = pick_device(config)
+    device, save_every = pick_device(config), config.save_every
     if config.mixed_precision == "fp16" and device == "cpu":
-        raise UserError("mixed_precision: got fp16 on a CPU, expected bf16 or no")
+        raise wrong("mixed_precision", "fp16 on a CPU", "bf16 or no")
     if config.deepspeed is not None and find_spec("deepspeed") is None:
-        raise UserError(
-            f"deepspeed: got {config.deepspeed}, expected none: deepspeed is not installed"
-        )
-    if (
-        metric is not None
-        and config.save_every is not None
-        and config.save_every != config.evaluate_every
-    ):
-        expected = (
-            f"evaluate_every, {config.evaluate_every}: the best checkpoint must have been evaluated"
-        )
-        raise UserError(f"save_every: got {config.save_every} with select, expected {expected}")
+        raise wrong("deepspeed", f"{config.deepspeed}, but deepspeed is not installed", "none")
     total = steps_in_all(config, examples, int(os.environ.get("WORLD_SIZE", "1")))
-    save_every = config.evaluate_every if metric is not None else config.save_every
+    extra: dict[str, Any] = {}
+    if metric is not None:
+        if save_every not in (None, config.evaluate_every):
+            expected = f"evaluate_every, {config.evaluate_every}: it must have been evaluated"
+            raise wrong("save_every", f"{save_every} with select", expected)
+        save_every = config.evaluate_every
+        extra = {"load_best_model_at_end": True, "metric_for_best_model": f"eval_{metric}"}
+        extra["greater_is_better"] = metric != "loss"
     if config.streaming and save_every is None:
         save_every = math.ceil(total / 10)  # a stream has no epochs
+    if config.validation > 0 or metric is not None:
+        extra |= _strategy(config.evaluate_every, "eval")
     board = find_spec("tensorboard") is not None
     if board:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / BOARD)
-    extra: dict[str, Any] = {}
-    if metric is not None:
-        extra = {"load_best_model_at_end": True, "metric_for_best_model": f"eval_{metric}"}
-        extra["greater_is_better"] = metric != "loss"
     if config.gradient_checkpointing:
         # the argument was renamed in transformers 5.23
-        names = transformers.TrainingArguments.__dataclass_fields__
-        name = (
-            "activation_checkpointing"
-            if "activation_checkpointing" in names
-            else "gradient_checkpointing"
-        )
+        new = "activation_checkpointing" in transformers.TrainingArguments.__dataclass_fields__
+        name = "activation_checkpointing" if new else "gradient_checkpointing"
         extra |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    constant = config.schedule == "constant"
     arguments = transformers.TrainingArguments(
         output_dir=str(output),
         num_train_epochs=config.epochs,
@@ -94,9 +81,7 @@ def training_arguments(
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         warmup_steps=math.ceil(config.warmup * total),
-        lr_scheduler_type=config.schedule
-        if config.schedule != "constant"
-        else "constant_with_warmup",
+        lr_scheduler_type="constant_with_warmup" if constant else config.schedule,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         bf16=config.mixed_precision == "bf16",
@@ -107,17 +92,16 @@ def training_arguments(
         ddp_find_unused_parameters=False,
         logging_steps=config.log_every,
         logging_first_step=True,
+        disable_tqdm=not sys.stderr.isatty(),
         logging_nan_inf_filter=False,
         remove_unused_columns=False,
         dataloader_num_workers=config.workers,
-        accelerator_config={
-            "dispatch_batches": False
-        },  # batches differ in width, so one batch cannot be split among processes
+        # batches differ in width, so one batch cannot be split among processes
+        accelerator_config={"dispatch_batches": False},
         dataloader_pin_memory=device == "cuda",
         report_to=["tensorboard"] if board else [],
         save_total_limit=None,
-        **_strategy(config.evaluate_every, "eval", config.validation > 0 or metric is not None),
-        **_strategy(save_every, "save", True),
+        **_strategy(save_every, "save"),
         **extra,
         **fsdp_arguments(config, model),
     )

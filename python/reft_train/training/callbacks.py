@@ -7,25 +7,16 @@ import math
 import signal
 import threading
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
 from reft_train.files import write_text
-from reft_train.progress import bar
 from reft_train.ranks import joined
 
-
-class HasSampler(Protocol):
-    """Interface of the trainer required by :class:`Bookkeeping`."""
-
-    sampler: Any
-    train_dataset: Any
-
-    def step_done(self) -> None:
-        """Called after each optimizer step."""
+LOG = "log.jsonl"
 
 
 class Journal(TrainerCallback):
@@ -37,13 +28,10 @@ class Journal(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Create the file, or truncate it to the step that the run resumes from."""
         if state.is_world_process_zero:
-            lines = [
-                json.dumps(entry) for entry in state.log_history if "train_runtime" not in entry
-            ]
-            write_text(self.path, "".join(f"{line}\n" for line in lines))
+            entries = [entry for entry in state.log_history if "train_runtime" not in entry]
+            write_text(self.path, "".join(f"{json.dumps(entry)}\n" for entry in entries))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Append the latest entry."""
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
@@ -53,7 +41,6 @@ class FiniteLoss(TrainerCallback):
     """Stop a run whose loss is not finite."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Raise FloatingPointError with the step number."""
         loss = (logs or {}).get("loss")
         if loss is not None and not math.isfinite(loss):
             hint = "a lower lr or float32 may help"
@@ -108,7 +95,7 @@ class Interrupt(TrainerCallback):
 class Bookkeeping(TrainerCallback):
     """Notify the trainer after each optimizer step, and set the epoch of the sampler."""
 
-    def __init__(self, trainer: HasSampler) -> None:
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -116,46 +103,9 @@ class Bookkeeping(TrainerCallback):
 
         Engines do not reach it in a resumed run, where the data loader is wrapped twice.
         """
-        order = (
-            self.trainer.sampler if self.trainer.sampler is not None else self.trainer.train_dataset
-        )
+        trainer = self.trainer
+        order = trainer.train_dataset if trainer.sampler is None else trainer.sampler
         order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Record the time of the step."""
         self.trainer.step_done()
-
-
-class Progress(TrainerCallback):
-    """Progress bar with loss, tokens per second and held-out loss; first process only."""
-
-    def __init__(self, title: str) -> None:
-        self.title, self._bar = title, bar(0, title, show=False)
-        self._shown: dict[str, str] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Open the bar at the step that the run starts from."""
-        self._bar = bar(state.max_steps, self.title, show=state.is_world_process_zero)
-        self._bar.update(state.global_step)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance by one step."""
-        self._bar.update()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Display the latest values."""
-        forms = {
-            "loss": ("loss", ".4g"),
-            "tokens_per_second": ("tokens/s", ",.0f"),
-            "eval_loss": ("held out", ".4g"),
-        }
-        self._shown |= {
-            title: format(logs[name], form) for name, (title, form) in forms.items() if name in logs
-        }
-        self._bar.set_postfix(self._shown, refresh=False)
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()  # also after an error, so that its message starts on a new line

@@ -7,7 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 
 STAGING, LOSS, _STATE = ".saving", "loss.json", "trainer_state.json"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", LOSS, _STATE)
@@ -27,9 +27,8 @@ def publish(staged: Path, target: Path) -> None:
     When a step is saved twice (before and after an evaluation), the existing folder is kept and its
     files are replaced one by one. Both versions belong to the same step, so a mixture is valid.
     """
-    files = sorted(
-        (path for path in staged.rglob("*") if path.is_file()), key=lambda path: path.name == _STATE
-    )
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: path.name == _STATE)
     for path in (*files, staged):
         _sync(path)
     if target.exists():
@@ -52,22 +51,18 @@ def sweep(folder: Path) -> None:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Return a run's checkpoints, oldest first."""
-    folders = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
-    matches = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folders}
-    return sorted(
-        (path for path in folders if matches[path]), key=lambda path: int(matches[path][1])
-    )
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def last(folder: Path) -> Path | None:
     """Return a run's newest checkpoint, or None."""
-    existing = checkpoints(folder)
-    missing = [name for name in NEEDED if existing and not (existing[-1] / name).is_file()]
+    newest = next(reversed(checkpoints(folder)), None)
+    missing = [name for name in NEEDED if newest and not (newest / name).is_file()]
     if missing:
-        raise UserError(
-            f"resume: got {existing[-1]} without {', '.join(missing)}, expected a whole checkpoint"
-        )
-    return existing[-1] if existing else None
+        raise wrong("resume", f"{newest} without {', '.join(missing)}", "a complete checkpoint")
+    return newest
 
 
 def rotate(folder: Path, keep: int, best: str | None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 from reft_train.files import dumps, write_text
 from reft_train.memory import Peak
 from reft_train.methods import TITLES
@@ -47,28 +47,35 @@ class Outcome:
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
-        """Write ``results.json``."""
         return write_text(folder / RESULTS, dumps(asdict(self)))
 
     def figures(self) -> dict[str, str]:
         """Return the run's measurements by name."""
-        share = self.trainable / max(1, self.total)
+        share, error = self.trainable / max(1, self.total), self.orthonormality
+        before = f"{self.memory.before:,.0f} MiB of it before training"
         entries = {
+            "method": TITLES[self.config["method"]],
             "trained parameters": f"{self.trainable:,} ({share:.4%} of the model's {self.total:,})",
             "trained parameters of the head": f"{self.head:,}" if self.head else "",
-            "optimizer steps": f"{self.steps:,}",
+            "optimizer steps": f"{self.steps:,}" + (", interrupted" if self.interrupted else ""),
             "training time": f"{self.seconds:,.1f} s",
             "time of a step, median": f"{self.step_seconds:.4g} s",
             "tokens per second, padding excluded": f"{self.tokens_per_second:,.0f}",
-            "peak memory": (
-                f"{self.memory.peak:,.0f} MiB, {self.memory.before:,.0f} MiB of it before training"
-            ),
+            "peak memory": f"{self.memory.peak:,.0f} MiB, {before}",
             "measured as": self.memory.method,
-            "max |R Rᵀ − I| at the end": ""
-            if self.orthonormality is None
-            else f"{self.orthonormality:.2e}",
+            "max |R Rᵀ − I| at the end": "" if error is None else f"{error:.2e}",
         }
+        if self.losses:
+            (first, loss), (_, final) = self.losses[0], self.losses[-1]
+            entries["training loss"] = f"{loss:.4g} at step {first}, {final:.4g} at the end"
+        for name, metrics in {"held out": self.validation, **self.tests}.items():
+            entries[name] = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
         return {name: text for name, text in entries.items() if text}
+
+    def summary(self) -> str:
+        """Format the measurements, scores and file locations as text."""
+        rows = [f"{name}: {text}" for name, text in self.figures().items()]
+        return "\n".join([*rows, f"written: {Path(self.config['output'])}"])
 
     @classmethod
     def load(cls, folder: str | Path) -> Outcome:
@@ -78,20 +85,5 @@ class Outcome:
             losses = [(int(step), float(loss)) for step, loss in fields["losses"]]
             return cls(**{**fields, "memory": Peak(**fields["memory"]), "losses": losses})
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"run: got {folder}, without a readable {RESULTS} ({error}), expected a finished "
-                "run"
-            ) from None
-
-
-def summary(outcome: Outcome) -> str:
-    """Format the measurements, scores and file locations as text."""
-    lines = {"method": TITLES[outcome.config["method"]], **outcome.figures()}
-    if outcome.losses:
-        (first, loss), (_, final) = outcome.losses[0], outcome.losses[-1]
-        lines["training loss"] = f"{loss:.4g} at step {first}, {final:.4g} at the end"
-    for name, metrics in {"held out": outcome.validation, **outcome.tests}.items():
-        if metrics:
-            lines[name] = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
-    rows = [f"{name}: {text}" for name, text in lines.items()]
-    return "\n".join([*rows, f"written: {Path(outcome.config['output'])}"])
+            what = f"{folder}, without a readable {RESULTS} ({error})"
+            raise wrong("run", what, "a finished run") from None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -15,7 +16,6 @@ from reft_train.models import pick_device
 from reft_train.ranks import gathered, is_first, joined
 
 Result = TypeVar("Result")
-_TIMEOUT = timedelta(hours=2)  # covers tokenization on the first process
 
 
 def join(config: RunConfig) -> None:
@@ -26,7 +26,8 @@ def join(config: RunConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         from accelerate import PartialState
 
-        PartialState(cpu=pick_device(config) == "cpu", timeout=_TIMEOUT)
+        # the timeout covers tokenization on the first process
+        PartialState(cpu=pick_device(config) == "cpu", timeout=timedelta(hours=2))
 
 
 def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
@@ -43,24 +44,19 @@ def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
     """
     if not joined():
         return prepare()
-    error: UserError | None = None
-    result: Any = None
-    waits = in_turn and int(os.environ.get("LOCAL_RANK", "0")) > 0
-    if waits:
-        dist.barrier()
-    try:
-        result = prepare()
-    except UserError as refused:
-        error = refused
-    finally:
-        if in_turn and not waits:
-            dist.barrier()
-    messages = [
-        text for text in gathered(None if error is None else str(error)) if text is not None
-    ]
-    if not messages:
-        return result
-    raise (UserError if is_first() else ReportedError)(messages[0]) from error
+    from accelerate import PartialState
+
+    error, result = None, None
+    first = PartialState().local_main_process_first() if in_turn else contextlib.nullcontext()
+    with first:
+        try:
+            result = prepare()
+        except UserError as refused:
+            error = refused
+    messages = [text for text in gathered(error and str(error)) if text is not None]
+    if messages:
+        raise (UserError if is_first() else ReportedError)(messages[0]) from error
+    return result
 
 
 def leave() -> None:

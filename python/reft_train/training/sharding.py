@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from reft_kernels.interventions import Intervention
 from reft_train.config import RunConfig
-from reft_train.errors import UserError
+from reft_train.errors import wrong
 
 _SETTINGS = {
     "FSDP_VERSION": "2",
@@ -32,23 +32,15 @@ def requested(config: RunConfig) -> bool:
 @contextmanager
 def engine_environment(config: RunConfig) -> Iterator[None]:
     """Set the environment variables read by engines during a run, and restore them on exit."""
-
-    def ours() -> dict[str, str]:
-        return {
-            name: value
-            for name, value in os.environ.items()
-            if name.startswith(("ACCELERATE_", "FSDP_"))
-        }
-
-    before = ours()
+    before, prefixes = dict(os.environ), ("ACCELERATE_", "FSDP_")
     if requested(config):
         os.environ.update(_SETTINGS)
     try:
         yield
     finally:
-        for name in ours():
+        for name in [name for name in os.environ if name.startswith(prefixes)]:
             del os.environ[name]
-        os.environ.update(before)
+        os.environ.update({k: v for k, v in before.items() if k.startswith(prefixes)})
 
 
 def _block_classes(model: Any) -> list[str]:
@@ -56,18 +48,10 @@ def _block_classes(model: Any) -> list[str]:
 
     Excludes modules around the embedding, which accelerate wraps.
     """
-    declared = {
-        name
-        for module in model.modules()
-        for name in getattr(module, "_no_split_modules", None) or ()
-    }
-    embedding = model.get_input_embeddings()
-    candidates = {
-        type(m).__name__
-        for m in model.modules()
-        if all(part is not embedding for part in m.modules())
-    }
-    return sorted(declared & candidates)
+    modules, embedding = list(model.modules()), model.get_input_embeddings()
+    declared = {name for m in modules for name in getattr(m, "_no_split_modules", None) or ()}
+    around = {type(m).__name__ for m in modules if embedding in set(m.modules())}
+    return sorted(declared & {type(m).__name__ for m in modules} - around)
 
 
 def _tied_elsewhere(model: Any) -> bool:
@@ -80,10 +64,8 @@ def _tied_elsewhere(model: Any) -> bool:
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(module)
-    return any(
-        len(group) > 1 and any(all(m is not part for part in pair) for m in group)
-        for group in owners.values()
-    )
+    shared = (module for group in owners.values() if len(group) > 1 for module in group)
+    return any(all(module is not part for part in pair) for module in shared)
 
 
 def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
@@ -92,23 +74,15 @@ def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
         return {}
     base = model.get_base_model()
     blocks, name = _block_classes(base), type(base).__name__
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise UserError(
-            "fsdp: got true in a single process, expected torchrun or accelerate launch with "
-            "several"
-        )
-    if not blocks:
-        raise UserError(f"fsdp: got true with {name}, whose blocks transformers does not name")
-    if config.method == "prefix":
-        raise UserError(
-            "fsdp: got true with method prefix, expected another method: PEFT does not save "
-            "sharded prompts"
-        )
-    if _tied_elsewhere(base):
-        raise UserError(
-            f"fsdp: got true with {name}, which ties more than its first and last layer, expected "
-            "false"
-        )
+    single = int(os.environ.get("WORLD_SIZE", "1")) < 2
+    for fails, what, expected in (
+        (single, "in a single process", "torchrun or accelerate launch with several"),
+        (not blocks, f"with {name}, whose blocks transformers does not name", "false"),
+        (config.method == "prefix", "with method prefix, which PEFT cannot save", "another method"),
+        (_tied_elsewhere(base), f"with {name}, which ties more than its embeddings", "false"),
+    ):
+        if fails:
+            raise wrong("fsdp", f"true {what}", expected)
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(blocks)
     settings = {
         "version": 2,
@@ -143,9 +117,8 @@ def shard_stacks(model: nn.Module) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     # edits read a stack's outputs and never write to them
-    warnings.filterwarnings(
-        "ignore", message="FSDP2-wrapped module .* returned a view tensor", category=UserWarning
-    )
+    text = "FSDP2-wrapped module .* returned a view tensor"
+    warnings.filterwarnings("ignore", message=text, category=UserWarning)
     policy = MixedPrecisionPolicy(
         param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
@@ -163,8 +136,8 @@ def gather_to_generate(model: nn.Module) -> None:
 
     if (
         isinstance(model, FSDPModule)
-        and "generate" not in vars(model)
         and hasattr(model, "generate")
+        and "generate" not in vars(model)
     ):
         register_fsdp_forward_method(model, "generate")
 

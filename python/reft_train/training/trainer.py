@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from torch.nn import functional as F
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from reft_kernels.integrations.peft import share_build
 from reft_kernels.interventions import Intervention
 from reft_kernels.parametrization import orthonormality_error
-from reft_train.errors import UserError
+from reft_train.errors import one_line, wrong
+from reft_train.evaluation.batching import run_batches
 from reft_train.files import write_text
 from reft_train.methods import save_adapter
 from reft_train.models import evaluating
+from reft_train.training import sharding
 from reft_train.training.callbacks import Bookkeeping
 from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
-from reft_train.training.clock import StepClock
-from reft_train.training.held_out import held_out
-from reft_train.training.sharding import (
-    forget_built,
-    gather_to_generate,
-    shard_on_cpus,
-    shard_stacks,
-    trained_state,
-)
+
+cross_entropy = functools.partial(F.cross_entropy, reduction="none")
 
 
 def orthonormality(model: nn.Module) -> float | None:
     """Return max |R R^T - I| over all R of a model, or None without R. A collective operation."""
-    stacks = [
-        module
-        for module in model.modules()
-        if isinstance(module, Intervention) and module.orthonormal
-    ]
+    stacks = [m for m in model.modules() if isinstance(m, Intervention) and m.orthonormal]
     with torch.no_grad():
-        errors = [
-            float(orthonormality_error(weights.write)) for stack in stacks for weights in stack()
-        ]
-    return max(errors, default=None)
+        built = [weights.write for stack in stacks for weights in stack()]
+        return max((float(orthonormality_error(R)) for R in built), default=None)
 
 
 class ReftTrainer(transformers.Trainer):
@@ -55,11 +49,12 @@ class ReftTrainer(transformers.Trainer):
 
     Args:
         collate: converts examples to a batch.
+        eval_collate: converts held-out examples to a batch with a row for each; None: ``collate``.
         sampler: order of the training examples, None for a stream.
         head_lr: learning rate of parameters under ``heads``. None: the same as the others.
         score: called with the model at each evaluation; its metrics join the held-out loss.
         keep: number of checkpoints to keep, in addition to the best one.
-        callbacks: additional callbacks; Trainer's progress and printing callbacks are removed.
+        callbacks: additional callbacks.
         kwargs: passed to :class:`transformers.Trainer`.
     """
 
@@ -67,6 +62,7 @@ class ReftTrainer(transformers.Trainer):
         self,
         *,
         collate: Callable[[Sequence[dict]], dict],
+        eval_collate: Callable[[Sequence[dict]], dict] | None = None,
         sampler: torch.utils.data.Sampler | None,
         heads: Sequence[str] = (),
         head_lr: float | None = None,
@@ -77,22 +73,13 @@ class ReftTrainer(transformers.Trainer):
     ) -> None:
         def counted(features: Sequence[dict]) -> dict:
             # a Python number: reading a tensor would synchronize the device
-            return {
-                **collate(features),
-                "token_count": sum(len(feature["input_ids"]) for feature in features),
-            }
+            count = sum(len(feature["input_ids"]) for feature in features)
+            return {**collate(features), "token_count": count}
 
         super().__init__(data_collator=counted, callbacks=[Bookkeeping(self), *callbacks], **kwargs)
-        for display in (ProgressCallback, PrinterCallback):
-            self.remove_callback(display)
-        self.sampler, self.heads, self.head_lr, self.score, self.keep = (
-            sampler,
-            tuple(heads),
-            head_lr,
-            score,
-            keep,
-        )
-        self.clock, self.tokens, self._batch_tokens = StepClock(self.args.device), 0, 0
+        self.sampler, self.heads, self.head_lr = sampler, tuple(heads), head_lr
+        self.score, self.keep, self.eval_collate = score, keep, eval_collate or collate
+        self.tokens, self._batch_tokens, self._ends = 0, 0, []
         self._logged: tuple[float, int] | None = None
         self._staging = False
         self._loss: torch.Tensor | float = 0.0
@@ -100,12 +87,10 @@ class ReftTrainer(transformers.Trainer):
         several = self.args.gradient_accumulation_steps > 1
         edits = any(isinstance(module, Intervention) for module in self.model.modules())
         # DeepSpeed takes gradients in each backward, before a shared build of R has produced any
-        self._shared = (
-            share_build(self.model) if several and edits and not self.is_deepspeed_enabled else None
-        )
+        shares = several and edits and not self.is_deepspeed_enabled
+        self._shared = share_build(self.model) if shares else None
 
     def close(self) -> None:
-        """Restore the model, so that each forward builds R again."""
         if self._shared is not None:
             self._shared.close()
             self._shared = None
@@ -114,7 +99,7 @@ class ReftTrainer(transformers.Trainer):
         """See Trainer; also shards models on CPUs if requested."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.is_fsdp_enabled:
-            shard_on_cpus(self.accelerator, self.args)
+            sharding.shard_on_cpus(self.accelerator, self.args)
             self.is_fsdp_enabled = True
 
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler | None:
@@ -124,7 +109,7 @@ class ReftTrainer(transformers.Trainer):
         """Create the optimizer with groups for edits and head, with and without weight decay."""
         if self.is_fsdp_enabled:
             # must precede the engine, which reads the optimizer's parameters
-            shard_stacks(self.model)
+            sharding.shard_stacks(self.model)
         if self.optimizer is None:
             model = args[0] if args and args[0] is not None else self.model
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, model)
@@ -151,7 +136,6 @@ class ReftTrainer(transformers.Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run a training step; after its last forward, backpropagate R's gradients in one build."""
-        self.clock.begin()
         loss = super().training_step(*args, **kwargs)
         self._loss = self._loss + loss.detach().float()
         self.tokens += self._batch_tokens
@@ -162,7 +146,15 @@ class ReftTrainer(transformers.Trainer):
     def step_done(self) -> None:
         """Record the time of an optimizer step; called by the callback."""
         self._loss_steps += 1
-        self.clock.end()
+        self._ends.append(time.perf_counter())
+
+    def step_seconds(self) -> float:
+        """Return the median time from one optimizer step to the next, 0 without two of them.
+
+        The device is not synchronized, but a queue of steps moves at the device's speed.
+        """
+        intervals = [after - before for before, after in pairwise(self._ends)]
+        return statistics.median(intervals) if intervals else 0.0
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """Log as Trainer does, with tokens per second and orthonormality in training entries."""
@@ -170,13 +162,11 @@ class ReftTrainer(transformers.Trainer):
             # Trainer's own mean restarts when a run is resumed between two log entries
             logs["loss"] = self._losses().mean().item() / self._loss_steps
             self._loss, self._loss_steps = 0.0, 0
-            self.clock.settle()  # reading the loss has synchronized the device
             now = time.perf_counter()
             if self._logged is not None:
-                seconds, tokens = now - self._logged[0], self.tokens - self._logged[1]
-                logs["tokens_per_second"] = round(
-                    tokens * self.args.world_size / max(seconds, 1e-9), 1
-                )
+                seconds = max(now - self._logged[0], 1e-9)
+                tokens = (self.tokens - self._logged[1]) * self.args.world_size
+                logs["tokens_per_second"] = round(tokens / seconds, 1)
             self._logged = (now, self.tokens)
             error = orthonormality(self.model)
             if error is not None:
@@ -188,43 +178,42 @@ class ReftTrainer(transformers.Trainer):
     ) -> Any:
         """Compute the held-out loss, and the task's metrics where required.
 
+        The loss is a mean over labels, independent of batch size and number of processes
+        (transformers averages the means of batches, and repeats examples in the last ones).
         Metrics are computed for tasks with classes, and for runs that select by them.
         """
-        dataset, shifted = (
-            dataloader.dataset,
-            not getattr(self.model.config, "is_encoder_decoder", False),
-        )
-        measured = self.compute_metrics is not None
+        dataset = dataloader.dataset
+        shifted = not getattr(self.model.config, "is_encoder_decoder", False)
 
-        def step(inputs: dict) -> tuple:
-            inputs = self._prepare_inputs(inputs)
-            with torch.no_grad(), self.compute_loss_context_manager():
-                # prediction_step would normalize by the tokens of all processes
-                loss, outputs = self.compute_loss(self.model, inputs, return_outputs=True)
-            return loss.detach(), outputs["logits"] if measured else None
+        def forward(batch: list[int]) -> list[tuple[float, int, list[float]]]:
+            inputs = self._prepare_inputs(self.eval_collate([dataset[index] for index in batch]))
+            with self.compute_loss_context_manager():
+                logits, labels = self.model(**inputs).logits.float(), inputs["labels"]
+            if labels.ndim == 1:
+                numbers = logits.shape[-1] == 1
+                losses = (logits[:, 0] - labels) ** 2 if numbers else cross_entropy(logits, labels)
+                return list(zip(losses.tolist(), [1] * len(batch), logits.tolist(), strict=True))
+            if shifted:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            losses = cross_entropy(logits.flatten(0, 1), labels.flatten()).view_as(labels).sum(1)
+            counts = labels.ne(-100).sum(1).tolist()
+            return [(loss, count, []) for loss, count in zip(losses.tolist(), counts, strict=True)]
 
+        lengths = [len(ids) for ids in dataset["input_ids"]]
         with evaluating(self.model):
-            loss, logits = held_out(
-                step,
-                dataset,
-                self.data_collator,
-                self.args.eval_batch_size,
-                shifted,
-                self.args.device,
+            size = self.args.eval_batch_size
+            losses, counts, logits = zip(
+                *run_batches(lengths, size, forward, "held-out rows", False), strict=True
             )
-        metrics = {"loss": loss}
-        if measured:
-            labels = torch.tensor([example["labels"] for example in dataset])
-            metrics |= self.compute_metrics(
-                EvalPrediction(torch.stack(logits).numpy(), labels.numpy())
-            )
+        metrics = {"loss": math.fsum(losses) / sum(counts)}
+        if self.compute_metrics is not None:
+            prediction = EvalPrediction(numpy.array(logits), numpy.array(dataset["labels"][:]))
+            metrics |= self.compute_metrics(prediction)
         if self.score is not None:
-            gather_to_generate(self.model)
+            sharding.gather_to_generate(self.model)
             metrics |= self.score(self.model)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(
-            predictions=None, label_ids=None, metrics=named, num_samples=len(dataset)
-        )
+        return EvalLoopOutput(None, None, named, len(dataset))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """See Trainer; the first log entry after a resume includes the steps before it."""
@@ -253,10 +242,8 @@ class ReftTrainer(transformers.Trainer):
             shutil.rmtree(folder / STAGING, ignore_errors=True)
             # torch's writer raises a RuntimeError that names inline_container
             if isinstance(error, OSError | SafetensorError) or "inline_container" in str(error):
-                reason = " ".join(str(error).split())
-                raise UserError(
-                    f"output: got {folder}, where no checkpoint can be written ({reason})"
-                ) from error
+                what = f"{folder}, where no checkpoint can be written ({one_line(error)})"
+                raise wrong("output", what, "a writable folder with space") from error
             raise
         self.accelerator.wait_for_everyone()
 
@@ -283,21 +270,18 @@ class ReftTrainer(transformers.Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See Trainer; for a sharded model only trained parameters are gathered."""
         if self.is_fsdp_enabled:
-            self._save(output_dir, trained_state(self.model))
+            self._save(output_dir, sharding.trained_state(self.model))
         else:
             super().save_model(output_dir, _internal_call)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        forget_built(self.model)
+        sharding.forget_built(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Save only the adapter in PEFT's format, without tokenizer and pickled arguments."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            save_adapter(
-                self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
-                folder,
-                state_dict,
-            )
+            bare = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            save_adapter(bare, folder, state_dict)

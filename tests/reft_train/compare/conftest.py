@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def _leave_memory_alone(monkeypatch):
-    monkeypatch.setattr("reft_train.search.study._free_memory", lambda: None)
+    monkeypatch.setattr("reft_train.search.study.gc", SimpleNamespace(collect=lambda: None))

@@ -10,7 +10,7 @@ from typing import Any
 from optuna.distributions import FloatDistribution
 from reft_train.compare.running import Comparison, ComparisonPlan, RunFailed, compare
 from reft_train.config import RunConfig
-from reft_train.search.objective import Objective
+from reft_train.search.study import Objective
 from reft_train.training.outcome import Outcome
 
 from tests.reft_train.fake_training import FakeTrain, finished, quality

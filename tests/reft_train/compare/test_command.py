@@ -61,7 +61,7 @@ def test_a_method_that_is_not_available_is_no_failure(flags):
 
 def test_an_interruption_is_said_and_returned(flags, capsys):
     assert command.run(parsed(*flags), FakeTrain(), FakeFinal(interrupted=1)) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes the comparison" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

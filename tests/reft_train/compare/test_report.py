@@ -6,7 +6,7 @@ import csv
 import json
 
 import pytest
-from reft_train.compare import report
+from reft_train.compare import command
 from reft_train.errors import UserError
 
 from tests.reft_train.compare.plans import METHODS, FakeFinal, plan, run
@@ -22,7 +22,7 @@ def refused(config, call):
 def found(tmp_path):
     """A comparison in which a method is not available."""
     done = run(plan(tmp_path / "c"), FakeTrain(before=refused))
-    report.write(done)
+    command.write_report(done)
     return done
 
 
@@ -50,8 +50,7 @@ def test_the_figure_is_a_png(found):
 
 
 def test_the_table_names_every_method(found):
-    table = report.text(found)
-    assert all(title in table for title in ("LoReFT", "LoRA", "IA3"))
+    assert [row[0] for row in command.table(found)[1]] == ["LoReFT", "LoRA", "IA3"]
 
 
 def test_runs_without_test_sets_are_shown_by_their_held_out_value(tmp_path):
@@ -60,13 +59,13 @@ def test_runs_without_test_sets_are_shown_by_their_held_out_value(tmp_path):
             return finished(config, 0.5, tests={})
 
     done = run(plan(tmp_path / "c"), None, Untested())
-    assert done.rows[0].test is None and report.line(done.rows[0], 2)[1:3] == (
-        "-",
-        "0.5000 ± 0.0000",
-    )
-    assert report.figure(done) is not None
+    assert done.rows[0].test is None
+    assert command.table(done)[1][0][1:3] == ("-", "0.5000 ± 0.0000")
+    command.write_report(done)
+    assert (tmp_path / "c" / "compare.png").is_file()
 
 
 def test_nothing_finished_draws_no_figure(tmp_path):
     everything = tuple((method, seed) for method in METHODS for seed in (42, 43))
-    assert report.figure(run(plan(tmp_path / "c"), None, FakeFinal(failing=everything))) is None
+    command.write_report(run(plan(tmp_path / "c"), None, FakeFinal(failing=everything)))
+    assert not (tmp_path / "c" / "compare.png").exists()

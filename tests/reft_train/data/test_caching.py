@@ -5,108 +5,105 @@ they are damaged.
 from __future__ import annotations
 
 import multiprocessing
-import warnings
 
 import pytest
-from reft_train.data import caching
 from reft_train.data.caching import cached, tokenizer_digest
+from reft_train.errors import UserError
 
 from tests.reft_train.tiny import tokenizer_of
 
 datasets = pytest.importorskip("datasets", reason="the package datasets is not installed")
 
 PARTS = {"task": "boolq", "max_length": 512}
-ROWS = {"input_ids": [[1, 2], [3]], "labels": [[-100, 2], [3]]}
+ROWS = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
+TOKENS = datasets.Sequence(datasets.Value("int32"))
+FEATURES = datasets.Features({"input_ids": TOKENS, "labels": TOKENS})
 
 
-class _Build:
+class _Items:
+    """Counts how often the rows are made."""
+
     def __init__(self, rows=ROWS):
         self.rows, self.calls = rows, 0
 
     def __call__(self):
         self.calls += 1
-        return datasets.Dataset.from_dict(self.rows)
+        return iter(self.rows)
+
+
+def rows_of(items, folder=None, parts=PARTS):
+    return list(cached(items, FEATURES, parts, folder))
 
 
 def test_data_are_made_once_and_read_back(tmp_path):
-    build = _Build()
-    assert [cached(build, PARTS, tmp_path).to_dict() for _ in range(2)] == [ROWS, ROWS]
-    assert build.calls == 1
-    assert len(list(tmp_path.iterdir())) == 1  # nothing temporary is left
+    items = _Items()
+    assert [rows_of(items, tmp_path) for _ in range(2)] == [ROWS, ROWS]
+    assert items.calls == 1
+
+
+def test_data_are_read_from_disk(tmp_path):
+    assert cached(_Items(), FEATURES, PARTS, tmp_path).cache_files
 
 
 @pytest.mark.parametrize("other", [{"max_length": 256}, {"task": "piqa"}, {"added": None}])
 def test_other_parts_are_other_data(tmp_path, other):
-    cached(_Build(), PARTS, tmp_path)
-    build = _Build({"input_ids": [[9]], "labels": [[9]]})
-    assert cached(build, PARTS | other, tmp_path)["input_ids"][0] == [9]
+    rows_of(_Items(), tmp_path)
+    items = _Items([{"input_ids": [9], "labels": [9]}])
+    assert rows_of(items, tmp_path, PARTS | other) == items.rows
 
 
 def test_the_order_of_parts_does_not_matter(tmp_path):
-    build = _Build()
+    items = _Items()
     for parts in (PARTS, dict(reversed(PARTS.items()))):
-        cached(build, parts, tmp_path)
-    assert build.calls == 1
+        rows_of(items, tmp_path, parts)
+    assert items.calls == 1
 
 
-DAMAGE = {
-    "cut short": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "emptied": lambda file: file.write_bytes(b""),
-    "gone": lambda file: file.unlink(),
-}
+@pytest.mark.parametrize("size", [0, 0.5])
+def test_a_file_that_cannot_be_read_is_noticed_and_the_data_made_again(tmp_path, size):
+    items = _Items()
+    rows_of(items, tmp_path)
+    (file,) = tmp_path.rglob("*.arrow")
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * size)])
+    assert rows_of(items, tmp_path) == ROWS and items.calls == 2
+    assert rows_of(items, tmp_path) == ROWS and items.calls == 2
 
 
-@pytest.mark.parametrize("name", ["data-00000-of-00001.arrow", "dataset_info.json", "state.json"])
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_file_that_cannot_be_read_is_noticed_and_the_data_made_again(tmp_path, name, damage):
-    build = _Build()
-    cached(build, PARTS, tmp_path)
-    (folder,) = tmp_path.iterdir()
-    DAMAGE[damage](folder / name)
-    assert cached(build, PARTS, tmp_path).to_dict() == ROWS and build.calls == 2
-    assert cached(build, PARTS, tmp_path).to_dict() == ROWS and build.calls == 2
-
-
-def test_files_that_a_map_puts_beside_the_data_do_no_harm(tmp_path):
-    build = _Build()
-    cached(build, PARTS, tmp_path).map(
-        lambda row: {"length": len(row["input_ids"])}, load_from_cache_file=False
-    )
-    (folder,) = tmp_path.iterdir()
-    assert list(folder.glob("cache-*"))
-    cached(build, PARTS, tmp_path)
-    assert build.calls == 1
-
-
-def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
-    def stop(*args):
+def test_an_interrupted_build_is_made_again(tmp_path):
+    def stop():
+        yield ROWS[0]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(caching, "replace_folder", stop)
     with pytest.raises(KeyboardInterrupt):
-        cached(_Build(), PARTS, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        rows_of(stop, tmp_path)
+    assert rows_of(_Items(), tmp_path) == ROWS
+
+
+def test_bad_input_in_a_row_is_the_error(tmp_path):
+    def refuse():
+        yield ROWS[0]
+        raise UserError("row 2: got nothing, expected text")
+
+    with pytest.raises(UserError, match="row 2"):
+        rows_of(refuse, tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.warns(UserWarning, match="tokenized data are not kept"):
-        assert cached(_Build(), PARTS, blocked).to_dict() == ROWS
+    with pytest.warns(UserWarning, match="tokenized data are not cached"):
+        assert rows_of(_Items(), blocked) == ROWS
 
 
 def test_the_default_folder_is_under_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    cached(_Build(), PARTS)
+    rows_of(_Items())
     assert len(list((tmp_path / "reft_train" / "tokenized").iterdir())) == 1
 
 
 def _cache_at_once(folder, barrier, answers):
-    def build():
-        barrier.wait(60)  # every process found nothing and is building
-        return datasets.Dataset.from_dict(ROWS)
-
-    answers.put(cached(build, PARTS, folder).to_dict())
+    barrier.wait(60)
+    answers.put(rows_of(_Items(), folder))
 
 
 def test_processes_at_once_do_not_break_one_another(tmp_path):
@@ -120,21 +117,8 @@ def test_processes_at_once_do_not_break_one_another(tmp_path):
     assert [answers.get(timeout=60) for _ in processes] == [ROWS] * 3
     for process in processes:
         process.join(60)
-    build = _Build()
-    cached(build, PARTS, tmp_path)
-    assert build.calls == 0 and len(list(tmp_path.iterdir())) == 1
-
-
-def test_who_loses_the_race_takes_what_the_winner_left(tmp_path, monkeypatch):
-    def lose(source, target):
-        source.rename(target)  # the winner's folder is there now
-        raise OSError("directory not empty")
-
-    monkeypatch.setattr(caching, "replace_folder", lose)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        dataset = cached(_Build(), PARTS, tmp_path)
-    assert dataset.to_dict() == ROWS and dataset.cache_files  # from disk
+    items = _Items()
+    assert rows_of(items, tmp_path) == ROWS and items.calls == 0
 
 
 def test_a_tokenizers_digest_survives_its_use_and_being_saved(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reft_train.data.collating import ClassificationCollator, PaddingCollator, Seq2SeqCollator
+from reft_train.data.collating import ClassificationCollator, PaddingCollator
 
 ITEMS = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3},
@@ -56,7 +56,7 @@ def test_prompts_have_no_labels():
 
 def test_targets_of_an_encoder_decoder_are_padded_apart():
     items = [{"input_ids": [5, 6, 7], "labels": [2]}, {"input_ids": [8], "labels": [3, 4, 2, 2]}]
-    batch = Seq2SeqCollator(9)(items)
+    batch = PaddingCollator(9)(items)
     assert batch["labels"].tolist() == [[2, -100, -100, -100], [3, 4, 2, 2]] and batch[
         "input_ids"
     ].shape == (2, 3)
@@ -71,8 +71,3 @@ def test_labels_of_texts_are_one_number_each(labels, dtype):
     batch = ClassificationCollator(9)(items)
     assert batch["labels"].tolist() == labels and batch["labels"].dtype == dtype
     assert batch["token_type_ids"].tolist() == [[1, 1, 1], [1, 0, 0]]
-
-
-def test_another_side_is_refused():
-    with pytest.raises(ValueError, match="side: got 'both'"):
-        PaddingCollator(9, side="both")

@@ -122,11 +122,6 @@ def test_a_flat_row_tells_flash_attention_its_boundaries():
     assert (batch["max_length_q"], batch["max_length_k"]) == (5, 5)
 
 
-def test_rows_of_no_length_are_refused():
-    with pytest.raises(ValueError, match="row_length: got 0"):
-        PackingCollator(0, PAD)
-
-
 # ---- which models pack
 
 

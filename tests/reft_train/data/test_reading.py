@@ -81,48 +81,28 @@ def test_a_newline_in_a_quoted_field_is_text(tmp_path):
 def test_a_row_is_read_before_the_next_one(tmp_path):
     rows = iter_rows(write(tmp_path / "rows.jsonl", '{"a": 1}\n{broken'))
     assert next(rows).fields == {"a": 1}
-    with pytest.raises(UserError, match="line 2 of"):
+    with pytest.raises(UserError, match="line 2, column 2"):
         next(rows)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "a.jsonl",
-            '{"a": 1}\n{"a": }\n',
-            r"got line 2 of .*a\.jsonl, which is not JSON \(Expecting value, column 7\)",
-        ),
+        ("a.jsonl", '{"a": 1}\n{"a": }\n', r"line 2, column 7: Expecting value"),
         ("a.jsonl", '{"a": 1}\n\n[1]\n', r"got line 3 of .*, which is a list, expected an object"),
-        (
-            "a.jsonl",
-            b'{"a": 1}\n{"a": "\xff"}\n',
-            r"got line 2 of .*, which is not UTF-8 \(invalid start byte at byte 8\)",
-        ),
+        ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"a\.jsonl, .*can't decode byte 0xff"),
         ("a.json", '[{"a": 1}, 2]', r"got row 2 of .*a\.json, which is a int, expected an object"),
-        ("a.json", '{"a": 1}', r"which is a dict, expected a list of objects"),
-        (
-            "a.json",
-            '[{"a": 1}\n',
-            r"which is not JSON \(.*line 2 column 1.*\), expected a list of objects$",
-        ),
-        (
-            "a.json",
-            '{"a": 1}\n{"a": 2}\n',
-            r"expected a list of objects \(one object on each line is \.jsonl\)",
-        ),
-        ("a.json", b'[{"a":\n"\xe9"}]', r"got line 2 of .*, which is not UTF-8"),
-        (
-            "a.csv",
-            "a,b\n1\n",
-            r"got 1 fields in row 1 of .*a\.csv \(line 2\), expected the header's 2",
-        ),
-        ("a.csv", "a,b\n1,2\n\n1,2,3\n", r"got 3 fields in row 2 of .* \(line 4\)"),
-        ("a.csv", "a,a\n1,2\n", r"with column 'a' more than once"),
-        ("a.csv", 'a,b\n1,"2\n', r"line 2: unexpected end of data"),
-        ("a.csv", b"a,b\n1,\xff\n", r"got line 2 of .*, which is not UTF-8"),
-        ("a.tsv", "a\tb\n1\t2\t3\n", r"got 3 fields in row 1"),
-        ("a.parquet", "no parquet", r"which is not Parquet"),
+        ("a.json", '{"a": 1}', r"a dict instead of a list of objects"),
+        ("a.json", '[{"a": 1}\n', r"line 2 column 1.*, expected a .json file of rows$"),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', r"Extra data: line 2"),
+        ("a.json", b'[{"a":\n"\xe9"}]', r"can't decode byte 0xe9"),
+        ("a.csv", "a,b\n1\n", r"line 2 does not have 2 fields"),
+        ("a.csv", "a,b\n1,2\n\n1,2,3\n", r"after row 1 of .*line 4 does not have 2 fields"),
+        ("a.csv", "a,a\n1,2\n", r"columns a, a are not distinct"),
+        ("a.csv", 'a,b\n1,"2\n', r"unexpected end of data"),
+        ("a.csv", b"a,b\n1,\xff\n", r"can't decode byte 0xff"),
+        ("a.tsv", "a\tb\n1\t2\t3\n", r"line 2 does not have 2 fields"),
+        ("a.parquet", "no parquet", r"which cannot be read \(.*[Pp]arquet"),
         ("a.json", "", r"without a row, expected at least one"),
         ("a.json", "[]", r"without a row"),
         ("a.jsonl", "\n\n", r"without a row"),
@@ -142,29 +122,25 @@ def test_a_missing_file_is_told_what_the_folder_holds(tmp_path):
     write(tmp_path / "train.json", "[]")
     write(tmp_path / "notes.txt", "")
     with pytest.raises(UserError) as caught:
-        iter_rows(tmp_path / "trian.json")
+        read_rows(tmp_path / "trian.json")
     assert str(caught.value) == (
         f"--train: got {tmp_path / 'trian.json'}, which does not exist, expected a file "
-        f"({tmp_path} holds train.json)"
+        f"({tmp_path} has train.json)"
     )
 
 
 def test_a_missing_folder_is_told(tmp_path):
-    with pytest.raises(
-        UserError,
-        match=r"which does not exist, expected a file \(there is no folder .*none either\)",
-    ):
-        iter_rows(tmp_path / "none" / "train.json")
+    with pytest.raises(UserError, match=r"which does not exist, expected a file$"):
+        read_rows(tmp_path / "none" / "train.json")
 
 
 def test_a_folder_is_no_file(tmp_path):
     for number in range(7):
         write(tmp_path / f"{number}.json", "[]")
     with pytest.raises(
-        UserError,
-        match=r"which is a folder, expected a file \(.* holds 0.json, 1.json, .*4.json, \.\.\.\)",
+        UserError, match=r"which is a folder, expected a file \(.* has 0.json, 1.json, .*4.json\)"
     ):
-        iter_rows(tmp_path)
+        read_rows(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["rows.pkl", "rows.pt", "rows.txt", "rows"])
@@ -172,4 +148,4 @@ def test_an_unknown_suffix_is_not_opened(name, tmp_path):
     with pytest.raises(
         UserError, match=r"expected a file that ends in \.json, \.jsonl, \.csv, \.tsv, \.parquet$"
     ):
-        iter_rows(write(tmp_path / name, "x"))
+        read_rows(write(tmp_path / name, "x"))

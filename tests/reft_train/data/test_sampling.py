@@ -103,11 +103,6 @@ def test_what_is_left_over_comes_last_and_is_drawn_at_random():
     assert min(rests) < 100 and max(rests) > 200  # neither the shortest nor the longest only
 
 
-def test_a_group_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="group: got 0"):
-        GroupedSampler([1], 0, 0)
-
-
 def _loader(sampler, processes, index):
     loader = DataLoader(
         list(range(len(sampler))), batch_sampler=BatchSampler(sampler, BATCH, drop_last=False)

@@ -140,12 +140,10 @@ def test_two_files_for_one_set_are_an_error(tmp_path):
 
 
 def test_the_data_folder_must_be_one(tmp_path):
-    with pytest.raises(
-        UserError, match="--data: got .*none, which is not there, expected a folder"
-    ):
+    with pytest.raises(UserError, match="--data: got .*none, which is missing, expected a folder"):
         find(tasks.get("boolq"), tmp_path / "none")
     with pytest.raises(
-        UserError, match=r"--data: got .*a.json, which is a file \(--train and --test name files\)"
+        UserError, match=r"--data: got .*a.json, which is a file \(use --train and --test\)"
     ):
         find(tasks.get("boolq"), touch(tmp_path / "a.json"))
 

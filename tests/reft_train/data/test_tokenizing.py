@@ -8,20 +8,15 @@ from functools import partial
 
 import pytest
 from reft_train.data import tokenizing
-from reft_train.data.tokenizing import (
-    IGNORED,
-    count_cuts,
-    encode,
-    pad_id,
-    prompt_ids,
-    tokenize_rows,
-)
+from reft_train.data.tokenizing import IGNORED, encode, pad_id, prompt_ids, tokenize_rows
 from reft_train.errors import UserError
 from reft_train.tasks.base import Classified, Example, Row, Task
 
 from tests.reft_train.tiny import tokenizer_of
 
-causal, seq2seq, classification = (partial(encode, kind) for kind in tokenizing.KINDS)
+causal, seq2seq, classification = (
+    partial(encode, kind) for kind in ("causal", "seq2seq", "classification")
+)
 EXAMPLE = Example("what is the correct answer?", "the correct answer is true", "true")
 WITH_BOS = [True, False]
 
@@ -52,6 +47,16 @@ class _Classify(Task):
 
     def classified(self, row):
         return Classified(row.fields["text"], row.fields.get("pair"), row.fields["label"])
+
+
+@pytest.fixture
+def dataset_of(tmp_path):
+    """Tokenizes rows with a cache of its own."""
+
+    def make(rows, task, tokenizer, kind, limit):
+        return tokenize_rows(rows, task, tokenizer, kind, limit, {}, tmp_path)
+
+    return make
 
 
 def _rows(fields):
@@ -205,33 +210,35 @@ def test_padding_falls_back_to_eos():
 @pytest.mark.parametrize(
     "kind, encode, family", [("causal", causal, "llama"), ("seq2seq", seq2seq, "t5")]
 )
-def test_rows_become_the_items_that_single_examples_do(monkeypatch, kind, encode, family):
+def test_rows_become_the_items_that_single_examples_do(
+    monkeypatch, kind, encode, family, dataset_of
+):
     monkeypatch.setattr(tokenizing, "_CHUNK", 3)  # the last chunk is not full
     tokenizer = tokenizer_of(family)
     fields = [
         {"prompt": "what is the answer? " * n, "target": "yes " * (10 - n)} for n in range(1, 9)
     ]
-    dataset = tokenize_rows(_rows(fields), _Continue(), tokenizer, kind, 24)
+    dataset = dataset_of(_rows(fields), _Continue(), tokenizer, kind, 24)
     items = [encode(Example(row["prompt"], row["target"], ""), tokenizer, 24) for row in fields]
     assert dataset["input_ids"][:] == [item.input_ids for item in items]
     assert dataset["labels"][:] == [item.labels for item in items]
     assert dataset["length"][:] == [len(item.input_ids) for item in items]
-    cuts = count_cuts(dataset)
-    assert cuts == (sum(i.cut_prompt > 0 for i in items), sum(i.cut_target > 0 for i in items))
-    assert 0 < cuts.prompts < len(items)
+    assert dataset["cut_prompt"][:] == [item.cut_prompt for item in items]
+    assert dataset["cut_target"][:] == [item.cut_target for item in items]
+    assert 0 < sum(cut > 0 for cut in dataset["cut_prompt"]) < len(items)
 
 
 LIMITS = [("causal", "llama", True), ("causal", "llama", False), ("seq2seq", "t5", False)]
 
 
 @pytest.mark.parametrize("kind, family, bos", LIMITS)
-def test_rows_without_a_prompt_or_an_answer_are_dropped(kind, family, bos):
+def test_rows_without_a_prompt_or_an_answer_are_dropped(kind, family, bos, dataset_of):
     tokenizer = _llama(bos) if family == "llama" else tokenizer_of(family)
     fields = [{"prompt": f"what is {n}?", "target": "yes " * n} for n in (1, 60, 2, 40)]
     items = list(tokenizing.iter_items(_rows(fields), _Continue(), tokenizer, kind, 24))
     dropped = [kind == "causal" and n > 2 for n in (1, 60, 2, 40)]
     assert [item.lost for item in items] == dropped
-    dataset = tokenize_rows(_rows(fields), _Continue(), tokenizer, kind, 24)
+    dataset = dataset_of(_rows(fields), _Continue(), tokenizer, kind, 24)
     kept = [item.input_ids for item in items if not item.lost]
     assert dataset["input_ids"][:] == kept
 
@@ -249,28 +256,28 @@ def test_what_is_kept_has_text_of_both(encode, family, limit):
     assert item.lost == (prompt < 1 or target < 2 or (encode is seq2seq and prompt == 1))
 
 
-def test_rows_that_are_all_lost_are_refused():
+def test_rows_that_are_all_lost_are_refused(dataset_of):
     fields = [{"prompt": "what", "target": "yes " * 60}]
     with pytest.raises(
         UserError, match="max_length: got 8, which leaves no row both a prompt and an answer"
     ):
-        tokenize_rows(_rows(fields), _Continue(), _llama(), "causal", 8)
+        dataset_of(_rows(fields), _Continue(), _llama(), "causal", 8)
 
 
 @pytest.mark.parametrize("labels, values", [(("no", "yes"), [1, 0]), (None, [2.5, 4.0])])
-def test_labels_are_class_numbers_or_numbers_to_predict(labels, values):
+def test_labels_are_class_numbers_or_numbers_to_predict(labels, values, dataset_of):
     task = _Classify()
     task.labels = labels
     rows = _rows([{"text": "yes", "pair": "no", "label": value} for value in values])
-    dataset = tokenize_rows(rows, task, tokenizer_of("bert"), "classification", 24)
+    dataset = dataset_of(rows, task, tokenizer_of("bert"), "classification", 24)
     assert dataset["labels"][:] == values and [type(v) for v in dataset["labels"]] == [
         type(v) for v in values
     ]
     assert dataset["token_type_ids"][0] == tokenizer_of("bert")("yes", "no")["token_type_ids"]
 
 
-def test_a_tokenizer_without_types_gives_no_column_of_them():
-    dataset = tokenize_rows(
+def test_a_tokenizer_without_types_gives_no_column_of_them(dataset_of):
+    dataset = dataset_of(
         _rows([{"text": "yes", "label": 1}]),
         _Classify(),
         tokenizer_of("llama"),
@@ -290,15 +297,6 @@ def test_a_tokenizer_without_types_gives_no_column_of_them():
         ),
     ],
 )
-def test_rows_that_cannot_be_read_are_refused(fields, message):
+def test_rows_that_cannot_be_read_are_refused(fields, message, dataset_of):
     with pytest.raises(UserError, match=message):
-        tokenize_rows(_rows(fields), _Continue(), _llama(), "causal", 24)
-
-
-def test_an_unknown_kind_is_refused():
-    with pytest.raises(
-        UserError, match="kind: got 'masked', expected one of causal, seq2seq, classification"
-    ):
-        tokenize_rows(
-            _rows([{"prompt": "what", "target": "a"}]), _Continue(), _llama(), "masked", 24
-        )
+        dataset_of(_rows(fields), _Continue(), _llama(), "causal", 24)

@@ -1,4 +1,4 @@
-"""The demo: its data, its three trainings from one start, its table and what it leaves."""
+"""The demo: its data, its two trainings, its table and what it leaves."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 from collections import Counter
 
 import pytest
-from reft_train.__main__ import main, parser
-from reft_train.demo import command, training
-from reft_train.demo.data import load_docstrings, load_file
+from reft_train import demo
+from reft_train.__main__ import main
+from reft_train.demo import load_docstrings, load_file
 from reft_train.errors import UserError
 
 SMALL = {
@@ -34,111 +34,64 @@ def rows(tmp_path):
     return path
 
 
-def run(*flags):
-    return command.run(parser().parse_args(["demo", *map(str, flags)]), isolate=False)
-
-
-def test_the_two_loreft_trainings_coincide(tiny_model, rows, tmp_path, monkeypatch, capsys):
-    results = {}
-    original = training.train
-
-    def noted(name, *arguments):
-        results[name] = original(name, *arguments)
-        return results[name]
-
-    monkeypatch.setattr(training, "train", noted)
-    flags = [
-        "--model",
-        tiny_model,
-        "--data",
-        rows,
-        "--positions",
-        "f3+l3",
-        *FLAGS,
-        "--out",
-        tmp_path / "out",
-    ]
-    assert run(*flags) == 0
-    assert results["torch"].losses == pytest.approx(results["kernels"].losses, abs=2e-5)
-    assert results["frozen"].losses[0] == pytest.approx(results["kernels"].losses[0], abs=1e-5)
-    assert [(found.edits, found.head) for found in results.values()] == [
-        (0, 50),
-        (196, 50),
-        (196, 50),
-    ]
+def test_both_trainings_are_reported_and_the_adapter_comes_back(tiny_model, rows, tmp_path, capsys):
+    out = tmp_path / "out"
+    flags = ["--model", tiny_model, "--data", rows, "--positions", "f3+l3", *FLAGS, "--out", out]
+    assert main(["demo", *map(str, flags)]) == 0
     printed = capsys.readouterr().out
-    for text in (
-        "bit-identical",
-        "LoReFT, reft_kernels",
-        "step / frozen",
-        "held-out accuracy",
-        "peak memory",
-    ):
-        assert text in printed
-    assert sorted(os.listdir(tmp_path / "out")) == [
-        "adapter",
-        "loss.png",
-        "report.html",
-        "results.json",
-    ]
-    numbers = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert list(numbers["results"]) == list(training.TITLES)
+    columns = ("identical", "LoReFT, reft_kernels", "step / frozen", "held-out accuracy")
+    assert all(text in printed for text in (*columns, "peak memory", "resident memory"))
+    files = ["data", "head", "loreft", "loss.png", "report.html", "results.json"]
+    assert sorted(os.listdir(out)) == files
+    numbers = json.loads((out / "results.json").read_text())
+    assert list(numbers["results"]) == list(demo.TITLES)
+    counts = [json.loads((out / name / "results.json").read_text()) for name in demo.TITLES]
+    assert [(found["trainable"], found["head"]) for found in counts] == [(0, 50), (196, 50)]
+    assert (out / "loreft" / "adapter" / "adapter_config.json").is_file()
 
 
 def test_an_adapter_that_does_not_come_back_the_same_is_reported(
     tiny_model, rows, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr("reft_train.methods.load_adapter", lambda loaded, folder: loaded.model)
-    assert run("--model", tiny_model, "--data", rows, *FLAGS, "--out", tmp_path / "out") == 1
+    flags = ["--model", str(tiny_model), "--data", str(rows), *FLAGS, "--out", str(tmp_path / "o")]
+    assert main(["demo", *flags]) == 1
     assert "FAILED: the reloaded adapter" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_the_command_with_processes_of_its_own(tiny_model, rows, tmp_path, capsys):
-    assert (
-        main(
-            [
-                "demo",
-                "--model",
-                str(tiny_model),
-                "--data",
-                str(rows),
-                *FLAGS,
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
-        == 0
-    )
-    assert "resident memory" in capsys.readouterr().out
+def split(task, folder):
+    task.write(folder)
+    paths = (folder / "train.jsonl", folder / "test.jsonl")
+    return [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
 
 
-def test_docstrings_hold_out_modules_and_hide_the_label(library):
-    data = load_docstrings(library)
-    assert data.labels == ["asyncio", "email", "xml"]
-    texts = [text for text, _ in (*data.train, *data.held_out)]
-    assert len(set(texts)) == len(texts) and not any(
-        label in text for label in data.labels for text in texts
-    )
-    held, kept = (Counter(label for _, label in part) for part in (data.held_out, data.train))
-    assert all(0.1 < held[label] / (held[label] + kept[label]) < 0.5 for label in range(3))
-    assert load_docstrings(library) == data
+def test_docstrings_hold_out_modules_and_hide_the_label(library, tmp_path):
+    task = load_docstrings(library)
+    assert task.labels == ["asyncio", "email", "xml"]
+    train, held_out = split(task, tmp_path)
+    texts = [row["text"] for row in (*train, *held_out)]
+    assert len(set(texts)) == len(texts)
+    assert not any(label in text for label in task.labels for text in texts)
+    held, kept = (Counter(row["label"] for row in part) for part in (held_out, train))
+    assert all(0.1 < held[label] / (held[label] + kept[label]) < 0.5 for label in task.labels)
+    assert split(load_docstrings(library), tmp_path) == [train, held_out]
 
 
 def test_a_file_of_instructions_is_read_and_contradictions_go(tmp_path):
     rows = [{"instruction": f"Q{n}", "input": "", "answer": "ab"[n % 2]} for n in range(8)]
     rows += [{"instruction": "same", "answer": "a"}, {"instruction": "SAME", "answer": "b"}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    data = load_file(tmp_path / "rows.json")
-    assert data.labels == ["a", "b"] and len(data.train) == 6 and len(data.held_out) == 2
+    task = load_file(tmp_path / "rows.json")
+    train, held_out = split(task, tmp_path)
+    assert task.labels == ["a", "b"] and (len(train), len(held_out)) == (6, 2)
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
         ("text,label\na,x\nb,x\nc,x\nd,x\n", "with 1 labels, expected at least 2"),
-        ("text,label\na,x\nb,x\nc,x\nd,x\ne,y\n", "each of 4 texts"),
-        ("text,label\na,x\nb,\n", "row 2 of .*label: got no text"),
+        ("text,label\na,x\nb,x\nc,x\nd,x\ne,y\n", "each with 4 texts"),
+        ("text,label\na,x\nb,\n", "row 2 of .*label: got ''"),
         ("text,kind\na,b\n", "got fields text, kind, expected label"),
         ("text,label\n", "without a row"),
     ],

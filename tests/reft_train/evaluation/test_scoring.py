@@ -153,5 +153,5 @@ def test_memory_that_does_not_suffice_is_told_with_the_batch_size(own_words, mon
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(loaded.model, "generate", full)
-    with pytest.raises(UserError, match="eval_batch_size: got 5, which does not fit"):
+    with pytest.raises(UserError, match="eval_batch_size: got 5, which exceeds"):
         score(rows, loaded, config, eval_batch_size=5)

@@ -6,13 +6,11 @@ import datetime
 import json
 import math
 
+from reft_train import tasks
 from reft_train.evaluation.scoring import SetScore
-from reft_train.evaluation.writing import (
-    file_name,
-    write_alpaca_eval,
-    write_predictions,
-    write_scores,
-)
+from reft_train.evaluation.writing import file_name, write_predictions, write_scores
+
+SCORED = tasks.get("boolq")
 
 
 def lines(*texts):
@@ -38,8 +36,9 @@ def test_a_metric_that_is_undefined_is_null(tmp_path):
 
 
 def test_predictions_are_a_line_a_row_and_replace_those_of_before(tmp_path):
-    write_predictions(tmp_path, [SetScore("old", {}, 1, lines("x"))])
-    folder = write_predictions(tmp_path, [SetScore("boolq", {}, 2, lines("größe", "b"))])
+    write_predictions(tmp_path, SCORED, [SetScore("old", {}, 1, lines("x"))], "tiny")
+    write_predictions(tmp_path, SCORED, [SetScore("boolq", {}, 2, lines("größe", "b"))], "tiny")
+    folder = tmp_path / "predictions"
     assert [path.name for path in folder.iterdir()] == ["boolq.jsonl"] and [
         path.name for path in tmp_path.iterdir()
     ] == ["predictions"]
@@ -50,20 +49,25 @@ def test_predictions_are_a_line_a_row_and_replace_those_of_before(tmp_path):
 
 def test_values_that_json_does_not_know_are_written_as_text(tmp_path):
     day = datetime.date(2024, 4, 1)
-    folder = write_predictions(tmp_path, [SetScore("a", {}, 1, [{"day": day}])])
-    assert json.loads((folder / "a.jsonl").read_text()) == {"day": "2024-04-01"}
+    score = SetScore("a", {}, 1, [{"day": day, "answer": ""}])
+    write_predictions(tmp_path, SCORED, [score], "tiny")
+    assert json.loads((tmp_path / "predictions" / "a.jsonl").read_text()) == {
+        "day": "2024-04-01",
+        "answer": "",
+    }
 
 
 def test_sets_that_are_called_by_a_path_get_files_of_their_own():
-    taken: set[str] = set()
+    taken: list[str] = []
     for name in ("data/a.json", "data_a.json", "/data/a.json", "..", "..."):
-        taken.add(file_name(name, taken))
-    assert taken == {"data_a.json", "data_a.json-2", "data_a.json-3", "set", "set-2"}
+        taken.append(file_name(name, taken))
+    assert taken == ["data_a.json", "data_a.json-2", "data_a.json-3", "set", "set-2"]
 
 
 def test_alpaca_eval_rows_hold_instruction_and_stripped_answer(tmp_path):
-    folder = write_alpaca_eval(tmp_path, [SetScore("alpaca_eval", {}, 1, lines("count"))], "tiny")
-    (row,) = json.loads((folder / "alpaca_eval.json").read_text())
+    score = SetScore("alpaca_eval", {}, 1, lines("count"))
+    write_predictions(tmp_path, tasks.get("instruct"), [score], "tiny")
+    (row,) = json.loads((tmp_path / "alpaca_eval" / "alpaca_eval.json").read_text())
     assert row == {
         "instruction": "count",
         "output": "count!",

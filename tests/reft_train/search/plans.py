@@ -7,9 +7,8 @@ from typing import Any
 
 from optuna.distributions import FloatDistribution
 from reft_train.config import RunConfig, build
-from reft_train.search.objective import Objective
 from reft_train.search.space import choices
-from reft_train.search.study import SearchPlan
+from reft_train.search.study import Objective, SearchPlan
 
 SPACE = {"lr": FloatDistribution(1e-5, 1e-1, log=True), "rank": choices((1, 2, 4, 8))}
 ACCURACY = Objective("accuracy")

@@ -57,7 +57,7 @@ def test_an_interruption_is_said_and_returned(flags, capsys):
             raise KeyboardInterrupt
 
     assert command.run(parsed(*flags), FakeTrain(before=interrupt)) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes the search" in capsys.readouterr().out
 
 
 def test_a_search_in_which_nothing_worked_fails(flags, capsys):
@@ -103,7 +103,7 @@ def test_a_file_replaces_the_default_space(flags, tmp_path):
 
 
 def test_a_setting_that_is_given_and_varied_is_refused(flags):
-    with pytest.raises(UserError, match="--rank: got 4, but the search varies it"):
+    with pytest.raises(UserError, match="--rank: got '4', but the search varies it"):
         space_of([*flags, "--rank", "4", "--vary", "rank=[4, 8]"])
 
 

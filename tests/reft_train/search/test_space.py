@@ -9,7 +9,6 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from reft_train.errors import UserError
 from reft_train.search.space import (
     choices,
-    holds,
     layer_sets,
     parse,
     parse_flags,
@@ -59,20 +58,22 @@ def test_a_flag_says_what_the_file_says():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "expected a mapping of settings"),
-        ([1], "expected a mapping of settings"),
+        ({}, "got nothing, expected a mapping of settings"),
         ({"seed": [1, 2]}, "'seed', expected settings that loreft can vary"),
         ({"rnk": [1, 2]}, "'rnk', expected settings that loreft can vary"),
         ({"prefix_tokens": [1, 2]}, "'prefix_tokens', expected settings that loreft can vary"),
         ({"rank": 4}, "rank: got 4, expected a list"),
         ({"rank": []}, "rank: got [], expected one or more values"),
         ({"rank": [4, 4]}, "expected one or more values, each once"),
-        ({"rank": [4, 400]}, "rank: got 400, expected a number from 1 to 256"),
-        ({"layers": ["upper"]}, "layers: got 'upper', expected 'all' or a list"),
-        ({"positions": {"low": "f1", "high": "f3"}}, "expected choices: this setting is no number"),
+        ({"rank": [4, 400]}, "rank: got 400, expected less than or equal to 256"),
+        ({"layers": ["upper"]}, "layers: got 'upper', expected 'all' or layer numbers"),
+        (
+            {"positions": {"low": "f1", "high": "f3"}},
+            "expected choices: this setting is not a number",
+        ),
         (
             {"share_weights": {"low": False, "high": True}},
-            "expected choices: this setting is no number",
+            "expected choices: this setting is not a number",
         ),
         ({"lr": {"low": 1e-2, "high": 1e-4}}, "expected low < high"),
         ({"dropout": {"low": 0, "high": 0.1, "log": True}}, "`low > 0` must hold"),
@@ -93,7 +94,7 @@ def test_a_wrong_entry_is_named(values, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="which does not exist"):
+    with pytest.raises(UserError, match="which cannot be read .no such file."):
         read(tmp_path / "none.yaml", "loreft")
 
 
@@ -107,13 +108,6 @@ def test_layers_are_stored_as_text_and_come_back_as_numbers():
     entry = choices(("all", [0, 2, 4]))
     assert [restored("layers", value) for value in entry.choices] == ["all", [0, 2, 4]]
     assert restored("lora_targets", "q_proj;v_proj") == ["q_proj", "v_proj"]
-
-
-@pytest.mark.parametrize(
-    ("value", "held"), [(2, True), (5, False), (8, True), (9, False), ("2", False)]
-)
-def test_a_range_holds_its_steps_alone(value, held):
-    assert holds(IntDistribution(2, 8, step=2), value) is held
 
 
 def test_the_default_varies_what_loreft_has(tmp_path):

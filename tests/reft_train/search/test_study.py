@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import time
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from optuna.distributions import FloatDistribution
 from reft_train.config import build, read_yaml
 from reft_train.errors import UserError
-from reft_train.search.objective import Objective
 from reft_train.search.space import choices
-from reft_train.search.study import search
+from reft_train.search.study import Objective, search
 
 from tests.reft_train.fake_training import FakeTrain, finished, quality
 from tests.reft_train.search.plans import SPACE, plan, silent
 
 
-def run(plan, train, **options):
-    return search(plan, train, silent, **options)
+def run(plan, train, clock=time.monotonic):
+    with patch("reft_train.search.study.time", SimpleNamespace(monotonic=clock)):
+        return search(plan, train, silent)
 
 
 def stop_at(number: int, error: type[BaseException], *arguments: str):
@@ -121,7 +124,8 @@ def test_the_interrupted_trial_is_taken_up_again_under_a_new_number(tmp_path):
         "complete",
         "complete",
     ]
-    assert found.trials[3].retries == 2 and found.trials[3].settings == found.trials[2].settings
+    assert found.study.trials[3].user_attrs["retry_of"] == 2
+    assert found.trials[3].settings == found.trials[2].settings
 
 
 def test_a_killed_trial_is_taken_up_again(tmp_path):
@@ -243,7 +247,7 @@ def test_a_search_with_other_settings_is_refused(tmp_path):
 
 def test_a_search_in_another_space_is_refused(tmp_path):
     run(plan(tmp_path / "s"), FakeTrain())
-    with pytest.raises(UserError, match="which holds a search with other settings"):
+    with pytest.raises(UserError, match="which contains a search with other settings"):
         run(plan(tmp_path / "s", space={"lr": FloatDistribution(1e-4, 1e-3)}), FakeTrain())
 
 
@@ -256,7 +260,7 @@ def test_overwriting_starts_anew(tmp_path):
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds other files"):
+    with pytest.raises(UserError, match="contains other files"):
         run(plan(tmp_path), FakeTrain())
 
 

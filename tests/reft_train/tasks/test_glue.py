@@ -11,11 +11,11 @@ from reft_train.tasks.base import Row
 from reft_train.tasks.glue import SETS, validation_split
 
 WHERE = "row 2 of train.tsv"
-CLASSES = [name for name, kind in SETS.items() if kind.labels]
+CLASSES = [name for name, kind in SETS.items() if kind[1]]
 
 
 def row(name: str, label: object, **fields) -> Row:
-    texts = {field: f"The {field}." for field in SETS[name].texts}
+    texts = {field: f"The {field}." for field in SETS[name][0]}
     return Row(texts | {"label": label, "idx": 0} | fields, WHERE)
 
 
@@ -28,7 +28,7 @@ def test_a_label_is_a_number_or_a_name(name):
 
 
 def test_labels_stand_in_the_order_of_their_published_numbers():
-    assert {name: SETS[name].labels for name in CLASSES} == {
+    assert {name: SETS[name][1] for name in CLASSES} == {
         "cola": ("unacceptable", "acceptable"),
         "sst2": ("negative", "positive"),
         "mrpc": ("not_equivalent", "equivalent"),

@@ -8,7 +8,7 @@ import pytest
 from reft_train import tasks
 from reft_train.errors import UserError
 from reft_train.tasks.base import Row
-from reft_train.tasks.instruct import alpaca_eval_rows
+from reft_train.tasks.instruct import alpaca_eval_row
 
 WHERE = "row 1 of a.json"
 
@@ -62,28 +62,18 @@ def test_it_is_not_scored():
         task.score("Red", example())
 
 
-def test_rows_for_alpaca_eval():
-    rows = alpaca_eval_rows(
-        [example(dataset="koala"), example(output="")],
-        [" Blue\n", "x ### Response: Green"],
-        "tiny-reft",
-    )
-    assert rows == [
-        {
-            "instruction": "Name {one}.",
-            "output": "Blue",
-            "dataset": "koala",
-            "generator": "tiny-reft",
-        },
-        {
-            "instruction": "Name {one}.",
-            "output": "Green",
-            "dataset": "alpaca_eval",
-            "generator": "tiny-reft",
-        },
-    ]
-
-
-def test_an_output_is_wanted_for_each_example():
-    with pytest.raises(ValueError):
-        alpaca_eval_rows([example()], [], "tiny-reft")
+@pytest.mark.parametrize(
+    ("more", "generated", "output", "dataset"),
+    [
+        ({"dataset": "koala"}, " Blue\n", "Blue", "koala"),
+        ({}, "x ### Response: Green", "Green", "alpaca_eval"),
+    ],
+)
+def test_a_row_for_alpaca_eval(more, generated, output, dataset):
+    prediction = {"instruction": "Name {one}.", "generated": generated, **more}
+    assert alpaca_eval_row(prediction, "tiny-reft") == {
+        "instruction": "Name {one}.",
+        "output": output,
+        "dataset": dataset,
+        "generator": "tiny-reft",
+    }

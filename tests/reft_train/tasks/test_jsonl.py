@@ -96,7 +96,7 @@ def test_every_turn_is_a_row_to_train(tokenizer):
 @pytest.mark.parametrize("messages", [[USER, USER], [ASSISTANT, USER]])
 def test_a_conversation_without_an_answer_is_named(messages):
     with pytest.raises(
-        UserError, match="line 4 of own.jsonl: messages: got none of role 'assistant'"
+        UserError, match="line 4 of own.jsonl: messages: got no 'assistant' message after another"
     ):
         tasks.get("jsonl").training_rows(Row({"messages": messages}, WHERE))
 
@@ -114,7 +114,7 @@ def test_messages_need_a_chat_template(given):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([USER, ASSISTANT, USER], "message 3: got role 'user' last, expected 'assistant'"),
+        ([USER, ASSISTANT, USER], "messages: got role 'user' last, expected 'assistant'"),
         (
             [{"role": "robot", "content": "x"}, ASSISTANT],
             "message 1: role: got 'robot', expected one of system, user, assistant",
@@ -136,7 +136,7 @@ def test_messages_need_a_chat_template(given):
         ("Hi?", "messages: got 'Hi.' .str., expected a list of at least two"),
         (
             [USER, {"role": "system", "content": "x"}, ASSISTANT],
-            r"template refuses \(system comes first\)",
+            r"template rejects \(system comes first\)",
         ),
     ],
 )

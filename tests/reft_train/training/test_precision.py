@@ -92,7 +92,7 @@ def test_deepspeed_that_is_not_installed_is_refused_before_anything_is_written(
 ):
     given = settings(tmp_path, tiny_llama, output=str(tmp_path / "run"), deepspeed="zero2.json")
     with pytest.raises(
-        UserError, match="deepspeed: got zero2.json, expected none: deepspeed is not installed"
+        UserError, match="deepspeed: got zero2.json, but deepspeed is not installed, expected none"
     ):
         train(build(given), report=False)
     assert not (tmp_path / "run").exists()
@@ -129,6 +129,6 @@ def test_liger_kernels_change_no_loss(run):
 @pytest.mark.skipif(find_spec("liger_kernel") is not None, reason="liger-kernel is installed")
 def test_liger_kernels_that_are_not_installed_are_refused(run):
     with pytest.raises(
-        UserError, match="liger: got true, expected false: liger-kernel is not installed"
+        UserError, match="liger: got true, but liger-kernel is not installed, expected false"
     ):
         run(liger=True)

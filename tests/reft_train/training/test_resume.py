@@ -208,7 +208,7 @@ def test_signals_end_a_process_and_its_command_goes_on_exactly(dropping, tmp_pat
     )
     words = {
         "interrupted": shlex.split(
-            texts["interrupted"].splitlines()[-1].partition("to go on: ")[2]
+            texts["interrupted"].splitlines()[-1].partition("to resume: ")[2]
         ),
         "killed": [
             "reft-train",
@@ -263,7 +263,7 @@ def test_a_changed_setting_is_refused_on_resuming(name, begun, tiny_llama, capsy
     before = sorted(output.rglob("*"))
     assert run(tiny_llama, output, **{**settings, name: CHANGES[name]}, resume=True) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert f"resume: got {name} {CHANGES[name]!r}, but the run was begun with" in line
+    assert f"resume: got {name} {CHANGES[name]!r}, but the run was started with" in line
     assert sorted(output.rglob("*")) == before
 
 
@@ -271,14 +271,14 @@ def test_other_data_is_refused_on_resuming(begun, tiny_llama, capsys, tmp_path):
     output, settings = begun
     other = write_rows(tmp_path / "other.jsonl", instructions(17)[1:])
     assert run(tiny_llama, output, **{**settings, "train": other}, resume=True) == 2
-    assert "resume: got other training rows" in capsys.readouterr().err.splitlines()[-1]
+    assert "resume: the training rows differ from those" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_folder_that_holds_a_run_is_refused(begun, tiny_llama, capsys):
     output, settings = begun
     assert run(tiny_llama, output, **settings) == 2
     assert (
-        "which holds a run, expected another folder, --resume or --overwrite"
+        "which contains a run, expected another folder, --resume or --overwrite"
         in capsys.readouterr().err.splitlines()[-1]
     )
 
@@ -286,7 +286,7 @@ def test_a_folder_that_holds_a_run_is_refused(begun, tiny_llama, capsys):
 def test_there_must_be_something_to_resume(tiny_llama, tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", instructions(8))
     assert run(tiny_llama, tmp_path / "run", train=rows, resume=True) == 2
-    assert "holds no checkpoint" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert "which has no checkpoint" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_overwriting_starts_clean(begun, tiny_llama, tmp_path):
