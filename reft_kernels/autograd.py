@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reft_kernels import ops, ownership
+from reft_kernels import dispatch, ops, ownership
 from reft_kernels.arguments import BuiltWeights, EditWeights, RedWeights, RowSelection
 from reft_kernels.checks import check_writable, is_marked, num_rows_of
 from reft_kernels.operator_checks import is_checked
@@ -302,6 +302,7 @@ def apply_edit(
     checked = (
         coeff is None
         and type(weights) is BuiltWeights
+        and not (hidden.is_cpu and dispatch.serves_cpu_natively)
         and not torch.compiler.is_compiling()
         and is_checked(hidden, weights, rows, weight_ids)
     )

@@ -61,6 +61,7 @@ _table: dict[tuple[str, str, torch.dtype], Callable | None] = {}
 direct_calls: dict[tuple, Callable | None] = {}  # entries of ops.direct for the current backends
 _warned: set[str] = set()
 _native = None  # the module reft_kernels.cpu once its library is loaded
+serves_cpu_natively = False  # whether CPU tensors use the native library
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -91,8 +92,7 @@ def set_backend(name: str | None) -> None:
         _forced = _checked(name, "backend")
         _table.clear()
         direct_calls.clear()
-        if _native is not None:
-            _native.set_enabled(_is_native())
+        _enable_native()
 
 
 def load_native() -> None:
@@ -105,7 +105,14 @@ def load_native() -> None:
     if module.load():
         with _lock:
             _native = module
-            _native.set_enabled(_is_native())
+            _enable_native()
+
+
+def _enable_native() -> None:
+    global serves_cpu_natively
+    if _native is not None:
+        serves_cpu_natively = _is_native()
+        _native.set_enabled(serves_cpu_natively)
 
 
 def _is_native() -> bool:

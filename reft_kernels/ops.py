@@ -313,7 +313,8 @@ def direct(name: str, tensor: Tensor, checked: bool = False) -> Callable | None:
         BackendError: If the forced backend does not support the operator, or no backend does.
     """
     if (
-        torch.compiler.is_compiling()
+        (tensor.is_cpu and dispatch.serves_cpu_natively)
+        or torch.compiler.is_compiling()
         or type(tensor) is not Tensor
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
