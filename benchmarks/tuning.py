@@ -160,6 +160,7 @@ EDIT_SHAPES = ((448, 4096, 8), (8192, 4096, 8), (112, 4096, 8), (8192, 4096, 32)
 BUILD_SHAPES = ((32, 4096, 8), (1, 4096, 8), (32, 4096, 32), (16, 2048, 8))
 EDIT_HEURISTICS = (  # module, heuristic, mode
     ("edit", "edit_config", "forward"),
+    ("edit_all_rows", "all_rows_config", "forward"),
     ("edit_delta", "delta_config", "backward"),
     ("edit_gradient", "gradient_config", "backward"),
 )
