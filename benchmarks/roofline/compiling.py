@@ -22,7 +22,8 @@ class Compiled:
         shared: Bytes of shared memory.
         threads: Threads of a program.
         region: Counts of its instructions by loop.
-        kernel: Its PTX; None for AMD.
+        kernel: Its parsed PTX; None for AMD.
+        assembly: Its PTX, or its AMD assembly.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Compiled:
     threads: int
     region: reading.Region
     kernel: ptx.Kernel | None
+    assembly: str
 
 
 def compile_launch(launch: Launch, target: Target) -> Compiled:
@@ -49,7 +51,14 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         used = amdgcn.resources(text)
         region = reading.read(amdgcn.parse(text))
         return Compiled(
-            launch.name, target, **used, shared=shared, threads=threads, region=region, kernel=None
+            launch.name,
+            target,
+            **used,
+            shared=shared,
+            threads=threads,
+            region=region,
+            kernel=None,
+            assembly=text,
         )
     cubin = built.asm["cubin"]
     ((name, text),) = sass.disassemble(cubin).items()
@@ -65,4 +74,5 @@ def compile_launch(launch: Launch, target: Target) -> Compiled:
         threads,
         region,
         ptx.parse(built.asm["ptx"])[name],
+        built.asm["ptx"],
     )

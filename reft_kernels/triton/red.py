@@ -186,15 +186,17 @@ def red_sum_kernel(grad_scale, grad_bias, partials, size, chunks, BLOCK: tl.cons
 
 
 @functools.lru_cache(maxsize=1024)
-def _bound_forward(config: RedConfig, save: bool) -> launch.BoundKernel:
+def _bound_forward(config: RedConfig, save: bool, device_type: str) -> launch.BoundKernel:
     constants = {"SAVE": save, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
-    return launch.BoundKernel(red_kernel, constants, {"num_warps": config.num_warps})
+    options = {"num_warps": config.num_warps, **common.compile_options(device_type)}
+    return launch.BoundKernel(red_kernel, constants, options)
 
 
 @functools.lru_cache(maxsize=1024)
-def _bound_backward(config: RedConfig, need_weights: bool) -> launch.BoundKernel:
+def _bound_backward(config: RedConfig, need_weights: bool, device_type: str) -> launch.BoundKernel:
     constants = {"NEED_WEIGHTS": need_weights, "BLOCK_N": config.block_n, "BLOCK_D": config.block_d}
-    return launch.BoundKernel(red_backward_kernel, constants, {"num_warps": config.num_warps})
+    options = {"num_warps": config.num_warps, **common.compile_options(device_type)}
+    return launch.BoundKernel(red_backward_kernel, constants, options)
 
 
 @functools.lru_cache(maxsize=1)
@@ -219,7 +221,7 @@ def red(
         return saved_input
     config = red_config(num_rows, d, scale.shape[0] if weight_ids is not None else 1)
     launch.launch(
-        _bound_forward(config, save),
+        _bound_forward(config, save, source.device.type),
         (common.cdiv(num_rows, config.block_n), common.cdiv(d, config.block_d)),
         (
             source,
@@ -260,7 +262,7 @@ def red_backward(
         partials = grad.new_empty(config.chunks * 2 * sets * d, dtype=torch.float32)
     saved_strides = saved_input.stride() if saved_input.dim() == 2 else (0, 0)
     launch.launch(
-        _bound_backward(config, need_weights),
+        _bound_backward(config, need_weights, grad.device.type),
         (blocks, config.chunks, sets),
         (
             grad,

@@ -69,6 +69,10 @@ def test_gradients_are_those_without_checkpointing(family, component, reentrant)
     inputs = batch(family)
     plain, checkpointed = build(family, component), build(family, component)
     checkpointing(checkpointed, reentrant)
+    if family == "t5":
+        # with checkpointing its bias of positions requires a gradient, which selects other kernels
+        for model in (plain, checkpointed):
+            model.base_model.model.set_attn_implementation("eager")
     losses = [m(**inputs).loss for m in (plain, checkpointed)]
     assert torch.equal(*losses)
     for loss in losses:

@@ -13,8 +13,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def draws(backend: str, device: str) -> int:
-    """Return the number of draws. Triton's interpreter is slow."""
-    return 2 if (backend, device) == ("triton", "cpu") else 6
+    """Return the number of draws: an output of one element may be rounded well by chance."""
+    return 6
 
 
 def check(

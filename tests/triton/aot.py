@@ -20,6 +20,7 @@ import importlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -146,6 +147,18 @@ def _code(launch: launches.Launch, compiled: compiling.Compiled, d: int) -> dict
     return {"loops": loops, "tensors": _tensors(launch, trace, d)}
 
 
+def _synchronization(assembly: str, target: Target) -> dict[str, int]:
+    """Count atomics, and those of them that order memory and directly follow a barrier."""
+    if target.backend == "hip":
+        pattern = r"^\s*(?:global|flat|buffer)_atomic"
+        return {"atomics": len(re.findall(pattern, assembly, re.MULTILINE))}
+    pattern = r"^\s*(?:@\S+\s+)?(bar\.sync|atom\.\S+|red\.\S+|st\.global)"
+    steps = re.findall(pattern, assembly, re.MULTILINE)
+    atomics = [k for k, step in enumerate(steps) if step.startswith(("atom.", "red."))]
+    ordered = [k for k in atomics if steps[k - 1] == "bar.sync" and "gpu.acq_rel" in steps[k]]
+    return {"atomics": len(atomics), "atomics_after_barrier": len(ordered)}
+
+
 def compile_job(job: Job) -> list[dict[str, Any]]:
     """Compile all launches of a job and return one row for each."""
     target: Target = TARGETS[job.target]
@@ -164,6 +177,7 @@ def compile_job(job: Job) -> list[dict[str, Any]]:
                 "spills": compiled.spills,
                 "shared": compiled.shared,
                 "shared_limit": target.shared_limit,
+                **_synchronization(compiled.assembly, target),
             }
             rows.append(row | (_code(launch, compiled, job.d) if job.code else {}))
     return rows
@@ -180,9 +194,8 @@ def jobs(full: bool, targets: list[str]) -> list[Job]:
         wanted += [("red", d, 2, t) for d in DIMS for t in (*HALF, "float32")]
         wanted += [("orthonormal", d, r, "float32") for d in DIMS for r in RANKS]
     else:
-        wanted = [("edit", 4096, r, "bfloat16") for r in (8, 32)]
-        wanted += [("edit", 5120, 64, "bfloat16"), ("red", 4096, 2, "bfloat16")]
-        wanted += [("orthonormal", 4096, 8, "float32")]
+        wanted = [("edit", 4096, 8, "bfloat16"), ("edit", 5120, 64, "bfloat16")]
+        wanted += [("red", 4096, 2, "bfloat16"), ("orthonormal", 4096, 8, "float32")]
     extra = [("edit", 4096, 8, "float32"), ("orthonormal", 5120, 64, "float32")]
     return [
         Job(*one, target)
