@@ -360,9 +360,12 @@ cudaError_t choose(const EditGradient& p, cudaStream_t stream) {
                       aligned(p.grad, 16) && aligned(p.out, 16) && aligned(p.saved_input, 16);
   if (!pieces) return launch<T, 1, SECOND, false>(p, stream);
   // Two columns per thread if blocks of 64 columns still occupy all multiprocessors. Not tuned on a
-  // GPU yet.
-  const bool pairs = p.selection.d >= 8192 && shared_bytes(2, staged_rows(p)) <= kSharedLimit;
-  return pairs ? launch<T, 2, SECOND, true>(p, stream) : launch<T, 1, SECOND, true>(p, stream);
+  // GPU yet. With a second product they would cause register spills.
+  if constexpr (!SECOND) {
+    if (p.selection.d >= 8192 && shared_bytes(2, staged_rows(p)) <= kSharedLimit)
+      return launch<T, 2, SECOND, true>(p, stream);
+  }
+  return launch<T, 1, SECOND, true>(p, stream);
 }
 
 template <class T>
