@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,8 @@ class Memory(TrainerCallback):
 def test_memory_is_flat_over_a_thousand_steps(tiny_llama, tmp_path, rows):
     # files, pools and threads reach their size in the first hundreds of steps; the second half is
     # what a long run repeats
-    memory = Memory((500, 1000))
+    marks = (500, 600, 700, 800, 900, 1000)
+    memory = Memory(marks)
     settings = {
         "train": rows,
         "max_steps": 1000,
@@ -102,7 +104,8 @@ def test_memory_is_flat_over_a_thousand_steps(tiny_llama, tmp_path, rows):
         ),
         memory,
     )
-    assert memory.tensors[0] == memory.tensors[1]
-    # a step that keeps anything keeps a tensor with its storage and Python objects, over 1 KiB; the
-    # step's time is 40 bytes
-    assert memory.resident[1] - memory.resident[0] < 500 * 1024
+    assert len(set(memory.tensors)) == 1, memory.tensors
+    # A step that keeps anything keeps a tensor with its storage and Python objects, over 1 KiB; the
+    # step's time is 40 bytes. The allocator adds pages now and then; a leak adds them everywhere.
+    growth = [after - before for before, after in itertools.pairwise(memory.resident)]
+    assert min(growth) < (marks[1] - marks[0]) * 1024, growth
