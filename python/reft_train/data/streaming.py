@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from reft_train.data.reading import existing_file, iter_rows
 from reft_train.data.tokenizing import iter_items
 from reft_train.errors import wrong
 from reft_train.tasks.base import Task
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def streamed(
@@ -55,6 +56,8 @@ def streamed(
             if not usable:  # another pass would find no usable rows either
                 expected = f"rows whose prompt and answer fit within max_length {max_length}"
                 raise wrong("--train", f"{path} without a usable row", expected)
+
+    import datasets  # absent where only the GPU tests run
 
     # datasets gives each worker one of the values of a list
     shares = {"shares": list(range(count))}
