@@ -9,148 +9,18 @@ the lowest address on.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from benchmarks.roofline.code import Instruction
+from benchmarks.roofline.dependence import Slice, memory_access, names, written
 from benchmarks.roofline.integers import Unsupported, bits, compute, signed, stored
 from benchmarks.roofline.ptx import Kernel, split
+from benchmarks.roofline.traces import SECTOR, Access, Buffer, Trace
 
-SECTOR = 32  # bytes of one transfer between L2 and L1
-_REGISTER = re.compile(r"%[\w.]+")
 _ADDRESS = re.compile(r"\[\s*([^\]]+?)\s*\]")
 _SIZES = {"v2": 2, "v4": 4, "v8": 8}
 _MAX_STEPS = 20_000_000
-_NO_RESULT = ("bar", "barrier", "membar", "fence", "nanosleep", "prefetch", "griddepcontrol")
-
-
-@dataclass(frozen=True)
-class Buffer:
-    """Memory that a pointer argument refers to.
-
-    Attributes:
-        name: Name of the argument.
-        address: Address of its first byte.
-        size: Size in bytes.
-        content: Its bytes, or None if no address depends on them.
-    """
-
-    name: str
-    address: int
-    size: int
-    content: np.ndarray | None = None
-
-
-@dataclass
-class Access:
-    """What one instruction does to global memory in one program.
-
-    Attributes:
-        buffer: Name of the argument.
-        kind: "load", "store", "copy" (asynchronous copy to shared memory) or "atomic".
-        width: Bytes per thread.
-        requests: Number of executions by a warp.
-        requested: Bytes, summed over threads.
-        sectors: Sectors, summed over executions by a warp.
-        touched: Distinct sectors.
-    """
-
-    buffer: str
-    kind: str
-    width: int
-    requests: int = 0
-    requested: int = 0
-    sectors: int = 0
-    touched: set[int] = field(default_factory=set)
-
-
-@dataclass
-class Trace:
-    """Result of an execution.
-
-    Attributes:
-        counts: How often each instruction was executed by a warp, as the sum over warps.
-        accesses: Accesses to global memory by position of the instruction.
-        warps: Number of warps.
-    """
-
-    counts: np.ndarray
-    accesses: dict[int, Access]
-    warps: int
-
-    def iterations(self, at: int) -> int:
-        """Return how often the warp that executes an instruction most often may execute it."""
-        return -(-int(self.counts[at]) // self.warps)
-
-
-def _names(operand: str) -> list[str]:
-    return _REGISTER.findall(operand)
-
-
-def _memory(instruction: Instruction) -> tuple[str, str] | None:
-    """Return the kind and the state space of a memory access, or None."""
-    parts = [part.split("::")[0] for part in instruction.opcode.split(".")]
-    if parts[0] in ("ld", "st") and "param" not in parts:
-        space = next((p for p in parts if p in ("global", "shared", "local", "const")), "generic")
-        return ("load" if parts[0] == "ld" else "store"), space
-    if parts[0] == "ldu":
-        return "load", "global"
-    if parts[0] in ("atom", "red"):
-        return "atomic", "shared" if "shared" in parts else "global"
-    if instruction.opcode.startswith("cp.async.bulk"):
-        raise Unsupported(instruction.opcode)
-    if instruction.opcode.startswith(("cp.async.ca", "cp.async.cg")):
-        return "copy", "global"
-    return None
-
-
-def _written(instruction: Instruction) -> list[str]:
-    name = instruction.opcode.split(".")[0]
-    if name in ("st", "red", "bra", "ret", "exit", "trap", *_NO_RESULT) or not instruction.operands:
-        return []
-    if instruction.operands[0].startswith("["):  # memory
-        return []
-    return _names(instruction.operands[0])
-
-
-class _Slice:
-    """The instructions whose values are needed."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.registers: set[str] = set()
-        self.shared = False  # whether values that were kept in shared memory are needed
-        instructions = kernel.code.instructions
-        for instruction in instructions:
-            self.registers.update(_names(instruction.guard))
-            if (access := _memory(instruction)) and access[1] in ("global", "generic"):
-                at = 1 if access[0] == "load" or instruction.opcode.startswith("atom") else 0
-                at = 1 if access[0] == "copy" else at
-                self.registers.update(_names(instruction.operands[at]))
-                if access[0] == "copy" and len(instruction.operands) > 3:
-                    self.registers.update(_names(instruction.operands[3]))
-        size = -1
-        while size != len(self.registers) + self.shared:
-            size = len(self.registers) + self.shared
-            for instruction in instructions:
-                self._add(instruction)
-
-    def _add(self, instruction: Instruction) -> None:
-        access = _memory(instruction)
-        if access and access[0] == "copy" and self.shared:
-            self.registers.update(_names(instruction.operands[0]))
-        if access and access[1] == "shared":
-            if access[0] == "load" and not self.registers.isdisjoint(_written(instruction)):
-                self.shared = True
-            elif self.shared:
-                for operand in instruction.operands:
-                    self.registers.update(_names(operand))
-        if not self.registers.isdisjoint(_written(instruction)):
-            for operand in instruction.operands[1:]:
-                self.registers.update(_names(operand))
-
-    def needs(self, instruction: Instruction) -> bool:
-        return not self.registers.isdisjoint(_written(instruction))
 
 
 class Machine:
@@ -184,8 +54,8 @@ class Machine:
             at = -(-at // align) * align
             self.offsets[parameter.name] = at
             at += parameter.size
-        self.slice = _Slice(kernel)
-        self.memory = [_memory(i) for i in kernel.code.instructions]
+        self.slice = Slice(kernel)
+        self.memory = [memory_access(i) for i in kernel.code.instructions]
         self.needed = [self.slice.needs(i) for i in kernel.code.instructions]
         self.names = dict.fromkeys(kernel.shared, 0)
         at = 0
@@ -274,7 +144,7 @@ class Machine:
         return self._guard(instruction)
 
     def _require(self, instruction: Instruction, operand: str) -> None:
-        if not self.unknown.isdisjoint(_names(operand)):
+        if not self.unknown.isdisjoint(names(operand)):
             raise Unsupported(
                 f"{self.kernel.name}: {instruction.opcode} depends on {operand}, whose value is "
                 "not known"
@@ -316,14 +186,14 @@ class Machine:
 
     def _compute(self, instruction: Instruction) -> None:
         operands = " ".join((instruction.guard, *instruction.operands[1:]))
-        if self.unknown.isdisjoint(_names(operands)):
+        if self.unknown.isdisjoint(names(operands)):
             try:
                 self._compute_known(instruction)
                 return
             except Unsupported:
                 pass
         everywhere = np.ones(self.threads, bool)
-        for register in _written(instruction):
+        for register in written(instruction):
             kind = bool if register.startswith("%p") else np.int64
             self._set(register, np.zeros(self.threads, kind), everywhere, known=False)
 

@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.roofline.compiling import Compiled
-from benchmarks.roofline.execution import SECTOR, Access, Trace
 from benchmarks.roofline.launches import Launch
 from benchmarks.roofline.steps import Step, steps
+from benchmarks.roofline.traces import SECTOR, Access, Trace
 
 
 @dataclass(frozen=True)

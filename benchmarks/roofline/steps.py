@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from benchmarks.roofline import ptx
 from benchmarks.roofline.code import Block, Loop
-from benchmarks.roofline.execution import Trace
 from benchmarks.roofline.reading import Region, read, structure
+from benchmarks.roofline.traces import Trace
 
 
 @dataclass(frozen=True)

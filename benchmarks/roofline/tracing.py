@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from benchmarks.roofline.compiling import Compiled
-from benchmarks.roofline.execution import Buffer, Machine, Trace
+from benchmarks.roofline.execution import Machine
 from benchmarks.roofline.launches import Launch, source
+from benchmarks.roofline.traces import Buffer, Trace
 
 _INTEGER = (torch.int8, torch.int32, torch.int64)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.roofline import amdgcn, code, execution, integers, ptx, reading, sass, steps
+from benchmarks.roofline import amdgcn, code, execution, integers, ptx, reading, sass, steps, traces
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,9 +85,9 @@ def _machine(words: int, rows: np.ndarray, threads: int = 64) -> execution.Machi
     kernel = ptx.parse(PTX)["sum_row"]
     addresses = (1 << 20, 1 << 30, 1 << 31)
     buffers = [
-        execution.Buffer("x", addresses[0], 16 * words * 4),
-        execution.Buffer("rows", addresses[1], 4 * len(rows), rows.view(np.uint8)),
-        execution.Buffer("out", addresses[2], 4 * len(rows)),
+        traces.Buffer("x", addresses[0], 16 * words * 4),
+        traces.Buffer("rows", addresses[1], 4 * len(rows), rows.view(np.uint8)),
+        traces.Buffer("out", addresses[2], 4 * len(rows)),
     ]
     arguments = b"".join(a.to_bytes(8, "little") for a in addresses)
     arguments += words.to_bytes(4, "little")
@@ -112,7 +112,7 @@ def test_execution_follows_addresses_loops_and_divergence():
 
 def test_an_address_that_depends_on_unknown_contents_is_an_error():
     machine = _machine(64, np.array([1], np.int32))
-    machine.buffers[1] = execution.Buffer("rows", 1 << 30, 4)
+    machine.buffers[1] = traces.Buffer("rows", 1 << 30, 4)
     with pytest.raises(integers.Unsupported, match="not known"):
         machine.run((0, 0, 0))
 

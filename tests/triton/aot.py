@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from benchmarks.roofline import compiling, launches, reading, shapes, steps, tracing
-from benchmarks.roofline.execution import SECTOR, Trace
 from benchmarks.roofline.targets import TARGETS, Target
+from benchmarks.roofline.traces import SECTOR, Trace
 
 DIMS = (768, 2048, 4096, 5120, 8192)
 RANKS = (1, 4, 8, 16, 32, 64)
