@@ -269,61 +269,40 @@ def build_backward_kernel(
             s = load_square(out_S, k, j, r, LD)
             if base is not None:
                 y = load_square(out_J, k, j, r, LD)
-        for start in tl.range(first, top, BLOCK_C, num_stages=1):
-            c = start + tl.arange(0, BLOCK_C)
-            acc = _sum(
-                f,
-                out_F,
-                s,
-                out_S,
-                y,
-                out_J,
-                X,
-                base,
-                grad_R,
-                grad_D,
-                c,
-                j,
-                d,
-                bound,
-                r,
-                LD,
-                BLOCK_K,
-                BLOCK_J,
-                BLOCK_C,
-                True,
-                CAYLEY,
-            )
-            row = c[:, None]
-            value = load_square(out_P, c, j, r, LD)
-            acc = tl.where(row < r, value, acc) if CAYLEY else acc + value
-            _store(grad_X, tl.where(row > j[None, :], acc, 0.0), c, j, d, r, BLOCK_J)
-        for start in tl.range(tl.maximum(first, top), last, BLOCK_C, num_stages=STAGES):
-            c = start + tl.arange(0, BLOCK_C)
-            acc = _sum(
-                f,
-                out_F,
-                s,
-                out_S,
-                y,
-                out_J,
-                X,
-                base,
-                grad_R,
-                grad_D,
-                c,
-                j,
-                d,
-                bound,
-                r,
-                LD,
-                BLOCK_K,
-                BLOCK_J,
-                BLOCK_C,
-                False,
-                CAYLEY,
-            )
-            _store(grad_X, acc, c, j, d, r, BLOCK_J)
+        for rest in tl.static_range(2):  # the first rows, then the rest
+            begin = first if rest == 0 else tl.maximum(first, top)
+            end = top if rest == 0 else last
+            for start in tl.range(begin, end, BLOCK_C, num_stages=1 if rest == 0 else STAGES):
+                c = start + tl.arange(0, BLOCK_C)
+                acc = _sum(
+                    f,
+                    out_F,
+                    s,
+                    out_S,
+                    y,
+                    out_J,
+                    X,
+                    base,
+                    grad_R,
+                    grad_D,
+                    c,
+                    j,
+                    d,
+                    bound,
+                    r,
+                    LD,
+                    BLOCK_K,
+                    BLOCK_J,
+                    BLOCK_C,
+                    rest == 0,
+                    CAYLEY,
+                )
+                if rest == 0:
+                    row = c[:, None]
+                    value = load_square(out_P, c, j, r, LD)
+                    acc = tl.where(row < r, value, acc) if CAYLEY else acc + value
+                    acc = tl.where(row > j[None, :], acc, 0.0)
+                _store(grad_X, acc, c, j, d, r, BLOCK_J)
 
 
 def build_backward(

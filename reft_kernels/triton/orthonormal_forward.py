@@ -243,58 +243,38 @@ def build_kernel(
             m = load_square(out_M, k, j, r, LD)
             if base is not None:
                 y = load_square(out_Y, k, j, r, LD)
-        for start in tl.range(first, top, BLOCK_C, num_stages=1):
-            c = start + tl.arange(0, BLOCK_C)
-            acc = tl.trans(load_square(out_P, c, j, r, LD))
-            _write(
-                acc,
-                m,
-                out_M,
-                X,
-                y,
-                out_Y,
-                base,
-                point,
-                W,
-                R,
-                D,
-                c,
-                j,
-                d,
-                bound,
-                r,
-                LD,
-                BLOCK_K,
-                BLOCK_J,
-                True,
-                CAYLEY,
-            )
-        for start in tl.range(tl.maximum(first, top), last, BLOCK_C, num_stages=STAGES):
-            c = start + tl.arange(0, BLOCK_C)
-            acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
-            _write(
-                acc,
-                m,
-                out_M,
-                X,
-                y,
-                out_Y,
-                base,
-                point,
-                W,
-                R,
-                D,
-                c,
-                j,
-                d,
-                bound,
-                r,
-                LD,
-                BLOCK_K,
-                BLOCK_J,
-                False,
-                CAYLEY,
-            )
+        for rest in tl.static_range(2):  # the first rows, then the rest
+            begin = first if rest == 0 else tl.maximum(first, top)
+            end = top if rest == 0 else last
+            for start in tl.range(begin, end, BLOCK_C, num_stages=1 if rest == 0 else STAGES):
+                c = start + tl.arange(0, BLOCK_C)
+                if rest == 0:
+                    acc = tl.trans(load_square(out_P, c, j, r, LD))
+                else:
+                    acc = tl.zeros([BLOCK_J, BLOCK_C], tl.float32)
+                _write(
+                    acc,
+                    m,
+                    out_M,
+                    X,
+                    y,
+                    out_Y,
+                    base,
+                    point,
+                    W,
+                    R,
+                    D,
+                    c,
+                    j,
+                    d,
+                    bound,
+                    r,
+                    LD,
+                    BLOCK_K,
+                    BLOCK_J,
+                    rest == 0,
+                    CAYLEY,
+                )
 
 
 def build(
