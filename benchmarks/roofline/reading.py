@@ -221,12 +221,6 @@ def walk(region: Region) -> list[Region]:
     return [found for inner in region.inner for found in (inner, *walk(inner))]
 
 
-def memory_operations(region: Region) -> int:
-    """Return the number of accesses to global memory, which unrolling a loop multiplies."""
-    counts = (region.loads, region.stores, region.copies)
-    return sum(n for count in counts for n in count.values()) + region.bulk
-
-
 def total(region: Region, name: str) -> int:
     """Return the sum of a count over the region and all loops inside it."""
     return sum(getattr(part, name) for part in (region, *walk(region)))

@@ -144,65 +144,36 @@ def activation_derivative(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def dot_exact_left(x, w, PRECISION: tl.constexpr):
-    """Return x w ``[N, R]`` for x ``[N, D]`` in the hidden states' dtype and fp32 w ``[D, R]``.
+def truncated_terms(v):
+    """Return bf16 terms (high, low) of fp32 v, both truncated, which needs no conversions."""
+    bits = v.to(tl.uint32, bitcast=True)
+    high = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    low_bits = (v - high).to(tl.uint32, bitcast=True)
+    return (
+        (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True),
+        (low_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True),
+    )
 
-    For half-precision x, w is split into a high and a low term of the same dtype, so that tensor
-    cores can be used and about 16 bits of w are kept.
+
+@triton.jit
+def add_product(acc, x, w, PRECISION: tl.constexpr):
+    """Return acc + x w for hidden states x and weights w in any dtype.
+
+    Without PRECISION, w is split into a high and a low term of the dtype of x, so that tensor cores
+    can be used and about 16 bits of w are kept; w of that dtype is exact in one term.
     """
-    if PRECISION is not None:
-        return tl.dot(x.to(tl.float32), w, input_precision=PRECISION)
-    else:
-        high = w.to(x.dtype)
-        low = (w - high.to(tl.float32)).to(x.dtype)
-        return tl.dot(x, high) + tl.dot(x, low)
-
-
-@triton.jit
-def split_bf16(w):
-    """Return bf16 terms (high, low) of fp32 w; high is truncated, which needs no conversion."""
-    bits = w.to(tl.uint32, bitcast=True) & 0xFFFF0000
-    high = bits.to(tl.float32, bitcast=True)
-    return high.to(tl.bfloat16), (w - high).to(tl.bfloat16)
-
-
-@triton.jit
-def add_dot_exact_left(acc, x, w, PRECISION: tl.constexpr):
-    """Return acc + x w as :func:`dot_exact_left`; w of the dtype of x is exact in one term."""
     if PRECISION is not None:
         return tl.dot(x.to(tl.float32), w.to(tl.float32), acc, input_precision=PRECISION)
     elif w.dtype == x.dtype:
         return tl.dot(x, w, acc)
     elif x.dtype == tl.bfloat16:
-        high, low = split_bf16(w.to(tl.float32))
+        high, low = truncated_terms(w.to(tl.float32))
         return tl.dot(x, low, tl.dot(x, high, acc))
     else:
         w = w.to(tl.float32)
         high = w.to(x.dtype)
         low = (w - high.to(tl.float32)).to(x.dtype)
         return tl.dot(x, low, tl.dot(x, high, acc))
-
-
-@triton.jit
-def dot_exact_right(v, x, PRECISION: tl.constexpr):
-    """Return v x for fp32 v and x in the hidden states' dtype.
-
-    v is split as w in :func:`dot_exact_left`. For fp16, it is first scaled to [-1, 1] to avoid
-    overflow.
-    """
-    if PRECISION is not None:
-        return tl.dot(v, x.to(tl.float32), input_precision=PRECISION)
-    elif x.dtype == tl.float16:
-        largest = tl.max(tl.max(tl.abs(v), 1), 0)
-        scale = tl.where(largest > 0, largest, 1.0)
-        v = v / scale
-        high = v.to(tl.float16)
-        low = (v - high.to(tl.float32)).to(tl.float16)
-        return (tl.dot(high, x) + tl.dot(low, x)) * scale
-    else:
-        high = v.to(x.dtype)
-        low = (v - high.to(tl.float32)).to(x.dtype)
-        return tl.dot(high, x) + tl.dot(low, x)
 
 
 @triton.jit
@@ -224,60 +195,3 @@ def dot_small(v, w, PRECISION: tl.constexpr):
         w_high = w.to(tl.bfloat16)
         w_low = (w - w_high.to(tl.float32)).to(tl.bfloat16)
         return tl.dot(v_high, w_high) + (tl.dot(v_low, w_high) + tl.dot(v_high, w_low))
-
-
-@triton.jit
-def effective_weight(read, write, offsets, mask, FOLD: tl.constexpr):
-    """Load a tile of the matrix that z multiplies x with, in fp32.
-
-    This is A, with FOLD it is A - B, and without a read matrix it is -B.
-    """
-    if read is not None:
-        a = tl.load(read + offsets, mask=mask, other=0.0).to(tl.float32)
-        if FOLD:
-            a -= tl.load(write + offsets, mask=mask, other=0.0).to(tl.float32)
-    else:
-        a = -tl.load(write + offsets, mask=mask, other=0.0).to(tl.float32)
-    return a
-
-
-@triton.jit
-def product_step(acc, x, w, USE_DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Add x w^T over one block of columns to ``acc``.
-
-    With USE_DOT, ``acc`` is ``[N, R]``. Otherwise it is ``[N, R, D]`` and holds elementwise
-    products, which :func:`product_end` sums.
-    """
-    if USE_DOT:
-        return acc + dot_exact_left(x, tl.trans(w), PRECISION)
-    else:
-        return acc + x.to(tl.float32)[:, None, :] * w[None, :, :]
-
-
-@triton.jit
-def product_start(
-    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, USE_DOT: tl.constexpr
-):
-    """Return the initial accumulator of :func:`product_step`."""
-    if USE_DOT:
-        return tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    else:
-        return tl.zeros((BLOCK_N, BLOCK_R, BLOCK_D), tl.float32)
-
-
-@triton.jit
-def product_end(acc, USE_DOT: tl.constexpr):
-    """Return the result ``[N, R]`` of :func:`product_step`."""
-    if USE_DOT:
-        return acc
-    else:
-        return tl.sum(acc, 2)
-
-
-@triton.jit
-def expand(v, w, USE_DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """Return v w ``[N, D]`` in fp32 for v ``[N, R]`` and w ``[R, D]``."""
-    if USE_DOT:
-        return dot_small(v, w, PRECISION)
-    else:
-        return tl.sum(v[:, :, None] * w[None, :, :], 1)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common, factors, launch
+from reft_kernels.triton import common, edit_tile, factors, launch
 
 _STAGE_BYTES = 20 * 1024
 _BUFFER_BYTES = 92 * 1024  # GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program
@@ -67,22 +67,6 @@ def delta_config(
     return DeltaConfig(block_n, columns, block_r, num_warps, num_stages)
 
 
-@triton.jit
-def _step(acc, g, w, PRECISION: tl.constexpr):
-    """Return acc + g w for a tile g of hidden states and weights w in any dtype."""
-    if PRECISION is not None:
-        return factors.product(g, w, acc, PRECISION)
-    elif w.dtype == g.dtype:
-        return tl.dot(g, w, acc)
-    elif g.dtype == tl.bfloat16:
-        high, low = factors.truncated_terms(w.to(tl.float32))
-        return tl.dot(g, low, tl.dot(g, high, acc))
-    else:
-        high = w.to(g.dtype)
-        low = (w.to(tl.float32) - high.to(tl.float32)).to(g.dtype)
-        return tl.dot(g, low, tl.dot(g, high, acc))
-
-
 @triton.jit(do_not_specialize=["num_rows", "counter_groups"])
 def delta_kernel(
     grad,
@@ -119,19 +103,10 @@ def delta_kernel(
     n = program * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_R)
     inside = n < num_rows
-    row = n.to(tl.int64)
-    valid = inside
-    if rows is not None:
-        row = tl.load(rows + n, mask=inside, other=-1).to(tl.int64)
-        valid = row >= 0
-    row_set = tl.zeros((BLOCK_N,), tl.int32)
-    first_set = 0
-    last_set = 0
-    if weight_ids is not None:
-        row_set = tl.load(weight_ids + n, mask=valid, other=0)
-        first_set = tl.min(tl.where(valid, row_set, 2147483647), 0)
-        last_set = tl.max(tl.where(valid, row_set, -1), 0)
-    part = tl.arange(0, BATCH)[:, None, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, None, :]
+    row, valid, row_set, first_set, last_set = edit_tile.find_rows(
+        rows, weight_ids, n, inside, BLOCK_N
+    )
+    part = edit_tile.columns(BATCH, BLOCK_K)
     acc = tl.zeros((BATCH, BLOCK_N, BLOCK_R), tl.float32)
     for s in range(first_set, last_set + 1):
         active = valid
@@ -148,7 +123,7 @@ def delta_kernel(
                 other=0.0,
             )
             w = tl.load(w_rows + col, mask=(i < r)[None, :, None] & (col < d), other=0.0)
-            acc = _step(acc, g, tl.trans(w, (0, 2, 1)), PRECISION)
+            acc = edit_tile.add_product(acc, g, w, PRECISION)
     delta = tl.sum(acc, 0)
     small = n.to(tl.int64)[:, None] * r + i[None, :]
     inside_small = inside[:, None] & (i < r)[None, :]

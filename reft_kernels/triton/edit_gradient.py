@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common, edit_sum, factors, launch, reduction
+from reft_kernels.triton import common, edit_sum, edit_tile, factors, launch, reduction
 
 FEW_ROWS = 1024
 
@@ -168,7 +168,7 @@ def gradient_kernel(
         b = tl.load(write + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
         b_high, b_low = factors.weight_terms(b, TERMS)
     if out is not None and (read is not None or FOLD):
-        a = common.effective_weight(read, write, w_offsets, w_mask, FOLD)
+        a = edit_tile.read_weight(read, write, w_offsets, w_mask, FOLD).to(tl.float32)
         a_high, a_low = factors.weight_terms(a, TERMS)
     acc_a = tl.zeros((WIDTH, BLOCK_D), tl.float32)
     acc_b = tl.zeros((WIDTH, BLOCK_D), tl.float32)

@@ -74,7 +74,7 @@ def read_weight(read, write, offsets, mask, FOLD: tl.constexpr):
 @triton.jit
 def add_product(acc, x, w, PRECISION: tl.constexpr):
     """Return acc + x w^T, batched over the slices, for w in fp32 or a half-precision dtype."""
-    return common.add_dot_exact_left(acc, x, tl.permute(w, (0, 2, 1)), PRECISION)
+    return common.add_product(acc, x, tl.permute(w, (0, 2, 1)), PRECISION)
 
 
 @triton.jit

@@ -45,18 +45,6 @@ def precision(dtype: torch.dtype) -> str | None:
 
 
 @triton.jit
-def truncated_terms(v):
-    """Return bf16 terms (high, low) of fp32 v, both truncated, which needs no conversions."""
-    bits = v.to(tl.uint32, bitcast=True)
-    high = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
-    low_bits = (v - high).to(tl.uint32, bitcast=True)
-    return (
-        (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True),
-        (low_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True),
-    )
-
-
-@triton.jit
 def pointer(words, TERMS: tl.constexpr):
     """Return a pointer to 4-byte words as a pointer to a factor's elements."""
     if TERMS == 0:
@@ -129,7 +117,7 @@ def outer(acc, high, low, x, TERMS: tl.constexpr, PRECISION: tl.constexpr):
     if TERMS == 0:
         acc = product(high, x, acc, PRECISION)
     elif x.dtype == tl.float16:
-        x_high, x_low = truncated_terms(x.to(tl.float32))
+        x_high, x_low = common.truncated_terms(x.to(tl.float32))
         acc = product(high, x_high, acc, PRECISION)
         acc = product(high, x_low, acc, PRECISION)
         if TERMS == 2:
@@ -171,7 +159,7 @@ def gram(acc, high, low, other_high, other_low, TERMS: tl.constexpr, PRECISION: 
 @triton.jit
 def subtract_product(acc, v, w_high, w_low, PRECISION: tl.constexpr):
     """Return acc - v w for fp32 v, split into bf16 terms, and weights w in bf16 terms."""
-    high, low = truncated_terms(-v)
+    high, low = common.truncated_terms(-v)
     acc = product(high, w_high, acc, PRECISION)
     acc = product(low, w_high, acc, PRECISION)
     return product(high, w_low, acc, PRECISION)

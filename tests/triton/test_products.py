@@ -27,10 +27,12 @@ class Products(NamedTuple):
     Attributes:
         split: Terms of half precision, or None for fp32 hidden states.
         wide: Product of fp32 matrices, for fp32 hidden states.
+        one_term: Whether u R and dz (W - R) are products of single bf16 terms, as for bf16.
     """
 
     split: roundings.Split | None
     wide: object = None
+    one_term: bool = False
 
     def with_state(self, x: Tensor, v: Tensor) -> Tensor:
         """Return x v for a hidden state x and fp32 v."""
@@ -40,6 +42,12 @@ class Products(NamedTuple):
         """Return v w for fp32 v and w with inner dimension r."""
         return self.wide(v, w) if self.split is None else roundings.three_terms(v, w, self.split)
 
+    def update(self, v: Tensor, w: Tensor) -> Tensor:
+        """Return v w for what is added to a hidden state or its gradient."""
+        if self.one_term:
+            return v.bfloat16().float() @ w.bfloat16().float()
+        return self.small(v, w)
+
 
 class _Edit(torch.autograd.Function):
     """y = x + (x (W - R)^T + b) R, with x saved or recomputed from y."""
@@ -47,7 +55,7 @@ class _Edit(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, b, R, products, saves):
         u = products.with_state(x, (W - R).mT) + b
-        y = (x.float() + products.small(u, R)).to(x.dtype)
+        y = (x.float() + products.update(u, R)).to(x.dtype)
         ctx.save_for_backward(x if saves else y, u, W, R)
         ctx.products, ctx.saves = products, saves
         return y
@@ -61,7 +69,7 @@ class _Edit(torch.autograd.Function):
         dz = products.with_state(g, R.mT)
         grad_W = products.with_state(x.mT, dz).mT
         grad_R = products.with_state(g.mT, u).mT - grad_W
-        grad_x = (g.float() + products.small(dz, W - R)).to(g.dtype)
+        grad_x = (g.float() + products.update(dz, W - R)).to(g.dtype)
         return grad_x, grad_W, dz.sum(0), grad_R, None, None
 
 
@@ -81,6 +89,7 @@ def _draw(d: int, r: int, dtype: torch.dtype, size: float, products, saves: bool
 KINDS = {
     "bf16-rounded": (torch.bfloat16, Products(roundings.rounded)),
     "bf16-truncated": (torch.bfloat16, Products(roundings.truncated)),
+    "bf16-one-term": (torch.bfloat16, Products(roundings.truncated, one_term=True)),
     "fp16-rounded": (torch.float16, Products(roundings.rounded)),
     "tf32x3": (torch.float32, Products(None, roundings.three_tf32)),
 }

@@ -10,23 +10,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.triton.roundings import rounded, truncated
+
 D, ROWS = 256, 192
-
-
-def rounded_terms(v):
-    """As in ``factors.store`` and ``factors.weight_terms``."""
-    high = v.bfloat16().float()
-    return high, (v - high).bfloat16().float()
-
-
-def truncated_terms(v):
-    """As in ``factors.truncated_terms``."""
-
-    def truncate(x):
-        return (x.view(torch.int32) & -65536).view(torch.float32)
-
-    high = truncate(v)
-    return high, truncate(v - high)
 
 
 def product(a, b):
@@ -43,23 +29,23 @@ class Kernels:
 
     def delta(self, g, write):
         if self.dtype == torch.bfloat16:
-            high, low = truncated_terms(write)
+            high, low = truncated(write)
         else:
             high = write.to(self.dtype).float()
             low = (write - high).to(self.dtype).float()
         return product(g, high.T) + product(g, low.T)
 
     def outer(self, v, x):
-        high, low = rounded_terms(v)
+        high, low = rounded(v)
         if self.dtype == torch.float16:
-            x_high, x_low = truncated_terms(x)
+            x_high, x_low = truncated(x)
             total = product(high.T, x_high) + product(high.T, x_low) + product(low.T, x_high)
             return total + product(low.T, x_low) if self.stacked else total
         return product(high.T, x) + product(low.T, x)
 
     def expand(self, v, w, exact):
-        high, low = rounded_terms(v)
-        w_high, w_low = rounded_terms(w)
+        high, low = rounded(v)
+        w_high, w_low = rounded(w)
         total = product(high, w_high)
         if self.stacked:
             total += product(low, w_high)
@@ -69,8 +55,8 @@ class Kernels:
         return total
 
     def subtract(self, acc, v, w):
-        high, low = truncated_terms(-v)
-        w_high, w_low = rounded_terms(w)
+        high, low = truncated(-v)
+        w_high, w_low = rounded(w)
         return acc + product(high, w_high) + product(low, w_high) + product(high, w_low)
 
     def backward(self, g, y, u, read, write):
@@ -78,8 +64,8 @@ class Kernels:
         dz = self.delta(g, write)
         dh = (g + self.expand(dz, read - write, self.exact)).to(self.dtype)
         if self.stacked:
-            used_high, used_low = rounded_terms(u)
-            dz_high, dz_low = rounded_terms(dz)
+            used_high, used_low = rounded(u)
+            dz_high, dz_low = rounded(dz)
             gram = product((dz_high + dz_low).T, used_high + used_low)
             d_read = self.subtract(self.outer(dz, y), gram, write)
         else:
