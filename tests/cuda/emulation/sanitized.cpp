@@ -213,6 +213,35 @@ void repeat(const std::string& name, const std::function<std::vector<Buffer>()>&
   }
 }
 
+struct Weights {
+  const Buffer &read, &write, &read_bias, &subtract_bias, &coeff;
+};
+
+// The arguments of the forward pass of a case
+template <class Case>
+EditForward forward_arguments(const Case& c, const Selection& selection, const Weights& weights,
+                              const Buffer& source, Buffer& out, Buffer& saved_input, Buffer& u,
+                              Buffer& z) {
+  EditForward p = {};
+  p.selection = selection;
+  p.dtype = c.dtype;
+  p.weight_dtype = c.weights;
+  p.source = c.in_place ? out.data() : source.data();
+  p.out = out.data();
+  p.source_stride = p.out_stride = c.d + c.gap;
+  p.read = weights.read.data();
+  p.write = weights.write.data();
+  p.read_bias = weights.read_bias.any();
+  p.subtract_bias = weights.subtract_bias.any();
+  p.coeff = weights.coeff.any();
+  p.saved_input = saved_input.data();
+  p.u = u.floats();
+  p.z = c.activation == kLin ? nullptr : z.floats();
+  p.subtract_projection = c.subtract_projection;
+  p.activation = c.activation;
+  return p;
+}
+
 void run_edit(const Edit& c) {
   const int r = c.rank, stride = c.d + c.gap,
             count = small_count(c.subtract_projection, c.activation == kLin),
@@ -244,23 +273,9 @@ void run_edit(const Edit& c) {
     Buffer grad_read_bias(kF, weights ? vectors : 0),
         grad_subtract_bias(kF, weights && c.subtract_projection ? vectors : 0);
 
-    EditForward forward = {};
-    forward.selection = selection;
-    forward.dtype = c.dtype;
-    forward.weight_dtype = c.weights;
-    forward.source = c.in_place ? out.data() : source.data();
-    forward.out = out.data();
-    forward.source_stride = forward.out_stride = stride;
-    forward.read = read.data();
-    forward.write = write.data();
-    forward.read_bias = read_bias.any();
-    forward.subtract_bias = subtract_bias.any();
-    forward.coeff = coeff.any();
-    forward.saved_input = saved_input.data();
-    forward.u = u.floats();
-    forward.z = c.activation == kLin ? nullptr : z.floats();
-    forward.subtract_projection = c.subtract_projection;
-    forward.activation = c.activation;
+    const EditForward forward =
+        forward_arguments(c, selection, {read, write, read_bias, subtract_bias, coeff}, source, out,
+                          saved_input, u, z);
     launched(edit_forward(forward, nullptr), c.name);
 
     EditDelta delta = {};
@@ -321,23 +336,10 @@ void run_tiles(const Tiles& c) {
     const Buffer source(hidden);
     Buffer out(hidden), saved_input(c.dtype, c.selected > 0 ? n * c.d : 0), u(kF, n * r),
         z(kF, c.activation == kLin ? 0 : n * r);
-    EditForward p = {};
-    p.selection = {c.selected > 0 ? rows.data() : nullptr, nullptr, int64_t(n), c.d, r, 1};
-    p.dtype = c.dtype;
-    p.weight_dtype = c.weights;
-    p.source = c.in_place ? out.data() : source.data();
-    p.out = out.data();
-    p.source_stride = p.out_stride = stride;
-    p.read = read.data();
-    p.write = write.data();
-    p.read_bias = read_bias.any();
-    p.subtract_bias = subtract_bias.any();
-    p.coeff = coeff.any();
-    p.saved_input = saved_input.data();
-    p.u = u.floats();
-    p.z = z.floats();
-    p.subtract_projection = c.subtract_projection;
-    p.activation = c.activation;
+    const Selection selection = {c.selected > 0 ? rows.data() : nullptr, nullptr, int64_t(n), c.d, r,
+                                 1};
+    const EditForward p = forward_arguments(
+        c, selection, {read, write, read_bias, subtract_bias, coeff}, source, out, saved_input, u, z);
     require(edit_tiles_serves(p), c.name, "edit_tiles does not serve this case");
     launched(edit_forward(p, nullptr), c.name);
     return std::vector<Buffer>{out, saved_input, u, z};
