@@ -7,7 +7,7 @@ and loading. The edits of its layers are
     h + R^T act(W h + b)           DiReFT
 
 followed by dropout on the edited rows. They are computed by this package: R of all layers in one
-launch, and the edit of a layer in one launch, in place.
+call, and the edit of a layer in one launch, in place.
 
 As in the paper, the prompt is edited: the first ``prefix_positions`` and the last
 ``suffix_positions`` of its real tokens, with padding on either side. Decoding steps are not edited,
