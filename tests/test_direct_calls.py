@@ -43,7 +43,8 @@ class _DispatchMode(TorchDispatchMode):
 
 
 class _FunctionMode(TorchFunctionMode):
-    pass
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
 
 
 NAMES = ("edit", "edit_", "edit_backward", "edit_backward_", "red", "red_", "red_backward_")
