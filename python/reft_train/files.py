@@ -6,7 +6,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,15 @@ def check_folder(folder: Path, name: str) -> Path:
     if not os.access(existing, os.W_OK):
         raise wrong(name, f"{folder}, but {existing} is not writable", "a writable folder")
     return existing
+
+
+def check_own_folder(folder: Path, marks: Sequence[str]) -> None:
+    """Raise UserError if an output folder is a file or holds other files but none of ``marks``."""
+    if folder.exists() and not folder.is_dir():
+        raise wrong("output", f"{folder}, which is a file", "a folder")
+    own = any((folder / name).exists() for name in marks)
+    if folder.exists() and any(folder.iterdir()) and not own:
+        raise wrong("output", f"{folder}, which contains other files", "a new folder")
 
 
 def default_cache() -> Path:

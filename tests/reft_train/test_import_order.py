@@ -17,6 +17,7 @@ ORDER = (
     "recipes",
     "config",
     "flags",
+    "commands",
     "pooling",
     "models",
     "methods",

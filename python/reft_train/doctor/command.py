@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import os
+import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from reft_train import flags
+import psutil
+import torch
+
+from reft_kernels import cpu, env
+from reft_kernels.version import __version__
+from reft_train import flags, models, tasks
 from reft_train.config import RunConfig
+from reft_train.doctor.estimate import Estimate, estimate
+from reft_train.doctor.trial import Trial, run_trial
 from reft_train.errors import wrong
+from reft_train.files import dumps, write_text
+from reft_train.reporting import installed
 
-if TYPE_CHECKING:
-    from reft_train.doctor.estimate import Estimate
-    from reft_train.doctor.trial import Trial
-
-DESCRIPTION = """Report installed packages and the backend of each operator. With --model and
---task, estimate the memory of weights, gradients and optimizer before any weight is loaded, compare
-it with the machine's, and train a few steps on random text, which measures the whole. Exits with
-1 when the memory does not suffice or the trial fails."""
-
-
-def add_parser(subparsers) -> None:
-    """Add the command and its flags."""
-    summary = "check the installation, the memory that a model needs, and a few training steps"
-    command = subparsers.add_parser("doctor", help=summary, description=DESCRIPTION)
-    text = "timed steps; 0: no trial (default: 10)"
-    steps = {"type": flags.number(int, 0), "default": 10, "metavar": "N"}
-    command.add_argument("--trial-steps", **steps, help=text)
-    command.add_argument("--json", metavar="FILE", help="also write the results to a file")
-    flags.add_settings(command)
-    command.set_defaults(run=run)
+NEEDED_FOR = {
+    "torch": "everything",
+    "triton": "the Triton kernels on GPUs",
+    "transformers": "every command",
+    "peft": "every command",
+    "accelerate": "training",
+    "datasets": "Parquet files and training data",
+    "safetensors": "weights and adapters",
+    "pydantic": "settings",
+    "matplotlib": "loss.png and report.html",
+    "rich": "tables",
+    "scikit-learn": "scores of GLUE tasks",
+    "optuna": "search",
+    "bitsandbytes": "--quantization 8bit and 4bit",
+    "liger-kernel": "--liger",
+    "deepspeed": "--deepspeed",
+    "tensorboard": "TensorBoard logs",
+}
+_CGROUP = Path("/sys/fs/cgroup")
+_GROUPS = (
+    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
+)
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -44,9 +58,6 @@ def run(parsed: argparse.Namespace) -> int:
     elif extra := sorted(flags.passed(parsed), key="task".__eq__):
         name = extra[0].replace("_", "-")
         raise wrong("--model", f"none with --{name}", "a model's folder or hub name")
-    from reft_train.doctor.environment import environment, environment_lines
-    from reft_train.files import dumps, write_text
-
     report: dict[str, Any] = {"environment": environment()}
     print("", *environment_lines(report["environment"]), sep="\n", flush=True)
     code = 0 if config is None else _examine(config, parsed.trial_steps, report)
@@ -56,14 +67,9 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _examine(config: RunConfig, steps: int, report: dict[str, Any]) -> int:
-    from reft_train import models, tasks
-    from reft_train.doctor import environment
-    from reft_train.doctor.estimate import estimate
-    from reft_train.doctor.trial import run_trial
-
     task, device = tasks.get(config.task), models.pick_device(config)
     needed = estimate(config, task)
-    memory = environment.memory_of(device, spread=config.device_map == "auto")
+    memory = memory_of(device, spread=config.device_map == "auto")
     report["settings"] = config.to_dict()
     report["estimate"] = {**asdict(needed), "total": needed.total}
     report["memory"] = {"device": device, **asdict(memory)}
@@ -115,3 +121,65 @@ def trial_lines(trial: Trial) -> list[str]:
         facts = {"frozen model alone": alone, "ratio": f"{trial.ratio:.3f}"}
         lines += [f"  {name}: {text}" for name, text in (trial.outcome.figures() | facts).items()]
     return [*lines, f"  FAILED: {trial.failure}" if trial.failure else "  passed"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Memory in bytes, and the source of the numbers."""
+
+    free: int
+    total: int
+    source: str
+
+
+def environment() -> dict[str, Any]:
+    """Collect the environment as plain values.
+
+    ``backends`` gives the backend of each operator by device, and why others are unavailable.
+    """
+    devices = dict(env.devices())
+    backends = {name: {"serving": env.serving(name), "off": env.unable(name)} for name in devices}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "reft_kernels": __version__,
+        "packages": {name: installed(name) for name in NEEDED_FOR},
+        "devices": devices,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instruction_set": cpu.instruction_set(),
+        "backends": backends,
+    }
+
+
+def environment_lines(report: dict[str, Any]) -> list[str]:
+    python = f"Python {report['python']}, {report['platform']}"
+    lines = [f"reft_kernels {report['reft_kernels']}, {python}"]
+    for name, version in report["packages"].items():
+        purpose = f", needed for {NEEDED_FOR[name]}" if version == "not installed" else ""
+        lines.append(f"  {name:<14}{version}{purpose}")
+    cores = f"{report['cores']} cores, {report['threads']} threads"
+    lines.append(f"  CPU: {cores}, instruction set {report['instruction_set']}")
+    return [*lines, *env.backend_lines()]
+
+
+def _number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file, or "max" for no limit
+        return None
+
+
+def memory_of(device: str, spread: bool = False) -> Memory:
+    """Return the memory of ``cpu`` or ``cuda`` (``spread``: of all GPUs)."""
+    if device == "cuda":
+        numbers = range(torch.cuda.device_count()) if spread else [torch.cuda.current_device()]
+        free, total = map(sum, zip(*map(torch.cuda.mem_get_info, numbers), strict=True))
+        return Memory(free, total, f"CUDA, {len(numbers)} device(s)")
+    found = psutil.virtual_memory()
+    for paths in _GROUPS:
+        limit, used = map(_number, paths)
+        if limit is not None and used is not None and limit < found.total:
+            free = min(found.available, max(0, limit - used))
+            return Memory(free, limit, "the control group's limit")
+    return Memory(found.available, found.total, "system memory")

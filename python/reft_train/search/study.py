@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from reft_train import tasks
 from reft_train.config import Bookkeeping, RunConfig, dump_yaml
 from reft_train.errors import UserError, one_line, wrong
-from reft_train.files import dumps, write_text
+from reft_train.files import check_own_folder, dumps, write_text
 from reft_train.search.space import Space, restored, stored
 from reft_train.training.outcome import Outcome
 
@@ -271,11 +271,7 @@ def open_study(plan: SearchPlan) -> optuna.Study:
     """Open the plan's study in its folder and requeue interrupted trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, folder, space = plan.config, plan.folder, plan.space
-    if folder.exists() and not folder.is_dir():
-        raise wrong("output", f"{folder}, which is a file", "a folder")
-    is_search = any((folder / name).exists() for name in (DATABASE, TRIALS, "trials"))
-    if folder.exists() and any(folder.iterdir()) and not is_search:
-        raise wrong("output", f"{folder}, which contains other files", "a new folder")
+    check_own_folder(folder, [DATABASE, TRIALS, "trials"])
     if config.overwrite:
         shutil.rmtree(folder / "trials", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

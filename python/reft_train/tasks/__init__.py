@@ -9,9 +9,9 @@ from reft_train.tasks.base import Task
 
 
 def _tasks() -> dict[str, Task]:
-    from reft_train.tasks import arithmetic, commonsense, glue, instruct, jsonl
+    from reft_train.tasks import glue, instruct, jsonl, llm_adapters
 
-    modules = (commonsense, arithmetic, instruct, glue, jsonl)
+    modules = (llm_adapters, instruct, glue, jsonl)
     return {task.name: task for module in modules for task in module.tasks()}
 
 

@@ -1,7 +1,9 @@
-"""A run's output folder: contents, checks before a run starts or resumes, and the adapter."""
+"""A run's output folder: checks before a run starts or resumes, checkpoints, and the adapter."""
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import shutil
 import tempfile
@@ -10,21 +12,21 @@ from typing import TYPE_CHECKING
 
 from reft_train.config import Bookkeeping, RunConfig, Scoring, read_yaml
 from reft_train.errors import UserError, wrong
-from reft_train.evaluation.writing import ALPACA_EVAL, PREDICTIONS
+from reft_train.evaluation.scoring import ALPACA_EVAL, PREDICTIONS
 from reft_train.files import check_folder, replace_folder
 from reft_train.methods import check_base, save_adapter
 from reft_train.models import check_reachable, model_config
 from reft_train.training import prepare
 from reft_train.training.arguments import BOARD
 from reft_train.training.callbacks import LOG
-from reft_train.training.checkpoints import checkpoints, last
-from reft_train.training.outcome import RESULTS
-from reft_train.training.run_report import PAGE, PICTURE
+from reft_train.training.outcome import PAGE, PICTURE, RESULTS
 from reft_train.training.sharding import trained_state
 
 if TYPE_CHECKING:
     from reft_train.training.trainer import ReftTrainer
 
+STAGING, LOSS, _STATE = ".saving", "loss.json", "trainer_state.json"
+NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", LOSS, _STATE)
 CONFIG, DATA, ADAPTER = "config.yaml", "data.sha256", "adapter"
 # settings that may change when a run is resumed
 _FREE = {*Bookkeeping.model_fields, *Scoring.model_fields, "data", "train", "device"}
@@ -97,3 +99,62 @@ def resume_hint(config: RunConfig) -> str:
     """Return the command that resumes a run."""
     path = str(Path(config.output) / CONFIG)
     return shlex.join(["reft-train", "run", "--config", path, "--resume"])
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Flush the folder ``staged`` to disk and rename it to the checkpoint ``target``.
+
+    When a step is saved twice (before and after an evaluation), the existing folder is kept and its
+    files are replaced one by one. Both versions belong to the same step, so a mixture is valid.
+    """
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: path.name == _STATE)
+    for path in (*files, staged):
+        _sync(path)
+    if target.exists():
+        for path in files:
+            place = target / path.relative_to(staged)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+        _sync(target)
+    else:
+        os.replace(staged, target)
+    _sync(target.parent)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove incomplete checkpoints left by a killed run."""
+    for path in (folder / STAGING, *folder.glob(".adapter-*")):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return a run's checkpoints, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def last(folder: Path) -> Path | None:
+    """Return a run's newest checkpoint, or None."""
+    newest = next(reversed(checkpoints(folder)), None)
+    missing = [name for name in NEEDED if newest and not (newest / name).is_file()]
+    if missing:
+        raise wrong("resume", f"{newest} without {', '.join(missing)}", "a complete checkpoint")
+    return newest
+
+
+def rotate(folder: Path, keep: int, best: str | None) -> None:
+    """Remove all but the ``keep`` newest checkpoints; the best one is always kept."""
+    for path in checkpoints(folder)[:-keep]:
+        if best is None or path != Path(best):
+            shutil.rmtree(path)

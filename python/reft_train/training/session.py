@@ -15,20 +15,18 @@ import transformers
 from reft_train import tasks
 from reft_train.config import RunConfig, dump_yaml
 from reft_train.errors import wrong
-from reft_train.evaluation.scoring import score_set
-from reft_train.evaluation.writing import write_predictions
+from reft_train.evaluation.scoring import score_set, write_predictions
 from reft_train.files import write_text
 from reft_train.memory import PeakMeter
 from reft_train.methods import adapt, check_base, record_base
-from reft_train.models import CLASSIFICATION, Loaded, load
+from reft_train.models import CLASSIFICATION, Loaded, load, pick_device
+from reft_train.ranks import join, together
 from reft_train.reporting import versions
 from reft_train.tasks.base import Row, Task
-from reft_train.training import checkpoints, prepare, run_dir
+from reft_train.training import prepare, run_dir
 from reft_train.training.arguments import training_arguments
 from reft_train.training.callbacks import LOG, FiniteLoss, Interrupt, Journal
-from reft_train.training.outcome import Outcome
-from reft_train.training.processes import join, together
-from reft_train.training.run_report import write_run_report
+from reft_train.training.outcome import Outcome, write_run_report
 from reft_train.training.sharding import engine_environment, gather_to_generate
 from reft_train.training.trainer import ReftTrainer, orthonormality
 
@@ -73,7 +71,7 @@ def train(
         UserError: bad input, detected before anything is written.
         FloatingPointError: the loss is not finite.
     """
-    join(config)
+    join(cpu=pick_device(config) == "cpu")
     with engine_environment(config):
         return _train(config, callbacks, report, task)
 
@@ -131,7 +129,7 @@ def _train(
 
     model, arguments = together(adapted)
     if arguments.should_save:
-        checkpoints.sweep(output)
+        run_dir.sweep(output)
         if config.overwrite:
             run_dir.clear(output)
     classifies = loaded.kind == CLASSIFICATION

@@ -31,7 +31,7 @@ from reft_train.methods import save_adapter
 from reft_train.models import evaluating
 from reft_train.training import sharding
 from reft_train.training.callbacks import Bookkeeping
-from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
+from reft_train.training.run_dir import LOSS, STAGING, publish, rotate
 
 cross_entropy = functools.partial(F.cross_entropy, reduction="none")
 

@@ -12,8 +12,8 @@ from reft_train import tasks
 from reft_train.config import METHODS, build, read_yaml
 from reft_train.methods import adapt, load_adapter
 from reft_train.models import load
-from reft_train.training.checkpoints import checkpoints
 from reft_train.training.outcome import Outcome
+from reft_train.training.run_dir import checkpoints
 from safetensors.torch import load_file
 
 from tests.reft_train.runs import adapter_bytes, boolq, instructions, logged, run, write_rows
