@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +51,11 @@ def replace_folder(source: Path, target: Path) -> Path:
     return target
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def dumps(value: Any) -> str:
     """Serialize ``value`` as indented standard JSON; non-finite numbers become null."""
-    return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+    from pydantic_core import to_json
+
+    return to_json(value, indent=1, inf_nan_mode="null").decode()
 
 
 def read_object(path: Path, name: str) -> dict[str, Any]:

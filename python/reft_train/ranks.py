@@ -41,11 +41,6 @@ def gathered(result: Result) -> list[Result]:
     return results
 
 
-def merged(results: dict[int, Result]) -> dict[int, Result]:
-    """Merge the dictionaries of all processes, whose keys are disjoint."""
-    return {number: result for part in gathered(results) for number, result in part.items()}
-
-
 def join(*, cpu: bool) -> None:
     """Create the process group if torchrun or accelerate launch started several processes.
 

@@ -18,7 +18,6 @@ ORDER = (
     "config",
     "flags",
     "commands",
-    "pooling",
     "models",
     "methods",
     "data",

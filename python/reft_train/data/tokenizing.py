@@ -82,27 +82,6 @@ def pad_id(tokenizer: Any) -> int:
     raise wrong("tokenizer", what, "one of them")
 
 
-def encode(
-    kind: str,
-    example: Example | Classified,
-    tokenizer: Any,
-    max_length: int,
-    *,
-    where: str | None = None,
-) -> Item:
-    """Encode one example for a model of ``kind``: causal, seq2seq or classification.
-
-    The target is kept and the prompt is cut from the left, after its BOS. A target that does not
-    fit next to one prompt token is cut at its end, before its EOS. Prompt and target of an
-    encoder-decoder have ``max_length`` tokens each. For a pair to classify, the longer text is cut
-    first.
-
-    Args:
-        where: location of the row for error messages.
-    """
-    return _encode(kind, [example], [where], tokenizer, max_length)[0]
-
-
 def prompt_ids(
     prompts: Sequence[str], tokenizer: Any, max_length: int, kind: str = "causal"
 ) -> list[list[int]]:
@@ -274,7 +253,7 @@ def iter_items(
     while taken := list(itertools.islice(rows, chunk)):
         classes = kind == "classification"
         read = [task.classified(r) if classes else task.example(r, tokenizer) for r in taken]
-        yield from _encode(kind, read, [row.where for row in taken], tokenizer, max_length)
+        yield from encode(kind, read, [row.where for row in taken], tokenizer, max_length)
 
 
 def all_lost(max_length: int) -> UserError:
@@ -283,7 +262,23 @@ def all_lost(max_length: int) -> UserError:
     return wrong("max_length", what, "a larger number")
 
 
-def _encode(kind: str, examples, locations, tokenizer, max_length: int) -> list[Item]:
+def encode(
+    kind: str,
+    examples: Sequence[Example] | Sequence[Classified],
+    locations: Sequence[str | None],
+    tokenizer: Any,
+    max_length: int,
+) -> list[Item]:
+    """Encode examples for a model of ``kind``: causal, seq2seq or classification.
+
+    The target is kept and the prompt is cut from the left, after its BOS. A target that does not
+    fit next to one prompt token is cut at its end, before its EOS. Prompt and target of an
+    encoder-decoder have ``max_length`` tokens each. For a pair to classify, the longer text is cut
+    first.
+
+    Args:
+        locations: location of each row for error messages.
+    """
     if max_length < 2:
         raise wrong("max_length", max_length, "at least 2")
     pairs = list(zip(examples, locations, strict=True))

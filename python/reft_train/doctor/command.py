@@ -17,8 +17,8 @@ from reft_kernels import cpu, env
 from reft_kernels.version import __version__
 from reft_train import flags, models, tasks
 from reft_train.config import RunConfig
-from reft_train.doctor.estimate import Estimate, estimate
-from reft_train.doctor.trial import Trial, run_trial
+from reft_train.doctor.estimate import estimate
+from reft_train.doctor.trial import run_trial
 from reft_train.errors import wrong
 from reft_train.files import dumps, write_text
 from reft_train.reporting import installed
@@ -48,6 +48,15 @@ _GROUPS = (
 )
 
 
+@dataclass(frozen=True)
+class Memory:
+    """Memory in bytes, and the source of the numbers."""
+
+    free: int
+    total: int
+    source: str
+
+
 def run(parsed: argparse.Namespace) -> int:
     """Run the command. Returns 0, or 1 when memory is insufficient or the trial failed."""
     if parsed.json is not None and Path(parsed.json).is_dir():
@@ -59,87 +68,19 @@ def run(parsed: argparse.Namespace) -> int:
         name = extra[0].replace("_", "-")
         raise wrong("--model", f"none with --{name}", "a model's folder or hub name")
     report: dict[str, Any] = {"environment": environment()}
-    print("", *environment_lines(report["environment"]), sep="\n", flush=True)
     code = 0 if config is None else _examine(config, parsed.trial_steps, report)
     if parsed.json is not None:
         print(f"written: {write_text(Path(parsed.json), dumps(report))}")
     return code
 
 
-def _examine(config: RunConfig, steps: int, report: dict[str, Any]) -> int:
-    task, device = tasks.get(config.task), models.pick_device(config)
-    needed = estimate(config, task)
-    memory = memory_of(device, spread=config.device_map == "auto")
-    report["settings"] = config.to_dict()
-    report["estimate"] = {**asdict(needed), "total": needed.total}
-    report["memory"] = {"device": device, **asdict(memory)}
-    print("", *estimate_lines(needed), sep="\n")
-    enough = needed.total <= memory.free
-    free = f"{size(memory.free)} free of {size(memory.total)} ({memory.source})"
-    report["verdict"] = f"{'fits' if enough else 'does not fit'}: {free}"
-    print(report["verdict"], flush=True)
-    if needed.length < config.max_length:
-        limit = f"the model reads {needed.length} tokens"
-        print(f"{limit}, fewer than --max-length {config.max_length}")
-    if not enough:
-        print("hint: --quantization 4bit (with a GPU), --dtype bfloat16, or a smaller model")
-    if not enough or not steps:
-        return int(not enough)
-    print(f"\nloading {config.model} for a trial", file=sys.stderr)
-    trial = run_trial(config, task, steps, needed.length)
-    report["trial"] = asdict(trial)
-    print("", *trial_lines(trial), sep="\n", flush=True)
-    return 0 if trial.failure is None else 1
-
-
-def size(count: float) -> str:
-    units = (("GiB", 2**30), ("MiB", 2**20))
-    unit, factor = next((pair for pair in units if count >= pair[1]), ("KiB", 2**10))
-    return f"{count / factor:,.2f} {unit}"
-
-
-def estimate_lines(needed: Estimate) -> list[str]:
-    share = f"{needed.trainable / needed.model_numbers:.4%} of the model's {needed.model_numbers:,}"
-    head = f" and {needed.head:,} of a head" if needed.head else ""
-    return [
-        "memory estimated from the model's configuration, without activations",
-        f"  frozen weights         {size(needed.frozen)}",
-        f"  trained weights        {size(needed.trained)}, with gradients and Adam's moments "
-        f"{size(4 * needed.trained)}",
-        f"  trained parameters     {needed.trainable:,} ({share}){head}",
-        f"  total                  {size(needed.total)}",
-    ]
-
-
-def trial_lines(trial: Trial) -> list[str]:
-    """Format the trial's measurements, or the reason of its failure."""
-    lines = [
-        f"trial: {trial.steps} training steps on random text, {trial.length} tokens an example"
-    ]
-    if trial.outcome is not None:
-        alone = f"{trial.frozen_seconds * 1e3:,.1f} ms, forward and backward"
-        facts = {"frozen model alone": alone, "ratio": f"{trial.ratio:.3f}"}
-        lines += [f"  {name}: {text}" for name, text in (trial.outcome.figures() | facts).items()]
-    return [*lines, f"  FAILED: {trial.failure}" if trial.failure else "  passed"]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Memory in bytes, and the source of the numbers."""
-
-    free: int
-    total: int
-    source: str
-
-
 def environment() -> dict[str, Any]:
-    """Collect the environment as plain values.
+    """Print the environment and return it as plain values.
 
     ``backends`` gives the backend of each operator by device, and why others are unavailable.
     """
     devices = dict(env.devices())
-    backends = {name: {"serving": env.serving(name), "off": env.unable(name)} for name in devices}
-    return {
+    found = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "reft_kernels": __version__,
@@ -148,26 +89,15 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instruction_set": cpu.instruction_set(),
-        "backends": backends,
+        "backends": {n: {"serving": env.serving(n), "off": env.unable(n)} for n in devices},
     }
-
-
-def environment_lines(report: dict[str, Any]) -> list[str]:
-    python = f"Python {report['python']}, {report['platform']}"
-    lines = [f"reft_kernels {report['reft_kernels']}, {python}"]
-    for name, version in report["packages"].items():
+    print("\nreft_kernels {reft_kernels}, Python {python}, {platform}".format(**found))
+    for name, version in found["packages"].items():
         purpose = f", needed for {NEEDED_FOR[name]}" if version == "not installed" else ""
-        lines.append(f"  {name:<14}{version}{purpose}")
-    cores = f"{report['cores']} cores, {report['threads']} threads"
-    lines.append(f"  CPU: {cores}, instruction set {report['instruction_set']}")
-    return [*lines, *env.backend_lines()]
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # no such file, or "max" for no limit
-        return None
+        print(f"  {name:<14}{version}{purpose}")
+    text = "  CPU: {cores} cores, {threads} threads, instruction set {instruction_set}"
+    print(text.format(**found), *env.backend_lines(), sep="\n", flush=True)
+    return found
 
 
 def memory_of(device: str, spread: bool = False) -> Memory:
@@ -178,8 +108,60 @@ def memory_of(device: str, spread: bool = False) -> Memory:
         return Memory(free, total, f"CUDA, {len(numbers)} device(s)")
     found = psutil.virtual_memory()
     for paths in _GROUPS:
-        limit, used = map(_number, paths)
-        if limit is not None and used is not None and limit < found.total:
+        try:
+            limit, used = (int(path.read_text()) for path in paths)
+        except (OSError, ValueError):  # no such file, or "max" for no limit
+            continue
+        if limit < found.total:
             free = min(found.available, max(0, limit - used))
             return Memory(free, limit, "the control group's limit")
     return Memory(found.available, found.total, "system memory")
+
+
+def size(count: float) -> str:
+    units = (("GiB", 2**30), ("MiB", 2**20))
+    unit, factor = next((pair for pair in units if count >= pair[1]), ("KiB", 2**10))
+    return f"{count / factor:,.2f} {unit}"
+
+
+def _examine(config: RunConfig, steps: int, report: dict[str, Any]) -> int:
+    """Print and report the estimate, the machine's memory and the trial."""
+    task, device = tasks.get(config.task), models.pick_device(config)
+    needed = estimate(config, task)
+    memory = memory_of(device, spread=config.device_map == "auto")
+    report["settings"] = config.to_dict()
+    report["estimate"] = {**asdict(needed), "total": needed.total}
+    report["memory"] = {"device": device, **asdict(memory)}
+    share = f"{needed.trainable / needed.model_numbers:.4%} of the model's {needed.model_numbers:,}"
+    head = f" and {needed.head:,} of a head" if needed.head else ""
+    moments = f"with gradients and Adam's moments {size(4 * needed.trained)}"
+    enough = needed.total <= memory.free
+    free = f"{size(memory.free)} free of {size(memory.total)} ({memory.source})"
+    report["verdict"] = f"{'fits' if enough else 'does not fit'}: {free}"
+    lines = [
+        "\nmemory estimated from the model's configuration, without activations",
+        f"  frozen weights         {size(needed.frozen)}",
+        f"  trained weights        {size(needed.trained)}, {moments}",
+        f"  trained parameters     {needed.trainable:,} ({share}){head}",
+        f"  total                  {size(needed.total)}",
+        report["verdict"],
+    ]
+    print(*lines, sep="\n", flush=True)
+    if needed.length < config.max_length:
+        limit = f"the model reads {needed.length} tokens"
+        print(f"{limit}, fewer than --max-length {config.max_length}")
+    if not enough:
+        print("hint: --quantization 4bit (with a GPU), --dtype bfloat16, or a smaller model")
+    if not enough or not steps:
+        return int(not enough)
+    print(f"\nloading {config.model} for a trial", file=sys.stderr)
+    trial = run_trial(config, task, steps, needed.length)
+    report["trial"] = asdict(trial)
+    print(f"\ntrial: {steps} training steps on random text, {trial.length} tokens an example")
+    if trial.outcome is not None:
+        alone = f"{trial.frozen_seconds * 1e3:,.1f} ms, forward and backward"
+        facts = {"frozen model alone": alone, "ratio": f"{trial.ratio:.3f}"}
+        for name, text in (trial.outcome.figures() | facts).items():
+            print(f"  {name}: {text}")
+    print(f"  FAILED: {trial.failure}" if trial.failure else "  passed", flush=True)
+    return 0 if trial.failure is None else 1

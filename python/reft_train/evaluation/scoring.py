@@ -18,8 +18,13 @@ from reft_train.config import RunConfig
 from reft_train.data.collating import ClassificationCollator
 from reft_train.data.tokenizing import encode, pad_id
 from reft_train.errors import wrong
-from reft_train.evaluation.batching import run_batches
-from reft_train.evaluation.generating import Decode, context_window, encode_prompts, generate
+from reft_train.evaluation.generating import (
+    Decode,
+    context_window,
+    encode_prompts,
+    generate,
+    run_batches,
+)
 from reft_train.files import dumps, replace_folder, write_text
 from reft_train.models import CLASSIFICATION, Loaded, evaluating
 from reft_train.reporting import text_table
@@ -92,10 +97,9 @@ def _classes(
     name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
 ) -> tuple:
     classified, model = [task.classified(row) for row in rows], loaded.model
-    items = [
-        encode(CLASSIFICATION, text, loaded.tokenizer, config.max_length, where=row.where).columns()
-        for text, row in zip(classified, rows, strict=True)
-    ]
+    places, length = [row.where for row in rows], config.max_length
+    items = encode(CLASSIFICATION, classified, places, loaded.tokenizer, length)
+    items = [item.columns() for item in items]
     collate = ClassificationCollator(pad_id(loaded.tokenizer))
 
     def forward(batch: list[int]) -> list[list[float]]:

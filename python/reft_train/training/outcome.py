@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pandas
 
 from reft_train import reporting
 from reft_train.errors import wrong
@@ -16,7 +18,6 @@ from reft_train.memory import Peak
 from reft_train.methods import TITLES
 
 RESULTS, PICTURE, PAGE = "results.json", "loss.png", "report.html"
-_PANELS = ("loss", "learning_rate", "orthonormality")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Outcome:
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
-        return write_text(folder / RESULTS, dumps(asdict(self)))
+        return write_text(folder / RESULTS, dumps(self))
 
     def figures(self) -> dict[str, str]:
         """Return the run's measurements by name."""
@@ -98,27 +99,26 @@ def run_curves(log: Sequence[Mapping[str, Any]]) -> bytes:
 
     Non-finite values are left out.
     """
-    points: dict[str, list[tuple[int, float]]] = {}
-    for entry in log:
-        for name in ("loss", "eval_loss", *_PANELS[1:]):
-            if math.isfinite(entry.get(name, math.nan)):
-                points.setdefault(name, []).append((entry["step"], entry[name]))
-    panels = ["loss", *(name for name in _PANELS[1:] if name in points)]
+    names = ("loss", "eval_loss", "learning_rate", "orthonormality")
+    frame = pandas.DataFrame(log, columns=["step", *names], dtype=float).set_index("step")
+    frame = frame.where(frame.abs() < math.inf)
+    curves = {name: frame[name].dropna() for name in names if frame[name].notna().any()}
+    panels = ["loss", *(name for name in names[2:] if name in curves)]
     figure = reporting.new_figure(8, 3.1 + 1.4 * len(panels))
     ratios = [3.2, 1, 1][: len(panels)]
     axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     for axis, name in zip(axes, panels, strict=True):
-        if name in points:
-            axis.plot(*zip(*points[name], strict=True), alpha=0.4, label=name)
-        if name != "learning_rate" and all(value > 0 for _, value in points.get(name, ())):
+        if name in curves:
+            axis.plot(curves[name], alpha=0.4, label=name)
+        if name != "learning_rate" and (frame[name].dropna() > 0).all():
             axis.set_yscale("log")
         axis.set_ylabel(name.replace("_", " "))
-    if "loss" in points:
-        steps, losses = zip(*points["loss"], strict=True)
-        axes[0].plot(steps, reporting.smoothed(losses), "C0", label="loss, smoothed")
-    if "eval_loss" in points:
-        axes[0].plot(*zip(*points["eval_loss"], strict=True), "C3o-", label="held-out loss")
-    if points:
+    if "loss" in curves:
+        losses = curves["loss"]
+        axes[0].plot(losses.index, reporting.smoothed(losses), "C0", label="loss, smoothed")
+    if "eval_loss" in curves:
+        axes[0].plot(curves["eval_loss"], "C3o-", label="held-out loss")
+    if curves:
         axes[0].legend()
     axes[-1].set_xlabel("step")
     return reporting.to_png(figure)

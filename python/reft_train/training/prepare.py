@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from reft_train.config import REFT_METHODS, RunConfig
-from reft_train.data import collating, packing, reading, sampling, tokenizing
+from reft_train.data import collating, reading, sampling, tokenizing
 from reft_train.data.reading import iter_rows, read_rows
 from reft_train.errors import one_line, wrong
 from reft_train.models import CAUSAL, CLASSIFICATION, Loaded
@@ -210,5 +210,5 @@ def collator(config: RunConfig, loaded: Loaded) -> Callable[[Sequence[dict]], di
         raise wrong("packing", f"true with a {loaded.kind} model", "a causal one")
     attention = str(getattr(loaded.model.config, "_attn_implementation", ""))
     flat = attention.startswith("flash_attention")
-    packing.check_model_packs(loaded.model, pad, flat)
-    return packing.PackingCollator(config.packed_length or config.max_length, pad, flat)
+    collating.check_model_packs(loaded.model, pad, flat)
+    return collating.PackingCollator(config.packed_length or config.max_length, pad, flat)

@@ -6,24 +6,17 @@ import os
 import re
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from reft_train.config import Bookkeeping, RunConfig, Scoring, read_yaml
-from reft_train.errors import UserError, wrong
+from reft_train.errors import wrong
 from reft_train.evaluation.scoring import ALPACA_EVAL, PREDICTIONS
-from reft_train.files import check_folder, replace_folder
-from reft_train.methods import check_base, save_adapter
+from reft_train.files import check_folder
+from reft_train.methods import check_base
 from reft_train.models import check_reachable, model_config
-from reft_train.training import prepare
 from reft_train.training.arguments import BOARD
 from reft_train.training.callbacks import LOG
 from reft_train.training.outcome import PAGE, PICTURE, RESULTS
-from reft_train.training.sharding import trained_state
-
-if TYPE_CHECKING:
-    from reft_train.training.trainer import ReftTrainer
 
 STAGING, LOSS, _STATE = ".saving", "loss.json", "trainer_state.json"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", LOSS, _STATE)
@@ -68,31 +61,17 @@ def _check_same(config: RunConfig, output: Path) -> None:
             raise wrong("resume", what, "the same")
 
 
-def check_same_data(rows: prepare.Rows, output: Path) -> None:
-    """Raise UserError if a resumed run has different training rows."""
-    path = output / DATA  # missing if the run was killed early
-    if path.is_file() and path.read_text(encoding="utf-8") != rows.digest():
-        raise UserError(f"resume: the training rows differ from those that {output} started with")
-
-
-def clear(output: Path) -> None:
-    """Remove the files of a previous run."""
+def clear(output: Path, *, everything: bool) -> None:
+    """Remove what a killed run left incomplete, or with ``everything`` the whole previous run."""
+    for path in (output / STAGING, *output.glob(".adapter-*")):
+        shutil.rmtree(path, ignore_errors=True)
+    if not everything:
+        return
     folders = (output / name for name in (ADAPTER, PREDICTIONS, ALPACA_EVAL, BOARD))
     for path in (*checkpoints(output), *folders):
         shutil.rmtree(path, ignore_errors=True)
     for name in (RESULTS, LOG, PICTURE, PAGE):
         (output / name).unlink(missing_ok=True)
-
-
-def publish_adapter(trainer: ReftTrainer, output: Path) -> None:
-    """Write the adapter to a temporary folder and rename it."""
-    state = trained_state(trainer.model) if trainer.is_fsdp_enabled else None
-    if trainer.args.should_save:
-        bare = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        with tempfile.TemporaryDirectory(dir=output, prefix=".adapter-") as staged:
-            save_adapter(bare, Path(staged) / ADAPTER, state)
-            replace_folder(Path(staged) / ADAPTER, output / ADAPTER)
-    trainer.accelerator.wait_for_everyone()
 
 
 def resume_hint(config: RunConfig) -> str:
@@ -129,12 +108,6 @@ def publish(staged: Path, target: Path) -> None:
         os.replace(staged, target)
     _sync(target.parent)
     shutil.rmtree(staged.parent, ignore_errors=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove incomplete checkpoints left by a killed run."""
-    for path in (folder / STAGING, *folder.glob(".adapter-*")):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ import transformers
 
 from reft_train import tasks
 from reft_train.config import RunConfig, dump_yaml
-from reft_train.errors import wrong
+from reft_train.errors import UserError, wrong
 from reft_train.evaluation.scoring import score_set, write_predictions
 from reft_train.files import write_text
 from reft_train.memory import PeakMeter
@@ -85,7 +85,10 @@ def _read(config: RunConfig, task: Task) -> tuple[Path | None, prepare.Rows, Loa
     loaded = load(config, task)
     if checkpoint is not None:
         check_base(loaded.model.config, checkpoint)
-        run_dir.check_same_data(rows, Path(config.output))
+        path = Path(config.output) / run_dir.DATA  # missing if the run was killed early
+        if path.is_file() and path.read_text(encoding="utf-8") != rows.digest():
+            started = f"those that {config.output} started with"
+            raise UserError(f"resume: the training rows differ from {started}")
     return checkpoint, rows, loaded, prepare.collator(config, loaded)
 
 
@@ -129,9 +132,7 @@ def _train(
 
     model, arguments = together(adapted)
     if arguments.should_save:
-        run_dir.sweep(output)
-        if config.overwrite:
-            run_dir.clear(output)
+        run_dir.clear(output, everything=config.overwrite)
     classifies = loaded.kind == CLASSIFICATION
     interrupt = Interrupt()
     trainer = ReftTrainer(
@@ -152,10 +153,9 @@ def _train(
     if classifies:
         # these models ignore num_items_in_batch, so Trainer would sum the means of micro-batches
         trainer.model_accepts_loss_kwargs = False
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    in_head = [name for name in trained if any(f".{part}." in name for part in loaded.heads)]
-    head = sum(trained[name] for name in in_head)
-    total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained, parameters = model.get_nb_trainable_parameters()
+    heads = [n for n, p in model.named_parameters() if p.requires_grad and trainer.in_head(n)]
+    head = sum(model.get_parameter(name).numel() for name in heads)
     if arguments.should_save:
         write_text(output / run_dir.DATA, rows.digest())
         record_base(loaded.model.config, output)
@@ -169,13 +169,13 @@ def _train(
     error, state = orthonormality(trainer.model), trainer.state
     interrupted = interrupt.requested and state.global_step < state.max_steps
     trainer.close()
-    run_dir.publish_adapter(trainer, output)
+    trainer.publish_adapter(output)
     tests = {} if interrupted else _score_tests(trainer, config, loaded, task, rows.tests)
     outcome = Outcome(
         config=config.to_dict(),
-        trainable=sum(trained.values()) - head,
+        trainable=trained - head,
         head=head,
-        total=total,
+        total=parameters - trained,
         steps=state.global_step,
         losses=[(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry],
         seconds=seconds,

@@ -184,7 +184,7 @@ def test_packing_gives_the_losses_of_padding(tiny_llama, tmp_path, rows):
 
 
 def test_packing_changes_the_batches(tiny_llama, tmp_path, rows, monkeypatch):
-    from reft_train.data.packing import PackingCollator
+    from reft_train.data.collating import PackingCollator
 
     shapes = []
     packed = PackingCollator.__call__
