@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -65,23 +66,6 @@ class ComparisonPlan:
     @property
     def folder(self) -> Path:
         return Path(self.config.output)
-
-    def search_plan(self, method: str, space: Space) -> SearchPlan:
-        """Return the plan of a method's search, with a separate folder."""
-        output = str(self.folder / "search" / method)
-        config = self.config.replace(method=method, output=output, resume=False, overwrite=False)
-        budget = {"trials": self.trials, "timeout": self.seconds, "sampler_seed": self.sampler_seed}
-        return SearchPlan(config, space, self.objective, **budget, pruner="none", start=False)
-
-    def final_config(self, best: RunConfig, seed: int) -> RunConfig:
-        """Return the settings of a tested run: the method's best ones with the given seed."""
-        output = str(self.folder / "runs" / best.method / f"seed-{seed}")
-        return best.replace(seed=seed, output=output, skip_test=False, resume=False, overwrite=True)
-
-    def order(self, methods: Sequence[str]) -> list[tuple[str, int]]:
-        """Order the tested runs by seed, rotating the methods to spread machine noise evenly."""
-        turns, count = enumerate(self.seeds), len(methods)
-        return [(methods[(at + turn) % count], seed) for turn, seed in turns for at in range(count)]
 
 
 @dataclass(frozen=True)
@@ -182,8 +166,14 @@ def compare(
         raise UserError(refused[0].removeprefix(REFUSED))
     outcomes: dict[tuple[str, int], Outcome] = {}
     failures: dict[str, list[str]] = {method: [] for method in plan.methods}
-    for method, seed in plan.order([method for method, (_, best) in tuned.items() if best]):
-        config = plan.final_config(tuned[method][1], seed)
+    turns, runs = deque(method for method, (_, best) in tuned.items() if best), []
+    for seed in plan.seeds:
+        runs += [(method, seed) for method in turns]
+        turns.rotate(-1)  # another method begins with each seed: noise is spread evenly
+    for method, seed in runs:
+        output = str(plan.folder / "runs" / method / f"seed-{seed}")
+        own = {"seed": seed, "output": output, "skip_test": False, "overwrite": True}
+        config = tuned[method][1].replace(**own)
         outcome = _finished(config)
         if outcome is None:
             log(f"{method}, seed {seed}: training and testing")
@@ -207,7 +197,10 @@ def _tuned(
     plan: ComparisonPlan, method: str, space: Space, train: Train, log: Callable
 ) -> tuple[dict[str, Any], RunConfig | None]:
     """Run a method's search; return its result and the best settings or None."""
-    search_plan = plan.search_plan(method, space)
+    output = str(plan.folder / "search" / method)
+    config = plan.config.replace(method=method, output=output, resume=False, overwrite=False)
+    budget = {"trials": plan.trials, "timeout": plan.seconds, "sampler_seed": plan.sampler_seed}
+    search_plan = SearchPlan(config, space, plan.objective, **budget, pruner="none", start=False)
     row = {"method": method, "status": "ok", "varied": {}, "trials": 0, "search_seconds": 0.0}
     row |= {**dict.fromkeys(_MEASURED), "seeds": 0, "tests": {}}
     log(f"{method}: choosing {', '.join(space)} on held-out rows")

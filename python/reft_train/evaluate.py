@@ -39,12 +39,31 @@ def run(parsed: argparse.Namespace) -> int:
     if adapter is not None:
         # checked before the weights are loaded, which is slow
         methods.check_base(models.model_config(config), adapter)
-    return _score(config, task, sets, adapter, out)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    device = models.pick_device(config)
+    state, loaded = PartialState(cpu=device == "cpu"), models.load(config, task)
+    if adapter is not None:
+        loaded = replace(loaded, model=methods.load_adapter(loaded, adapter))
+    if config.device_map == "none" and config.quantization == "none":
+        loaded.model.to(state.device if state.num_processes > 1 else device)
+    scores = [scoring.score_set(name, rows, loaded, task, config) for name, rows in sets.items()]
+    if not state.is_main_process:
+        return 0
+    model_name = Path(config.model).name + ("" if adapter is None else "-reft")
+    scoring.write_predictions(out, task, scores, model_name)
+    about = {"model": config.model, "task": task.name, "adapter": adapter and str(adapter)}
+    settings = {name: getattr(config, name) for name in EVALUATED if name not in about}
+    scoring.write_scores(out, scores, {**about, "settings": settings})
+    print(scoring.render(scores))
+    if not task.metrics:
+        print("not scored: alpaca_eval/ has the answers for its judge", file=sys.stderr)
+    print(f"written to {out}")
+    return 0
 
 
 def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
     """Merge the settings of the run, the file and the flags; later ones override earlier ones."""
-    layers: list[dict[str, Any]] = []
+    layers = []
     if parsed.run_folder is not None:
         path = Path(parsed.run_folder) / CONFIG
         if not path.is_file():
@@ -80,28 +99,3 @@ def resolve_adapter(parsed: argparse.Namespace) -> Path | None:
         name = "--run" if parsed.adapter is None else "--adapter"
         raise wrong(name, f"{folder}, without an adapter_config.json", "a saved adapter")
     return folder
-
-
-def _score(
-    config: RunConfig, task: Any, sets: dict[str, list], adapter: Path | None, out: Path
-) -> int:
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    device = models.pick_device(config)
-    state, loaded = PartialState(cpu=device == "cpu"), models.load(config, task)
-    if adapter is not None:
-        loaded = replace(loaded, model=methods.load_adapter(loaded, adapter))
-    if config.device_map == "none" and config.quantization == "none":
-        loaded.model.to(state.device if state.num_processes > 1 else device)
-    scores = [scoring.score_set(name, rows, loaded, task, config) for name, rows in sets.items()]
-    if not state.is_main_process:
-        return 0
-    model_name = Path(config.model).name + ("" if adapter is None else "-reft")
-    scoring.write_predictions(out, task, scores, model_name)
-    about = {"model": config.model, "task": task.name, "adapter": adapter and str(adapter)}
-    settings = {name: getattr(config, name) for name in EVALUATED if name not in about}
-    scoring.write_scores(out, scores, {**about, "settings": settings})
-    print(scoring.render(scores))
-    if not task.metrics:
-        print("not scored: alpaca_eval/ has the answers for its judge", file=sys.stderr)
-    print(f"written to {out}")
-    return 0

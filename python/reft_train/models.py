@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -67,7 +68,7 @@ def model_config(config: RunConfig) -> Any:
     path, expected = Path(config.model), "a folder with config.json, weights and a tokenizer"
     if path.exists() and not (path / "config.json").is_file():
         raise wrong("model", path, f"{expected}: --model FOLDER")
-    if not path.exists() and _is_local(config.model):
+    if not path.exists() and not _is_hub_name(config.model):
         raise wrong(
             "model", f"{config.model!r}, which does not exist", f"{expected}: --model FOLDER"
         )
@@ -84,10 +85,8 @@ def model_config(config: RunConfig) -> Any:
 
 def _unloadable(name: str, what: str, error: Exception) -> UserError:
     """Build the error for a model that cannot be loaded; for a hub name it lists what was tried."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if Path(name).exists() or not _is_hub_name(name):
         return UserError(f"model: got {name!r}, {what} ({one_line(error)})")
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -95,9 +94,9 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
     def raised(kind: Any) -> bool:
         return any(isinstance(part, kind) for part in chain)
 
-    if raised(GatedRepoError):
+    if raised(hub_errors.GatedRepoError):
         hub = "access on huggingface.co is restricted: accept its terms there and run hf auth login"
-    elif raised(RepositoryNotFoundError):
+    elif raised(hub_errors.RepositoryNotFoundError):
         hub = "huggingface.co has no such public model (hf auth login gives access to private ones)"
     else:
         hub = f"it could not be downloaded from huggingface.co ({one_line(error, 100)})"
@@ -107,12 +106,12 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
     )
 
 
-def _is_local(name: str) -> bool:
-    """Whether a name can only be a local folder.
-
-    A hub name has at most one slash, and no leading slash.
-    """
-    return name.startswith((".", "~")) or Path(name).is_absolute() or name.count("/") > 1
+def _is_hub_name(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except hub_errors.HFValidationError:
+        return False
+    return True
 
 
 def check_reachable(config: RunConfig, run: Path) -> None:

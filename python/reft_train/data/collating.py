@@ -29,7 +29,10 @@ _PROBES = (9, 5, 7, 12)  # token counts of the test sequences
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Collate causal items: ``input_ids``, ``attention_mask``, and ``labels`` if present.
+    """Collate items into ``input_ids``, ``attention_mask``, and what else they have.
+
+    That is ``token_type_ids``, and ``labels``: of every token, or ``[B]`` int64 classes or float32
+    targets of texts to classify.
 
     Args:
         pad_id: padding value of ``input_ids``; labels are padded with -100.
@@ -48,24 +51,15 @@ class PaddingCollator:
         if "token_type_ids" in items[0]:
             batch["token_type_ids"] = self._padded([item["token_type_ids"] for item in items], 0)
         if "labels" in items[0]:
-            batch["labels"] = self._labels([item["labels"] for item in items])
+            labels = [item["labels"] for item in items]
+            numbers = isinstance(labels[0], int | float)
+            batch["labels"] = torch.tensor(labels) if numbers else self._padded(labels, IGNORED)
         return batch
 
     def _padded(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
         tensors = [torch.as_tensor(row, dtype=torch.int64) for row in rows]
         options = {"padding_value": value, "padding_side": self.side}
         return pad_sequence(tensors, batch_first=True, **options)
-
-    def _labels(self, labels: Sequence[Any]) -> Tensor:
-        return self._padded(labels, IGNORED)
-
-
-class ClassificationCollator(PaddingCollator):
-    """Collate texts to classify, with labels ``[B]``: int64 classes or float32 targets."""
-
-    def _labels(self, labels: Sequence[Any]) -> Tensor:
-        numbers = any(isinstance(label, float) for label in labels)
-        return torch.tensor(labels, dtype=torch.float32 if numbers else torch.int64)
 
 
 class PackingCollator(DataCollatorWithFlattening):

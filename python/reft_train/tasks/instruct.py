@@ -64,7 +64,3 @@ def alpaca_eval_row(prediction: Mapping[str, Any], generator: str) -> dict[str, 
     output, dataset = response(prediction["generated"]), prediction.get("dataset")
     row = {"instruction": prediction["instruction"], "output": output.strip()}
     return {**row, "dataset": dataset or EVALUATION_SET, "generator": generator}
-
-
-def tasks() -> list[Task]:
-    return [Instruct()]

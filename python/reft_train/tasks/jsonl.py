@@ -105,7 +105,3 @@ def _conversation(row: Row) -> list[dict[str, str]]:
             raise wrong(f"{where}: role", repr(role), f"one of {', '.join(ROLES)}")
         fields.filled(part, "content", ("role", "content"))
     return messages
-
-
-def tasks() -> list[Task]:
-    return [Jsonl()]

@@ -142,10 +142,3 @@ def number(answer: str) -> float | None:
 def same_number(prediction: str | None, answer: float) -> bool:
     """Whether a number in text is within 1e-3 of the answer; False for None."""
     return prediction is not None and math.fabs(float(prediction) - answer) <= TOLERANCE
-
-
-def tasks() -> list[Task]:
-    """Return both mixtures, each before its sets."""
-    sets = [Commonsense(name, labels, (name,)) for name, labels in COMMONSENSE.items()]
-    sets = [Commonsense("commonsense", None, tuple(COMMONSENSE)), *sets]
-    return [*sets, Arithmetic("math", ARITHMETIC), *(Arithmetic(n, (n,)) for n in ARITHMETIC)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+from pydantic import TypeAdapter
 
 from reft_train import reporting
-from reft_train.errors import wrong
+from reft_train.errors import one_line, wrong
 from reft_train.files import dumps, write_bytes, write_text
 from reft_train.memory import Peak
 from reft_train.methods import TITLES
@@ -86,11 +86,10 @@ class Outcome:
     def load(cls, folder: str | Path) -> Outcome:
         """Load the outcome saved in a run's folder."""
         try:
-            fields = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
-            losses = [(int(step), float(loss)) for step, loss in fields["losses"]]
-            return cls(**{**fields, "memory": Peak(**fields["memory"]), "losses": losses})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"{folder}, without a readable {RESULTS} ({error})"
+            text = (Path(folder) / RESULTS).read_text(encoding="utf-8")
+            return TypeAdapter(cls).validate_json(text)
+        except (OSError, ValueError) as error:
+            what = f"{folder}, without a readable {RESULTS} ({one_line(error)})"
             raise wrong("run", what, "a finished run") from None
 
 

@@ -203,8 +203,6 @@ def collator(config: RunConfig, loaded: Loaded) -> Callable[[Sequence[dict]], di
     """Return the collator: padded, or packed if the model keeps packed examples apart."""
     pad = tokenizing.pad_id(loaded.tokenizer)
     if not config.packing:
-        if loaded.kind == CLASSIFICATION:
-            return collating.ClassificationCollator(pad)
         return collating.PaddingCollator(pad)
     if loaded.kind != CAUSAL:
         raise wrong("packing", f"true with a {loaded.kind} model", "a causal one")
