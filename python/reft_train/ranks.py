@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+from accelerate import PartialState
 
 from reft_train.errors import ReportedError, UserError
 
@@ -47,8 +48,6 @@ def join(*, cpu: bool) -> None:
     Engines use the existing group.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        from accelerate import PartialState
-
         # the timeout covers tokenization on the first process
         PartialState(cpu=cpu, timeout=timedelta(hours=2))
 
@@ -67,8 +66,6 @@ def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
     """
     if not joined():
         return prepare()
-    from accelerate import PartialState
-
     error, result = None, None
     first = PartialState().local_main_process_first() if in_turn else contextlib.nullcontext()
     with first:

@@ -13,13 +13,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reft_train.errors import UserError, one_line, wrong
 from reft_train.tasks.base import Row, Task
-
-if TYPE_CHECKING:
-    from reft_train.tasks.glue import Glue
+from reft_train.tasks.glue import Glue
 
 # training sets whose name differs from the task's
 _LLM_ADAPTERS = {"commonsense": "commonsense_170k", "math": "math_10k"}

@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from reft_train.data.reading import existing_file, iter_rows
 from reft_train.errors import UserError, wrong
 from reft_train.files import default_cache
+from reft_train.tasks.base import Classified, Example, Row, Task
 
 if TYPE_CHECKING:
     import datasets
-
-    from reft_train.tasks.base import Classified, Example, Row, Task
 
 IGNORED = -100  # label ignored by the loss
 _FORMAT = 5  # version of the cached format; part of every key

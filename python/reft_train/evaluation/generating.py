@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
@@ -23,8 +25,6 @@ Result = TypeVar("Result")
 
 def bar(total: int, title: str, unit: str = "step", show: bool = True) -> Any:
     """Create a tqdm bar on stderr; without a terminal it is printed every ten seconds."""
-    from tqdm import tqdm
-
     every = 0.2 if sys.stderr.isatty() else 10.0
     options = {"unit": unit, "mininterval": every, "maxinterval": every, "disable": not show}
     return tqdm(total=total, desc=f"{title:<26}", **options)
@@ -179,8 +179,6 @@ def _decoding(
     model: Any, base: Any, tokenizer: Any, decode: Decode, ends: list[int]
 ) -> Iterator[None]:
     """Replace the model's generation config and the random state, and restore both on exit."""
-    from transformers import GenerationConfig
-
     before, sampling = base.generation_config, {"do_sample": False}
     if decode.temperature > 0:
         sampling = {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}

@@ -9,6 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from reft_train.config import RunConfig
 from reft_train.errors import wrong
 from reft_train.models import pick_device
@@ -33,9 +36,6 @@ def training_arguments(
         metric: metric that selects the best checkpoint ("loss" or a metric's name). None: no
             selection.
     """
-    import torch
-    import transformers
-
     device, save_every = pick_device(config), config.save_every
     if config.mixed_precision == "fp16" and device == "cpu":
         raise wrong("mixed_precision", "fp16 on a CPU", "bf16 or no")

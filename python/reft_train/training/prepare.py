@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from reft_kernels.integrations.peft import from_chat_template
 from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.data import collating, reading, sampling, tokenizing
 from reft_train.data.reading import iter_rows, read_rows
@@ -161,8 +162,6 @@ def response_template(
     must not occur in any answer. Otherwise, or if the chat template has none, a warning is printed
     and prompt ends are found from the labels.
     """
-    from reft_kernels.integrations.peft import from_chat_template
-
     tokenizer = loaded.tokenizer
     if loaded.kind != CAUSAL or config.method not in REFT_METHODS or not tokenizer.chat_template:
         return None

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed import fsdp
 
 from reft_kernels.interventions import Intervention
 from reft_train.config import RunConfig
@@ -96,9 +99,6 @@ def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
 
 def shard_on_cpus(accelerator: Any, arguments: Any) -> None:
     """Make accelerate use FSDP2 on CPUs, where it would otherwise use DDP without a warning."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
     plugin = FullyShardedDataParallelPlugin(**(getattr(arguments, "fsdp_plugin_args", None) or {}))
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
@@ -114,17 +114,15 @@ def shard_stacks(model: nn.Module) -> None:
     backward, so it cannot belong to a layer's unit. It computes in float32: R built from rounded
     parameters is not orthonormal.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
     # edits read a stack's outputs and never write to them
     text = "FSDP2-wrapped module .* returned a view tensor"
     warnings.filterwarnings("ignore", message=text, category=UserWarning)
-    policy = MixedPrecisionPolicy(
+    policy = fsdp.MixedPrecisionPolicy(
         param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for stack in list(model.modules()):
-        if isinstance(stack, Intervention) and not isinstance(stack, FSDPModule):
-            fully_shard(stack, mp_policy=policy)
+        if isinstance(stack, Intervention) and not isinstance(stack, fsdp.FSDPModule):
+            fsdp.fully_shard(stack, mp_policy=policy)
 
 
 def gather_to_generate(model: nn.Module) -> None:
@@ -132,14 +130,12 @@ def gather_to_generate(model: nn.Module) -> None:
 
     transformers 4 does not do this.
     """
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
     if (
-        isinstance(model, FSDPModule)
+        isinstance(model, fsdp.FSDPModule)
         and hasattr(model, "generate")
         and "generate" not in vars(model)
     ):
-        register_fsdp_forward_method(model, "generate")
+        fsdp.register_fsdp_forward_method(model, "generate")
 
 
 def forget_built(model: nn.Module) -> None:
