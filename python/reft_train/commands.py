@@ -33,9 +33,11 @@ DOCTOR = """Report installed packages and the backend of each operator. With --m
 it with the machine's, and train a few steps on random text, which measures the whole. Exits with
 1 when the memory does not suffice or the trial fails."""
 COMPARED = ("loreft", "nodireft", "noreft", "lora", "dora", "prefix", "ia3")
-_NOT_COMPARED = ("method", "resume", "overwrite", "skip_test", "lr", "rank", "prefix_tokens")
-_EVALUATED = (*Frozen.model_fields, *Scoring.model_fields, "task", "data", "max_length", "seed")
-EVALUATED = [n for n in (*_EVALUATED, "threads") if n not in ("skip_test", "pooling")]
+# a comparison sets these itself, or chooses them for each method
+_NOT_COMPARED = ("method", "recipe", "resume", "overwrite", "skip_test", "lr", "rank")
+_NOT_COMPARED += ("prefix_tokens",)
+EVALUATED = [*Frozen.model_fields, *Scoring.model_fields, "task", "data", "max_length", "seed"]
+EVALUATED = [name for name in (*EVALUATED, "threads") if name not in ("skip_test", "pooling")]
 
 
 def add_parsers(subparsers: argparse._SubParsersAction) -> None:
@@ -112,5 +114,4 @@ def _compare(command: argparse.ArgumentParser) -> None:
     text = "seconds of each method's search"
     budget.add_argument("--budget-seconds", type=flags.number(float, 1e-9), metavar="S", help=text)
     _add_choice(group.add_argument)
-    left_out = (*_NOT_COMPARED, "recipe")
-    flags.add_settings(command, [name for name in FIELDS if name not in left_out])
+    flags.add_settings(command, [name for name in FIELDS if name not in _NOT_COMPARED])

@@ -234,9 +234,22 @@ class ReftTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint atomically, so that a kill leaves the previous one intact."""
-        folder = Path(self._get_output_dir())
+        folder, name = Path(self._get_output_dir()), f"checkpoint-{self.state.global_step}"
+        self._staging = True
         try:
-            self._write_checkpoint(folder, *args, **kwargs)
+            super()._save_checkpoint(*args, **kwargs)
+            losses = self._losses().tolist()
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step:
+                best = folder / f"checkpoint-{self.state.best_global_step}"
+                if best.exists() or best.name == name:
+                    self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                staged = folder / STAGING / name
+                write_text(staged / LOSS, json.dumps({"losses": losses, "steps": self.loss_steps}))
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+                publish(staged, folder / name)
+                rotate(folder, self.keep, self.state.best_model_checkpoint)
         except Exception as error:
             shutil.rmtree(folder / STAGING, ignore_errors=True)
             # torch's writer raises a RuntimeError that names inline_container
@@ -244,27 +257,9 @@ class ReftTrainer(transformers.Trainer):
                 what = f"{folder}, where no checkpoint can be written ({one_line(error)})"
                 raise wrong("output", what, "a writable folder with space") from error
             raise
-        self.accelerator.wait_for_everyone()
-
-    def _write_checkpoint(self, folder: Path, *args: Any, **kwargs: Any) -> None:
-        self._staging = True
-        try:
-            super()._save_checkpoint(*args, **kwargs)
         finally:
             self._staging = False
-        losses = self._losses().tolist()
         self.accelerator.wait_for_everyone()
-        name = f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            best = folder / f"checkpoint-{self.state.best_global_step}"
-            if best.exists() or best.name == name:
-                self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            staged = folder / STAGING / name
-            write_text(staged / LOSS, json.dumps({"losses": losses, "steps": self.loss_steps}))
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-            publish(staged, folder / name)
-            rotate(folder, self.keep, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See Trainer; for a sharded model only trained parameters are gathered."""
