@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from reft_train.errors import wrong
 
@@ -15,16 +16,12 @@ from reft_train.errors import wrong
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write ``content`` to a temporary file and rename it to ``path``. Creates parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.umask(mask := os.umask(0))
-        # mkstemp creates files with mode 0600, which other users cannot read
-        os.chmod(temporary, 0o666 & ~mask)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return path
 

@@ -15,7 +15,7 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
-from torch.nn import functional as F
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from reft_train.config import RunConfig
@@ -309,8 +309,6 @@ class MeanPooledClassifier(nn.Module):
         mask = mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
         logits, loss = self.classifier(pooled.to(self.classifier.weight.dtype)), None
-        if labels is not None and logits.shape[-1] == 1:
-            loss = F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-        elif labels is not None:
-            loss = F.cross_entropy(logits, labels)
+        if labels is not None:
+            loss = ForSequenceClassificationLoss(labels, logits, self.config)
         return SequenceClassifierOutput(loss=loss, logits=logits)
