@@ -83,8 +83,9 @@ class Comparison:
 
 def spread(values: pandas.Series) -> dict[str, float] | None:
     """Return the mean and the sample standard deviation (NaN for a single value)."""
-    known = values.dropna()
-    return None if known.empty else {"mean": known.mean(), "deviation": known.std()}
+    if values.empty:
+        return None
+    return {"mean": values.mean(skipna=False), "deviation": values.std(skipna=False)}
 
 
 def summarized(outcomes: Sequence[Outcome], plan: ComparisonPlan) -> dict[str, Any]:
@@ -97,12 +98,13 @@ def summarized(outcomes: Sequence[Outcome], plan: ComparisonPlan) -> dict[str, A
     by_set = [{name: m[metric] for name, m in sets.items() if metric} for sets in frame.tests]
     tests = pandas.DataFrame(by_set, index=frame.index)
     memory = pandas.DataFrame(list(frame.memory))
-    held_out = frame.validation.map(lambda metrics: metrics.get(plan.objective.name))
+    name = plan.objective.name
+    held_out = [metrics[name] for metrics in frame.validation if name in metrics]
     return {
         "seeds": len(frame),
-        "test": spread(tests.mean(axis=1)),
+        "test": None if tests.empty else spread(tests.mean(axis=1, skipna=False)),
         "tests": {name: spread(values) for name, values in tests.items()},
-        "validation": spread(held_out.astype(float)),
+        "validation": spread(pandas.Series(held_out, dtype=float)),
         "trainable": int(frame.trainable[0]),
         "head": int(frame["head"][0]),
         **frame[["step_seconds", "tokens_per_second"]].median().to_dict(),
