@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas
 from pydantic import TypeAdapter
 
 from reft_train import reporting
@@ -98,6 +97,8 @@ def run_curves(log: Sequence[Mapping[str, Any]]) -> bytes:
 
     Non-finite values are left out.
     """
+    import pandas
+
     names = ("loss", "eval_loss", "learning_rate", "orthonormality")
     frame = pandas.DataFrame(log, columns=["step", *names], dtype=float).set_index("step")
     frame = frame.where(frame.abs() < math.inf)
