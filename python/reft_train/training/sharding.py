@@ -18,12 +18,13 @@ from reft_kernels.interventions import Intervention
 from reft_train.config import RunConfig
 from reft_train.errors import wrong
 
+# as TrainingArguments takes them, and upper-cased with a prefix as accelerate reads them
 _SETTINGS = {
-    "FSDP_VERSION": "2",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "version": 2,
+    "state_dict_type": "FULL_STATE_DICT",
+    "reshard_after_forward": True,
+    "cpu_ram_efficient_loading": False,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
 }
 
 
@@ -37,7 +38,7 @@ def engine_environment(config: RunConfig) -> Iterator[None]:
     """Set the environment variables read by engines during a run, and restore them on exit."""
     before, prefixes = dict(os.environ), ("ACCELERATE_", "FSDP_")
     if requested(config):
-        os.environ.update(_SETTINGS)
+        os.environ.update({f"FSDP_{name.upper()}": str(v) for name, v in _SETTINGS.items()})
     try:
         yield
     finally:
@@ -87,14 +88,7 @@ def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
         if fails:
             raise wrong("fsdp", f"true {what}", expected)
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(blocks)
-    settings = {
-        "version": 2,
-        "transformer_layer_cls_to_wrap": blocks,
-        "state_dict_type": "FULL_STATE_DICT",
-        "cpu_ram_efficient_loading": False,
-        "reshard_after_forward": True,
-    }
-    return {"fsdp": True, "fsdp_config": settings}
+    return {"fsdp": True, "fsdp_config": {**_SETTINGS, "transformer_layer_cls_to_wrap": blocks}}
 
 
 def shard_on_cpus(accelerator: Any, arguments: Any) -> None:
