@@ -134,6 +134,12 @@ def identity(hf_config: Any) -> dict[str, Any]:
     return {name: value for name, value in pairs if isinstance(value, int | str)}
 
 
+def positions_of(hf_config: Any) -> int | None:
+    """Return the number of tokens that a model reads, or None if its configuration has none."""
+    text = hf_config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+
+
 def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
     """Return how the model is used: ``architecture`` if set, else derived from model and task."""
     generates = task.decoding is not None

@@ -67,9 +67,7 @@ def estimate(config: RunConfig, task: Task) -> Estimate:
         linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m != output]
         special = {f"{name}.weight": kind for name in linear}
     frozen = int(compute_module_sizes(model, special_dtypes=special)[""])
-    text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    length = min(config.max_length, longest or config.max_length)
+    length = min(config.max_length, models.positions_of(model.config) or config.max_length)
     with warnings.catch_warnings():
         # initialization on the meta device warns that it does nothing
         warnings.simplefilter("ignore")

@@ -16,7 +16,7 @@ from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
 from reft_train.data.tokenizing import pad_id, prompt_ids
 from reft_train.errors import wrong
-from reft_train.models import CAUSAL, bare, evaluating
+from reft_train.models import CAUSAL, bare, evaluating, positions_of
 from reft_train.ranks import gathered, joined, place
 from reft_train.tasks.base import Decoding
 
@@ -109,9 +109,7 @@ def context_window(model: Any, kind: str) -> int | None:
     """Return the context size of a causal model minus a trained prefix, or None if unknown."""
     if kind != CAUSAL:
         return None
-    config = bare(model).config.get_text_config()
-    sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
-    window = next(filter(None, sizes), None)
+    window = positions_of(bare(model).config)
     prefix = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     return None if window is None else max(2, window - prefix)
 
