@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from reft_train.evaluation.batching import bar
+from reft_train.evaluation.generating import bar
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH = 2048, 256, 4, 4, 256, 8
 PACKAGES = (

@@ -26,8 +26,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from reft_train.data.collating import PaddingCollator
-from reft_train.data.packing import PackingCollator
+from reft_train.data.collating import PackingCollator, PaddingCollator
 from reft_train.data.sampling import GroupedSampler
 from torch import Tensor
 

@@ -1,7 +1,4 @@
-"""Command line entry point: ``python -m reft_train COMMAND``.
-
-Each module in ``COMMANDS`` implements one command.
-"""
+"""Command line entry point: ``python -m reft_train COMMAND``."""
 
 from __future__ import annotations
 
@@ -12,26 +9,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reft_train import demo, evaluate, run
-from reft_train.compare import command as compare
-from reft_train.doctor import command as doctor
+from reft_train import commands, demo
 from reft_train.errors import ReportedError, UserError
-from reft_train.search import command as search
-
-COMMANDS = (run, evaluate, search, compare, doctor, demo)
 
 
 def parser() -> argparse.ArgumentParser:
-    """Build the parser of all commands.
-
-    Each command's parser sets ``run``, a function from parsed arguments to an exit code.
-    """
+    """Build the parser of all commands."""
     top = argparse.ArgumentParser(
         prog="python -m reft_train", description="Train and evaluate ReFT adapters."
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands)
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parsers(subparsers)
+    demo.add_parser(subparsers)
     return top
 
 

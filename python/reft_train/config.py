@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from reft_train import tasks
 from reft_train.errors import UserError, one_line, wrong
 from reft_train.recipes import recipe
 
@@ -249,8 +250,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def build(*layers: Mapping[str, Any]) -> RunConfig:
     """Build a configuration from mappings; later ones override earlier ones and the recipe."""
-    from reft_train import tasks
-
     merged = {name: value for values in layers for name, value in values.items()}
     if not isinstance(merged.get("task"), str) or not merged["task"]:
         raise wrong("task", "none", "a task such as commonsense, gsm8k, boolq or jsonl")

@@ -8,31 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from reft_train import flags, tasks
-from reft_train.config import Frozen, RunConfig, Scoring, build, read_yaml
+import torch
+from accelerate import PartialState
+
+from reft_train import flags, methods, models, tasks
+from reft_train.commands import EVALUATED
+from reft_train.config import RunConfig, build, read_yaml
 from reft_train.errors import wrong
+from reft_train.evaluation import scoring
 from reft_train.files import check_folder, read_object
+from reft_train.training.prepare import find_rows
+from reft_train.training.run_dir import ADAPTER, CONFIG
 
-SETTINGS = [*Frozen.model_fields, *Scoring.model_fields, "task", "data", "max_length", "seed"]
-SETTINGS = [name for name in (*SETTINGS, "threads") if name not in ("skip_test", "pooling")]
-CONFIG, ADAPTER, FROZEN = "config.yaml", "adapter", "none"
-DESCRIPTION = """Score an adapter on test sets: generate answers or predict classes, apply the
-task's rule, print a table with the average over sets. Writes scores.json,
-predictions/<set>.jsonl and, for instruct, alpaca_eval/<set>.json."""
-
-
-def add_parser(subparsers) -> None:
-    """Add the command and its flags."""
-    text = "score a run, an adapter or a frozen model"
-    command = subparsers.add_parser("eval", help=text, description=DESCRIPTION)
-    text = "a run's output folder, for settings and adapter; other flags take precedence"
-    command.add_argument("--run", dest="run_folder", metavar="FOLDER", help=text)
-    text = "adapter to score; none: the frozen model itself (default: that of --run)"
-    command.add_argument("--adapter", metavar="FOLDER", help=text)
-    text = "folder of scores and predictions (default: eval in the run's folder, or runs/eval)"
-    command.add_argument("--out", metavar="FOLDER", help=text)
-    flags.add_settings(command, SETTINGS)
-    command.set_defaults(run=run)
+FROZEN = "none"
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -41,9 +29,6 @@ def run(parsed: argparse.Namespace) -> int:
     base = Path("runs" if parsed.run_folder is None else parsed.run_folder)
     out = base / "eval" if parsed.out is None else Path(parsed.out)
     check_folder(out, "--out")
-    from reft_train import methods, models
-    from reft_train.training.prepare import find_rows
-
     if parsed.run_folder is not None:  # a frozen model without an adapter can be any model
         if config.model == read_yaml(base / CONFIG).get("model"):
             models.check_reachable(config, base)
@@ -54,12 +39,31 @@ def run(parsed: argparse.Namespace) -> int:
     if adapter is not None:
         # checked before the weights are loaded, which is slow
         methods.check_base(models.model_config(config), adapter)
-    return _score(config, task, sets, adapter, out)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    device = models.pick_device(config)
+    state, loaded = PartialState(cpu=device == "cpu"), models.load(config, task)
+    if adapter is not None:
+        loaded = replace(loaded, model=methods.load_adapter(loaded, adapter))
+    if config.device_map == "none" and config.quantization == "none":
+        loaded.model.to(state.device if state.num_processes > 1 else device)
+    scores = [scoring.score_set(name, rows, loaded, task, config) for name, rows in sets.items()]
+    if not state.is_main_process:
+        return 0
+    model_name = Path(config.model).name + ("" if adapter is None else "-reft")
+    scoring.write_predictions(out, task, scores, model_name)
+    about = {"model": config.model, "task": task.name, "adapter": adapter and str(adapter)}
+    settings = {name: getattr(config, name) for name in EVALUATED if name not in about}
+    scoring.write_scores(out, scores, {**about, "settings": settings})
+    print(scoring.render(scores))
+    if not task.metrics:
+        print("not scored: alpaca_eval/ has the answers for its judge", file=sys.stderr)
+    print(f"written to {out}")
+    return 0
 
 
 def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
     """Merge the settings of the run, the file and the flags; later ones override earlier ones."""
-    layers: list[dict[str, Any]] = []
+    layers = []
     if parsed.run_folder is not None:
         path = Path(parsed.run_folder) / CONFIG
         if not path.is_file():
@@ -95,35 +99,3 @@ def resolve_adapter(parsed: argparse.Namespace) -> Path | None:
         name = "--run" if parsed.adapter is None else "--adapter"
         raise wrong(name, f"{folder}, without an adapter_config.json", "a saved adapter")
     return folder
-
-
-def _score(
-    config: RunConfig, task: Any, sets: dict[str, list], adapter: Path | None, out: Path
-) -> int:
-    import torch
-    from accelerate import PartialState
-
-    from reft_train import models
-    from reft_train.evaluation import scoring, writing
-    from reft_train.methods import load_adapter
-
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    device = models.pick_device(config)
-    state, loaded = PartialState(cpu=device == "cpu"), models.load(config, task)
-    if adapter is not None:
-        loaded = replace(loaded, model=load_adapter(loaded, adapter))
-    if config.device_map == "none" and config.quantization == "none":
-        loaded.model.to(state.device if state.num_processes > 1 else device)
-    scores = [scoring.score_set(name, rows, loaded, task, config) for name, rows in sets.items()]
-    if not state.is_main_process:
-        return 0
-    model_name = Path(config.model).name + ("" if adapter is None else "-reft")
-    writing.write_predictions(out, task, scores, model_name)
-    about = {"model": config.model, "task": task.name, "adapter": adapter and str(adapter)}
-    settings = {name: getattr(config, name) for name in SETTINGS if name not in about}
-    writing.write_scores(out, scores, {**about, "settings": settings})
-    print(scoring.render(scores))
-    if not task.metrics:
-        print("not scored: alpaca_eval/ has the answers for its judge", file=sys.stderr)
-    print(f"written to {out}")
-    return 0

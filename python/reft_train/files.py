@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from reft_train.errors import wrong
 
@@ -16,16 +16,12 @@ from reft_train.errors import wrong
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write ``content`` to a temporary file and rename it to ``path``. Creates parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.umask(mask := os.umask(0))
-        # mkstemp creates files with mode 0600, which other users cannot read
-        os.chmod(temporary, 0o666 & ~mask)
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     return path
 
@@ -52,17 +48,11 @@ def replace_folder(source: Path, target: Path) -> Path:
     return target
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(name): _finite(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def dumps(value: Any) -> str:
     """Serialize ``value`` as indented standard JSON; non-finite numbers become null."""
-    return json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False)
+    from pydantic_core import to_json
+
+    return to_json(value, indent=1, inf_nan_mode="null").decode()
 
 
 def read_object(path: Path, name: str) -> dict[str, Any]:
@@ -84,6 +74,15 @@ def check_folder(folder: Path, name: str) -> Path:
     if not os.access(existing, os.W_OK):
         raise wrong(name, f"{folder}, but {existing} is not writable", "a writable folder")
     return existing
+
+
+def check_own_folder(folder: Path, marks: Sequence[str]) -> None:
+    """Raise UserError if an output folder is a file or holds other files but none of ``marks``."""
+    if folder.exists() and not folder.is_dir():
+        raise wrong("output", f"{folder}, which is a file", "a folder")
+    own = any((folder / name).exists() for name in marks)
+    if folder.exists() and any(folder.iterdir()) and not own:
+        raise wrong("output", f"{folder}, which contains other files", "a new folder")
 
 
 def default_cache() -> Path:

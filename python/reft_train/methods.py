@@ -6,6 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
+import torch
+from peft.utils.constants import DUMMY_TARGET_MODULES
+
+from reft_kernels.integrations.peft import ReftConfig  # registers the method that files name
 from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.errors import UserError, one_line, wrong
 from reft_train.files import read_object, write_text
@@ -38,11 +43,6 @@ def peft_config(
         response_template: token ids that end a prompt, for ReFT methods. None: prompt ends are
             found from the labels.
     """
-    import peft
-    from peft.utils.constants import DUMMY_TARGET_MODULES
-
-    from reft_kernels.integrations.peft import ReftConfig
-
     types = {CAUSAL: "CAUSAL_LM", CLASSIFICATION: "SEQ_CLS"}
     common: dict[str, Any] = {"task_type": types.get(loaded.kind, "SEQ_2_SEQ_LM")}
     if loaded.kind == CLASSIFICATION and config.method != "prefix":
@@ -79,12 +79,9 @@ def peft_config(
 
 def adapt(config: RunConfig, loaded: Loaded, response_template: list[int] | None = None) -> Any:
     """Add the method's trainable parameters, initialized from the seed, to the frozen model."""
-    import torch
-    from peft import get_peft_model
-
     torch.manual_seed(config.seed)
     try:
-        return get_peft_model(loaded.model, peft_config(config, loaded, response_template))
+        return peft.get_peft_model(loaded.model, peft_config(config, loaded, response_template))
     except UserError:
         raise
     except (ValueError, TypeError) as error:
@@ -99,16 +96,12 @@ def save_adapter(model: Any, folder: Path, state_dict: dict[str, Any] | None = N
 
 def load_adapter(loaded: Loaded, folder: str | Path, *, trainable: bool = False) -> Any:
     """Load a saved adapter onto the frozen model."""
-    from peft import PeftModel
-
-    import reft_kernels.integrations.peft  # noqa: F401  (registers the method that the file names)
-
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise wrong("adapter", folder, "a folder with adapter_config.json and weights")
     check_base(loaded.model.config, folder)
     try:
-        return PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=trainable)
+        return peft.PeftModel.from_pretrained(loaded.model, str(folder), is_trainable=trainable)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         text = f"adapter: got {folder}, which does not fit the model ({one_line(error)})"
         raise UserError(text) from None

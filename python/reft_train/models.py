@@ -1,9 +1,8 @@
-"""Inspection, validation and loading of the frozen model and its tokenizer."""
+"""Inspection, validation and loading of the frozen model, its classifier and its tokenizer."""
 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +10,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import validate_repo_id
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForSequenceClassificationLoss
+from transformers.modeling_outputs import SequenceClassifierOutput
+
 from reft_train.config import RunConfig
 from reft_train.errors import UserError, one_line, wrong
 from reft_train.tasks.base import Task
 
 CAUSAL, SEQ2SEQ, CLASSIFICATION = "causal", "seq2seq", "classification"
-HEADS = ("classifier", "score", "classification_head")
+HEAD = "classifier"  # submodule name passed to PEFT's modules_to_save
+HEADS = (HEAD, "score", "classification_head")
 _WIDTH, _DEPTH = (
     ("hidden_size", "d_model", "n_embd"),
     ("num_hidden_layers", "num_layers", "n_layer"),
@@ -40,8 +48,6 @@ def evaluating(model: Any) -> Iterator[None]:
 
     It does not use inference mode: tensors cached by the model must stay usable in training.
     """
-    import torch
-
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -59,12 +65,10 @@ def bare(model: Any) -> Any:
 
 def model_config(config: RunConfig) -> Any:
     """Load the model's configuration, or raise UserError listing the locations tried."""
-    from transformers import AutoConfig
-
     path, expected = Path(config.model), "a folder with config.json, weights and a tokenizer"
     if path.exists() and not (path / "config.json").is_file():
         raise wrong("model", path, f"{expected}: --model FOLDER")
-    if not path.exists() and _is_local(config.model):
+    if not path.exists() and not _is_hub_name(config.model):
         raise wrong(
             "model", f"{config.model!r}, which does not exist", f"{expected}: --model FOLDER"
         )
@@ -72,7 +76,7 @@ def model_config(config: RunConfig) -> Any:
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        return AutoConfig.from_pretrained(config.model)
+        return transformers.AutoConfig.from_pretrained(config.model)
     except Exception as error:  # the hub client and broken files raise many types of error
         raise _unloadable(config.model, "which cannot be loaded", error) from None
     finally:
@@ -81,10 +85,8 @@ def model_config(config: RunConfig) -> Any:
 
 def _unloadable(name: str, what: str, error: Exception) -> UserError:
     """Build the error for a model that cannot be loaded; for a hub name it lists what was tried."""
-    if Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if Path(name).exists() or not _is_hub_name(name):
         return UserError(f"model: got {name!r}, {what} ({one_line(error)})")
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
@@ -92,9 +94,9 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
     def raised(kind: Any) -> bool:
         return any(isinstance(part, kind) for part in chain)
 
-    if raised(GatedRepoError):
+    if raised(hub_errors.GatedRepoError):
         hub = "access on huggingface.co is restricted: accept its terms there and run hf auth login"
-    elif raised(RepositoryNotFoundError):
+    elif raised(hub_errors.RepositoryNotFoundError):
         hub = "huggingface.co has no such public model (hf auth login gives access to private ones)"
     else:
         hub = f"it could not be downloaded from huggingface.co ({one_line(error, 100)})"
@@ -104,12 +106,12 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
     )
 
 
-def _is_local(name: str) -> bool:
-    """Whether a name can only be a local folder.
-
-    A hub name has at most one slash, and no leading slash.
-    """
-    return name.startswith((".", "~")) or Path(name).is_absolute() or name.count("/") > 1
+def _is_hub_name(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except hub_errors.HFValidationError:
+        return False
+    return True
 
 
 def check_reachable(config: RunConfig, run: Path) -> None:
@@ -130,6 +132,12 @@ def identity(hf_config: Any) -> dict[str, Any]:
         configs.insert(0, hf_config.get_text_config())
     pairs = [(name, getattr(part, name, None)) for part in configs for name in _IDENTITY]
     return {name: value for name, value in pairs if isinstance(value, int | str)}
+
+
+def positions_of(hf_config: Any) -> int | None:
+    """Return the number of tokens that a model reads, or None if its configuration has none."""
+    text = hf_config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
 
 
 def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
@@ -155,10 +163,8 @@ def kind_of(config: RunConfig, hf_config: Any, task: Task) -> str:
 
 def load_tokenizer(config: RunConfig) -> Any:
     """Load the model's tokenizer and ensure that it has a padding token."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     except Exception as error:  # the error type for a broken file depends on the tokenizer
         raise _unloadable(config.model, "whose tokenizer cannot be loaded", error) from None
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
@@ -174,20 +180,17 @@ def _quantization(config: RunConfig) -> Any:
     if find_spec("bitsandbytes") is None:
         what = f"{config.quantization!r}, but bitsandbytes is not installed"
         raise wrong("quantization", what, "none")
-    import torch
-    from transformers import BitsAndBytesConfig
-
     # it warns in every forward that 8-bit mode rounds activations
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if config.quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True, **options)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_use_double_quant=True, **options
+    )
 
 
 def pick_device(config: RunConfig) -> str:
-    import torch
-
     cuda = torch.cuda.is_available()
     if config.device == "cuda" and not cuda:
         raise wrong("device", "cuda, but torch finds no CUDA device", "cpu or auto")
@@ -195,8 +198,6 @@ def pick_device(config: RunConfig) -> str:
 
 
 def weight_dtype(config: RunConfig) -> Any:
-    import torch
-
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     bf16 = pick_device(config) == "cuda" and torch.cuda.is_bf16_supported()
@@ -204,8 +205,6 @@ def weight_dtype(config: RunConfig) -> Any:
 
 
 def class_of(config: RunConfig, kind: str) -> Any:
-    import transformers
-
     if config.pooling == "mean" and kind != CLASSIFICATION:
         raise wrong("pooling", f"'mean' with a {kind} model", "'model': it generates text")
     names = {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}
@@ -218,10 +217,6 @@ def load(config: RunConfig, task: Task) -> Loaded:
 
     A new head is initialized from the seed.
     """
-    import torch
-
-    from reft_train.pooling import HEAD, MeanPooledClassifier
-
     hf_config = model_config(config)
     kind = kind_of(config, hf_config, task)
     tokenizer, quantization = load_tokenizer(config), _quantization(config)
@@ -263,3 +258,63 @@ def load(config: RunConfig, task: Task) -> Loaded:
 
         _apply_liger_kernel_to_instance(model=model)
     return Loaded(model.requires_grad_(False), tokenizer, kind, heads)
+
+
+class MeanPooledClassifier(nn.Module):
+    """Linear classifier on the mean of a frozen encoder's last hidden states over real tokens.
+
+    Inputs and outputs match transformers' sequence classifiers. With one output the labels are real
+    numbers and the loss is the squared error; otherwise classes and cross entropy.
+
+    Args:
+        encoder: a transformers model that returns ``last_hidden_state`` ``[B, T, d]``.
+        num_labels: number of outputs.
+        seed: seed of the classifier's initial weights.
+    """
+
+    def __init__(self, encoder: nn.Module, num_labels: int, seed: int) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.config = encoder.config
+        self.name_or_path = encoder.name_or_path  # PEFT stores it in the adapter's configuration
+        self.classifier = nn.Linear(self.config.hidden_size, num_labels)
+        bound = self.config.hidden_size**-0.5
+        if not self.classifier.weight.is_meta:
+            generator = torch.Generator().manual_seed(seed)
+            nn.init.uniform_(self.classifier.weight, -bound, bound, generator=generator)
+            nn.init.zeros_(self.classifier.bias)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # forwards device, gradient checkpointing and other attributes
+            return getattr(super().__getattr__("encoder"), name)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the encoder's token embedding."""
+        return self.encoder.get_input_embeddings()
+
+    def can_generate(self) -> bool:
+        """Return False: labels are classes, so the whole sequence is the prompt."""
+        return False
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """Compute logits ``[B, num_labels]``, and the loss if ``labels [B]`` is given."""
+        known = ("inputs_embeds", "token_type_ids")
+        options = {name: inputs[name] for name in known if inputs.get(name) is not None}
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, **options)
+        hidden = output.last_hidden_state
+        mask = torch.ones_like(hidden[..., 0]) if attention_mask is None else attention_mask
+        mask = mask.unsqueeze(-1).to(hidden.dtype)
+        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
+        logits, loss = self.classifier(pooled.to(self.classifier.weight.dtype)), None
+        if labels is not None:
+            loss = ForSequenceClassificationLoss(labels, logits, self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits)

@@ -1,10 +1,20 @@
-"""Rank of this process and exchange of results; a single process is rank 0 of 1."""
+"""Processes of a run: rank, exchange of results, process group, and a joint exit on bad input.
+
+A single process is rank 0 of 1.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch.distributed as dist
+from accelerate import PartialState
+
+from reft_train.errors import ReportedError, UserError
 
 Result = TypeVar("Result")
 
@@ -32,6 +42,44 @@ def gathered(result: Result) -> list[Result]:
     return results
 
 
-def merged(results: dict[int, Result]) -> dict[int, Result]:
-    """Merge the dictionaries of all processes, whose keys are disjoint."""
-    return {number: result for part in gathered(results) for number, result in part.items()}
+def join(*, cpu: bool) -> None:
+    """Create the process group if torchrun or accelerate launch started several processes.
+
+    Engines use the existing group.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        # the timeout covers tokenization on the first process
+        PartialState(cpu=cpu, timeout=timedelta(hours=2))
+
+
+def together(prepare: Callable[[], Result], *, in_turn: bool = False) -> Result:
+    """Run ``prepare()`` and raise on all processes if any of them fails.
+
+    ``prepare`` must not communicate with other processes.
+
+    Args:
+        in_turn: run the first process of each machine first, so that the others can use its caches.
+
+    Raises:
+        UserError: in the first process, whichever process failed.
+        ReportedError: in the other processes.
+    """
+    if not joined():
+        return prepare()
+    error, result = None, None
+    first = PartialState().local_main_process_first() if in_turn else contextlib.nullcontext()
+    with first:
+        try:
+            result = prepare()
+        except UserError as refused:
+            error = refused
+    messages = [text for text in gathered(error and str(error)) if text is not None]
+    if messages:
+        raise (UserError if is_first() else ReportedError)(messages[0]) from error
+    return result
+
+
+def leave() -> None:
+    """Destroy the process group at the end of a program."""
+    if joined():
+        dist.destroy_process_group()

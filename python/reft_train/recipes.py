@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from reft_train.errors import wrong
+from reft_train.tasks import glue
 
-GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 _SHARED = {"warmup": 0.1, "dropout": 0.0, "schedule": "linear", "weight_decay": 0.0}
 _COMMONSENSE = _SHARED | {"layers": "all", "rank": 8, "positions": "f7+l7", "share_weights": True}
 _COMMONSENSE |= {"lr": 9e-4, "epochs": 6, "batch_size": 16, "accumulation": 2, "max_length": 512}
@@ -30,7 +30,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "math": _COMMONSENSE | {"epochs": 12},
     "gsm8k": _COMMONSENSE | {"epochs": 12},
     "instruct": _COMMONSENSE | _INSTRUCT,
-    **{f"glue/{name}": _COMMONSENSE | _GLUE for name in GLUE},
+    **{f"glue/{name}": _COMMONSENSE | _GLUE for name in glue.SETS},
     "script": _COMMONSENSE | _SCRIPT,
     "default": _COMMONSENSE | {"epochs": 3},
 }

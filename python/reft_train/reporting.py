@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reft_kernels.version import __version__
 from reft_train.files import write_text
 
 if TYPE_CHECKING:
@@ -98,7 +99,5 @@ def installed(package: str) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, the platform, :data:`PACKAGES` and reft_kernels."""
-    from reft_kernels.version import __version__
-
     system = {"python": platform.python_version(), "platform": platform.platform()}
     return {**system, **{name: installed(name) for name in PACKAGES}, "reft_kernels": __version__}

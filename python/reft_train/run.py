@@ -7,20 +7,7 @@ import os
 import sys
 
 from reft_train.errors import ReportedError, UserError
-from reft_train.flags import add_settings, settings
-
-DESCRIPTION = """Train a ReFT adapter (or a PEFT baseline) on a frozen Hugging Face model and
-score it on the task's test sets. Settings come from the task's recipe, then from --config, then
-from flags. Under torchrun or accelerate launch several processes share the work. Ctrl-C saves a
-checkpoint and prints the command that resumes the run."""
-
-
-def add_parser(subparsers) -> None:
-    """Add the command and its flags."""
-    text = "train and score an adapter on a task"
-    command = subparsers.add_parser("run", help=text, description=DESCRIPTION)
-    add_settings(command)
-    command.set_defaults(run=run)
+from reft_train.flags import settings
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -31,7 +18,7 @@ def run(parsed: argparse.Namespace) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             raise
         raise ReportedError(str(error)) from None  # the first process of this machine prints it
-    from reft_train.training.processes import leave
+    from reft_train.ranks import leave
     from reft_train.training.run_dir import resume_hint
     from reft_train.training.session import train
 

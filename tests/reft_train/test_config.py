@@ -27,13 +27,13 @@ def yaml_file(tmp_path, text: str):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_builds_and_holds_its_values(name):
-    task = name if name in tasks.names() else "glue/sst2" if "select" in RECIPES[name] else "jsonl"
+    task = name if name in tasks.TASKS else "glue/sst2" if "select" in RECIPES[name] else "jsonl"
     config = build({"model": "a-model", "task": task, "recipe": name})
     assert {field: getattr(config, field) for field in RECIPES[name]} == dict(RECIPES[name])
     assert config.recipe == name
 
 
-@pytest.mark.parametrize("name", tasks.names())
+@pytest.mark.parametrize("name", tasks.TASKS)
 def test_a_task_builds_with_its_own_recipe(name):
     config = build({"model": "a-model", "task": name})
     assert config.recipe == tasks.get(name).recipe and config.lr == RECIPES[config.recipe]["lr"]

@@ -17,7 +17,7 @@ ORDER = (
     "recipes",
     "config",
     "flags",
-    "pooling",
+    "commands",
     "models",
     "methods",
     "data",

@@ -9,8 +9,7 @@ from reft_train.config import build
 from reft_train.doctor.estimate import estimate
 from reft_train.errors import UserError
 from reft_train.methods import adapt, load_adapter
-from reft_train.models import load
-from reft_train.pooling import MeanPooledClassifier
+from reft_train.models import MeanPooledClassifier, load
 from transformers import AutoModel
 
 from tests.reft_train.runs import boolq, write_rows

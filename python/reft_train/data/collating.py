@@ -1,23 +1,38 @@
-"""Collators that pad items of different lengths into int64 batches."""
+"""Collators that pad items of different lengths, or pack several of them into one row.
+
+Position ids of packed rows restart at 0 with each example and no attention mask is passed, so
+transformers' models keep tokens of different examples apart, and the engine finds each example's
+prompt.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import DataCollatorWithFlattening
 
 from reft_train.data.tokenizing import IGNORED
+from reft_train.errors import wrong
+from reft_train.models import bare, evaluating
 
 Items = Sequence[Mapping[str, Any]]
+FILLING = 0.05  # fraction of filler tokens accepted in short rows
+_EXAMPLES_A_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+_PROBES = (9, 5, 7, 12)  # token counts of the test sequences
 
 
 @dataclass(frozen=True)
 class PaddingCollator:
-    """Collate causal items: ``input_ids``, ``attention_mask``, and ``labels`` if present.
+    """Collate items into ``input_ids``, ``attention_mask``, and what else they have.
+
+    That is ``token_type_ids``, and ``labels``: of every token, or ``[B]`` int64 classes or float32
+    targets of texts to classify.
 
     Args:
         pad_id: padding value of ``input_ids``; labels are padded with -100.
@@ -36,7 +51,9 @@ class PaddingCollator:
         if "token_type_ids" in items[0]:
             batch["token_type_ids"] = self._padded([item["token_type_ids"] for item in items], 0)
         if "labels" in items[0]:
-            batch["labels"] = self._labels([item["labels"] for item in items])
+            labels = [item["labels"] for item in items]
+            numbers = isinstance(labels[0], int | float)
+            batch["labels"] = torch.tensor(labels) if numbers else self._padded(labels, IGNORED)
         return batch
 
     def _padded(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
@@ -44,13 +61,129 @@ class PaddingCollator:
         options = {"padding_value": value, "padding_side": self.side}
         return pad_sequence(tensors, batch_first=True, **options)
 
-    def _labels(self, labels: Sequence[Any]) -> Tensor:
-        return self._padded(labels, IGNORED)
+
+class PackingCollator(DataCollatorWithFlattening):
+    """Collate causal items into ``input_ids``, ``labels`` and ``position_ids`` ``[n, T]``.
+
+    Each row is a flattened batch of transformers. Its end is filled with a separate sequence whose
+    labels are all -100. ``use_cache`` is False because with a cache the model would not build the
+    mask from the position ids.
+
+    Args:
+        row_length: target tokens of a row. Rows are shorter if shorter rows can be filled
+            (:func:`packed_rows`), and longer if examples do not divide evenly.
+        pad_id: filler token.
+        flat: return one row ``[1, M]`` without filler, and the boundaries for flash attention.
+    """
+
+    def __init__(self, row_length: int, pad_id: int, flat: bool = False) -> None:
+        super().__init__(return_flash_attn_kwargs=flat, separator_id=IGNORED)
+        self.row_length, self.pad_id, self.flat = row_length, pad_id, flat
+
+    def __call__(self, features: Sequence[Mapping[str, Any]], *args: Any) -> dict[str, Any]:
+        items = [{name: item[name] for name in ("input_ids", "labels")} for item in features]
+        if self.flat:
+            return {**super().__call__(items), "use_cache": False}
+        lengths = [len(item["input_ids"]) for item in items]
+        groups = packed_rows(lengths, self.row_length)
+        rows = [super(PackingCollator, self).__call__([items[i] for i in row]) for row in groups]
+
+        def joined(name: str, value: int) -> Tensor:
+            return pad_sequence([row[name][0] for row in rows], True, value)
+
+        ids, labels = joined("input_ids", self.pad_id), joined("labels", IGNORED)
+        positions = joined("position_ids", -1)
+        # the filler counts as a prompt: its edits affect no other token and no loss
+        filler = (positions < 0).cumsum(1) - 1
+        positions = torch.where(positions < 0, filler, positions)
+        return {"input_ids": ids, "labels": labels, "position_ids": positions, "use_cache": False}
 
 
-class ClassificationCollator(PaddingCollator):
-    """Collate texts to classify, with labels ``[B]``: int64 classes or float32 targets."""
+def packed_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Assign examples to rows, using the shortest row length with at most ``FILLING`` filler.
 
-    def _labels(self, labels: Sequence[Any]) -> Tensor:
-        numbers = any(isinstance(label, float) for label in labels)
-        return torch.tensor(labels, dtype=torch.float32 if numbers else torch.int64)
+    Attention costs as much for a packed row as for one long example, so short examples go into
+    short rows. If no length reaches that, rows have ``row_length`` tokens.
+    """
+    longest = balanced(lengths, -(-sum(lengths) // row_length))
+    for each in _EXAMPLES_A_ROW:
+        count = -(-len(lengths) // each)
+        if count <= len(longest):
+            break
+        rows = balanced(lengths, count)
+        width = max(sum(lengths[index] for index in row) for row in rows)
+        if width <= row_length and count * width <= (1 + FILLING) * sum(lengths):
+            return rows
+    return longest
+
+
+def balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Assign examples to at most ``count`` rows, longest first, each to the least filled row."""
+    rows: list[list[int]] = [[] for _ in range(min(len(lengths), count))]
+    totals = [(0, number) for number in range(len(rows))]
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        total, emptiest = totals[0]
+        rows[emptiest].append(index)
+        heapq.heapreplace(totals, (total + lengths[index], emptiest))
+    return rows
+
+
+def check_model_packs(model: nn.Module, pad_id: int, flat: bool = False) -> None:
+    """Raise UserError if a model attends across packed sequences.
+
+    Random sequences must give the same logits alone and packed. With eps of the model's dtype,
+    ``rounding`` = eps * max|logits|, and ``leak`` the change of the logits when a mask exposes the
+    preceding examples, the largest difference allowed is sqrt(rounding * leak), the geometric mean
+    of the two error levels.
+
+    Args:
+        model: on its device, in its training dtype. The modes of its modules are not changed.
+    """
+    with evaluating(model):
+        apart, error = False, None
+        try:
+            apart = _keeps_apart(model, pad_id, flat)
+        except (TypeError, ValueError) as refused:  # the model does not accept the arguments
+            error = refused
+        if not apart:
+            what = f"a {type(bare(model)).__name__}, which does not keep packed sequences apart"
+            expected = "a causal language model whose attention follows position ids"
+            raise wrong("--packing", what, expected) from error
+
+
+def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
+    embedding = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(0)
+    known = torch.tensor([i for i in range(min(embedding.shape[0], 1000)) if i != pad_id])
+    items = []
+    for length in _PROBES:
+        ids = known[torch.randint(len(known), (length,), generator=generator)].tolist()
+        items.append({"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]})
+
+    def logits(batch: dict[str, Any]) -> Tensor:
+        batch = {
+            k: v.to(embedding.device) if isinstance(v, Tensor) else v for k, v in batch.items()
+        }
+        found = getattr(model(**batch, return_dict=True), "logits", None)
+        if found is None or found.shape[:2] != batch["input_ids"].shape:
+            raise TypeError("the model does not return logits of every token")
+        return found
+
+    # one row: with a mask it is one sequence with one prompt, that of its first example
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=flat)(items)
+    batch["use_cache"] = False
+    seen = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "use_cache")}
+    later = (seen["position_ids"] == 0).cumsum(1) > 1
+    seen["labels"] = seen["labels"].masked_fill(later, IGNORED)
+    packed = logits(batch)
+    leaking = logits(seen | {"attention_mask": torch.ones_like(batch["input_ids"])})
+    parts = [
+        logits({name: torch.tensor([item[name]]) for name in ("input_ids", "labels")})
+        for item in items
+    ]
+    alone = torch.cat(parts, 1)
+    # some models return logits in a wider dtype than they compute in
+    dtypes = [tensor.dtype for tensor in (packed, embedding) if tensor.is_floating_point()]
+    rounding = max(torch.finfo(dtype).eps for dtype in dtypes) * alone.abs().max().item()
+    error, leak = ((other - alone).abs().max().item() for other in (packed, leaking))
+    return rounding < leak and error <= (rounding * leak) ** 0.5  # also False for NaN

@@ -1,7 +1,8 @@
-"""Readers of row files: .json (a list of objects), .jsonl, .csv, .tsv and .parquet.
+"""Files of rows: lookup in folders or on the hub, and readers.
 
-``datasets.load_dataset`` is not used: it gives each column one type, so that an answer column with
-letters and numbers comes back JSON-encoded, and it refuses such files with blank lines.
+Readers: .json (a list of objects), .jsonl, .csv, .tsv and .parquet. ``datasets.load_dataset`` is
+not used: it gives each column one type, so that an answer column with letters and numbers comes
+back JSON-encoded, and it refuses such files with blank lines.
 """
 
 from __future__ import annotations
@@ -9,12 +10,19 @@ from __future__ import annotations
 import csv
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from reft_train.errors import UserError, one_line, wrong
-from reft_train.tasks.base import Row
+from reft_train.tasks.base import Row, Task
+from reft_train.tasks.glue import Glue
+
+# training sets whose name differs from the task's
+_LLM_ADAPTERS = {"commonsense": "commonsense_170k", "math": "math_10k"}
+TRAINING_SETS = {**_LLM_ADAPTERS, "instruct": "alpaca_data_cleaned"}
+GLUE_ON_THE_HUB = "nyu-mll/glue"
 
 
 def read_rows(path: Path, name: str = "--train") -> list[Row]:
@@ -105,3 +113,112 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 
 _READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _table, ".tsv": _table, ".parquet": _parquet}
 SUFFIXES = tuple(_READERS)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files of a task. ``train`` is None and ``tests`` empty if not found and not required."""
+
+    train: Path | None
+    tests: dict[str, Path] = field(default_factory=dict)
+
+
+def find(
+    task: Task,
+    data: Path | None = None,
+    train: Path | None = None,
+    tests: Sequence[Path] = (),
+    *,
+    train_needed: bool = True,
+    tests_needed: bool = False,
+) -> Files:
+    """Find the files of a task. Named files take precedence over those in the folder.
+
+    The files of a set are ``<data>/<set>/{train,test}.json`` (for GLUE ``validation`` instead of
+    ``test``), or lie directly in ``<data>`` if that is the folder of the set. Mixtures train on a
+    file of :data:`TRAINING_SETS`, or on ``train.json`` in a folder of that name, and are tested on
+    those of their sets that exist. Any of :data:`SUFFIXES` is accepted, and for Parquet
+    also the hub's file name, ``train-00000-of-00001.parquet``.
+
+    Args:
+        data, train, tests: command line arguments.
+        train_needed, tests_needed: whether to raise if nothing is found.
+    """
+    if data is not None and not Path(data).is_dir():
+        kind = "a file (use --train and --test)" if Path(data).exists() else "missing"
+        raise wrong("--data", f"{data}, which is {kind}", "a folder")
+    named, short = _named_tests(task, tests), task.name.removeprefix("glue/")
+    if train is not None:
+        train = existing_file(train, "--train")
+    elif data is not None:
+        name = TRAINING_SETS.get(task.name)
+        stems = [name, f"{name}/train", "train"] if name else [f"{short}/train", "train"]
+        train = _first([Path(data, stem) for stem in stems], train_needed)
+    elif train_needed:
+        raise wrong("--train", f"nothing for task {task.name}", "a file, or a folder with --data")
+    if data is not None and not named:
+        named = _folder_tests(task, Path(data), short, tests_needed)
+    if tests_needed and not named:
+        raise wrong("--test", f"nothing for task {task.name}", "a file, or a folder with --data")
+    return Files(train, named)
+
+
+def _folder_tests(task: Task, data: Path, short: str, needed: bool) -> dict[str, Path]:
+    places = {name: [data / name / "test", data / name] for name in task.test_sets}
+    if short != task.name:  # GLUE
+        places = {name: [data / short / name, data / name] for name in task.test_sets}
+    elif len(places) == 1:
+        places[task.test_sets[0]].append(data / "test")
+    else:
+        places["test"] = [data / "test"]
+    tests = {name: path for name, stems in places.items() if (path := _first(stems, False))}
+    if len(tests) > 1 and "test" not in task.test_sets:
+        tests.pop("test", None)
+    if needed and not tests:
+        _first([stem for stems in places.values() for stem in stems], True)
+    return tests
+
+
+def _first(stems: Sequence[Path], needed: bool) -> Path | None:
+    suffixes = (*SUFFIXES, "-00000-of-00001.parquet")
+    for stem in stems:
+        candidates = [stem.with_name(stem.name + suffix) for suffix in suffixes]
+        files = [path for path in candidates if path.is_file()]
+        if len(files) > 1:
+            hint = "one of them (choose with --train and --test)"
+            raise wrong("--data", f"both {files[0]} and {files[1]}", hint)
+        if files:
+            return files[0]
+    if needed:
+        places = f"one of {', '.join(map(str, stems))} ({', '.join(SUFFIXES)})"
+        raise wrong("--data", "a folder without a file for the task", places)
+    return None
+
+
+def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for path in tests:
+        path = existing_file(path, "--test")
+        # both boolq/test.json and boolq.json belong to boolq
+        in_set = path.stem == "test" and path.parent.name in task.test_sets
+        name = path.parent.name if in_set else path.stem
+        name = str(path) if name in named else name
+        if name in named:
+            raise wrong("--test", f"{path} twice", "each file once")
+        named[name] = path
+    return named
+
+
+def hub_rows(task: Glue, split: str) -> list[Row]:
+    """Load the rows of a GLUE split from the Hugging Face hub or its cache."""
+    from datasets import load_dataset
+
+    place = f"{GLUE_ON_THE_HUB} {task.subset} {split}"
+    try:
+        rows = load_dataset(GLUE_ON_THE_HUB, task.subset, split=split)
+    except Exception as error:  # the hub clients raise errors from many packages
+        reason = f"({type(error).__name__}: {one_line(error, 120)})"
+        files = f"{task.subset}/train.parquet and {task.subset}/{task.test_sets[0]}.parquet"
+        what = f"none, and {place} cannot be loaded from the hub {reason}"
+        raise wrong("--data", what, f"a folder with {files}") from None
+    return [Row(dict(row), f"row {number} of {place}") for number, row in enumerate(rows, 1)]

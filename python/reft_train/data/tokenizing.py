@@ -1,4 +1,4 @@
-"""Tokenization of a task's rows into input ids and labels.
+"""Tokenization of a task's rows into input ids and labels, as a cached data set or a stream.
 
 Prompt and target are tokenized separately, so that prompt tokens are the same in generation:
 
@@ -9,19 +9,24 @@ Prompt and target are tokenized separately, so that prompt tokens are the same i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+import itertools
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from reft_train.data.reading import existing_file, iter_rows
 from reft_train.errors import UserError, wrong
+from reft_train.files import default_cache
+from reft_train.tasks.base import Classified, Example, Row, Task
 
 if TYPE_CHECKING:
     import datasets
 
-    from reft_train.tasks.base import Classified, Example, Row, Task
-
 IGNORED = -100  # label ignored by the loss
+_FORMAT = 5  # version of the cached format; part of every key
 _CHUNK = 1000  # rows tokenized per batch; fast tokenizers use several threads for a batch
 
 
@@ -76,27 +81,6 @@ def pad_id(tokenizer: Any) -> int:
     raise wrong("tokenizer", what, "one of them")
 
 
-def encode(
-    kind: str,
-    example: Example | Classified,
-    tokenizer: Any,
-    max_length: int,
-    *,
-    where: str | None = None,
-) -> Item:
-    """Encode one example for a model of ``kind``: causal, seq2seq or classification.
-
-    The target is kept and the prompt is cut from the left, after its BOS. A target that does not
-    fit next to one prompt token is cut at its end, before its EOS. Prompt and target of an
-    encoder-decoder have ``max_length`` tokens each. For a pair to classify, the longer text is cut
-    first.
-
-    Args:
-        where: location of the row for error messages.
-    """
-    return _encode(kind, [example], [where], tokenizer, max_length)[0]
-
-
 def prompt_ids(
     prompts: Sequence[str], tokenizer: Any, max_length: int, kind: str = "causal"
 ) -> list[list[int]]:
@@ -123,11 +107,9 @@ def tokenize_rows(
     The data set has the columns of :meth:`Item.columns`, ``length``, and the cut tokens.
 
     Args:
-        key: identifies rows and tokenizer; see :func:`reft_train.data.caching.cached`.
+        key: identifies rows and tokenizer; see :func:`cached`.
     """
     import datasets
-
-    from reft_train.data.caching import cached
 
     if not rows:
         raise wrong("data", "no rows", "at least one")
@@ -153,15 +135,124 @@ def tokenize_rows(
     return cached(items, datasets.Features(features), key, folder)
 
 
+def cached(
+    items: Callable[[], Iterable[dict[str, Any]]],
+    features: datasets.Features,
+    parts: Mapping[str, object],
+    folder: Path | None = None,
+) -> datasets.Dataset:
+    """Return the data set of ``items()``, memory-mapped from the cache of ``datasets``.
+
+    An unreadable cached data set is rebuilt. If the cache cannot be written, a warning is issued.
+
+    Args:
+        parts: everything the data depend on, as JSON-serializable values.
+        folder: cache folder. None: ``tokenized`` in the user's cache folder.
+    """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.fingerprint import Hasher
+
+    folder = default_cache() / "tokenized" if folder is None else folder
+    key = Hasher.hash(json.dumps({"format": _FORMAT, **parts}, sort_keys=True))
+    for _ in range(2):
+        options = {"features": features, "cache_dir": str(folder / key), "fingerprint": key}
+        try:
+            return datasets.Dataset.from_generator(items, **options)
+        except (DatasetGenerationError, OSError, ValueError, KeyError) as error:
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            if isinstance(cause, UserError):
+                raise cause from None
+            if isinstance(cause, OSError) and not (folder / key).is_dir():
+                break
+            shutil.rmtree(folder / key, ignore_errors=True)  # damaged
+    warnings.warn(f"tokenized data are not cached: {cause}", stacklevel=2)
+    return datasets.Dataset.from_list(list(items()), features=features)
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Hash all tokenizer state that affects its output.
+
+    Covers vocabulary, rules, special tokens, chat template, and padding and truncation sides.
+    """
+    from datasets.fingerprint import Hasher
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules: Any = tokenizer
+    if backend is not None:  # truncation and padding of the last call are not part of it
+        rules = {**json.loads(backend.to_str()), "truncation": None, "padding": None}
+        rules = json.dumps(rules, sort_keys=True)
+    settings = {
+        "class": type(tokenizer).__name__,
+        "rules": rules,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": getattr(tokenizer, "chat_template", None),
+        "sides": [tokenizer.padding_side, tokenizer.truncation_side],
+        "added": [getattr(tokenizer, f"add_{end}_token", None) for end in ("bos", "eos")],
+    }
+    return Hasher.hash(settings)
+
+
+def streamed(
+    path: Path,
+    task: Task,
+    tokenizer: Any,
+    kind: str,
+    max_length: int,
+    *,
+    seed: int = 0,
+    buffer: int = 1000,
+    workers: int = 0,
+    all_turns: bool = False,
+) -> datasets.IterableDataset:
+    """Return an endless data set of a file's usable items, shuffled with a buffer by ``datasets``.
+
+    The order is a function of the seed. Each of ``workers`` data loader workers reads its share of
+    the rows; accelerate distributes items to processes.
+
+    Args:
+        path: .jsonl, .csv, .tsv or .parquet, read row by row; .json is read completely.
+        task, tokenizer, kind, max_length: see :func:`tokenize_rows`.
+        buffer: size of the shuffle buffer in items.
+        all_turns: yield an item for each answer of a conversation instead of only the last.
+    """
+    path, count = existing_file(path, "--train"), max(1, workers)
+
+    def items(shares: list[int]) -> Iterator[dict[str, Any]]:
+        for _ in itertools.count():
+            usable = False
+            rows = iter_rows(path)
+            rows = (
+                part for row in rows for part in (task.training_rows(row) if all_turns else [row])
+            )
+            rows = (row for number, row in enumerate(rows) if number % count in shares)
+            for item in iter_items(rows, task, tokenizer, kind, max_length):
+                if not item.lost:
+                    usable = True
+                    yield item.columns()
+            if not usable:  # another pass would find no usable rows either
+                expected = f"rows whose prompt and answer fit within max_length {max_length}"
+                raise wrong("--train", f"{path} without a usable row", expected)
+
+    import datasets  # absent where only the GPU tests run
+
+    # datasets gives each worker one of the values of a list
+    shares = {"shares": list(range(count))}
+    stream = datasets.IterableDataset.from_generator(items, gen_kwargs=shares)
+    return stream.shuffle(seed=seed, buffer_size=buffer)
+
+
 def iter_items(
     rows: Iterable[Row], task: Task, tokenizer: Any, kind: str, max_length: int, chunk: int = 1
 ) -> Iterator[Item]:
     """Lazily yield an item for each row, including lost ones, ``chunk`` rows at a time."""
     rows = iter(rows)
-    while taken := list(islice(rows, chunk)):
+    while taken := list(itertools.islice(rows, chunk)):
         classes = kind == "classification"
         read = [task.classified(r) if classes else task.example(r, tokenizer) for r in taken]
-        yield from _encode(kind, read, [row.where for row in taken], tokenizer, max_length)
+        yield from encode(kind, read, [row.where for row in taken], tokenizer, max_length)
 
 
 def all_lost(max_length: int) -> UserError:
@@ -170,7 +261,23 @@ def all_lost(max_length: int) -> UserError:
     return wrong("max_length", what, "a larger number")
 
 
-def _encode(kind: str, examples, locations, tokenizer, max_length: int) -> list[Item]:
+def encode(
+    kind: str,
+    examples: Sequence[Example] | Sequence[Classified],
+    locations: Sequence[str | None],
+    tokenizer: Any,
+    max_length: int,
+) -> list[Item]:
+    """Encode examples for a model of ``kind``: causal, seq2seq or classification.
+
+    The target is kept and the prompt is cut from the left, after its BOS. A target that does not
+    fit next to one prompt token is cut at its end, before its EOS. Prompt and target of an
+    encoder-decoder have ``max_length`` tokens each. For a pair to classify, the longer text is cut
+    first.
+
+    Args:
+        locations: location of each row for error messages.
+    """
     if max_length < 2:
         raise wrong("max_length", max_length, "at least 2")
     pairs = list(zip(examples, locations, strict=True))

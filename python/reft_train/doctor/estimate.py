@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from accelerate.utils import CustomDtype
+from accelerate.utils.modeling import compute_module_sizes
 from torch import nn
 
 from reft_train import methods, models
@@ -38,8 +39,6 @@ class Estimate:
 
 def empty_model(config: RunConfig, task: Task) -> models.Loaded:
     """Build the frozen model on the meta device from ``config.json``."""
-    from reft_train.pooling import HEAD, MeanPooledClassifier
-
     hf_config = models.model_config(config)
     kind = models.kind_of(config, hf_config, task)
     if kind == models.CLASSIFICATION:
@@ -49,35 +48,26 @@ def empty_model(config: RunConfig, task: Task) -> models.Loaded:
         with torch.device("meta"):
             model = build(hf_config, dtype=dtype)
             if config.pooling == "mean":
-                model = MeanPooledClassifier(model, hf_config.num_labels, config.seed)
+                model = models.MeanPooledClassifier(model, hf_config.num_labels, config.seed)
     except (ValueError, KeyError, ImportError) as error:
         raise wrong("model", f"{config.model!r}", f"a known model ({one_line(error)})") from None
-    heads = [name for name in (*models.HEADS, HEAD) if hasattr(model, name)]
+    heads = [name for name in models.HEADS if hasattr(model, name)]
     heads = heads[:1] if kind == models.CLASSIFICATION else []
     return models.Loaded(model.requires_grad_(False), None, kind, heads)
-
-
-def _frozen_bytes(config: RunConfig, model: nn.Module) -> int:
-    from accelerate.utils import CustomDtype
-    from accelerate.utils.modeling import compute_module_sizes
-
-    special: dict[str, Any] = {}
-    if config.quantization != "none":
-        kind = CustomDtype.INT4 if config.quantization == "4bit" else torch.int8
-        output = model.get_output_embeddings()
-        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m != output]
-        special = {f"{name}.weight": kind for name in linear}
-    return int(compute_module_sizes(model, special_dtypes=special)[""])
 
 
 def estimate(config: RunConfig, task: Task) -> Estimate:
     """Estimate the memory of a training's weights with the given settings."""
     loaded = empty_model(config, task)
-    numbers = sum(p.numel() for p in loaded.model.parameters())
-    frozen = _frozen_bytes(config, loaded.model)
-    text = loaded.model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    length = min(config.max_length, longest or config.max_length)
+    model, special = loaded.model, {}
+    numbers = sum(p.numel() for p in model.parameters())
+    if config.quantization != "none":
+        kind = CustomDtype.INT4 if config.quantization == "4bit" else torch.int8
+        output = model.get_output_embeddings()
+        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m != output]
+        special = {f"{name}.weight": kind for name in linear}
+    frozen = int(compute_module_sizes(model, special_dtypes=special)[""])
+    length = min(config.max_length, models.positions_of(model.config) or config.max_length)
     with warnings.catch_warnings():
         # initialization on the meta device warns that it does nothing
         warnings.simplefilter("ignore")

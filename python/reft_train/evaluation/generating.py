@@ -1,21 +1,71 @@
-"""Batched generation of answers, independent of the other prompts in a batch."""
+"""Batched inference with results in input order, and generation of answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
 from reft_train.data.tokenizing import pad_id, prompt_ids
-from reft_train.evaluation.batching import run_batches
-from reft_train.models import CAUSAL, bare, evaluating
-from reft_train.ranks import joined
+from reft_train.errors import wrong
+from reft_train.models import CAUSAL, bare, evaluating, positions_of
+from reft_train.ranks import gathered, joined, place
 from reft_train.tasks.base import Decoding
+
+Result = TypeVar("Result")
+
+
+def bar(total: int, title: str, unit: str = "step", show: bool = True) -> Any:
+    """Create a tqdm bar on stderr; without a terminal it is printed every ten seconds."""
+    every = 0.2 if sys.stderr.isatty() else 10.0
+    options = {"unit": unit, "mininterval": every, "maxinterval": every, "disable": not show}
+    return tqdm(total=total, desc=f"{title:<26}", **options)
+
+
+def run_batches(
+    lengths: Sequence[int],
+    batch_size: int,
+    forward: Callable[[list[int]], Sequence[Result]],
+    title: str,
+    progress: bool = True,
+) -> list[Result]:
+    """Run ``forward`` on all inputs and return the results in input order.
+
+    The longest inputs run first, so that out-of-memory errors occur early. Under torch.distributed
+    each process takes every n-th input, and all processes receive all results.
+
+    Args:
+        lengths: tokens of each input.
+        forward: maps the indices of a batch to one result per input.
+    """
+    rank, processes = place()
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    indices = order[rank::processes]
+    if len(indices) < -(-len(order) // processes):
+        # sharded models need the same number of forwards on every process
+        indices = [*indices, order[0]]
+    by_index: dict[int, Result] = {}
+    with bar(len(indices), title, "row", show=progress and rank == 0) as shown:
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            try:
+                results = forward(batch)
+            except torch.OutOfMemoryError:
+                longest = max(lengths[index] for index in batch)
+                what = f"{batch_size}, which exceeds the GPU's memory with {longest} tokens a row"
+                raise wrong("eval_batch_size", what, "less") from None
+            by_index.update(zip(batch, results, strict=True))
+            shown.update(len(batch))
+    by_index = {i: result for part in gathered(by_index) for i, result in part.items()}
+    return [by_index[index] for index in range(len(lengths))]
 
 
 @dataclass(frozen=True)
@@ -59,9 +109,7 @@ def context_window(model: Any, kind: str) -> int | None:
     """Return the context size of a causal model minus a trained prefix, or None if unknown."""
     if kind != CAUSAL:
         return None
-    config = bare(model).config.get_text_config()
-    sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
-    window = next(filter(None, sizes), None)
+    window = positions_of(bare(model).config)
     prefix = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     return None if window is None else max(2, window - prefix)
 
@@ -129,8 +177,6 @@ def _decoding(
     model: Any, base: Any, tokenizer: Any, decode: Decode, ends: list[int]
 ) -> Iterator[None]:
     """Replace the model's generation config and the random state, and restore both on exit."""
-    from transformers import GenerationConfig
-
     before, sampling = base.generation_config, {"do_sample": False}
     if decode.temperature > 0:
         sampling = {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}

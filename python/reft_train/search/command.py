@@ -6,61 +6,24 @@ import argparse
 import os
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from reft_train import flags
-from reft_train.config import FIELDS, RunConfig
+import matplotlib
+import optuna
+
+from reft_train import flags, models, reporting, tasks
+from reft_train.config import RunConfig
 from reft_train.errors import wrong
-
-if TYPE_CHECKING:
-    from reft_train.search.space import Space
-    from reft_train.search.study import Search
-
-DESCRIPTION = """Hyperparameter search with optuna. Each trial trains on the training rows that are
-not held out and is judged on those that are; test sets are never read. Without --space, rank,
-layers, positions, lr, dropout and parametrization vary, as far as the method has them; a setting
-whose flag is given stays fixed. The same command again resumes a search. Writes best.yaml
-(for reft-train run --config), trials.json and report.html to --output, by default runs/search."""
+from reft_train.files import write_bytes
+from reft_train.search import space, study
+from reft_train.search.study import Search, shown
+from reft_train.training import session
 
 
-def add_choice(add: Callable) -> None:
-    """Add the flags common to all searches: the objective and the sampler's seed."""
-    text = "held-out loss or metric (default: auto, metric of a task with classes)"
-    add("--objective", default="auto", metavar="NAME", help=text)
-    text = "seed of the sampler (default: 0)"
-    add("--sampler-seed", type=flags.SEED, default=0, metavar="N", help=text)
-
-
-def add_parser(subparsers) -> None:
-    """Add the command and its flags."""
-    summary = "choose hyperparameters on held-out training rows"
-    command = subparsers.add_parser("search", help=summary, description=DESCRIPTION)
-    add = command.add_argument_group("search").add_argument
-    forms = "setting: {choices: [...]} or {low, high, log, step}"
-    add("--space", metavar="FILE", help=f"YAML: {forms}; none: the method's default")
-    text = "further entries, such as 'rank=[4, 8]'; they take precedence over --space"
-    add("--vary", nargs="+", default=[], metavar="NAME=VALUES", help=text)
-    text = "trials in all (default: 20)"
-    add("--trials", type=flags.number(int, 1), default=20, metavar="N", help=text)
-    text = "end the search after so many seconds"
-    add("--timeout", type=flags.number(float, 1e-9), metavar="SECONDS", help=text)
-    add_choice(add)
-    text = "stops trials early (default: median)"
-    add("--pruner", choices=("median", "hyperband", "none"), default="median", help=text)
-    text = "optuna's storage (default: sqlite, search.db in the output folder)"
-    add("--storage", metavar="URL", help=text)
-    flags.add_settings(command, [name for name in FIELDS if name not in ("resume", "skip_test")])
-    command.set_defaults(run=run)
-
-
-def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> Space:
+def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> space.Space:
     """Return the search space of file and flags.
 
     The default is the method's space without the settings that flags fix.
     """
-    from reft_train import models, tasks
-    from reft_train.search import space
-
     fixed, requested = flags.passed(parsed), {}
     if parsed.space is not None:
         requested |= space.read(parsed.space, config.method)
@@ -89,8 +52,6 @@ def one_process() -> None:
 
 def table(result: Search) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the header and a row for each trial that has run, best trials first."""
-    from reft_train.search.study import shown
-
     objective, names, rows = result.plan.objective, result.plan.space, []
     sign = 1 if objective.direction == "minimize" else -1
     ran = [trial for trial in result.trials if trial.state not in ("waiting", "running")]
@@ -104,12 +65,6 @@ def table(result: Search) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
 
 def write_report(result: Search) -> None:
     """Write ``report.html`` with optuna's plots of values and, if meaningful, importances."""
-    import matplotlib
-    import optuna
-
-    from reft_train import reporting
-    from reft_train.files import write_bytes
-
     plan, pngs = result.plan, {}
     values = [trial.value for trial in result.trials if trial.value is not None]
     matplotlib.use("Agg")  # optuna plots with pyplot, which would otherwise need a display
@@ -146,16 +101,12 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
     if parsed.config is None and "output" not in parsed:
         parsed.output = "runs/search"
     config = flags.settings(parsed)
-    from reft_train.reporting import text_table
-    from reft_train.search import study
-    from reft_train.training import session
-
     objective, config = study.resolve(config, parsed.objective)
     budget = (parsed.trials, parsed.timeout, parsed.storage, parsed.pruner, parsed.sampler_seed)
     plan = study.SearchPlan(config, resolve_space(parsed, config), objective, *budget)
     result = study.search(plan, train or session.train)
     write_report(result)
-    print(text_table(*table(result)))
+    print(reporting.text_table(*table(result)))
     if result.interrupted:
         print(f"interrupted; the same command resumes the search in {plan.folder}")
         return 130

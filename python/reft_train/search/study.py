@@ -5,19 +5,18 @@ Each trial is a training whose held-out value is reported to the study.
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
+from accelerate.utils.memory import clear_device_cache
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
 from transformers import TrainerCallback
@@ -25,7 +24,7 @@ from transformers import TrainerCallback
 from reft_train import tasks
 from reft_train.config import Bookkeeping, RunConfig, dump_yaml
 from reft_train.errors import UserError, one_line, wrong
-from reft_train.files import dumps, write_text
+from reft_train.files import check_own_folder, dumps, write_text
 from reft_train.search.space import Space, restored, stored
 from reft_train.training.outcome import Outcome
 
@@ -258,9 +257,7 @@ def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> boo
         reason = str(error)
     except (RuntimeError, MemoryError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)
     if reason:
         trial.set_user_attr("reason", reason)
     study.tell(trial, value, state=state)
@@ -271,21 +268,14 @@ def open_study(plan: SearchPlan) -> optuna.Study:
     """Open the plan's study in its folder and requeue interrupted trials."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, folder, space = plan.config, plan.folder, plan.space
-    if folder.exists() and not folder.is_dir():
-        raise wrong("output", f"{folder}, which is a file", "a folder")
-    is_search = any((folder / name).exists() for name in (DATABASE, TRIALS, "trials"))
-    if folder.exists() and any(folder.iterdir()) and not is_search:
-        raise wrong("output", f"{folder}, which contains other files", "a new folder")
+    check_own_folder(folder, [DATABASE, TRIALS, "trials"])
     if config.overwrite:
         shutil.rmtree(folder / "trials", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     url = f"sqlite:///{folder.absolute() / DATABASE}" if plan.storage is None else plan.storage
-    settings = {k: v for k, v in config.to_dict().items() if k not in (*_FREE, *space)}
-    entries = {name: json.loads(distribution_to_json(entry)) for name, entry in space.items()}
-    # a JSON round trip gives the values as the storage returns them
-    identity = json.loads(
-        json.dumps({"objective": plan.objective.name, "space": entries, **settings})
-    )
+    identity = config.model_dump(mode="json", exclude={*_FREE, *space})
+    identity["space"] = {name: json.loads(distribution_to_json(d)) for name, d in space.items()}
+    identity["objective"] = plan.objective.name
     pruners = {"median": optuna.pruners.MedianPruner, "hyperband": optuna.pruners.HyperbandPruner}
     options = {
         "study_name": "reft-train" if plan.storage is None else str(folder),
@@ -341,8 +331,7 @@ def _save(result: Search) -> None:
     plan, best, known = result.plan, result.best, result.trials
     objective = {"objective": plan.objective.name, "direction": plan.objective.direction}
     number = None if best is None else best.number
-    records = [asdict(trial) for trial in known]
-    write_text(plan.folder / TRIALS, dumps({**objective, "best": number, "trials": records}))
+    write_text(plan.folder / TRIALS, dumps({**objective, "best": number, "trials": known}))
     if best is not None:
         write_text(plan.folder / BEST, dump_yaml(result.best_config))
     for trial in known:

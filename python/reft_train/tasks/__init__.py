@@ -6,24 +6,26 @@ import difflib
 
 from reft_train.errors import wrong
 from reft_train.tasks.base import Task
+from reft_train.tasks.glue import SETS, Glue
+from reft_train.tasks.instruct import Instruct
+from reft_train.tasks.jsonl import Jsonl
+from reft_train.tasks.llm_adapters import ARITHMETIC, COMMONSENSE, Arithmetic, Commonsense
 
-
-def _tasks() -> dict[str, Task]:
-    from reft_train.tasks import arithmetic, commonsense, glue, instruct, jsonl
-
-    modules = (commonsense, arithmetic, instruct, glue, jsonl)
-    return {task.name: task for module in modules for task in module.tasks()}
-
-
-def names() -> list[str]:
-    """Return the tasks' names, each mixture before its sets."""
-    return list(_tasks())
+_TASKS: list[Task] = [
+    Commonsense("commonsense", None, tuple(COMMONSENSE)),
+    *(Commonsense(name, labels, (name,)) for name, labels in COMMONSENSE.items()),
+    Arithmetic("math", ARITHMETIC),
+    *(Arithmetic(name, (name,)) for name in ARITHMETIC),
+    Instruct(),
+    *map(Glue, SETS),
+    Jsonl(),
+]
+TASKS = {task.name: task for task in _TASKS}  # each mixture before its sets
 
 
 def get(name: str) -> Task:
-    tasks = _tasks()
-    if name not in tasks:
-        close = difflib.get_close_matches(name, tasks, n=1)
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
         meant = f" (did you mean {close[0]!r}?)" if close else ""
-        raise wrong("task", f"{name!r}{meant}", f"one of {', '.join(tasks)}")
-    return tasks[name]
+        raise wrong("task", f"{name!r}{meant}", f"one of {', '.join(TASKS)}")
+    return TASKS[name]

@@ -78,7 +78,3 @@ def validation_split(n: int, seed: int) -> tuple[list[int], list[int]]:
     random.Random(seed).shuffle(order)
     count = 1000 if n >= 5000 else n // 2
     return sorted(order[:count]), sorted(order[count:])
-
-
-def tasks() -> list[Task]:
-    return [Glue(subset) for subset in SETS]

@@ -1,6 +1,7 @@
-"""Instruction following with Alpaca's prompts.
+"""Instruction following, and Alpaca's prompts, which other tasks share.
 
-Answers are exported in ``alpaca_eval``'s format for a judge; they are not scored here.
+Adapters are trained on these exact texts, so changing one degrades existing adapters. Answers are
+exported in ``alpaca_eval``'s format for a judge; they are not scored here.
 """
 
 from __future__ import annotations
@@ -8,11 +9,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from reft_train.tasks import answers, fields
+from reft_train.tasks import fields
 from reft_train.tasks.base import Decoding, Example, Row, Task
-from reft_train.tasks.templates import alpaca
 
-EVALUATION_SET = "alpaca_eval"
+EVALUATION_SET, RESPONSE = "alpaca_eval", "### Response:"
+# Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, train.py)
+ALPACA = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+ALPACA_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+
+
+def alpaca(instruction: str, input: str = "") -> str:
+    """Format the Alpaca prompt; an empty ``input`` selects the variant without one."""
+    if input:
+        return ALPACA.format(instruction=instruction, input=input)
+    return ALPACA_NO_INPUT.format(instruction=instruction)
+
+
+def response(text: str) -> str:
+    """Return the text after the first "### Response:", or the whole text if it does not occur."""
+    before, mark, after = text.partition(RESPONSE)
+    return after if mark else before
 
 
 class Instruct(Task):
@@ -36,10 +61,6 @@ def alpaca_eval_row(prediction: Mapping[str, Any], generator: str) -> dict[str, 
 
     ``generator`` is the model's name in the tables; the dataset is "alpaca_eval" by default.
     """
-    output, dataset = answers.response(prediction["generated"]), prediction.get("dataset")
+    output, dataset = response(prediction["generated"]), prediction.get("dataset")
     row = {"instruction": prediction["instruction"], "output": output.strip()}
     return {**row, "dataset": dataset or EVALUATION_SET, "generator": generator}
-
-
-def tasks() -> list[Task]:
-    return [Instruct()]

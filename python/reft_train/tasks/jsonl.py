@@ -7,7 +7,7 @@ from typing import Any
 from reft_train.errors import one_line, wrong
 from reft_train.tasks import fields
 from reft_train.tasks.base import Decoding, Example, Row, Scored, Task
-from reft_train.tasks.templates import alpaca
+from reft_train.tasks.instruct import alpaca
 
 ROLES = ("system", "user", "assistant")
 LAYOUTS = (("messages",), ("prompt", "completion"), ("instruction", "input", "output"))
@@ -105,7 +105,3 @@ def _conversation(row: Row) -> list[dict[str, str]]:
             raise wrong(f"{where}: role", repr(role), f"one of {', '.join(ROLES)}")
         fields.filled(part, "content", ("role", "content"))
     return messages
-
-
-def tasks() -> list[Task]:
-    return [Jsonl()]

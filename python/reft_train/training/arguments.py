@@ -9,20 +9,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from reft_train.config import RunConfig
 from reft_train.errors import wrong
 from reft_train.models import pick_device
 from reft_train.training.sharding import fsdp_arguments
 
 BOARD = "tensorboard"
-
-
-def steps_in_all(config: RunConfig, examples: int | None, processes: int) -> int:
-    """Return the number of optimizer steps of a run; ``examples`` is None for a stream."""
-    if config.max_steps is not None or examples is None:
-        return config.max_steps or 0
-    forwards = math.ceil(math.ceil(examples / config.batch_size) / processes)
-    return config.epochs * max(1, math.ceil(forwards / config.accumulation))
 
 
 def _strategy(every: int | None, name: str) -> dict[str, Any]:
@@ -41,15 +36,16 @@ def training_arguments(
         metric: metric that selects the best checkpoint ("loss" or a metric's name). None: no
             selection.
     """
-    import torch
-    import transformers
-
     device, save_every = pick_device(config), config.save_every
     if config.mixed_precision == "fp16" and device == "cpu":
         raise wrong("mixed_precision", "fp16 on a CPU", "bf16 or no")
     if config.deepspeed is not None and find_spec("deepspeed") is None:
         raise wrong("deepspeed", f"{config.deepspeed}, but deepspeed is not installed", "none")
-    total = steps_in_all(config, examples, int(os.environ.get("WORLD_SIZE", "1")))
+    total = config.max_steps or 0  # of optimizer steps
+    if config.max_steps is None and examples is not None:
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        forwards = math.ceil(math.ceil(examples / config.batch_size) / processes)
+        total = config.epochs * max(1, math.ceil(forwards / config.accumulation))
     extra: dict[str, Any] = {}
     if metric is not None:
         if save_every not in (None, config.evaluate_every):

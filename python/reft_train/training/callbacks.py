@@ -6,6 +6,7 @@ import json
 import math
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ class Interrupt(TrainerCallback):
 
 
 class Bookkeeping(TrainerCallback):
-    """Notify the trainer after each optimizer step, and set the epoch of the sampler."""
+    """Count and time optimizer steps for the trainer, and set the epoch of the sampler."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -108,4 +109,5 @@ class Bookkeeping(TrainerCallback):
         order.set_epoch(int(state.epoch or 0))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.step_done()
+        self.trainer.loss_steps += 1
+        self.trainer.step_ends.append(time.perf_counter())

@@ -1,18 +1,22 @@
-"""Results of a run, as numbers for other commands and as a text summary."""
+"""Results of a run: numbers for other commands, a text summary, a figure and an HTML page."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from reft_train.errors import wrong
-from reft_train.files import dumps, write_text
+from pydantic import TypeAdapter
+
+from reft_train import reporting
+from reft_train.errors import one_line, wrong
+from reft_train.files import dumps, write_bytes, write_text
 from reft_train.memory import Peak
 from reft_train.methods import TITLES
 
-RESULTS = "results.json"
+RESULTS, PICTURE, PAGE = "results.json", "loss.png", "report.html"
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Outcome:
     versions: dict[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
-        return write_text(folder / RESULTS, dumps(asdict(self)))
+        return write_text(folder / RESULTS, dumps(self))
 
     def figures(self) -> dict[str, str]:
         """Return the run's measurements by name."""
@@ -81,9 +85,55 @@ class Outcome:
     def load(cls, folder: str | Path) -> Outcome:
         """Load the outcome saved in a run's folder."""
         try:
-            fields = json.loads((Path(folder) / RESULTS).read_text(encoding="utf-8"))
-            losses = [(int(step), float(loss)) for step, loss in fields["losses"]]
-            return cls(**{**fields, "memory": Peak(**fields["memory"]), "losses": losses})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"{folder}, without a readable {RESULTS} ({error})"
+            text = (Path(folder) / RESULTS).read_text(encoding="utf-8")
+            return TypeAdapter(cls).validate_json(text)
+        except (OSError, ValueError) as error:
+            what = f"{folder}, without a readable {RESULTS} ({one_line(error)})"
             raise wrong("run", what, "a finished run") from None
+
+
+def run_curves(log: Sequence[Mapping[str, Any]]) -> bytes:
+    """Plot the logged losses, learning rate and orthonormality as a PNG.
+
+    Non-finite values are left out.
+    """
+    import pandas
+
+    names = ("loss", "eval_loss", "learning_rate", "orthonormality")
+    frame = pandas.DataFrame(log, columns=["step", *names], dtype=float).set_index("step")
+    frame = frame.where(frame.abs() < math.inf)
+    curves = {name: frame[name].dropna() for name in names if frame[name].notna().any()}
+    panels = ["loss", *(name for name in names[2:] if name in curves)]
+    figure = reporting.new_figure(8, 3.1 + 1.4 * len(panels))
+    ratios = [3.2, 1, 1][: len(panels)]
+    axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
+    for axis, name in zip(axes, panels, strict=True):
+        if name in curves:
+            axis.plot(curves[name], alpha=0.4, label=name)
+        if name != "learning_rate" and (frame[name].dropna() > 0).all():
+            axis.set_yscale("log")
+        axis.set_ylabel(name.replace("_", " "))
+    if "loss" in curves:
+        losses = curves["loss"]
+        axes[0].plot(losses.index, reporting.smoothed(losses), "C0", label="loss, smoothed")
+    if "eval_loss" in curves:
+        axes[0].plot(curves["eval_loss"], "C3o-", label="held-out loss")
+    if curves:
+        axes[0].legend()
+    axes[-1].set_xlabel("step")
+    return reporting.to_png(figure)
+
+
+def write_run_report(folder: Path, outcome: Outcome, log: Sequence[Mapping[str, Any]]) -> None:
+    png = write_bytes(folder / PICTURE, run_curves(log)).read_bytes()
+    losses = [entry for entry in log if "loss" in entry]
+    bad = [entry["step"] for entry in losses if not math.isfinite(entry["loss"])]
+    text = f"{len(bad)} of {len(losses)} logged losses are not finite and not drawn"
+    title = f"{outcome.config['method']} on {outcome.config['model']}"
+    sections = {
+        "Results": [outcome.figures()],
+        "Curves": [png, *([f"{text}, the first at step {bad[0]}"] if bad else [])],
+        "Settings": [outcome.config],
+        "Versions": [outcome.versions],
+    }
+    reporting.write_page(folder / PAGE, title, sections)

@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from reft_kernels.integrations.peft import from_chat_template
 from reft_train.config import REFT_METHODS, RunConfig
-from reft_train.data import caching, collating, packing, sampling, sources, streaming, tokenizing
+from reft_train.data import collating, reading, sampling, tokenizing
 from reft_train.data.reading import iter_rows, read_rows
 from reft_train.errors import one_line, wrong
 from reft_train.models import CAUSAL, CLASSIFICATION, Loaded
@@ -67,12 +68,12 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
     scored, glue, streams = not config.skip_test, isinstance(task, Glue), train and config.streaming
     rows = Rows([])
     if glue and config.data is None and config.train is None and not config.test:
-        rows.train = sources.hub_rows(task, "train") if train else []
-        rows.tests = {task.test_sets[0]: sources.hub_rows(task, task.test_sets[0])}
+        rows.train = reading.hub_rows(task, "train") if train else []
+        rows.tests = {task.test_sets[0]: reading.hub_rows(task, task.test_sets[0])}
     else:
         data, path = (None if name is None else Path(name) for name in (config.data, config.train))
         needed = {"train_needed": train, "tests_needed": not train}
-        files = sources.find(task, data, path, list(map(Path, config.test)), **needed)
+        files = reading.find(task, data, path, list(map(Path, config.test)), **needed)
         if scored or (glue and not streams):
             rows.tests = {name: read_rows(path, "--test") for name, path in files.tests.items()}
         if streams:
@@ -111,7 +112,7 @@ def _log(text: str) -> None:
 
 def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], name: str) -> Any:
     """Tokenize the rows, or load them from the cache if the same rows were tokenized before."""
-    key = {"rows": _digest(rows), "tokenizer": caching.tokenizer_digest(loaded.tokenizer)}
+    key = {"rows": _digest(rows), "tokenizer": tokenizing.tokenizer_digest(loaded.tokenizer)}
     folder = None if config.cache is None else Path(config.cache) / "tokenized"
     dataset = tokenizing.tokenize_rows(
         rows, task, loaded.tokenizer, loaded.kind, config.max_length, key, folder
@@ -149,7 +150,7 @@ def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
         raise tokenizing.all_lost(config.max_length)
     _log_lost("first training rows", sum(lost), len(lost), config)
     order = {"seed": config.seed, "buffer": config.shuffle_buffer, "workers": config.workers}
-    return streaming.streamed(path, *how, **order, all_turns=config.turns == "all")
+    return tokenizing.streamed(path, *how, **order, all_turns=config.turns == "all")
 
 
 def response_template(
@@ -161,8 +162,6 @@ def response_template(
     must not occur in any answer. Otherwise, or if the chat template has none, a warning is printed
     and prompt ends are found from the labels.
     """
-    from reft_kernels.integrations.peft import from_chat_template
-
     tokenizer = loaded.tokenizer
     if loaded.kind != CAUSAL or config.method not in REFT_METHODS or not tokenizer.chat_template:
         return None
@@ -203,12 +202,10 @@ def collator(config: RunConfig, loaded: Loaded) -> Callable[[Sequence[dict]], di
     """Return the collator: padded, or packed if the model keeps packed examples apart."""
     pad = tokenizing.pad_id(loaded.tokenizer)
     if not config.packing:
-        if loaded.kind == CLASSIFICATION:
-            return collating.ClassificationCollator(pad)
         return collating.PaddingCollator(pad)
     if loaded.kind != CAUSAL:
         raise wrong("packing", f"true with a {loaded.kind} model", "a causal one")
     attention = str(getattr(loaded.model.config, "_attn_implementation", ""))
     flat = attention.startswith("flash_attention")
-    packing.check_model_packs(loaded.model, pad, flat)
-    return packing.PackingCollator(config.packed_length or config.max_length, pad, flat)
+    collating.check_model_packs(loaded.model, pad, flat)
+    return collating.PackingCollator(config.packed_length or config.max_length, pad, flat)

@@ -1,30 +1,25 @@
-"""A run's output folder: contents, checks before a run starts or resumes, and the adapter."""
+"""A run's output folder: checks before a run starts or resumes, checkpoints, and the adapter."""
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import shutil
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from reft_train.config import Bookkeeping, RunConfig, Scoring, read_yaml
-from reft_train.errors import UserError, wrong
-from reft_train.evaluation.writing import ALPACA_EVAL, PREDICTIONS
-from reft_train.files import check_folder, replace_folder
-from reft_train.methods import check_base, save_adapter
+from reft_train.errors import wrong
+from reft_train.evaluation.scoring import ALPACA_EVAL, PREDICTIONS
+from reft_train.files import check_folder
+from reft_train.methods import check_base
 from reft_train.models import check_reachable, model_config
-from reft_train.training import prepare
 from reft_train.training.arguments import BOARD
 from reft_train.training.callbacks import LOG
-from reft_train.training.checkpoints import checkpoints, last
-from reft_train.training.outcome import RESULTS
-from reft_train.training.run_report import PAGE, PICTURE
-from reft_train.training.sharding import trained_state
+from reft_train.training.outcome import PAGE, PICTURE, RESULTS
 
-if TYPE_CHECKING:
-    from reft_train.training.trainer import ReftTrainer
-
+STAGING, LOSS, _STATE = ".saving", "loss.json", "trainer_state.json"
+NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", LOSS, _STATE)
 CONFIG, DATA, ADAPTER = "config.yaml", "data.sha256", "adapter"
 # settings that may change when a run is resumed
 _FREE = {*Bookkeeping.model_fields, *Scoring.model_fields, "data", "train", "device"}
@@ -66,15 +61,12 @@ def _check_same(config: RunConfig, output: Path) -> None:
             raise wrong("resume", what, "the same")
 
 
-def check_same_data(rows: prepare.Rows, output: Path) -> None:
-    """Raise UserError if a resumed run has different training rows."""
-    path = output / DATA  # missing if the run was killed early
-    if path.is_file() and path.read_text(encoding="utf-8") != rows.digest():
-        raise UserError(f"resume: the training rows differ from those that {output} started with")
-
-
-def clear(output: Path) -> None:
-    """Remove the files of a previous run."""
+def clear(output: Path, *, everything: bool) -> None:
+    """Remove what a killed run left incomplete, or with ``everything`` the whole previous run."""
+    for path in (output / STAGING, *output.glob(".adapter-*")):
+        shutil.rmtree(path, ignore_errors=True)
+    if not everything:
+        return
     folders = (output / name for name in (ADAPTER, PREDICTIONS, ALPACA_EVAL, BOARD))
     for path in (*checkpoints(output), *folders):
         shutil.rmtree(path, ignore_errors=True)
@@ -82,18 +74,60 @@ def clear(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def publish_adapter(trainer: ReftTrainer, output: Path) -> None:
-    """Write the adapter to a temporary folder and rename it."""
-    state = trained_state(trainer.model) if trainer.is_fsdp_enabled else None
-    if trainer.args.should_save:
-        bare = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        with tempfile.TemporaryDirectory(dir=output, prefix=".adapter-") as staged:
-            save_adapter(bare, Path(staged) / ADAPTER, state)
-            replace_folder(Path(staged) / ADAPTER, output / ADAPTER)
-    trainer.accelerator.wait_for_everyone()
-
-
 def resume_hint(config: RunConfig) -> str:
     """Return the command that resumes a run."""
     path = str(Path(config.output) / CONFIG)
     return shlex.join(["reft-train", "run", "--config", path, "--resume"])
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def publish(staged: Path, target: Path) -> None:
+    """Flush the folder ``staged`` to disk and rename it to the checkpoint ``target``.
+
+    When a step is saved twice (before and after an evaluation), the existing folder is kept and its
+    files are replaced one by one. Both versions belong to the same step, so a mixture is valid.
+    """
+    files = [path for path in staged.rglob("*") if path.is_file()]
+    files.sort(key=lambda path: path.name == _STATE)
+    for path in (*files, staged):
+        _sync(path)
+    if target.exists():
+        for path in files:
+            place = target / path.relative_to(staged)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
+        _sync(target)
+    else:
+        os.replace(staged, target)
+    _sync(target.parent)
+    shutil.rmtree(staged.parent, ignore_errors=True)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return a run's checkpoints, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir()]
+    found = [path for path in found if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+
+
+def last(folder: Path) -> Path | None:
+    """Return a run's newest checkpoint, or None."""
+    newest = next(reversed(checkpoints(folder)), None)
+    missing = [name for name in NEEDED if newest and not (newest / name).is_file()]
+    if missing:
+        raise wrong("resume", f"{newest} without {', '.join(missing)}", "a complete checkpoint")
+    return newest
+
+
+def rotate(folder: Path, keep: int, best: str | None) -> None:
+    """Remove all but the ``keep`` newest checkpoints; the best one is always kept."""
+    for path in checkpoints(folder)[:-keep]:
+        if best is None or path != Path(best):
+            shutil.rmtree(path)

@@ -14,21 +14,19 @@ import transformers
 
 from reft_train import tasks
 from reft_train.config import RunConfig, dump_yaml
-from reft_train.errors import wrong
-from reft_train.evaluation.scoring import score_set
-from reft_train.evaluation.writing import write_predictions
+from reft_train.errors import UserError, wrong
+from reft_train.evaluation.scoring import score_set, write_predictions
 from reft_train.files import write_text
 from reft_train.memory import PeakMeter
 from reft_train.methods import adapt, check_base, record_base
-from reft_train.models import CLASSIFICATION, Loaded, load
+from reft_train.models import CLASSIFICATION, Loaded, load, pick_device
+from reft_train.ranks import join, together
 from reft_train.reporting import versions
 from reft_train.tasks.base import Row, Task
-from reft_train.training import checkpoints, prepare, run_dir
+from reft_train.training import prepare, run_dir
 from reft_train.training.arguments import training_arguments
 from reft_train.training.callbacks import LOG, FiniteLoss, Interrupt, Journal
-from reft_train.training.outcome import Outcome
-from reft_train.training.processes import join, together
-from reft_train.training.run_report import write_run_report
+from reft_train.training.outcome import Outcome, write_run_report
 from reft_train.training.sharding import engine_environment, gather_to_generate
 from reft_train.training.trainer import ReftTrainer, orthonormality
 
@@ -73,7 +71,7 @@ def train(
         UserError: bad input, detected before anything is written.
         FloatingPointError: the loss is not finite.
     """
-    join(config)
+    join(cpu=pick_device(config) == "cpu")
     with engine_environment(config):
         return _train(config, callbacks, report, task)
 
@@ -87,7 +85,10 @@ def _read(config: RunConfig, task: Task) -> tuple[Path | None, prepare.Rows, Loa
     loaded = load(config, task)
     if checkpoint is not None:
         check_base(loaded.model.config, checkpoint)
-        run_dir.check_same_data(rows, Path(config.output))
+        path = Path(config.output) / run_dir.DATA  # missing if the run was killed early
+        if path.is_file() and path.read_text(encoding="utf-8") != rows.digest():
+            started = f"those that {config.output} started with"
+            raise UserError(f"resume: the training rows differ from {started}")
     return checkpoint, rows, loaded, prepare.collator(config, loaded)
 
 
@@ -131,9 +132,7 @@ def _train(
 
     model, arguments = together(adapted)
     if arguments.should_save:
-        checkpoints.sweep(output)
-        if config.overwrite:
-            run_dir.clear(output)
+        run_dir.clear(output, everything=config.overwrite)
     classifies = loaded.kind == CLASSIFICATION
     interrupt = Interrupt()
     trainer = ReftTrainer(
@@ -154,10 +153,9 @@ def _train(
     if classifies:
         # these models ignore num_items_in_batch, so Trainer would sum the means of micro-batches
         trainer.model_accepts_loss_kwargs = False
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    in_head = [name for name in trained if any(f".{part}." in name for part in loaded.heads)]
-    head = sum(trained[name] for name in in_head)
-    total = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained, parameters = model.get_nb_trainable_parameters()
+    heads = [n for n, p in model.named_parameters() if p.requires_grad and trainer.in_head(n)]
+    head = sum(model.get_parameter(name).numel() for name in heads)
     if arguments.should_save:
         write_text(output / run_dir.DATA, rows.digest())
         record_base(loaded.model.config, output)
@@ -171,13 +169,13 @@ def _train(
     error, state = orthonormality(trainer.model), trainer.state
     interrupted = interrupt.requested and state.global_step < state.max_steps
     trainer.close()
-    run_dir.publish_adapter(trainer, output)
+    trainer.publish_adapter(output)
     tests = {} if interrupted else _score_tests(trainer, config, loaded, task, rows.tests)
     outcome = Outcome(
         config=config.to_dict(),
-        trainable=sum(trained.values()) - head,
+        trainable=trained - head,
         head=head,
-        total=total,
+        total=parameters - trained,
         steps=state.global_step,
         losses=[(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry],
         seconds=seconds,

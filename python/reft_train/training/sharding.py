@@ -9,18 +9,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
+from torch.distributed import fsdp
 
 from reft_kernels.interventions import Intervention
 from reft_train.config import RunConfig
 from reft_train.errors import wrong
 
+# as TrainingArguments takes them, and upper-cased with a prefix as accelerate reads them
 _SETTINGS = {
-    "FSDP_VERSION": "2",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "version": 2,
+    "state_dict_type": "FULL_STATE_DICT",
+    "reshard_after_forward": True,
+    "cpu_ram_efficient_loading": False,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
 }
 
 
@@ -34,7 +38,7 @@ def engine_environment(config: RunConfig) -> Iterator[None]:
     """Set the environment variables read by engines during a run, and restore them on exit."""
     before, prefixes = dict(os.environ), ("ACCELERATE_", "FSDP_")
     if requested(config):
-        os.environ.update(_SETTINGS)
+        os.environ.update({f"FSDP_{name.upper()}": str(v) for name, v in _SETTINGS.items()})
     try:
         yield
     finally:
@@ -84,21 +88,11 @@ def fsdp_arguments(config: RunConfig, model: Any) -> dict[str, Any]:
         if fails:
             raise wrong("fsdp", f"true {what}", expected)
     os.environ["FSDP_TRANSFORMER_CLS_TO_WRAP"] = ",".join(blocks)
-    settings = {
-        "version": 2,
-        "transformer_layer_cls_to_wrap": blocks,
-        "state_dict_type": "FULL_STATE_DICT",
-        "cpu_ram_efficient_loading": False,
-        "reshard_after_forward": True,
-    }
-    return {"fsdp": True, "fsdp_config": settings}
+    return {"fsdp": True, "fsdp_config": {**_SETTINGS, "transformer_layer_cls_to_wrap": blocks}}
 
 
 def shard_on_cpus(accelerator: Any, arguments: Any) -> None:
     """Make accelerate use FSDP2 on CPUs, where it would otherwise use DDP without a warning."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
     plugin = FullyShardedDataParallelPlugin(**(getattr(arguments, "fsdp_plugin_args", None) or {}))
     if accelerator.mixed_precision != "no":
         plugin.set_mixed_precision(accelerator.mixed_precision)
@@ -114,17 +108,15 @@ def shard_stacks(model: nn.Module) -> None:
     backward, so it cannot belong to a layer's unit. It computes in float32: R built from rounded
     parameters is not orthonormal.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
     # edits read a stack's outputs and never write to them
     text = "FSDP2-wrapped module .* returned a view tensor"
     warnings.filterwarnings("ignore", message=text, category=UserWarning)
-    policy = MixedPrecisionPolicy(
+    policy = fsdp.MixedPrecisionPolicy(
         param_dtype=torch.float32, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for stack in list(model.modules()):
-        if isinstance(stack, Intervention) and not isinstance(stack, FSDPModule):
-            fully_shard(stack, mp_policy=policy)
+        if isinstance(stack, Intervention) and not isinstance(stack, fsdp.FSDPModule):
+            fsdp.fully_shard(stack, mp_policy=policy)
 
 
 def gather_to_generate(model: nn.Module) -> None:
@@ -132,14 +124,12 @@ def gather_to_generate(model: nn.Module) -> None:
 
     transformers 4 does not do this.
     """
-    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
     if (
-        isinstance(model, FSDPModule)
+        isinstance(model, fsdp.FSDPModule)
         and hasattr(model, "generate")
         and "generate" not in vars(model)
     ):
-        register_fsdp_forward_method(model, "generate")
+        fsdp.register_fsdp_forward_method(model, "generate")
 
 
 def forget_built(model: nn.Module) -> None:

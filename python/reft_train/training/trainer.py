@@ -25,13 +25,13 @@ from reft_kernels.integrations.peft import share_build
 from reft_kernels.interventions import Intervention
 from reft_kernels.parametrization import orthonormality_error
 from reft_train.errors import one_line, wrong
-from reft_train.evaluation.batching import run_batches
-from reft_train.files import write_text
+from reft_train.evaluation.generating import run_batches
+from reft_train.files import replace_folder, write_text
 from reft_train.methods import save_adapter
 from reft_train.models import evaluating
 from reft_train.training import sharding
 from reft_train.training.callbacks import Bookkeeping
-from reft_train.training.checkpoints import LOSS, STAGING, publish, rotate
+from reft_train.training.run_dir import ADAPTER, LOSS, STAGING, publish, rotate
 
 cross_entropy = functools.partial(F.cross_entropy, reduction="none")
 
@@ -79,11 +79,11 @@ class ReftTrainer(transformers.Trainer):
         super().__init__(data_collator=counted, callbacks=[Bookkeeping(self), *callbacks], **kwargs)
         self.sampler, self.heads, self.head_lr = sampler, tuple(heads), head_lr
         self.score, self.keep, self.eval_collate = score, keep, eval_collate or collate
-        self.tokens, self._batch_tokens, self._ends = 0, 0, []
+        self.tokens, self._batch_tokens, self.step_ends = 0, 0, []
         self._logged: tuple[float, int] | None = None
         self._staging = False
         self._loss: torch.Tensor | float = 0.0
-        self._loss_steps = 0
+        self.loss_steps = 0
         several = self.args.gradient_accumulation_steps > 1
         edits = any(isinstance(module, Intervention) for module in self.model.modules())
         # DeepSpeed takes gradients in each backward, before a shared build of R has produced any
@@ -116,11 +116,15 @@ class ReftTrainer(transformers.Trainer):
             self.optimizer = kind(self._groups(model), **options)
         return self.optimizer
 
+    def in_head(self, name: str) -> bool:
+        """Whether a parameter belongs to a new head."""
+        return any(f".{part}." in f".{name}." for part in self.heads)
+
     def _groups(self, model: nn.Module) -> list[dict]:
         groups: dict[tuple[bool, bool], dict] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                head = any(f".{part}." in f".{name}." for part in self.heads)
+                head = self.in_head(name)
                 bias = name.endswith((".b", ".bias", ".s"))
                 rate = {"lr": self.head_lr} if head and self.head_lr is not None else {}
                 decay = 0.0 if bias else self.args.weight_decay
@@ -143,25 +147,20 @@ class ReftTrainer(transformers.Trainer):
             self._shared.flush()
         return loss
 
-    def step_done(self) -> None:
-        """Record the time of an optimizer step; called by the callback."""
-        self._loss_steps += 1
-        self._ends.append(time.perf_counter())
-
     def step_seconds(self) -> float:
         """Return the median time from one optimizer step to the next, 0 without two of them.
 
         The device is not synchronized, but a queue of steps moves at the device's speed.
         """
-        intervals = [after - before for before, after in pairwise(self._ends)]
+        intervals = [after - before for before, after in pairwise(self.step_ends)]
         return statistics.median(intervals) if intervals else 0.0
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
         """Log as Trainer does, with tokens per second and orthonormality in training entries."""
         if "loss" in logs:
             # Trainer's own mean restarts when a run is resumed between two log entries
-            logs["loss"] = self._losses().mean().item() / self._loss_steps
-            self._loss, self._loss_steps = 0.0, 0
+            logs["loss"] = self._losses().mean().item() / self.loss_steps
+            self._loss, self.loss_steps = 0.0, 0
             now = time.perf_counter()
             if self._logged is not None:
                 seconds = max(now - self._logged[0], 1e-9)
@@ -221,7 +220,7 @@ class ReftTrainer(transformers.Trainer):
             saved = json.loads((Path(resume_from_checkpoint) / LOSS).read_text(encoding="utf-8"))
             losses, rank = saved["losses"], self.args.process_index
             self._loss = losses[rank] if rank < len(losses) else sum(losses) / len(losses)
-            self._loss_steps = saved["steps"]
+            self.loss_steps = saved["steps"]
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _losses(self) -> torch.Tensor:
@@ -235,9 +234,22 @@ class ReftTrainer(transformers.Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Write a checkpoint atomically, so that a kill leaves the previous one intact."""
-        folder = Path(self._get_output_dir())
+        folder, name = Path(self._get_output_dir()), f"checkpoint-{self.state.global_step}"
+        self._staging = True
         try:
-            self._write_checkpoint(folder, *args, **kwargs)
+            super()._save_checkpoint(*args, **kwargs)
+            losses = self._losses().tolist()
+            self.accelerator.wait_for_everyone()
+            if self.state.best_global_step:
+                best = folder / f"checkpoint-{self.state.best_global_step}"
+                if best.exists() or best.name == name:
+                    self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                staged = folder / STAGING / name
+                write_text(staged / LOSS, json.dumps({"losses": losses, "steps": self.loss_steps}))
+                self.state.save_to_json(str(staged / "trainer_state.json"))
+                publish(staged, folder / name)
+                rotate(folder, self.keep, self.state.best_model_checkpoint)
         except Exception as error:
             shutil.rmtree(folder / STAGING, ignore_errors=True)
             # torch's writer raises a RuntimeError that names inline_container
@@ -245,27 +257,9 @@ class ReftTrainer(transformers.Trainer):
                 what = f"{folder}, where no checkpoint can be written ({one_line(error)})"
                 raise wrong("output", what, "a writable folder with space") from error
             raise
-        self.accelerator.wait_for_everyone()
-
-    def _write_checkpoint(self, folder: Path, *args: Any, **kwargs: Any) -> None:
-        self._staging = True
-        try:
-            super()._save_checkpoint(*args, **kwargs)
         finally:
             self._staging = False
-        losses = self._losses().tolist()
         self.accelerator.wait_for_everyone()
-        name = f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step:
-            best = folder / f"checkpoint-{self.state.best_global_step}"
-            if best.exists() or best.name == name:
-                self.state.best_model_checkpoint = str(best)
-        if self.args.should_save:
-            staged = folder / STAGING / name
-            write_text(staged / LOSS, json.dumps({"losses": losses, "steps": self._loss_steps}))
-            self.state.save_to_json(str(staged / "trainer_state.json"))
-            publish(staged, folder / name)
-            rotate(folder, self.keep, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """See Trainer; for a sharded model only trained parameters are gathered."""
@@ -274,11 +268,19 @@ class ReftTrainer(transformers.Trainer):
         else:
             super().save_model(output_dir, _internal_call)
 
+    def publish_adapter(self, output: Path) -> None:
+        """Write the adapter to a temporary folder of the run's output and rename it."""
+        staged = output / ".adapter-new"
+        self._save(staged, sharding.trained_state(self.model) if self.is_fsdp_enabled else None)
+        if self.args.should_save:
+            replace_folder(staged, output / ADAPTER)
+        self.accelerator.wait_for_everyone()
+
     def _load_best_model(self) -> None:
         super()._load_best_model()
         sharding.forget_built(self.model)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+    def _save(self, output_dir: str | Path | None = None, state_dict: dict | None = None) -> None:
         """Save only the adapter in PEFT's format, without tokenizer and pickled arguments."""
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
 
 @pytest.fixture(autouse=True)
 def _leave_memory_alone(monkeypatch):
-    monkeypatch.setattr("reft_train.search.study.gc", SimpleNamespace(collect=lambda: None))
+    monkeypatch.setattr("reft_train.search.study.clear_device_cache", lambda **options: None)

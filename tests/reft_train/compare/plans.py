@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.distributions import FloatDistribution
-from reft_train.compare.running import Comparison, ComparisonPlan, RunFailed, compare
+from reft_train.compare import Comparison, ComparisonPlan, RunFailed, compare
 from reft_train.config import RunConfig
 from reft_train.search.study import Objective
 from reft_train.training.outcome import Outcome

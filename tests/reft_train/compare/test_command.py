@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from reft_train import compare as command
 from reft_train.__main__ import parser
-from reft_train.compare import command
-from reft_train.compare.command import DEFAULT
+from reft_train.commands import COMPARED as DEFAULT
 from reft_train.errors import UserError
 
 from tests.reft_train.compare.plans import FakeFinal

@@ -6,7 +6,7 @@ import csv
 import json
 
 import pytest
-from reft_train.compare import command
+from reft_train import compare as command
 from reft_train.errors import UserError
 
 from tests.reft_train.compare.plans import METHODS, FakeFinal, plan, run
@@ -36,7 +36,7 @@ def test_the_json_has_every_method_and_run(found):
 def test_the_csv_has_a_line_for_each_method(found):
     rows = list(csv.DictReader((found.plan.folder / "compare.csv").open()))
     assert [row["method"] for row in rows] == list(METHODS)
-    assert float(rows[0]["test_mean"]) == found.rows[0].test.mean
+    assert float(rows[0]["test_mean"]) == found.rows[0]["test"]["mean"]
     assert rows[2]["test_mean"] == "" and rows[2]["status"] == "not available: method ia3: <none>"
 
 
@@ -59,7 +59,7 @@ def test_runs_without_test_sets_are_shown_by_their_held_out_value(tmp_path):
             return finished(config, 0.5, tests={})
 
     done = run(plan(tmp_path / "c"), None, Untested())
-    assert done.rows[0].test is None
+    assert done.rows[0]["test"] is None
     assert command.table(done)[1][0][1:3] == ("-", "0.5000 ± 0.0000")
     command.write_report(done)
     assert (tmp_path / "c" / "compare.png").is_file()

@@ -4,9 +4,11 @@ nothing dropped.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
+from reft_train.compare import mean_of
 from reft_train.errors import UserError
 
 from tests.reft_train.compare.plans import METHODS, FakeFinal, plan, run
@@ -82,14 +84,15 @@ def test_a_row_has_mean_and_deviation_over_seeds(tmp_path):
     found = run(plan(tmp_path / "c"))
     first, second = (found.outcomes["lora", seed].tests["test"]["accuracy"] for seed in (42, 43))
     row = found.rows[1]
-    assert row.test.mean == pytest.approx(
+    assert row["test"]["mean"] == pytest.approx(
         (first + second) / 2, rel=1e-12
     )  # one rounding of a mean of two
-    assert row.test.deviation == pytest.approx(abs(first - second) / 2**0.5, rel=1e-9)
+    assert row["test"]["deviation"] == pytest.approx(abs(first - second) / 2**0.5, rel=1e-9)
 
 
 def test_one_seed_has_no_deviation(tmp_path):
-    assert run(plan(tmp_path / "c", seeds=(42,))).rows[0].test.deviation is None
+    (row, *_) = run(plan(tmp_path / "c", seeds=(42,))).rows
+    assert math.isnan(row["test"]["deviation"]) and "±" not in mean_of(row["test"])
 
 
 def test_a_finished_comparison_trains_nothing_more(tmp_path):
@@ -133,9 +136,9 @@ def test_a_run_with_other_settings_is_run_again(tmp_path):
     final = FakeFinal()
     found = run(plan(tmp_path / "c", trials=4), None, final)
     changed = {
-        row.method
+        row["method"]
         for row in found.rows
-        if found.outcomes[row.method, 42].config["lr"] == row.varied["lr"]
+        if found.outcomes[row["method"], 42].config["lr"] == row["varied"]["lr"]
     }
     assert changed == set(METHODS) and len(final.seen) == 6
 
@@ -145,7 +148,7 @@ def test_a_method_that_the_model_refuses_is_shown_as_not_available(tmp_path):
         plan(tmp_path / "c"),
         FakeTrain(before=refuse("lora", UserError("method lora: no such modules"))),
     )
-    assert [row.status for row in found.rows] == [
+    assert [row["status"] for row in found.rows] == [
         "ok",
         "not available: method lora: no such modules",
         "ok",
@@ -159,8 +162,8 @@ def test_a_method_that_the_model_refuses_is_shown_as_not_available(tmp_path):
 def test_a_method_that_breaks_is_shown_as_failed(tmp_path, error):
     found = run(plan(tmp_path / "c"), FakeTrain(before=refuse("lora", error)))
     assert (
-        found.rows[1].status == f"failed: {type(error).__name__}: {error}"
-        and found.rows[2].status == "ok"
+        found.rows[1]["status"] == f"failed: {type(error).__name__}: {error}"
+        and found.rows[2]["status"] == "ok"
     )
 
 
@@ -174,12 +177,12 @@ def test_bad_input_that_every_method_refuses_is_bad_input(tmp_path):
 
 def test_a_seed_that_fails_is_counted(tmp_path):
     found = run(plan(tmp_path / "c"), None, FakeFinal(failing=(("lora", 43),)))
-    assert found.rows[1].status == "1 of 2 seeds failed: out of memory"
-    assert found.rows[1].seeds == 1
+    assert found.rows[1]["status"] == "1 of 2 seeds failed: out of memory"
+    assert found.rows[1]["seeds"] == 1
 
 
 def test_a_budget_in_seconds_is_less_by_what_was_spent(tmp_path, monkeypatch):
-    from reft_train.compare import running
+    from reft_train import compare as running
 
     spent = []
     original = running.search

@@ -7,7 +7,7 @@ from __future__ import annotations
 import multiprocessing
 
 import pytest
-from reft_train.data.caching import cached, tokenizer_digest
+from reft_train.data.tokenizing import cached, tokenizer_digest
 from reft_train.errors import UserError
 
 from tests.reft_train.tiny import tokenizer_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reft_train.data.collating import ClassificationCollator, PaddingCollator
+from reft_train.data.collating import PaddingCollator
 
 ITEMS = [
     {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "length": 3},
@@ -68,6 +68,6 @@ def test_labels_of_texts_are_one_number_each(labels, dtype):
         item | {"labels": label, "token_type_ids": [1] * item["length"]}
         for item, label in zip(ITEMS, labels, strict=True)
     ]
-    batch = ClassificationCollator(9)(items)
+    batch = PaddingCollator(9)(items)
     assert batch["labels"].tolist() == labels and batch["labels"].dtype == dtype
     assert batch["token_type_ids"].tolist() == [[1, 1, 1], [1, 0, 0]]

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 from peft import get_peft_model
-from reft_train.data.collating import PaddingCollator
-from reft_train.data.packing import (
+from reft_train.data.collating import (
     FILLING,
     PackingCollator,
+    PaddingCollator,
     balanced,
     check_model_packs,
     packed_rows,

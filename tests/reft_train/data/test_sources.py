@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from reft_train import tasks
-from reft_train.data.sources import Files, find, hub_rows
+from reft_train.data.reading import Files, find, hub_rows
 from reft_train.errors import UserError
-from reft_train.tasks.commonsense import SETS
+from reft_train.tasks.llm_adapters import COMMONSENSE as SETS
 
 from tests.reft_train.real_data import data_folder, needs
 

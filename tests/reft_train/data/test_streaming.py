@@ -10,8 +10,8 @@ import json
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from reft_train.data import streaming
-from reft_train.data.streaming import streamed
+from reft_train.data import tokenizing
+from reft_train.data.tokenizing import streamed
 from reft_train.errors import UserError
 from reft_train.tasks.base import Example, Row, Task
 from torch.utils.data import DataLoader
@@ -64,7 +64,7 @@ def test_a_file_of_any_size_can_be_begun(path, monkeypatch):
     def endless(path):
         return (Row({"number": n}, "") for n in itertools.count())
 
-    monkeypatch.setattr(streaming, "iter_rows", endless)
+    monkeypatch.setattr(tokenizing, "iter_rows", endless)
     assert len(_numbers(_stream(path), 3)) == 3
 
 

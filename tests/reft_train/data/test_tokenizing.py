@@ -14,8 +14,13 @@ from reft_train.tasks.base import Classified, Example, Row, Task
 
 from tests.reft_train.tiny import tokenizer_of
 
+
+def _single(kind, example, tokenizer, max_length, where=None):
+    return encode(kind, [example], [where], tokenizer, max_length)[0]
+
+
 causal, seq2seq, classification = (
-    partial(encode, kind) for kind in ("causal", "seq2seq", "classification")
+    partial(_single, kind) for kind in ("causal", "seq2seq", "classification")
 )
 EXAMPLE = Example("what is the correct answer?", "the correct answer is true", "true")
 WITH_BOS = [True, False]

@@ -9,8 +9,8 @@ import math
 
 import pytest
 from reft_train.__main__ import main
-from reft_train.doctor import environment, trial
-from reft_train.doctor.environment import Memory, memory_of
+from reft_train.doctor import command, trial
+from reft_train.doctor.command import Memory, memory_of
 
 SMALL = ["--task", "gsm8k", "--batch-size", "2", "--max-length", "16", "--device", "cpu"]
 
@@ -107,7 +107,7 @@ def test_a_length_that_the_model_does_not_read_is_cut_and_told(tiny_llama, capsy
 
 
 def test_too_little_memory_for_the_weights_ends_with_1_and_a_hint(tiny_llama, monkeypatch, capsys):
-    monkeypatch.setattr(environment, "memory_of", lambda *a, **k: Memory(10, 20, "a test"))
+    monkeypatch.setattr(command, "memory_of", lambda *a, **k: Memory(10, 20, "a test"))
     assert main(["doctor", "--model", str(tiny_llama), *SMALL]) == 1
     text = capsys.readouterr().out
     assert "does not fit: " in text and "hint: --quantization" in text and "trial:" not in text
@@ -154,7 +154,7 @@ def test_a_model_without_weights_or_tokenizer_is_bad_input(tiny_llama, tmp_path,
 def test_a_control_group_s_limit_counts(monkeypatch, tmp_path):
     (tmp_path / "max").write_text("512000\n")
     (tmp_path / "now").write_text("500000\n")
-    monkeypatch.setattr(environment, "_GROUPS", ((tmp_path / "max", tmp_path / "now"),))
+    monkeypatch.setattr(command, "_GROUPS", ((tmp_path / "max", tmp_path / "now"),))
     assert memory_of("cpu") == Memory(12_000, 512_000, "the control group's limit")
     (tmp_path / "max").write_text("max\n")
     assert memory_of("cpu").source == "system memory"

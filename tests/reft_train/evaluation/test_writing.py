@@ -7,8 +7,7 @@ import json
 import math
 
 from reft_train import tasks
-from reft_train.evaluation.scoring import SetScore
-from reft_train.evaluation.writing import file_name, write_predictions, write_scores
+from reft_train.evaluation.scoring import SetScore, file_name, write_predictions, write_scores
 
 SCORED = tasks.get("boolq")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from reft_train.tasks.answers import (
+from reft_train.tasks.llm_adapters import (
     after_trigger,
     first_letter,
     last_number,

@@ -7,7 +7,7 @@ from reft_train import tasks
 from reft_train.data.reading import read_rows
 from reft_train.errors import UserError
 from reft_train.tasks.base import Row
-from reft_train.tasks.commonsense import SETS
+from reft_train.tasks.llm_adapters import COMMONSENSE as SETS
 
 from tests.reft_train.real_data import data_folder, needs
 

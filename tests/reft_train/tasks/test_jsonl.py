@@ -6,7 +6,7 @@ import pytest
 from reft_train import tasks
 from reft_train.errors import UserError
 from reft_train.tasks.base import Row
-from reft_train.tasks.templates import alpaca
+from reft_train.tasks.instruct import alpaca
 
 from tests.reft_train.tiny import tokenizer_of
 

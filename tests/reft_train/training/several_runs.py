@@ -15,8 +15,7 @@ from pathlib import Path
 
 import transformers
 from reft_train.config import build
-from reft_train.ranks import is_first
-from reft_train.training.processes import leave
+from reft_train.ranks import is_first, leave
 from reft_train.training.session import train
 
 

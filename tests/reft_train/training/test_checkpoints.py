@@ -16,7 +16,7 @@ import pytest
 import torch
 from reft_train.errors import UserError
 from reft_train.flags import settings as settings_of
-from reft_train.training import checkpoints, session
+from reft_train.training import run_dir, session
 from transformers import TrainerCallback
 
 from tests.reft_train.runs import command, instructions, run, write_rows
@@ -101,7 +101,7 @@ class Fork(TrainerCallback):
                 die_at(len(self.left), self.output)
                 return
             status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-            found = checkpoints.last(self.output)
+            found = run_dir.last(self.output)
             self.left.append({"name": found.name.encode(), **contents(found)})
             shutil.rmtree(self.output)
             shutil.copytree(spare, self.output)
@@ -155,9 +155,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(keep, argument
             for file in left
             if file.endswith((".pt", ".pth"))
         )
-    assert (
-        expected["checkpoint-1"].keys() == expected["checkpoint-2"].keys() > set(checkpoints.NEEDED)
-    )
+    assert expected["checkpoint-1"].keys() == expected["checkpoint-2"].keys() > set(run_dir.NEEDED)
 
 
 def test_what_a_killed_save_left_is_swept_and_the_run_goes_on(arguments, tmp_path):
@@ -180,7 +178,7 @@ def test_what_a_killed_save_left_is_swept_and_the_run_goes_on(arguments, tmp_pat
 
 def checkpoint_of(folder: Path, text: str) -> Path:
     folder.mkdir(parents=True)
-    for name in (*checkpoints.NEEDED, "optimizer.pt"):
+    for name in (*run_dir.NEEDED, "optimizer.pt"):
         (folder / name).write_text(f"{text} {name}")
     return folder
 
@@ -194,13 +192,13 @@ def test_a_kill_while_a_step_is_saved_a_second_time_leaves_every_file_there(tmp_
         process = os.fork()
         if process == 0:
             die_at(count, run_folder)
-            checkpoints.publish(staged, target)
+            run_dir.publish(staged, target)
             os._exit(PASSED)
         status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-        assert checkpoints.last(run_folder) == target
+        assert run_dir.last(run_folder) == target
         found = {name: value.decode() for name, value in contents(target).items()}
         assert all(value in (f"old {name}", f"new {name}") for name, value in found.items())
-        assert len(found) == len(checkpoints.NEEDED) + 1
+        assert len(found) == len(run_dir.NEEDED) + 1
         count += 1
     assert status == PASSED and count > 10
     assert (
@@ -239,9 +237,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(
         f"reft_train run: error: output: got {tmp_path / 'run'}, where no checkpoint can be written"
     )
     assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-1"]
-    assert (
-        list((tmp_path / "run").glob(".*")) == [] and checkpoints.last(tmp_path / "run") is not None
-    )
+    assert list((tmp_path / "run").glob(".*")) == [] and run_dir.last(tmp_path / "run") is not None
 
 
 # ---- finding and thinning out
@@ -251,13 +247,13 @@ def test_checkpoints_are_ordered_by_number_and_nothing_else_is_taken_for_one(tmp
     for name in ("checkpoint-10", "checkpoint-9", "checkpoint-x", "adapter", ".saving"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-11").write_text("a file")
-    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == [
+    assert [path.name for path in run_dir.checkpoints(tmp_path)] == [
         "checkpoint-9",
         "checkpoint-10",
     ]
     assert (
-        checkpoints.checkpoints(tmp_path / "nothing") == []
-        and checkpoints.last(tmp_path / "nothing") is None
+        run_dir.checkpoints(tmp_path / "nothing") == []
+        and run_dir.last(tmp_path / "nothing") is None
     )
 
 
@@ -266,12 +262,12 @@ def test_a_checkpoint_that_lacks_a_file_is_refused(tmp_path):
     with pytest.raises(
         UserError, match="checkpoint-3 without scheduler.pt, expected a complete checkpoint"
     ):
-        checkpoints.last(tmp_path)
+        run_dir.last(tmp_path)
 
 
 @pytest.mark.parametrize("best, left", [(None, [3, 4]), (1, [1, 3, 4]), (4, [3, 4])])
 def test_the_newest_and_the_best_checkpoint_stay(best, left, tmp_path):
     for step in range(1, 5):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    checkpoints.rotate(tmp_path, 2, None if best is None else str(tmp_path / f"checkpoint-{best}"))
-    assert [int(path.name.rpartition("-")[2]) for path in checkpoints.checkpoints(tmp_path)] == left
+    run_dir.rotate(tmp_path, 2, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    assert [int(path.name.rpartition("-")[2]) for path in run_dir.checkpoints(tmp_path)] == left

@@ -16,9 +16,8 @@ import pytest
 from reft_train.__main__ import main, parser
 from reft_train.config import dump_yaml, read_yaml
 from reft_train.flags import settings as settings_of
-from reft_train.training.checkpoints import checkpoints
 from reft_train.training.outcome import Outcome
-from reft_train.training.run_dir import resume_hint
+from reft_train.training.run_dir import checkpoints, resume_hint
 from reft_train.training.session import train
 from transformers import TrainerCallback
 

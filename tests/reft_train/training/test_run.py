@@ -12,8 +12,8 @@ from reft_train import tasks
 from reft_train.config import METHODS, build, read_yaml
 from reft_train.methods import adapt, load_adapter
 from reft_train.models import load
-from reft_train.training.checkpoints import checkpoints
 from reft_train.training.outcome import Outcome
+from reft_train.training.run_dir import checkpoints
 from safetensors.torch import load_file
 
 from tests.reft_train.runs import adapter_bytes, boolq, instructions, logged, run, write_rows
@@ -184,7 +184,7 @@ def test_packing_gives_the_losses_of_padding(tiny_llama, tmp_path, rows):
 
 
 def test_packing_changes_the_batches(tiny_llama, tmp_path, rows, monkeypatch):
-    from reft_train.data.packing import PackingCollator
+    from reft_train.data.collating import PackingCollator
 
     shapes = []
     packed = PackingCollator.__call__

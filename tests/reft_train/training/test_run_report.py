@@ -13,8 +13,7 @@ from html.parser import HTMLParser
 import pytest
 from reft_train.memory import Peak
 from reft_train.reporting import smoothed, text_table, versions, write_page
-from reft_train.training.outcome import Outcome
-from reft_train.training.run_report import run_curves, write_run_report
+from reft_train.training.outcome import Outcome, run_curves, write_run_report
 
 HOSTILE = '<script>alert("x")</script>&\'"'
 OUTCOME = Outcome(
