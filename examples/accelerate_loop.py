@@ -40,7 +40,7 @@ def collate(batch):
 
 base = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
 reft = ReftConfig(task_type="CAUSAL_LM", layers="all", rank=4, positions="f2+l2")
-model = get_peft_model(base, reft)
+model = get_peft_model(base, reft).train()
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
 loader = DataLoader(rows, batch_size=2, shuffle=False, collate_fn=collate)
 model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -33,7 +33,7 @@ tokenizer = AutoTokenizer.from_pretrained(args.model)
 
 
 def rows(texts, labels):
-    return [{**tokenizer(text), "label": label} for text, label in zip(texts, labels)]
+    return [{**tokenizer(text), "label": label} for text, label in zip(texts, labels, strict=True)]
 
 
 def base():

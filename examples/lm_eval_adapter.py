@@ -2,9 +2,10 @@
 
     python examples/lm_eval_adapter.py MODEL ADAPTER
 
-No registration is needed: the harness's ``peft`` argument finds the method, as the command line does:
+No registration is needed: the harness's ``peft`` argument finds the method. On the command line:
 
-    lm_eval run --model hf --model_args pretrained=MODEL,peft=ADAPTER --tasks piqa --apply_chat_template
+    lm_eval run --model hf --model_args pretrained=MODEL,peft=ADAPTER --tasks piqa \\
+        --apply_chat_template
 """
 
 import argparse

@@ -28,7 +28,7 @@ def train(model, steps):
     text = tokenizer(f"{prompt} made of lemonade", return_tensors="pt").input_ids
     labels = text.clone()
     labels[:, : inputs["input_ids"].shape[1]] = -100
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     losses = []
     for _ in range(steps):
         loss = model(input_ids=text, labels=labels).loss
@@ -41,7 +41,7 @@ def train(model, steps):
 
 base = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
 reft = ReftConfig(task_type="CAUSAL_LM", layers="all", rank=4, positions="f2+l2")
-model = get_peft_model(base, reft)
+model = get_peft_model(base, reft).train()
 print("first steps:", train(model, args.steps))
 model.save_pretrained(args.out)
 tokenizer.save_pretrained(args.out)

@@ -1,6 +1,6 @@
 """LoRA and LoReFT on one model: trained together, saved, loaded, and LoRA merged.
 
-    python examples/lora_and_reft.py [MODEL]
+python examples/lora_and_reft.py [MODEL]
 """
 
 import argparse
@@ -27,7 +27,7 @@ def base():
 # LoRA first, then ReFT on the result under a name of its own
 lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4)
 reft = ReftConfig(task_type="CAUSAL_LM", layers="all", rank=4, positions="f2+l2")
-model = get_peft_model(get_peft_model(base(), lora), reft, adapter_name="edits")
+model = get_peft_model(get_peft_model(base(), lora), reft, adapter_name="edits").train()
 trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
 for part in ("lora_", "reft_"):
     print(part, sum(p.numel() for name, p in trained.items() if part in name), "numbers")
@@ -36,7 +36,7 @@ prompt = tokenizer("My favourite number is", return_tensors="pt").input_ids
 text = tokenizer("My favourite number is forty-two", return_tensors="pt").input_ids
 labels = text.clone()
 labels[:, : prompt.shape[1]] = -100
-optimizer = torch.optim.AdamW(trained.values(), lr=2e-3)
+optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
 losses = []
 for _ in range(args.steps):
     loss = model(input_ids=text, labels=labels).loss

@@ -28,7 +28,7 @@ args = parser.parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 base = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32")
 reft = ReftConfig(task_type="CAUSAL_LM", layers=[args.layer], rank=args.rank, positions="l1")
-model = get_peft_model(base, reft)
+model = get_peft_model(base, reft).train()
 model.print_trainable_parameters()
 
 prompt = tokenizer("RANDOM->", return_tensors="pt").input_ids

@@ -32,7 +32,9 @@ card = ModelCard.load(Path(args.out, "README.md"))
 card.data.license = "apache-2.0"
 card.save(Path(args.out, "README.md"))
 with safe_open(Path(args.out, "adapter_model.safetensors"), "pt") as weights:
-    numbers = sum(weights.get_tensor(name).numel() for name in weights.keys())
+    numbers = sum(
+        torch.Size(weights.get_slice(name).get_shape()).numel() for name in list(weights.keys())
+    )
 size = Path(args.out, "adapter_model.safetensors").stat().st_size
 print(f"{numbers:,} numbers, {size:,} bytes:", *sorted(p.name for p in Path(args.out).iterdir()))
 print("library:", card.data.library_name, "| tags:", card.data.tags)

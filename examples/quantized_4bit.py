@@ -33,14 +33,14 @@ def base():
 
 
 reft = ReftConfig(task_type="CAUSAL_LM", layers="all", rank=4, positions="f2+l2")
-model = get_peft_model(base(), reft)
+model = get_peft_model(base(), reft).train()
 print(f"base model: {model.get_base_model().get_memory_footprint() / 2**20:.0f} MiB")
 
 prompt = tokenizer("The capital of Mars is", return_tensors="pt").input_ids
 text = tokenizer("The capital of Mars is Redtown", return_tensors="pt").input_ids
 labels = text.clone()
 labels[:, : prompt.shape[1]] = -100
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
 losses = []
 for _ in range(args.steps):
     loss = model(input_ids=text, labels=labels).loss

@@ -1,9 +1,10 @@
 """Training with transformers' Trainer: tokenized rows, the prompt masked in the labels.
 
-    python examples/trainer.py [MODEL]
+python examples/trainer.py [MODEL]
 """
 
 import argparse
+from itertools import pairwise
 
 from datasets import Dataset
 from peft import get_peft_model
@@ -25,7 +26,7 @@ args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.model)
 numbers = ("one", "two", "three", "four", "five", "six", "seven", "eight")
-rows = [{"prompt": f"After {a} comes", "answer": f" {b}"} for a, b in zip(numbers, numbers[1:])]
+rows = [{"prompt": f"After {a} comes", "answer": f" {b}"} for a, b in pairwise(numbers)]
 
 
 def tokenize(row):
