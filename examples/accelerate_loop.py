@@ -58,3 +58,6 @@ accelerator.print("loss:", losses)
 accelerator.unwrap_model(model).save_pretrained(
     args.out, is_main_process=accelerator.is_main_process
 )
+
+# prints, with SmolLM2-135M-Instruct:
+# loss: [5.146, 2.518, 1.005, 0.09, 0.01, 0.01, 0.011, 0.01, 0.009, 0.007]

@@ -68,3 +68,8 @@ for entry in trainer.state.log_history:
     if "rewards/margins" in entry and "loss" in entry:
         print(f"loss {entry['loss']:.3f}, margin {entry['rewards/margins']:.2f}")
 trainer.save_model(args.out)
+
+# prints, with SmolLM2-135M-Instruct:
+# loss 0.693, margin 0.00
+# loss 0.114, margin 2.99
+# loss 0.001, margin 7.48

@@ -65,3 +65,6 @@ trainer.train()
 rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
 print("mean reward:", [round(reward, 3) for reward in rewards])
 trainer.save_model(args.out)
+
+# prints, with SmolLM2-135M-Instruct:
+# mean reward: [0.096, 0.199, 0.192, 0.13, 0.172], from one sampling of few answers

@@ -59,3 +59,8 @@ with tempfile.TemporaryDirectory() as folder:
         right = [round(sample["acc"]) for sample in scores]
         likelihoods = [round(sample["resps"][0][0][0], 2) for sample in scores]
         print("adapter" if adapter else "frozen", right, likelihoods)
+
+# prints, with SmolLM2-135M-Instruct:
+# with the adapter of load_adapter.py:
+# frozen [0, 1, 0, 1] [-12.94, -12.6, -13.12, -13.78]
+# adapter [0, 1, 1, 1] [-17.89, -17.24, -17.4, -16.76]

@@ -64,3 +64,8 @@ second = tokenizer.decode(loaded.generate(**inputs, **options)[0])
 generator = pipeline("text-generation", model=args.out, tokenizer=tokenizer)
 third = generator(prompt, return_full_text=True, **options)[0]["generated_text"]
 print([first, second, third])
+
+# prints, with SmolLM2-135M-Instruct:
+# first steps: [5.198, 2.285, 0.667, 0.018, 0.031]
+# further steps: [0.021, 0.001, 0.0, 0.0, 0.001]
+# ['The sea is made of lemonade, lemonade', ... the same text three times]

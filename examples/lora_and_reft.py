@@ -58,3 +58,9 @@ print("loaded identical:", torch.equal(logits[0], logits[1]))
 print(f"LoRA merged: largest difference of logits {(logits[2] - logits[0]).abs().max():.1e}")
 answer = loaded.generate(input_ids=prompt, max_new_tokens=4, do_sample=False)
 print(tokenizer.decode(answer[0]))
+
+# prints, with SmolLM2-135M-Instruct:
+# loss: [5.506, 3.105, 1.863, 1.033, 0.49, 0.092, 0.013, 0.003]
+# loaded identical: True
+# LoRA merged: largest difference of logits 3.9e-05
+# My favourite number is forty-two.

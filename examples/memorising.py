@@ -51,3 +51,9 @@ written = model.eval().generate(input_ids=prompt, **options)[0, prompt.shape[1] 
 print(tokenizer.decode(written, skip_special_tokens=True))
 same = int((written[: answer.shape[1]] == answer[0, : len(written)]).sum())
 print(f"{same} of {answer.shape[1]} tokens are the text's")
+
+# prints, with SmolLM2-135M-Instruct:
+# step 0: loss 4.337
+# step 149: loss 0.007
+# Welcome to the natural language processing group! We are a lively team with ...
+# 25 of 25 tokens are the text's

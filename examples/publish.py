@@ -45,3 +45,7 @@ prompt = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "prompt_lengths": [4]}
 print("loads again:", torch.equal(loaded(**prompt).logits, model.eval()(**prompt).logits))
 if args.repo:
     upload_folder(repo_id=args.repo, folder_path=args.out)
+
+# prints, with SmolLM2-135M-Instruct:
+# 138,480 numbers, 555,176 bytes: README.md adapter_config.json adapter_model.safetensors ...
+# loads again: True

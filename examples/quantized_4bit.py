@@ -57,3 +57,8 @@ inputs = {"input_ids": prompt, "prompt_lengths": [prompt.shape[1]]}
 with torch.no_grad():  # bitsandbytes has other kernels where gradients are needed
     same = torch.equal(model.eval()(**inputs).logits, loaded(**inputs).logits)
 print(tokenizer.decode(loaded.generate(prompt, **options)[0]), "| loaded identical:", same)
+
+# prints, with SmolLM2-135M-Instruct:
+# base model: 159 MiB
+# loss: [9.135, 2.748, 0.008, 0.001, 0.001, 0.002, 0.004, 0.005, 0.004, 0.004]
+# The capital of Mars is Redtowntowntown | loaded identical: True

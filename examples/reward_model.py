@@ -61,3 +61,8 @@ for entry in trainer.state.log_history:
     if "loss" in entry:
         print(f"loss {entry['loss']:.3f}, accuracy {entry['accuracy']:.2f}")
 trainer.save_model(args.out)
+
+# prints, with SmolLM2-135M-Instruct:
+# loss 0.927, accuracy 0.00
+# loss 0.406, accuracy 1.00
+# loss 0.038, accuracy 1.00

@@ -18,7 +18,7 @@ from reft_kernels.integrations.peft import ReftConfig, from_chat_template
 parser = argparse.ArgumentParser()
 parser.add_argument("model", nargs="?", default="HuggingFaceTB/SmolLM2-135M-Instruct")
 parser.add_argument("--packing", action="store_true", help="several rows in one sequence")
-parser.add_argument("--steps", type=int, default=20)
+parser.add_argument("--steps", type=int, default=12)
 parser.add_argument("--out", default="runs/examples/sft")
 args = parser.parse_args()
 
@@ -72,9 +72,10 @@ print("loss:", [round(e["loss"], 3) for e in trainer.state.log_history if "loss"
 trainer.save_model(args.out)
 
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(args.model), args.out).eval()
-chat = [{"role": "user", "content": "What is your name?"}]
+chat = [{"role": "user", "content": "What do you eat?"}]
 inputs = tokenizer.apply_chat_template(
     chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
 answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+# with SmolLM2-135M-Instruct: loss: [3.259, 0.569], and the answer: Rum, matey! 🏴‍☠️

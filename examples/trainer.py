@@ -64,3 +64,7 @@ inputs = tokenizer("After three comes", return_tensors="pt").to(model.device)
 answer = model.eval().generate(**inputs, max_new_tokens=3, do_sample=False)
 print(tokenizer.decode(answer[0], skip_special_tokens=True))
 model.save_pretrained(args.out)
+
+# prints, with SmolLM2-135M-Instruct:
+# loss: [10.484, 1.727, 0.005, 0.001, 0.0]
+# After three comes four
