@@ -48,6 +48,15 @@ class Launch:
         """Number of programs."""
         return self.grid[0] * self.grid[1] * self.grid[2]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor argument."""
+        return {
+            name: value.numel() * value.element_size()
+            for name, value in self.arguments.items()
+            if hasattr(value, "element_size")
+        }
+
 
 def _forget() -> None:
     """Clear what the launchers keep between calls, which depends on the target."""
