@@ -5,11 +5,15 @@ The time of a launch is the launch itself plus the largest of
 - bytes moved to and from HBM / bandwidth of HBM,
 - bytes moved between L2 and the multiprocessors / bandwidth of L2,
 - warp instructions / issue slots of the multiprocessors,
-- the chain of dependent steps of the programs of one multiprocessor, wave after wave.
+- the chain of dependent steps of the programs of one multiprocessor, wave after wave;
+
+the first three after the code outside of loops of one program, which moves few bytes.
 
 A step of a loop takes the issue of its instructions, of all warps that share a scheduler, plus its
 barriers, plus the latency of one load from the level that serves it. A loop with k > 1 buffers in
-flight overlaps the latency with k - 1 steps. Loads of one step overlap each other. What one program
+flight overlaps the latency with k - 1 steps; where the machine code is matched by line
+(``csrc/cuda``), the instructions between a load and the first use of its result overlap it, too.
+A transfer between the blocks of a cluster takes a latency of its own. Loads of one step overlap each other. What one program
 reads again comes from HBM if the programs that run at the same time touch more than L2 holds; the
 weights, which all programs read, stay in L2. Hits in L1 are not counted.
 """
@@ -22,7 +26,7 @@ from dataclasses import dataclass
 
 from benchmarks.roofline import native_steps
 from benchmarks.roofline.compiling import Compiled
-from benchmarks.roofline.launches import Launch
+from benchmarks.roofline.launches import AnyLaunch
 from benchmarks.roofline.steps import Step, steps
 from benchmarks.roofline.traces import SECTOR, Access, Trace
 
@@ -176,7 +180,7 @@ def _shared_buffers(traces: Sequence[Trace]) -> set[str]:
 
 
 def _traffic(
-    launch: Launch, trace: Trace, shared: set[str], at_once: int, device: Device
+    launch: AnyLaunch, trace: Trace, shared: set[str], at_once: int, device: Device
 ) -> _Traffic:
     """Return the bytes of all programs, taking one as typical."""
     total = _Traffic()
@@ -244,7 +248,7 @@ def _clocks(
 
 
 def estimate(
-    launch: Launch,
+    launch: AnyLaunch,
     compiled: Compiled,
     traces: Sequence[Trace],
     last: Trace | None = None,
@@ -289,6 +293,9 @@ def estimate(
     l2 = traffic.l2 / device.l2
     issue = instructions * per_processor / (device.issue * device.clock)
     chain = clocks / device.clock
+    ramp = 0.0
+    if len(found) > 1:
+        ramp = _clocks(found[:1], typical, shared, spilled, share, device) / device.clock
     return Estimate(
         compiled.name,
         programs,
@@ -298,12 +305,12 @@ def estimate(
         traffic.weights,
         instructions * programs,
         sum(step.iterations for step in found[1:]),
-        sum(step.region.barriers * step.iterations for step in found),
+        round(sum(step.region.barriers * step.iterations for step in found)),
         hbm,
         l2,
         issue,
         chain,
-        device.launch + max(hbm, l2, issue, chain),
+        device.launch + max(ramp + max(hbm, l2, issue), chain),
     )
 
 
@@ -311,7 +318,7 @@ def _moved(trace: Trace) -> float:
     return sum(access.sectors for access in trace.accesses.values()) * SECTOR
 
 
-def _unique(launch: Launch, trace: Trace) -> dict[tuple[str, bool], float]:
+def _unique(launch: AnyLaunch, trace: Trace) -> dict[tuple[str, bool], float]:
     """Return the bytes of each buffer that all programs touch, each counted once."""
     sizes = launch.sizes
     result = {}

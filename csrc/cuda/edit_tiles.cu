@@ -1,4 +1,4 @@
-// Forward pass of the edit of many rows that use one set of weights, in one launch that reads each
+// Forward pass of the edit of all or of selected rows that use one set of weights, in one launch that reads each
 // row once:  y = x + B^T (coeff * u), u = act(A x + c) - (B x + p).
 //
 // A cluster of blocks divides the columns, and a warp owns 128 of them. It keeps its columns of the
@@ -54,6 +54,69 @@ __device__ inline uint32_t word(const uint4& of, int at) {
 
 // READS and WRITES are the numbers of 8 ranks of the two products. If B x needs a product of its
 // own, B follows A in the first one.
+// V consecutive elements of a row of from - minus, either of which may be null, or zeros.
+template <class W, int V>
+__device__ inline void load_difference(const W* from, const W* minus, bool inside, int64_t at,
+                                       float (&value)[V]) {
+#pragma unroll
+  for (int v = 0; v < V; ++v) value[v] = 0.0f;
+  if (inside && from != nullptr) load<W, V>(from + at, value);
+  if (inside && minus != nullptr) {
+    float subtracted[V];
+    load<W, V>(minus + at, subtracted);
+#pragma unroll
+    for (int v = 0; v < V; ++v) value[v] -= subtracted[v];
+  }
+}
+
+// The lane's eight columns of row i of from - minus, in 32 consecutive columns. In fp32 two lanes
+// load 32 consecutive bytes at a time, and exchange what the other one uses.
+template <class W>
+__device__ inline void load_eight(const W* from, const W* minus, int i, int rank, int d,
+                                  int group_column, float (&value)[8]) {
+  const int lane = threadIdx.x % kWarp, odd = lane % 2;
+  const int64_t row = int64_t(i) * d;
+  if constexpr (sizeof(W) == 4) {
+    const int c = group_column + lane % 4 / 2 * 16;  // of the even lane
+    float lower[4], upper[4];  // of the columns of the even lane and of the odd one
+    load_difference<W, 4>(from, minus, i < rank && c < d, row + c + odd * 4, lower);
+    load_difference<W, 4>(from, minus, i < rank && c + 8 < d, row + c + 8 + odd * 4, upper);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) {
+      const float other = __shfl_xor_sync(0xffffffffu, odd ? lower[v] : upper[v], 1);
+      value[v] = odd ? other : lower[v];
+      value[4 + v] = odd ? upper[v] : other;
+    }
+  } else {
+    const int c = group_column + lane % 4 * 8;
+    load_difference<W, 8>(from, minus, i < rank && c < d, row + c, value);
+  }
+}
+
+// The even or the odd ones of eight columns of a row, as lane / 4 is. In fp32 the lanes of both load
+// a half each, and exchange what the other one uses.
+template <class W>
+__device__ inline void load_alternate(const W* from, bool inside, int64_t at, float (&value)[4]) {
+  const int odd = threadIdx.x / 4 % 2;
+  if constexpr (sizeof(W) == 4) {
+    float half[4];
+    load_difference<W, 4>(from, nullptr, inside, at + odd * 4, half);
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const float own = odd ? half[2 * v + 1] : half[2 * v];
+      const float other =
+          __shfl_xor_sync(0xffffffffu, odd ? half[2 * v] : half[2 * v + 1], 4);
+      value[v] = odd ? other : own;
+      value[2 + v] = odd ? own : other;
+    }
+  } else {
+    float whole[8];
+    load_difference<W, 8>(from, nullptr, inside, at, whole);
+#pragma unroll
+    for (int v = 0; v < 4; ++v) value[v] = odd ? whole[2 * v + 1] : whole[2 * v];
+  }
+}
+
 template <class T, int READS, int WRITES>
 struct Weights {
   static constexpr bool kSecond = READS != WRITES;
@@ -69,16 +132,8 @@ struct Weights {
     const int lane = threadIdx.x % kWarp, i = tile % WRITES * kRanks + lane / 4;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      const int c = first_column + j * kGroup + lane % 4 * 8;
-      const bool inside = i < rank && c < d;
-      float value[8] = {};
-      if (inside && from != nullptr) load<W, 8>(from + int64_t(i) * d + c, value);
-      if (inside && minus != nullptr) {
-        float subtracted[8];
-        load<W, 8>(minus + int64_t(i) * d + c, subtracted);
-#pragma unroll
-        for (int v = 0; v < 8; ++v) value[v] -= subtracted[v];
-      }
+      float value[8];
+      load_eight<W>(from, minus, i, rank, d, first_column + j * kGroup, value);
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         split<T>(value[2 * k], value[2 * k + 1], read[tile][2 * j + k / 2][k % 2],
@@ -88,19 +143,22 @@ struct Weights {
 
   template <class W>
   __device__ inline void load_write(const W* from, int rank, int d, int first_column) {
-    const int lane = threadIdx.x % kWarp, pair_of = lane / 8 * 8, odd = lane / 4 % 2;
+    const int lane = threadIdx.x % kWarp;
 #pragma unroll
-    for (int step = 0; step < 4 * kGroups; ++step) {
-      const int c = first_column + step / 4 * kGroup + pair_of + step % 4 * 2 + odd;
+    for (int j = 0; j < kGroups; ++j) {
+      const int c = first_column + j * kGroup + lane / 8 * 8;  // of two lanes
 #pragma unroll
       for (int tile = 0; tile < WRITES; ++tile) {
-        float value[2];
+        float value[2][4];
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           const int i = tile * kRanks + lane % 4 * 2 + k;
-          value[k] = i < rank && c < d ? to_float(from[int64_t(i) * d + c]) : 0.0f;
+          load_alternate<W>(from, i < rank && c < d, int64_t(i) * d + c, value[k]);
         }
-        split<__nv_bfloat16>(value[0], value[1], write[step][tile], write_rest[step][tile]);
+#pragma unroll
+        for (int v = 0; v < 4; ++v)
+          split<__nv_bfloat16>(value[0][v], value[1][v], write[4 * j + v][tile],
+                               write_rest[4 * j + v][tile]);
       }
     }
   }
@@ -381,11 +439,14 @@ struct TilePlan {
   int blocks, warps;  // of a cluster, of a block; blocks is 0 if the shape is not supported
 };
 
-TilePlan tile_plan(int d) {
+// Few tiles are divided among more blocks, as long as all blocks are resident.
+TilePlan tile_plan(int d, int64_t tiles, int processors) {
   const int parts = int(ceil_div(d, kWarpColumns));
-  for (int blocks = 1; blocks <= kMaxBlocks; blocks *= 2)
-    if (parts <= blocks * kTileWarps) return {blocks, int(ceil_div(parts, blocks))};
-  return {0, 0};
+  int blocks = 1;
+  while (parts > blocks * kTileWarps) blocks *= 2;
+  if (blocks > kMaxBlocks) return {0, 0};
+  while (blocks > 1 && blocks < kMaxBlocks && tiles * blocks * 2 <= processors) blocks *= 2;
+  return {blocks, int(ceil_div(parts, blocks))};
 }
 
 constexpr size_t tile_shared_bytes(int reads, int writes, int blocks, int warps) {
@@ -394,13 +455,15 @@ constexpr size_t tile_shared_bytes(int reads, int writes, int blocks, int warps)
 }
 static_assert(tile_shared_bytes(2, 2, kMaxBlocks, kTileWarps) <= 48 * 1024);
 
-bool has_clusters() {
-  int device = 0, major = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) ==
-             cudaSuccess &&
-         major >= 9;
+// Returns an attribute of the current device, or 0.
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess;
+  return known ? value : 0;
 }
+
+bool has_clusters() { return device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9; }
 
 // Returns how many clusters are resident at once; more would wait for the first ones to end.
 template <class Kernel>
@@ -437,7 +500,9 @@ cudaError_t resident_clusters(Kernel kernel, const cudaLaunchConfig_t& config, i
 template <class T, int READS, int WRITES>
 cudaError_t launch(const EditForward& p, cudaStream_t stream) {
   const auto kernel = edit_tiles_kernel<T, READS, WRITES>;
-  const TilePlan plan = tile_plan(p.selection.d);
+  const int64_t tiles = ceil_div(p.selection.num_rows, kTileRows);
+  const int processors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const TilePlan plan = tile_plan(p.selection.d, tiles, processors);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned(plan.blocks));
   config.blockDim = dim3(unsigned(plan.warps * kWarp));
@@ -452,7 +517,6 @@ cudaError_t launch(const EditForward& p, cudaStream_t stream) {
   int clusters = 0;
   const cudaError_t error = resident_clusters(kernel, config, plan.blocks, &clusters);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = ceil_div(p.selection.num_rows, kTileRows);
   config.gridDim = dim3(unsigned(plan.blocks * (tiles < clusters ? tiles : clusters)));
   return cudaLaunchKernelEx(&config, kernel, p, plan.blocks);
 }
@@ -472,12 +536,10 @@ bool edit_tiles_serves(const EditForward& p) {
   if (selection.weight_ids != nullptr || p.dtype == Dtype::kFloat32) return false;
   if (selection.rank > (second ? kRanks : 2 * kRanks) || selection.num_rows > kMaxRows)
     return false;
-  // Few selected rows: more blocks share them in edit_forward. Not tuned on a GPU yet.
-  if (selection.rows != nullptr && selection.num_rows <= 264) return false;
   const bool vectors = selection.d % 8 == 0 && p.source_stride % 8 == 0 &&
                        p.out_stride % 8 == 0 && aligned(p.source, 16) && aligned(p.out, 16) &&
                        aligned(p.saved_input, 16) && aligned(p.read, 16) && aligned(p.write, 16);
-  const int blocks = tile_plan(selection.d).blocks;
+  const int blocks = tile_plan(selection.d, 0, 0).blocks;
   return vectors && blocks > 0 && (blocks == 1 || has_clusters());
 }
 
