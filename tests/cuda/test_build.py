@@ -120,6 +120,7 @@ def test_compiles_without_spills(source, target, tmp_path):
 def test_every_source_is_found():
     assert {source.stem for source in SOURCES} == {
         "edit_delta",
+        "edit_delta_tiles",
         "edit_forward",
         "edit_gradient",
         "edit_tiles",
