@@ -51,14 +51,17 @@ def region(counts: Region, iterations: int | None, buffers: int, steps: int = 1)
     def each(count: float) -> int:
         return round(count / steps)
 
+    def widths(counts: Mapping[int, float]) -> dict[int, int]:
+        return {width: each(count) for width, count in counts.items() if each(count)}
+
     return {
         "iterations": None if iterations is None else iterations * steps,
         "buffers": buffers,
         "instructions": each(counts.instructions),
         "barriers": each(counts.barriers),
-        "loads": {width: each(count) for width, count in counts.loads.items()},
-        "stores": {width: each(count) for width, count in counts.stores.items()},
-        "copies": {width: each(count) for width, count in counts.copies.items()},
+        "loads": widths(counts.loads),
+        "stores": widths(counts.stores),
+        "copies": widths(counts.copies),
         "conversions": each(counts.scalar_conversions),
         "tensor": each(counts.tensor),
     }
@@ -109,7 +112,7 @@ def reached(rows: list[Row]) -> Limits:
     """Return the limits that kernels keep, none beyond its target."""
     loops = [loop for row in rows for _, loop in steady(row)]
     widths = [width for row in rows for t in row["tensors"].values() for width in t["widths"]]
-    buffers = [loop["buffers"] for loop in loops if loop["copies"]]
+    buffers = [o["buffers"] for o in loops if o["copies"] or o.get("in_advance")]
     times = [-(-times // 1) for row in rows for times in reads(row).values()]
     target = Limits()
     return Limits(
@@ -119,6 +122,20 @@ def reached(rows: list[Row]) -> Limits:
         min([target.buffers, *buffers]),
         max([target.reads, *map(int, times)]),
     )
+
+
+def print_entries(key: Callable[[str], tuple[str, str]], narrow_rank: int) -> None:
+    """Print what the kernels on standard input reach, as entries of a table of limits."""
+    rows = [row for row in map(json.loads, sys.stdin) if not row["target"].startswith("gfx")]
+    for entry in dict.fromkeys(key(row["kernel"]) for row in rows):
+        classes = [
+            reached(
+                [r for r in rows if key(r["kernel"]) == entry and (r["r"] > narrow_rank) == wide]
+            )
+            for wide in (False, True)
+        ]
+        narrow, wide = (f"Limits({', '.join(map(str, one))})" for one in classes)
+        print(f'    ("{entry[0]}", "{entry[1]}"): ({narrow}, {wide}),')
 
 
 # ---- Violations
@@ -160,7 +177,7 @@ def few_buffers(row: Row, limits: Lookup) -> Iterator[str]:
     """Yield steady-state loops with fewer buffers in flight than the limit."""
     least = limits(row["kernel"], row["r"]).buffers
     for number, loop in steady(row):
-        if loop["copies"] and loop["buffers"] < least:
+        if (loop["copies"] or loop.get("in_advance")) and loop["buffers"] < least:
             yield f"{loop['buffers']} buffers in flight in loop {number}, at least {least}"
 
 

@@ -20,7 +20,7 @@ from benchmarks.roofline.steps import Step
 from benchmarks.roofline.traces import Trace
 
 # Instructions that the assembler neither moves between loops nor merges
-_FIXED = ("LDG", "STG", "LDGSTS", "STS", "BAR", "HMMA", "STAS", "SYNCS", "LD", "ST", "LDS")
+_FIXED = ("LDG", "STG", "LDGSTS", "STS", "BAR", "HMMA", "LD", "ST", "LDS")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 _WIDTHS = {"64": 2, "128": 4, "256": 8}
 
@@ -41,8 +41,10 @@ def _inside(code: Code, graph: Sequence[Block], numbers: Sequence[int]) -> list[
     return [code.instructions[at] for k in numbers for at in range(graph[k].start, graph[k].stop)]
 
 
-def _iterations(own: Sequence[Instruction], lines: _Lines, copies: Counter[int]) -> float:
-    """Return how often a loop is executed.
+def _iterations(
+    own: Sequence[Instruction], lines: _Lines, copies: Counter[int]
+) -> tuple[float, int]:
+    """Return how often a loop is executed, and by how much the assembler has unrolled it.
 
     Args:
         own: Its instructions without those of inner loops.
@@ -54,28 +56,27 @@ def _iterations(own: Sequence[Instruction], lines: _Lines, copies: Counter[int])
     for line, count in here.items():
         executed = lines.counts[line]
         if copies[line] == count:
-            found.append(executed / count)
+            found.append((executed / count, count))
         elif count > 1:  # unrolled; the remainder is in another loop
-            found.append(executed // count)
+            found.append((executed // count, count))
         else:
             others = copies[line] - 1
-            found.append(executed % others if others > 1 else executed / copies[line])
+            found.append((executed % others if others > 1 else executed / copies[line], 1))
     if found:
-        return max(found)
-    return max((lines.counts[i.line] for i in own if i.label), default=0.0)
+        return max(found, key=lambda pair: pair[0])
+    return max((lines.counts[i.line] for i in own if i.label), default=0.0), 1
 
 
 def _weights(
-    own: Sequence[Instruction], iterations: float, lines: _Lines, copies: Counter[int]
+    own: Sequence[Instruction], iterations: float, unrolled: int, lines: _Lines
 ) -> list[float]:
-    """Return how often an iteration executes each instruction, at most once."""
+    """Return how often an iteration executes each instruction, at most once.
+
+    One instruction of the PTX may be several of the machine code.
+    """
     if not iterations:
         return [0.0] * len(own)
-    here = Counter(i.line for i in own)
-    return [
-        min(1.0, lines.counts[i.line] / (iterations * min(here[i.line], copies[i.line])))
-        for i in own
-    ]
+    return [min(1.0, lines.counts[i.line] / (iterations * unrolled)) for i in own]
 
 
 def _distance(own: Sequence[Instruction], weights: Sequence[float]) -> float:
@@ -145,8 +146,8 @@ def steps(code: Code, kernel: ptx.Kernel, trace: Trace) -> list[Step]:
 
     def add(numbers: Sequence[int], loop: Loop | None, before: Sequence[int]) -> None:
         own = [i for i in _inside(code, graph, numbers) if id(i) not in waits]
-        iterations = _iterations(own, lines, copies) if loop else 1.0
-        weights = _weights(own, iterations, lines, copies)
+        iterations, unrolled = _iterations(own, lines, copies) if loop else (1.0, 1)
+        weights = _weights(own, iterations, unrolled, lines)
         if not any(weights):
             return
         buffers = 0

@@ -105,6 +105,10 @@ def assumptions(target: Target, device: Device = H200) -> list[str]:
         f"clocks: {device.hbm_latency:.0f} for a load from HBM, {device.l2_latency:.0f} from L2, "
         f"{device.barrier:.0f} for a barrier, {device.spacing:.0f} between two instructions of a "
         "warp; no hits in L1",
+        f"{device.exchange:.0f} clocks for a transfer between blocks of a cluster; clusters stay "
+        f"within parts of {' + '.join(map(str, device.partitions))} multiprocessors",
+        "cuda: launches of csrc/cuda as its host code makes them, nvcc's code; calls that it does "
+        "not serve have no row",
     ]
 
 

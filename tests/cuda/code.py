@@ -28,7 +28,7 @@ from benchmarks.roofline.targets import TARGETS
 from tests import compiled_code
 
 DIMS, RANKS, TYPES = (768, 4096, 8192), (1, 4, 8, 16, 32, 64), ("bfloat16", "float32")
-REGIMES = {"selected": 448, "all": 1024}  # rows
+REGIMES = {"selected": 448, "all": 8192}  # rows
 LAYERS = 32
 
 
@@ -86,7 +86,7 @@ def row(shape: Shape, label: str, launch: native_launches.NativeLaunch) -> compi
     tiles = _unrolled(launch)
     loops = []
     for step in native_steps.steps(compiled.code, compiled.kernel, trace)[1:]:
-        unrolled = tiles if step.region.tensor else 1
+        unrolled = tiles if step.region.tensor and step.iterations > 1 else 1
         buffers = step.buffers
         if unrolled > 1:  # tiles are loaded to registers in advance
             buffers = 1 + round(step.distance * unrolled / step.region.instructions)

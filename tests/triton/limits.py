@@ -8,10 +8,7 @@ default of :class:`tests.compiled_code.Limits`, not farther away. To print the e
 
 from __future__ import annotations
 
-import json
-import sys
-
-from tests.compiled_code import Limits, reached
+from tests.compiled_code import Limits, print_entries
 
 NARROW_RANK = 16
 
@@ -47,19 +44,5 @@ def limits(kernel: str, rank: int) -> Limits:
     return LIMITS[key(kernel)][rank > NARROW_RANK]
 
 
-def main() -> None:
-    """Print the entries for the output of ``aot.py --code``."""
-    rows = [row for row in map(json.loads, sys.stdin) if not row["target"].startswith("gfx")]
-    for entry in dict.fromkeys(key(row["kernel"]) for row in rows):
-        classes = [
-            reached(
-                [r for r in rows if key(r["kernel"]) == entry and (r["r"] > NARROW_RANK) == wide]
-            )
-            for wide in (False, True)
-        ]
-        narrow, wide = (f"Limits({', '.join(map(str, one))})" for one in classes)
-        print(f'    ("{entry[0]}", "{entry[1]}"): ({narrow}, {wide}),')
-
-
 if __name__ == "__main__":
-    main()
+    print_entries(key, NARROW_RANK)
