@@ -91,7 +91,10 @@ def main(argv: list[str] | None = None) -> int:
             if question.operator in args.operator:
                 answer = table.native_answer if backend == "cuda" else table.answer
                 answers.append(answer(question, target))
-    cells, title = table.lines(filter(None, answers)), f"d = {args.d}, r = {args.rank}, {args.dtype}"
+    cells, title = (
+        table.lines(filter(None, answers)),
+        f"d = {args.d}, r = {args.rank}, {args.dtype}",
+    )
     layout = table.markdown if args.markdown else table.text
     bullet = "- " if args.markdown else ""
     parts = [

@@ -12,10 +12,10 @@ the first three after the code outside of loops of one program, which moves few 
 A step of a loop takes the issue of its instructions, of all warps that share a scheduler, plus its
 barriers, plus the latency of one load from the level that serves it. A loop with k > 1 buffers in
 flight overlaps the latency with k - 1 steps; where the machine code is matched by line
-(``csrc/cuda``), the instructions between a load and the first use of its result overlap it, too.
-A transfer between the blocks of a cluster takes a latency of its own. Loads of one step overlap each other. What one program
-reads again comes from HBM if the programs that run at the same time touch more than L2 holds; the
-weights, which all programs read, stay in L2. Hits in L1 are not counted.
+(``csrc/cuda``), the instructions between a load and the first use of its result overlap it, too. A
+transfer between the blocks of a cluster takes a latency of its own. Loads of one step overlap each
+other. What one program reads again comes from HBM if the programs that run at the same time touch
+more than L2 holds; the weights, which all programs read, stay in L2. Hits in L1 are not counted.
 """
 
 from __future__ import annotations

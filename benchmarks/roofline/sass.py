@@ -44,7 +44,7 @@ def _run(name: str, *arguments: str) -> str:
 
 
 def disassemble(cubin: bytes, lines: bool = False) -> dict[str, str]:
-    """Return the disassembly of each kernel of a cubin, with ``lines`` also the lines of the PTX."""
+    """Return the disassembly of each kernel of a cubin; with ``lines`` of the PTX."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

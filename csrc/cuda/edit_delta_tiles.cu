@@ -1,5 +1,5 @@
-// First launch of the edit's backward pass, as edit_delta.cu, for rows that use one set of weights in
-// half precision: delta = B g by the products of tiles.cuh, which reads the weights once for all
+// First launch of the edit's backward pass, as edit_delta.cu, for rows that use one set of weights
+// in half precision: delta = B g by the products of tiles.cuh, which read the weights once for all
 // tiles of a cluster.
 #include "tiles.cuh"
 

@@ -203,7 +203,8 @@ __global__ void __launch_bounds__(kTileWarps* kWarp, 1)
         }
       }
       if (kFull) load_row_numbers(selection, later, later_row);
-      load_tile<T>(static_cast<const T*>(p.source), p.source_stride, d, later_row, first_column, x[s]);
+      load_tile<T>(static_cast<const T*>(p.source), p.source_stride, d, later_row, first_column,
+                   x[s]);
     }
   }
 }

@@ -1,6 +1,6 @@
 // What the edit's kernels for tiles of 16 rows share: the product of the rows with the weights of a
-// warp's columns, on the tensor cores, and its sum over a cluster. They serve half precision and one
-// set of weights.
+// warp's columns, on the tensor cores, and its sum over a cluster. They serve half precision and
+// one set of weights.
 //
 // A cluster of blocks divides the columns, and a warp owns 128 of them. It keeps its columns of the
 // weights in registers, as sums of two half-precision terms in the layout of the tensor cores, for
@@ -95,8 +95,8 @@ __device__ inline void load_eight(const W* from, const W* minus, int i, int rank
   }
 }
 
-// The even or the odd ones of eight columns of a row, as lane / 4 is. In fp32 the lanes of both load
-// a half each, and exchange what the other one uses.
+// The even or the odd ones of eight columns of a row, as lane / 4 is. In fp32 the lanes of both
+// load a half each, and exchange what the other one uses.
 template <class W>
 __device__ inline void load_alternate(const W* from, bool inside, int64_t at, float (&value)[4]) {
   const int odd = threadIdx.x / 4 % 2;
@@ -160,10 +160,12 @@ struct ReadWeights {
         multiply_add<T>(z[t], a, value[t][step]);
       }
     }
+    if constexpr (SEPARATE) {
 #pragma unroll
-    for (int t = 0; t < TILES; ++t)
+      for (int t = 0; t < TILES; ++t)
 #pragma unroll
-      for (int k = 0; k < 4; ++k) z[t][k] += small[t][k];
+        for (int k = 0; k < 4; ++k) z[t][k] += small[t][k];
+    }
   }
 };
 
@@ -292,7 +294,7 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return known ? value : 0;
 }
 
-// Returns the fewest blocks of a cluster for d columns, or 0 if the device or kernels do not serve d.
+// Returns the fewest blocks of a cluster for d columns, or 0 if d is not served on this device.
 inline int fewest_blocks(int d) {
   int blocks = 1;
   while (d > blocks * kTileWarps * kWarpColumns) blocks *= 2;

@@ -237,7 +237,19 @@ def _run(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_the_command_prints_estimates():
     pytest.importorskip("triton", reason="needs the package triton")
-    done = _run("--d", "512", "--rank", "4", "--rows", "64", "2048", "--operator", "edit", "--backend", "triton")
+    done = _run(
+        "--d",
+        "512",
+        "--rank",
+        "4",
+        "--rows",
+        "64",
+        "2048",
+        "--operator",
+        "edit",
+        "--backend",
+        "triton",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert lines[0] == "ESTIMATES, d = 512, r = 4, bfloat16"

@@ -20,9 +20,10 @@ LIMITS: dict[tuple[str, str], tuple[Limits, Limits]] = {
     # first time from L2, then from L1. Half-precision rows of one set take edit_tiles instead.
     ("edit_forward", "selected"): (Limits(reads=17), Limits(reads=33)),
     ("edit_delta", "selected"): (Limits(reads=16), Limits(reads=32)),
-    # A block reads 32 columns of A and B, a value a thread, and all rows once for each eight ranks;
-    # fp32 rows have room for one buffer in advance.
-    ("edit_gradient", "selected"): (Limits(2, 4, 4, 1, 2), Limits(2, 4, 4, 1, 8)),
+    # A block reads 32 columns of A and B, a value a thread, and all rows once for each eight ranks.
+    # The ring of buffers is filled in the loop over ranks, whose copies are counted as its own, so
+    # the number in advance is not known here.
+    ("edit_gradient", "selected"): (Limits(2, 4, 4, 0, 2), Limits(2, 4, 4, 0, 8)),
     # Adjacent threads access adjacent columns of R, D and W, 128 bytes a warp; sums are in fp64.
     ("build_forward", "householder"): (Limits(2, 4, 16), Limits(2, 4, 16)),
     ("build_backward", "householder"): (Limits(2, 4, 16), Limits(2, 4, 16)),
