@@ -12,13 +12,13 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reft_train import demo, evaluate, run
+from reft_train import chat, demo, evaluate, run
 from reft_train.compare import command as compare
 from reft_train.doctor import command as doctor
 from reft_train.errors import ReportedError, UserError
 from reft_train.search import command as search
 
-COMMANDS = (run, evaluate, search, compare, doctor, demo)
+COMMANDS = (run, evaluate, search, compare, doctor, demo, chat)
 
 
 def parser() -> argparse.ArgumentParser:
