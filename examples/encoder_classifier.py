@@ -1,6 +1,6 @@
 """Classify texts with a frozen sentence encoder: a trained head alone, and LoReFT with a head.
 
-    python examples/encoder_classifier.py [--model FOLDER] [--out FOLDER] [--epochs N]
+    python examples/encoder_classifier.py [--model FOLDER] [--out FOLDER] [--epochs N] [--texts N]
 
 Says which standard-library package a docstring comes from; modules are held out as a whole. Both
 classifiers are trained as ``reft-train run`` trains them, here from Python, with a task of our own.
@@ -52,9 +52,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="encoder's folder; none: the packaged all-MiniLM-L6-v2")
     parser.add_argument("--out", default="runs/encoder", help="(default: runs/encoder)")
-    parser.add_argument("--epochs", type=int, default=4, help="(default: 4)")
+    parser.add_argument("--epochs", type=int, default=6, help="(default: 6)")
+    parser.add_argument("--texts", type=int, default=64, help="of each package (default: 64)")
     given = parser.parse_args(arguments)
-    out, parts = Path(given.out), docstrings(150, 40)
+    out, parts = Path(given.out), docstrings(given.texts, given.texts // 4)
     for name, part in zip(("train", "test"), parts, strict=True):
         rows = (json.dumps({"text": text, "label": label}) for text, label in part)
         write_text(out / f"{name}.jsonl", "\n".join(rows))

@@ -151,7 +151,7 @@ def skill(model: Any, tokenizer: Any, config: RunConfig, quick: bool, out: Path)
     """Train on docstrings; score the frozen model and LoReFT on held-out ones, as chat answers."""
     from reft_train.demo_docstrings import conversation, docstrings, named
 
-    pairs, held_out = docstrings(4, 2) if quick else docstrings(32, 16)
+    pairs, held_out = docstrings(4, 2) if quick else docstrings(32, 12)
     names = sorted({name for _, name in pairs})
     asked = [conversation(*pair, names)[:-1] for pair in held_out]
 
@@ -163,7 +163,7 @@ def skill(model: Any, tokenizer: Any, config: RunConfig, quick: bool, out: Path)
     frozen = score()
     rows = [Row({"messages": conversation(*pair, names)}, "docstring") for pair in pairs]
     model = adapted(model, tokenizer, config)
-    train(model, tokenizer, rows, config, 4 if quick else 40, out)
+    train(model, tokenizer, rows, config, 4 if quick else 30, out)
     loreft, count = score(), len(held_out)
     spread = [math.sqrt(part * (1 - part) / count) for part in (frozen, loreft)]
     sizes = {"packages": len(names), "texts": count}
@@ -210,6 +210,7 @@ def run(parsed: argparse.Namespace) -> int:
     base, tokenizer = load(config)
     questions = parsed.ask[: 2 if quick else None]
     asked = [[{"role": "user", "content": question}] for question in questions]
+    print(f"asking and training: {len(rows)} answers, {parsed.steps} steps", flush=True)
     before = answers(base, tokenizer, asked, config.max_new_tokens)
     model = adapted(base, tokenizer, config)
     losses = train(model, tokenizer, rows, config, parsed.steps, out)
@@ -219,12 +220,16 @@ def run(parsed: argparse.Namespace) -> int:
     size = (out / "adapter" / "adapter_model.safetensors").stat().st_size
     fresh = load_adapter(SimpleNamespace(model=load(config)[0]), out / "adapter")
     same = answers(fresh, tokenizer, asked, config.max_new_tokens) == after
+    chats = list(zip(questions, before, after, strict=True))
     reft_config, base = model.peft_config["default"], model.unload()
     del fresh, model
-    measured = demo_steps.measure(base, reft_config, 2 if quick else 9)
+    demo_report.print_chats(chats)
+    print("measuring training steps", flush=True)
+    measured = demo_steps.measure(base, reft_config, 2 if quick else 7)
+    print("a second task, with held-out texts", flush=True)
     scores = skill(base, tokenizer, config.replace(**SKILL), quick, out)
     results = {
-        "chats": list(zip(questions, before, after, strict=True)),
+        "chats": chats,
         "losses": losses,
         "adapter": {"bytes": size, "trained": trained, "share": trained / (total - trained)},
         "reloaded": same,

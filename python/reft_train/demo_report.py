@@ -61,16 +61,21 @@ def _figure(results: dict[str, Any]) -> bytes:
         return reporting.to_png(figure)
 
 
-def write(out: Path, config: RunConfig, results: dict[str, Any], seconds: float) -> None:
-    """Print the results, and write ``results.json``, ``demo.png`` and ``report.html``."""
+def print_chats(chats: list[tuple[str, str, str]]) -> None:
+    """Print the answers side by side."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    table = Table(*CHATS, show_lines=True)
+    for chat in chats:
+        table.add_row(*map(Text, chat))
+    Console().print(table)
+
+
+def write(out: Path, config: RunConfig, results: dict[str, Any], seconds: float) -> None:
+    """Print the results, and write ``results.json``, ``demo.png`` and ``report.html``."""
     notes, steps = _notes(results), _steps(results["steps"])
-    chats = Table(*CHATS, show_lines=True)
-    for row in results["chats"]:
-        chats.add_row(*row)
-    Console(markup=False, highlight=False).print(chats)
     print(notes[0], notes[1], "", reporting.text_table(STEPS, steps), "", notes[2], sep="\n")
     names = ("model", "layers", "rank", "positions", "lr", "batch_size", "seed")
     settings = {name: getattr(config, name) for name in names} | reporting.versions()

@@ -28,7 +28,7 @@ from reft_kernels.integrations.peft import ReftConfig
 from reft_kernels.interventions import StackedLoReFT
 from reft_train.memory import PeakMeter
 
-BATCH, LENGTH, PROMPT = 8, 64, 40
+BATCH, LENGTH, PROMPT = 4, 64, 40
 TOLERANCE = 0.05  # of losses that must agree, relative to what the edits change
 
 

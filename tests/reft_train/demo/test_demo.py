@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -131,13 +132,12 @@ def test_bad_flags_are_one_line_and_exit_code_2(flags, message, chat_model, tmp_
         ("", "without a row"),
         ('{"text": "a", "label": "b"}', "line 1 of .*: got fields text, label, expected messages"),
         (CHAT.replace("assistant", "bot"), "role: got 'bot', expected one of system, user"),
-        (CHAT.replace('"b"', '""'), "content: got ''"),
+        (CHAT.replace('"b"', '""'), "message 2: content: got no text"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "expected a list of at least two"),
         (b"\xff\xfe{", "which cannot be read"),
     ],
 )
 def test_bad_files_are_refused_before_the_model_is_loaded(content, message, tmp_path, capsys):
-    import re
 
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
