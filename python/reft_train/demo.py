@@ -30,7 +30,7 @@ QUESTIONS = (
     "What should I eat for breakfast?",
     "How do I learn to swim?",
 )
-DEFAULTS = {"layers": "four", "rank": 4, "positions": "f5+l5", "lr": 4e-3, "batch_size": 6}
+DEFAULTS = {"layers": "four", "rank": 4, "positions": "f5+l5", "lr": 2.5e-3, "batch_size": 7}
 DEFAULTS |= {"seed": 0, "max_new_tokens": 48}
 FIXED = {"task": "jsonl", "architecture": "causal", "max_length": 256}
 # settings of the second task, which needs more of the model than a style does
@@ -46,7 +46,7 @@ def add_parser(subparsers) -> None:
     text = "conversations, rows of messages (default: pirate speech)"
     command.add_argument("--data", default=str(STYLE), metavar="FILE", help=text)
     count = {"type": flags.number(int, 1), "metavar": "N"}
-    command.add_argument("--steps", **count, default=40, help="optimizer steps (default: 40)")
+    command.add_argument("--steps", **count, default=32, help="optimizer steps (default: 32)")
     text = "what to ask before and after (default: six questions)"
     command.add_argument("--ask", nargs="+", default=QUESTIONS, metavar="QUESTION", help=text)
     text = "output folder (default: runs/demo)"
@@ -151,7 +151,7 @@ def skill(model: Any, tokenizer: Any, config: RunConfig, quick: bool, out: Path)
     """Train on docstrings; score the frozen model and LoReFT on held-out ones, as chat answers."""
     from reft_train.demo_docstrings import conversation, docstrings, named
 
-    pairs, held_out = docstrings(4, 2) if quick else docstrings(32, 12)
+    pairs, held_out = docstrings(4, 2) if quick else docstrings(32, 10)
     names = sorted({name for _, name in pairs})
     asked = [conversation(*pair, names)[:-1] for pair in held_out]
 
@@ -163,7 +163,7 @@ def skill(model: Any, tokenizer: Any, config: RunConfig, quick: bool, out: Path)
     frozen = score()
     rows = [Row({"messages": conversation(*pair, names)}, "docstring") for pair in pairs]
     model = adapted(model, tokenizer, config)
-    train(model, tokenizer, rows, config, 4 if quick else 30, out)
+    train(model, tokenizer, rows, config, 4 if quick else 24, out)
     loreft, count = score(), len(held_out)
     spread = [math.sqrt(part * (1 - part) / count) for part in (frozen, loreft)]
     sizes = {"packages": len(names), "texts": count}
@@ -225,7 +225,7 @@ def run(parsed: argparse.Namespace) -> int:
     del fresh, model
     demo_report.print_chats(chats)
     print("measuring training steps", flush=True)
-    measured = demo_steps.measure(base, reft_config, 2 if quick else 7)
+    measured = demo_steps.measure(base, reft_config, 2 if quick else 5)
     print("a second task, with held-out texts", flush=True)
     scores = skill(base, tokenizer, config.replace(**SKILL), quick, out)
     results = {

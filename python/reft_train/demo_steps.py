@@ -134,7 +134,8 @@ def _problem(model: Any, config: ReftConfig) -> SimpleNamespace:
     config.response_template = None  # random tokens have none; the labels tell where prompts end
     rows = positions.resolve(config.positions, [PROMPT], LENGTH).long()
     R = torch.linalg.qr(torch.randn(len(layers), d, config.rank, generator=draw)).Q.mT
-    W = R + torch.randn(R.shape, generator=draw) / d**0.5  # W = R would edit nothing
+    # W = R would edit nothing; large edits change the loss by more than bfloat16 rounds it
+    W = R + 8 * torch.randn(R.shape, generator=draw) / d**0.5
     b = torch.randn(R.shape[:2], generator=draw)
     ids = torch.randint(settings.vocab_size, (BATCH, LENGTH), generator=draw)
     labels = ids.clone()

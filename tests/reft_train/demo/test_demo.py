@@ -51,12 +51,6 @@ def test_every_method_is_measured_on_the_same_edits(finished):
     loss = {title: one["loss"] for title, one in found.items() if "loss" in one}
     edited = [value for title, value in loss.items() if title.startswith("LoReFT")]
     assert max(edited) - min(edited) < 0.1 * abs(edited[0] - loss["frozen model"])
-    counts = {
-        one["trained"]
-        for title, one in found.items()
-        if title.startswith("LoReFT") and "trained" in one
-    }
-    assert len(counts) <= 2  # pyreft and PyTorch count the numbers of their parametrizations
 
 
 def test_the_report_shows_both_answers(finished):
@@ -176,7 +170,7 @@ def test_smollm2_learns_the_style_and_keeps_what_it_knows(tmp_path):
     assert before == "The capital of France is Paris."
     model = demo.adapted(base, tokenizer, config)
     rows = demo.read_conversations(demo.STYLE)
-    losses = demo.train(model, tokenizer, rows, config, 20, tmp_path)
+    losses = demo.train(model, tokenizer, rows, config, 32, tmp_path)
     (after,) = demo.answers(model, tokenizer, asked, 20)
     assert after.startswith("Ahoy! ") and "Paris" in after
     assert losses[-1] < 0.7 * losses[0]
