@@ -14,13 +14,18 @@ from reft_train.__main__ import main, parser
 
 from tests.reft_train.tiny import shake
 
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+
 
 @pytest.fixture(scope="module")
 def finished(chat_model, tmp_path_factory):
     """The folder of a quick run, and what it printed."""
     out = tmp_path_factory.mktemp("demo") / "out"
+    data = out.with_name("rows.jsonl")
+    data.write_text(CHAT)  # one conversation, so that all steps have the same batch
     command = [sys.executable, "-m", "reft_train", "demo", "--quick", "--steps", "3"]
     command += ["--model", str(chat_model), "--out", str(out), "--max-new-tokens", "8"]
+    command += ["--data", str(data), "--lr", "2e-2"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -90,9 +95,6 @@ def test_losses_that_do_not_agree_are_an_error(chat_model, monkeypatch):
     monkeypatch.setattr(demo_steps, "METHODS", left_out)
     with pytest.raises(RuntimeError, match="LoReFT, plain PyTorch: first loss .* expected"):
         demo_steps.measure(model, config, 1)
-
-
-CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
 
 @pytest.mark.parametrize(
