@@ -103,13 +103,13 @@ def run(parsed: argparse.Namespace) -> int:
     )
     config = validated(values | flags.passed(parsed, SETTINGS))
     import torch
-    from transformers.utils import logging
 
     from reft_train import models
     from reft_train.methods import check_base, load_adapter
     from reft_train.tasks.jsonl import Jsonl
+    from reft_train.training.session import quiet
 
-    logging.disable_progress_bar()
+    quiet()
     hf_config = models.model_config(config)
     check_base(hf_config, folder)
     loaded = models.load(config.replace(dtype=smollm2.dtype_of(hf_config)), Jsonl())
