@@ -2,9 +2,10 @@
 
 A call is forward, backward and AdamW of one padded batch; the baseline is the frozen model's full
 forward and backward to the input embeddings. Models are random Llamas: SmolLM2-135M's shape, and
-two layers of hidden size 4096 with a vocabulary of 8192. Tokens are random. Their numbers are drawn uniformly between the 5th and
-95th percentiles of real rows under SmolLM2's tokenizer: BoolQ as LLM-Adapters asks it, 30 to 36
-tokens of prompt and 6 of answer; gsm8k in the Alpaca template, 62 to 132 and 60 to 158.
+two layers of hidden size 4096 with a vocabulary of 8192. Tokens are random. Their numbers are drawn
+uniformly between the 5th and 95th percentiles of real rows under SmolLM2's tokenizer: BoolQ as
+LLM-Adapters asks it, 30 to 36 tokens of prompt and 6 of answer; gsm8k in the Alpaca template, 62 to
+132 and 60 to 158.
 
 "supervised logits" is ``keep_supervised_logits``, which serves LoRA as well. LoRA adapts all linear
 layers with the same rank. The steps of ReFT are compared with plain PyTorch in fp64 on the model
