@@ -56,6 +56,8 @@ class EditCall:
         selected: Whether N rows of a larger state are selected.
         subtract_projection, activation: As in :func:`reft_kernels.reference.edit`.
         sets: Whether rows choose among two weight sets and have coefficients.
+        rounded: Whether the forward pass takes bf16 copies of the matrices, as stacked modules give
+            them to edits of bf16 hidden states; None for such hidden states only.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class EditCall:
         subtract_projection: bool = False,
         activation: str = "linear",
         sets: bool = False,
+        rounded: bool | None = None,
     ) -> None:
         whole = max(ROWS_IN_STATE, num_rows) if selected else num_rows
         shape = (2, rank, d) if sets else (rank, d)
@@ -79,17 +82,22 @@ class EditCall:
         self.bias = torch.empty(shape[:-1])
         self.coeff = torch.empty(num_rows, rank) if sets else None
         self.subtract_projection, self.activation = subtract_projection, activation
+        if rounded is None:
+            rounded = dtype == torch.bfloat16
+        kind = torch.bfloat16 if rounded else torch.float32
+        self.forward_matrices = self.read.to(kind), self.write.to(kind)
 
     def forward(self, save: bool = True) -> tuple:
         """Edit in place."""
+        read, write = self.forward_matrices
         return _backend().edit(
             self.hidden,
             self.hidden,
             self.rows,
             self.weight_ids,
-            self.read,
+            read,
             self.bias,
-            self.write,
+            write,
             None,
             self.coeff,
             self.subtract_projection,

@@ -298,7 +298,12 @@ def edit(
     write = write.contiguous()
     if rows is None and num_rows > FEW_ROWS and weight_ids is None and not subtract_projection:
         on_chip = edit_all_rows.all_rows_config(
-            d, rank, source.dtype, common.shared_memory(source.device), common.IS_AMD
+            d,
+            rank,
+            source.dtype,
+            common.shared_memory(source.device),
+            common.IS_AMD,
+            all(w is None or w.dtype == source.dtype for w in (read, write)),
         )
         if on_chip is not None:
             edit_all_rows.launch_all_rows(
