@@ -178,6 +178,7 @@ def compile_job(job: Job) -> list[dict[str, Any]]:
                 "r": job.r,
                 "dtype": job.dtype,
                 "registers": compiled.registers,
+                "threads": compiled.threads,
                 "stack": compiled.stack,
                 "spills": compiled.spills,
                 "shared": compiled.shared,
