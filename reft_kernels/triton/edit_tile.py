@@ -116,8 +116,13 @@ def project(
             mask=column_mask(x_mask, col, d, EVEN),
             other=0.0,
         )
-        w_col = tl.permute(col, (0, 2, 1))
-        w = read_weight(read, write, w_rows + w_col, column_mask(w_mask, w_col, d, EVEN), FOLD)
+        if write.dtype.element_ty == x.dtype:  # as many bytes as x, so its layout serves both
+            rows, mask = tl.permute(w_rows, (0, 2, 1)), tl.permute(w_mask, (0, 2, 1))
+            w = read_weight(read, write, rows + col, column_mask(mask, col, d, EVEN), FOLD)
+            w = tl.permute(w, (0, 2, 1))
+        else:
+            w_col = tl.permute(col, (0, 2, 1))
+            w = read_weight(read, write, w_rows + w_col, column_mask(w_mask, w_col, d, EVEN), FOLD)
         acc = common.add_product(acc, x, w, PRECISION)
     return tl.sum(acc, 0)
 
