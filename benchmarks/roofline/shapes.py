@@ -58,6 +58,8 @@ class EditCall:
         subtract_projection, activation: As in :func:`reft_kernels.reference.edit`.
         sets: Whether rows choose among two weight sets and have coefficients.
         backend: ``"triton"`` or ``"cuda"``.
+        rounded: Whether the forward pass takes bf16 copies of the matrices, as stacked modules give
+            them to Triton's edits of bf16 hidden states; None for these only.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class EditCall:
         activation: str = "linear",
         sets: bool = False,
         backend: str = "triton",
+        rounded: bool | None = None,
     ) -> None:
         self.backend = _backend(backend)
         whole = max(ROWS_IN_STATE, num_rows) if selected else num_rows
@@ -83,17 +86,22 @@ class EditCall:
         self.bias = torch.empty(shape[:-1])
         self.coeff = torch.empty(num_rows, rank) if sets else None
         self.subtract_projection, self.activation = subtract_projection, activation
+        if rounded is None:
+            rounded = dtype == torch.bfloat16 and backend == "triton"
+        kind = torch.bfloat16 if rounded else torch.float32
+        self.forward_matrices = self.read.to(kind), self.write.to(kind)
 
     def forward(self, save: bool = True) -> tuple:
         """Edit in place."""
+        read, write = self.forward_matrices
         return self.backend.edit(
             self.hidden,
             self.hidden,
             self.rows,
             self.weight_ids,
-            self.read,
+            read,
             self.bias,
-            self.write,
+            write,
             None,
             self.coeff,
             self.subtract_projection,

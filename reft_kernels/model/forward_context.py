@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reft_kernels.arguments import BuiltWeights
 from reft_kernels.interventions import EditWeights, Intervention, RedWeights
 from reft_kernels.model.caches import CachedEdit
 from reft_kernels.model.components import Target
@@ -71,12 +72,15 @@ class Edit:
         """The weights as detached leaves that accumulate gradients."""
         if self.detached is None:
             kind: Any = type(self.weights)
-            self.detached = kind(
+            detached = kind(
                 *(
                     t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
                     for t in self.weights
                 )
             )
+            if isinstance(self.weights, BuiltWeights):  # recomputes what the forward computed
+                detached.rounded = self.weights.rounded
+            self.detached = detached
         return self.detached
 
 

@@ -64,6 +64,11 @@ def _edits(job: Job, variants: tuple[str, ...]) -> Iterator[tuple[str, Callable[
     for (regime, rows), variant in itertools.product(REGIMES.items(), variants):
         edit = shapes.EditCall(rows, job.d, job.r, dtype, regime == "selected", *VARIANTS[variant])
         yield f"{regime},{variant}", edit.forward
+        if dtype == torch.bfloat16:
+            exact = shapes.EditCall(
+                rows, job.d, job.r, dtype, regime == "selected", *VARIANTS[variant], False
+            )
+            yield f"{regime},{variant},fp32 weights", exact.forward
         yield f"{regime},{variant}", edit.backward
 
 
@@ -139,6 +144,7 @@ def compile_job(job: Job) -> list[dict[str, Any]]:
                 "r": job.r,
                 "dtype": job.dtype,
                 "registers": compiled.registers,
+                "threads": compiled.threads,
                 "stack": compiled.stack,
                 "spills": compiled.spills,
                 "shared": compiled.shared,
