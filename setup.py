@@ -37,7 +37,7 @@ CUDA = NATIVE and _switch("REFT_KERNELS_BUILD_CUDA", native.nvcc() is not None)
 class BuildNative(build_ext):
     """Build libraries whose file names setuptools would not choose.
 
-    Those that PyTorch loads do not contain a Python version; the host library also contains torch's.
+    Those that PyTorch loads do not contain a Python version; the host library's has torch's, too.
     """
 
     def get_ext_filename(self, fullname: str) -> str:
