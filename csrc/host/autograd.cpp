@@ -161,7 +161,7 @@ class EditBackward : public Node {
     return compute(b, route_of(b.grad));
   }
 
-  // As torch.autograd.function.once_differentiable: the gradients raise when they are differentiated.
+  // As torch's once_differentiable: the gradients raise when they are differentiated.
   static variable_list differentiable_once(variable_list result) {
     const auto error = make_node<torch::autograd::DelayedError>(
         "trying to differentiate twice a function that was marked with @once_differentiable",

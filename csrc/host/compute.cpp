@@ -153,7 +153,8 @@ Edited edit_in_python(const Edit& e, const Key* key) {
   const Tensor hidden = as_rows(e.hidden);
   const Object result = call_python(
       callbacks.edit, key,
-      {&hidden, &e.rows, &e.weight_ids, &e.read, &e.read_bias, &e.write, &e.subtract_bias, &e.coeff},
+      {&hidden, &e.rows, &e.weight_ids, &e.read, &e.read_bias, &e.write, &e.subtract_bias,
+       &e.coeff},
       e.settings, {e.save, e.in_place});
   const auto entry = [&](Py_ssize_t i) { return unwrapped(PyTuple_GET_ITEM(result.get(), i)); };
   return {e.in_place ? e.hidden : shaped(entry(0), e.hidden), entry(1), entry(2), entry(3)};
@@ -275,7 +276,8 @@ Edited edit_on_gpu(const Edit& e) {
   }
   const void* tensors[] = {address(e.hidden),        address(result.out), address(e.rows),
                            address(e.read),          address(e.read_bias), address(e.write),
-                           address(e.subtract_bias), address(e.coeff),    address(result.saved_input),
+                           address(e.subtract_bias), address(e.coeff),
+                           address(result.saved_input),
                            address(result.u),        address(result.z)};
   run_without_gil(*plan, *stream, tensors);
   return result;

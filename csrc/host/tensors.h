@@ -38,7 +38,8 @@ inline bool is_thread_plain() {
 }
 
 inline bool is_floating(at::ScalarType dtype) {
-  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble;
+  return dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf ||
+         dtype == at::kDouble;
 }
 
 inline at::ScalarType accumulation_dtype(at::ScalarType dtype) {
