@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reft_kernels import dispatch, ops, ownership
+from reft_kernels import dispatch, host_calls, ops, ownership
 from reft_kernels.arguments import BuiltWeights, EditWeights, RedWeights, RowSelection
 from reft_kernels.checks import check_writable, is_marked, num_rows_of
 from reft_kernels.operator_checks import is_checked
@@ -304,9 +304,13 @@ def apply_edit(
     Raises:
         ValueError: If ``inplace`` is true and ``hidden`` cannot be edited in place.
     """
+    rounded = _rounded(hidden, weights)
+    if host_calls.apply_edit is not None and not torch.compiler.is_compiling():
+        out = host_calls.apply_edit(hidden, weights, chosen, activation, inplace, rounded)
+        if out is not None:
+            return out
     read, read_bias, write, subtract_bias, subtract_projection = weights
     rows, weight_ids, coeff = chosen
-    rounded = _rounded(hidden, weights)
     args = (
         rows,
         weight_ids,

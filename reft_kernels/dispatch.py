@@ -60,6 +60,7 @@ _forced: str | None = None
 _table: dict[tuple[str, str, torch.dtype], Callable | None] = {}
 _launched: dict[tuple[str, str, torch.dtype], bool] = {}
 direct_calls: dict[tuple, Callable | None] = {}  # entries of ops.direct for the current backends
+on_change: list[Callable[[], object]] = []  # called when the forced backend has changed
 _warned: set[str] = set()
 _native = None  # the module reft_kernels.cpu once its library is loaded
 serves_cpu_natively = False  # whether CPU tensors use the native library
@@ -95,6 +96,8 @@ def set_backend(name: str | None) -> None:
         _launched.clear()
         direct_calls.clear()
         _enable_native()
+    for changed in on_change:
+        changed()
 
 
 def load_native() -> None:
