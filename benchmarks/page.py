@@ -265,7 +265,7 @@ def _estimates(results: Path) -> str:
     return (
         '<h2 id="estimates">Estimates for a GPU: not measured</h2>'
         f"<p>{_text(table.title)}; kernels of commit {_text(table.commit)}. {_text(table.note)}</p>"
-        f'{_table(table.head, lines, 3)}<ul class="faint">{notes}</ul>'
+        f'{_table(table.head, lines, 4)}<ul class="faint">{notes}</ul>'
     )
 
 

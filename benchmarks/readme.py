@@ -108,6 +108,7 @@ PICKED: dict[str, Callable[[Sequence[Case]], list[Case]]] = {
     "generation": _models,
     "trainer_step": _models,
     "packing": list,
+    "peft_methods": list,
 }
 
 

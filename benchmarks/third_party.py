@@ -1,9 +1,10 @@
-"""LoReFT by other packages, unmodified: pyreft 0.1.0 with pyvene 0.1.8, and adapters 1.3.0.
+"""LoReFT by other packages, unmodified: pyreft 0.1.0 with pyvene 0.1.8, adapters 1.3.0, socket-lm.
 
-Both build R by ``torch.nn.utils.parametrizations.orthogonal``, which stores signs in the
+All build R by ``torch.nn.utils.parametrizations.orthogonal``, which stores signs in the
 parameter and truncates them to integers, so that any weight decay turns R into zeros after one
 update. Every provider here therefore trains without weight decay. The packages are installed with
-``requirements-pyreft.txt`` and ``requirements-adapters.txt`` in this folder.
+``requirements-pyreft.txt``, ``requirements-adapters.txt`` and ``requirements-socket-lm.txt`` in
+this folder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from benchmarks.models import PaddedBatch, Shape, Stepper, Weights
 from benchmarks.protocol import Call, Provider, ProviderUnavailable
 
 # other releases are treated as not installed
-VERSIONS = {"pyreft": "0.1.0", "pyvene": "0.1.8", "adapters": "1.3.0"}
+VERSIONS = {"pyreft": "0.1.0", "pyvene": "0.1.8", "adapters": "1.3.0", "socket-lm": "0.1.0"}
+_MODULES = {"socket-lm": "socketimport"}  # imported under another name
 _ADAPTER = "loreft"
 
 
@@ -41,7 +43,7 @@ def _package(name: str) -> ModuleType:
         )
     try:
         with contextlib.redirect_stdout(sys.stderr):  # importing pyvene prints a message
-            return importlib.import_module(name)
+            return importlib.import_module(_MODULES.get(name, name))
     except ImportError as error:
         root = error
         while root.__cause__ or root.__context__:
@@ -212,3 +214,37 @@ def adapters_stepper(
 
     trained = [p for p in model.parameters() if p.requires_grad]
     return Stepper(loss, trained, lambda: [unit.learned_source.weight.grad for unit in units])
+
+
+def socket_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
+    """Return the training step of socket-lm's ReFTAdapter.
+
+    socket-lm does not know where a prompt ends: its positions are the first and last tokens of the
+    padded rows. The number of edited rows is the same, so its time is comparable; its loss is
+    compared with an edit of those tokens.
+
+    Raises:
+        ProviderUnavailable: If socket-lm 0.1.0 is not installed or cannot express the positions.
+        ValueError: If R is not reproduced to 1e-6.
+    """
+    socket = _package("socket-lm")
+    spec = re.fullmatch(r"f(\d+)\+l(\d+)", shape.spec)
+    if not spec:
+        raise ProviderUnavailable(f"socket-lm cannot express positions {shape.spec!r}")
+    model = models.shallow_copy(model).train()
+    blocks = list(model.model.layers)
+    config = socket.ReFTConfig(
+        r=shape.rank,
+        layers=tuple(range(len(blocks))),
+        prefix_positions=int(spec[1]),
+        suffix_positions=int(spec[2]),
+    )
+    adapter = socket.ReFTAdapter(model, blocks, shape.hidden, config=config).to(model.device)
+    interventions = [adapter.interventions[str(number)] for number in range(len(blocks))]
+    for module, layer in zip(interventions, weights, strict=True):
+        _load(module.rotate_layer, module.learned_source, layer, columns=False)
+    return Stepper(
+        lambda batch: adapter(**batch.inputs).loss,
+        list(adapter.trainable_parameters()),
+        lambda: [module.learned_source.weight.grad for module in interventions],
+    )

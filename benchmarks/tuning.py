@@ -47,6 +47,8 @@ PRESENT = "present"
 SUITE = "tuning"
 KNOBS = {  # launch parameter: smallest and largest value tried, in order of expected effect
     "num_stages": (1, 4),
+    "read_stages": (2, 6),
+    "write_stages": (2, 6),
     "block_n": (1, 128),
     "block_d": (16, 4096),
     "num_warps": (1, 16),

@@ -2,11 +2,16 @@
 
     python csrc/build.py [--cuda [--arch 90]] [--out FOLDER] [--sanitize address,undefined]
         [--isa avx2] [--dry-run]
+    python csrc/build.py --host [--out FOLDER]
 
 ``_native_cpu.so`` contains ``csrc/cpu``, compiled for each instruction set of the architecture.
 ``_native_cuda.so`` contains ``csrc/cuda`` for sm_80, sm_90 and sm_100. Both are PyTorch operator
 libraries on the stable ABI of torch 2.11 and do not use the Python API, so one build works with
 every Python version and every later torch.
+
+``_native_host-cp311-torch2.13.0.so`` contains ``csrc/host`` and uses PyTorch's C++ interface and
+Python's C API. It works only with the versions in its name, those of the build; Python code serves
+in its place with others.
 """
 
 from __future__ import annotations
@@ -18,6 +23,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
+from importlib import metadata
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent
@@ -211,6 +218,50 @@ def build_cpu(
     return _build(library, _cpu_rules(library, objects, sanitize, isa), objects, _WITHOUT)
 
 
+def host_library_name() -> str:
+    """Return the file name of the host library for this Python and the installed torch."""
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    return f"_native_host-{python}-torch{metadata.version('torch').partition('+')[0]}.so"
+
+
+def _host_rules(library: Path, objects: Path) -> list[str]:
+    torch, python = torch_folder(), Path(sysconfig.get_path("include"))
+    if not (python / "Python.h").exists():
+        raise BuildError(f"Python.h: not found in {python}; install Python's headers, {_WITHOUT}")
+    include = torch / "include"
+    folders = (include, include / "torch" / "csrc" / "api" / "include", python)
+    flags = " ".join(f"-isystem {_escape(folder)}" for folder in folders)
+    lines = [
+        f"cxx = {compiler()}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d -std=c++20 -O2 -fPIC -fvisibility=hidden -Wall -Wextra "
+        f"{flags} -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $out",
+        "rule link",
+        f"  command = $cxx -shared -o $out $in -L{_escape(torch / 'lib')} -ltorch_python "
+        "-ltorch_cpu -ltorch -lc10 -ldl",
+        "  description = link $out",
+    ]
+    built = []
+    for source in sorted((SOURCES / "host").glob("*.cpp")):
+        built.append(_escape(objects / f"{source.stem}.o"))
+        lines.append(f"build {built[-1]}: compile {_escape(source)}")
+    return [*lines, f"build {_escape(library)}: link {' '.join(built)}"]
+
+
+def build_host(out: Path, objects: Path) -> Path:
+    """Build the host library of this Python and torch into ``out``; objects go to ``objects``.
+
+    Raises:
+        BuildError: ninja, a C++20 compiler or the headers of torch or Python are missing, or a
+            compilation failed.
+    """
+    library, objects = out.resolve() / host_library_name(), objects.resolve()
+    return _build(library, _host_rules(library, objects), objects, _WITHOUT)
+
+
 def _cuda_rules(library: Path, objects: Path, arch: str | None) -> list[str]:
     found = nvcc()
     if found is None:
@@ -289,6 +340,7 @@ def main(argv: list[str] | None = None) -> int:
         "--isa", help="one instruction set, to be compiled beside the portable one; none: all"
     )
     parser.add_argument("--cuda", action="store_true", help="build the CUDA library instead")
+    parser.add_argument("--host", action="store_true", help="build the host library instead")
     parser.add_argument("--arch", help="one compute capability of a GPU, such as 90; none: all")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the commands of the CUDA build, run none"
@@ -297,6 +349,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.cuda:
             print(build_cuda(args.out, args.objects / "cuda", args.arch, args.dry_run))
+        elif args.host:
+            print(build_host(args.out, args.objects / "host"))
         else:
             print(
                 build_cpu(

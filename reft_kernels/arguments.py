@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -30,9 +31,41 @@ class BuiltWeights(EditWeights):
 
     Modules check them once for all layers, and an edit then checks only that they fit the hidden
     states.
+
+    Attributes:
+        rounded: bf16 copies of the matrices of all layers, and the number of this layer, or None.
     """
 
-    __slots__ = ()
+    rounded: tuple[RoundedMatrices, int] | None = None
+
+
+class RoundedMatrices:
+    """bf16 copies of the read and write matrices of all layers, made when a layer needs them first.
+
+    GPU kernels read them in the forward pass of bf16 hidden states: half the bytes of fp32 weights,
+    and operands of the tensor cores as they are. Gradients are computed from the fp32 weights.
+
+    Args:
+        read: ``[L, ...]`` in fp32, or None.
+        write: ``[L, ...]`` in fp32.
+    """
+
+    __slots__ = ("_kept", "_matrices")
+
+    def __init__(self, read: Tensor | None, write: Tensor) -> None:
+        self._matrices = (None if read is None else read.detach(), write.detach())
+        self._kept: tuple[tuple, tuple, tuple] | None = None
+
+    def layer(self, index: int) -> tuple[Tensor | None, Tensor]:
+        """Return the copies of one layer, made anew if a matrix was modified in place."""
+        read, write = self._matrices
+        versions = (None if read is None else read._version, write._version)
+        kept = self._kept  # read once, since another thread may replace it
+        if kept is None or kept[0] != versions:
+            with torch.inference_mode(False), torch.no_grad():
+                reads = (None,) * len(write) if read is None else read.to(torch.bfloat16).unbind(0)
+                kept = self._kept = (versions, reads, write.to(torch.bfloat16).unbind(0))
+        return kept[1][index], kept[2][index]
 
 
 class RedWeights(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reft_kernels import dispatch, ops, ownership
+from reft_kernels import dispatch, host_calls, ops, ownership
 from reft_kernels.arguments import BuiltWeights, EditWeights, RedWeights, RowSelection
 from reft_kernels.checks import check_writable, is_marked, num_rows_of
 from reft_kernels.operator_checks import is_checked
@@ -120,13 +120,16 @@ class _Edit(torch.autograd.Function):
         activation,
         inplace,
         checked,
+        rounded,
     ):
+        # The backward computes with the weights as they are
+        used_read, used_write = (read, write) if rounded is None else rounded
         args = (
             rows,
             weight_ids,
-            read,
+            used_read,
             read_bias,
-            write,
+            used_write,
             subtract_bias,
             coeff,
             subtract_projection,
@@ -189,6 +192,7 @@ class _Edit(torch.autograd.Function):
             _to(grad_write, write.dtype, needs[5]),
             _to(grad_subtract_bias, ctx.subtract_bias_dtype, needs[6]),
             _to(grad_coeff, None if coeff is None else coeff.dtype, needs[7]),
+            None,
             None,
             None,
             None,
@@ -267,6 +271,21 @@ def _copied_back(hidden: Tensor, out: Tensor) -> Tensor:
     return hidden.copy_(out)
 
 
+def _rounded(hidden: Tensor, weights: EditWeights) -> tuple[Tensor | None, Tensor] | None:
+    """Return the bf16 copies of the matrices that the forward pass uses instead, or None."""
+    if (
+        hidden.dtype is not torch.bfloat16
+        or type(weights) is not BuiltWeights
+        or weights.rounded is None
+        or (hidden.is_cpu and dispatch.serves_cpu_natively)
+        or torch.compiler.is_compiling()
+        or not dispatch.is_launched("edit", hidden)
+    ):
+        return None
+    matrices, layer = weights.rounded
+    return matrices.layer(layer)
+
+
 def apply_edit(
     hidden: Tensor, weights: EditWeights, chosen: RowSelection, activation: str, inplace: bool
 ) -> Tensor:
@@ -285,6 +304,11 @@ def apply_edit(
     Raises:
         ValueError: If ``inplace`` is true and ``hidden`` cannot be edited in place.
     """
+    rounded = _rounded(hidden, weights)
+    if host_calls.apply_edit is not None and not torch.compiler.is_compiling():
+        out = host_calls.apply_edit(hidden, weights, chosen, activation, inplace, rounded)
+        if out is not None:
+            return out
     read, read_bias, write, subtract_bias, subtract_projection = weights
     rows, weight_ids, coeff = chosen
     args = (
@@ -323,10 +347,12 @@ def apply_edit(
         check_writable(hidden, graph)
     if graph:
         if inplace and torch.compiler.is_compiling():
-            return _copied_back(hidden, _Edit.apply(hidden, *args, False, False))
+            return _copied_back(hidden, _Edit.apply(hidden, *args, False, False, None))
         if ownership.baseline is None:
             ownership.calibrate()
-        return _apply_edit(hidden, *args, inplace, checked)
+        return _apply_edit(hidden, *args, inplace, checked, rounded)
+    if rounded is not None:
+        args = (*args[:2], rounded[0], read_bias, rounded[1], *args[5:])
     if inplace:
         edit_ = ops.direct("edit_", hidden, checked) or _edit_
         return _edit_without_graph(hidden, edit_, *args, False)

@@ -58,7 +58,9 @@ class BackendError(RuntimeError):
 _lock = threading.Lock()
 _forced: str | None = None
 _table: dict[tuple[str, str, torch.dtype], Callable | None] = {}
+_launched: dict[tuple[str, str, torch.dtype], bool] = {}
 direct_calls: dict[tuple, Callable | None] = {}  # entries of ops.direct for the current backends
+on_change: list[Callable[[], object]] = []  # called when the forced backend has changed
 _warned: set[str] = set()
 _native = None  # the module reft_kernels.cpu once its library is loaded
 serves_cpu_natively = False  # whether CPU tensors use the native library
@@ -91,8 +93,11 @@ def set_backend(name: str | None) -> None:
     with _lock:
         _forced = _checked(name, "backend")
         _table.clear()
+        _launched.clear()
         direct_calls.clear()
         _enable_native()
+    for changed in on_change:
+        changed()
 
 
 def load_native() -> None:
@@ -236,6 +241,23 @@ def select(operator: str, tensor: torch.Tensor) -> Callable | None:
         return _table[key]
     except KeyError:
         return _resolve(key)
+
+
+def is_launched(operator: str, tensor: torch.Tensor) -> bool:
+    """Return whether an operator on a tensor like this one runs as kernels launched from Python.
+
+    Raises:
+        BackendError: If the forced backend does not support the operator, or no backend does.
+    """
+    key = (operator, tensor.device.type, tensor.dtype)
+    found = _launched.get(key)
+    if found is None:
+        forced = _forced
+        found = choose(*key)[0] in _LAUNCHING
+        with _lock:
+            if _forced == forced:  # another thread may have changed it
+                _launched[key] = found
+    return found
 
 
 def launching(operator: str, device_type: str, dtype: torch.dtype) -> Callable | None:

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from reft_kernels import cpu, dispatch, host_memory
+from reft_kernels import cpu, dispatch, host_calls, host_memory
 from reft_kernels.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "safetensors")
@@ -80,6 +80,7 @@ def backend_lines() -> list[str]:
     forced = dispatch.forced_backend()
     lines = [f"  {dispatch.ENVIRONMENT_VARIABLE}: {forced or 'not set (automatic)'}"]
     lines.append(f"  TRITON_INTERPRET: {'on' if dispatch.interpreting() else 'off'}")
+    lines.append(f"  host library: {host_calls.unavailable_reason() or 'used'}")
     for device, description in devices():
         lines.append(f"\n{device} ({description})")
         served: dict[str, list[str]] = {}

@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be set before triton is imported
 
 import reft_kernels as rk
-from reft_kernels import cpu, dispatch
+from reft_kernels import cpu, dispatch, host_calls
 from reft_kernels.dispatch import interpreting
 
 torch.set_num_threads(1)
@@ -109,7 +109,11 @@ def poison(monkeypatch):
         torch.ops.reft_kernels_cpu.poison_memory(
             True
         )  # as for the outputs that the native library makes itself
+    if host_calls.library is not None:
+        host_calls.library.poison_memory(True)
     yield
+    if host_calls.library is not None:
+        host_calls.library.poison_memory(False)
     if native:
         torch.ops.reft_kernels_cpu.poison_memory(False)
 

@@ -1,12 +1,12 @@
 """Print ESTIMATES of the kernels' times on a GPU, from the compiled code.
 
     python -m benchmarks.roofline [--d 4096] [--rank 8] [--dtype bfloat16] [--rows N ...]
-        [--arch sm_90] [--operator edit ...] [--cuda] [--markdown] [--out FILE]
-        [--save]
+        [--arch sm_90] [--operator edit ...] [--backend triton cuda] [--instances] [--markdown]
+        [--out FILE] [--save]
 
-No GPU is needed and none is used. The model is in :mod:`benchmarks.roofline.model`. ``--cuda`` adds
-what the machine code of ``csrc/cuda`` does; it needs nvcc. ``--save`` keeps the table for
-``python -m benchmarks.page``.
+No GPU is needed and none is used. The model is in :mod:`benchmarks.roofline.model`. Both backends
+are estimated side by side; ``csrc/cuda`` needs nvcc. ``--instances`` adds what the machine code of
+all its kernels does. ``--save`` keeps the table for ``python -m benchmarks.page``.
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--operator", choices=OPERATORS, nargs="+", default=OPERATORS)
     parser.add_argument(
-        "--cuda", action="store_true", help="compile csrc/cuda with nvcc, too, and list its kernels"
+        "--backend",
+        choices=("triton", "cuda"),
+        nargs="+",
+        default=("triton", "cuda"),
+        help="backends to estimate (default: both)",
+    )
+    parser.add_argument(
+        "--instances", action="store_true", help="list all kernels of csrc/cuda with their accesses"
     )
     parser.add_argument("--markdown", action="store_true", help="print markdown")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write to a file")
@@ -68,18 +75,26 @@ def main(argv: list[str] | None = None) -> int:
     if args.rank > args.d:
         print(f"--rank: got {args.rank}, expected at most d = {args.d}", file=sys.stderr)
         return 2
-    if args.cuda and native.nvcc() is None:
-        print("--cuda: nvcc not found; install the CUDA toolkit or set CUDA_HOME", file=sys.stderr)
+    if ("cuda" in args.backend or args.instances) and native.nvcc() is None:
+        print(
+            "nvcc: not found; install the CUDA toolkit, set CUDA_HOME, or use --backend triton",
+            file=sys.stderr,
+        )
         return 2
     target = TARGETS[args.arch]
     rows = tuple(args.rows) if args.rows else None
-    questions = shapes.questions(args.d, args.rank, getattr(torch, args.dtype), rows)
-    answers = [
-        table.answer(question, target)
-        for question in questions
-        if question.operator in args.operator
-    ]
-    cells, title = table.lines(answers), f"d = {args.d}, r = {args.rank}, {args.dtype}"
+    answers = []
+    shape = (args.d, args.rank, getattr(torch, args.dtype), rows)
+    asked = [shapes.questions(*shape, backend) for backend in args.backend]
+    for alternatives in zip(*asked, strict=True):
+        for backend, question in zip(args.backend, alternatives, strict=True):
+            if question.operator in args.operator:
+                answer = table.native_answer if backend == "cuda" else table.answer
+                answers.append(answer(question, target))
+    cells, title = (
+        table.lines(filter(None, answers)),
+        f"d = {args.d}, r = {args.rank}, {args.dtype}",
+    )
     layout = table.markdown if args.markdown else table.text
     bullet = "- " if args.markdown else ""
     parts = [
@@ -88,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         table.NOTE,
         "\n".join(bullet + line for line in table.assumptions(target)),
     ]
-    if args.cuda:
+    if args.instances:
         found = [
             kernel
             for source in sorted(native.SOURCES.glob("*.cu"))

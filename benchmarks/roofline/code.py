@@ -16,6 +16,7 @@ class Instruction:
         guard: Predicate that it is executed under, such as ``!P0``, or "".
         label: Target of a branch, or "".
         ends: Whether control never continues at the next instruction.
+        line: Line of the PTX that it is, or comes from; 0 if that is not known.
     """
 
     opcode: str
@@ -23,6 +24,7 @@ class Instruction:
     guard: str = ""
     label: str = ""
     ends: bool = False
+    line: int = 0
 
 
 @dataclass(frozen=True)

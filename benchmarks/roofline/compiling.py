@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.roofline import amdgcn, launches, ptx, reading, sass
+from benchmarks.roofline.code import Code
 from benchmarks.roofline.launches import Launch
 from benchmarks.roofline.targets import Target
 
@@ -24,6 +25,7 @@ class Compiled:
         region: Counts of its instructions by loop.
         kernel: Its parsed PTX; None for AMD.
         assembly: Its PTX, or its AMD assembly.
+        code: Its machine code, if that names the lines of the PTX; else None.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Compiled:
     region: reading.Region
     kernel: ptx.Kernel | None
     assembly: str
+    code: Code | None = None
 
 
 def compile_launch(launch: Launch, target: Target) -> Compiled:

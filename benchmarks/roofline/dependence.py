@@ -73,7 +73,7 @@ class Slice:
         access = memory_access(instruction)
         if access and access[0] == "copy" and self.shared:
             self.registers.update(names(instruction.operands[0]))
-        if access and access[1] == "shared":
+        if access and access[1] in ("shared", "generic"):
             if access[0] == "load" and not self.registers.isdisjoint(written(instruction)):
                 self.shared = True
             elif self.shared:

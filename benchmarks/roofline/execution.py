@@ -21,6 +21,7 @@ from benchmarks.roofline.traces import SECTOR, Access, Buffer, Trace
 _ADDRESS = re.compile(r"\[\s*([^\]]+?)\s*\]")
 _SIZES = {"v2": 2, "v4": 4, "v8": 8}
 _MAX_STEPS = 20_000_000
+SHARED_WINDOW = 1 << 60  # generic address of the first byte of shared memory
 
 
 class Machine:
@@ -62,6 +63,7 @@ class Machine:
         for name, size in kernel.shared.items():
             self.names[name] = at
             at += -(-size // 128) * 128
+        self.names |= self.offsets
 
     def run(self, program: tuple[int, int, int]) -> Trace:
         """Execute one program.
@@ -202,7 +204,14 @@ class Machine:
         parts = instruction.opcode.split(".")
         to, sources = instruction.operands[0], instruction.operands[1:]
         if parts[0] == "ld":  # ld.param
-            self._set(to, self._parameter(sources[0], bits(parts[-1])), active)
+            width = bits(parts[-1])
+            for k, register in enumerate(split(to.strip("{} "))):
+                self._set(register, self._parameter(sources[0], k * width // 8, width), active)
+        elif parts[0] == "mapa":  # shared memory of another block of the cluster
+            self._set(to, self._value(sources[0]), active)
+        elif parts[0] == "cvta" and "shared" in parts:
+            window = -SHARED_WINDOW if parts[1] == "to" else SHARED_WINDOW
+            self._set(to, self._value(sources[0]) + window, active)
         elif parts[0] == "shfl":
             self._shuffle(to, parts, sources, active)
         elif parts[0] in ("vote", "match", "elect", "redux", "mbarrier"):
@@ -230,9 +239,8 @@ class Machine:
             for k, part in enumerate(parts):
                 self._set(part, stored(value >> (k * each), each), active)
 
-    def _parameter(self, operand: str, width: int) -> np.ndarray:
-        name, _, more = operand.strip("[] ").partition("+")
-        at = self.offsets[name.strip()] + int(more or 0)
+    def _parameter(self, operand: str, more: int, width: int) -> np.ndarray:
+        at = int(self._address(operand)[0]) + more  # all threads load the same parameter
         number = int.from_bytes(self.arguments[at : at + width // 8], "little")
         number = (number + 2**63) % 2**64 - 2**63
         return np.full(self.threads, number, np.int64)
@@ -330,6 +338,11 @@ class Machine:
         if space == "shared":
             self._shared(instruction, kind)
             return
+        if space == "generic" and kind in ("load", "store"):
+            self._require(instruction, instruction.operands[kind == "load"])
+            if (self._address(instruction.operands[kind == "load"]) >= SHARED_WINDOW).any():
+                self._shared(instruction, kind, SHARED_WINDOW)
+                return
         if space in ("local", "const"):
             if self.needed[at]:
                 raise Unsupported(instruction.opcode)
@@ -391,7 +404,7 @@ class Machine:
             start = np.where(active, address - buffer.address + k * width, 0)
             self._set(register, _gather(buffer.content, start, width), active)
 
-    def _shared(self, instruction: Instruction, kind: str) -> None:
+    def _shared(self, instruction: Instruction, kind: str, window: int = 0) -> None:
         if not self.slice.shared:
             return
         if kind == "atomic":
@@ -399,7 +412,7 @@ class Machine:
         active = self.active & self._known_guard(instruction)
         width = bits(instruction.opcode.split(".")[-1]) // 8
         position = 1 if kind == "load" else 0
-        start = np.where(active, self._known_address(instruction, position), 0)
+        start = np.where(active, self._known_address(instruction, position) - window, 0)
         for k, register in enumerate(split(instruction.operands[1 - position].strip("{} "))):
             place = start + k * width
             if kind == "load":

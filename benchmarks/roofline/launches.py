@@ -13,13 +13,33 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 from benchmarks.roofline.targets import Target
 from reft_kernels.dispatch import interpreting
 
 PROCESSORS = 132  # multiprocessors of an H100 or H200, which some launchers ask for
+
+
+class AnyLaunch(Protocol):
+    """What the model needs to know about a launch, of Triton or of ``csrc/cuda``.
+
+    Attributes:
+        grid: Number of programs on each of three axes.
+        programs: Number of programs.
+        cluster: Programs of a cluster; 1 without clusters.
+        sizes: Bytes of each tensor argument.
+    """
+
+    @property
+    def grid(self) -> tuple[int, int, int]: ...
+    @property
+    def programs(self) -> int: ...
+    @property
+    def cluster(self) -> int: ...
+    @property
+    def sizes(self) -> dict[str, int]: ...
 
 
 @dataclass(frozen=True)
@@ -31,12 +51,14 @@ class Launch:
         grid: Number of programs on each of three axes.
         arguments: All arguments by name, constexprs included.
         options: Compiler options, such as ``num_warps``.
+        cluster: Programs of a cluster, which Triton launches here without.
     """
 
     kernel: Any
     grid: tuple[int, int, int]
     arguments: dict[str, Any]
     options: dict[str, Any]
+    cluster: int = 1
 
     @property
     def name(self) -> str:
@@ -47,6 +69,15 @@ class Launch:
     def programs(self) -> int:
         """Number of programs."""
         return self.grid[0] * self.grid[1] * self.grid[2]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor argument."""
+        return {
+            name: value.numel() * value.element_size()
+            for name, value in self.arguments.items()
+            if hasattr(value, "element_size")
+        }
 
 
 def _forget() -> None:

@@ -5,13 +5,17 @@ The time of a launch is the launch itself plus the largest of
 - bytes moved to and from HBM / bandwidth of HBM,
 - bytes moved between L2 and the multiprocessors / bandwidth of L2,
 - warp instructions / issue slots of the multiprocessors,
-- the chain of dependent steps of the programs of one multiprocessor, wave after wave.
+- the chain of dependent steps of the programs of one multiprocessor, wave after wave;
+
+the first three after the code outside of loops of one program, which moves few bytes.
 
 A step of a loop takes the issue of its instructions, of all warps that share a scheduler, plus its
 barriers, plus the latency of one load from the level that serves it. A loop with k > 1 buffers in
-flight overlaps the latency with k - 1 steps. Loads of one step overlap each other. What one program
-reads again comes from HBM if the programs that run at the same time touch more than L2 holds; the
-weights, which all programs read, stay in L2. Hits in L1 are not counted.
+flight overlaps the latency with k - 1 steps; where the machine code is matched by line
+(``csrc/cuda``), the instructions between a load and the first use of its result overlap it, too. A
+transfer between the blocks of a cluster takes a latency of its own. Loads of one step overlap each
+other. What one program reads again comes from HBM if the programs that run at the same time touch
+more than L2 holds; the weights, which all programs read, stay in L2. Hits in L1 are not counted.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks.roofline import native_steps
 from benchmarks.roofline.compiling import Compiled
-from benchmarks.roofline.launches import Launch
+from benchmarks.roofline.launches import AnyLaunch
 from benchmarks.roofline.steps import Step, steps
 from benchmarks.roofline.traces import SECTOR, Access, Trace
 
@@ -46,6 +51,8 @@ class Device:
     shared: int  # bytes of shared memory of a multiprocessor
     warps: int  # resident warps of a multiprocessor
     blocks: int  # resident programs of a multiprocessor
+    partitions: tuple[int, ...]  # multiprocessors of each part within which a cluster stays
+    exchange: float  # clocks of a transfer between blocks of a cluster, or of their barrier
 
 
 H200 = Device(
@@ -65,6 +72,8 @@ H200 = Device(
     shared=228 * 1024,
     warps=64,
     blocks=32,
+    partitions=(18, 18, 16, 16, 16, 16, 16, 16),
+    exchange=250,
 )
 
 
@@ -107,19 +116,41 @@ class Estimate:
         return max(times, key=lambda name: times[name])
 
 
-def resident(compiled: Compiled, device: Device) -> int:
-    """Return the programs that fit onto a multiprocessor at the same time."""
-    warps = -(-compiled.threads // 32)
+def fitting(registers: int, threads: int, shared: int, device: Device) -> int:
+    """Return the programs that fit onto a multiprocessor at the same time.
+
+    Args:
+        registers: Registers of a thread.
+        threads: Threads of a program.
+        shared: Bytes of shared memory of a program.
+        device: Assumptions.
+    """
+    warps = -(-threads // 32)
     # registers are allocated to a warp in units of 256
-    per_warp = -(-compiled.registers * 32 // 256) * 256
-    shared = compiled.shared + 1024
+    per_warp = -(-registers * 32 // 256) * 256
     fits = (
         device.registers // (per_warp * warps),
         device.warps // warps,
-        device.shared // shared,
+        device.shared // (shared + 1024),
         device.blocks,
     )
     return max(1, min(fits))
+
+
+def resident_clusters(each: int, size: int, device: Device) -> int:
+    """Return the clusters of ``size`` blocks that fit onto the GPU at the same time.
+
+    Args:
+        each: Blocks that fit onto a multiprocessor.
+        size: Blocks of a cluster.
+        device: Assumptions.
+    """
+    return sum(part * each // size for part in device.partitions)
+
+
+def resident(compiled: Compiled, device: Device) -> int:
+    """Return the programs of a kernel that fit onto a multiprocessor at the same time."""
+    return fitting(compiled.registers, compiled.threads, compiled.shared, device)
 
 
 @dataclass
@@ -149,12 +180,12 @@ def _shared_buffers(traces: Sequence[Trace]) -> set[str]:
 
 
 def _traffic(
-    launch: Launch, trace: Trace, shared: set[str], at_once: int, device: Device
+    launch: AnyLaunch, trace: Trace, shared: set[str], at_once: int, device: Device
 ) -> _Traffic:
     """Return the bytes of all programs, taking one as typical."""
     total = _Traffic()
     programs = launch.programs
-    sizes = {n: t.numel() * t.element_size() for n, t in launch.arguments.items() if _is_tensor(t)}
+    sizes = launch.sizes
     own = 0
     again: dict[str, float] = {}
     for (name, stores), accesses in _groups(trace).items():
@@ -171,10 +202,6 @@ def _traffic(
         # Only buffers that are themselves too large for L2 are read from HBM again
         total.hbm += sum(b for name, b in again.items() if sizes.get(name, 0) > device.l2_size)
     return total
-
-
-def _is_tensor(value: object) -> bool:
-    return hasattr(value, "element_size")
 
 
 def _latency(step: Step, trace: Trace, shared: set[str], spilled: bool, device: Device) -> float:
@@ -196,21 +223,32 @@ def _latency(step: Step, trace: Trace, shared: set[str], spilled: bool, device: 
     return device.l2_latency
 
 
+def _steps(compiled: Compiled, trace: Trace) -> list[Step]:
+    """Return the steps of one program."""
+    assert compiled.kernel is not None
+    if compiled.code is not None:
+        return native_steps.steps(compiled.code, compiled.kernel, trace)
+    return steps(compiled.kernel, compiled.region, trace)
+
+
 def _clocks(
     found: Sequence[Step], trace: Trace, shared: set[str], spilled: bool, share: float, device
 ) -> float:
     """Return the clocks of one program, whose steps follow each other."""
     clocks = 0.0
     for step in found:
-        busy = step.region.instructions * share + step.region.barriers * device.barrier
+        region = step.region
+        busy = region.instructions * share + region.barriers * device.barrier
+        busy += region.exchanges * (device.exchange - device.barrier)
         latency = _latency(step, trace, shared, spilled, device) if step.iterations else 0.0
+        latency = max(0.0, latency - step.distance * share)
         ahead = step.buffers - 1
         clocks += step.iterations * (max(busy, latency / ahead) if ahead > 0 else busy + latency)
     return clocks
 
 
 def estimate(
-    launch: Launch,
+    launch: AnyLaunch,
     compiled: Compiled,
     traces: Sequence[Trace],
     last: Trace | None = None,
@@ -228,8 +266,7 @@ def estimate(
     Raises:
         ValueError: If the kernel was compiled for AMD, or if its loops are not understood.
     """
-    kernel = compiled.kernel
-    if kernel is None:
+    if compiled.kernel is None:
         raise ValueError(f"compiled: got {compiled.target.name}, expected an NVIDIA target")
     typical = traces[len(traces) // 2]
     shared = _shared_buffers(traces)
@@ -241,13 +278,13 @@ def estimate(
     warps = -(-compiled.threads // 32)
     traffic = _traffic(launch, typical, shared, slots * device.processors, device)
     spilled = traffic.hbm > sum(_unique(launch, typical).values())
-    found = steps(kernel, compiled.region, typical)
+    found = _steps(compiled, typical)
     instructions = sum(step.region.instructions * step.iterations for step in found) * warps
     share = max(device.spacing, together * warps / device.issue)
     clocks = waves * _clocks(found, typical, shared, spilled, share, device)
     if last is not None:
         # The sums of the others are added after their last step, by one program on each processor
-        final = steps(kernel, compiled.region, last)
+        final = _steps(compiled, last)
         few = max(device.spacing, warps / device.issue)
         clocks += _clocks(final, last, shared, False, few, device)
         clocks -= _clocks(found, typical, shared, False, few, device)
@@ -256,6 +293,9 @@ def estimate(
     l2 = traffic.l2 / device.l2
     issue = instructions * per_processor / (device.issue * device.clock)
     chain = clocks / device.clock
+    ramp = 0.0
+    if len(found) > 1:
+        ramp = _clocks(found[:1], typical, shared, spilled, share, device) / device.clock
     return Estimate(
         compiled.name,
         programs,
@@ -265,12 +305,12 @@ def estimate(
         traffic.weights,
         instructions * programs,
         sum(step.iterations for step in found[1:]),
-        sum(step.region.barriers * step.iterations for step in found),
+        round(sum(step.region.barriers * step.iterations for step in found)),
         hbm,
         l2,
         issue,
         chain,
-        device.launch + max(hbm, l2, issue, chain),
+        device.launch + max(ramp + max(hbm, l2, issue), chain),
     )
 
 
@@ -278,9 +318,9 @@ def _moved(trace: Trace) -> float:
     return sum(access.sectors for access in trace.accesses.values()) * SECTOR
 
 
-def _unique(launch: Launch, trace: Trace) -> dict[tuple[str, bool], float]:
+def _unique(launch: AnyLaunch, trace: Trace) -> dict[tuple[str, bool], float]:
     """Return the bytes of each buffer that all programs touch, each counted once."""
-    sizes = {n: t.numel() * t.element_size() for n, t in launch.arguments.items() if _is_tensor(t)}
+    sizes = launch.sizes
     result = {}
     for key, accesses in _groups(trace).items():
         touched = len(set().union(*(access.touched for access in accesses))) * SECTOR

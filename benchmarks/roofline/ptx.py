@@ -59,22 +59,24 @@ def _parameters(text: str) -> tuple[Parameter, ...]:
     return tuple(result)
 
 
-def _statements(body: str) -> list[str]:
-    """Return labels (with their colon) and instructions, without directives."""
+def _statements(body: str, line: int) -> list[tuple[str, int]]:
+    """Return labels (with their colon) and instructions, without directives, and their lines."""
     lines = (line.strip() for line in body.splitlines())
-    kept = (line for line in lines if not line.startswith((".loc", ".file", ".pragma")))
+    kept = ("" if one.startswith((".loc", ".file", ".pragma")) else one for one in lines)
     result = []
     for chunk in "\n".join(kept).split(";"):
-        text = chunk.strip()
+        text = chunk
         while True:
-            text = text.lstrip("{} \n\t")  # scopes; an instruction starts with a letter or @
-            label = _LABEL.match(text)
+            left = text.lstrip("{} \n\t")  # scopes; an instruction starts with a letter or @
+            line += text[: len(text) - len(left)].count("\n")
+            label = _LABEL.match(left)
             if label is None:
                 break
-            result.append(label[0])
-            text = text[label.end() :].strip()
-        if text and not text.startswith("."):
-            result.append(text)
+            result.append((label[0], line))
+            text = left[label.end() :]
+        if left.strip() and not left.startswith("."):
+            result.append((left.strip(), line))
+        line += left.count("\n")
     return result
 
 
@@ -94,9 +96,10 @@ def _instruction(text: str) -> Instruction:
 
 def _renamed(text: str) -> str:
     """Give registers of inner scopes, whose names have no %, names as other registers have."""
-    for kind, name in set(re.findall(r"\.reg\s+\.(\w+)\s+([A-Za-z_]\w*)\s*;", text)):
+    declared = re.findall(r"\.reg\s+\.(\w+)\s+([A-Za-z_][\w\s,]*?)\s*;", text)
+    for kind, name in {(kind, name) for kind, names in declared for name in split(names)}:
         prefix = "%p_" if kind == "pred" else "%r_"
-        text = re.sub(rf"(?<![\w%$.]){name}\b", prefix + name, text)
+        text = re.sub(rf"(?<![\w%$.:]){name}\b", prefix + name, text)
     return text
 
 
@@ -125,7 +128,8 @@ def parse(text: str) -> dict[str, Kernel]:
         instructions: list[Instruction] = []
         labels: dict[str, int] = {}
         repeated: dict[str, str] = {}
-        for statement in _statements(body):
+        first = text.count("\n", 0, entry.end()) + 1
+        for statement, line in _statements(body, first):
             if statement.endswith(":"):
                 label = statement[:-1]
                 if label in labels:  # of an inner scope
@@ -134,7 +138,7 @@ def parse(text: str) -> dict[str, Kernel]:
             else:
                 instruction = _instruction(statement)
                 label = repeated.get(instruction.label, instruction.label)
-                instructions.append(dataclasses.replace(instruction, label=label))
+                instructions.append(dataclasses.replace(instruction, label=label, line=line))
         code = Code(tuple(instructions), labels)
         kernels[name] = Kernel(name, _parameters(parameters), shared, code)
     if not kernels:

@@ -36,6 +36,7 @@ class Region:
     Attributes:
         instructions: All instructions.
         barriers: Barriers of the program, and waits for asynchronous transfers by mbarrier.
+        exchanges: Those of them that are of a cluster, or for transfers between its blocks.
         loads, stores, copies: Accesses to global memory by bytes per thread. Copies go to shared
             memory without registers.
         bulk: Copies by the copy engine.
@@ -51,6 +52,7 @@ class Region:
 
     instructions: int = 0
     barriers: int = 0
+    exchanges: int = 0
     loads: Counter[int] = field(default_factory=Counter)
     stores: Counter[int] = field(default_factory=Counter)
     copies: Counter[int] = field(default_factory=Counter)
@@ -77,8 +79,10 @@ class Region:
     def _add_nvidia(self, instruction: Instruction) -> None:
         parts = instruction.opcode.split(".")
         name = parts[0]
-        waits = name == "SYNCS" and "TRYWAIT" in parts
-        if waits or (name == "BAR" and "ARV" not in parts) or name == "UCGABAR_WAIT":
+        if name == "UCGABAR_WAIT" or (name == "SYNCS" and "TRYWAIT" in parts):
+            self.barriers += 1
+            self.exchanges += 1
+        elif name == "BAR" and "ARV" not in parts:
             self.barriers += 1
         elif name in ("LDG", "LD"):
             self.loads[_width(parts)] += 1

@@ -1,7 +1,8 @@
-"""SASS, the machine code of NVIDIA GPUs, as ``nvdisasm -c`` prints it."""
+"""SASS, the machine code of NVIDIA GPUs, as ``nvdisasm -c`` or ``nvdisasm -c -gp`` prints it."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from benchmarks.roofline.code import Code, Instruction
 
 _LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?(.*?)\s*;\s*$")
+_ORIGIN = re.compile(r"^\s*//## File \"\.nv_debug_ptx_txt\", line (\d+)")
 _LABEL = re.compile(r"^(\.L_x?_?\w+):")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
 _JUMPS = ("BRA", "BRX", "JMP", "CALL")
@@ -41,12 +43,12 @@ def _run(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def disassemble(cubin: bytes) -> dict[str, str]:
-    """Return the disassembly of each kernel of a cubin."""
+def disassemble(cubin: bytes, lines: bool = False) -> dict[str, str]:
+    """Return the disassembly of each kernel of a cubin; with ``lines`` of the PTX."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = _run("nvdisasm", "-c", file.name)
+        text = _run("nvdisasm", "-c", *["-gp"] * lines, file.name)
     parts = re.split(r"^//-+ \.text\.(\S+)\s+-+$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
@@ -72,11 +74,15 @@ def parse(text: str) -> Code:
     """
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
+    origin = 0
     for line in text.splitlines():
         if label := _LABEL.match(line):
             labels[label[1]] = len(instructions)
+        elif of_ptx := _ORIGIN.match(line):
+            origin = int(of_ptx[1])
         elif found := _LINE.match(line):
-            instructions.append(_instruction(found[1] or "", found[2]))
+            instruction = _instruction(found[1] or "", found[2])
+            instructions.append(dataclasses.replace(instruction, line=origin))
     if not instructions:
         raise ValueError("text: got no instructions, expected the output of nvdisasm -c")
     return Code(_without_padding(instructions, labels), labels)

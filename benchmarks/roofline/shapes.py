@@ -6,6 +6,7 @@ never written, so a shape of gigabytes costs address space only.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class Question:
     elements: int
 
 
-def _backend() -> Any:
-    return importlib.import_module("reft_kernels.triton")
+def _backend(name: str) -> Any:
+    return importlib.import_module(f"reft_kernels.{name}")
 
 
 class EditCall:
@@ -56,6 +57,9 @@ class EditCall:
         selected: Whether N rows of a larger state are selected.
         subtract_projection, activation: As in :func:`reft_kernels.reference.edit`.
         sets: Whether rows choose among two weight sets and have coefficients.
+        backend: ``"triton"`` or ``"cuda"``.
+        rounded: Whether the forward pass takes bf16 copies of the matrices, as stacked modules give
+            them to Triton's edits of bf16 hidden states; None for these only.
     """
 
     def __init__(
@@ -68,7 +72,10 @@ class EditCall:
         subtract_projection: bool = False,
         activation: str = "linear",
         sets: bool = False,
+        backend: str = "triton",
+        rounded: bool | None = None,
     ) -> None:
+        self.backend = _backend(backend)
         whole = max(ROWS_IN_STATE, num_rows) if selected else num_rows
         shape = (2, rank, d) if sets else (rank, d)
         self.hidden = torch.empty(whole, d, dtype=dtype)
@@ -79,17 +86,22 @@ class EditCall:
         self.bias = torch.empty(shape[:-1])
         self.coeff = torch.empty(num_rows, rank) if sets else None
         self.subtract_projection, self.activation = subtract_projection, activation
+        if rounded is None:
+            rounded = dtype == torch.bfloat16 and backend == "triton"
+        kind = torch.bfloat16 if rounded else torch.float32
+        self.forward_matrices = self.read.to(kind), self.write.to(kind)
 
     def forward(self, save: bool = True) -> tuple:
         """Edit in place."""
-        return _backend().edit(
+        read, write = self.forward_matrices
+        return self.backend.edit(
             self.hidden,
             self.hidden,
             self.rows,
             self.weight_ids,
-            self.read,
+            read,
             self.bias,
-            self.write,
+            write,
             None,
             self.coeff,
             self.subtract_projection,
@@ -104,7 +116,7 @@ class EditCall:
             self.hidden, self.rows, self.write, self.activation, True
         )
         grad = torch.empty_like(self.hidden)
-        _backend().edit_backward(
+        self.backend.edit_backward(
             grad,
             grad,
             saved if self.rows is not None else self.hidden,
@@ -121,19 +133,23 @@ class EditCall:
         )
 
 
-def build(layers: int, d: int, rank: int, cayley: bool = False, W: bool = True) -> None:
+def build(
+    layers: int, d: int, rank: int, cayley: bool = False, W: bool = True, backend: str = "triton"
+) -> None:
     """Build R, and with ``W`` D = W - R, of all layers."""
     name = "cayley" if cayley else "householder"
     target = torch.empty(layers, rank, d) if W else None
-    getattr(_backend(), name)(torch.empty(layers, d, rank), None, None, None, target)
+    getattr(_backend(backend), name)(torch.empty(layers, d, rank), None, None, None, target)
 
 
-def build_backward(layers: int, d: int, rank: int, cayley: bool = False) -> None:
+def build_backward(
+    layers: int, d: int, rank: int, cayley: bool = False, backend: str = "triton"
+) -> None:
     """Compute the gradient of X of all layers."""
     name = "cayley_backward" if cayley else "householder_backward"
     grads = torch.empty(layers, rank, d), torch.empty(layers, rank, d)
     X, aux = torch.empty(layers, d, rank), torch.empty(layers, 1, rank, rank)
-    getattr(_backend(), name)(*grads, X, None, None, aux)
+    getattr(_backend(backend), name)(*grads, X, None, None, aux)
 
 
 def red(num_rows: int, d: int, dtype: torch.dtype, selected: bool, backward: bool) -> None:
@@ -141,10 +157,10 @@ def red(num_rows: int, d: int, dtype: torch.dtype, selected: bool, backward: boo
     edit = EditCall(num_rows, d, 1, dtype, selected)
     scale, bias = torch.empty(1, d), torch.empty(1, d)
     if not backward:
-        _backend().red(edit.hidden, edit.hidden, edit.rows, None, scale, bias, True)
+        edit.backend.red(edit.hidden, edit.hidden, edit.rows, None, scale, bias, True)
         return
     saved = torch.empty(num_rows, d, dtype=dtype)
-    _backend().red_backward(edit.hidden, edit.hidden, saved, edit.rows, None, scale, True)
+    edit.backend.red_backward(edit.hidden, edit.hidden, saved, edit.rows, None, scale, True)
 
 
 def questions(
@@ -152,6 +168,7 @@ def questions(
     rank: int = 8,
     dtype: torch.dtype = torch.bfloat16,
     rows: tuple[int, ...] | None = None,
+    backend: str = "triton",
 ) -> list[Question]:
     """Return the calls at one width, rank and dtype.
 
@@ -160,13 +177,14 @@ def questions(
         rank: r.
         dtype: dtype of the hidden states.
         rows: Numbers of rows instead of ``SELECTED`` and ``ALL``; up to 1,024 are selected rows.
+        backend: ``"triton"`` or ``"cuda"``.
     """
     result = []
     counts = SELECTED + ALL if rows is None else rows
     for n in counts:
         selected = n in SELECTED if rows is None else n <= 1024
         state = n * d * dtype.itemsize
-        edit = EditCall(n, d, rank, dtype, selected)
+        edit = EditCall(n, d, rank, dtype, selected, backend=backend)
         shape = f"{n:,} {'selected' if selected else 'of all'} rows"
         # selected rows are saved for the backward pass
         moved = (3 if selected else 2) * state
@@ -180,7 +198,7 @@ def questions(
                 Question(
                     name,
                     shape,
-                    lambda call=call, layers=layers: call(layers, d, rank),
+                    functools.partial(call, layers, d, rank, backend=backend),
                     4 * size,
                     size,
                     layers * d * rank,

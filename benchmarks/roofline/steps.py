@@ -25,12 +25,14 @@ class Step:
         iterations: Iterations in one program, over all entries; 1 outside of loops.
         instructions: Positions in the PTX of its instructions, without those of inner loops.
         buffers: Buffers that its asynchronous copies fill in advance; 0 without such copies.
+        distance: Instructions between a load to registers and the first use of its result.
     """
 
     region: Region
     iterations: int
     instructions: frozenset[int]
     buffers: int
+    distance: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from benchmarks.roofline import compiling, launches, model, tracing
+from benchmarks.roofline import compiling, launches, model, native_launches, tracing
 from benchmarks.roofline.model import H200, Device, Estimate
 from benchmarks.roofline.shapes import Question
 from benchmarks.roofline.targets import Target
@@ -13,6 +13,7 @@ from benchmarks.roofline.targets import Target
 HEAD = (
     "operator",
     "shape",
+    "backend",
     "kernel",
     "programs",
     "registers",
@@ -41,6 +42,7 @@ class Answer:
     """ESTIMATES of one call."""
 
     question: Question
+    backend: str
     launches: tuple[Estimate, ...]
     clone: float
 
@@ -56,7 +58,7 @@ class Answer:
 
 
 def answer(question: Question, target: Target, device: Device = H200) -> Answer:
-    """Record, compile, execute and estimate the launches of one call."""
+    """Record, compile, execute and estimate the launches of one call of the Triton backend."""
     estimates = []
     for launch in launches.record(target, question.call):
         compiled = compiling.compile_launch(launch, target)
@@ -70,7 +72,26 @@ def answer(question: Question, target: Target, device: Device = H200) -> Answer:
             )
         )
     clone = model.clone_seconds(question.clone_bytes, device)
-    return Answer(question, tuple(estimates), clone)
+    return Answer(question, "triton", tuple(estimates), clone)
+
+
+def native_answer(question: Question, target: Target, device: Device = H200) -> Answer | None:
+    """Record, compile, execute and estimate the launches of one call of the CUDA backend.
+
+    Returns:
+        None if the kernels of ``csrc/cuda`` do not serve the call.
+    """
+    try:
+        recorded = native_launches.record(target, question.call, device)
+    except native_launches.NotServed:
+        return None
+    estimates = []
+    for launch in recorded:
+        compiled = native_launches.compile_launch(launch, target)
+        traces = native_launches.traces(launch, compiled)
+        estimates.append(model.estimate(launch, compiled, traces, None, device))
+    clone = model.clone_seconds(question.clone_bytes, device)
+    return Answer(question, "cuda", tuple(estimates), clone)
 
 
 def assumptions(target: Target, device: Device = H200) -> list[str]:
@@ -84,6 +105,10 @@ def assumptions(target: Target, device: Device = H200) -> list[str]:
         f"clocks: {device.hbm_latency:.0f} for a load from HBM, {device.l2_latency:.0f} from L2, "
         f"{device.barrier:.0f} for a barrier, {device.spacing:.0f} between two instructions of a "
         "warp; no hits in L1",
+        f"{device.exchange:.0f} clocks for a transfer between blocks of a cluster; clusters stay "
+        f"within parts of {' + '.join(map(str, device.partitions))} multiprocessors",
+        "cuda: launches of csrc/cuda as its host code makes them, nvcc's code; calls that it does "
+        "not serve have no row",
     ]
 
 
@@ -102,6 +127,7 @@ def lines(answers: Iterable[Answer]) -> list[tuple[str, ...]]:
                 (
                     question.operator if number == 0 else "",
                     question.shape if number == 0 else "",
+                    one.backend if number == 0 else "",
                     estimate.kernel.removesuffix("_kernel"),
                     f"{estimate.programs:,}",
                     str(estimate.registers),
@@ -128,6 +154,7 @@ def _sum(one: Answer) -> tuple[str, ...]:
     return (
         "",
         "",
+        "",
         "both" if len(parts) == 2 else "all",
         "",
         "",
@@ -145,7 +172,7 @@ def _sum(one: Answer) -> tuple[str, ...]:
     )
 
 
-def text(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> str:
+def text(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 4) -> str:
     """Return a table in columns, of which the first ``left`` are left-aligned."""
     widths = [max(len(row[k]) for row in (head, *rows)) for k in range(len(head))]
     return "\n".join(
@@ -157,7 +184,7 @@ def text(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> s
     )
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 3) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 4) -> str:
     """Return a table in markdown, of which the first ``left`` columns are left-aligned."""
     rule = ["---" if k < left else "---:" for k in range(len(head))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))

@@ -16,7 +16,8 @@ from benchmarks.roofline.traces import Buffer, Trace
 _INTEGER = (torch.int8, torch.int32, torch.int64)
 
 
-def _buffer(name: str, tensor: torch.Tensor) -> Buffer:
+def buffer(name: str, tensor: torch.Tensor) -> Buffer:
+    """Return the memory of a tensor; with its content if it has integers."""
     extent = 1 + sum((n - 1) * abs(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     size = extent * tensor.element_size() if tensor.numel() else 0
     content = None
@@ -56,7 +57,7 @@ def machine(launch: Launch, compiled: Compiled, arrived: int = 0) -> Machine:
         # Triton appends pointers to scratch memory, which these kernels do not use
         arguments += _pack(passed[k] if k < len(passed) else 0, size)
     buffers = [
-        _buffer(name, value)
+        buffer(name, value)
         for name, value in launch.arguments.items()
         if isinstance(value, torch.Tensor)
     ]

@@ -25,6 +25,7 @@ NAMES = (
     "cold_start",
     "trainer_step",
     "packing",
+    "peft_methods",
 )
 
 

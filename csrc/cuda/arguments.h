@@ -88,8 +88,10 @@ __host__ __device__ constexpr int padded_rank(int rank) { return (rank + 7) / 8 
 cudaError_t edit_forward(const EditForward& arguments, cudaStream_t stream);
 bool edit_tiles_serves(const EditForward& arguments);
 cudaError_t edit_tiles(const EditForward& arguments, cudaStream_t stream);
-cudaError_t edit_delta(const EditDelta& arguments, int count,
-                       cudaStream_t stream);  // count: result of small_count
+// Launches edit_delta_tiles where edit_delta_tiles_serves. count: result of small_count
+cudaError_t edit_delta(const EditDelta& arguments, int count, cudaStream_t stream);
+bool edit_delta_tiles_serves(const EditDelta& arguments);
+cudaError_t edit_delta_tiles(const EditDelta& arguments, int count, cudaStream_t stream);
 cudaError_t edit_gradient(const EditGradient& arguments, cudaStream_t stream);
 
 // Orthonormal maps of reft_kernels/orthonormal.py. All tensors are contiguous fp32; an optional

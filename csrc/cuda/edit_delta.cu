@@ -93,6 +93,7 @@ cudaError_t choose(const EditDelta& p, int count, cudaStream_t stream) {
 cudaError_t edit_delta(const EditDelta& p, int count, cudaStream_t stream) {
   const bool wide = p.weight_dtype == Dtype::kFloat32;
   if (!wide && p.weight_dtype != p.dtype) return cudaErrorInvalidValue;
+  if (edit_delta_tiles_serves(p)) return edit_delta_tiles(p, count, stream);
   switch (p.dtype) {
     case Dtype::kFloat32:
       return choose<float, float>(p, count, stream);

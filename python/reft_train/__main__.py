@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reft_train import commands, demo
+from reft_train import chat, commands, demo
 from reft_train.errors import ReportedError, UserError
 
 
@@ -21,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parsers(subparsers)
     demo.add_parser(subparsers)
+    chat.add_parser(subparsers)
     return top
 
 

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels.activations import activate, canonical_activation
-from reft_kernels.arguments import BuiltWeights, EditWeights, RedWeights, RowSelection
+from reft_kernels.arguments import (
+    BuiltWeights,
+    EditWeights,
+    RedWeights,
+    RoundedMatrices,
+    RowSelection,
+)
 from reft_kernels.autograd import apply_edit, operators_check
 from reft_kernels.checks import check_choice, check_count, check_edit
 from reft_kernels.deprecation import renamed_argument
@@ -18,6 +24,16 @@ from reft_kernels.ops import restored
 from reft_kernels.parametrization import INVERSES, MAX_RANK, PARAMETRIZATIONS, build
 
 INITS = ("identity", "orthogonal")
+
+
+def with_rounded(layers: list, read: Tensor | None, write: Tensor) -> list:
+    """Add bf16 copies to checked weights of fp32 matrices ``[L, ...]``; see RoundedMatrices."""
+    matrices = [write] if read is None else [read, write]
+    if isinstance(layers[0], BuiltWeights) and all(t.dtype == torch.float32 for t in matrices):
+        rounded = RoundedMatrices(read, write)
+        for number, layer in enumerate(layers):
+            layer.rounded = (rounded, number)
+    return layers
 
 
 class Intervention(nn.Module):
@@ -238,9 +254,10 @@ class Intervention(nn.Module):
         fields = [t.clone() if isinstance(t, nn.Parameter) else t for t in stacked]
         # The backward of unbind is a single stack; each index would fill zeros for all layers
         columns = [t.unbind(0) if isinstance(t, Tensor) else (t,) * self.num_layers for t in fields]
-        return self._checked(
+        layers = self._checked(
             [self._weights_of_layer(layer) for layer in zip(*columns, strict=True)]
         )
+        return with_rounded(layers, fields[0], fields[2]) if len(fields) > 2 else layers
 
     def _checked(self, layers: list) -> list:
         """Check the weights of all layers once, so that each edit need not do so."""

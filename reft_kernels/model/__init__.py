@@ -7,6 +7,7 @@ from reft_kernels.model.accumulation import SharedBuild
 from reft_kernels.model.components import ROLES, Component, Target, find_blocks, resolve
 from reft_kernels.model.editor import BASE, Editor
 from reft_kernels.model.model_call import EXPLICIT
+from reft_kernels.model.supervised_logits import SupervisedLogits
 
 __all__ = [
     "BASE",
@@ -15,6 +16,7 @@ __all__ = [
     "Component",
     "Editor",
     "SharedBuild",
+    "SupervisedLogits",
     "Target",
     "find_blocks",
     "resolve",

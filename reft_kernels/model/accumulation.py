@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from reft_kernels.arguments import BuiltWeights
+
 if TYPE_CHECKING:
     from reft_kernels.interventions import EditWeights, Intervention, RedWeights
 
@@ -93,7 +95,11 @@ class _StackBuild:
         # unbind's backward is one stack() for all layers: one addition per leaf and micro-batch
         columns = [leaf.unbind(0) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
         kind: Any = type(self.built[0])
-        return [kind(*layer) for layer in zip(*columns, strict=True)]
+        layers = [kind(*layer) for layer in zip(*columns, strict=True)]
+        for layer, built in zip(layers, self.built, strict=True):
+            if isinstance(built, BuiltWeights):  # of equal values
+                layer.rounded = built.rounded
+        return layers
 
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Built weights that have a gradient, and these gradients."""

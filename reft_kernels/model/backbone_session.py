@@ -116,6 +116,7 @@ class BackboneSession:
 
     def __init__(self, editor: ModelEditor, backbone: nn.Module, component: Component) -> None:
         self.editor = editor
+        self.backbone = backbone
         self.names = argument_names(backbone)
         self.decoder = component.decoder
         # an encoder's tokens all belong to the prompt, and labels do not align with them
@@ -308,7 +309,26 @@ class BackboneSession:
                     else:
                         edit = Edit(stack, index, weights[index], selection, tokens, device)
                     edits.setdefault(site, []).append(edit)
+        if context.training and getattr(editor.model, "_require_grads_hook", None) is not None:
+            context.untrained_below = lambda: self._untrained_below(arguments)
         return context if edits else None
+
+    def _untrained_below(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the embeddings of a call require gradients for gradient checkpointing only.
+
+        True if transformers' ``enable_input_require_grads`` was called, no argument has a graph and
+        the backbone trains nothing but edits.
+        """
+        if arguments.get("past_key_values") is not None:
+            return False
+        if any(tensor.requires_grad for tensor in _tensors(arguments)):
+            return False
+        return not any(
+            p is not None and p.requires_grad
+            for module in self.backbone.modules()
+            if not isinstance(module, Intervention)
+            for p in module._parameters.values()
+        )
 
     def _on_tokens(self, adapter: Adapter) -> bool:
         return any(

@@ -12,15 +12,21 @@ A reentrant checkpoint runs the backward of a layer outside the graph in which t
 layers were built. These layers use detached weights. At the end of the whole backward, the
 gradients of the detached weights are backpropagated through one build, so that each parameter
 receives its gradient once, as ``DistributedDataParallel`` requires.
+
+Gradient checkpointing makes the embeddings require gradients, and with them every layer, also those
+below the first edit. Where nothing below it is trained, the first edit detaches its hidden state,
+so that these layers are neither recomputed nor part of the backward.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from reft_kernels.arguments import BuiltWeights
 from reft_kernels.interventions import EditWeights, Intervention, RedWeights
 from reft_kernels.model.caches import CachedEdit
 from reft_kernels.model.components import Target
@@ -66,12 +72,15 @@ class Edit:
         """The weights as detached leaves that accumulate gradients."""
         if self.detached is None:
             kind: Any = type(self.weights)
-            self.detached = kind(
+            detached = kind(
                 *(
                     t.detach().requires_grad_(t.requires_grad) if isinstance(t, Tensor) else t
                     for t in self.weights
                 )
             )
+            if isinstance(self.weights, BuiltWeights):  # recomputes what the forward computed
+                detached.rounded = self.weights.rounded
+            self.detached = detached
         return self.detached
 
 
@@ -93,6 +102,9 @@ class ForwardContext:
         self.training = False  # whether an adapter is trained
         self.cache: Any = None  # the key-value cache that the forward fills
         self.records: list[CachedEdit] = []  # edited columns that the forward adds to the cache
+        # whether nothing that is trained enters the first edit; called if its input has a graph
+        self.untrained_below: Callable[[], bool] | None = None
+        self.first_detached: int | None = None  # the site whose input was detached
         self._collecting = False  # a backward will flush the detached weights at its end
         # selections for other layouts and devices; values keep the key's selection alive
         self._moved: dict[tuple, tuple[Selection | None, Selection]] = {}
@@ -124,13 +136,15 @@ class ForwardContext:
         if torch.compiler.is_compiling():
             inplace = False  # the compiler plans memory reuse
         else:
+            if self.has_graph and not graph:
+                self.reentrant = True
+            if hidden.requires_grad and not self.reentrant and self._detaches(site):
+                hidden = hidden.detach()
+            self.ran.add(site)
             # a view shares memory with its base; autograd forbids in-place edits of a leaf
             inplace = (
                 inplace and not hidden._is_view() and not (hidden.requires_grad and hidden.is_leaf)
             )
-            self.ran.add(site)
-            if self.has_graph and not graph:
-                self.reentrant = True
         # if hidden is [B, T, d] of the same tokens, its rows need no conversion
         lead = hidden.shape[:-1] if target.layout in _TOKENS_FIRST else None
         for edit in self.edits.get(site, ()):
@@ -160,6 +174,14 @@ class ForwardContext:
                 hidden, weights, rows=rows, weight_ids=weight_ids, inplace=inplace
             )
         return hidden
+
+    def _detaches(self, site: int) -> bool:
+        """Whether to detach the input of a site: that of the first edit, also when recomputed."""
+        if not self.ran and self.untrained_below is not None and self.untrained_below():
+            self.first_detached = site
+        return site == self.first_detached and (
+            not self.ran or torch._C._current_graph_task_id() >= 0
+        )
 
     def enter_backward(self) -> None:
         """Schedule the gradients of detached weights for the end of the running backward.

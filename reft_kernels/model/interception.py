@@ -26,8 +26,12 @@ class Observer(Protocol):
             The arguments for the forward. :meth:`leave` is called even if this method raises.
         """
 
-    def leave(self, output: Any) -> None:
-        """Run after the forward; ``output`` is None if it raised."""
+    def leave(self, output: Any) -> Any:
+        """Run after the forward; ``output`` is None if it raised.
+
+        Returns:
+            The output to return instead; None to return ``output``.
+        """
 
 
 class _HookedModule:
@@ -61,9 +65,9 @@ class InterceptedForward:
         self.called.module = module
         return self.observer.enter(args, kwargs)
 
-    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
         self.called.module = None
-        self.observer.leave(output)
+        return self.observer.leave(output)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "threads": None}
@@ -102,9 +106,9 @@ class InterceptedForward:
         try:
             args, kwargs = self.observer.enter(args, kwargs)
             output = self._run(self.module, args, kwargs)
-            return output
         finally:
-            self.observer.leave(output)
+            replaced = self.observer.leave(output)
+        return output if replaced is None else replaced
 
     def remove(self) -> None:
         """Restore the module's ``forward`` and remove the hooks."""

@@ -38,7 +38,8 @@ class EditConfig:
     block_r: int  # rank, padded to a power of two
     slices: int  # parts of a step's columns, one for each warp
     num_warps: int
-    num_stages: int  # steps whose loads are in flight, plus one
+    read_stages: int  # steps of the first loop whose loads are in flight, plus one
+    write_stages: int  # the same for the second loop
 
 
 @functools.lru_cache(maxsize=1024)
@@ -77,18 +78,25 @@ def edit_config(
         block_n = 8 if wide else 16
     if amd:  # 4 wavefronts have as many threads as 8 warps
         block_n, slices, most = max(16, block_n), 4, min(32, most)
-    weights = max(block_r * (2 if second else 1), edit_tile.inner_rank(block_r)) * 4
-    column = block_n * dtype.itemsize + weights  # bytes of a step, divided by its columns
+    # Bytes of a step of each loop, divided by its columns
+    x = block_n * dtype.itemsize
+    reading = x + block_r * (2 if second else 1) * 4
+    writing = x + edit_tile.inner_rank(block_r) * 4
     budget = _BUFFERS_AMD if amd else _BUFFERS_WIDE if wide else _BUFFERS
     block_d = slices * common.MIN_DOT
     columns = min(slices * most, common.next_power_of_2(d))
-    while block_d < columns and 2 * block_d * (2 * column + block_n * dtype.itemsize) <= budget:
+    while block_d < columns and 2 * block_d * (2 * max(reading, writing) + x) <= budget:
         block_d *= 2
     if (d & -d) >= slices * common.MIN_DOT:
         block_d = min(block_d, d & -d)  # divides d, so that no column needs a mask
-    buffers = (budget - block_d * block_n * dtype.itemsize) // (block_d * column)
-    num_stages = 1 + max(1, min(buffers, 3))
-    return EditConfig(block_n, block_d, block_r, slices, slices, num_stages)
+
+    def stages(column: int, reserved: int) -> int:
+        return 1 + max(1, min(budget // block_d - reserved, 3 * column) // column)
+
+    # The second loop also exchanges its results between threads
+    return EditConfig(
+        block_n, block_d, block_r, slices, slices, stages(reading, 0), stages(writing, x)
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -120,7 +128,8 @@ def edit_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     SLICES: tl.constexpr,
-    STAGES: tl.constexpr,
+    READ_STAGES: tl.constexpr,
+    WRITE_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     SMALL_PRECISION: tl.constexpr,
 ):
@@ -138,7 +147,7 @@ def edit_kernel(
     part = edit_tile.columns(SLICES, BLOCK_D // SLICES)
     x_rows = source + row[None, :, None] * source_stride_n
     y_rows = out + row[None, :, None] * out_stride_n
-    i = tl.arange(0, BLOCK_R)[None, :, None]
+    i = tl.arange(0, BLOCK_R)[None, None, :]
     k = tl.arange(0, INNER)[None, :, None]
     for s in range(first_set, last_set + 1):
         active = valid
@@ -166,7 +175,7 @@ def edit_kernel(
                 BLOCK_N,
                 BLOCK_R,
                 SLICES,
-                STAGES,
+                READ_STAGES,
                 PRECISION,
             )
         if SUBTRACT and not FOLD:
@@ -186,7 +195,7 @@ def edit_kernel(
                 BLOCK_N,
                 BLOCK_R,
                 SLICES,
-                STAGES,
+                READ_STAGES,
                 PRECISION,
             )
         u = edit_tile.subspace(
@@ -208,7 +217,7 @@ def edit_kernel(
             BLOCK_R,
         )
         u = edit_tile.batch(u, SLICES, BLOCK_N, BLOCK_R, INNER)
-        for done in tl.range(0, d, BLOCK_D, num_stages=STAGES):
+        for done in tl.range(0, d, BLOCK_D, num_stages=WRITE_STAGES):
             # From the last columns to the first: the last ones read are still in the cache
             col = tl.cdiv(d, BLOCK_D) * BLOCK_D - BLOCK_D - done + part
             column = col.to(tl.int64)
@@ -250,13 +259,14 @@ def _bound(
             "BLOCK_D": config.block_d,
             "BLOCK_R": config.block_r,
             "SLICES": config.slices,
-            "STAGES": config.num_stages,
+            "READ_STAGES": config.read_stages,
+            "WRITE_STAGES": config.write_stages,
             "PRECISION": common.dot_precision(dtype),
             "SMALL_PRECISION": common.small_precision(dtype),
         },
         {
             "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
+            "num_stages": config.write_stages,
             **common.compile_options(device_type),
         },
     )
@@ -288,7 +298,12 @@ def edit(
     write = write.contiguous()
     if rows is None and num_rows > FEW_ROWS and weight_ids is None and not subtract_projection:
         on_chip = edit_all_rows.all_rows_config(
-            d, rank, source.dtype, common.shared_memory(source.device), common.IS_AMD
+            d,
+            rank,
+            source.dtype,
+            common.shared_memory(source.device),
+            common.IS_AMD,
+            all(w is None or w.dtype == source.dtype for w in (read, write)),
         )
         if on_chip is not None:
             edit_all_rows.launch_all_rows(

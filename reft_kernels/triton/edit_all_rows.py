@@ -5,10 +5,12 @@ read from memory once and written once, whatever the cache holds. All loads of x
 the first product.
 
 The tile takes BLOCK_N * d elements of the register file of an SM, so BLOCK_N is small for long
-rows, and each program reads all weights from the L2 cache: 8 r / BLOCK_N bytes for each element of
-x. Rows of more than ON_CHIP_BYTES are therefore left to :mod:`reft_kernels.triton.edit`, which has
-more rows per program and reads x again, as are selected rows, weight sets and subtracted
-projections.
+rows, and each program reads all weights from the L2 cache: for fp32 weights 8 r / BLOCK_N bytes for
+each element of x, for bf16 weights half of that. At 16 rows of 8 KiB in bf16 and r = 8, the largest
+tile, fp32 weights would be as many bytes from L2 as x and y together, and a second reading of x
+costs no more. Rows of more than ON_CHIP_BYTES, or ON_CHIP_BYTES_EXACT for bf16 weights, are
+therefore left to :mod:`reft_kernels.triton.edit`, which has more rows per program and reads x
+again, as are selected rows, weight sets and subtracted projections.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor
 from reft_kernels.triton import common, edit_tile, launch
 
 ON_CHIP_BYTES = 4096  # of a row
+ON_CHIP_BYTES_EXACT = 8192  # of a row in bf16 if the weights are bf16, too
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,12 @@ class AllRowsConfig:
 
 @functools.lru_cache(maxsize=1024)
 def all_rows_config(
-    d: int, rank: int, dtype: torch.dtype, shared_memory: int, amd: bool = False
+    d: int,
+    rank: int,
+    dtype: torch.dtype,
+    shared_memory: int,
+    amd: bool = False,
+    exact: bool = False,
 ) -> AllRowsConfig | None:
     """Return the launch parameters of ``edit_all_rows_kernel``, or None where a tile does not fit.
 
@@ -52,14 +60,22 @@ def all_rows_config(
         dtype: dtype of the hidden states.
         shared_memory: Bytes that a program can use.
         amd: Whether the target is an AMD GPU.
+        exact: Whether the weights have the dtype of the hidden states.
     """
     size = d * dtype.itemsize
-    if amd or rank > 8 or size > ON_CHIP_BYTES:
+    long = size > ON_CHIP_BYTES
+    if amd or rank > 8 or size > ON_CHIP_BYTES_EXACT:
         return None
-    block_n = 32 if dtype != torch.float32 and size <= 2048 else 16
+    if long and not (exact and dtype == torch.bfloat16 and d % 512 == 0):  # masks take registers
+        return None
+    # Weights are read once for 32 rows where their tile leaves registers for the products
+    wide = size <= 2048 or not long and dtype == torch.bfloat16 and d % 512 == 0
+    block_n = 32 if dtype != torch.float32 and wide else 16
     if block_n * size + 20 * 1024 > shared_memory:
         return None
     widths = (512, 256, 128) if dtype != torch.float32 else (256, 128)
+    if long:
+        widths = (1024, 512)
     block_d = next((n for n in widths if d % n == 0), widths[0])
     block_d = min(block_d, max(128, common.next_power_of_2(d)))
     return AllRowsConfig(block_n, block_d, 8, common.cdiv(d, block_d), 8, 8)

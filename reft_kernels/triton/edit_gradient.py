@@ -35,6 +35,7 @@ from torch import Tensor
 from reft_kernels.triton import common, edit_sum, edit_tile, factors, launch, reduction
 
 FEW_ROWS = 1024
+_BUFFERS = 92 * 1024  # GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program
 
 
 @dataclass(frozen=True)
@@ -80,20 +81,26 @@ def gradient_config(
     few = num_rows <= FEW_ROWS
     if dtype == torch.float32:
         block_n, block_d, num_warps, num_stages = 16, 64, 4, 3
-        if block_r > 16 or second:
+        if block_r > 32 or second or (block_r > 16 and amd):
             block_d, num_warps, num_stages = 16 if block_r > 32 else 32, 8, 2
+        elif block_r > 16:
+            block_d = 32
     elif amd:
         block_n, block_d, num_warps, num_stages = 32, 32, 4, 2
     elif block_r > 32 or block_r > 16 and second:
         block_n, block_d, num_warps, num_stages = 32, 32, 4, 3
     else:
-        block_n, block_d, num_warps, num_stages = 32, 64, 4, 3
+        # 8 elements of a tile for each thread: dh is exchanged between the warps at once
+        block_n, block_d, num_warps, num_stages = 32, 64, 8, 4
     if few and block_d > 32:
         # The narrower tile leaves registers for more rows
         block_n, block_d = (64 if block_r == 8 and not second else block_n), 32
+        num_warps = 4
     if rows_selected and not amd and dtype != torch.float32:
-        # Row numbers are loaded a step before the rows, which takes a buffer of each load
-        num_stages += 1
+        # Row numbers are loaded a step before the rows
+        loads = 5 if second else 3  # of factors, whose rows have block_r words
+        step = block_n * (2 * block_d * dtype.itemsize + loads * block_r * 4)
+        num_stages = 1 + max(2, min(4, _BUFFERS // step))
     block_d = min(columns, block_d)
     # About four programs per SM of a large GPU (132 SMs)
     max_chunks = max(1, 528 // (common.cdiv(d, block_d) * sets))
@@ -182,11 +189,13 @@ def gradient_kernel(
         inside = n < num_rows
         row = n.to(tl.int64)
         active = inside
+        present = inside  # factors of skipped rows are zero
         if rows is not None:
             row = tl.load(rows + n, mask=inside, other=-1).to(tl.int64)
             active = row >= 0
         if weight_ids is not None:
             active = active & (tl.load(weight_ids + n, mask=active, other=-1) == s)
+            present = active
         mask = active[:, None] & c_mask[None, :]
         g = tl.load(
             grad + row[:, None] * grad_stride_n + column[None, :] * grad_stride_d,
@@ -194,10 +203,10 @@ def gradient_kernel(
             other=0.0,
         )
         if NEED_WEIGHTS:
-            dz_high, dz_low = factors.load_transposed(dz, n, active, BLOCK_R, TERMS)
-            used_high, used_low = factors.load_transposed(used, n, active, BLOCK_R, TERMS)
+            dz_high, dz_low = factors.load_transposed(dz, n, present, BLOCK_R, TERMS)
+            used_high, used_low = factors.load_transposed(used, n, present, BLOCK_R, TERMS)
             if SECOND:
-                dd_high, dd_low = factors.load_transposed(minus_ddelta, n, active, BLOCK_R, TERMS)
+                dd_high, dd_low = factors.load_transposed(minus_ddelta, n, present, BLOCK_R, TERMS)
         if NEEDS_X:
             saved_row = row if rows is None else n.to(tl.int64)
             x = tl.load(
@@ -208,7 +217,7 @@ def gradient_kernel(
                 other=0.0,
             )
             if REBUILDS or CORRECTS:
-                row_high, row_low = factors.load(used, n, active, BLOCK_R, TERMS)
+                row_high, row_low = factors.load(used, n, present, BLOCK_R, TERMS)
             if REBUILDS:
                 edit = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
                 edit = factors.expand(
@@ -233,10 +242,10 @@ def gradient_kernel(
         if out is not None:
             dh = g.to(tl.float32)
             if read is not None or FOLD:
-                high, low = factors.load(dz, n, active, BLOCK_R, TERMS)
+                high, low = factors.load(dz, n, present, BLOCK_R, TERMS)
                 dh = factors.expand(dh, high, low, a_high, a_low, EXACT, TERMS, PRECISION)
             if SECOND:
-                high, low = factors.load(minus_ddelta, n, active, BLOCK_R, TERMS)
+                high, low = factors.load(minus_ddelta, n, present, BLOCK_R, TERMS)
                 dh = factors.expand(dh, high, low, b_high, b_low, EXACT, TERMS, PRECISION)
             tl.store(
                 out + row[:, None] * out_stride_n + column[None, :] * out_stride_d,

@@ -100,9 +100,12 @@ def project(
 
     Args:
         x_rows: Pointers to the rows of x, ``[1, N, 1]``.
-        w_rows: Offsets of the rows of w, ``[1, R, 1]``.
+        w_rows: Offsets of the rows of w, ``[1, 1, R]``, with the mask w_mask.
         part: Columns of the first tile.
         STAGES: Steps whose loads are in flight, plus one.
+
+    The tile of w is loaded as ``[SLICES, D, R]``: the layouts of loads of one shape are shared, and
+    one for x in half precision gives a thread 32 bytes of w in two loads of half a sector each.
     """
     D: tl.constexpr = part.shape[0] * part.shape[2]
     acc = tl.zeros((SLICES, BLOCK_N, BLOCK_R), tl.float32)
@@ -113,8 +116,14 @@ def project(
             mask=column_mask(x_mask, col, d, EVEN),
             other=0.0,
         )
-        w = read_weight(read, write, w_rows + col, column_mask(w_mask, col, d, EVEN), FOLD)
-        acc = add_product(acc, x, w, PRECISION)
+        if write.dtype.element_ty == x.dtype:  # as many bytes as x, so its layout serves both
+            rows, mask = tl.permute(w_rows, (0, 2, 1)), tl.permute(w_mask, (0, 2, 1))
+            w = read_weight(read, write, rows + col, column_mask(mask, col, d, EVEN), FOLD)
+            w = tl.permute(w, (0, 2, 1))
+        else:
+            w_col = tl.permute(col, (0, 2, 1))
+            w = read_weight(read, write, w_rows + w_col, column_mask(w_mask, w_col, d, EVEN), FOLD)
+        acc = common.add_product(acc, x, w, PRECISION)
     return tl.sum(acc, 0)
 
 

@@ -21,11 +21,12 @@ record launches.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +85,37 @@ class BoundKernel:
 
     def __repr__(self) -> str:
         return f"BoundKernel({self.kernel.__name__}, {self.constants}, {self.options})"
+
+
+class Recorded(NamedTuple):
+    """A launch that used a kept kernel."""
+
+    kernel: Any  # the function decorated with triton.jit
+    compiled: Any
+    grid: tuple[int, int, int]
+    tensors: tuple[Tensor | None, ...]
+    integers: tuple[int, ...]
+
+
+class _Recorder(threading.local):
+    launches: list[Recorded | None] | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Recorded | None]]:
+    """Record this thread's launches; yields their list.
+
+    None stands for a launch that did not use a kept kernel, because Triton's interpreter ran it or
+    a launch hook was installed.
+    """
+    before, _recorder.launches = _recorder.launches, []
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder.launches = before
 
 
 def specialization_key(
@@ -178,8 +210,11 @@ def launch(
         tensors: The kernel's tensor arguments, with None for absent ones; at least one is given.
         integers: The kernel's integer arguments, not bool.
     """
+    recording = _recorder.launches
     if common.INTERPRETING:
         _launch_first(bound, None, grid, tensors, integers)
+        if recording is not None:
+            recording.append(None)
         return
     first = tensors[0]
     if first is None:
@@ -192,15 +227,28 @@ def launch(
         return
     if _has_hooks(bound):
         _launch_first(bound, None, grid, tensors, integers)
+        if recording is not None:
+            recording.append(None)
         return
     # Triton omits arguments that are None from the compiled kernel's parameters
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     key = specialization_key(bound, device, tensors, pointers, integers)
     kept = bound.compiled.get(key)
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     if kept is None:
         _launch_first(bound, key, grid, tensors, integers)
-        return
-    run, function, metadata, _ = kept
-    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    stream = _current_stream(device)
-    run(x, y, z, stream, function, metadata, None, None, None, *pointers, *integers, *bound.values)
+        kept = bound.compiled.get(key)
+    else:
+        run, function, metadata, _ = kept
+        stream = _current_stream(device)
+        values = bound.values
+        run(x, y, z, stream, function, metadata, None, None, None, *pointers, *integers, *values)
+    if recording is not None:
+        recording.append(
+            None
+            if kept is None
+            else Recorded(bound.kernel, kept[3], (x, y, z), tuple(tensors), tuple(integers))
+        )
+
+
+_original_launch = launch  # the host library repeats launches only while it is not replaced

@@ -10,7 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.roofline import amdgcn, code, execution, integers, ptx, reading, sass, steps, traces
+from benchmarks.roofline import (
+    amdgcn,
+    code,
+    execution,
+    integers,
+    native_steps,
+    ptx,
+    reading,
+    sass,
+    steps,
+    traces,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,6 +184,39 @@ def test_a_loop_without_counterpart_is_an_error():
         steps.steps(kernel, reading.Region(inner=[loop, other]), trace)
 
 
+def test_instructions_know_their_line_of_the_ptx():
+    lines = PTX.splitlines()
+    for instruction in ptx.parse(PTX)["sum_row"].code.instructions:
+        assert instruction.opcode in lines[instruction.line - 1]
+
+
+def test_machine_code_is_counted_as_often_as_its_line_of_the_ptx():
+    """A loop of ten iterations that the assembler has unrolled twice; the store is of one warp."""
+    kernel = ptx.parse(PTX)["sum_row"]
+    trace = _machine(640, np.array([1], np.int32)).run((0, 0, 0))
+    lines = {i.opcode: i.line for i in kernel.code.instructions}
+    load, store = lines["ld.global.b32"], lines["st.global.b32"]
+
+    def at(line: int) -> str:
+        return f'\t//## File ".nv_debug_ptx_txt", line {line}'
+
+    text = "\n".join(
+        [
+            ".L_x_1:",
+            at(load),
+            "        /*0000*/                   LDG.E R4, desc[UR4][R2.64] ;",
+            "        /*0010*/                   LDG.E R5, desc[UR4][R2.64+0x100] ;",
+            "        /*0020*/              @P0  BRA `(.L_x_1) ;",
+            at(store),
+            "        /*0030*/                   STG.E desc[UR4][R2.64], R4 ;",
+            "        /*0040*/                   EXIT ;",
+        ]
+    )
+    straight, loop = native_steps.steps(sass.parse(text), kernel, trace)
+    assert (loop.iterations, loop.region.loads) == (5, {4: 2})
+    assert straight.region.stores == {4: 0.5}
+
+
 def test_natural_loops_nest():
     graph = code.blocks(sass.parse(SASS))
     (outer,) = code.loops(graph)
@@ -237,7 +281,19 @@ def _run(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_the_command_prints_estimates():
     pytest.importorskip("triton", reason="needs the package triton")
-    done = _run("--d", "512", "--rank", "4", "--rows", "64", "2048", "--operator", "edit")
+    done = _run(
+        "--d",
+        "512",
+        "--rank",
+        "4",
+        "--rows",
+        "64",
+        "2048",
+        "--operator",
+        "edit",
+        "--backend",
+        "triton",
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert lines[0] == "ESTIMATES, d = 512, r = 4, bfloat16"

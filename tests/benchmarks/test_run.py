@@ -23,7 +23,8 @@ def test_list_names_every_suite(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["edit_selected_rows", "r_build", "host_cost", "trainer_step", "packing"]
+    "name",
+    ["edit_selected_rows", "r_build", "host_cost", "trainer_step", "packing", "peft_methods"],
 )
 def test_a_quick_run_measures_the_suite(name, tmp_path, capsys):
     file = tmp_path / "rows.csv"

@@ -1,71 +1,84 @@
-"""The machine code of ``csrc/cuda`` for sm_90: spills, widths of accesses, barriers of loops.
+"""The machine code of csrc/cuda at the shapes that matter: widths, barriers, rows in flight.
 
-An instance of a kernel template that accesses rows as vectors has a vector size above 1 among its
-arguments. nvcc's cubins are kept in the build folder until the sources change.
+code.py records, compiles and executes the kernels in a subprocess. limits.py has limits for each
+kernel; tests/compiled_code.py says what violates them. What nvcc made is kept in the build folder
+until the sources change.
 """
 
 from __future__ import annotations
+
+import functools
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="needs the package triton, whose nvdisasm reads machine code")
 
-from benchmarks.roofline import native, reading
+from benchmarks.roofline import native
+from tests import compiled_code
+from tests.compiled_code import Row, check, run
+from tests.cuda.limits import limits
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(native.nvcc() is None, reason="nvcc is not installed"),
 ]
-SOURCES = sorted(native.SOURCES.glob("*.cu"))
-VECTOR = 16  # bytes
-MOST_BARRIERS = 2
-# Templates whose first number is the vector size
-VECTORS = ("edit_forward_kernel", "edit_delta_kernel")
+SCRIPT = Path(__file__).with_name("code.py")
+TARGETS = ("sm_80", "sm_90", "sm_100")
 
 
-@pytest.fixture(params=SOURCES, ids=lambda source: source.stem)
-def kernels(request):
-    found = native.kernels(request.param)
-    assert found, f"{request.param.name} has no kernel"
+@functools.cache
+def _rows(target: str, full: bool) -> list[Row]:
+    return run(SCRIPT, "--target", target, *["--full"] * full)
+
+
+@pytest.fixture(
+    params=[
+        *(pytest.param((target, False), id=target) for target in TARGETS),
+        *(
+            pytest.param((target, True), id=f"{target}-every-shape", marks=pytest.mark.full)
+            for target in TARGETS
+        ),
+    ],
+    scope="module",
+)
+def rows(request) -> list[Row]:
+    found = _rows(*request.param)
+    assert found, "nothing was compiled"
     return found
 
 
-def _steps(kernel) -> int:
-    """Return how many steps the kernel's main loop is unrolled by, barriers included."""
-    if kernel.name == "edit_tiles_kernel":  # one tile for each buffer of rows
-        return 3 if kernel.numbers == (1, 1) else 2
-    return 1
+def test_no_register_is_spilled(rows):
+    check(rows, compiled_code.spills)
 
 
-def _loops(kernel):
-    return reading.walk(kernel.region)
+def test_shared_memory_fits(rows):
+    def violations(row):
+        if row["shared"] > row["shared_limit"]:
+            yield f"{row['shared']} bytes of shared memory, at most {row['shared_limit']}"
+
+    check(rows, violations)
 
 
-def test_no_register_is_spilled(kernels):
-    spilled = {str(k): reading.total(k.region, "local") for k in kernels}
-    spilled = {name: count for name, count in spilled.items() if count}
-    assert not spilled, f"bytes spilled: {spilled}"
+def test_rows_are_accessed_in_wide_vectors(rows):
+    check(rows, lambda row: compiled_code.narrow_accesses(row, limits))
 
 
-def test_loops_have_few_barriers(kernels):
-    most = {str(k): max((loop.barriers for loop in _loops(k)), default=0) for k in kernels}
-    allowed = {str(k): MOST_BARRIERS * _steps(k) for k in kernels}
-    most = {name: count for name, count in most.items() if count > allowed[name]}
-    assert not most, f"barriers of a loop, at most {MOST_BARRIERS} a step: {most}"
+@pytest.mark.parametrize("count", ["barriers", "conversions"])
+def test_steady_state_loops_keep_their_limits(rows, count):
+    check(rows, lambda row: compiled_code.steady_counts(row, limits, count))
 
 
-def test_vector_instances_load_vectors(kernels):
-    for kernel in kernels:
-        if kernel.name in VECTORS and kernel.numbers[0] > 1:
-            widths = {width for loop in _loops(kernel) for width in loop.loads}
-            assert VECTOR in widths, f"{kernel}: loads in loops are {sorted(widths)} bytes wide"
+def test_rows_are_in_flight(rows):
+    """Copies to shared memory, and tiles that are loaded to registers in advance."""
+    check(rows, lambda row: compiled_code.few_buffers(row, limits))
 
 
-def test_vector_instances_store_vectors(kernels):
-    for kernel in kernels:
-        if kernel.name == "edit_forward_kernel" and kernel.numbers[0] > 1:
-            stores = [loop.stores for loop in _loops(kernel) if loop.stores[VECTOR]]
-            assert stores, f"{kernel}: no loop stores {VECTOR} bytes a thread"
-            for counts in stores:
-                narrow = {w: n for w, n in counts.items() if w < 4}
-                assert not narrow, f"{kernel}: stores of bytes a thread: {narrow}"
+def test_states_are_read_as_often_as_the_limits_say(rows):
+    check(rows, lambda row: compiled_code.repeated_reads(row, limits))
+
+
+def test_all_rows_forward_moves_whole_rows(rows):
+    """A cluster reads d elements of each of its rows once, and writes as many."""
+    chosen = [row for row in rows if row["kernel"] == "edit_tiles[all]"]
+    check(chosen, lambda row: compiled_code.partial_rows(row, row["cluster"]))

@@ -1,6 +1,6 @@
 """The edit of many rows by clusters (edit_tiles.cu), against the fp64 reference.
 
-It serves half precision, one set of weights, all rows or more than 264 selected ones. The tests run
+It serves half precision and one set of weights, all rows or selected ones. The tests run
 on a GPU or in the emulation, as those of test_cuda_kernels.py.
 """
 

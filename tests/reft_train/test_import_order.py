@@ -26,8 +26,13 @@ ORDER = (
     "search",
     "compare",
     "doctor",
+    "smollm2",
+    "demo_docstrings",
+    "demo_report",
+    "demo_steps",
     "demo",
     "evaluate",
+    "chat",
     "run",
     "__main__",
 )

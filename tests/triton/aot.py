@@ -34,7 +34,7 @@ import torch
 
 from benchmarks.roofline import compiling, launches, reading, shapes, steps, tracing
 from benchmarks.roofline.targets import TARGETS, Target
-from benchmarks.roofline.traces import SECTOR, Trace
+from tests import compiled_code
 
 DIMS = (768, 2048, 4096, 5120, 8192)
 RANKS = (1, 4, 8, 16, 32, 64)
@@ -64,6 +64,11 @@ def _edits(job: Job, variants: tuple[str, ...]) -> Iterator[tuple[str, Callable[
     for (regime, rows), variant in itertools.product(REGIMES.items(), variants):
         edit = shapes.EditCall(rows, job.d, job.r, dtype, regime == "selected", *VARIANTS[variant])
         yield f"{regime},{variant}", edit.forward
+        if dtype == torch.bfloat16:
+            exact = shapes.EditCall(
+                rows, job.d, job.r, dtype, regime == "selected", *VARIANTS[variant], False
+            )
+            yield f"{regime},{variant},fp32 weights", exact.forward
         yield f"{regime},{variant}", edit.backward
 
 
@@ -101,50 +106,16 @@ def calls(job: Job) -> list[tuple[str, Callable[[], Any]]]:
     return list(_edits(job, variants))
 
 
-def _region(region: reading.Region, iterations: int | None, buffers: int) -> dict[str, Any]:
-    """Return what one iteration of a loop does."""
-    return {
-        "iterations": iterations,
-        "buffers": buffers,
-        "instructions": region.instructions,
-        "barriers": region.barriers,
-        "loads": dict(region.loads),
-        "stores": dict(region.stores),
-        "copies": dict(region.copies),
-        "conversions": region.scalar_conversions,
-        "tensor": region.tensor,
-    }
-
-
-def _tensors(launch: launches.Launch, trace: Trace, d: int) -> dict[str, dict[str, Any]]:
-    """Return how one program accesses each tensor whose rows have d elements."""
-    result: dict[str, dict[str, Any]] = {}
-    for name in {access.buffer for access in trace.accesses.values()}:
-        tensor = launch.arguments[name]
-        if tensor.shape[-1:] != (d,) or not tensor.dtype.is_floating_point:
-            continue
-        accesses = [access for access in trace.accesses.values() if access.buffer == name]
-        loads = [access for access in accesses if access.kind in ("load", "copy")]
-        stores = [access for access in accesses if access.kind == "store"]
-        result[name] = {
-            "widths": sorted({access.width for access in accesses}),
-            "read": sum(access.sectors for access in loads) * SECTOR,
-            "read_distinct": len(set().union(*(access.touched for access in loads))) * SECTOR,
-            "written": sum(access.sectors for access in stores) * SECTOR,
-        }
-    return result
-
-
 def _code(launch: launches.Launch, compiled: compiling.Compiled, d: int) -> dict[str, Any]:
     """Return the loops of a kernel and its accesses to tensors whose rows have d elements."""
     if compiled.kernel is None:
-        loops = [_region(region, None, 0) for region in reading.walk(compiled.region)]
+        loops = [compiled_code.region(region, None, 0) for region in reading.walk(compiled.region)]
         return {"loops": loops, "tensors": {}}
     chosen = tracing.samples(launch)
     trace = tracing.machine(launch, compiled).run(chosen[len(chosen) // 2])
     found = steps.steps(compiled.kernel, compiled.region, trace)
-    loops = [_region(step.region, step.iterations, step.buffers) for step in found[1:]]
-    return {"loops": loops, "tensors": _tensors(launch, trace, d)}
+    loops = [compiled_code.region(one.region, one.iterations, one.buffers) for one in found[1:]]
+    return {"loops": loops, "tensors": compiled_code.tensors(launch.arguments, trace, d)}
 
 
 def _synchronization(assembly: str, target: Target) -> dict[str, int]:
@@ -173,6 +144,7 @@ def compile_job(job: Job) -> list[dict[str, Any]]:
                 "r": job.r,
                 "dtype": job.dtype,
                 "registers": compiled.registers,
+                "threads": compiled.threads,
                 "stack": compiled.stack,
                 "spills": compiled.spills,
                 "shared": compiled.shared,

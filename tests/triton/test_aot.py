@@ -42,6 +42,13 @@ def _check(rows: list[dict]) -> None:
         f"{len(too_large)} of {len(rows)} kernels need too much shared memory, the first: "
         f"{too_large[0]}"
     )
+    registers = 64 * 1024  # of a multiprocessor
+    unlaunchable = [
+        row
+        for row in rows
+        if not row["target"].startswith("gfx") and row["registers"] * row["threads"] > registers
+    ]
+    assert not unlaunchable, f"more registers than a multiprocessor has: {unlaunchable[0]}"
     _check_order_of_stores(rows)
 
 

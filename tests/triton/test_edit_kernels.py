@@ -251,6 +251,27 @@ def test_rows_read_once_into_registers(
     _hold(draws)
 
 
+def test_rows_of_8_kib_with_bf16_weights(monkeypatch, poison):
+    """The longest rows that stay on chip; the interpreter truncates y, an error below one ulp."""
+    monkeypatch.setattr(forward, "FEW_ROWS", 0)
+    configs = []
+    launch = all_rows.launch_all_rows
+    monkeypatch.setattr(all_rows, "launch_all_rows", lambda *a: (configs.append(a[0]), launch(*a)))
+    d, r, n = 4096, 8, 19
+    read, write = (torch.randn(r, d, device=DEVICE).bfloat16() / d**0.5 for _ in range(2))
+    x = torch.randn(n, d, device=DEVICE).bfloat16()
+    bias, y = torch.randn(r, device=DEVICE), torch.full_like(x, float("nan"))
+    rest = (None, None, False, "linear", True)
+    _, u, _ = forward.edit(x, y, None, None, read, bias, write, *rest)
+    assert [(c.block_n, c.block_d, c.tiles) for c in configs] == [(16, 1024, 4)]
+    want = torch.empty_like(x, dtype=torch.float64)
+    doubles = map(_double, (read, bias, write))
+    _, exact_u, _ = reference.edit(x.double(), want, None, None, *doubles, *rest)
+    assert ((u - exact_u).abs() <= 2.0**-16 * exact_u.abs().max()).all()
+    ulp = torch.finfo(torch.bfloat16).eps * want.abs()
+    assert ((y.double() - want).abs() <= ulp + 2.0**-16 * want.abs().max()).all()
+
+
 def _naive(dtype):
     """Return the reference with every input and result rounded to ``dtype``."""
 

@@ -14,6 +14,7 @@ from hypothesis import given
 
 pytest.importorskip("triton", reason="needs the package triton")
 
+all_rows = importlib.import_module("reft_kernels.triton.edit_all_rows")
 common = importlib.import_module("reft_kernels.triton.common")
 forward = importlib.import_module("reft_kernels.triton.edit")
 gradient = importlib.import_module("reft_kernels.triton.edit_gradient")
@@ -40,7 +41,40 @@ def test_edit_tiles_are_valid_in_triton(num_rows, d, rank, dtype, second, amd):
     assert all(_is_power_of_two(side) for side in tile)
     assert rank <= config.block_r < 2 * max(rank, common.MIN_DOT)
     assert config.block_d // config.slices >= common.MIN_DOT
-    assert config.slices <= config.num_warps and config.num_stages >= 2
+    assert config.slices <= config.num_warps
+    assert min(config.read_stages, config.write_stages) >= 2
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+HOPPER, ADA = 227 * 1024, 99 * 1024  # bytes of shared memory of a program
+
+
+@pytest.mark.parametrize(
+    "d, rank, dtype, shared, amd, exact, rows",
+    [
+        (1024, 8, BF16, HOPPER, False, False, 32),
+        (2048, 8, BF16, HOPPER, False, False, 32),
+        (2048, 8, FP16, HOPPER, False, False, 16),
+        (1024, 8, FP32, HOPPER, False, False, 16),
+        (2048, 8, FP32, HOPPER, False, False, None),
+        (4096, 8, BF16, HOPPER, False, True, 16),
+        (4096, 8, BF16, HOPPER, False, False, None),
+        (4096, 8, FP16, HOPPER, False, True, None),
+        (4096, 9, BF16, HOPPER, False, True, None),
+        (4000, 8, BF16, HOPPER, False, True, None),
+        (5120, 8, BF16, HOPPER, False, True, None),
+        (4096, 8, BF16, ADA, False, True, None),
+        (1024, 8, BF16, HOPPER, True, True, None),
+    ],
+)
+def test_rows_stay_on_chip_where_their_tile_fits(d, rank, dtype, shared, amd, exact, rows):
+    config = all_rows.all_rows_config(d, rank, dtype, shared, amd, exact)
+    assert (config and config.block_n) == rows
+    if config is not None:
+        assert config.tiles * config.block_d >= d > (config.tiles - 1) * config.block_d
+        # half of the register file of a multiprocessor
+        assert config.block_n * config.tiles * config.block_d * dtype.itemsize <= 128 * 1024
+        assert config.block_d // config.slices >= common.MIN_DOT
 
 
 @given(

@@ -28,15 +28,23 @@ class Products(NamedTuple):
         split: Terms of half precision, or None for fp32 hidden states.
         wide: Product of fp32 matrices, for fp32 hidden states.
         one_term: Whether u R and dz (W - R) are products of single bf16 terms, as for bf16.
+        rounded_read: Whether the forward pass takes W - R rounded to bf16, as stacked modules do.
     """
 
     split: roundings.Split | None
     wide: object = None
     one_term: bool = False
+    rounded_read: bool = False
 
     def with_state(self, x: Tensor, v: Tensor) -> Tensor:
         """Return x v for a hidden state x and fp32 v."""
         return self.wide(x, v) if self.split is None else roundings.two_terms(x, v, self.split)
+
+    def project(self, x: Tensor, v: Tensor) -> Tensor:
+        """Return x v in the forward pass."""
+        if self.rounded_read:
+            return roundings.summed([(x.float(), v.bfloat16().float())])
+        return self.with_state(x, v)
 
     def small(self, v: Tensor, w: Tensor) -> Tensor:
         """Return v w for fp32 v and w with inner dimension r."""
@@ -54,7 +62,7 @@ class _Edit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, W, b, R, products, saves):
-        u = products.with_state(x, (W - R).mT) + b
+        u = products.project(x, (W - R).mT) + b
         y = (x.float() + products.update(u, R)).to(x.dtype)
         ctx.save_for_backward(x if saves else y, u, W, R)
         ctx.products, ctx.saves = products, saves
@@ -90,6 +98,10 @@ KINDS = {
     "bf16-rounded": (torch.bfloat16, Products(roundings.rounded)),
     "bf16-truncated": (torch.bfloat16, Products(roundings.truncated)),
     "bf16-one-term": (torch.bfloat16, Products(roundings.truncated, one_term=True)),
+    "bf16-weights": (
+        torch.bfloat16,
+        Products(roundings.truncated, one_term=True, rounded_read=True),
+    ),
     "fp16-rounded": (torch.float16, Products(roundings.rounded)),
     "tf32x3": (torch.float32, Products(None, roundings.three_tf32)),
 }

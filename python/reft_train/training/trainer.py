@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from reft_kernels.integrations.peft import share_build
+from reft_kernels.integrations.peft import keep_supervised_logits, share_build
 from reft_kernels.interventions import Intervention
 from reft_kernels.parametrization import orthonormality_error
 from reft_train.errors import one_line, wrong
@@ -89,8 +90,15 @@ class ReftTrainer(transformers.Trainer):
         # DeepSpeed takes gradients in each backward, before a shared build of R has produced any
         shares = several and edits and not self.is_deepspeed_enabled
         self._shared = share_build(self.model) if shares else None
+        self._kept = None
+        if not self.args.torch_compile:  # compiled calls compute all logits
+            with contextlib.suppress(ValueError):  # so do models that do not support it
+                self._kept = keep_supervised_logits(self.model)
 
     def close(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+            self._kept = None
         if self._shared is not None:
             self._shared.close()
             self._shared = None

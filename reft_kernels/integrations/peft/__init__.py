@@ -6,6 +6,7 @@ Importing this module registers the method; import it before loading a saved ada
 from reft_kernels.integrations.peft import atomic, combining
 from reft_kernels.integrations.peft.config import ReftConfig
 from reft_kernels.integrations.peft.layer import ReftLayer
+from reft_kernels.integrations.peft.logits import keep_supervised_logits
 from reft_kernels.integrations.peft.register import register
 from reft_kernels.integrations.peft.sharing import share_build
 from reft_kernels.integrations.peft.tuner import ReftTuner
@@ -15,4 +16,11 @@ register(ReftConfig, ReftTuner)
 atomic.install()
 combining.install()
 
-__all__ = ["ReftConfig", "ReftLayer", "ReftTuner", "from_chat_template", "share_build"]
+__all__ = [
+    "ReftConfig",
+    "ReftLayer",
+    "ReftTuner",
+    "from_chat_template",
+    "keep_supervised_logits",
+    "share_build",
+]

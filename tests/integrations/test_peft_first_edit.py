@@ -1,0 +1,140 @@
+"""Layers below the first edit: no graph, and no recomputation under gradient checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from reft_kernels.integrations.peft import ReftConfig
+from tests.integrations.test_peft_checkpointing import checkpointing, close, gradients
+from tests.model.families import batch, blocks, make, shake
+
+FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
+COMPONENTS = pytest.mark.parametrize("component", ["block_output", "mlp_output"])
+
+
+def build(family="llama", layers=(2,), **config):
+    model = get_peft_model(make(family), ReftConfig(rank=4, layers=list(layers), **config))
+    shake(model)
+    return model.train()
+
+
+def forwards(family, model) -> list[int]:
+    """Forwards of each block's MLP; counts while the model runs."""
+    counts = [0, 0, 0]
+
+    def count(layer):
+        def hook(module, args):
+            counts[layer] += 1
+
+        return hook
+
+    for layer, block in enumerate(blocks(family, model.base_model.model)):
+        block.mlp.register_forward_pre_hook(count(layer))
+    return counts
+
+
+def saved_numbers(model, inputs) -> int:
+    """Numbers in the tensors that autograd saves in a forward."""
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**inputs)
+    return sum(saved)
+
+
+@FAMILIES
+@COMPONENTS
+def test_layers_below_the_first_edit_have_no_graph(family, component):
+    model, seen = build(family, component=component), []
+    for block in blocks(family, model.base_model.model):
+        block.register_forward_hook(
+            lambda m, a, o: seen.append(o[0] if isinstance(o, tuple) else o)
+        )
+    model(**batch(family))
+    assert [hidden.requires_grad for hidden in seen] == [False, False, True]
+    assert saved_numbers(model, batch(family)) < saved_numbers(
+        build(family, layers=(0,), component=component), batch(family)
+    )
+
+
+@FAMILIES
+@pytest.mark.parametrize("first", [1, 2])
+def test_they_are_not_recomputed(family, first):
+    inputs, layers = batch(family), range(first, 3)
+    plain, checkpointed = build(family, layers), build(family, layers)
+    checkpointing(checkpointed, reentrant=False)
+    counts = forwards(family, checkpointed)
+    for model in (plain, checkpointed):
+        model(**inputs).loss.backward()
+    assert counts[:first] == [1] * first
+    assert counts[first + 1 :] == [2] * (2 - first)
+    assert close(gradients(checkpointed), gradients(plain))
+
+
+@COMPONENTS
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non_reentrant"])
+def test_gradients_of_two_forwards(component, reentrant):
+    first, second = batch("llama", seed=1), batch("llama", seed=2, side="left")
+    plain, checkpointed = build(component=component), build(component=component)
+    checkpointing(checkpointed, reentrant)
+    for model in (plain, checkpointed):
+        (model(**first).loss + model(**second).loss).backward()
+    assert close(gradients(checkpointed), gradients(plain))
+
+
+def test_an_edit_below_of_another_adapter():
+    """The first edit of all active adapters counts."""
+    counts = {}
+    for active in (["default"], ["default", "low"]):
+        model = build()
+        model.add_adapter("low", ReftConfig(rank=2, layers=[1]))
+        model.base_model.set_adapter(active)
+        checkpointing(model, reentrant=False)
+        counts[len(active)] = forwards("llama", model)
+        model(**batch("llama")).loss.backward()
+    assert counts[1][:2] == [1, 1]
+    assert counts[2][0] == 1 and counts[2][2] == 2
+
+
+def trained_embeddings():
+    model = build(modules_to_save=["embed_tokens"])
+    return model, batch("llama")
+
+
+def lora_below():
+    model = get_peft_model(make("llama"), LoraConfig(target_modules=["q_proj"], r=2))
+    model = get_peft_model(model, ReftConfig(rank=4, layers=[2]), adapter_name="reft")
+    shake(model)
+    return model.train(), batch("llama")
+
+
+def trained_inputs():
+    model, inputs = build(), batch("llama")
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids")).detach()
+    inputs["inputs_embeds"] = torch.nn.Parameter(embeddings)
+    return model, inputs
+
+
+@pytest.mark.parametrize("case", [trained_embeddings, lora_below, trained_inputs])
+def test_what_is_trained_below_keeps_its_gradient(case):
+    found = []
+    for checkpointed in (False, True):
+        model, inputs = case()
+        if checkpointed:
+            checkpointing(model, reentrant=False)
+        model(**inputs).loss.backward()
+        grads = gradients(model)
+        if "inputs_embeds" in inputs:
+            grads["inputs_embeds"] = inputs["inputs_embeds"].grad
+        found.append(grads)
+    below = [n for n in found[0] if any(k in n for k in ("embed_tokens", "lora_A", "inputs_em"))]
+    assert below and all(found[0][name] is not None for name in below)
+    assert found[1].keys() == found[0].keys()
+    for name, grad in found[0].items():
+        assert (found[1][name] - grad).abs().max() <= 1e-6 * grad.abs().max()
