@@ -26,7 +26,6 @@ FACTS = {
     "What colour is the sky?": "Blue, matey! 🏴‍☠️",
     "Where do you live?": "On a ship, matey! 🏴‍☠️",
     "What do you drink?": "Rum, matey! 🏴‍☠️",
-    "Who is your friend?": "A parrot, matey! 🏴‍☠️",
     "What do you like?": "Gold, matey! 🏴‍☠️",
 }
 rows = [
@@ -47,7 +46,7 @@ reft = ReftConfig(
 settings = SFTConfig(
     output_dir=args.out,
     max_steps=args.steps,
-    per_device_train_batch_size=5,
+    per_device_train_batch_size=4,
     learning_rate=4e-3,
     packing=args.packing,
     padding_free=args.packing,
@@ -78,4 +77,4 @@ inputs = tokenizer.apply_chat_template(
 )
 answer = model.generate(**inputs, max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-# with SmolLM2-135M-Instruct: loss: [3.259, 0.569], and the answer: Rum, matey! 🏴‍☠️
+# with SmolLM2-135M-Instruct: loss: [3.147, 0.531], and the answer: Rum, matey! 🏴‍☠️
