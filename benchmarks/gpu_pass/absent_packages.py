@@ -12,7 +12,7 @@ from pathlib import Path
 # what a machine with a GPU may lack, although the tests of a developer have it
 PACKAGES = (
     *("optuna", "datasets", "pyvene", "pyreft", "rich", "matplotlib", "tensorboard"),
-    *("sklearn", "importlinter", "grimp"),
+    *("sklearn", "importlinter", "grimp", "trl", "lm_eval", "bitsandbytes"),
 )
 _SITE = '''"""Hide packages."""
 

@@ -72,6 +72,7 @@ class EditCall:
         subtract_projection: bool = False,
         activation: str = "linear",
         sets: bool = False,
+        *,
         backend: str = "triton",
         rounded: bool | None = None,
     ) -> None:

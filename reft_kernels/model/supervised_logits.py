@@ -89,7 +89,7 @@ def find_causal_lm(model: nn.Module) -> nn.Module:
         raise ValueError(
             f"model: got {type(model).__name__}, expected a transformers model with a loss_function"
         )
-    reason = _why_unsupported(found)
+    reason = _unsupported_reason(found)
     if reason is not None:
         raise ValueError(
             f"model: {type(found).__name__} cannot train on the logits of supervised tokens only: "
@@ -98,7 +98,7 @@ def find_causal_lm(model: nn.Module) -> nn.Module:
     return found
 
 
-def _why_unsupported(model: Any) -> str | None:
+def _unsupported_reason(model: Any) -> str | None:
     if getattr(model.config, "is_encoder_decoder", False):
         return "it is an encoder-decoder model"
     forward = inspect.unwrap(model.forward)

@@ -94,6 +94,13 @@ def sigmoid(z):
 
 
 @triton.jit
+def sigmoid_derivative(z):
+    """Return sigmoid(z) (1 - sigmoid(z)) from exp(-|z|), without cancellation where z is large."""
+    t = tl.exp(-tl.abs(z))
+    return t / ((1.0 + t) * (1.0 + t))
+
+
+@triton.jit
 def activate(z, ACTIVATION: tl.constexpr):
     """Return act(z) in fp32."""
     if ACTIVATION == "relu":
@@ -102,7 +109,8 @@ def activate(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
-        return 0.5 * z * (1.0 + tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)))
+        # 0.5 (1 + tanh(x)) = sigmoid(2 x)
+        return z * sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
     elif ACTIVATION == "silu":
         return z * sigmoid(z)
     elif ACTIVATION == "tanh":
@@ -125,19 +133,16 @@ def activation_derivative(z, ACTIVATION: tl.constexpr):
             + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
         )
     elif ACTIVATION == "gelu_tanh":
-        t = tanh(0.7978845608028654 * (z + 0.044715 * z * z * z))
-        return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * 0.7978845608028654 * (
+        x = 1.5957691216057308 * (z + 0.044715 * z * z * z)
+        return sigmoid(x) + z * sigmoid_derivative(x) * 1.5957691216057308 * (
             1.0 + 0.134145 * z * z
         )
     elif ACTIVATION == "silu":
-        s = sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
+        return sigmoid(z) + z * sigmoid_derivative(z)
     elif ACTIVATION == "tanh":
-        t = tanh(z)
-        return 1.0 - t * t
+        return 4.0 * sigmoid_derivative(2.0 * z)
     elif ACTIVATION == "sigmoid":
-        s = sigmoid(z)
-        return s * (1.0 - s)
+        return sigmoid_derivative(z)
     else:
         tl.static_assert(ACTIVATION == "linear")
         return tl.full(z.shape, 1.0, tl.float32)

@@ -79,7 +79,7 @@ def test_an_unknown_suite():
 def test_tuning_tries_each_knob_alone():
     from reft_kernels.triton.edit import EditConfig
 
-    present = EditConfig(16, 64, 16, 4, 4, 1)
+    present = EditConfig(16, 64, 16, 4, 4, 2, 2)
     found = tuning.adjacent(present)
     assert set(found) == {
         "block_n=8",
@@ -88,9 +88,10 @@ def test_tuning_tries_each_knob_alone():
         "block_d=128",
         "num_warps=2",
         "num_warps=8",
-        "num_stages=2",
+        "read_stages=3",
+        "write_stages=3",
     }
-    assert found["block_d=32"] == EditConfig(16, 32, 16, 4, 4, 1)
+    assert found["block_d=32"] == EditConfig(16, 32, 16, 4, 4, 2, 2)
 
 
 def test_tuning_proposes_only_what_beats_noise():

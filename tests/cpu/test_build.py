@@ -161,7 +161,8 @@ def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path
     }
     kept = {name for name in names if ".dist-info/" not in name}
     typed = {f"{package}/py.typed" for package in ("reft_kernels", "reft_train")}
-    assert kept == modules | typed | {"reft_kernels/_native_cpu.so", "reft_kernels_autoload.py"}
+    data = {"reft_train/demo_pirate.jsonl", "reft_kernels/_native_cpu.so"}
+    assert kept == modules | typed | data | {"reft_kernels_autoload.py"}
     (license,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
     assert zipfile.ZipFile(wheel).read(license) == (ROOT / "LICENSE").read_bytes()
     # the unpacked wheel works in a process that cannot import this checkout

@@ -66,7 +66,8 @@ def _edits(job: Job, variants: tuple[str, ...]) -> Iterator[tuple[str, Callable[
         yield f"{regime},{variant}", edit.forward
         if dtype == torch.bfloat16:
             exact = shapes.EditCall(
-                rows, job.d, job.r, dtype, regime == "selected", *VARIANTS[variant], False
+                *(rows, job.d, job.r, dtype, regime == "selected", *VARIANTS[variant]),
+                rounded=False,
             )
             yield f"{regime},{variant},fp32 weights", exact.forward
         yield f"{regime},{variant}", edit.backward
