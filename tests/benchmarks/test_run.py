@@ -88,8 +88,8 @@ def test_tuning_tries_each_knob_alone():
         "block_d=128",
         "num_warps=2",
         "num_warps=8",
-        "read_stages=3",
-        "write_stages=3",
+        "read_stages=4",
+        "write_stages=4",
     }
     assert found["block_d=32"] == EditConfig(16, 32, 16, 4, 4, 2, 2)
 
