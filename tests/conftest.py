@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 
 import hypothesis
@@ -75,6 +76,23 @@ def device(_target) -> str:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_mixed_precision():
+    """Undo a mixed precision that a test's Trainer has set for the whole process."""
+    name = "ACCELERATE_MIXED_PRECISION"
+    before = os.environ.get(name)
+    yield
+    if before is None:
+        os.environ.pop(name, None)
+    else:
+        os.environ[name] = before
+    state = sys.modules.get("accelerate.state")
+    if state is None:
+        return
+    if state.AcceleratorState._shared_state.get("_mixed_precision", "no") != "no":
+        state.AcceleratorState._reset_state(True)
 
 
 def _poisoned(function):
