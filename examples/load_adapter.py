@@ -54,11 +54,11 @@ print("further steps:", train(model, args.steps))
 # 2: PEFT, which reads the base model's name from the adapter
 auto = AutoPeftModelForCausalLM.from_pretrained(args.out).eval()
 options = {"max_new_tokens": 5, "do_sample": False}
-first = tokenizer.decode(auto.generate(**inputs, **options)[0])
+first = tokenizer.decode(auto.generate(**inputs, **options)[0], skip_special_tokens=True)
 
 # 3: transformers, which also reads the base model's name
 loaded = AutoModelForCausalLM.from_pretrained(args.out)
-second = tokenizer.decode(loaded.generate(**inputs, **options)[0])
+second = tokenizer.decode(loaded.generate(**inputs, **options)[0], skip_special_tokens=True)
 
 # 4: a pipeline
 generator = pipeline("text-generation", model=args.out, tokenizer=tokenizer)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from reft_kernels import dispatch, ops
+from reft_kernels.arguments import EditArguments, EditBackwardArguments
 
 LIBRARY_VARIABLE = "REFT_KERNELS_HOST_LIBRARY"
 CPU, TRITON, PYTHON = 1, 2, 3  # routes, as in csrc/host/call.h
@@ -109,77 +110,60 @@ def _run(
     return results
 
 
-def _edit(
-    key: bytes | None,
-    hidden: Tensor,
-    rows: Tensor | None,
-    weight_ids: Tensor | None,
-    read: Tensor | None,
-    read_bias: Tensor | None,
-    write: Tensor,
-    subtract_bias: Tensor | None,
-    coeff: Tensor | None,
-    subtract_projection: bool,
-    activation: str,
-    save: bool,
-    in_place: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return ``out`` (None in place) and ``saved_input``, ``u`` and ``z``, each None if unused."""
-    arguments = (hidden, rows, weight_ids, read, read_bias, write, subtract_bias, coeff)
-    settings = (subtract_projection, activation, save)
+def _edit(key: bytes | None, hidden: Tensor, *values: Any) -> tuple[Tensor | None, ...]:
+    """Run an edit; ``values`` are the fields of EditArguments, ``save`` and ``in_place``.
+
+    Returns:
+        ``out`` (None in place) and ``saved_input``, ``u`` and ``z``, each None if unused.
+    """
+    *fields, save, in_place = values
+    edit = EditArguments(*fields)
 
     def tensors(results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         out = hidden if in_place else results[0]
-        weights = (read, read_bias, write, subtract_bias, coeff)
-        return hidden, out, rows, *weights, *results[-3:]
+        weights = (edit.read, edit.read_bias, edit.write, edit.subtract_bias, edit.coeff)
+        return hidden, out, edit.rows, *weights, *results[-3:]
 
     name = "edit_" if in_place else "edit"
-    results = _run(key, name, arguments + settings, tensors, None)
+    results = _run(key, name, (hidden, *edit, save), tensors, None)
     saved_input, u, z = results[-3:]
     return (
         None if in_place else results[0],
-        saved_input if save and rows is not None else None,
+        saved_input if save and edit.rows is not None else None,
         u if save else None,
-        z if save and activation != "linear" else None,
+        z if save and edit.activation != "linear" else None,
     )
 
 
-def _edit_backward(
-    key: bytes | None,
-    grad: Tensor,
-    saved_input: Tensor,
-    u: Tensor,
-    z: Tensor | None,
-    rows: Tensor | None,
-    weight_ids: Tensor | None,
-    read: Tensor | None,
-    write: Tensor,
-    coeff: Tensor | None,
-    subtract_projection: bool,
-    activation: str,
-    in_place: bool,
-    need_hidden: bool,
-    need_weights: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return dL/dhidden (None in place) and the five other gradients, each None if unused."""
-    z = u.new_empty(0) if z is None else z
-    arguments = (saved_input, u, z, rows, weight_ids, read, write, coeff)
-    settings = (subtract_projection, activation, *(() if in_place else (need_hidden,)))
+def _edit_backward(key: bytes | None, grad: Tensor, *values: Any) -> tuple[Tensor | None, ...]:
+    """Run a backward pass.
+
+    ``values`` are the fields of EditBackwardArguments (``z`` may be None), ``in_place``,
+    ``need_hidden`` and ``need_weights``.
+
+    Returns:
+        dL/dhidden (None in place) and the five other gradients, each None if unused.
+    """
+    *fields, in_place, need_hidden, need_weights = values
+    saved = EditBackwardArguments(*fields)
+    if saved.z is None:
+        saved = saved._replace(z=saved.u.new_empty(0))
 
     def tensors(results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         out = grad if in_place else results[0] if need_hidden else None
-        return grad, out, *arguments[:4], read, write, coeff, None, *results[-5:]
+        return grad, out, *saved[:4], saved.read, saved.write, saved.coeff, None, *results[-5:]
 
     name = "edit_backward_" if in_place else "edit_backward"
-    results = _run(key, name, (grad, *arguments, *settings, need_weights), tensors, _WORKSPACE)
+    needs = (need_weights,) if in_place else (need_hidden, need_weights)
+    results = _run(key, name, (grad, *saved, *needs), tensors, _WORKSPACE)
     grad_read, grad_read_bias, grad_write, grad_subtract_bias, grad_coeff = results[-5:]
     return (
         results[0] if need_hidden and not in_place else None,
-        grad_read if need_weights and read is not None else None,
+        grad_read if need_weights and saved.read is not None else None,
         grad_read_bias if need_weights else None,
         grad_write if need_weights else None,
-        grad_subtract_bias if need_weights and subtract_projection else None,
-        grad_coeff if coeff is not None else None,
+        grad_subtract_bias if need_weights and saved.subtract_projection else None,
+        grad_coeff if saved.coeff is not None else None,
     )
 
 

@@ -14,12 +14,19 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 from benchmarks.roofline.reading import Region
 from benchmarks.roofline.traces import SECTOR, Trace
 
 Row = dict[str, Any]
+TARGETS = ("sm_80", "sm_90", "sm_100")
+# (target, whether every shape is compiled)
+PARAMS = [pytest.param((target, False), id=target) for target in TARGETS] + [
+    pytest.param((target, True), id=f"{target}-every-shape", marks=pytest.mark.full)
+    for target in TARGETS
+]
 STEADY = 3  # loops with at least as many iterations in one program are steady-state loops
 STATES = ("source", "grad", "saved_input")  # hidden states and gradients of them
 

@@ -67,17 +67,17 @@ def chat_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return made
 
 
-def save_chat_model(folder: Path) -> Path:
+def save_chat_model(folder: Path, hidden_size: int = 32) -> Path:
     """Save a random Llama and its tokenizer to a folder that ``from_pretrained`` can load."""
     tokenizer = chat_tokenizer()
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
+        hidden_size=hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        intermediate_size=64,
+        intermediate_size=2 * hidden_size,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )

@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.skipif(native.nvcc() is None, reason="nvcc is not installed"),
 ]
 SCRIPT = Path(__file__).with_name("code.py")
-TARGETS = ("sm_80", "sm_90", "sm_100")
 
 
 @functools.cache
@@ -32,16 +31,7 @@ def _rows(target: str, full: bool) -> list[Row]:
     return run(SCRIPT, "--target", target, *["--full"] * full)
 
 
-@pytest.fixture(
-    params=[
-        *(pytest.param((target, False), id=target) for target in TARGETS),
-        *(
-            pytest.param((target, True), id=f"{target}-every-shape", marks=pytest.mark.full)
-            for target in TARGETS
-        ),
-    ],
-    scope="module",
-)
+@pytest.fixture(params=compiled_code.PARAMS, scope="module")
 def rows(request) -> list[Row]:
     found = _rows(*request.param)
     assert found, "nothing was compiled"

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 
-from tests.tiny_chat import chat_tokenizer
+from tests.tiny_chat import chat_tokenizer, save_chat_model
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -20,19 +20,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory) -> str:
     """A random Llama whose layers are as wide as a block of bitsandbytes' 4 bits."""
-    folder, tokenizer = tmp_path_factory.mktemp("chat"), chat_tokenizer()
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        num_attention_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **sizes,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return str(save_chat_model(tmp_path_factory.mktemp("chat"), hidden_size=64))
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import transformers
 from peft import get_peft_model
 
-from reft_kernels.integrations.peft import ReftConfig, keep_supervised_logits, share_build
+from reft_kernels.integrations.peft import (
+    ReftConfig,
+    from_chat_template,
+    keep_supervised_logits,
+    share_build,
+)
 from tests.model.families import VOCAB, make, shake
+from tests.tiny_chat import save_chat_model
 
 
 class Answers(torch.utils.data.Dataset):
@@ -197,3 +205,43 @@ def test_a_model_with_its_own_adapter_methods(tmp_path):
             made.train()
         losses.append(log.losses)
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_sft_trainer_of_trl_logs_the_same(tmp_path):
+    """TRL's loss, entropy and accuracy of labelled tokens do not depend on the switch."""
+    trl = pytest.importorskip("trl", reason="needs the package trl")
+    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
+    folder = str(save_chat_model(tmp_path / "base"))
+    chat = [("user", "Name a fruit"), ("assistant", "An apple")]
+    messages = [{"role": role, "content": content} for role, content in chat]
+    rows = datasets.Dataset.from_list([{"prompt": messages[:1], "completion": messages[1:]}] * 4)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    logs = []
+    for keep in (False, True):
+        arguments = trl.SFTConfig(
+            output_dir=str(tmp_path / "out"),
+            max_steps=3,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to="none",
+            save_strategy="no",
+            bf16=False,
+            use_cpu=True,
+            gradient_checkpointing=False,
+        )
+        made = trl.SFTTrainer(
+            folder,
+            args=arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            peft_config=ReftConfig(
+                rank=2, task_type="CAUSAL_LM", response_template=from_chat_template(tokenizer)
+            ),
+        )
+        with keep_supervised_logits(made.model) if keep else contextlib.nullcontext():
+            made.train()
+        names = ("loss", "entropy", "mean_token_accuracy")
+        logs.append([[e[n] for n in names] for e in made.state.log_history if "loss" in e])
+    assert len(logs[0]) == 3
+    for plain, kept in zip(*logs, strict=True):
+        assert kept == pytest.approx(plain, rel=1e-4)

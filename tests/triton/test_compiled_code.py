@@ -18,7 +18,6 @@ from tests.compiled_code import Row, check, run
 from tests.triton.limits import limits
 
 SCRIPT = Path(__file__).with_name("aot.py")
-TARGETS = ("sm_80", "sm_90", "sm_100")
 pytestmark = pytest.mark.slow
 
 
@@ -27,16 +26,7 @@ def _rows(target: str, full: bool) -> list[Row]:
     return run(SCRIPT, "--code", "--target", target, *(["--full"] if full else ["--workers", "1"]))
 
 
-@pytest.fixture(
-    params=[
-        *(pytest.param((target, False), id=target) for target in TARGETS),
-        *(
-            pytest.param((target, True), id=f"{target}-every-shape", marks=pytest.mark.full)
-            for target in TARGETS
-        ),
-    ],
-    scope="module",
-)
+@pytest.fixture(params=compiled_code.PARAMS, scope="module")
 def rows(request) -> list[Row]:
     found = _rows(*request.param)
     assert found, "nothing was compiled"
