@@ -41,14 +41,15 @@ test-gpu: $(VENV)/.installed
 rehearsal: $(VENV)/.installed
 	PYTHONPATH=.:python $(BIN)/python -m benchmarks.gpu_pass.rehearsal --whole $(ARGS)
 
-# the Hugging Face side again, on the oldest supported transformers, where AdapterHub's adapters can be installed too
-$(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py benchmarks/requirements-adapters.txt $(NATIVE)
+# the Hugging Face side again, on the oldest supported transformers, where AdapterHub's adapters can be installed too;
+# the native libraries are those that the first environment built in this folder, since they fit any PyTorch
+$(VENV)-transformers4/.installed: $(VENV)/.installed benchmarks/requirements-adapters.txt
 	$(PYTHON) -m venv $(VENV)-transformers4
 	sed 's/^transformers==.*/transformers==4.57.6/; s/^datasets==.*/datasets==4.4.2/' constraints.txt > $(VENV)-transformers4/constraints.txt
 	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt \
 		setuptools ninja torch
-	$(VENV)-transformers4/bin/python -m pip install --quiet --constraint $(VENV)-transformers4/constraints.txt \
-		--no-build-isolation --editable ".[test]" --requirement benchmarks/requirements-adapters.txt
+	REFT_KERNELS_BUILD_NATIVE=0 $(VENV)-transformers4/bin/python -m pip install --quiet \
+		--constraint $(VENV)-transformers4/constraints.txt --no-build-isolation --editable ".[test]" --requirement benchmarks/requirements-adapters.txt
 	$(VENV)-transformers4/bin/python -m pip install --quiet --no-deps --requirement benchmarks/requirements-pyreft-transformers4.txt
 	touch $@
 
