@@ -4,8 +4,8 @@ The metadata is in pyproject.toml. Three environment variables control the nativ
 
     REFT_KERNELS_BUILD_NATIVE  0 builds none, so that no compiler is needed. Default: 1.
     REFT_KERNELS_BUILD_CUDA    1 builds the CUDA library, 0 does not. Default: 1 if nvcc is found.
-    REFT_KERNELS_BUILD_HOST    1 builds the host library of this Python and the torch of the build,
-                               0 does not. Default: builds it if that succeeds, else warns.
+    REFT_KERNELS_BUILD_HOST    1 builds the host library of this Python and the torch of the build.
+                               Default: 0.
 """
 
 import os
@@ -15,7 +15,6 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))  # an isolated build does not have the project on its path
@@ -31,8 +30,7 @@ def _switch(name: str, default: bool) -> bool:
 
 
 NATIVE = _switch("REFT_KERNELS_BUILD_NATIVE", True)
-HOST = NATIVE and _switch("REFT_KERNELS_BUILD_HOST", True)
-HOST_WANTED = _switch("REFT_KERNELS_BUILD_HOST", False)  # then a failure is an error
+HOST = NATIVE and _switch("REFT_KERNELS_BUILD_HOST", False)
 CUDA = NATIVE and _switch("REFT_KERNELS_BUILD_CUDA", native.nvcc() is not None)
 
 
@@ -54,12 +52,7 @@ class BuildNative(build_ext):
         try:
             build[kind](library.parent, Path(self.build_temp) / f"_native_{kind}")
         except native.BuildError as error:
-            if not extension.optional:
-                raise SystemExit(f"reft_kernels: {error}") from None
-            raise CompileError(  # which setuptools turns into a warning
-                f"reft_kernels is installed without the host library, Python code serves in its "
-                f"place: {error}"
-            ) from None
+            raise SystemExit(f"reft_kernels: {error}") from None
 
 
 class Wheel(bdist_wheel):
@@ -72,18 +65,14 @@ class Wheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-extensions = [
-    Extension(f"reft_kernels._native_{kind}", sources=[])
-    for kind in ["cpu"] * NATIVE + ["cuda"] * CUDA
-]
-if HOST:
-    extensions.append(Extension("reft_kernels._native_host", sources=[], optional=not HOST_WANTED))
+names = ["reft_kernels._native_cpu"] * NATIVE + ["reft_kernels._native_cuda"] * CUDA
+names += ["reft_kernels._native_host"] * HOST
 setup(
     packages=find_packages(include=["reft_kernels", "reft_kernels.*"]) + find_packages("python"),
     package_dir={"reft_train": "python/reft_train"},
     # in the project root, next to the egg-info whose entry point makes torch import the module
     py_modules=["reft_kernels_autoload"],
-    ext_modules=extensions,
+    ext_modules=[Extension(name, sources=[]) for name in names],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     # additional requirements of an isolated build
     setup_requires=["torch>=2.11", "ninja"] if NATIVE else [],

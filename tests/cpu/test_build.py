@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_kernels import cpu, host_calls
+from reft_kernels import cpu
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "csrc" / "build.py"
@@ -75,7 +75,7 @@ def _wheel(
 CLEAN = """
 import sys
 import torch, reft_kernels as rk
-from reft_kernels import cpu, host_calls
+from reft_kernels import cpu
 
 rk.set_backend("cpu")
 hidden, X, W, b = torch.zeros(3, 8), torch.randn(8, 2), torch.randn(2, 8), torch.ones(2)
@@ -123,8 +123,7 @@ def test_make_wheel_builds_what_installs_without_a_compiler(tmp_path):
         r"^wheel:.*\n\t(.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
     )
     command = recipe[1].replace("$(BIN)/python", sys.executable).split()
-    # the host library takes a minute to compile; the tests below cover it with a stand-in
-    built = _run(*command, cwd=project, REFT_KERNELS_BUILD_CUDA="0", REFT_KERNELS_BUILD_HOST="0")
+    built = _run(*command, cwd=project, REFT_KERNELS_BUILD_CUDA="0")
     assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
     (wheel,) = (project / "dist").glob("*.whl")
     python = _clean_environment(tmp_path / "clean")
@@ -150,12 +149,7 @@ def test_make_wheel_builds_what_installs_without_a_compiler(tmp_path):
 
 @pytest.mark.slow
 def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path):
-    done, wheels = _wheel(
-        _copy(tmp_path),
-        tmp_path / "wheels",
-        REFT_KERNELS_BUILD_CUDA="0",
-        REFT_KERNELS_BUILD_HOST="0",
-    )
+    done, wheels = _wheel(_copy(tmp_path), tmp_path / "wheels", REFT_KERNELS_BUILD_CUDA="0")
     assert done.returncode == 0, done.stderr[-3000:]
     (wheel,) = wheels
     assert wheel.name.startswith("reft_kernels-") and "-py3-none-linux_" in wheel.name
@@ -210,57 +204,6 @@ def test_without_the_native_backend_no_compiler_is_asked_for(tmp_path):
         == 1
     )
     assert "'torch' serves instead" in ran.stderr
-
-
-COMPILER = """#!/bin/sh
-# writes empty files in place of objects and libraries
-for argument; do
-  case "$argument" in */csrc/host/*) [ "$FAILS" = 1 ] && echo "no headers" && exit 1 ;; esac
-  [ "$last" = -o ] && : > "$argument"
-  last="$argument"
-done
-exit 0
-"""
-
-
-def _stand_in_compiler(tmp_path: Path) -> str:
-    compiler = tmp_path / "compiler"
-    compiler.write_text(COMPILER, encoding="utf-8")
-    compiler.chmod(0o755)
-    return str(compiler)
-
-
-@pytest.mark.parametrize("fails", ["0", "1"])
-def test_a_wheel_has_the_host_library_unless_its_build_fails(tmp_path, fails):
-    done, wheels = _wheel(
-        _copy(tmp_path),
-        tmp_path / "wheels",
-        REFT_KERNELS_BUILD_CUDA="0",
-        REFT_KERNELS_BUILD_HOST=None,
-        CXX=_stand_in_compiler(tmp_path),
-        FAILS=fails,
-        PIP_VERBOSE="1",
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    names = zipfile.ZipFile(wheels[0]).namelist()
-    assert "reft_kernels/_native_cpu.so" in names
-    assert (f"reft_kernels/{host_calls.file_name()}" in names) == (fails == "0")
-    warning = "reft_kernels is installed without the host library"
-    assert (done.stdout + done.stderr).count(warning) == int(fails)
-
-
-def test_the_host_library_can_be_insisted_on(tmp_path):
-    done = _run(
-        sys.executable,
-        "setup.py",
-        "build_ext",
-        cwd=_copy(tmp_path),
-        REFT_KERNELS_BUILD_CUDA="0",
-        REFT_KERNELS_BUILD_HOST="1",
-        CXX=_stand_in_compiler(tmp_path),
-        FAILS="1",
-    )
-    assert done.returncode != 0 and "REFT_KERNELS_BUILD_HOST=0" in done.stderr
 
 
 @pytest.mark.parametrize(
