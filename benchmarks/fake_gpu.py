@@ -55,8 +55,11 @@ LAUNCH_FUNCTION = ctypes.CFUNCTYPE(
 )
 
 
+CURRENT_STREAM = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int64)
+
+
 def address_of(function: Any) -> int:
-    """Return the address of a function of type ``LAUNCH_FUNCTION``."""
+    """Return the address of a function of type ``LAUNCH_FUNCTION`` or ``CURRENT_STREAM``."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
@@ -69,6 +72,7 @@ class FakeDriver:
         self.driver_launches: list[DriverLaunch] = []
         self.signatures: dict[int, list[str]] = {}  # types of the parameters, by function
         self.launch_function = LAUNCH_FUNCTION(self._launch)
+        self.stream_function = CURRENT_STREAM(self.get_current_stream)
         self.loaded: list[str] = []  # names of the compiled kernels
         self.kernels: list[Any] = []
         self.stream = 7
@@ -128,12 +132,12 @@ def _host_library(fake: FakeDriver) -> Iterator[None]:
         yield
         return
     library.reset()
-    library.replace_driver(address_of(fake.launch_function))
+    library.replace_driver(address_of(fake.launch_function), address_of(fake.stream_function))
     try:
         yield
     finally:
         library.reset()
-        library.replace_driver(0)
+        library.replace_driver(0, 0)
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ def measure(rounds: int) -> dict[str, dict[str, list[float]]]:
     with fake_gpu.installed() as gpu, fake_gpu.serving_cpu_tensors():
         gpu.launcher_cls = lambda src, metadata: lambda *arguments: None
         if host_calls.library is not None:
-            host_calls.library.replace_driver(host_calls.library.launch_nothing())
+            host_calls.library.replace_driver(*host_calls.library.launch_nothing())
         leaf = torch.randn(TOKENS, WIDTH, requires_grad=True)
         for number in range(-2, rounds):  # the first rounds compile the kernels and warm up
             for mode in MODES:

@@ -42,6 +42,7 @@ INSTRUCTION_SETS = {
     }
 }
 _WITHOUT = "or install without the native backend: REFT_KERNELS_BUILD_NATIVE=0"
+_WITHOUT_HOST = "or install without the host library: REFT_KERNELS_BUILD_HOST=0"
 _WITHOUT_CUDA = "or install without the CUDA library: REFT_KERNELS_BUILD_CUDA=0"
 _CXX_FLAGS = (
     "-std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast -Wall -Wextra "
@@ -165,6 +166,7 @@ def _cpu_rules(library: Path, objects: Path, sanitize: str | None, isa: str | No
     for name in kept:
         add("kernels.cpp", f"kernels_{name}", f"{_KERNEL_FLAGS} {sets[name]} -DREFT_ISA={name}")
     add("isa.cpp", "isa", " ".join(f"-DREFT_HAS_{name}" for name in kept))
+    add("direct.cpp", "direct", "")
     add("host_pool.cpp", "host_pool", "")
     add("scratch.cpp", "scratch", "")
     add(
@@ -227,7 +229,9 @@ def host_library_name() -> str:
 def _host_rules(library: Path, objects: Path) -> list[str]:
     torch, python = torch_folder(), Path(sysconfig.get_path("include"))
     if not (python / "Python.h").exists():
-        raise BuildError(f"Python.h: not found in {python}; install Python's headers, {_WITHOUT}")
+        raise BuildError(
+            f"Python.h: not found in {python}; install Python's headers, {_WITHOUT_HOST}"
+        )
     include = torch / "include"
     folders = (include, include / "torch" / "csrc" / "api" / "include", python)
     flags = " ".join(f"-isystem {_escape(folder)}" for folder in folders)
@@ -259,7 +263,7 @@ def build_host(out: Path, objects: Path) -> Path:
             compilation failed.
     """
     library, objects = out.resolve() / host_library_name(), objects.resolve()
-    return _build(library, _host_rules(library, objects), objects, _WITHOUT)
+    return _build(library, _host_rules(library, objects), objects, _WITHOUT_HOST)
 
 
 def _cuda_rules(library: Path, objects: Path, arch: str | None) -> list[str]:

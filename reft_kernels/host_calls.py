@@ -14,6 +14,7 @@ file name; with others, and where it was not built, Python serves every call.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reft_kernels import dispatch, ops
+from reft_kernels import cpu, dispatch, ops
 from reft_kernels.arguments import EditArguments, EditBackwardArguments
 
 LIBRARY_VARIABLE = "REFT_KERNELS_HOST_LIBRARY"
@@ -74,6 +75,7 @@ def unavailable_reason() -> str | None:
 def _route(tensor: Tensor) -> int:
     """Return the route of edits of hidden states with the device type and dtype of ``tensor``."""
     if tensor.is_cpu and dispatch.serves_cpu_natively:
+        library.set_cpu_kernels(_address_of_cpu_kernels())
         return CPU
     try:
         backends = {
@@ -87,6 +89,12 @@ def _route(tensor: Tensor) -> int:
     from reft_kernels.triton import common
 
     return PYTHON if common.INTERPRETING else TRITON
+
+
+def _address_of_cpu_kernels() -> int:
+    """Return the address of the CPU library's function for direct calls, 0 if it has none."""
+    function = getattr(ctypes.CDLL(str(cpu.LIBRARY)), "reft_kernels_cpu_direct", None)
+    return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
 
 
 def _run(

@@ -1,5 +1,6 @@
 #include "autograd.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/function.h>
@@ -35,7 +36,7 @@ auto make_node(Arguments&&... arguments) {
 }
 
 // Edges of the node, in the order of its gradients.
-enum Input { kHidden, kRead, kReadBias, kWrite, kSubtractBias, kCoeff };
+enum Input { kHidden, kRead, kReadBias, kWrite, kSubtractBias, kCoeff, kInputs };
 
 // Counts of the references to a tensor and to its Python object.
 struct References {
@@ -46,21 +47,14 @@ struct References {
   }
 };
 
-// The counts of a tensor with a Python object to which only C++ refers. They depend on the release.
-References unshared() {
-  const Tensor tensor = at::empty({0});
-  PyObject* object = wrapped(tensor);
-  Py_DECREF(object);  // the tensor keeps it
-  return {tensor.use_count(), Py_REFCNT(object)};
-}
+References unshared;  // of a tensor with a Python object to which only C++ refers
 
 // Whether nothing but the caller's variable refers to a tensor.
 bool is_unshared(const Tensor& tensor) {
   PyObject* object = tensor.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
   if (!object) return tensor.use_count() == 1;
   const WithGil gil;
-  static const References expected = unshared();
-  return References{tensor.use_count(), Py_REFCNT(object)} == expected;
+  return References{tensor.use_count(), Py_REFCNT(object)} == unshared;
 }
 
 // Whether only the caller holds the gradient and its memory, so that it may be overwritten.
@@ -69,10 +63,27 @@ bool is_sole_owner(const Tensor& grad) {
          grad.is_contiguous() && is_unshared(grad);
 }
 
-Tensor converted(const Tensor& grad, bool wanted, at::ScalarType dtype) {
-  if (!wanted || !grad.defined()) return Tensor();
-  return grad.scalar_type() == dtype ? grad : grad.to(dtype);
-}
+// A tensor that the forward pass made and to which only the node refers. It is kept without
+// PyTorch's SavedVariable, unless hooks must see the saved tensors.
+class Kept {
+ public:
+  void set(const Tensor& tensor) {
+    if (!tensor.defined()) return;
+    if (at::SavedTensorDefaultHooks::get_tls_state().stack.empty())
+      tensor_ = tensor;
+    else
+      variable_ = SavedVariable(tensor, false);
+  }
+  Tensor get() const { return tensor_.defined() ? tensor_ : variable_.unpack(); }
+  void reset() {
+    tensor_.reset();
+    variable_.reset_data();
+  }
+
+ private:
+  Tensor tensor_;
+  SavedVariable variable_;
+};
 
 class EditBackward : public Node {
  public:
@@ -83,11 +94,10 @@ class EditBackward : public Node {
     read_bias_dtype_ = dtype_of(edit.read_bias);
     subtract_bias_dtype_ = dtype_of(edit.subtract_bias);
     // without rows the backward recomputes the input from the output, which saves memory
-    is_output_saved_ = !edit.rows.defined();
-    saved_input_ = SavedVariable(is_output_saved_ ? edited.out : edited.saved_input,
-                                 is_output_saved_);
-    u_ = SavedVariable(edited.u, false);
-    if (edited.z.defined()) z_ = SavedVariable(edited.z, false);
+    if (!edit.rows.defined()) out_ = SavedVariable(edited.out, true);
+    saved_input_.set(edited.saved_input);
+    u_.set(edited.u);
+    z_.set(edited.z);
     if (edit.rows.defined()) rows_ = SavedVariable(edit.rows, false);
     if (edit.weight_ids.defined()) weight_ids_ = SavedVariable(edit.weight_ids, false);
     if (edit.read.defined()) read_ = SavedVariable(edit.read, false);
@@ -108,10 +118,16 @@ class EditBackward : public Node {
     return requires_grad ? differentiable_once(std::move(result)) : result;
   }
 
+  void compiled_args(torch::dynamo::autograd::CompiledNodeArgs&) const override {
+    TORCH_CHECK_NOT_IMPLEMENTED(false,
+                                "compiled autograd does not support edits by the host library of "
+                                "reft_kernels; set REFT_KERNELS_HOST_LIBRARY=0 to use Python");
+  }
+
   void release_variables() override {
     const std::lock_guard<std::mutex> guard(mutex_);
-    for (SavedVariable* saved :
-         {&saved_input_, &u_, &z_, &rows_, &weight_ids_, &read_, &write_, &coeff_})
+    for (Kept* kept : {&saved_input_, &u_, &z_}) kept->reset();
+    for (SavedVariable* saved : {&out_, &rows_, &weight_ids_, &read_, &write_, &coeff_})
       saved->reset_data();
   }
 
@@ -120,34 +136,45 @@ class EditBackward : public Node {
     return tensor.defined() ? tensor.scalar_type() : at::ScalarType::Undefined;
   }
 
-  bool needs(Input input) const { return task_should_compute_output(size_t(input)); }
+  bool needs(size_t input) const {
+    return input < num_outputs() && task_should_compute_output(input);
+  }
 
   variable_list gradients(Tensor grad, bool may_overwrite) {
     Backward b = unpacked();
-    b.need_hidden = needs(kHidden);
-    b.need_weights = needs(kRead) || needs(kReadBias) || needs(kWrite) || needs(kSubtractBias);
+    bool needed[kInputs];
+    for (size_t i = 0; i < kInputs; ++i) needed[i] = needs(i);
+    b.need_hidden = needed[kHidden];
+    b.need_weights =
+        needed[kRead] || needed[kReadBias] || needed[kWrite] || needed[kSubtractBias];
     b.in_place = b.need_hidden && may_overwrite && is_sole_owner(grad);
     b.grad = std::move(grad);
     Gradients found = computed(b);
-    variable_list result(6);
+    variable_list result(num_outputs());
     result[kHidden] = std::move(found.hidden);
-    result[kRead] = converted(found.read, needs(kRead), dtype_of(b.read));
-    result[kReadBias] = converted(found.read_bias, needs(kReadBias), read_bias_dtype_);
-    result[kWrite] = converted(found.write, needs(kWrite), dtype_of(b.write));
-    result[kSubtractBias] =
-        converted(found.subtract_bias, needs(kSubtractBias), subtract_bias_dtype_);
-    result[kCoeff] = converted(found.coeff, needs(kCoeff), dtype_of(b.coeff));
+    const auto add = [&](Input input, Tensor& gradient, at::ScalarType dtype) {
+      if (needed[input] && gradient.defined())
+        result[input] =
+            gradient.scalar_type() == dtype ? std::move(gradient) : gradient.to(dtype);
+    };
+    add(kRead, found.read, dtype_of(b.read));
+    add(kReadBias, found.read_bias, read_bias_dtype_);
+    add(kWrite, found.write, dtype_of(b.write));
+    add(kSubtractBias, found.subtract_bias, subtract_bias_dtype_);
+    add(kCoeff, found.coeff, dtype_of(b.coeff));
     return result;
   }
 
   Backward unpacked() {
     const std::lock_guard<std::mutex> guard(mutex_);
     Backward b;
-    b.saved_input = saved_input_.unpack(is_output_saved_ ? getptr() : nullptr);
-    b.u = u_.unpack(), b.z = z_.unpack();
-    b.rows = rows_.unpack(), b.weight_ids = weight_ids_.unpack();
-    b.read = read_.unpack(), b.write = write_.unpack(), b.coeff = coeff_.unpack();
+    b.write = write_.unpack();  // raises if the graph was freed
+    b.rows = rows_.unpack();
+    b.saved_input = b.rows.defined() ? saved_input_.get() : out_.unpack(getptr());
+    b.u = u_.get(), b.z = z_.get(), b.weight_ids = weight_ids_.unpack();
+    b.read = read_.unpack(), b.coeff = coeff_.unpack();
     b.settings = settings_;
+    b.task = torch::autograd::get_current_graph_task_id();
     return b;
   }
 
@@ -172,15 +199,27 @@ class EditBackward : public Node {
   }
 
   Settings settings_;
-  bool is_output_saved_ = false;
   at::ScalarType read_bias_dtype_{}, subtract_bias_dtype_{};
-  SavedVariable saved_input_, u_, z_, rows_, weight_ids_, read_, write_, coeff_;
+  Kept saved_input_, u_, z_;
+  SavedVariable out_, rows_, weight_ids_, read_, write_, coeff_;  // out_ if there are no rows
 };
 
 bool requires_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
 bool has_tangent(const Tensor& tensor) {
   return tensor.defined() && torch::autograd::isFwGradDefined(tensor);
+}
+
+// The edges of a node, without those of absent tensors at the end, which cost the engine time.
+torch::autograd::edge_list edges_of(const Tensor* const (&inputs)[kInputs]) {
+  size_t count = kInputs;
+  while (!inputs[count - 1]->defined()) --count;
+  torch::autograd::edge_list edges;
+  edges.reserve(count);
+  for (size_t i = 0; i < count; ++i)
+    edges.push_back(inputs[i]->defined() ? torch::autograd::impl::gradient_edge(*inputs[i])
+                                         : torch::autograd::Edge());
+  return edges;
 }
 
 // Runs the edit without a graph, with the matrices of its forward pass.
@@ -193,6 +232,13 @@ Edited forward(const Edit& edit, Route route) {
 }
 
 }  // namespace
+
+void measure_reference_counts() {
+  const Tensor tensor = at::empty({0});
+  PyObject* object = wrapped(tensor);
+  Py_DECREF(object);  // the tensor keeps it
+  unshared = {tensor.use_count(), Py_REFCNT(object)};
+}
 
 Tensor apply_edit(Edit& edit, PyObject* rows) {
   if (!is_thread_plain() || edit.hidden.dim() < 1 || edit.hidden.size(-1) < 1) return Tensor();
@@ -221,8 +267,7 @@ Tensor apply_edit(Edit& edit, PyObject* rows) {
                         (edit.hidden.requires_grad() && edit.hidden.is_leaf())))
     return Tensor();
   auto node = make_node<EditBackward>();
-  node->set_next_edges(torch::autograd::collect_next_edges(
-      edit.hidden, edit.read, edit.read_bias, edit.write, edit.subtract_bias, edit.coeff));
+  node->set_next_edges(edges_of(inputs));
   const Edited edited = forward(edit, route);
   if (edit.in_place) {
     edit.hidden.unsafeGetTensorImpl()->bump_version();

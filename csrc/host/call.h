@@ -36,6 +36,7 @@ struct Backward {
   Tensor grad, saved_input, u, z, rows, weight_ids, read, write, coeff;
   Settings settings;
   bool in_place = false, need_hidden = false, need_weights = false;
+  int task = -1;  // the number of the backward pass in this process
 };
 
 // Gradients; undefined where they are not needed.

@@ -1,13 +1,15 @@
 #include "compute.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/_unsafe_view.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <mutex>
 #include <string>
 #include <utility>
 
+#include "cpu.h"
+#include "layout.h"
 #include "plans.h"
 
 namespace reft::host {
@@ -179,6 +181,8 @@ Gradients backward_in_python(const Backward& b, const Key* key) {
 
 // ---- Triton kernels
 
+constexpr int64_t kLargeMemory = int64_t(1) << 31;
+
 // Builds a key; tensors are given in one fixed order for each kind of call.
 class KeyBuilder {
  public:
@@ -200,8 +204,9 @@ class KeyBuilder {
     key_.words[1] = key_.words[1] << 8 | dtype;
     key_.words[2] = key_.words[2] << 2 | state;
   }
-  Key with_sizes(int64_t num_rows, int64_t d, int64_t entries, int64_t rank) {
-    key_.words[4] = num_rows, key_.words[5] = d, key_.words[6] = entries, key_.words[7] = rank;
+  Key with_sizes(const Sizes& sizes) {
+    key_.words[4] = sizes.num_rows, key_.words[5] = sizes.d;
+    key_.words[6] = sizes.entries, key_.words[7] = sizes.rank;
     return key_;
   }
 
@@ -209,129 +214,62 @@ class KeyBuilder {
   Key key_;
 };
 
-int64_t entries_of(const Tensor& rows, int64_t num_rows) {
-  return rows.defined() ? rows.size(0) : num_rows;
-}
-
-// A tensor of part of a buffer's memory, without the cost of a view.
-Tensor part_of(const Tensor& buffer, int64_t byte_offset, at::IntArrayRef sizes,
-               at::ScalarType dtype) {
-  auto part = c10::make_intrusive<c10::TensorImpl>(
-      c10::Storage(buffer.storage()), buffer.key_set(), c10::scalarTypeToTypeMeta(dtype));
-  part->set_storage_offset(byte_offset / int64_t(c10::elementSize(dtype)));
-  part->set_sizes_contiguous(sizes);
-  return Tensor(std::move(part));
-}
-
-int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
-
 const void* address(const Tensor& tensor) {
   return tensor.defined() ? tensor.const_data_ptr() : nullptr;
 }
 
-void run_without_gil(const Plan& plan, void* stream, const void* const* tensors) {
-  PyThreadState* state = PyEval_SaveThread();  // the driver waits if its queue is full
-  try {
-    run(plan, stream, tensors);
-  } catch (...) {
-    PyEval_RestoreThread(state);
-    throw;
-  }
-  PyEval_RestoreThread(state);
-}
-
 Edited edit_on_gpu(const Edit& e) {
-  const int64_t d = e.hidden.size(-1), num_rows = e.hidden.numel() / d, rank = e.write.size(0);
-  const int64_t n = entries_of(e.rows, num_rows);
-  const at::ScalarType dtype = e.hidden.scalar_type(), sums = accumulation_dtype(dtype);
+  const Sizes sizes = sizes_of(e.hidden, e.rows, e.write);
   KeyBuilder builder(false, e.hidden, {e.in_place, e.save, e.rows.defined()}, e.settings);
   for (const Tensor* tensor :
        {&e.hidden, &e.rows, &e.read, &e.read_bias, &e.write, &e.subtract_bias, &e.coeff})
     builder.add(*tensor);
-  const Key key = builder.with_sizes(num_rows, d, n, rank);
+  const Key key = builder.with_sizes(sizes);
   const std::shared_ptr<const Plan> plan = find_plan(key);
   const c10::OptionalDeviceGuard guard(e.hidden.is_cuda() ? std::optional(e.hidden.device())
                                                           : std::nullopt);
   const std::optional<void*> stream =
-      plan ? stream_for(*plan, e.hidden.device().index()) : std::nullopt;
-  const int64_t input_bytes =
-      e.save && e.rows.defined() ? rounded(n * d * int64_t(c10::elementSize(dtype))) : 0;
-  const int64_t sum_bytes = rounded(n * rank * int64_t(c10::elementSize(sums)));
-  const int64_t bytes = input_bytes + sum_bytes * (e.settings.activation ? 2 : 1);
-  // a larger buffer is another class of arguments for Triton on AMD GPUs
-  if (!stream || bytes >= int64_t(1) << 31) return edit_in_python(e, plan ? nullptr : &key);
-  Edited result;
-  if (e.in_place) {
-    result.out = e.hidden;
-  } else {
-    result.out = empty(e.hidden.sizes(), dtype, e.hidden);
-    if (e.rows.defined()) result.out.copy_(e.hidden);
-  }
-  if (e.save) {
-    const Tensor buffer = empty({bytes}, at::kByte, e.hidden);
-    if (e.rows.defined()) result.saved_input = part_of(buffer, 0, {n, d}, dtype);
-    result.u = part_of(buffer, input_bytes, {n, rank}, sums);
-    if (e.settings.activation)
-      result.z = part_of(buffer, input_bytes + sum_bytes, {n, rank}, sums);
-  }
+      plan ? stream_for(*plan, e.hidden.device(), -1) : std::nullopt;
+  // larger memory is another class of arguments for Triton on AMD GPUs
+  if (!stream || saved_bytes(e, sizes) >= kLargeMemory)
+    return edit_in_python(e, plan ? nullptr : &key);
+  Edited result = new_results(e, sizes);
   const void* tensors[] = {address(e.hidden),        address(result.out), address(e.rows),
                            address(e.read),          address(e.read_bias), address(e.write),
                            address(e.subtract_bias), address(e.coeff),
                            address(result.saved_input),
                            address(result.u),        address(result.z)};
-  run_without_gil(*plan, *stream, tensors);
+  const WithoutGil released;  // the driver waits if its queue is full
+  run(*plan, *stream, tensors);
   return result;
 }
 
-// Whether the backward pass can use a plan; its arguments come from the forward and from autograd.
-bool has_plan_layout(const Backward& b) {
-  if (b.weight_ids.defined() || b.write.dim() != 2 || !b.grad.is_contiguous()) return false;
-  if (b.grad.numel() == 0 || (b.rows.defined() && b.rows.size(0) == 0)) return false;
-  for (const Tensor* tensor : {&b.saved_input, &b.u, &b.z, &b.rows, &b.read, &b.write, &b.coeff})
-    if (tensor->defined() && (!tensor->is_contiguous() || tensor->device() != b.grad.device()))
-      return false;
-  return b.grad.dim() != 2 || (b.grad.stride(0) == b.grad.size(1) && b.grad.stride(1) == 1);
-}
-
 Gradients backward_on_gpu(const Backward& b) {
-  const int64_t d = b.grad.size(-1), num_rows = b.grad.numel() / d, rank = b.write.size(0);
-  const int64_t n = entries_of(b.rows, num_rows);
-  const at::ScalarType sums = accumulation_dtype(b.grad.scalar_type());
+  const Sizes sizes = sizes_of(b.grad, b.rows, b.write);
   KeyBuilder builder(true, b.grad,
                      {b.in_place, b.need_hidden, b.need_weights, b.rows.defined()}, b.settings);
   for (const Tensor* tensor :
        {&b.grad, &b.saved_input, &b.u, &b.z, &b.rows, &b.read, &b.write, &b.coeff})
     builder.add(*tensor);
-  const Key key = builder.with_sizes(num_rows, d, n, rank);
+  const Key key = builder.with_sizes(sizes);
   const std::shared_ptr<const Plan> plan = find_plan(key);
   const c10::OptionalDeviceGuard guard(b.grad.is_cuda() ? std::optional(b.grad.device())
                                                         : std::nullopt);
   std::optional<void*> stream;
   if (plan) {
-    const WithGil gil;
-    stream = stream_for(*plan, b.grad.device().index());
+    std::optional<WithGil> gil;
+    if (b.task < 0) gil.emplace();
+    stream = stream_for(*plan, b.grad.device(), b.task);
   }
-  if (!stream) return backward_in_python(b, plan ? nullptr : &key);
-  Gradients grads;
-  if (b.in_place) {
-    grads.hidden = b.grad;
-  } else if (b.need_hidden) {
-    grads.hidden = empty(b.grad.sizes(), b.grad.scalar_type(), b.grad);
-    if (b.rows.defined()) grads.hidden.copy_(b.grad);
-  }
-  if (b.need_weights) {
-    if (b.read.defined()) grads.read = empty({rank, d}, sums, b.grad);
-    grads.read_bias = empty({rank}, sums, b.grad);
-    grads.write = empty({rank, d}, sums, b.grad);
-    if (b.settings.subtract_projection) grads.subtract_bias = empty({rank}, sums, b.grad);
-  }
-  if (b.coeff.defined()) grads.coeff = empty({n, rank}, sums, b.grad);
-  const Tensor workspace = empty({plan->workspace_bytes}, at::kByte, b.grad);
+  if (!stream || gradient_bytes(b, sizes) >= kLargeMemory)
+    return backward_in_python(b, plan ? nullptr : &key);
+  Gradients grads = new_gradients(b, sizes);
+  const c10::Storage workspace = new_memory(plan->workspace_bytes, b.grad);
   const void* tensors[] = {address(b.grad),         address(grads.hidden),
                            address(b.saved_input),  address(b.u),
                            address(b.z),            address(b.rows),
                            address(b.read),         address(b.write),
-                           address(b.coeff),        address(workspace),
+                           address(b.coeff),        workspace.data(),
                            address(grads.read),     address(grads.read_bias),
                            address(grads.write),    address(grads.subtract_bias),
                            address(grads.coeff)};
@@ -359,8 +297,6 @@ bool are_rows_known(const Tensor& rows, PyObject* object, int64_t num_rows) {
          entry(asserted, 0) == -1 && entry(asserted, 1) == num_rows &&
          entry(asserted, 2) == int64_t(rows._version());
 }
-
-constexpr int64_t kMaxRank = 256;
 
 }  // namespace
 
@@ -391,39 +327,24 @@ void reset_routes() {
 }
 
 bool is_valid_on_gpu(const Edit& e, PyObject* rows) {
-  const Tensor& hidden = e.hidden;
-  if (e.weight_ids.defined() || hidden.numel() == 0 || e.write.dim() != 2) return false;
-  const int64_t d = hidden.size(-1), num_rows = hidden.numel() / d, rank = e.write.size(0);
-  if (e.write.size(1) != d || rank < 1 || rank > kMaxRank) return false;
-  if (hidden.dim() == 2 && (hidden.stride(0) != d || hidden.stride(1) != 1)) return false;
-  if (e.subtract_bias.defined() && !e.settings.subtract_projection) return false;
-  const auto* begin = static_cast<const char*>(hidden.const_data_ptr());
-  const char* end = begin + hidden.nbytes();
-  const auto lies_apart = [&](const Tensor& tensor) {
-    const auto* first = static_cast<const char*>(tensor.const_data_ptr());
-    return tensor.device() == hidden.device() && tensor.is_contiguous() &&
-           (first >= end || first + tensor.nbytes() <= begin);
-  };
-  if (e.rows.defined() &&
-      (e.rows.scalar_type() != at::kInt || e.rows.dim() != 1 || e.rows.numel() == 0 ||
-       !lies_apart(e.rows) || !are_rows_known(e.rows, rows, num_rows)))
-    return false;
-  const int64_t n = entries_of(e.rows, num_rows);
-  const auto fits = [&](const Tensor& tensor, at::IntArrayRef sizes) {
-    return !tensor.defined() ||
-           (tensor.sizes() == sizes && is_floating(tensor.scalar_type()) && lies_apart(tensor));
-  };
-  return fits(e.read, {rank, d}) && fits(e.read_bias, {rank}) && fits(e.write, {rank, d}) &&
-         fits(e.subtract_bias, {rank}) && fits(e.coeff, {n, rank});
+  if (!has_valid_layout(e)) return false;
+  return !e.rows.defined() ||
+         are_rows_known(e.rows, rows, sizes_of(e.hidden, e.rows, e.write).num_rows);
 }
 
 Edited compute(const Edit& edit, Route route) {
-  return route == Route::cpu ? edit_on_cpu(edit) : edit_on_gpu(edit);
+  if (route != Route::cpu) return edit_on_gpu(edit);
+  const WithoutGil released;
+  if (std::optional<Edited> edited = edit_directly(edit)) return *std::move(edited);
+  return edit_on_cpu(edit);
 }
 
 Gradients compute(const Backward& backward, Route route) {
-  if (route == Route::cpu) return backward_on_cpu(backward);
-  if (route == Route::triton && has_plan_layout(backward)) return backward_on_gpu(backward);
+  if (route == Route::cpu) {
+    if (std::optional<Gradients> found = backward_directly(backward)) return *std::move(found);
+    return backward_on_cpu(backward);
+  }
+  if (route == Route::triton && has_valid_layout(backward)) return backward_on_gpu(backward);
   return backward_in_python(backward, nullptr);
 }
 

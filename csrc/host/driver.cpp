@@ -55,17 +55,25 @@ const Driver& driver() {
 }
 
 std::atomic<LaunchKernel> replacement{nullptr};
+std::atomic<CurrentStream> stream_replacement{nullptr};
 
 int nothing(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*,
             void**, void**) {
   return 0;
 }
 
+void* no_stream(int64_t) { return nullptr; }
+
 }  // namespace
 
-void replace_driver(LaunchKernel function) { replacement = function; }
+void replace_driver(LaunchKernel function, CurrentStream stream) {
+  replacement = function;
+  stream_replacement = stream;
+}
 
 LaunchKernel launch_nothing() { return nothing; }
+CurrentStream default_stream() { return no_stream; }
+CurrentStream replaced_stream() { return stream_replacement.load(std::memory_order_relaxed); }
 
 bool is_driver_ready() {
   if (replacement.load(std::memory_order_relaxed)) return true;

@@ -10,11 +10,19 @@ using LaunchKernel = int (*)(void* function, unsigned grid_x, unsigned grid_y, u
                              unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
                              void* stream, void** parameters, void** extra);
 
-// Replaces the driver's function, for tests and benchmarks without a GPU; null restores it.
-void replace_driver(LaunchKernel function);
+// Returns the current stream of a device.
+using CurrentStream = void* (*)(int64_t device);
 
-// A function that launches nothing, for benchmarks.
+// Replaces the driver's function and the current stream, for tests and benchmarks without a GPU;
+// null restores both.
+void replace_driver(LaunchKernel function, CurrentStream stream);
+
+// Functions that launch nothing and return the default stream, for benchmarks.
 LaunchKernel launch_nothing();
+CurrentStream default_stream();
+
+// The function that replaces the current stream, or null.
+CurrentStream replaced_stream();
 
 // Whether kernels can be launched from this thread: the driver is found and has a current context.
 bool is_driver_ready();

@@ -4,6 +4,7 @@
 
 #include "autograd.h"
 #include "compute.h"
+#include "cpu.h"
 #include "driver.h"
 #include "plans.h"
 #include "python.h"
@@ -78,6 +79,17 @@ PyObject* set_callbacks(PyObject*, PyObject* const* arguments, Py_ssize_t count)
   callbacks.route = Py_NewRef(arguments[0]);
   callbacks.edit = Py_NewRef(arguments[1]);
   callbacks.edit_backward = Py_NewRef(arguments[2]);
+  measure_reference_counts();
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// set_cpu_kernels(address): of the CPU library's function reft_kernels_cpu_direct; 0: none.
+PyObject* py_set_cpu_kernels(PyObject*, PyObject* address) {
+  HANDLE_TH_ERRORS
+  const unsigned long long value = PyLong_AsUnsignedLongLong(address);
+  if (PyErr_Occurred()) throw_python_error();
+  set_cpu_kernels(reinterpret_cast<const void*>(value));
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
@@ -91,19 +103,25 @@ PyObject* reset(PyObject*, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
-// replace_driver(address): the address of a function with the signature of cuLaunchKernel; 0: the
-// driver's own.
-PyObject* py_replace_driver(PyObject*, PyObject* address) {
+// replace_driver(launch, stream): addresses of a function with the signature of cuLaunchKernel and
+// of one that returns the current stream of a device; 0: the driver's own.
+PyObject* py_replace_driver(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  const unsigned long long value = PyLong_AsUnsignedLongLong(address);
+  TORCH_CHECK_TYPE(count == 2, "replace_driver: got ", count, " arguments, expected 2");
+  const unsigned long long function = PyLong_AsUnsignedLongLong(arguments[0]);
   if (PyErr_Occurred()) throw_python_error();
-  replace_driver(reinterpret_cast<LaunchKernel>(value));
+  const unsigned long long stream = PyLong_AsUnsignedLongLong(arguments[1]);
+  if (PyErr_Occurred()) throw_python_error();
+  replace_driver(reinterpret_cast<LaunchKernel>(function),
+                 reinterpret_cast<CurrentStream>(stream));
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
 
+// launch_nothing(): the arguments of replace_driver that launch nothing.
 PyObject* py_launch_nothing(PyObject*, PyObject*) {
-  return PyLong_FromUnsignedLongLong(reinterpret_cast<uintptr_t>(launch_nothing()));
+  return Py_BuildValue("KK", (unsigned long long)reinterpret_cast<uintptr_t>(launch_nothing()),
+                       (unsigned long long)reinterpret_cast<uintptr_t>(default_stream()));
 }
 
 PyObject* poison_memory(PyObject*, PyObject* wanted) {
@@ -120,8 +138,9 @@ PyMethodDef methods[] = {
     {"apply_edit", function(py_apply_edit), METH_FASTCALL, nullptr},
     {"set_callbacks", function(set_callbacks), METH_FASTCALL, nullptr},
     {"add_plan", function(add_plan), METH_FASTCALL, nullptr},
+    {"set_cpu_kernels", function(py_set_cpu_kernels), METH_O, nullptr},
     {"reset", function(reset), METH_NOARGS, nullptr},
-    {"replace_driver", function(py_replace_driver), METH_O, nullptr},
+    {"replace_driver", function(py_replace_driver), METH_FASTCALL, nullptr},
     {"launch_nothing", function(py_launch_nothing), METH_NOARGS, nullptr},
     {"poison_memory", function(poison_memory), METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

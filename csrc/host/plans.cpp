@@ -1,5 +1,7 @@
 #include "plans.h"
 
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+
 #include <cstring>
 #include <mutex>
 #include <stdexcept>
@@ -152,19 +154,64 @@ PyObject* add_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-std::optional<void*> stream_for(const Plan& plan, int64_t device) {
+namespace {
+
+// Whether Python's launchers would launch the plan as it is. Must be called with the GIL held.
+bool is_repeatable(const Plan& plan) {
   PyObject* module = callbacks.launch_module;
-  if (!module || !is_driver_ready()) return std::nullopt;
+  if (!module) return false;
   const Names& name = names();
   PyObject* launch = PyDict_GetItemWithError(module, name.launch);
   PyObject* original = PyDict_GetItemWithError(module, name.original);
-  PyObject* current_stream = PyDict_GetItemWithError(module, name.stream);
   PyObject* knobs = PyDict_GetItemWithError(module, name.knobs);
-  if (!launch || launch != original || !current_stream || !knobs || has_hooks(plan, knobs))
-    return std::nullopt;
-  const Object index(checked(PyLong_FromLongLong(device)));
+  return launch && launch == original && knobs && !has_hooks(plan, knobs);
+}
+
+std::optional<void*> stream_in_python(c10::Device device) {
+  const WithGil gil;
+  PyObject* current_stream = PyDict_GetItemWithError(callbacks.launch_module, names().stream);
+  if (!current_stream || current_stream == Py_None) return std::nullopt;
+  const Object index(checked(PyLong_FromLongLong(device.index())));
   const Object stream(checked(PyObject_CallOneArg(current_stream, index.get())));
   return reinterpret_cast<void*>(PyLong_AsUnsignedLongLongMask(stream.get()));
+}
+
+void* native_stream(c10::Device device) {
+  const auto* guard = c10::impl::getDeviceGuardImpl(device.type());
+  return guard->getStreamNativeHandle(guard->getStream(device));
+}
+
+// Whether native_stream returns what Triton's Python code uses, which is not so where a build of
+// PyTorch does not tell the handle.
+bool is_native_stream_known(c10::Device device) {
+  try {
+    return stream_in_python(device) == native_stream(device);
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
+
+std::optional<void*> current_stream(c10::Device device) {
+  if (const CurrentStream replaced = replaced_stream()) return replaced(device.index());
+  if (!device.is_cuda()) return stream_in_python(device);
+  // no static constant: its lock and the GIL would be taken in both orders
+  static std::atomic<int> is_native{-1};
+  if (is_native < 0) is_native = is_native_stream_known(device);
+  return is_native ? native_stream(device) : stream_in_python(device);
+}
+
+}  // namespace
+
+std::optional<void*> stream_for(const Plan& plan, c10::Device device, int task) {
+  if (!is_driver_ready()) return std::nullopt;
+  if (task < 0) {
+    if (!is_repeatable(plan)) return std::nullopt;
+  } else if (plan.checked_task.load(std::memory_order_relaxed) != task) {
+    const WithGil gil;
+    if (!is_repeatable(plan)) return std::nullopt;
+    plan.checked_task.store(task, std::memory_order_relaxed);
+  }
+  return current_stream(device);
 }
 
 void run(const Plan& plan, void* stream, const void* const* tensors) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
@@ -45,6 +46,7 @@ struct Plan {
   int64_t workspace_bytes = 0;
   PyObject* kernels = nullptr;  // tuple of Triton's JIT functions
   PyObject* compiled = nullptr;  // keeps the compiled kernels loaded
+  mutable std::atomic<int> checked_task{-1};  // the last backward pass that found no hooks
 };
 
 std::shared_ptr<const Plan> find_plan(const Key& key);
@@ -55,8 +57,10 @@ void forget_plans();
 PyObject* add_plan(PyObject*, PyObject* const* arguments, Py_ssize_t count);
 
 // The current stream of a device. Nothing if the launches must run in Python: because a launch hook
-// of Triton is installed, Python's launch function is replaced, or no driver is ready.
-std::optional<void*> stream_for(const Plan& plan, int64_t device);
+// of Triton is installed, Python's launch function is replaced, or no driver is ready. This is
+// looked up once in each backward pass, of which task is the number, and in each call without one,
+// where task is -1. The GIL must be held if task is -1.
+std::optional<void*> stream_for(const Plan& plan, c10::Device device, int task);
 
 // Runs the launches; tensors holds the addresses of the plan's tensors.
 void run(const Plan& plan, void* stream, const void* const* tensors);

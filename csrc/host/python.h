@@ -43,6 +43,17 @@ class WithGil {
   PyGILState_STATE state_;
 };
 
+class WithoutGil {
+ public:
+  WithoutGil() : state_(PyEval_SaveThread()) {}
+  ~WithoutGil() { PyEval_RestoreThread(state_); }
+  WithoutGil(const WithoutGil&) = delete;
+  WithoutGil& operator=(const WithoutGil&) = delete;
+
+ private:
+  PyThreadState* state_;
+};
+
 // Throws the current Python exception as a C++ exception, which PyTorch restores.
 [[noreturn]] inline void throw_python_error() {
   python_error error;

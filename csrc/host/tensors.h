@@ -5,11 +5,14 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/record_function.h>
+#include <c10/core/Allocator.h>
 #include <c10/core/InferenceMode.h>
+#include <c10/core/Storage.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <atomic>
 #include <cstdint>
+#include <utility>
 
 namespace reft::host {
 
@@ -48,13 +51,33 @@ inline at::ScalarType accumulation_dtype(at::ScalarType dtype) {
 
 inline std::atomic<bool> poison_outputs{false};  // for tests: fill new memory with 0xff, a NaN
 
+// A tensor of part of some memory, without the cost of a view; a device and keys as those of like.
+inline Tensor part_of(const c10::Storage& memory, int64_t byte_offset, at::IntArrayRef sizes,
+                      at::ScalarType dtype, const Tensor& like) {
+  auto part = c10::make_intrusive<c10::TensorImpl>(c10::Storage(memory), like.key_set(),
+                                                   c10::scalarTypeToTypeMeta(dtype));
+  if (byte_offset) part->set_storage_offset(byte_offset / int64_t(c10::elementSize(dtype)));
+  part->set_sizes_contiguous(sizes);
+  return Tensor(std::move(part));
+}
+
+// New memory on the device of like, which must be the current one.
+inline c10::Storage new_memory(int64_t bytes, const Tensor& like) {
+  c10::Storage memory = c10::make_intrusive<c10::StorageImpl>(
+      c10::StorageImpl::use_byte_size_t(), bytes, c10::GetAllocator(like.device().type()), true);
+  if (poison_outputs) part_of(memory, 0, {bytes}, at::kByte, like).fill_(0xff);
+  return memory;
+}
+
+inline int64_t bytes_of(at::IntArrayRef sizes, at::ScalarType dtype) {
+  int64_t bytes = int64_t(c10::elementSize(dtype));
+  for (const int64_t size : sizes) bytes *= size;
+  return bytes;
+}
+
+// at::empty without the dispatcher, on the device of like, which must be the current one.
 inline Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype, const Tensor& like) {
-  const auto options = at::TensorOptions().dtype(dtype).device(like.device());
-  if (!poison_outputs) return at::empty(sizes, options);
-  int64_t count = int64_t(c10::elementSize(dtype));
-  for (const int64_t size : sizes) count *= size;
-  const Tensor bytes = at::empty({count}, options.dtype(at::kByte)).fill_(0xff);
-  return bytes.view(dtype).view(sizes);
+  return part_of(new_memory(bytes_of(sizes, dtype), like), 0, sizes, dtype, like);
 }
 
 // A contiguous [..., d] as [M, d]; must run below autograd.

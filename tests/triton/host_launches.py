@@ -295,10 +295,11 @@ def test_driver_errors_are_raised(gpu):
     inputs = Inputs(Case())
     inputs.run()
     failing = fake_gpu.LAUNCH_FUNCTION(lambda *arguments: 700)
-    host_calls.library.replace_driver(fake_gpu.address_of(failing))
+    stream = fake_gpu.address_of(gpu.stream_function)
+    host_calls.library.replace_driver(fake_gpu.address_of(failing), stream)
     with pytest.raises(RuntimeError, match="launch of a kernel failed: error 700"):
         inputs.run()
-    host_calls.library.replace_driver(fake_gpu.address_of(gpu.launch_function))
+    host_calls.library.replace_driver(fake_gpu.address_of(gpu.launch_function), stream)
     inputs.run()
 
 

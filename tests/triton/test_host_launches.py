@@ -1,4 +1,4 @@
-"""Runs tests/triton/host_launches.py in a process without Triton's interpreter."""
+"""Runs the tests of the host library in a process without Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_kernels import host_calls
+from reft_kernels import dispatch, host_calls
 
 pytest.importorskip("triton", reason="needs the package triton")
 
@@ -33,7 +33,8 @@ def test_host_library_makes_the_launches_of_python(tmp_path):
         environment[host_calls.LIBRARY_VARIABLE] = str(tmp_path / host_calls.file_name())
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        + ["tests/triton/host_launches.py"],
+        + ["tests/triton/host_launches.py"]
+        + ["tests/test_host_calls.py"] * dispatch.serves_cpu_natively,
         env=environment,
         cwd=ROOT,
         capture_output=True,
