@@ -123,8 +123,8 @@ class PrefixStates:
         self.closed = True
         self._forward.remove()
         self._blocks.remove()
+        self._store.close()
         logger.info("%s", self.statistics)
-        self._store.clear()
 
     def __enter__(self) -> PrefixStates:
         return self
@@ -148,7 +148,7 @@ class PrefixStates:
         adapters = self.editor.active_in(self.session)
         if not adapters or self._skipped(adapters):
             return
-        if self.model.is_gradient_checkpointing:
+        if self._blocks.checkpointed:
             raise ValueError(_CHECKPOINTING)
         for adapter in adapters:
             spec = adapter.rule.spec
@@ -197,7 +197,7 @@ class PrefixStates:
         if any(not torch.equal(lengths[0], other) for other in lengths[1:]):
             return None  # adapters with different response templates
         prefix, skipped = rows.first_needed(edited), self._skipped(adapters)
-        if self.model.is_gradient_checkpointing:
+        if self._blocks.checkpointed:
             if not skipped:
                 raise ValueError(_CHECKPOINTING)
             prefix = torch.zeros_like(prefix)

@@ -107,6 +107,10 @@ class PrefixStore:
         self._rows.clear()
         self.statistics.bytes = 0
 
+    def close(self) -> None:
+        """Drop all rows; the statistics keep their size."""
+        self._rows.clear()
+
 
 class PrefixLayer(DynamicLayer):
     """Keys and values of one layer's prefix; a forward's own follow them and are not stored.

@@ -86,9 +86,16 @@ class SkippedBlocks:
         found = find_blocks(model)
         if found is None or not any(m is found.blocks for m in backbone.modules()):
             raise ValueError(f"model: no list of blocks found in {type(backbone).__name__}")
+        self._backbone = backbone
         self.path, self.blocks = found
         self._threads = PerThread(_Running)
         self._forwards: list[_Block] = []
+
+    @property
+    def checkpointed(self) -> bool:
+        """Whether gradient checkpointing is on."""
+        modules = (self._backbone, *self.blocks)
+        return any(getattr(module, "gradient_checkpointing", False) for module in modules)
 
     def unedited(self, targets: Sequence[Target]) -> int:
         """Number of first blocks that no edit enters; those whose output is edited count.
