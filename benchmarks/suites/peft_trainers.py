@@ -9,12 +9,13 @@ collator, AdamW, schedule, clipping, and a log line every 10 steps:
     socket-lm        Trainer with its ReFTAdapter
     LoRA             Trainer with PEFT's LoRA of the same rank on all linear layers
 
-Models and rows are those of suite 10 with SmolLM2-135M's shape, in fp32. All trainers see the same
-rows in the same order, two batches an epoch, so that "prefix states" finds the states of all rows
-after the warm-up; "prefix states, first epoch" keeps none and computes them in each step. The steps
-of ReFT are compared with plain PyTorch in fp64 on the model cut to two layers: those of
-reft_kernels through its Trainer, those of the others by their loss. Each trainer has a thread of
-its own, and they take turns; see :mod:`benchmarks.trainer_thread`.
+pyreft and socket-lm are measured with f7+l7 only. Models and rows are those of suite 10 with
+SmolLM2-135M's shape, in fp32. All trainers see the same rows in the same order, two batches an
+epoch, so that "prefix states" finds the states of all rows after the warm-up; "prefix states, first
+epoch" keeps none and computes them in each step. The steps of ReFT are compared with plain PyTorch
+in fp64 on the model cut to two layers: those of reft_kernels through its Trainer, those of the
+others by their loss and gradients alone. Each trainer has a thread of its own, and they take turns;
+see :mod:`benchmarks.trainer_thread`.
 """
 
 from __future__ import annotations
@@ -242,13 +243,13 @@ def _case(
         FROZEN: plain(lambda: _WithVector(models.shallow_copy(model()))),
         "reft_kernels": ours(),
         "LoRA": plain(lambda: _lora(model(), shape)),
-        "pyreft": _provider(
+    }
+    if positions.parse(shape.spec).first:
+        providers["pyreft"] = _provider(
             lambda callbacks: _pyreft(model(), shape, weights(), data, device, callbacks),
             threads,
             lambda: gate()(third_party.pyreft_stepper),
-        ),
-    }
-    if positions.parse(shape.spec).first:
+        )
         providers["socket-lm"] = plain(
             lambda: third_party.socket_model(model(), shape, weights()),
             lambda: padded()(third_party.socket_stepper),

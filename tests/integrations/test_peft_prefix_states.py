@@ -138,7 +138,6 @@ def test_rows_without_labels_or_prompt():
     inputs = batch("llama")
     inputs["labels"][2] = -100  # all of it is prompt
     inputs["labels"][1] = inputs["input_ids"][1]  # nothing of it is
-    inputs["labels"][1, 0] = -100
     inputs["labels"][inputs["attention_mask"] == 0] = -100
     compare(build(), inputs)
 
@@ -431,9 +430,16 @@ def chunked():
     return model
 
 
+def with_router_loss():
+    model = build()
+    model.config.output_router_logits = True
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
+        (with_router_loss, r"output_router_logits adds a loss over all tokens"),
         (lambda: build(positions="f7+l7"), r"edits the first tokens of a prompt in layer 0"),
         (lambda: build(positions="all"), r"edits the first tokens of a prompt in layer 0"),
         (dropout, r"attention_dropout is 0\.1"),

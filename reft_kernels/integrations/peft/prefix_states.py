@@ -406,7 +406,8 @@ def keep_prefix_states(model: nn.Module, *, max_bytes: int) -> PrefixStates:
     Args:
         model: a causal language model of transformers with ReFT adapters of PEFT, or a wrapper of
             it. Nothing but the adapters may be trained in its backbone, and it must have no
-            dropout. Call :meth:`PrefixStates.clear` after other weights were loaded.
+            dropout. It must not be sharded by FSDP or DeepSpeed, whose processes all have to run
+            the same layers. Call :meth:`PrefixStates.clear` after other weights were loaded.
         max_bytes: limit of the size of the kept states. When it is reached, other rows are computed
             in each step.
 

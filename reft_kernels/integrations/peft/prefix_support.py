@@ -50,8 +50,8 @@ def refuse_unfit(model: Any, backbone: nn.Module) -> None:
         backbone: the part of it that runs the blocks.
 
     Raises:
-        ValueError: the backbone lacks an argument, has layers without key-value caches, dropout, or
-            parameters that are trained.
+        ValueError: the backbone lacks an argument, has layers without key-value caches, a loss of
+            its own, several devices, dropout, or parameters that are trained.
     """
     parameters = inspect.signature(backbone.forward).parameters
     missing = [name for name in _ARGUMENTS if name not in parameters]
@@ -65,6 +65,13 @@ def refuse_unfit(model: Any, backbone: nn.Module) -> None:
         raise ValueError(
             f"model: layers of type {min(kinds)!r}; prefix states need full or sliding attention"
         )
+    if getattr(model.config, "output_router_logits", False):
+        raise ValueError(
+            "model: output_router_logits adds a loss over all tokens, which prefix states leave out"
+        )
+    devices = {p.device for p in backbone.parameters()}
+    if len(devices) != 1:
+        raise ValueError(f"model: spread over {len(devices)} devices; prefix states need one")
     trained = trained_besides_edits(backbone)
     if trained is not None:
         raise ValueError(
