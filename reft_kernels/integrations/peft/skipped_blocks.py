@@ -36,11 +36,25 @@ class _Running:
         self.stops = False
 
 
+class _Layout:
+    """What the blocks of a model return.
+
+    Attributes:
+        wraps: whether a block returns a tuple of its hidden state; known once one has run.
+    """
+
+    def __init__(self) -> None:
+        self.wraps = False
+
+
 class _Block:
     """The ``forward`` of one block."""
 
-    def __init__(self, block: nn.Module, number: int, threads: PerThread[_Running]) -> None:
+    def __init__(
+        self, block: nn.Module, number: int, threads: PerThread[_Running], layout: _Layout
+    ) -> None:
         self.block = block
+        self.layout = layout
         self.number = number
         self.threads = threads
         self.replaced = block.__dict__.get("forward")
@@ -48,22 +62,34 @@ class _Block:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.threads.here
         last = self.number == running.first - 1
-        if running.entering is not None and self.number < running.first:
-            return running.entering if last else args[0] if args else kwargs["hidden_states"]
-        if running.stops and self.number >= running.first:
-            return args[0] if args else kwargs["hidden_states"]
+        below = self.number < running.first
+        if (below and running.entering is not None) or (running.stops and not below):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if last:
+                hidden = running.entering
+            return (hidden,) if self.layout.wraps else hidden
         if self.replaced is not None:
             output = self.replaced(*args, **kwargs)
         else:
             output = type(self.block).forward(self.block, *args, **kwargs)
         if last and running.recording is not None:
-            if not isinstance(output, Tensor) or output.dim() != 3:
-                raise ValueError(
-                    f"model: {type(self.block).__name__} returns {type(output).__name__}, expected "
-                    "a hidden state [B, T, d], to keep those below the first edit"
-                )
-            running.recording.hidden = output
+            running.recording.hidden = self._hidden_state(output)
         return output
+
+    def _hidden_state(self, output: Any) -> Tensor:
+        """The hidden state ``[B, T, d]`` that the block returns, alone or as a tuple of one.
+
+        Raises:
+            ValueError: it returns something else.
+        """
+        self.layout.wraps = isinstance(output, tuple) and len(output) == 1
+        hidden = output[0] if self.layout.wraps else output
+        if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+            raise ValueError(
+                f"model: {type(self.block).__name__} returns {type(output).__name__}, expected a "
+                "hidden state [B, T, d], to keep those below the first edit"
+            )
+        return hidden
 
     def __getstate__(self) -> dict:
         raise TypeError(
@@ -120,8 +146,9 @@ class SkippedBlocks:
 
     def install(self) -> None:
         """Replace the ``forward`` of each block."""
+        layout = _Layout()
         for number, block in enumerate(self.blocks):
-            forward = _Block(block, number, self._threads)
+            forward = _Block(block, number, self._threads, layout)
             self._forwards.append(forward)
             block.__dict__["forward"] = forward
 
