@@ -216,8 +216,8 @@ def adapters_stepper(
     return Stepper(loss, trained, lambda: [unit.learned_source.weight.grad for unit in units])
 
 
-def socket_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
-    """Return the training step of socket-lm's ReFTAdapter.
+def socket_model(model: nn.Module, shape: Shape, weights: Weights) -> Any:
+    """Return socket-lm's ReFTAdapter around a copy of ``model``.
 
     socket-lm does not know where a prompt ends: its positions are the first and last tokens of the
     padded rows. The number of edited rows is the same, so its time is comparable; its loss is
@@ -231,7 +231,7 @@ def socket_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
     spec = re.fullmatch(r"f(\d+)\+l(\d+)", shape.spec)
     if not spec:
         raise ProviderUnavailable(f"socket-lm cannot express positions {shape.spec!r}")
-    model = models.shallow_copy(model).train()
+    model = models.shallow_copy(model)
     blocks = list(model.model.layers)
     config = socket.ReFTConfig(
         r=shape.rank,
@@ -243,6 +243,13 @@ def socket_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
     interventions = [adapter.interventions[str(number)] for number in range(len(blocks))]
     for module, layer in zip(interventions, weights, strict=True):
         _load(module.rotate_layer, module.learned_source, layer, columns=False)
+    return adapter
+
+
+def socket_stepper(model: nn.Module, shape: Shape, weights: Weights) -> Stepper:
+    """Return the training step of socket-lm's ReFTAdapter; see :func:`socket_model`."""
+    adapter = socket_model(model, shape, weights).train()
+    interventions = adapter.interventions.values()
     return Stepper(
         lambda batch: adapter(**batch.inputs).loss,
         list(adapter.trainable_parameters()),

@@ -43,10 +43,18 @@ class TrainerThread(TrainerCallback):
     Args:
         make: Returns a context manager that yields a Trainer whose last callback is this object. It
             is entered on the thread, for the first step.
+        releases: Whether the thread releases its OpenMP pool after each step, so that several such
+            threads can take turns. This is worth it for steps of a second.
     """
 
-    def __init__(self, make: Callable[[TrainerThread], AbstractContextManager[Any]]) -> None:
+    def __init__(
+        self,
+        make: Callable[[TrainerThread], AbstractContextManager[Any]],
+        *,
+        releases: bool = False,
+    ) -> None:
         self._make = make
+        self._releases = releases
         self._thread: threading.Thread | None = None
 
     # called from other threads
@@ -130,6 +138,8 @@ class TrainerThread(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Report that the step has ended and wait for the next request."""
+        if self._releases and torch.get_num_threads() > 1:
+            release_threads()
         self._answers.put((None, None))
         self._serve()
         control.should_training_stop = control.should_training_stop or self._stopping

@@ -91,7 +91,7 @@ def batch(shape: Shape, lengths: Lengths, device: str, number: int) -> PaddedBat
     )
 
 
-def _over_padding(found: PaddedBatch) -> PaddedBatch:
+def over_padding(found: PaddedBatch) -> PaddedBatch:
     """Return the batch with the first and last 7 columns of the padded rows as positions."""
     rows, width = found.input_ids.shape
     columns = torch.tensor([*range(7), *range(width - 7, width)])
@@ -150,7 +150,7 @@ def _case(shape: Shape, lengths: Lengths, dimensions: dict[str, object], device:
     half_model = functools.cache(lambda: models.llama(half, device))
     batches = [batch(shape, lengths, device, k) for k in range(SETS)]
     gate = functools.cache(lambda: StepGate(shape, device, batches[0]))
-    padded = functools.cache(lambda: StepGate(shape, device, _over_padding(batches[0])))
+    padded = functools.cache(lambda: StepGate(shape, device, over_padding(batches[0])))
     half_gate = functools.cache(lambda: StepGate(half, device, batches[0]))
     supervised = functools.partial(models.peft_stepper, supervised=True)
     builds: dict[str, tuple[Callable[..., Stepper], Callable[[], StepGate]]] = {

@@ -148,9 +148,8 @@ def trainer(
             "seed": SEED,
             "log_every": 10,
         }
-        arguments = training_arguments(
-            RunConfig(**fixed | settings), Path(folder), tuned, len(data), None
-        )
+        config = RunConfig(**fixed | settings)
+        arguments = training_arguments(config, Path(folder), tuned, len(data), None)
         arguments.report_to = []  # TensorBoard may not be installed
         reft_trainer = ReftTrainer(
             collate=PaddingCollator(0),
@@ -158,6 +157,7 @@ def trainer(
             model=tuned,
             args=arguments,
             train_dataset=data,
+            prefix_bytes=round(config.prefix_cache * 1e9),
             callbacks=[FiniteLoss(), Journal(Path(folder) / LOG), *callbacks],
         )
         try:
@@ -192,16 +192,26 @@ class _FirstStep(TrainerCallback):
             self.loss = torch.tensor(logs["loss"])
 
 
-def gate(shape: Shape, device: str, data: Items, clip: float = NO_CLIPPING) -> AccuracyCheck:
+def gate(
+    shape: Shape, device: str, data: Items, clip: float = NO_CLIPPING, **settings: object
+) -> AccuracyCheck:
     """Compare loss and gradients of W of the program's first step with fp64.
 
     Args:
         shape, device, data: Model, device and training examples.
         clip: Norm at which gradients are clipped. By default they are not.
+        settings: See :func:`trainer`.
     """
     exact, recorder = StepGate(shape, device, first_batch(data, shape, device)), _FirstStep()
     with trainer(
-        exact.model, exact.shape, exact.weights, data, device, [recorder], max_grad_norm=clip
+        exact.model,
+        exact.shape,
+        exact.weights,
+        data,
+        device,
+        [recorder],
+        max_grad_norm=clip,
+        **settings,
     ) as reft_trainer:
         reft_trainer.train()
     return exact.judge([recorder.loss.to(device), *recorder.gradients])

@@ -135,6 +135,7 @@ class Engine(_Settings):
     mixed_precision: Literal["no", "bf16", "fp16"] = _set("no", "autocast in training")
     compile: bool = _set(False, "torch.compile the model")
     gradient_checkpointing: bool = _set(False, "recompute layers in the backward")
+    prefix_cache: float = _set(0.0, "GB of unchanging states kept across steps; 0: none", ge=0)
     fsdp: bool = _set(False, "shard by torch FSDP2, under torchrun or accelerate launch")
     deepspeed: str | None = _set(None, "DeepSpeed configuration, as Trainer takes it")
 
@@ -166,6 +167,10 @@ class RunConfig(Scoring, Bookkeeping, Engine, Optimization, Method, Data, Frozen
         positions, streamed = f"false with positions {self.positions!r}", f"{held:g} with streaming"
         endless, fraction = self.streaming and self.max_steps is None, held >= 1 and held % 1
         blind, unseen = self.select != "none" and not self.holds_out, f"{self.select!r} alone"
+        other = "" if self.method in REFT_METHODS else f"method {self.method}"
+        switches = ("packing", "compile", "fsdp", "deepspeed")
+        cacheless = other or next((name for name in switches if getattr(self, name)), "")
+        uncached = f"{self.prefix_cache:g} with {cacheless}"
         for fails, name, got, expected in (
             (not self.model, "model", "none", "a model's folder or hub name"),
             (not self.task, "task", "none", "a task such as commonsense, boolq or jsonl"),
@@ -175,6 +180,7 @@ class RunConfig(Scoring, Bookkeeping, Engine, Optimization, Method, Data, Frozen
             (fraction, "validation", f"{held:g}", "a part below 1 or a whole number of rows"),
             (blind, "select", unseen, "held-out training rows, such as --validation 0.1"),
             (self.fsdp and self.deepspeed, "fsdp", "true with deepspeed", "one of them"),
+            (self.prefix_cache and cacheless, "prefix_cache", uncached, "0"),
             (self.resume and self.overwrite, "resume", "true with overwrite", "one of them"),
         ):
             if fails:

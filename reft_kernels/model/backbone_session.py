@@ -323,12 +323,7 @@ class BackboneSession:
             return False
         if any(tensor.requires_grad for tensor in _tensors(arguments)):
             return False
-        return not any(
-            p is not None and p.requires_grad
-            for module in self.backbone.modules()
-            if not isinstance(module, Intervention)
-            for p in module._parameters.values()
-        )
+        return trained_besides_edits(self.backbone) is None
 
     def _on_tokens(self, adapter: Adapter) -> bool:
         return any(
@@ -418,6 +413,16 @@ class BackboneSession:
         if not self.adapters and self.forward is not None:
             self.forward.remove()
             self.forward = None
+
+
+def trained_besides_edits(backbone: nn.Module) -> str | None:
+    """Name of a parameter that requires gradients and belongs to no intervention, or None."""
+    for path, module in backbone.named_modules():
+        if not isinstance(module, Intervention):
+            for name, p in module._parameters.items():
+                if p is not None and p.requires_grad:
+                    return f"{path}.{name}".lstrip(".")
+    return None
 
 
 def _returned_cache(output: Any) -> Any:

@@ -47,15 +47,16 @@ class InterceptedForward:
     Args:
         module: the module to intercept.
         observer: the code to run.
+        first: whether it runs before the code of earlier interceptions.
     """
 
-    def __init__(self, module: nn.Module, observer: Observer) -> None:
+    def __init__(self, module: nn.Module, observer: Observer, *, first: bool = False) -> None:
         self.module = module
         self.observer = observer
         self.replaced = module.__dict__.get("forward")
         self.threads = PerThread(_HookedModule)
         self.handles: list[Handle] = [
-            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_pre_hook(self._before, prepend=first, with_kwargs=True),
             module.register_forward_hook(self._after, always_call=True),
         ]
         module.__dict__["forward"] = self

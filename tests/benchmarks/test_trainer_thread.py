@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import trainer_thread
 from benchmarks.trainer_thread import TrainerThread
 
 
@@ -111,3 +112,18 @@ def test_a_step_after_the_end_of_training_raises():
     with pytest.raises(RuntimeError, match="ended after 1 steps"):
         training.trainer_thread.step()
     training.trainer_thread.close()
+
+
+def test_the_pool_is_released_after_each_step_if_asked_for(monkeypatch):
+    released = []
+    monkeypatch.setattr(trainer_thread, "release_threads", lambda: released.append(1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for releases in (False, True):
+        training = _Training()
+        training.trainer_thread = TrainerThread(training._context, releases=releases)
+        for _ in range(3):
+            training.trainer_thread.step()
+        training.trainer_thread.close()
+        # once by the calling thread, which starts the other one
+        assert len(released) == (4 if releases else 1)
+        released.clear()

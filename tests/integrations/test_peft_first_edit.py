@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 
-from reft_kernels.integrations.peft import ReftConfig
+from reft_kernels.integrations.peft import ReftConfig, from_chat_template, keep_supervised_logits
 from tests.integrations.test_peft_checkpointing import checkpointing, close, gradients
+from tests.integrations.test_peft_supervised_logits import trainer
 from tests.model.families import batch, blocks, make, shake
+from tests.tiny_chat import save_chat_model
 
 FAMILIES = pytest.mark.parametrize("family", ["llama", "gpt2"])
 COMPONENTS = pytest.mark.parametrize("component", ["block_output", "mlp_output"])
@@ -138,3 +143,78 @@ def test_what_is_trained_below_keeps_its_gradient(case):
     assert found[1].keys() == found[0].keys()
     for name, grad in found[0].items():
         assert (found[1][name] - grad).abs().max() <= 1e-6 * grad.abs().max()
+
+
+def entering(model) -> list[bool]:
+    """Whether what enters each block's MLP has a graph; grows as the model runs."""
+    seen: list[bool] = []
+    for block in blocks("llama", model):
+        block.mlp.register_forward_pre_hook(
+            lambda module, args: seen.append(args[0].requires_grad and torch.is_grad_enabled())
+        )
+    return seen
+
+
+def test_packed_rows():
+    model = build()
+    seen = entering(model.base_model.model)
+    places = torch.cat([torch.arange(11), torch.arange(13)]).expand(2, -1)
+    ids = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
+    labels = ids.where(places > 6, -100)
+    model(input_ids=ids, position_ids=places, labels=labels, use_cache=False).loss.backward()
+    assert seen == [False, False, False]  # the output of block 2 is edited
+    assert gradients(model)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["all_logits", "supervised_logits"])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointing"])
+def test_trainer(tmp_path, checkpointed, kept):
+    """Trainer turns gradient checkpointing on, which makes the embeddings require gradients."""
+    settings = {"gradient_checkpointing_kwargs": {"use_reentrant": False}} if checkpointed else {}
+    model = build(layers=(1, 2), task_type="CAUSAL_LM")
+    made, _ = trainer(tmp_path, model, gradient_checkpointing=checkpointed, **settings)
+    counts = forwards("llama", model)
+    with keep_supervised_logits(model) if kept else contextlib.nullcontext():
+        made.train()
+    assert counts == ([4, 4, 8] if checkpointed else [4, 4, 4])
+
+
+def test_sft_trainer_of_trl_with_its_gradient_checkpointing(tmp_path):
+    trl = pytest.importorskip("trl", reason="needs the package trl")
+    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
+    folder = str(save_chat_model(tmp_path / "base"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    row = {
+        "prompt": [{"role": "user", "content": "Name a fruit"}],
+        "completion": [{"role": "assistant", "content": "An apple"}],
+    }
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=2,
+        report_to="none",
+        save_strategy="no",
+        bf16=False,
+        use_cpu=True,
+    )
+    made = trl.SFTTrainer(
+        folder,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list([row] * 4),
+        processing_class=tokenizer,
+        peft_config=ReftConfig(
+            rank=2,
+            layers=[1],
+            task_type="CAUSAL_LM",
+            response_template=from_chat_template(tokenizer),
+        ),
+    )
+    count = [0, 0]
+    for number, block in enumerate(made.model.base_model.model.model.layers):
+
+        def add(module, args, number=number):
+            count[number] += 1
+
+        block.mlp.register_forward_pre_hook(add)
+    made.train()
+    assert made.model.base_model.model.model.gradient_checkpointing
+    assert count == [2, 2]  # once a step: the output of block 1 is edited

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -143,6 +144,7 @@ def _train(
         head_lr=config.head_lr,
         score=score if config.select == "metric" and not classifies else None,
         keep=config.keep,
+        prefix_bytes=round(config.prefix_cache * 1e9),
         model=model,
         args=arguments,
         train_dataset=examples,
@@ -169,6 +171,8 @@ def _train(
     error, state = orthonormality(trainer.model), trainer.state
     interrupted = interrupt.requested and state.global_step < state.max_steps
     trainer.close()
+    if trainer.prefix is not None and arguments.should_save:
+        print(trainer.prefix.statistics, file=sys.stderr)
     trainer.publish_adapter(output)
     tests = {} if interrupted else _score_tests(trainer, config, loaded, task, rows.tests)
     outcome = Outcome(

@@ -22,10 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
-from reft_kernels.integrations.peft import keep_supervised_logits, share_build
+from reft_kernels.integrations.peft import keep_prefix_states, keep_supervised_logits, share_build
 from reft_kernels.interventions import Intervention
 from reft_kernels.parametrization import orthonormality_error
-from reft_train.errors import one_line, wrong
+from reft_train.errors import UserError, one_line, wrong
 from reft_train.evaluation.generating import run_batches
 from reft_train.files import replace_folder, write_text
 from reft_train.methods import save_adapter
@@ -55,6 +55,8 @@ class ReftTrainer(transformers.Trainer):
         head_lr: learning rate of parameters under ``heads``. None: the same as the others.
         score: called with the model at each evaluation; its metrics join the held-out loss.
         keep: number of checkpoints to keep, in addition to the best one.
+        prefix_bytes: limit of the states that :func:`~reft_kernels.integrations.peft.\
+keep_prefix_states` keeps; 0: none are kept.
         callbacks: additional callbacks.
         kwargs: passed to :class:`transformers.Trainer`.
     """
@@ -69,6 +71,7 @@ class ReftTrainer(transformers.Trainer):
         head_lr: float | None = None,
         score: Callable[[nn.Module], dict[str, float]] | None = None,
         keep: int = 2,
+        prefix_bytes: int = 0,
         callbacks: Sequence[transformers.TrainerCallback] = (),
         **kwargs: Any,
     ) -> None:
@@ -94,8 +97,17 @@ class ReftTrainer(transformers.Trainer):
         if not self.args.torch_compile:  # compiled calls compute all logits
             with contextlib.suppress(ValueError):  # so do models that do not support it
                 self._kept = keep_supervised_logits(self.model)
+        self.prefix = None
+        if prefix_bytes:
+            try:
+                self.prefix = keep_prefix_states(self.model, max_bytes=prefix_bytes)
+            except ValueError as error:
+                self.close()
+                raise UserError(f"prefix_cache: {one_line(error)}") from error
 
     def close(self) -> None:
+        if self.prefix is not None:
+            self.prefix.close()
         if self._kept is not None:
             self._kept.close()
             self._kept = None
@@ -178,6 +190,9 @@ class ReftTrainer(transformers.Trainer):
             error = orthonormality(self.model)
             if error is not None:
                 logs["orthonormality"] = error
+            if self.prefix is not None:
+                logs["prefix_hit_rate"] = round(self.prefix.statistics.hit_rate, 4)
+                logs["prefix_bytes"] = self.prefix.statistics.bytes
         super().log(logs, *args)
 
     def evaluation_loop(

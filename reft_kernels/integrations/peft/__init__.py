@@ -7,6 +7,7 @@ from reft_kernels.integrations.peft import atomic, combining
 from reft_kernels.integrations.peft.config import ReftConfig
 from reft_kernels.integrations.peft.layer import ReftLayer
 from reft_kernels.integrations.peft.logits import keep_supervised_logits
+from reft_kernels.integrations.peft.prefix_states import keep_prefix_states
 from reft_kernels.integrations.peft.register import register
 from reft_kernels.integrations.peft.sharing import share_build
 from reft_kernels.integrations.peft.tuner import ReftTuner
@@ -21,6 +22,7 @@ __all__ = [
     "ReftLayer",
     "ReftTuner",
     "from_chat_template",
+    "keep_prefix_states",
     "keep_supervised_logits",
     "share_build",
 ]
