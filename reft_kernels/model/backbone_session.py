@@ -11,11 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels.interventions import Intervention
+from reft_kernels.interventions.banks import LayerWeights
 from reft_kernels.model.accumulation import SharedBuild
 from reft_kernels.model.caches import CachedEdit, cache_of, edited_columns, record_edits
 from reft_kernels.model.components import Component, Target
 from reft_kernels.model.forward_context import Edit, ForwardContext
 from reft_kernels.model.interception import InterceptedForward
+from reft_kernels.model.member_groups import (
+    KeptGroups,
+    WeightsOf,
+    check_members,
+    group_members,
+    member_edits,
+)
+from reft_kernels.model.members import Members, unsupported_batch
 from reft_kernels.model.model_call import ModelCall, argument_names, take_call
 from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.prompt_checks import Mode, PromptChecks
@@ -47,11 +56,6 @@ class ModelEditor(Protocol):
 
     def active_in(self, session: BackboneSession) -> list[Adapter]:
         """The active adapters of a session, in the order in which they edit."""
-
-    def restrict_to_members(
-        self, name: str, selection: Selection | DeferredSelection | None, window: Window | None
-    ) -> Selection | DeferredSelection | None:
-        """Restrict a selection to the examples that use adapter ``name``."""
 
 
 _STALE_CACHE = (
@@ -128,6 +132,7 @@ class BackboneSession:
         self.adapters: dict[str, Adapter] = {}
         self.frame_mask: Any = None  # (frames, audio mask) -> bool [B, frames]
         self.drops_layers = False  # some forwards skip layers
+        self.groups = KeptGroups()  # of adapters that share a batch
         self.threads = PerThread(SessionState)
         # contexts of forwards whose graph is alive
         self.live: weakref.WeakSet[ForwardContext] = weakref.WeakSet()
@@ -137,10 +142,12 @@ class BackboneSession:
 
     def __getstate__(self) -> dict:
         # a context holds an autograd graph, which cannot be copied or pickled
-        return {**self.__dict__, "threads": None, "live": None, "last": None, "_recomputed": {}}
+        dropped = {"threads": None, "live": None, "last": None, "_recomputed": {}, "groups": None}
+        return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, threads=PerThread(SessionState), live=weakref.WeakSet())
+        self.groups = KeptGroups()
 
     @property
     def state(self) -> SessionState:
@@ -269,6 +276,11 @@ class BackboneSession:
         context = ForwardContext(edits, torch.is_grad_enabled(), shared is not None)
         cache = context.cache = None if window is None else cache_of(arguments)
         continued = self._starts_from_cache(window, cache)
+        members = editor.state.members
+        if members is not None:
+            self._check_members(members, adapters, window)
+        checked: dict[tuple[PositionRule, Mode], list[str]] = {}
+        weights_of = _build if shared is None else shared.weights
         for adapter in adapters:
             deferred = DeferredSelection(adapter.rule, call, self.frame_mask)
             selection: Selection | DeferredSelection | None = deferred
@@ -281,16 +293,16 @@ class BackboneSession:
                     selections[adapter.rule] = select(window, adapter.rule)
                 selection = token_selection = selections[adapter.rule]
                 if self._on_tokens(adapter):
-                    editor.checks.check(
-                        window,
-                        adapter.rule,
-                        token_selection,
-                        Mode(training, editor.token_labels and self.generates),
-                    )
+                    mode = Mode(training, editor.token_labels and self.generates)
+                    if members is None:
+                        editor.checks.check(window, adapter.rule, token_selection, mode)
+                    else:
+                        checked.setdefault((adapter.rule, mode), []).append(adapter.name)
                     if continued:
                         self._compare_cache(adapter, window, cache)
                     self._record(context, adapter, window, token_selection)
-            selection = editor.restrict_to_members(adapter.name, selection, window)
+            if members is not None:
+                continue
             for width, stack in adapter.stacks.items():
                 places = [
                     (index, site, self.targets[site].stream)
@@ -300,8 +312,7 @@ class BackboneSession:
                     places = [place for place in places if place[2] == "own"]
                 if not places:
                     continue
-                # call the module instead of build(), so that FSDP gathers the parameters
-                weights = stack() if shared is None else shared.weights(stack)
+                weights = weights_of(stack)
                 device = next(stack.parameters()).device
                 for index, site, stream in places:
                     if stream == "own" or selection is None:
@@ -309,9 +320,50 @@ class BackboneSession:
                     else:
                         edit = Edit(stack, index, weights[index], selection, tokens, device)
                     edits.setdefault(site, []).append(edit)
+        if members is not None and window is not None:
+            for (rule, mode), names in checked.items():
+                check_members(editor.checks, members, names, rule, window, mode)
+            edits.update(self._member_edits(members, window, selections, weights_of))
         if context.training and getattr(editor.model, "_require_grads_hook", None) is not None:
             context.untrained_below = lambda: self._untrained_below(arguments)
         return context if edits else None
+
+    def _member_edits(
+        self,
+        members: Members,
+        window: Window,
+        selections: Mapping[PositionRule, Selection | None],
+        weights_of: WeightsOf,
+    ) -> dict[int, list[Edit]]:
+        """The edits of a batch with the adapter of each example."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            built: dict[Intervention, LayerWeights] = {}
+
+            def built_once(stack: Intervention) -> LayerWeights:
+                if stack not in built:
+                    built[stack] = weights_of(stack)
+                return built[stack]
+
+            groups = group_members(self.adapters, members.named(), built_once)
+            return member_edits(groups, built_once, members, window, selections)
+        groups, kept = self.groups.groups(self.adapters, members)
+        return member_edits(groups, kept, members, window, selections)
+
+    def _check_members(
+        self, members: Members, adapters: Sequence[Adapter], window: Window | None
+    ) -> None:
+        """Raise unless each row of each edited module belongs to a known example."""
+        if window is None:
+            raise unsupported_batch()
+        members.numbers(window)  # raises for a packed batch, and for another number of names
+        for adapter in adapters:
+            for _, site in (place for places in adapter.places.values() for place in places):
+                if self.targets[site].stream == "own":
+                    raise ValueError(
+                        f"adapter_names: adapter {adapter.name!r} edits {self.targets[site].path}, "
+                        "whose rows are not tokens, expected adapters that edit tokens; use "
+                        "set_adapter"
+                    )
 
     def _untrained_below(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the embeddings of a call require gradients for gradient checkpointing only.
@@ -352,16 +404,21 @@ class BackboneSession:
         window.generation.is_first = False
         return cache is not None and isinstance(window.offset, int) and window.offset > 0
 
-    @staticmethod
     def _record(
-        context: ForwardContext, adapter: Adapter, window: Window, selection: Selection | None
+        self, context: ForwardContext, adapter: Adapter, window: Window, selection: Selection | None
     ) -> None:
         """Record the columns that this forward edits and adds to the cache."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and context.cache is None):
             return
         if selection is not None and window.packed is None and isinstance(window.offset, int):
+            members = self.editor.state.members
             edit = CachedEdit(
-                adapter.name, window.offset, window.batch, window.width, selection.rows
+                adapter.name,
+                window.offset,
+                window.batch,
+                window.width,
+                selection.rows,
+                None if members is None else members.mask(adapter.name, window),
             )
             context.records.append(edit)
 
@@ -389,7 +446,9 @@ class BackboneSession:
         )
         selection = select(cached, adapter.rule)
         rows = None if selection is None else selection.rows
-        expected = CachedEdit(adapter.name, 0, window.batch, past, rows).columns(past)
+        members = self.editor.state.members
+        mask = None if members is None else members.mask(adapter.name, window)
+        expected = CachedEdit(adapter.name, 0, window.batch, past, rows, mask).columns(past)
         expected = expected.to(window.device)
         if window.whole is not None:
             expected = expected & window.whole[:, :past]
@@ -418,6 +477,11 @@ class BackboneSession:
         if not self.adapters and self.forward is not None:
             self.forward.remove()
             self.forward = None
+
+
+def _build(stack: Intervention) -> LayerWeights:
+    # call the module instead of build(), so that FSDP gathers the parameters
+    return stack()
 
 
 def _returned_cache(output: Any) -> Any:

@@ -15,14 +15,13 @@ The state of a running call is kept per thread, with a stack for nested calls; s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reft_kernels import ownership
-from reft_kernels.checks import mark_rows
 from reft_kernels.interventions import Intervention
 from reft_kernels.model.accumulation import SharedBuild
 from reft_kernels.model.backbone_session import Adapter, BackboneSession, Handle
@@ -30,14 +29,12 @@ from reft_kernels.model.components import Component, Target
 from reft_kernels.model.generate_wrappers import Generate, Prepare
 from reft_kernels.model.interception import InterceptedForward
 from reft_kernels.model.layer_hooks import InputHook, OutputHook
+from reft_kernels.model.members import BASE, Members
 from reft_kernels.model.model_call import argument_names, take_call
 from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.prompt_checks import PromptChecks
-from reft_kernels.model.selection import DeferredSelection, PositionRule, Selection
+from reft_kernels.model.selection import PositionRule
 from reft_kernels.model.thread_state import EditorState
-from reft_kernels.model.window import Window
-
-BASE = "__base__"
 
 
 class Editor:
@@ -56,6 +53,7 @@ class Editor:
         self.threads = PerThread(EditorState)
         self.checks = PromptChecks()
         self.shared: SharedBuild | None = None  # one build for the forwards of an optimizer step
+        self._named: dict[str, None] = {}  # adapters that calls have named, in order
         self._sessions: dict[str, BackboneSession] = {}
         self._forward: InterceptedForward | None = None
         self._handles: list[Handle] = []
@@ -115,8 +113,20 @@ class Editor:
         if not self.enabled:
             return []
         members = self.state.members
-        names = self.active if members is None else dict.fromkeys(members)
+        names = self.active if members is None else members.named()
         return [session.adapters[name] for name in names if name in session.adapters]
+
+    def members_of(self, names: Sequence[str], device: torch.device) -> Members:
+        """The adapter of each example of a call, :data:`~reft_kernels.model.members.BASE` for none.
+
+        Args:
+            names: names of adapters, one for each example.
+            device: device of the model.
+        """
+        new = [name for name in names if name != BASE and name not in self._named]
+        if new:  # replaced as a whole, for other threads
+            self._named = {**self._named, **dict.fromkeys(new)}
+        return Members(names, tuple(self._named), device)
 
     def add(
         self,
@@ -149,6 +159,7 @@ class Editor:
     def remove(self, name: str) -> None:
         """Remove an adapter and the hooks that no other adapter needs."""
         self.active = tuple(n for n in self.active if n != name)
+        self._named = {n: None for n in self._named if n != name}
         for path, session in list(self._sessions.items()):
             session.adapters.pop(name, None)
             session.prune()
@@ -225,37 +236,6 @@ class Editor:
                 )
             session.handles[site] = handle
         return session.sites[key]
-
-    def restrict_to_members(
-        self, name: str, selection: Selection | DeferredSelection | None, window: Window | None
-    ) -> Selection | DeferredSelection | None:
-        """Restrict a selection to the examples that use adapter ``name``.
-
-        The adapter of each example is the argument ``adapter_names`` of the running call; without
-        it, the selection is returned unchanged.
-
-        Raises:
-            ValueError: the batch is packed or has no tokens, or its size does not fit the names.
-        """
-        members = self.state.members
-        if members is None or selection is None:
-            return selection
-        if window is None or isinstance(selection, DeferredSelection) or window.packed is not None:
-            raise ValueError(
-                "adapter_names: expected a padded batch of tokens, one name for each example"
-            )
-        batch = window.batch
-        if not members or batch % len(members):
-            raise ValueError(f"adapter_names: got {len(members)} names for a batch of {batch}")
-        uses_adapter = torch.tensor(
-            [m == name for m in members for _ in range(batch // len(members))], device=window.device
-        )
-        if selection.rows is None:
-            rows = torch.arange(batch * window.width, device=window.device, dtype=torch.int32)
-        else:
-            rows = selection.rows
-        rows = torch.where(uses_adapter.unsqueeze(1), rows.view(batch, -1), -1).flatten()
-        return Selection(mark_rows(rows, batch * window.width), selection.weight_ids)
 
 
 def _may_skip_layers(config: Any) -> bool:

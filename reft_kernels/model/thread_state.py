@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from reft_kernels.model.forward_context import ForwardContext
 from reft_kernels.model.generation import Generation
+from reft_kernels.model.members import Members
 from reft_kernels.model.model_call import ModelCall
 
 
@@ -34,14 +35,14 @@ class EditorState:
         call: arguments of the running call.
         outer: (call, generation) of the surrounding calls.
         generation: the running ``generate``.
-        members: name of the adapter of each example, from the argument ``adapter_names``.
+        members: the adapter of each example, from the argument ``adapter_names``.
     """
 
     def __init__(self) -> None:
         self.call: ModelCall | None = None
         self.outer: list[tuple[ModelCall | None, Generation | None]] = []
         self.generation: Generation | None = None
-        self.members: tuple[str, ...] | None = None
+        self.members: Members | None = None
 
 
 class SessionState:
