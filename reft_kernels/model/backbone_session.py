@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from reft_kernels.interventions import Intervention
 from reft_kernels.interventions.banks import LayerWeights
 from reft_kernels.model.accumulation import SharedBuild
-from reft_kernels.model.caches import CachedEdit, cache_of, edited_columns, record_edits
+from reft_kernels.model.caches import CachedEdit, cache_of, edited_columns, is_paged, record_edits
 from reft_kernels.model.components import Component, Target
 from reft_kernels.model.forward_context import Edit, ForwardContext
+from reft_kernels.model.generate_wrappers import NO_CONTINUOUS_BATCHING
 from reft_kernels.model.interception import InterceptedForward
 from reft_kernels.model.member_groups import (
     KeptGroups,
@@ -36,7 +37,7 @@ from reft_kernels.model.selection import (
     TokenShape,
     select,
 )
-from reft_kernels.model.thread_state import EditorState, Frame, SessionState
+from reft_kernels.model.thread_state import NOT_QUIET, EditorState, Frame, SessionState
 from reft_kernels.model.window import Window
 
 Handle = torch.utils.hooks.RemovableHandle
@@ -47,6 +48,7 @@ class ModelEditor(Protocol):
 
     model: nn.Module
     token_labels: bool
+    threads: PerThread[EditorState]
 
     @property
     def state(self) -> EditorState: ...
@@ -74,6 +76,7 @@ class Adapter:
         rule: the positions that it edits.
         stacks: the stacked intervention of each width.
         places: for each width, (index in the stack, site) of every layer in this process.
+        prompts_only: whether only tokens of prompts are edited.
     """
 
     def __init__(self, name: str, rule: PositionRule, stacks: Mapping[int, Intervention]) -> None:
@@ -81,6 +84,7 @@ class Adapter:
         self.rule = rule
         self.stacks = dict(stacks)
         self.places: dict[int, list[tuple[int, int]]] = {width: [] for width in stacks}
+        self.prompts_only = rule.spec.kind != "all"
 
     def trains(self) -> bool:
         """Whether any parameter requires gradients."""
@@ -142,7 +146,13 @@ class BackboneSession:
 
     def __getstate__(self) -> dict:
         # a context holds an autograd graph, which cannot be copied or pickled
-        dropped = {"threads": None, "live": None, "last": None, "_recomputed": {}, "groups": None}
+        dropped: dict[str, Any] = {
+            "threads": None,
+            "live": None,
+            "last": None,
+            "_recomputed": {},
+            "groups": None,
+        }
         return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict) -> None:
@@ -159,9 +169,10 @@ class BackboneSession:
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Create the context of a forward, before the backbone runs."""
         # before anything can raise, because leave() always follows
-        frame = self.state.frame = Frame(self.state.frame)
-        self.last = None
         editor = self.editor
+        frame = self.state.frame = Frame(self.state.frame, editor.state.quiet)
+        editor.state.quiet = NOT_QUIET
+        self.last = None
         generation, call = editor.state.generation, editor.state.call
         if call is None:  # the backbone was called directly, not through the model
             call = take_call(self.names, args, kwargs)
@@ -175,6 +186,8 @@ class BackboneSession:
         adapters = editor.active_in(self)
         if adapters:
             arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            if is_paged(arguments):
+                raise ValueError(f"cache: {NO_CONTINUOUS_BATCHING}")
             window = compute_prompt_window(
                 arguments,
                 call,
@@ -195,6 +208,7 @@ class BackboneSession:
         if frame is None:
             return
         self.state.frame, context = frame.outer, frame.context
+        self.editor.state.quiet = frame.quiet
         if output is None or torch.compiler.is_compiling():
             return
         if context is not None and context.records:

@@ -79,9 +79,8 @@ def group_members(
         weights_of: returns the weights of all layers of a stack.
     """
     by_site: dict[int, dict[tuple, list[tuple[str, int, int]]]] = {}
-    for name in names:
-        adapter = adapters.get(name)
-        for width, stack in () if adapter is None else adapter.stacks.items():
+    for name, adapter in [(name, adapters[name]) for name in names if name in adapters]:
+        for width, stack in adapter.stacks.items():
             formula = formula_of(stack, weights_of(stack)[0])
             for index, site in adapter.places[width]:
                 formulas = by_site.setdefault(site, {})
