@@ -237,7 +237,7 @@ def test_each_adapter_is_trained_on_its_own_examples(configs, mode):
 
 
 def test_dropout_is_drawn_with_the_probability_of_each_adapter(monkeypatch):
-    model = build({"none": reft(), "half": reft(dropout=0.5), "most": reft(rank=7, dropout=0.75)})
+    model = build({"p0": reft(), "p50": reft(dropout=0.5), "p75": reft(rank=7, dropout=0.75)})
     masks = []
     apply = banks.apply_edit
     monkeypatch.setattr(
@@ -245,7 +245,7 @@ def test_dropout_is_drawn_with_the_probability_of_each_adapter(monkeypatch):
         "apply_edit",
         lambda h, w, chosen, *rest: masks.append(chosen) or apply(h, w, chosen, *rest),
     )
-    names = ["none", "half", "most"]
+    names = ["p0", "p50", "p75"]
     inputs = inputs_for(names, labels=True)
     model.train()(**inputs, adapter_names=names).logits.sum().backward()
     assert len(masks) == LAYERS
