@@ -11,7 +11,7 @@ from reft_kernels.interventions import STACKED
 from reft_kernels.interventions.banks import Bank, formula_of
 
 pytestmark = pytest.mark.engine
-D, LAYERS, ROWS = 12, 2, 9
+D, ROWS = 12, 9
 GROUPS = {
     "linear": [("loreft", 3, {}), ("nodireft", 6, {}), ("direft", 2, {"num_sets": 2})],
     "subtracting": [("loreft", 5, {"activation": "gelu"}), ("noreft", 2, {"activation": "gelu"})],
@@ -20,11 +20,11 @@ GROUPS = {
 }
 
 
-def stacks_of(group: str) -> list:
+def stacks_of(group: str, layers: int = 1) -> list:
     stacks = []
     for name, rank, options in GROUPS[group]:
         init = {} if name == "red" else {"init": "orthogonal"}
-        stack = STACKED[name](LAYERS, D, rank, **options, **init)
+        stack = STACKED[name](layers, D, rank, **options, **init)
         with torch.no_grad():
             for parameter in stack.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
@@ -39,23 +39,21 @@ def chosen_rows(bank: Bank) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def together(stacks, hidden):
-    bank = Bank(stacks, [range(LAYERS)] * len(stacks))
+    bank = Bank(stacks, [(0,)] * len(stacks))
     rows, ids = (t.to(hidden.device) for t in chosen_rows(bank))
-    for weights in bank():
-        hidden = bank.edit(hidden, weights, rows=rows, weight_ids=ids)
-    return hidden
+    (weights,) = bank()
+    return bank.edit(hidden, weights, rows=rows, weight_ids=ids)
 
 
 def one_by_one(stacks, hidden):
     """Each adapter's own edit of its own rows."""
-    bank = Bank(stacks, [range(LAYERS)] * len(stacks))
+    bank = Bank(stacks, [(0,)] * len(stacks))
     rows, ids = (t.to(hidden.device) for t in chosen_rows(bank))
     built = [stack() for stack in stacks]
-    for layer in range(LAYERS):
-        for stack, weights, first in zip(stacks, built, bank.first_sets, strict=True):
-            mine = (ids >= first) & (ids < first + (stack.num_sets or 1))
-            own = None if stack.num_sets is None else ids[mine] - first
-            hidden = stack.edit(hidden, weights[layer], rows=rows[mine], weight_ids=own)
+    for stack, (weights,), first in zip(stacks, built, bank.first_sets, strict=True):
+        mine = (ids >= first) & (ids < first + (stack.num_sets or 1))
+        own = None if stack.num_sets is None else ids[mine] - first
+        hidden = stack.edit(hidden, weights, rows=rows[mine], weight_ids=own)
     return hidden
 
 
@@ -88,7 +86,7 @@ def test_a_bank_edits_as_its_adapters_do(group, backend, device):
 
 
 def test_built_weights_and_formulas():
-    linear, gelu = stacks_of("linear"), stacks_of("subtracting")
+    linear, gelu = stacks_of("linear", layers=2), stacks_of("subtracting")
     with torch.no_grad():
         weights = Bank(linear, [(1, 0), (0, 1), (1, 1)])()
     assert all(type(w) is BuiltWeights and w.rounded is not None for w in weights)

@@ -62,7 +62,7 @@ class MemberGroup:
             members = self.members
             bank = Bank([m.stack for m in members], [m.indices for m in members])
             # not inference tensors, because a later backward pass may save the weights
-            inference = torch.is_inference_mode_enabled()
+            inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
             with torch.inference_mode(False) if inference else contextlib.nullcontext():
                 self._bank = bank, bank.build(weights_of)
         return self._bank

@@ -40,9 +40,13 @@ KINDS = {
 }
 
 
-def build(configs=LINEAR, family="llama"):
-    names = list(configs)
-    model = get_peft_model(make(family), configs[names[0]], adapter_name=names[0])
+def build(configs=LINEAR, family="llama", layers=None):
+    """A model with adapters; with ``layers``, a Llama of so many."""
+    names, base = list(configs), make(family)
+    if layers is not None:
+        base.model.layers = base.model.layers[:layers]
+        base.config.num_hidden_layers = layers
+    model = get_peft_model(base, configs[names[0]], adapter_name=names[0])
     for name in names[1:]:
         model.add_adapter(name, configs[name])
     for seed, name in enumerate(names):
