@@ -197,8 +197,14 @@ def summed_loss(logits, labels):
     )
 
 
-@pytest.mark.parametrize("mode", ["plain", "checkpointing", "shared"])
-@pytest.mark.parametrize("configs", [LINEAR, KINDS], ids=["linear", "kinds"])
+@pytest.mark.parametrize(
+    ("configs", "mode"),
+    [
+        *((LINEAR, mode) for mode in ("plain", "checkpointing", "reentrant", "shared")),
+        (KINDS, "plain"),
+    ],
+    ids=["plain", "checkpointing", "reentrant", "shared", "kinds"],
+)
 def test_each_adapter_is_trained_on_its_own_examples(configs, mode):
     backend = "cpu" if NATIVE else "torch"
     model, order = build(configs), list(configs)
@@ -210,8 +216,9 @@ def test_each_adapter_is_trained_on_its_own_examples(configs, mode):
         if f".{frozen}." in name:
             parameter.requires_grad_(False)
     model.train()
-    if mode == "checkpointing":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if mode in ("checkpointing", "reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": mode == "reentrant"})
+        model.enable_input_require_grads()
 
     def step(subject, part, call):
         subject.zero_grad()
