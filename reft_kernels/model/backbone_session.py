@@ -494,8 +494,7 @@ class BackboneSession:
 
 
 def _build(stack: Intervention) -> LayerWeights:
-    # call the module instead of build(), so that FSDP gathers the parameters
-    return stack()
+    return stack()  # not build(), so that FSDP gathers the parameters
 
 
 def _returned_cache(output: Any) -> Any:
