@@ -110,6 +110,7 @@ PICKED: dict[str, Callable[[Sequence[Case]], list[Case]]] = {
     "packing": list,
     "peft_methods": list,
     "peft_trainers": list,
+    "many_adapters": list,
 }
 
 

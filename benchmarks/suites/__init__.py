@@ -27,6 +27,7 @@ NAMES = (
     "packing",
     "peft_methods",
     "peft_trainers",
+    "many_adapters",
 )
 
 

@@ -5,7 +5,8 @@ Depends on torch only; the integrations with other libraries build on it.
 
 from reft_kernels.model.accumulation import SharedBuild
 from reft_kernels.model.components import ROLES, Component, Target, find_blocks, resolve
-from reft_kernels.model.editor import BASE, Editor
+from reft_kernels.model.editor import Editor
+from reft_kernels.model.members import BASE
 from reft_kernels.model.model_call import EXPLICIT
 from reft_kernels.model.supervised_logits import SupervisedLogits
 

@@ -11,11 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from reft_kernels.interventions import Intervention
+from reft_kernels.interventions.banks import LayerWeights
 from reft_kernels.model.accumulation import SharedBuild
-from reft_kernels.model.caches import CachedEdit, cache_of, edited_columns, record_edits
+from reft_kernels.model.caches import CachedEdit, cache_of, edited_columns, is_paged, record_edits
 from reft_kernels.model.components import Component, Target
 from reft_kernels.model.forward_context import Edit, ForwardContext
+from reft_kernels.model.generate_wrappers import NO_CONTINUOUS_BATCHING
 from reft_kernels.model.interception import InterceptedForward
+from reft_kernels.model.member_groups import (
+    KeptGroups,
+    WeightsOf,
+    check_members,
+    group_members,
+    member_edits,
+)
+from reft_kernels.model.members import Members, unsupported_batch
 from reft_kernels.model.model_call import ModelCall, argument_names, take_call
 from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.prompt_checks import Mode, PromptChecks
@@ -27,7 +37,7 @@ from reft_kernels.model.selection import (
     TokenShape,
     select,
 )
-from reft_kernels.model.thread_state import EditorState, Frame, SessionState
+from reft_kernels.model.thread_state import NOT_QUIET, EditorState, Frame, SessionState
 from reft_kernels.model.window import Window
 
 Handle = torch.utils.hooks.RemovableHandle
@@ -38,6 +48,7 @@ class ModelEditor(Protocol):
 
     model: nn.Module
     token_labels: bool
+    threads: PerThread[EditorState]
 
     @property
     def state(self) -> EditorState: ...
@@ -47,11 +58,6 @@ class ModelEditor(Protocol):
 
     def active_in(self, session: BackboneSession) -> list[Adapter]:
         """The active adapters of a session, in the order in which they edit."""
-
-    def restrict_to_members(
-        self, name: str, selection: Selection | DeferredSelection | None, window: Window | None
-    ) -> Selection | DeferredSelection | None:
-        """Restrict a selection to the examples that use adapter ``name``."""
 
 
 _STALE_CACHE = (
@@ -70,6 +76,7 @@ class Adapter:
         rule: the positions that it edits.
         stacks: the stacked intervention of each width.
         places: for each width, (index in the stack, site) of every layer in this process.
+        prompts_only: whether only tokens of prompts are edited.
     """
 
     def __init__(self, name: str, rule: PositionRule, stacks: Mapping[int, Intervention]) -> None:
@@ -77,6 +84,7 @@ class Adapter:
         self.rule = rule
         self.stacks = dict(stacks)
         self.places: dict[int, list[tuple[int, int]]] = {width: [] for width in stacks}
+        self.prompts_only = rule.spec.kind != "all"
 
     def trains(self) -> bool:
         """Whether any parameter requires gradients."""
@@ -128,6 +136,7 @@ class BackboneSession:
         self.adapters: dict[str, Adapter] = {}
         self.frame_mask: Any = None  # (frames, audio mask) -> bool [B, frames]
         self.drops_layers = False  # some forwards skip layers
+        self.groups = KeptGroups()  # of adapters that share a batch
         self.threads = PerThread(SessionState)
         # contexts of forwards whose graph is alive
         self.live: weakref.WeakSet[ForwardContext] = weakref.WeakSet()
@@ -137,10 +146,18 @@ class BackboneSession:
 
     def __getstate__(self) -> dict:
         # a context holds an autograd graph, which cannot be copied or pickled
-        return {**self.__dict__, "threads": None, "live": None, "last": None, "_recomputed": {}}
+        dropped: dict[str, Any] = {
+            "threads": None,
+            "live": None,
+            "last": None,
+            "_recomputed": {},
+            "groups": None,
+        }
+        return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, threads=PerThread(SessionState), live=weakref.WeakSet())
+        self.groups = KeptGroups()
 
     @property
     def state(self) -> SessionState:
@@ -152,9 +169,10 @@ class BackboneSession:
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Create the context of a forward, before the backbone runs."""
         # before anything can raise, because leave() always follows
-        frame = self.state.frame = Frame(self.state.frame)
-        self.last = None
         editor = self.editor
+        frame = self.state.frame = Frame(self.state.frame, editor.state.quiet)
+        editor.state.quiet = NOT_QUIET
+        self.last = None
         generation, call = editor.state.generation, editor.state.call
         if call is None:  # the backbone was called directly, not through the model
             call = take_call(self.names, args, kwargs)
@@ -168,6 +186,8 @@ class BackboneSession:
         adapters = editor.active_in(self)
         if adapters:
             arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            if is_paged(arguments):
+                raise ValueError(f"cache: {NO_CONTINUOUS_BATCHING}")
             window = compute_prompt_window(
                 arguments,
                 call,
@@ -188,6 +208,7 @@ class BackboneSession:
         if frame is None:
             return
         self.state.frame, context = frame.outer, frame.context
+        self.editor.state.quiet = frame.quiet
         if output is None or torch.compiler.is_compiling():
             return
         if context is not None and context.records:
@@ -269,6 +290,11 @@ class BackboneSession:
         context = ForwardContext(edits, torch.is_grad_enabled(), shared is not None)
         cache = context.cache = None if window is None else cache_of(arguments)
         continued = self._starts_from_cache(window, cache)
+        members = editor.state.members
+        if members is not None:
+            self._check_members(members, adapters, window)
+        checked: dict[tuple[PositionRule, Mode], list[str]] = {}
+        weights_of = _build if shared is None else shared.weights
         for adapter in adapters:
             deferred = DeferredSelection(adapter.rule, call, self.frame_mask)
             selection: Selection | DeferredSelection | None = deferred
@@ -281,16 +307,16 @@ class BackboneSession:
                     selections[adapter.rule] = select(window, adapter.rule)
                 selection = token_selection = selections[adapter.rule]
                 if self._on_tokens(adapter):
-                    editor.checks.check(
-                        window,
-                        adapter.rule,
-                        token_selection,
-                        Mode(training, editor.token_labels and self.generates),
-                    )
+                    mode = Mode(training, editor.token_labels and self.generates)
+                    if members is None:
+                        editor.checks.check(window, adapter.rule, token_selection, mode)
+                    else:
+                        checked.setdefault((adapter.rule, mode), []).append(adapter.name)
                     if continued:
                         self._compare_cache(adapter, window, cache)
                     self._record(context, adapter, window, token_selection)
-            selection = editor.restrict_to_members(adapter.name, selection, window)
+            if members is not None:
+                continue
             for width, stack in adapter.stacks.items():
                 places = [
                     (index, site, self.targets[site].stream)
@@ -300,8 +326,7 @@ class BackboneSession:
                     places = [place for place in places if place[2] == "own"]
                 if not places:
                     continue
-                # call the module instead of build(), so that FSDP gathers the parameters
-                weights = stack() if shared is None else shared.weights(stack)
+                weights = weights_of(stack)
                 device = next(stack.parameters()).device
                 for index, site, stream in places:
                     if stream == "own" or selection is None:
@@ -309,9 +334,50 @@ class BackboneSession:
                     else:
                         edit = Edit(stack, index, weights[index], selection, tokens, device)
                     edits.setdefault(site, []).append(edit)
+        if members is not None and window is not None:
+            for (rule, mode), names in checked.items():
+                check_members(editor.checks, members, names, rule, window, mode)
+            edits.update(self._member_edits(members, window, selections, weights_of))
         if context.training and getattr(editor.model, "_require_grads_hook", None) is not None:
             context.untrained_below = lambda: self._untrained_below(arguments)
         return context if edits else None
+
+    def _member_edits(
+        self,
+        members: Members,
+        window: Window,
+        selections: Mapping[PositionRule, Selection | None],
+        weights_of: WeightsOf,
+    ) -> dict[int, list[Edit]]:
+        """The edits of a batch with the adapter of each example."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            built: dict[Intervention, LayerWeights] = {}
+
+            def built_once(stack: Intervention) -> LayerWeights:
+                if stack not in built:
+                    built[stack] = weights_of(stack)
+                return built[stack]
+
+            groups = group_members(self.adapters, members.named(), built_once)
+            return member_edits(groups, built_once, members, window, selections)
+        groups, kept = self.groups.groups(self.adapters, members)
+        return member_edits(groups, kept, members, window, selections)
+
+    def _check_members(
+        self, members: Members, adapters: Sequence[Adapter], window: Window | None
+    ) -> None:
+        """Raise unless each row of each edited module belongs to a known example."""
+        if window is None:
+            raise unsupported_batch()
+        members.numbers(window)  # raises for a packed batch, and for another number of names
+        for adapter in adapters:
+            for _, site in (place for places in adapter.places.values() for place in places):
+                if self.targets[site].stream == "own":
+                    raise ValueError(
+                        f"adapter_names: adapter {adapter.name!r} edits {self.targets[site].path}, "
+                        "whose rows are not tokens, expected adapters that edit tokens; use "
+                        "set_adapter"
+                    )
 
     def _untrained_below(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the embeddings of a call require gradients for gradient checkpointing only.
@@ -347,16 +413,21 @@ class BackboneSession:
         window.generation.is_first = False
         return cache is not None and isinstance(window.offset, int) and window.offset > 0
 
-    @staticmethod
     def _record(
-        context: ForwardContext, adapter: Adapter, window: Window, selection: Selection | None
+        self, context: ForwardContext, adapter: Adapter, window: Window, selection: Selection | None
     ) -> None:
         """Record the columns that this forward edits and adds to the cache."""
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and context.cache is None):
             return
         if selection is not None and window.packed is None and isinstance(window.offset, int):
+            members = self.editor.state.members
             edit = CachedEdit(
-                adapter.name, window.offset, window.batch, window.width, selection.rows
+                adapter.name,
+                window.offset,
+                window.batch,
+                window.width,
+                selection.rows,
+                None if members is None else members.mask(adapter.name, window),
             )
             context.records.append(edit)
 
@@ -384,7 +455,9 @@ class BackboneSession:
         )
         selection = select(cached, adapter.rule)
         rows = None if selection is None else selection.rows
-        expected = CachedEdit(adapter.name, 0, window.batch, past, rows).columns(past)
+        members = self.editor.state.members
+        mask = None if members is None else members.mask(adapter.name, window)
+        expected = CachedEdit(adapter.name, 0, window.batch, past, rows, mask).columns(past)
         expected = expected.to(window.device)
         if window.whole is not None:
             expected = expected & window.whole[:, :past]
@@ -423,6 +496,10 @@ def trained_besides_edits(backbone: nn.Module) -> str | None:
                 if p is not None and p.requires_grad:
                     return f"{path}.{name}".lstrip(".")
     return None
+
+
+def _build(stack: Intervention) -> LayerWeights:
+    return stack()  # not build(), so that FSDP gathers the parameters
 
 
 def _returned_cache(output: Any) -> Any:

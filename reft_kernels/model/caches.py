@@ -17,6 +17,11 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
 
 
+def is_paged(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call is a step of continuous batching, with tokens of several requests."""
+    return type(arguments.get("cache")).__name__ == "PagedAttentionCache"
+
+
 def cached_columns(cache: Any, arguments: Mapping[str, Any]) -> int | Tensor | None:
     """Number of sequence columns in a cache.
 
@@ -88,6 +93,7 @@ class CachedEdit(NamedTuple):
         batch: batch size B.
         width: number of columns of the forward.
         rows: int32 ``[N]``, rows of ``[B * width]``, -1 is skipped; None means all.
+        members: bool ``[B]``, the examples that use the adapter; None means all.
     """
 
     adapter: str
@@ -95,15 +101,17 @@ class CachedEdit(NamedTuple):
     batch: int
     width: int
     rows: Tensor | None
+    members: Tensor | None = None
 
     def is_followed_by(self, other: CachedEdit) -> bool:
-        """Whether both edit all rows and ``other`` starts where this edit ends.
+        """Whether both edit all rows of the same examples, and ``other`` starts where this ends.
 
         This is the case for decoding steps with positions "all".
         """
         return (
             self.rows is None
             and other.rows is None
+            and self.members is other.members
             and self.batch == other.batch
             and self.offset + self.width == other.offset
         )
@@ -120,7 +128,7 @@ class CachedEdit(NamedTuple):
             example, column = chosen // self.width, chosen % self.width
             keep = column < here.shape[1]
             here[example[keep], column[keep]] = True
-        return edited
+        return edited if self.members is None else edited & self.members.to(edited.device)[:, None]
 
 
 def record_edits(cache: Any, edits: Sequence[CachedEdit]) -> None:

@@ -15,29 +15,31 @@ The state of a running call is kept per thread, with a stack for nested calls; s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from reft_kernels import ownership
-from reft_kernels.checks import mark_rows
 from reft_kernels.interventions import Intervention
 from reft_kernels.model.accumulation import SharedBuild
 from reft_kernels.model.backbone_session import Adapter, BackboneSession, Handle
 from reft_kernels.model.components import Component, Target
-from reft_kernels.model.generate_wrappers import Generate, Prepare
+from reft_kernels.model.generate_wrappers import (
+    Generate,
+    GenerateBatch,
+    InitContinuousBatching,
+    Prepare,
+)
 from reft_kernels.model.interception import InterceptedForward
 from reft_kernels.model.layer_hooks import InputHook, OutputHook
+from reft_kernels.model.members import BASE, Members
 from reft_kernels.model.model_call import argument_names, take_call
 from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.prompt_checks import PromptChecks
-from reft_kernels.model.selection import DeferredSelection, PositionRule, Selection
-from reft_kernels.model.thread_state import EditorState
-from reft_kernels.model.window import Window
-
-BASE = "__base__"
+from reft_kernels.model.selection import PositionRule
+from reft_kernels.model.thread_state import ANNOUNCED, IN_MODEL, NEVER, NOT_QUIET, EditorState
 
 
 class Editor:
@@ -56,6 +58,7 @@ class Editor:
         self.threads = PerThread(EditorState)
         self.checks = PromptChecks()
         self.shared: SharedBuild | None = None  # one build for the forwards of an optimizer step
+        self._named: dict[str, None] = {}  # adapters that calls have named, in order
         self._sessions: dict[str, BackboneSession] = {}
         self._forward: InterceptedForward | None = None
         self._handles: list[Handle] = []
@@ -92,7 +95,8 @@ class Editor:
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Store the arguments of a call, before the model runs."""
         state = self.state
-        state.outer.append((state.call, state.generation))
+        state.outer.append((state.call, state.generation, state.quiet))
+        state.quiet = NOT_QUIET
         generation = state.generation
         if generation is not None and not torch.compiler.is_compiling():
             if generation.total is not None and not generation.announced:
@@ -108,15 +112,40 @@ class Editor:
         """Restore the state of the surrounding call, after the model ran."""
         state = self.state
         if state.outer:
-            state.call, state.generation = state.outer.pop()
+            state.call, state.generation, state.quiet = state.outer.pop()
 
     def active_in(self, session: BackboneSession) -> list[Adapter]:
         """The active adapters of a session, in the order in which they edit."""
         if not self.enabled:
             return []
         members = self.state.members
-        names = self.active if members is None else dict.fromkeys(members)
+        names = self.active if members is None else members.named()
         return [session.adapters[name] for name in names if name in session.adapters]
+
+    def edits_prompts_only(self) -> bool:
+        """Whether a decode step of ``generate`` edits nothing."""
+        return all(
+            adapter.prompts_only
+            for session in self._sessions.values()
+            if session.generates
+            for adapter in self.active_in(session)
+        )
+
+    def edits_something(self) -> bool:
+        """Whether a forward that starts now has active adapters."""
+        return any(map(self.active_in, self._sessions.values()))
+
+    def members_of(self, names: Sequence[str], device: torch.device) -> Members:
+        """The adapter of each example of a call, :data:`~reft_kernels.model.members.BASE` for none.
+
+        Args:
+            names: names of adapters, one for each example.
+            device: device of the model.
+        """
+        new = [name for name in names if name != BASE and name not in self._named]
+        if new:  # replaced as a whole, for other threads
+            self._named = {**self._named, **dict.fromkeys(new)}
+        return Members(names, tuple(self._named), device)
 
     def add(
         self,
@@ -144,11 +173,13 @@ class Editor:
             counts[target.embed_dim] += 1
             if target.present:
                 adapter.places[target.embed_dim].append((index, self._site(session, target)))
+                adapter.prompts_only &= target.stream == "tokens"
         session.adapters[name] = adapter
 
     def remove(self, name: str) -> None:
         """Remove an adapter and the hooks that no other adapter needs."""
         self.active = tuple(n for n in self.active if n != name)
+        self._named = {n: None for n in self._named if n != name}
         for path, session in list(self._sessions.items()):
             session.adapters.pop(name, None)
             session.prune()
@@ -158,13 +189,13 @@ class Editor:
             self._close()
 
     def _open(self) -> None:
-        self._forward = InterceptedForward(self.model, self)
+        self._forward = InterceptedForward(self.model, self, self, ANNOUNCED)
 
     def _watch_generate(self, module: nn.Module) -> None:
         """Wrap ``generate`` and ``prepare_inputs_for_generation`` of a module that has them."""
         if any(wrapper.model is module for wrapper in self._generate_wrappers):
             return
-        for kind in (Generate, Prepare):
+        for kind in (Generate, Prepare, GenerateBatch, InitContinuousBatching):
             if callable(getattr(type(module), kind.name, None)):
                 wrapper = kind(module, self, module.__dict__.get(kind.name))
                 module.__dict__[kind.name] = wrapper
@@ -207,7 +238,8 @@ class Editor:
         if maps:
             session.frame_mask = _FrameMask(maps[-1])
         session.drops_layers = _may_skip_layers(getattr(self.model, "config", None))
-        session.forward = InterceptedForward(ancestors[-1], session)
+        quiet_from = IN_MODEL if session.generates else NEVER
+        session.forward = InterceptedForward(ancestors[-1], session, self, quiet_from)
 
     def _site(self, session: BackboneSession, target: Target) -> int:
         key = (target.path, target.side)
@@ -225,37 +257,6 @@ class Editor:
                 )
             session.handles[site] = handle
         return session.sites[key]
-
-    def restrict_to_members(
-        self, name: str, selection: Selection | DeferredSelection | None, window: Window | None
-    ) -> Selection | DeferredSelection | None:
-        """Restrict a selection to the examples that use adapter ``name``.
-
-        The adapter of each example is the argument ``adapter_names`` of the running call; without
-        it, the selection is returned unchanged.
-
-        Raises:
-            ValueError: the batch is packed or has no tokens, or its size does not fit the names.
-        """
-        members = self.state.members
-        if members is None or selection is None:
-            return selection
-        if window is None or isinstance(selection, DeferredSelection) or window.packed is not None:
-            raise ValueError(
-                "adapter_names: expected a padded batch of tokens, one name for each example"
-            )
-        batch = window.batch
-        if not members or batch % len(members):
-            raise ValueError(f"adapter_names: got {len(members)} names for a batch of {batch}")
-        uses_adapter = torch.tensor(
-            [m == name for m in members for _ in range(batch // len(members))], device=window.device
-        )
-        if selection.rows is None:
-            rows = torch.arange(batch * window.width, device=window.device, dtype=torch.int32)
-        else:
-            rows = selection.rows
-        rows = torch.where(uses_adapter.unsqueeze(1), rows.view(batch, -1), -1).flatten()
-        return Selection(mark_rows(rows, batch * window.width), selection.weight_ids)
 
 
 def _may_skip_layers(config: Any) -> bool:

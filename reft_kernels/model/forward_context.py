@@ -20,14 +20,14 @@ so that these layers are neither recomputed nor part of the backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from reft_kernels.arguments import BuiltWeights
-from reft_kernels.interventions import EditWeights, Intervention, RedWeights
+from reft_kernels.interventions import EditWeights, RedWeights
 from reft_kernels.model.caches import CachedEdit
 from reft_kernels.model.components import Target
 from reft_kernels.model.selection import DeferredSelection, Selection, TokenShape, place_rows
@@ -36,11 +36,29 @@ Weights = EditWeights | RedWeights
 _TOKENS_FIRST = ("btd", "btd_padded")
 
 
+class EditSource(Protocol):
+    """What owns an edit's weights: a stacked intervention, or a bank of several."""
+
+    def __call__(self) -> Sequence[Weights]:
+        """Build the weights of all layers."""
+
+    def edit(
+        self,
+        hidden: Tensor,
+        weights: Weights,
+        *,
+        rows: Tensor | None = None,
+        weight_ids: Tensor | None = None,
+        inplace: bool = False,
+    ) -> Tensor:
+        """Edit hidden states with one layer's weights."""
+
+
 class Edit:
-    """One adapter's edit of one layer in one forward.
+    """One edit of one layer in one forward, by one adapter or by a group of adapters.
 
     Attributes:
-        stack: the stacked intervention that owns the weights of all layers of one width.
+        stack: the owner of the weights of all layers of one width.
         index: index of the layer in the stack.
         weights: the built weights of the layer.
         selection: rows to edit; deferred if they depend on the shape of the hidden state.
@@ -53,7 +71,7 @@ class Edit:
 
     def __init__(
         self,
-        stack: Intervention,
+        stack: EditSource,
         index: int,
         weights: Weights,
         selection: Selection | DeferredSelection,
@@ -195,12 +213,14 @@ class ForwardContext:
     def _flush_detached(self) -> None:
         """Backpropagate the gradients of detached weights through one build per stack."""
         self._collecting = False
-        by_stack: dict[Intervention, list[Edit]] = {}
+        by_stack: dict[EditSource, list[Edit]] = {}
         for edit in (e for edits in self.edits.values() for e in edits if e.detached is not None):
             by_stack.setdefault(edit.stack, []).append(edit)
         for stack, edits in by_stack.items():
             with torch.enable_grad():
-                built = {edit.index: edit.weights for edit in edits} if self.shared else stack()
+                built: Any = (
+                    {edit.index: edit.weights for edit in edits} if self.shared else stack()
+                )
             outputs: list[Tensor] = []
             grads: list[Tensor] = []
             for edit in edits:

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from reft_kernels.model.forward_context import ForwardContext
 from reft_kernels.model.generation import Generation
+from reft_kernels.model.members import Members
 from reft_kernels.model.model_call import ModelCall
+
+# values of EditorState.quiet
+NEVER = -1
+NOT_QUIET = 0
+ANNOUNCED = 1  # generate's next call of the model edits nothing
+IN_MODEL = 2  # the model runs that call
+IN_BACKBONE = 3  # a backbone runs in that call
 
 
 class Frame:
@@ -18,13 +26,15 @@ class Frame:
     Attributes:
         context: the context for its layer hooks; None if nothing is edited.
         outer: the frame of the surrounding call, or None.
+        quiet: ``EditorState.quiet`` of the surrounding call.
     """
 
-    __slots__ = ("context", "outer")
+    __slots__ = ("context", "outer", "quiet")
 
-    def __init__(self, outer: Frame | None) -> None:
+    def __init__(self, outer: Frame | None, quiet: int) -> None:
         self.context: ForwardContext | None = None
         self.outer = outer
+        self.quiet = quiet
 
 
 class EditorState:
@@ -32,16 +42,18 @@ class EditorState:
 
     Attributes:
         call: arguments of the running call.
-        outer: (call, generation) of the surrounding calls.
+        outer: (call, generation, quiet) of the surrounding calls.
         generation: the running ``generate``.
-        members: name of the adapter of each example, from the argument ``adapter_names``.
+        quiet: whether the running call is a decode step that edits nothing; see above.
+        members: the adapter of each example, from the argument ``adapter_names``.
     """
 
     def __init__(self) -> None:
         self.call: ModelCall | None = None
-        self.outer: list[tuple[ModelCall | None, Generation | None]] = []
+        self.outer: list[tuple[ModelCall | None, Generation | None, int]] = []
         self.generation: Generation | None = None
-        self.members: tuple[str, ...] | None = None
+        self.quiet = NOT_QUIET
+        self.members: Members | None = None
 
 
 class SessionState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,17 @@ class Window:
     call: ModelCall = ModelCall()
     generation: Generation | None = None
     cached_occurrences: dict[Template, Occurrences] = dataclasses.field(default_factory=dict)
+
+    def of_examples(self, examples: Sequence[int]) -> Window:
+        """The window of some examples of a batch that is not packed and not being generated."""
+        if len(examples) == self.batch:
+            return self
+        index = torch.tensor(examples, device=self.device)
+        part = dataclasses.replace(self, batch=len(examples), cached_occurrences={})
+        for name in ("starts", "lengths", "tokens", "whole", "text", "labels"):
+            value = getattr(self, name)
+            setattr(part, name, None if value is None else value[index])
+        return part
 
     def occurrences(self, template: Template) -> Occurrences | None:
         """Occurrences of ``template`` in the whole text; None if the text is unknown."""

@@ -32,6 +32,7 @@ def test_list_names_every_suite(capsys):
         "packing",
         "peft_methods",
         "peft_trainers",
+        "many_adapters",
     ],
 )
 def test_a_quick_run_measures_the_suite(name, tmp_path, capsys):

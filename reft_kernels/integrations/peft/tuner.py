@@ -297,11 +297,12 @@ class ReftTuner(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Handle the argument ``adapter_names`` of a call: a batch with several adapters.
 
-        ``adapter_names`` has one name per example; "__base__" means no adapter.
+        ``adapter_names`` has one name per example; "__base__" means no adapter. In training, an
+        adapter of the batch gets the gradient of its own examples, if it is trainable.
 
         Raises:
-            ValueError: unknown names; or the model is in training mode, has adapters of another
-                method, or has ``modules_to_save``.
+            ValueError: unknown names; or the model has adapters of another method or
+                ``modules_to_save``.
         """
         names = kwargs.get("adapter_names")
         if names is None:
@@ -317,17 +318,13 @@ class ReftTuner(BaseTuner):
             raise ValueError(
                 f"adapter_names: got {unknown}, expected names among {[*self.peft_config, BASE]}"
             )
-        if self.training:
-            raise ValueError(
-                "adapter_names: several adapters in a batch are supported for inference only; call "
-                "model.eval() first"
-            )
         if any(config.modules_to_save for config in self.peft_config.values()):
             raise ValueError("adapter_names: adapters with modules_to_save cannot share a batch")
         container = container_of(self.model)
         assert container is not None, "a model without ReFT adapters"
         state = container.editor.state
-        outer_members, state.members = state.members, tuple(names)
+        named = container.editor.members_of(names, device_of(self.model))
+        outer_members, state.members = state.members, named
         try:
             yield
         finally:
