@@ -60,7 +60,11 @@ def check_config(vllm_config: Any) -> None:
             parallel.prefill_context_parallel_size > 1,
             "a rank computes a part of each prompt",
         ),
-        ("enable_sp", passes.enable_sp, "sequence parallelism divides the rows of layers"),
+        (  # not in every release
+            "enable_sp",
+            getattr(passes, "enable_sp", False),
+            "sequence parallelism divides the rows of layers",
+        ),
         (
             "kv_sharing_fast_prefill",
             vllm_config.cache_config.kv_sharing_fast_prefill,
