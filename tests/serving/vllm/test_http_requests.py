@@ -7,9 +7,6 @@ import json
 
 import pytest
 
-from tests.serving.vllm import needs_vllm
-
-pytestmark = needs_vllm
 PROMPTS = ["Name a fruit.", "the answer is yes", "Question: [INST] apple [/INST] Answer:"]
 CHOICES = [None, "a", "b", "c", "d"]
 COUNT = 12

@@ -1,0 +1,117 @@
+"""The worker: loads adapters, patches the model, and edits in every forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.platforms import current_platform
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
+from reft_kernels.serving.bank import Bank
+from reft_kernels.serving.errors import AdapterError
+from reft_kernels.serving.vllm import messages, plugin, runners, settings
+from reft_kernels.serving.vllm.layers import find_layers, patch_layers
+from reft_kernels.serving.vllm.state import Model, WorkerState
+
+_WORKERS = {
+    "cpu": "vllm.v1.worker.cpu_worker.CPUWorker",
+    "cuda": "vllm.v1.worker.gpu_worker.Worker",
+    "xpu": "vllm.v1.worker.xpu_worker.XPUWorker",
+}
+_kind = current_platform.device_type
+if _kind not in _WORKERS:
+    raise AdapterError(f"platform: got {_kind!r}, expected one of {', '.join(_WORKERS)}")
+PlatformWorker: Any = resolve_obj_by_qualname(_WORKERS[_kind])
+
+
+class ReftWorker(PlatformWorker):
+    """The platform's worker with ReFT adapters.
+
+    Its public methods are called through ``collective_rpc``, which also keeps the scheduler
+    informed.
+    """
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        _check(vllm_config)
+        self.reft_settings = settings.of(vllm_config)
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the model, patch its layers and load the adapters of the settings."""
+        result = super().load_model(*args, **kwargs)
+        config = self.vllm_config.model_config
+        sizes = Model(config.get_hidden_size(), config.hf_text_config.num_hidden_layers)
+        layers = find_layers(self.model_runner.get_model(), sizes.num_layers)
+        bank = Bank(
+            list(layers),
+            sizes.width,
+            self.reft_settings.slots,
+            self.reft_settings.max_rank,
+            self.device,
+        )
+        self.reft = WorkerState(self.reft_settings, sizes, bank)
+        patch_layers(layers)
+        self.reft_steps = runners.attach(self.model_runner, self.reft)
+        return result
+
+    def execute_model(self, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run a step."""
+        self.reft.update(messages.news_of(scheduler_output), scheduler_output.finished_req_ids)
+        with self.reft_steps:
+            return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def reft_load_adapter(
+        self, name: str, folder: str, positions: str | None = None
+    ) -> dict[str, Any]:
+        """Load an adapter under a name; with the same content a second time, change nothing.
+
+        Args:
+            name: Name that requests use.
+            folder: The folder, on this machine.
+            positions: Positions, for a pyreft folder, which does not hold them.
+
+        Returns:
+            A description: name, folder, hash, rank, layers, positions, bytes and more.
+
+        Raises:
+            ValueError: If it cannot be served, does not fit the model, or the name is taken.
+        """
+        return self.reft.load(name, folder, positions)
+
+    def reft_unload_adapter(self, name: str, keep: bool = False, missing_ok: bool = False) -> None:
+        """Unload an adapter; requests that were accepted before finish with it.
+
+        Args:
+            name: Its name.
+            keep: Set by the scheduler: an unfinished request or another name needs the weights.
+            missing_ok: Set by the scheduler: whether a name that is not loaded is no error.
+
+        Raises:
+            UnknownAdapter: If there is no adapter of that name.
+        """
+        self.reft.unload(name, keep, missing_ok)
+
+    def reft_list_adapters(self) -> list[dict[str, Any]]:
+        """Return a description of each loaded adapter."""
+        return self.reft.list()
+
+
+def _check(vllm_config: Any) -> None:
+    """Raise AdapterError for settings of an engine under which edits would be wrong or missing."""
+    scheduler = vllm_config.scheduler_config.scheduler_cls
+    name = scheduler if isinstance(scheduler, str) else getattr(scheduler, "__qualname__", None)
+    if name is None or name.rpartition(".")[2] not in ("ReftScheduler", "ReftAsyncScheduler"):
+        raise AdapterError(
+            f"scheduler_cls: got {scheduler!r}, expected {settings.SCHEDULER!r}, which sets the "
+            "cache salts"
+        )
+    if vllm_config.parallel_config.enable_dbo:
+        raise AdapterError("enable_dbo: got True, expected False: microbatches renumber the rows")
+    passes = getattr(vllm_config.compilation_config, "pass_config", None)
+    if getattr(passes, "enable_sp", False):
+        raise AdapterError(
+            "enable_sp: got True, expected False: sequence parallelism divides the rows of layers"
+        )
+
+
+plugin.register()
