@@ -95,6 +95,10 @@ class ReftWorker(PlatformWorker):
         """Return a description of each loaded adapter."""
         return self.reft.list()
 
+    def reft_stats(self) -> dict[str, int]:
+        """Return the counters of the bank; see :meth:`Bank.stats`."""
+        return self.reft.bank.stats()
+
 
 def _check(vllm_config: Any) -> None:
     """Raise AdapterError for settings of an engine under which edits would be wrong or missing."""
