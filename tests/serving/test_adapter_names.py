@@ -28,6 +28,10 @@ class _Engine:
         del self.loaded[key]
 
 
+def _accept(output):
+    assert output in (0, 1, 2)
+
+
 async def _outputs(count=3):
     for number in range(count):
         yield number
@@ -52,7 +56,7 @@ def _run(scenario):
 def test_a_replaced_adapter_stays_until_its_last_request_ends():
     async def scenario(names, engine, table):
         old = await names.load("a", "one")
-        first, second = (names.holding(old, _outputs()) for _ in range(2))
+        first, second = (names.holding(old, _outputs(), _accept) for _ in range(2))
         assert await anext(first) == 0
         new = await names.load("a", "two")
         assert names.get("a") is new is table["a"] and old.key != new.key
@@ -69,7 +73,7 @@ def test_a_replaced_adapter_stays_until_its_last_request_ends():
 def test_an_unloaded_name_is_gone_at_once_and_can_be_loaded_again():
     async def scenario(names, engine, table):
         old = await names.load("a", "one")
-        stream = names.holding(old, _outputs())
+        stream = names.holding(old, _outputs(), _accept)
         await names.unload("a")
         assert names.get("a") is None and not table
         again = await names.load("a", "one")
@@ -82,22 +86,27 @@ def test_an_unloaded_name_is_gone_at_once_and_can_be_loaded_again():
     _run(scenario)
 
 
-@pytest.mark.parametrize("ending", ["closed", "failed", "dropped", "never started"])
+@pytest.mark.parametrize("ending", ["closed", "failed", "refused", "dropped", "never started"])
 def test_every_end_of_a_request_releases_its_adapter(ending):
     async def scenario(names, engine, table):
         async def failing():
             yield 0
             raise RuntimeError("engine")
 
+        def refuse(output):
+            if output == 1:
+                raise RuntimeError("engine")
+
         version = await names.load("a", "one")
-        stream = names.holding(version, failing() if ending == "failed" else _outputs())
+        check = refuse if ending == "refused" else _accept
+        stream = names.holding(version, failing() if ending == "failed" else _outputs(), check)
         await names.unload("a")
         assert version.requests == 1 and engine.loaded
         if ending != "never started":
             await anext(stream)
         if ending == "closed":
             await stream.aclose()
-        elif ending == "failed":
+        elif ending in ("failed", "refused"):
             with pytest.raises(RuntimeError, match="engine"):
                 await anext(stream)
         del stream

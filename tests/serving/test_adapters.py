@@ -165,7 +165,12 @@ def test_settings_of_an_engine_are_checked():
     for wrong in ({"slots": 0}, {"max_rank": 257}, {"slots": True}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             engine_arguments(**wrong)
-    for adapters in ({"a": 3}, {"": "/a"}, {"a": {"positions": "f1"}}, {"a": {"folder": "", "x": 1}}):
+    for adapters in (
+        {"a": 3},
+        {"": "/a"},
+        {"a": {"positions": "f1"}},
+        {"a": {"folder": "", "x": 1}},
+    ):
         with pytest.raises(AdapterError, match="adapters: got"):
             engine_arguments(adapters)
     with pytest.raises(AdapterError, match="unknown settings \\['slot'\\]"):

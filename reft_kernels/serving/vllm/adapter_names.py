@@ -151,11 +151,19 @@ class AdapterNames:
             self._retire(version)
         return version
 
-    def holding(self, version: Version, stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-        """Return a request's stream, which keeps the version loaded until it ends or is dropped."""
+    def holding(
+        self, version: Version, stream: AsyncGenerator[T, None], check: Callable[[T], None]
+    ) -> AsyncGenerator[T, None]:
+        """Return a request's stream, which keeps the version loaded until it ends or is dropped.
+
+        Args:
+            version: the adapter of the request.
+            stream: the outputs of the request.
+            check: called with each output before it is passed on; may raise.
+        """
         version.requests += 1
         releases: list[weakref.finalize[..., Any]] = []
-        held = self._relay(version, stream, releases)
+        held = self._relay(version, stream, check, releases)
         # a stream that nobody starts runs no "finally"
         release = weakref.finalize(held, self._loop.call_soon_threadsafe, self._release, version)
         release.atexit = False
@@ -168,10 +176,15 @@ class AdapterNames:
             await asyncio.gather(*self._tasks)
 
     async def _relay(
-        self, version: Version, stream: AsyncGenerator[T, None], releases: list[Any]
+        self,
+        version: Version,
+        stream: AsyncGenerator[T, None],
+        check: Callable[[T], None],
+        releases: list[Any],
     ) -> AsyncGenerator[T, None]:
         try:
             async for output in stream:
+                check(output)
                 yield output
         finally:
             await stream.aclose()  # tells the engine of an abort, before the version can go

@@ -19,10 +19,10 @@ from vllm.entrypoints.serve.exception_handling.error_response import create_erro
 from vllm.exceptions import VLLMClientError, VLLMNotFoundError, VLLMValidationError
 from vllm.lora.request import LoRARequest
 
-from reft_kernels.serving.requests import parse_request
+from reft_kernels.serving.requests import KEY, parse_request
 from reft_kernels.serving.vllm.adapter_names import AdapterNames, Version
 
-ARGUMENT = "reft"
+REFUSAL = "reft: "  # how the scheduler's reasons start
 
 
 class OfferedAdapter(LoRARequest):
@@ -64,17 +64,23 @@ class Admission:
         """
         given = dict(sampling_params.extra_args or {})
         offered = lora_request if isinstance(lora_request, OfferedAdapter) else None
-        if ARGUMENT not in given and offered is None:
+        if KEY not in given and offered is None:
             return self._generate(
                 prompt, sampling_params, request_id, lora_request=lora_request, **options
             )
         version, chosen = self._chosen(
-            given.get(ARGUMENT), None if offered is None else offered.lora_name
+            given.get(KEY), None if offered is None else offered.lora_name
         )
         if inspect.isasyncgen(prompt):
             self._refuse("a prompt that arrives in parts cannot be edited")
+        length = chosen.get("prompt_length")
+        tokens = prompt.get("prompt_token_ids") if isinstance(prompt, dict) else None
+        if length is not None and tokens is not None and length > len(tokens):
+            self._refuse(
+                f"prompt_length: got {length}, expected at most {len(tokens)}, the prompt's"
+            )
         # the dictionary is shared by all prompts of an HTTP request
-        sampling_params.extra_args = given | {ARGUMENT: chosen}
+        sampling_params.extra_args = given | {KEY: chosen}
         stream = self._generate(
             prompt,
             sampling_params,
@@ -83,7 +89,7 @@ class Admission:
             **options,
         )
         self.admitted += 1
-        return self.names.holding(version, stream)
+        return self.names.holding(version, stream, self._check_output)
 
     def encode(self, *args: Any, **options: Any) -> AsyncGenerator[Any, None]:
         """Start a pooling request, as ``EngineClient.encode``.
@@ -119,11 +125,11 @@ class Admission:
             VLLMNotFoundError: No adapter has the name.
             VLLMValidationError: ``reft`` is malformed, in the wrong place or cannot be served.
         """
-        given = (getattr(request, "vllm_xargs", None) or {}).get(ARGUMENT)
+        given = (getattr(request, "vllm_xargs", None) or {}).get(KEY)
         model = getattr(request, "model", None)
         model = model if self.names.get(model or "") is not None else None
-        if ARGUMENT in (getattr(request, "model_extra", None) or {}):
-            self._refuse(f"got {ARGUMENT!r} beside vllm_xargs, expected it inside")
+        if KEY in (getattr(request, "model_extra", None) or {}):
+            self._refuse(f"got {KEY!r} beside vllm_xargs, expected it inside")
         if given is None and model is None:
             return
         self._chosen(given, model)
@@ -162,9 +168,15 @@ class Admission:
         chosen = {name: value for name, value in options.items() if value is not None}
         return version, {"adapter": version.key} | chosen
 
+    def _check_output(self, output: Any) -> None:
+        """Turn the engine's refusal of a request, which vLLM would report as 500, into a 400."""
+        for choice in output.outputs:
+            if choice.finish_reason == "error" and str(choice.stop_reason).startswith(REFUSAL):
+                self._refuse(choice.stop_reason.removeprefix(REFUSAL))
+
     def _refuse(self, reason: str) -> NoReturn:
         self.refused += 1
-        raise VLLMValidationError(f"{ARGUMENT}: {reason}", parameter=ARGUMENT)
+        raise VLLMValidationError(f"{KEY}: {reason}")
 
 
 def _with_adapter(given: Any, model: str | None) -> Any:

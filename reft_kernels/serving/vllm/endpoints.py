@@ -166,11 +166,11 @@ async def load(body: LoadAdapter, raw_request: Request) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise VLLMNotFoundError(str(error)) from None
     except ValueError as error:
-        raise VLLMValidationError(str(error), parameter="path") from None
+        raise VLLMValidationError(str(error)) from None
     try:
         version = await server.names.load(body.name, str(folder))
     except ValueError as error:
-        raise VLLMValidationError(str(error), parameter="name") from None
+        raise VLLMValidationError(str(error)) from None
     return {**version.info, "name": version.name}
 
 

@@ -199,12 +199,12 @@ def prepared(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Check the command line and become vLLM's server. Exits with 2 for a wrong flag."""
     argv = sys.argv[1:] if argv is None else argv
-    if importlib.util.find_spec("vllm") is None and not {"-h", "--help"} & set(argv):
-        _stop("vLLM is not installed; see docs/serving.md")
     try:
         command, variables = prepared(argv)
     except ValueError as error:
         _stop(error)
+    if importlib.util.find_spec("vllm") is None:
+        _stop("vLLM is not installed; docs/serving.md says how")
     os.environ.update(variables)
     os.execv(command[0], command)
 

@@ -20,7 +20,7 @@ FLAGS = [
     *("--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1"),
     *("--max-model-len", "512", "--max-num-seqs", "32", "--disable-uvicorn-access-log"),
 ]
-PATIENCE = 240
+PATIENCE = 600
 
 
 def environment() -> dict[str, str]:
@@ -31,6 +31,7 @@ def environment() -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # the machine may have other work
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_LOGGING_LEVEL": "INFO",
         "VLLM_NO_USAGE_STATS": "1",

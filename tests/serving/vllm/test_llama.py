@@ -129,7 +129,9 @@ def test_coefficients_and_subspaces(served, name):
         scaled = _scaled(served, name, coefficient, subspaces)
         for prompt in prompts:
             value = {"adapter": name, "coefficient": coefficient}
-            requests.append((prompt, value | ({} if subspaces is None else {"subspaces": subspaces})))
+            requests.append(
+                (prompt, value | ({} if subspaces is None else {"subspaces": subspaces}))
+            )
             wanted.append(served.expected(prompt, scaled))
     for _ in range(2):  # cold, then from the cache
         assert served.tokens(requests) == wanted

@@ -12,9 +12,7 @@ BUDGET = 16  # tokens a step
 @pytest.fixture(scope="module")
 def served(serve):
     # ten blocks of 32 tokens for requests of up to 110
-    return serve(
-        "llama", max_num_batched_tokens=BUDGET, max_num_seqs=8, num_gpu_blocks_override=10
-    )
+    return serve("llama", max_num_batched_tokens=BUDGET, max_num_seqs=8, num_gpu_blocks_override=10)
 
 
 def test_prompts_in_chunks(served):
