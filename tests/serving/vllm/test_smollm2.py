@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from reft_train import smollm2
 
 ADAPTERS = {
