@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         args.requests, args.rounds, args.prompt, args.new, args.concurrency = 16, 1, 16, 4, 4
     path = args.csv
     if path == rows.RESULTS:
-        path = rows.folder(machine.device_name("cpu")) / f"{SUITE}.csv"
+        path = rows.folder(machine.device_name("cpu")) / SUITE / "rounds.csv"
     done = _read(path)
     failed = False
     with tempfile.TemporaryDirectory() as scratch:
@@ -132,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             try:
                 with _provider(provider, count, args, folders, Path(scratch)) as serve:
+                    # compiles and allocates; prompts of no round
+                    serve.answer(_traffic(args, count, -1)[: args.concurrency], args.concurrency)
                     for number in missing:
                         row = _measured(args, provider, count, number, serve)
                         _show(row)
@@ -189,6 +191,8 @@ def _provider(
         flags += ["--max-lora-rank", str(RANK), "--lora-modules"]
         flags += [f"{adapter}={folder}" for adapter, folder in folders.lora(count).items()]
     with serving_clients.server(module, flags, scratch / "server.log", kind) as server:
+        if count:
+            server.check_that_adapters_edit(_traffic(args, count, -1)[0])
         yield server
 
 
@@ -199,11 +203,7 @@ def _slots(args: argparse.Namespace, count: int) -> int:
 def _measured(
     args: argparse.Namespace, provider: str, count: int, number: int, serve: Served
 ) -> Row:
-    traffic = serving_clients.traffic(
-        args.model, args.requests, count, args.prompt, args.new, seed=number
-    )
-    if number == 0:
-        serve.answer(traffic[: args.concurrency], args.concurrency)  # compiles and allocates
+    traffic = _traffic(args, count, number)
     seconds, first = serve.answer(traffic, args.concurrency)
     cuts = statistics.quantiles([1e3 * value for value in first], n=100, method="inclusive")
     row = _row(args, provider, count, number)
@@ -214,6 +214,13 @@ def _measured(
         ttft_ms_p50=round(cuts[49], 3),
         ttft_ms_p90=round(cuts[89], 3),
         ttft_ms_p99=round(cuts[98], 3),
+    )
+
+
+def _traffic(args: argparse.Namespace, count: int, number: int) -> list[serving_clients.Asked]:
+    """Return the requests of a round."""
+    return serving_clients.traffic(
+        args.model, args.requests, count, args.prompt, args.new, seed=number + 1
     )
 
 

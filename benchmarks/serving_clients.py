@@ -120,6 +120,21 @@ class Server:
         """Return the seconds of all requests, and those to each first token."""
         return asyncio.run(self._drive(requests, concurrency))
 
+    def check_that_adapters_edit(self, asked: Asked) -> None:
+        """Raise RuntimeError if a request has the same probabilities with and without adapter."""
+        found = []
+        for model in (self._base, f"{self._kind}{asked.adapter}"):
+            body = {"model": model, "prompt": asked.prompt, "max_tokens": 1, "logprobs": 1}
+            call = urllib.request.Request(
+                f"{self._url}/v1/completions",
+                json.dumps(body | {"temperature": 0}).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(call, timeout=600) as answer:
+                found.append(json.load(answer)["choices"][0]["logprobs"]["token_logprobs"])
+        if found[0] == found[1]:
+            raise RuntimeError(f"{self._kind}{asked.adapter} changes nothing: {found[0]}")
+
     async def _drive(
         self, requests: Sequence[Asked], concurrency: int
     ) -> tuple[float, list[float]]:
