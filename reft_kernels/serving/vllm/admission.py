@@ -8,6 +8,7 @@ meet in :meth:`Admission.generate`, through which every route starts its request
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections.abc import AsyncGenerator
@@ -183,8 +184,7 @@ def _with_adapter(given: Any, model: str | None) -> Any:
     """Return the value of ``reft`` with the model's name in it, where it names no adapter."""
     if given is None:
         return model
-    if isinstance(given, str) and given.lstrip().startswith("{"):
-        given = json.loads(given)
-    if isinstance(given, dict) and model is not None:
-        return {"adapter": model} | given
-    return given
+    if model is not None and isinstance(given, str) and given.lstrip().startswith("{"):
+        with contextlib.suppress(ValueError):  # parse_request says what is wrong
+            given = json.loads(given)
+    return {"adapter": model} | given if model is not None and isinstance(given, dict) else given

@@ -130,7 +130,8 @@ class Server:
 
     def _offer(self, name: str, version: Version | None) -> None:
         if version is None:
-            self._models.lora_requests.pop(name, None)
+            if isinstance(self._models.lora_requests.get(name), OfferedAdapter):
+                del self._models.lora_requests[name]
             return
         number = self._models.lora_id_counter.inc(1)
         self._models.lora_requests[name] = OfferedAdapter(name, number, version.folder)
@@ -161,8 +162,9 @@ async def load(body: LoadAdapter, raw_request: Request) -> dict[str, Any]:
     """Load an adapter of the adapter root, or replace the one of that name."""
     server = _server(raw_request)
     root = _root(server)
+    path = body.name if body.path is None else body.path
     try:
-        folder = await asyncio.to_thread(folder_in, root, body.path or body.name)
+        folder = await asyncio.to_thread(folder_in, root, path)
     except FileNotFoundError as error:
         raise VLLMNotFoundError(str(error)) from None
     except ValueError as error:

@@ -65,15 +65,6 @@ class Reference:
         self._model = functools.cache(self._load)
         self.tokens = functools.cache(self._tokens)
 
-    def answer(self, prompt: str, adapter: Path | None = None, count: int = 12) -> str:
-        """Return the text after a prompt."""
-        ids = self.tokens(prompt, adapter, count)
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
-
-    def chat_answer(self, text: str, adapter: Path | None = None, count: int = 12) -> str:
-        """Return the assistant's text after one message of the user."""
-        return self.answer(self.chat_prompt(text), adapter, count)
-
     def chat_prompt(self, text: str) -> str:
         """Return one message of the user in the chat template."""
         messages = [{"role": "user", "content": text}]

@@ -44,9 +44,31 @@ class Site:
         """Return the greedy tokens of transformers with PEFT."""
         return self.reference.tokens(prompt, None if name is None else self.root / name, count)
 
-    def text(self, prompt: str, name: str | None, count: int) -> str:
-        """Return the greedy text of transformers with PEFT."""
-        return self.reference.answer(prompt, None if name is None else self.root / name, count)
+    def complete(
+        self, prompt: str | list[str], name: str | None = None, count: int = 12, **options: Any
+    ) -> list[tuple[int, ...]]:
+        """Return the tokens of each answer of one request, greedy unless ``options`` say more."""
+        answer = self.client.completions.create(**self._body(prompt, name, count, options))
+        return [tuple(choice.token_ids) for choice in answer.choices]
+
+    def stream(self, prompt: str, name: str | None, count: int, **options: Any) -> Any:
+        """Return the events of one streamed request."""
+        return self.client.completions.create(
+            **self._body(prompt, name, count, options), stream=True
+        )
+
+    async def complete_async(
+        self, client: openai.AsyncOpenAI, prompt: str, name: str | None, count: int
+    ) -> tuple[int, ...]:
+        """Return the tokens of one request."""
+        answer = await client.completions.create(**self._body(prompt, name, count, {}))
+        return tuple(answer.choices[0].token_ids)
+
+    def _body(
+        self, prompt: str | list[str], name: str | None, count: int, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        fields = {"model": name or self.base, "prompt": prompt, "max_tokens": count}
+        return fields | {"extra_body": {"return_token_ids": True, "temperature": 0} | options}
 
     def post(self, path: str, **body: Any) -> dict[str, Any]:
         """Post JSON to a route under /v1. Raises openai.APIStatusError as for other routes."""
@@ -75,10 +97,7 @@ class Site:
     def still_serves(self) -> None:
         """Check that the engine answers, with and without an adapter."""
         for name in (None, "a"):
-            answer = self.client.completions.create(
-                model=name or self.base, prompt="the answer", max_tokens=4, temperature=0
-            )
-            assert answer.choices[0].text == self.text("the answer", name, 4)
+            assert self.complete("the answer", name, 4) == [self.tokens("the answer", name, 4)]
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ def test_every_answer_is_of_its_adapter_or_a_404(site, folders):
     fixed = [None, "a", "b", "c", "d"]
     # a changing name may have either of its folders when a request is admitted
     expected = {
-        (name, prompt): {site.text(prompt, folder, COUNT) for folder in folders.get(name, [name])}
+        (name, prompt): {site.tokens(prompt, folder, COUNT) for folder in folders.get(name, [name])}
         for name in [*fixed, *folders]
         for prompt in PROMPTS
     }
@@ -47,17 +47,15 @@ def test_every_answer_is_of_its_adapter_or_a_404(site, folders):
     async def ask(client: openai.AsyncOpenAI) -> None:
         for name, prompt in queue:
             try:
-                answer = await client.completions.create(
-                    model=name or site.base, prompt=prompt, max_tokens=COUNT, temperature=0
-                )
+                answer = await site.complete_async(client, prompt, name, COUNT)
             except openai.NotFoundError:
                 counts["not found"] += 1
                 if name not in folders:
                     wrong.append(f"{name}: 404")
             else:
                 counts["answered"] += 1
-                if answer.choices[0].text not in expected[name, prompt]:
-                    wrong.append(f"{name}, {prompt}: {answer.choices[0].text!r}")
+                if answer not in expected[name, prompt]:
+                    wrong.append(f"{name}, {prompt}: {answer}")
             if sum(counts.values()) in (WARM_UP, REQUESTS):
                 memory.append(await asyncio.to_thread(site.server.resident_kib))
 
