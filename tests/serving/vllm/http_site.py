@@ -70,9 +70,9 @@ class Site:
         fields = {"model": name or self.base, "prompt": prompt, "max_tokens": count}
         return fields | {"extra_body": {"return_token_ids": True, "temperature": 0} | options}
 
-    def post(self, path: str, **body: Any) -> dict[str, Any]:
+    def post(self, route: str, /, **body: Any) -> dict[str, Any]:
         """Post JSON to a route under /v1. Raises openai.APIStatusError as for other routes."""
-        return self.client.post(path, body=body, cast_to=object)
+        return self.client.post(route, body=body, cast_to=object)
 
     def adapters(self) -> list[dict[str, Any]]:
         """Return ``GET /v1/reft/adapters``."""

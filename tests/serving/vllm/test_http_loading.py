@@ -89,7 +89,7 @@ def test_a_request_in_flight_keeps_its_adapter(site, spare, change):
         site.post("/reft/load", name="spare", path="spare2")
         assert _answer(site, "spare") == _want(site, "spare2")
     for event in events:
-        tokens += event.choices[0].token_ids or []
+        tokens += getattr(event.choices[0], "token_ids", None) or []
     want = _want(site, "spare1", count)  # ends at the end-of-text token, if there is one
     assert tuple(tokens[: len(want)]) == want and len(tokens) == count
 

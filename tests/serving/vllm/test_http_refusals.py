@@ -87,7 +87,6 @@ def test_beam_search(site):
     _refused(site, lambda: _complete(site, model="a", n=2, extra_body=beams), 400, "beam search")
     extra = beams | {"vllm_xargs": {"reft": "a"}}
     _refused(site, lambda: _complete(site, n=2, extra_body=extra), 400, "beam search")
-    assert _complete(site, n=2, extra_body=beams).choices
 
 
 def test_one_bad_prompt_of_several_releases_the_adapter(site):
