@@ -70,8 +70,9 @@ def _applying(requirements: list[Requirement], python: str) -> dict[str, list[st
 def _wanted(python: str) -> set[str]:
     """Every package that the project and its extras ask for directly on this Python."""
     lines = list(PROJECT["dependencies"])
-    for extra in PROJECT["optional-dependencies"].values():
-        lines += extra
+    for name, extra in PROJECT["optional-dependencies"].items():
+        if name != "vllm":  # pins torch and transformers itself: benchmarks/requirements-vllm.txt
+            lines += extra
     names = {
         canonicalize_name(one.name) for one in map(Requirement, lines) if _applies(one, python)
     }

@@ -46,15 +46,16 @@ def test_states_are_shared_with_the_same_adapter_only(served, first):
     assert list(again[0].outputs[0].token_ids) == served.expected(prompt, first)
 
 
-@pytest.mark.parametrize(("name", "cached"), [("first", 64), ("everything", 64), ("last", 0)])
-def test_prompts_of_other_lengths(served, name, cached):
+@pytest.mark.parametrize(("name", "shared"), [("first", 1), ("everything", 1), ("last", 0)])
+def test_prompts_of_other_lengths(served, name, shared):
     """Trap 3: positions from the prompt's end; prefixes and "all" share their blocks."""
     (prompt,) = models.prompts((100,), seed=4)
     served.check([(prompt, name)])
     for length in (70, 99, 96):
         outputs = served.outputs([(prompt[:length], name)])
         assert list(outputs[0].outputs[0].token_ids) == served.expected(prompt[:length], name)
-        assert _cached(outputs)[0] == (cached if length < 96 or not cached else cached), length
+        # at least the last token is always computed
+        assert _cached(outputs) == [shared * ((length - 1) // BLOCK * BLOCK)], length
 
 
 @pytest.mark.parametrize("name", ("prompt", "ends", "everything", None))
@@ -148,15 +149,13 @@ def test_a_prompt_length_of_its_own(served):
 
 
 def test_several_samples_of_a_request(served):
+    """Samples of the likeliest token alone, which are known: vLLM takes n > 1 only with sampling."""
     (prompt,) = models.prompts((40,), seed=11)
-    output = served.outputs([(prompt, "ends"), (prompt, None)], 8)
-    one = served.llm.generate(
-        {"prompt_token_ids": prompt}, _sampling(n=3, seed=5, temperature=0.0, adapter="ends"),
-        use_tqdm=False,
-    )[0]  # fmt: skip
-    assert len(one.outputs) == 3
-    for sample in one.outputs:
-        assert list(sample.token_ids) == list(output[0].outputs[0].token_ids)
+    params = _sampling("ends", n=4, seed=5, temperature=1.0, top_k=1)
+    (output,) = served.llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+    assert len(output.outputs) == 4
+    for sample in output.outputs:
+        assert list(sample.token_ids) == served.expected(prompt, "ends", 8)
 
 
 def _sampling(adapter, **settings):
@@ -298,17 +297,18 @@ def test_an_adapter_is_unloaded_while_requests_run(served):
 
 def test_an_abortion_in_the_middle(served):
     prompts = models.prompts((40,) * 6, seed=15)
-    ids = _start(served, [(p, a) for p, a in zip(prompts, served.names, strict=False)], 10)
+    _start(served, list(zip(prompts, served.names, strict=False)), 10)
     for _ in range(3):
         served.llm.llm_engine.step()
-    served.llm.llm_engine.abort_request(ids[:3])
+    served.llm.llm_engine.abort_request(["r0", "r1", "r2"])
     done = _finish(served)
     assert len(done) == 3
     for number in (3, 4, 5):
         assert done[f"r{number}"] == served.expected(prompts[number], served.names[number], 10)
     assert not served.scheduler._edits and not served.scheduler.reft_registry._running
-    served.check([(p, a) for p, a in zip(prompts, served.names, strict=False)])
-    assert not served.worker.reft._edits or len(served.worker.reft._edits) <= 6
+    served.check(list(zip(prompts, served.names, strict=False)))
+    served.check([(prompts[0], None)])  # the step that tells the worker what is finished
+    assert not served.worker.reft._edits
 
 
 # ---- steps

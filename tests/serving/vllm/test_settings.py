@@ -72,37 +72,3 @@ def test_the_operator_divides_graphs():
         compatibility.divide_graphs(config)
         assert config.cudagraph_mode == reduced
         assert not splits or config.splitting_ops.count(operator.NAME) == 1
-
-
-def test_models_of_another_form_are_refused_by_name():
-    from torch import nn
-
-    from reft_kernels.serving.errors import AdapterError
-    from reft_kernels.serving.vllm.layers import find_layers
-
-    class Plain(nn.Module):
-        def forward(self, hidden_states):
-            return hidden_states
-
-    class Three(nn.Module):
-        def forward(self, hidden_states, residual):
-            return hidden_states, residual, None
-
-    class Pair(nn.Module):
-        def forward(self, hidden_states, residual):
-            return hidden_states, residual
-
-    def model(*lists):
-        made = nn.Module()
-        for number, layers in enumerate(lists):
-            made.add_module(f"list{number}", nn.ModuleList(layers))
-        return made
-
-    with pytest.raises(AdapterError, match="list0 \\(Plain\\)"):
-        find_layers(model([Plain(), Plain()]), 2)
-    with pytest.raises(AdapterError, match="Three: its forward returns 3 values"):
-        find_layers(model([Three(), Three()]), 2)
-    with pytest.raises(AdapterError, match="several lists"):
-        find_layers(model([Pair(), Pair()], [Pair(), Pair()]), 2)
-    found = find_layers(model([Pair()], [Pair(), Pair()], [Plain(), Plain()]), 2)
-    assert list(found) == [0, 1]
