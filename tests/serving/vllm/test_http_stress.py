@@ -10,7 +10,7 @@ import pytest
 
 PROMPTS = ["Name a fruit.", "the answer is yes", "An apple.", "Question: user Answer:"]
 CLIENTS, REQUESTS, COUNT, WARM_UP = 16, 500, 6, 100
-GROWTH_KIB = 48 * 1024  # over 400 requests; a leak of one adapter's weights a request is 20 MiB
+GROWTH_KIB = 24 * 1024  # over 400 requests, 60 KiB each
 
 
 @pytest.fixture
