@@ -206,6 +206,8 @@ class ReftEndpoints:
         if engine_client is None:
             return
         settings = ServerSettings(**json.loads(os.environ.get(SETTINGS, "{}")))
-        state.reft = Server(engine_client, state, settings)
-        await state.reft.start()
-        state.reft_metrics = metrics.register(state.reft)
+        state.reft = server = Server(engine_client, state, settings)
+        await server.start()
+        state.reft_metrics = metrics.register(
+            metrics.AdapterMetrics(server.names, server.admission, server.calls.stats)
+        )

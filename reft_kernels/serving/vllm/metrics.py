@@ -7,23 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-if TYPE_CHECKING:
-    from reft_kernels.serving.vllm.endpoints import Server
+from reft_kernels.serving.vllm.adapter_names import AdapterNames
+from reft_kernels.serving.vllm.admission import Admission
 
 PATH = "/metrics"
-PATIENCE = 1.0  # seconds that a reading waits for a busy engine
+PATIENCE = 5.0  # seconds that a reading waits for a busy engine
 logger = logging.getLogger("vllm.reft_kernels.metrics")
 _ENGINE_COUNTERS = {
-    "hits": "Requests whose adapter was in a slot of the bank",
-    "loads": "Adapters copied into a slot of the bank",
-    "evictions": "Adapters that lost their slot to another",
+    "hits": "Weight sets that a step needed and found in a slot",
+    "loads": "Weight sets that were copied into a slot",
+    "evictions": "Weight sets that lost their slot to another",
 }
 
 
@@ -31,23 +31,30 @@ class AdapterMetrics(Collector):
     """Metrics of one server.
 
     Args:
-        server: the plugin's state.
+        names: the adapters.
+        admission: counts requests.
+        stats: asks the engine for the counters of its bank.
     """
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(
+        self,
+        names: AdapterNames,
+        admission: Admission,
+        stats: Callable[[], Awaitable[dict[str, Any]]],
+    ) -> None:
+        self._names, self._admission, self._stats = names, admission, stats
         self.engine: dict[str, Any] = {}
 
     async def refresh(self) -> None:
         """Ask the engine for its counters. Those of the last time stay if it does not answer."""
         try:
-            self.engine = await asyncio.wait_for(self._server.calls.stats(), PATIENCE)
+            self.engine = await asyncio.wait_for(self._stats(), PATIENCE)
         except Exception as error:
             logger.warning("counters of the adapters are not fresh: %r", error)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics in Prometheus' form."""
-        names, admission = self._server.names, self._server.admission
+        names, admission = self._names, self._admission
         for key, text in _ENGINE_COUNTERS.items():
             yield CounterMetricFamily(f"reft:bank_{key}", text, value=self.engine.get(key, 0))
         yield CounterMetricFamily(
@@ -61,7 +68,7 @@ class AdapterMetrics(Collector):
         running = sum(version.requests for version in [*names, *names.retired])
         gauges = {
             "bank_slots": ("Slots of the bank", self.engine.get("slots", 0)),
-            "bank_resident": ("Slots that hold an adapter", self.engine.get("resident", 0)),
+            "bank_resident": ("Slots that hold a weight set", self.engine.get("resident", 0)),
             "adapters": ("Adapters that requests can name", len(names)),
             "requests_running": ("Requests in flight with an adapter", running),
         }
@@ -83,8 +90,7 @@ class FreshMetrics:
         await self._app(scope, receive, send)
 
 
-def register(server: Server) -> AdapterMetrics:
-    """Add a server's metrics to Prometheus' registry, which vLLM's ``/metrics`` shows."""
-    metrics = AdapterMetrics(server)
+def register(metrics: AdapterMetrics) -> AdapterMetrics:
+    """Add metrics to Prometheus' registry, which vLLM's ``/metrics`` shows, and return them."""
     REGISTRY.register(metrics)
     return metrics
