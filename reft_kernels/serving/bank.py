@@ -48,6 +48,7 @@ class Bank:
         self.write = torch.zeros((*shape, width), device=device)
         self._filled: OrderedDict[SlotKey, int] = OrderedDict()  # least recently used first
         self._free = list(range(slots - 1, -1, -1))
+        self.hits = self.loads = self.evictions = 0
         self._weights = [
             {
                 subtracts: EditWeights(read, bias, write, None, subtracts)
@@ -61,6 +62,19 @@ class Bank:
     def weights(self, index: int, form: Form) -> EditWeights:
         """Return the weights of all slots for the layer with index ``index`` in ``layers``."""
         return self._weights[index][form.subtract_projection]
+
+    def stats(self) -> dict[str, int]:
+        """Return the numbers of slots and of filled ones, and counts since the start.
+
+        A weight set that a step needs is a hit or a load; a load may evict another set.
+        """
+        return {
+            "slots": self.slots,
+            "resident": len(self._filled),
+            "hits": self.hits,
+            "loads": self.loads,
+            "evictions": self.evictions,
+        }
 
     @property
     def resident(self) -> set[str]:
@@ -87,10 +101,12 @@ class Bank:
         for key in wanted:
             if key in self._filled:
                 self._filled.move_to_end(key)
+                self.hits += 1
         for key in wanted:
             if key not in self._filled:
                 slot = self._free.pop() if self._free else self._evict(wanted)
                 self._fill(slot, adapters[key[0]], key[1])
+                self.loads += 1
                 self._filled[key] = slot
         return {key: self._filled[key] for key in wanted}
 
@@ -101,6 +117,7 @@ class Bank:
 
     def _evict(self, wanted: Mapping[SlotKey, None]) -> int:
         oldest = next(key for key in self._filled if key not in wanted)
+        self.evictions += 1
         return self._filled.pop(oldest)
 
     def _fill(self, slot: int, adapter: ServedAdapter, weight_set: int) -> None:

@@ -97,5 +97,9 @@ class ReftWorker(PlatformWorker):
         """Return a description of each loaded adapter."""
         return self.reft.list()
 
+    def reft_stats(self) -> dict[str, int]:
+        """Return the counters of the bank; see :meth:`Bank.stats`."""
+        return self.reft.bank.stats()
+
 
 plugin.register()

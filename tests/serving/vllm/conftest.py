@@ -49,3 +49,12 @@ def serve(folders):
     yield load
     for served in open_engines:
         served.close()
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """A server over HTTP with the adapters a to d, and clients of it."""
+    from tests.serving.vllm.http_site import running_site
+
+    with running_site(tmp_path_factory.mktemp("site")) as running:
+        yield running

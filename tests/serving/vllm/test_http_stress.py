@@ -1,0 +1,95 @@
+"""Many clients with random adapters, while adapters are loaded, replaced and unloaded."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import random
+
+import pytest
+
+PROMPTS = ["Name a fruit.", "the answer is yes", "An apple.", "Question: user Answer:"]
+CLIENTS, REQUESTS, COUNT, WARM_UP = 16, 500, 6, 100
+GROWTH_KIB = 24 * 1024  # over 400 requests, 60 KiB each
+
+
+@pytest.fixture
+def folders(site):
+    """Two adapters of the root for each changing name."""
+    from tests.serving.vllm.http_models import save_adapter
+
+    pairs = {}
+    for number in range(4):
+        pairs[f"changing{number}"] = [f"changing{number}{part}" for part in "xy"]
+        for seed, folder in enumerate(pairs[f"changing{number}"], 200 + 2 * number):
+            if not (site.root / folder).exists():
+                save_adapter(site.model, site.root / folder, seed, positions="f2+l1")
+    return pairs
+
+
+def test_every_answer_is_of_its_adapter_or_a_404(site, folders):
+    import openai
+
+    fixed = [None, "a", "b", "c", "d"]
+    # a changing name may have either of its folders when a request is admitted
+    expected = {
+        (name, prompt): {site.tokens(prompt, folder, COUNT) for folder in folders.get(name, [name])}
+        for name in [*fixed, *folders]
+        for prompt in PROMPTS
+    }
+    counts: collections.Counter[str] = collections.Counter()
+    wrong: list[str] = []
+    memory: list[int] = []
+    chance = random.Random(0)
+    work = [(chance.choice([*fixed, *folders]), chance.choice(PROMPTS)) for _ in range(REQUESTS)]
+    queue = iter(work)
+
+    async def ask(client: openai.AsyncOpenAI) -> None:
+        for name, prompt in queue:
+            try:
+                answer = await site.complete_async(client, prompt, name, COUNT)
+            except openai.NotFoundError:
+                counts["not found"] += 1
+                if name not in folders:
+                    wrong.append(f"{name}: 404")
+            else:
+                counts["answered"] += 1
+                if answer not in expected[name, prompt]:
+                    wrong.append(f"{name}, {prompt}: {answer}")
+            if sum(counts.values()) in (WARM_UP, REQUESTS):
+                memory.append(await asyncio.to_thread(site.server.resident_kib))
+
+    async def change(client: openai.AsyncOpenAI, done: asyncio.Event) -> None:
+        while not done.is_set():
+            name = chance.choice(list(folders))
+            if chance.random() < 0.6:
+                body = {"name": name, "path": chance.choice(folders[name])}
+                await client.post("/reft/load", body=body, cast_to=object)
+                counts["loads"] += 1
+            else:
+                try:
+                    await client.post("/reft/unload", body={"name": name}, cast_to=object)
+                    counts["unloads"] += 1
+                except openai.NotFoundError:
+                    pass
+            await asyncio.sleep(0.02)
+
+    async def run() -> None:
+        done = asyncio.Event()
+        async with site.async_client() as client:
+            changes = asyncio.create_task(change(client, done))
+            await asyncio.gather(*(ask(client) for _ in range(CLIENTS)))
+            done.set()
+            await changes
+
+    asyncio.run(run())
+    assert not wrong, wrong[:5]
+    assert counts["answered"] + counts["not found"] == REQUESTS
+    assert counts["not found"] and counts["answered"] > REQUESTS / 2
+    assert counts["loads"] > 10 and counts["unloads"] > 5
+    before, after = memory[0], memory[-1]
+    assert after - before < GROWTH_KIB, f"{before} KiB, then {after} KiB"
+    site.still_serves()
+    # what is neither named nor used is gone from the engine
+    site.wait_until(lambda: all(one["named"] for one in site.adapters()))
+    assert all(one["requests"] == 0 for one in site.adapters())
