@@ -13,7 +13,7 @@ from tests.model.families import COMMON, LENGTH, SPECIAL, VOCAB, batch, hook_cou
 from tests.model.families import blocks as blocks_of
 
 MANY = 10**8
-FAMILIES = ("llama", "qwen3", "gemma3", "gpt2", "neox")
+FAMILIES = ("llama", "qwen3", "gemma3", "gpt2")
 EDITS = {
     "last tokens": {"positions": "l3"},
     "last tokens of upper layers": {"positions": "l3", "layers": [1, 2]},
