@@ -3,8 +3,11 @@
 namespace reft::host {
 namespace {
 
-// Parts of one block of memory are aligned as PyTorch's GPU allocator aligns small blocks of it.
-int64_t rounded(int64_t bytes) { return (bytes + 255) / 256 * 256; }
+// Parts of one block of memory are aligned for wide loads of a GPU; a CPU's vectors need less.
+int64_t rounded(int64_t bytes, const Tensor& like) {
+  const int64_t alignment = like.is_cpu() ? 32 : 256;
+  return (bytes + alignment - 1) / alignment * alignment;
+}
 
 struct SavedBytes {
   int64_t input, sum;
@@ -12,8 +15,8 @@ struct SavedBytes {
 
 SavedBytes saved_parts(const Edit& e, const Sizes& s) {
   const at::ScalarType dtype = e.hidden.scalar_type();
-  return {e.rows.defined() ? rounded(bytes_of({s.entries, s.d}, dtype)) : 0,
-          rounded(bytes_of({s.entries, s.rank}, accumulation_dtype(dtype)))};
+  return {e.rows.defined() ? rounded(bytes_of({s.entries, s.d}, dtype), e.hidden) : 0,
+          rounded(bytes_of({s.entries, s.rank}, accumulation_dtype(dtype)), e.hidden)};
 }
 
 struct GradientBytes {
@@ -22,7 +25,8 @@ struct GradientBytes {
 
 GradientBytes gradient_parts(const Backward& b, const Sizes& s) {
   const at::ScalarType sums = accumulation_dtype(b.grad.scalar_type());
-  return {rounded(bytes_of({s.rank, s.d}, sums)), rounded(bytes_of({s.rank}, sums))};
+  return {rounded(bytes_of({s.rank, s.d}, sums), b.grad),
+          rounded(bytes_of({s.rank}, sums), b.grad)};
 }
 
 bool is_row_major(const Tensor& tensor, int64_t d) {
