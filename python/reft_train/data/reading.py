@@ -148,41 +148,33 @@ def find(
         kind = "a file (use --train and --test)" if Path(data).exists() else "missing"
         raise wrong("--data", f"{data}, which is {kind}", "a folder")
     named, short = _named_tests(task, tests), task.name.removeprefix("glue/")
+    for flag, missing in (("--train", train_needed and not train), ("--test", tests_needed)):
+        if data is None and missing and not (flag == "--test" and named):
+            raise wrong(flag, f"nothing for task {task.name}", "a file, or a folder with --data")
     if train is not None:
         train = existing_file(train, "--train")
     elif data is not None:
         name = TRAINING_SETS.get(task.name)
         stems = [name, f"{name}/train", "train"] if name else [f"{short}/train", "train"]
-        train = _first([Path(data, stem) for stem in stems], train_needed)
-    elif train_needed:
-        raise wrong("--train", f"nothing for task {task.name}", "a file, or a folder with --data")
+        train = _first(data, stems, train_needed)
     if data is not None and not named:
-        named = _folder_tests(task, Path(data), short, tests_needed)
-    if tests_needed and not named:
-        raise wrong("--test", f"nothing for task {task.name}", "a file, or a folder with --data")
+        stems = {name: [f"{name}/test", name] for name in task.test_sets}
+        if short != task.name:  # GLUE
+            stems = {name: [f"{short}/{name}", name] for name in task.test_sets}
+        found = {name: _first(data, places) for name, places in stems.items()}
+        named = {name: path for name, path in found.items() if path}
+        if not named and short == task.name:
+            only = task.test_sets[0] if len(task.test_sets) == 1 else "test"
+            test = _first(data, ["test"])
+            named = {only: test} if test else {}
+        if tests_needed and not named:
+            _first(data, [place for places in stems.values() for place in places], True)
     return Files(train, named)
 
 
-def _folder_tests(task: Task, data: Path, short: str, needed: bool) -> dict[str, Path]:
-    places = {name: [data / name / "test", data / name] for name in task.test_sets}
-    if short != task.name:  # GLUE
-        places = {name: [data / short / name, data / name] for name in task.test_sets}
-    elif len(places) == 1:
-        places[task.test_sets[0]].append(data / "test")
-    else:
-        places["test"] = [data / "test"]
-    tests = {name: path for name, stems in places.items() if (path := _first(stems, False))}
-    if len(tests) > 1 and "test" not in task.test_sets:
-        tests.pop("test", None)
-    if needed and not tests:
-        _first([stem for stems in places.values() for stem in stems], True)
-    return tests
-
-
-def _first(stems: Sequence[Path], needed: bool) -> Path | None:
-    suffixes = (*SUFFIXES, "-00000-of-00001.parquet")
+def _first(data: Path, stems: Sequence[str], needed: bool = False) -> Path | None:
     for stem in stems:
-        candidates = [stem.with_name(stem.name + suffix) for suffix in suffixes]
+        candidates = [data / f"{stem}{end}" for end in (*SUFFIXES, "-00000-of-00001.parquet")]
         files = [path for path in candidates if path.is_file()]
         if len(files) > 1:
             hint = "one of them (choose with --train and --test)"
@@ -190,7 +182,7 @@ def _first(stems: Sequence[Path], needed: bool) -> Path | None:
         if files:
             return files[0]
     if needed:
-        places = f"one of {', '.join(map(str, stems))} ({', '.join(SUFFIXES)})"
+        places = f"one of {', '.join(str(data / stem) for stem in stems)} ({', '.join(SUFFIXES)})"
         raise wrong("--data", "a folder without a file for the task", places)
     return None
 
