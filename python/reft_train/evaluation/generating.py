@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
-from reft_train.data.tokenizing import pad_id, prompt_ids
+from reft_train.data.tokenizing import prompt_ids
 from reft_train.errors import wrong
 from reft_train.models import CAUSAL, bare, evaluating, positions_of
 from reft_train.ranks import gathered, joined, place
@@ -142,7 +142,7 @@ def generate(
         kind: "causal" or "seq2seq".
         prompts: token ids.
     """
-    collate = PaddingCollator(pad_id(tokenizer), "left" if kind == CAUSAL else "right")
+    collate = PaddingCollator(tokenizer.pad_token_id, "left" if kind == CAUSAL else "right")
     base, ends = bare(model), [tokenizer.eos_token_id]
     more = getattr(base.generation_config, "eos_token_id", None)
     # the tokenizer's end token, used in training, and the model's
@@ -186,7 +186,7 @@ def _decoding(
         use_cache=True,
         bos_token_id=before.bos_token_id,
         eos_token_id=ends or None,
-        pad_token_id=pad_id(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=before.decoder_start_token_id,
         **sampling,
     )

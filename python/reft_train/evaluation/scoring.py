@@ -16,7 +16,7 @@ import torch
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
-from reft_train.data.tokenizing import encode, pad_id
+from reft_train.data.tokenizing import encode
 from reft_train.errors import wrong
 from reft_train.evaluation.generating import (
     Decode,
@@ -100,7 +100,7 @@ def _classes(
     places, length = [row.where for row in rows], config.max_length
     items = encode(CLASSIFICATION, classified, places, loaded.tokenizer, length)
     items = [item.columns() for item in items]
-    collate = PaddingCollator(pad_id(loaded.tokenizer))
+    collate = PaddingCollator(loaded.tokenizer.pad_token_id)
 
     def forward(batch: list[int]) -> list[list[float]]:
         inputs = collate([items[index] for index in batch])

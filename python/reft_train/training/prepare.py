@@ -113,7 +113,7 @@ def _log(text: str) -> None:
 def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], name: str) -> Any:
     """Tokenize the rows, or load them from the cache if the same rows were tokenized before."""
     key = {"rows": _digest(rows), "tokenizer": tokenizing.tokenizer_digest(loaded.tokenizer)}
-    folder = None if config.cache is None else Path(config.cache) / "tokenized"
+    folder = None if config.cache is None else Path(config.cache)
     dataset = tokenizing.tokenize_rows(
         rows, task, loaded.tokenizer, loaded.kind, config.max_length, key, folder
     )
@@ -200,7 +200,7 @@ def sampler(config: RunConfig, dataset: Any, processes: int) -> Any:
 
 def collator(config: RunConfig, loaded: Loaded) -> Callable[[Sequence[dict]], dict]:
     """Return the collator: padded, or packed if the model keeps packed examples apart."""
-    pad = tokenizing.pad_id(loaded.tokenizer)
+    pad = loaded.tokenizer.pad_token_id
     if not config.packing:
         return collating.PaddingCollator(pad)
     if loaded.kind != CAUSAL:
