@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from reft_train.memory import PeakMeter
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from reft_kernels import positions
 from reft_kernels.integrations.peft import ReftConfig
 from reft_kernels.interventions import StackedLoReFT
-from reft_train.memory import PeakMeter
 
 BATCH, LENGTH, PROMPT = 4, 64, 40
 TOLERANCE = 0.05  # of losses that must agree, relative to what the edits change

@@ -114,8 +114,8 @@ COMMANDS = {
         """Compare methods on one task and model. Each method gets the same budget to choose its
         learning rate and size on held-out training rows; its best settings are then trained and
         tested with every seed, each run in a separate process. The same command again resumes a
-        comparison. Writes compare.json, compare.csv, compare.txt and compare.png to --output, by
-        default runs/compare.""",
+        comparison. Prints means and sample standard deviations over the seeds. Writes
+        compare.json, compare.csv and compare.png to --output, by default runs/compare.""",
         CompareOptions,
         [name for name in FIELDS if name not in _NOT_COMPARED],
     ),

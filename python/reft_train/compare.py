@@ -36,7 +36,6 @@ from reft_train.search.study import (
     search,
     seconds_of,
     settings_of,
-    shown,
 )
 from reft_train.training import session
 from reft_train.training.outcome import Outcome
@@ -250,20 +249,13 @@ def resolve_plan(parsed: argparse.Namespace) -> ComparisonPlan:
 
 def table(comparison: Comparison) -> str:
     """Format a line for each method: its scores, its cost, and what its search chose."""
-    lines = []
-    for row in comparison.rows:
-        numbers = ("-",) * 4
-        if row["trainable"] is not None:
-            trained = f"{row['trainable']:,}" + (f" + {row['head']:,}" if row["head"] else "")
-            step, speed = f"{row['step_seconds'] * 1e3:.1f} ms", f"{row['tokens_per_second']:,.0f}"
-            numbers = (trained, step, speed, f"{row['peak_mib']:,.0f} MiB")
-        chosen = ", ".join(f"{name} {shown(value)}" for name, value in row["varied"].items())
-        tried = (mean_of(row["test"]), mean_of(row["validation"]))
-        seeds = f"{row['seeds']}/{len(comparison.plan.seeds)}"
-        lines.append((TITLES[row["method"]], *tried, seeds, *numbers, chosen or "-", row["status"]))
-    measured = ("seeds", "trained", "step", "tokens/s", "peak memory", "chosen", "status")
-    header = ("method", "test", f"held-out {comparison.plan.objective.name}", *measured)
-    return reporting.text_table(header, lines)
+    frame = pandas.DataFrame(comparison.rows)
+    frame["method"] = frame.method.map(TITLES)
+    for name in ("test", "validation"):
+        frame[name] = [mean_of(row[name]) for row in comparison.rows]
+    names = ["method", "test", "validation", "seeds", "trainable", "head", "step_seconds"]
+    names += ["tokens_per_second", "peak_mib", "varied", "status"]
+    return frame[names].to_string(index=False, na_rep="-", float_format="{:,.4g}".format)
 
 
 def mean_of(spread: dict[str, float] | None) -> str:
@@ -274,20 +266,8 @@ def mean_of(spread: dict[str, float] | None) -> str:
     return f"{spread['mean']:.4f}" + (f" ± {spread['deviation']:.4f}" if several else "")
 
 
-def notes(plan: ComparisonPlan) -> str:
-    """Return what the table's numbers are."""
-    return (
-        f"Each method had {plan.trials} trial(s) to choose its settings by held-out "
-        f"{plan.objective.name} with seed {plan.config.seed}; the best were trained and tested "
-        f"with seeds {', '.join(map(str, plan.seeds))}: mean ± sample standard deviation.\n"
-        "test: the task's first metric, averaged over the test sets. trained: parameters of the "
-        "method, and of a new head.\nstep, tokens/s: medians over the runs, which alternate "
-        "between methods. peak memory: the highest, each run in a separate process."
-    )
-
-
 def write_results(comparison: Comparison) -> None:
-    """Write ``compare.json``, ``compare.csv``, ``compare.txt`` and ``compare.png``."""
+    """Write ``compare.json``, ``compare.csv`` and ``compare.png``."""
     plan, folder, rows = comparison.plan, comparison.plan.folder, comparison.rows
     numbers = {
         "config": plan.config.model_dump(),
@@ -303,7 +283,6 @@ def write_results(comparison: Comparison) -> None:
     }
     write_text(folder / "compare.json", dumps(numbers))
     write_text(folder / "compare.csv", pandas.json_normalize(rows, sep="_").to_csv(index=False))
-    write_text(folder / "compare.txt", f"{table(comparison)}\n{notes(plan)}\n")
     measured = "test" if any(row["test"] for row in rows) else "validation"
     figure = reporting.new_figure()
     axes = figure.subplots()
@@ -339,6 +318,6 @@ def run(
         print(text, file=sys.stderr)
         return 130
     write_results(comparison)
-    print(table(comparison), notes(plan), sep="\n")
+    print(table(comparison))
     states = [row["status"] for row in comparison.rows]
     return int(any(text != "ok" and not text.startswith(REFUSED) for text in states))

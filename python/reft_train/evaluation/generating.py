@@ -23,13 +23,6 @@ from reft_train.tasks.base import Decoding
 Result = TypeVar("Result")
 
 
-def bar(total: int, title: str, unit: str = "step", show: bool = True) -> Any:
-    """Create a tqdm bar on stderr; without a terminal it is printed every ten seconds."""
-    every = 0.2 if sys.stderr.isatty() else 10.0
-    options = {"unit": unit, "mininterval": every, "maxinterval": every, "disable": not show}
-    return tqdm(total=total, desc=f"{title:<26}", **options)
-
-
 def run_batches(
     lengths: Sequence[int],
     batch_size: int,
@@ -53,7 +46,9 @@ def run_batches(
         # sharded models need the same number of forwards on every process
         indices = [*indices, order[0]]
     by_index: dict[int, Result] = {}
-    with bar(len(indices), title, "row", show=progress and rank == 0) as shown:
+    every = 0.2 if sys.stderr.isatty() else 10.0  # seconds
+    options = {"desc": title, "disable": not progress or rank > 0, "mininterval": every}
+    with tqdm(total=len(indices), unit="row", maxinterval=every, **options) as shown:
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
             try:

@@ -45,23 +45,6 @@ def one_process() -> None:
         raise wrong("WORLD_SIZE", "several processes", "one: trials run one after the other")
 
 
-def table(result: Search) -> str:
-    """Format the trials that have run, best trials first."""
-    objective, names, rows = result.plan.objective, result.plan.space, []
-    sign = 1 if objective.direction == "minimize" else -1
-    ran = [trial for trial in result.trials if study.state_of(trial) not in ("waiting", "running")]
-    done = [trial for trial in ran if study.state_of(trial) == "complete"]
-    done.sort(key=lambda trial: sign * trial.value)
-    for trial in [*done, *(trial for trial in ran if trial not in done)]:
-        state, reason = study.state_of(trial), trial.user_attrs.get("reason")
-        value = f"{trial.value:.4f}" if state == "complete" else "-"
-        settings = (study.shown(trial.params.get(name, "-")) for name in names)
-        state += f" ({reason})" if reason else ""
-        rows.append((trial.number, value, f"{study.seconds_of(trial):.0f}", *settings, state))
-    header = ("trial", f"held-out {objective.name}", "seconds", *names, "state")
-    return reporting.text_table(header, rows)
-
-
 def draw(result: Search) -> None:
     """Draw optuna's plots of values and, if meaningful, of importances."""
     values = [trial.value for trial in result.settled if study.state_of(trial) == "complete"]
@@ -94,7 +77,7 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
     plan = study.SearchPlan(config, varied, objective, *budget)
     result = study.search(plan, train or session.train)
     draw(result)
-    print(table(result))
+    print(study.table(result.study).to_string(index=False))
     if result.interrupted:
         print(f"interrupted; the same command resumes the search in {plan.folder}")
         return 130

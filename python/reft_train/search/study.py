@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas
 from accelerate.utils.memory import clear_device_cache
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
@@ -134,15 +135,6 @@ def seconds_of(trial: FrozenTrial) -> float:
     return trial.duration.total_seconds() if trial.duration else 0.0
 
 
-def describe(trial: FrozenTrial, objective: Objective) -> str:
-    """Format a trial in one line."""
-    state, reason = state_of(trial), trial.user_attrs.get("reason")
-    result = f"{objective.name} {trial.value:.4f}" if state == "complete" else state
-    settings = ", ".join(f"{name} {shown(value)}" for name, value in trial.params.items())
-    why = f" ({reason})" if reason else ""
-    return f"trial {trial.number}: {result}{why} in {seconds_of(trial):.0f} s with {settings}"
-
-
 @dataclass(frozen=True)
 class Search:
     """State of a search."""
@@ -222,7 +214,9 @@ def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -
         watch = Watch(trial, plan.objective, deadline)
         interrupted = _run(result, trial, watch, train)
         result = Search(plan, result.study, interrupted)
-        log(describe(result.trials[trial.number], plan.objective))
+        done = result.trials[trial.number]
+        why = done.user_attrs.get("reason", "")
+        log(f"trial {done.number}: {state_of(done)} {done.value or why} with {done.params}")
         _save(result)
     return result
 
@@ -305,16 +299,17 @@ def _contains(entry: optuna.distributions.BaseDistribution, value: Any) -> bool:
         return False
 
 
-def shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(stored(value))
+def table(study: optuna.Study) -> pandas.DataFrame:
+    """Return the trials, best first."""
+    attributes = ("number", "state", "value", "duration", "params", "user_attrs")
+    best_low = study.direction == optuna.study.StudyDirection.MINIMIZE
+    return study.trials_dataframe(attributes).sort_values("value", ascending=best_low)
 
 
 def _save(result: Search) -> None:
     """Write the results, and remove weights and checkpoints of all trials except the best."""
     plan, best = result.plan, result.best
-    attributes = ("number", "state", "value", "duration", "params", "user_attrs")
-    table = result.study.trials_dataframe(attributes)
-    write_text(plan.folder / TRIALS, table.to_csv(index=False))
+    write_text(plan.folder / TRIALS, table(result.study).to_csv(index=False))
     if best is not None:
         write_text(plan.folder / BEST, dump_yaml(result.best_config))
     for trial in result.trials:

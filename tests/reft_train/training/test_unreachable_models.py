@@ -41,7 +41,11 @@ def test_a_hub_name_out_of_reach(command, refused):
     assert line.startswith(
         f"reft_train {command}: error: model: got 'nobody/no-such-model', which cannot be loaded"
     )
-    for part in ("expected a folder", "the hub or its cache", "hf download NAME --local-dir FOLDER"):
+    for part in (
+        "expected a folder",
+        "the hub or its cache",
+        "hf download NAME --local-dir FOLDER",
+    ):
         assert part in line
     assert line.endswith("--model FOLDER")
 
