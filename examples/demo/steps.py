@@ -131,6 +131,7 @@ def _problem(model: Any, config: ReftConfig) -> SimpleNamespace:
     depth, d = settings.num_hidden_layers, settings.hidden_size
     layers = list(range(depth)) if config.layers == "all" else sorted(config.layers)
     config = copy.copy(config)
+    config.inference_mode = False  # as the configuration of a saved adapter is
     config.response_template = None  # random tokens have none; the labels tell where prompts end
     rows = positions.resolve(config.positions, [PROMPT], LENGTH).long()
     R = torch.linalg.qr(torch.randn(len(layers), d, config.rank, generator=draw)).Q.mT

@@ -34,11 +34,9 @@ def run(parsed: argparse.Namespace) -> int:
         adapter = adapter_folder(options.adapter)
     out = (base or Path("runs")) / "eval" if options.out is None else Path(options.out)
     check_folder(out, "--out")
-    if base is not None:  # a frozen model without an adapter can be any model
-        if config.model == read_yaml(base / CONFIG).get("model"):
-            models.check_reachable(config, base)
-        if options.adapter is None:
-            methods.check_base(models.model_config(config), base, "model")
+    if base is not None and options.adapter is None:
+        # otherwise it is any adapter, or any frozen model
+        methods.check_base(models.model_config(config), base, "model")
     task = tasks.get(config.task)
     sets = find_rows(config.replace(train=None, skip_test=False), task, train=False).tests
     if adapter is not None:

@@ -86,16 +86,6 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
     return wrong("model", text, f"a folder, or a name in the hub or its cache; {hint}")
 
 
-def check_reachable(config: RunConfig, run: Path) -> None:
-    """Raise UserError if the base model of a run is no longer at the recorded location."""
-    try:
-        model_config(config)
-    except UserError as error:
-        where = f"{config.model!r}, which cannot be loaded ({error})"
-        text = f"model: {run} was trained on {where}; --model FOLDER gives its new location"
-        raise UserError(text) from None
-
-
 def identity(hf_config: Any) -> dict[str, Any]:
     """Return the properties that identify a base model, for checking adapters against it."""
     configs = [hf_config]
