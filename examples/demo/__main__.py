@@ -14,7 +14,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from reft_train.training.prepare import find_rows
 from reft_train.training.session import train
 
 from examples.demo import report, smollm2, steps
-from examples.demo.docstrings import conversation, docstrings
+from examples.demo.docstrings import conversation, docstrings, named
 
 STYLE = Path(__file__).with_name("pirate.jsonl")
 QUESTIONS = (
@@ -96,10 +98,16 @@ def skill(config: RunConfig, quick: bool) -> dict[str, Any]:
     config = config.replace(**SKILL, **files, max_new_tokens=8, max_steps=4 if quick else 24)
     task = get("jsonl")
     (rows,) = find_rows(config, task, train=False).tests.values()
-    frozen = score_set("docstrings", rows, load(config, task), task, config)
-    (tuned,) = train(config).tests.values()
-    scores = {"frozen": frozen.metrics["exact_match"], "LoReFT": tuned["exact_match"]}
-    return {**scores, "packages": len(names), "texts": len(rows)}
+    frozen = score_set("docstrings", rows, load(config, task), task, config).predictions
+    train(config)
+    lines = (out / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    sizes = {"packages": len(names), "texts": len(rows)}
+    return {"frozen": right(frozen), "LoReFT": right(map(json.loads, lines)), **sizes}
+
+
+def right(predictions: Iterable[dict[str, Any]]) -> float:
+    """Return the share of answers that name the right package first."""
+    return fmean(named(row["generated"]) == row["answer"] for row in predictions)
 
 
 def settings(given: argparse.Namespace) -> RunConfig:

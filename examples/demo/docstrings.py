@@ -68,3 +68,9 @@ def conversation(text: str, package: str, packages: Sequence[str]) -> list[dict[
     question = f"Which Python package is the text from: {', '.join(packages)}?"
     said = (("system", question), ("user", text), ("assistant", package))
     return [{"role": role, "content": content} for role, content in said]
+
+
+def named(answer: str) -> str | None:
+    """Return the package that an answer names first, or None."""
+    found = NAMES.search(answer)
+    return found and found[0].lower()
