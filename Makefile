@@ -20,7 +20,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py benchmarks/requireme
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m reft_train demo $(ARGS)
+	$(BIN)/python -m examples.demo $(ARGS)
 
 # the adapted model in the terminal: make chat ADAPTER=FOLDER
 chat: $(VENV)/.installed

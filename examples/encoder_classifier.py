@@ -1,6 +1,6 @@
 """Classify texts with a frozen sentence encoder: a trained head alone, and LoReFT with a head.
 
-    python examples/encoder_classifier.py [--model FOLDER] [--out FOLDER] [--epochs N] [--texts N]
+    python -m examples.encoder_classifier [--model FOLDER] [--out FOLDER] [--epochs N] [--texts N]
 
 Says which standard-library package a docstring comes from; modules are held out as a whole. Both
 classifiers are trained as ``reft-train run`` trains them, here from Python, with a task of our own.
@@ -13,12 +13,13 @@ import importlib.util
 import json
 from pathlib import Path
 
-from reft_train.config import validated
-from reft_train.demo_docstrings import docstrings
+from reft_train.config import RunConfig, validated
 from reft_train.files import write_text
 from reft_train.reporting import text_table
 from reft_train.tasks.base import Classified, Row, Task
 from reft_train.training.session import train
+
+from examples.demo.docstrings import docstrings
 
 SETTINGS = {"task": "docstrings", "architecture": "encoder", "pooling": "mean", "dtype": "float32"}
 SETTINGS |= {"positions": "all", "lr": 5e-3, "head_lr": 1e-2, "batch_size": 32, "max_length": 48}
@@ -65,7 +66,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     found, rows = {}, []
     for method, title in {"head": "frozen, trained head", "loreft": "LoReFT and head"}.items():
         run = {"method": method, "output": str(out / method), "epochs": given.epochs}
-        outcome = train(validated(settings | run), task=task)
+        outcome = train(validated(RunConfig, settings | run), task=task)
         found[method] = outcome.tests["test"]["accuracy"]
         rows.append((title, f"{outcome.trainable:,}", f"{outcome.head:,}", f"{found[method]:.1%}"))
     print(text_table(("", "numbers of the edits", "of the head", "held-out accuracy"), rows))

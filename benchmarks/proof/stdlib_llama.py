@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from reft_train.evaluation.generating import bar
+from tqdm import tqdm
 
 VOCABULARY, WIDTH, LAYERS, HEADS, LENGTH, BATCH = 2048, 256, 4, 4, 256, 8
 PACKAGES = (
@@ -96,7 +96,7 @@ def train_llama(folder: Path, seconds: float, seed: int = 0) -> dict[str, float]
     generator = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     started = time.perf_counter()
-    with bar(round(seconds), "base model", "s") as progress:
+    with tqdm(total=round(seconds), desc="base model", unit="s", mininterval=10) as progress:
         while (elapsed := time.perf_counter() - started) < seconds:
             warm, left = min(1.0, (len(losses) + 1) / 50), 1 - elapsed / seconds
             for group in optimizer.param_groups:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from reft_train import chat, commands, demo
+from reft_train import commands
 from reft_train.errors import ReportedError, UserError
 
 
@@ -20,8 +20,6 @@ def parser() -> argparse.ArgumentParser:
     )
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parsers(subparsers)
-    demo.add_parser(subparsers)
-    chat.add_parser(subparsers)
     return top
 
 
@@ -41,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
 
     try:
-        return parsed.run(parsed)
+        return parsed.execute(parsed)
     except ReportedError:
         return 2
     except UserError as error:

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from types import SimpleNamespace
 from typing import Any
 
-from reft_train import flags, smollm2
-from reft_train.config import validated
-from reft_train.errors import wrong
-
-SETTINGS = ("model", "device", "max_new_tokens", "temperature", "seed")
-DEFAULTS = {"model": None, "max_new_tokens": 200, "temperature": 0.0, "seed": 42}
-DEFAULTS |= {"device": "auto"}
-HELP = "/base: the frozen model, /adapter: the adapter again, /reset: forget, /quit: leave"
-DESCRIPTION = f"""Answers stream to the terminal; lines may also be piped in. {HELP}."""
+from reft_train import flags
+from reft_train.commands import CHAT_HELP as HELP
+from reft_train.commands import ChatOptions
+from reft_train.config import RunConfig, validated
+from reft_train.errors import UserError, wrong
 
 Messages = list[dict[str, str]]
-
-
-def add_parser(subparsers) -> None:
-    """Add the command and its flags."""
-    text = "talk to a model with an adapter in the terminal"
-    command = subparsers.add_parser("chat", help=text, description=DESCRIPTION)
-    text = "the adapter's folder"
-    command.add_argument("--adapter", required=True, metavar="FOLDER", help=text)
-    flags.add_settings(command, SETTINGS, DEFAULTS)
-    command.set_defaults(run=run)
 
 
 def reply(model: Any, tokenizer: Any, messages: Messages, length: int, **sampling: Any) -> str:
@@ -56,8 +41,6 @@ def reply(model: Any, tokenizer: Any, messages: Messages, length: int, **samplin
 def converse(model: Any, tokenizer: Any, length: int, **sampling: Any) -> None:
     """Read lines until /quit or the end of the input, and answer each."""
     from rich.console import Console
-
-    from reft_train.errors import UserError
 
     console, messages, adapted = Console(highlight=False), [], True
     console.print(HELP, style="dim", markup=False)
@@ -90,36 +73,32 @@ def converse(model: Any, tokenizer: Any, length: int, **sampling: Any) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Run the command."""
-    from reft_train.evaluate import resolve_adapter
-    from reft_train.files import read_object
-
-    parsed.run_folder = None
-    folder = resolve_adapter(parsed)
-    if folder is None:
-        raise wrong("--adapter", "none", "an adapter's folder")
-    values = {**DEFAULTS, "task": "jsonl", "architecture": "causal"}
-    values["model"] = read_object(folder / "adapter_config.json", "--adapter").get(
-        "base_model_name_or_path"
-    )
-    config = validated(values | flags.passed(parsed, SETTINGS))
     import torch
 
-    from reft_train import models
-    from reft_train.methods import check_base, load_adapter
+    from reft_train import methods, models
+    from reft_train.evaluate import adapter_folder
     from reft_train.tasks.jsonl import Jsonl
     from reft_train.training.session import quiet
 
+    options = flags.options(parsed, ChatOptions)
+    folder = adapter_folder(options.adapter)
+    if folder is None:
+        raise wrong("--adapter", "none", "an adapter's folder")
+    base = {"model": options.model or methods.base_model(folder), "task": "jsonl"}
+    base |= {"architecture": "causal", "device": options.device, "seed": options.seed}
+    config = validated(RunConfig, base)
     quiet()
     hf_config = models.model_config(config)
-    check_base(hf_config, folder)
-    loaded = models.load(config.replace(dtype=smollm2.dtype_of(hf_config)), Jsonl())
-    if loaded.tokenizer.chat_template is None:
+    methods.check_base(hf_config, folder)
+    saved = str(getattr(hf_config, "dtype", None)).removeprefix("torch.")
+    if saved in ("float32", "bfloat16", "float16"):
+        config = config.replace(dtype=saved)
+    loaded = models.load(config, Jsonl())
+    tokenizer, temperature = loaded.tokenizer, options.temperature
+    if tokenizer.chat_template is None:
         raise wrong("--model", f"{config.model}, without a chat template", "a chat model")
-    model = load_adapter(SimpleNamespace(model=loaded.model), folder)
+    model = methods.load_adapter(loaded, folder).to(models.pick_device(config)).eval()
     torch.manual_seed(config.seed)
-    sampling: dict[str, Any] = {"do_sample": config.temperature > 0}
-    if config.temperature > 0:
-        sampling["temperature"] = config.temperature
-    model = model.to(models.pick_device(config)).eval()
-    converse(model, loaded.tokenizer, config.max_new_tokens, **sampling)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    converse(model, tokenizer, options.max_new_tokens, **{"do_sample": False, **sampling})
     return 0

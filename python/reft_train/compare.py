@@ -12,37 +12,35 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean, median, stdev
 from typing import Any
 
 import pandas
 
 from reft_train import flags, reporting, tasks
-from reft_train.commands import COMPARED
+from reft_train.commands import COMPARED, CompareOptions
 from reft_train.config import METHODS, RunConfig, dump_yaml
 from reft_train.errors import UserError, one_line, wrong
-from reft_train.files import check_own_folder, dumps, write_bytes, write_text
+from reft_train.files import check_own_folder, dumps, write_text
 from reft_train.methods import TITLES
 from reft_train.models import model_config
 from reft_train.search.command import one_process
 from reft_train.search.space import Space, small_space_of
 from reft_train.search.study import (
     Objective,
-    Search,
     SearchPlan,
     Train,
-    open_study,
     resolve,
     search,
-    shown,
+    seconds_of,
+    settings_of,
 )
 from reft_train.training import session
 from reft_train.training.outcome import Outcome
 
 REFUSED = "not available: "
-_MEASURED = ("test", "validation", "trainable", "head", "step_seconds", "tokens_per_second")
-_MEASURED += ("peak_mib", "memory_method")
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class ComparisonPlan:
 
     Attributes:
         config: settings shared by all methods; ``output`` is the comparison's folder.
-        trials, seconds: budget of each method's search; exactly one of the two is None.
+        trials: budget of each method's search.
         seeds: seeds of the tested runs of each method.
     """
 
@@ -59,8 +57,7 @@ class ComparisonPlan:
     methods: tuple[str, ...]
     objective: Objective
     seeds: tuple[int, ...] = (42, 43, 44)
-    trials: int | None = 8
-    seconds: float | None = None
+    trials: int = 8
     sampler_seed: int = 0
 
     @property
@@ -81,35 +78,35 @@ class Comparison:
     outcomes: Mapping[tuple[str, int], Outcome]
 
 
-def spread(values: pandas.Series) -> dict[str, float] | None:
+def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Return the mean and the sample standard deviation (NaN for a single value)."""
-    if values.empty:
+    if not values:
         return None
-    return {"mean": values.mean(skipna=False), "deviation": values.std(skipna=False)}
+    several = len(values) > 1
+    return {"mean": fmean(values), "deviation": stdev(values) if several else math.nan}
 
 
 def summarized(outcomes: Sequence[Outcome], plan: ComparisonPlan) -> dict[str, Any]:
-    """Aggregate a method's tested runs.
+    """Aggregate a method's tested runs; without any, every field is empty.
 
     ``test`` is the task's first metric, averaged over the test sets of a run, then over the runs.
     """
-    frame = pandas.DataFrame(map(asdict, outcomes))
-    metric = next(iter(tasks.get(plan.config.task).metrics), None)
-    by_set = [{name: m[metric] for name, m in sets.items() if metric} for sets in frame.tests]
-    tests = pandas.DataFrame(by_set, index=frame.index)
-    memory = pandas.DataFrame(list(frame.memory))
-    name = plan.objective.name
-    held_out = [metrics[name] for metrics in frame.validation if name in metrics]
+    metric, name = next(iter(tasks.get(plan.config.task).metrics), None), plan.objective.name
+    sets = outcomes[0].tests if outcomes and metric else {}
+    tests = {name: [outcome.tests[name][metric] for outcome in outcomes] for name in sets}
+    held_out = [one.validation[name] for one in outcomes if name in one.validation]
+    first = outcomes[0] if outcomes else None
     return {
-        "seeds": len(frame),
-        "test": None if tests.empty else spread(tests.mean(axis=1, skipna=False)),
+        "seeds": len(outcomes),
+        "test": spread([fmean(values) for values in zip(*tests.values(), strict=True)]),
         "tests": {name: spread(values) for name, values in tests.items()},
-        "validation": spread(pandas.Series(held_out, dtype=float)),
-        "trainable": int(frame.trainable[0]),
-        "head": int(frame["head"][0]),
-        **frame[["step_seconds", "tokens_per_second"]].median().to_dict(),
-        "peak_mib": memory.peak.max(),
-        "memory_method": memory.method[0],
+        "validation": spread(held_out),
+        "trainable": first and first.trainable,
+        "head": first and first.head,
+        "step_seconds": first and median(one.step_seconds for one in outcomes),
+        "tokens_per_second": first and median(one.tokens_per_second for one in outcomes),
+        "peak_mib": first and max(one.memory.peak for one in outcomes),
+        "memory_method": first and first.memory.method,
     }
 
 
@@ -191,7 +188,7 @@ def compare(
         failed = failures[method]
         if failed:
             row["status"] = f"{len(failed)} of {len(plan.seeds)} seeds failed: {failed[0]}"
-        row |= summarized(done, plan) if done else {}
+        row |= summarized(done, plan)
     return Comparison(plan, [row for row, _ in tuned.values()], outcomes)
 
 
@@ -201,17 +198,11 @@ def _tuned(
     """Run a method's search; return its result and the best settings or None."""
     output = str(plan.folder / "search" / method)
     config = plan.config.replace(method=method, output=output, resume=False, overwrite=False)
-    budget = {"trials": plan.trials, "timeout": plan.seconds, "sampler_seed": plan.sampler_seed}
-    search_plan = SearchPlan(config, space, plan.objective, **budget, pruner="none", start=False)
+    fair = {"sampler_seed": plan.sampler_seed, "prune": False, "start": False}
     row = {"method": method, "status": "ok", "varied": {}, "trials": 0, "search_seconds": 0.0}
-    row |= {**dict.fromkeys(_MEASURED), "seeds": 0, "tests": {}}
     log(f"{method}: choosing {', '.join(space)} on held-out rows")
-    if plan.seconds is not None and search_plan.folder.exists():
-        # subtract the time used by an interrupted comparison
-        earlier = Search(search_plan, open_study(search_plan)).trials
-        left = plan.seconds - sum(trial.seconds for trial in earlier)
-        search_plan = replace(search_plan, timeout=left)
     try:
+        search_plan = SearchPlan(config, space, plan.objective, plan.trials, **fair)
         result = search(search_plan, train, lambda line: log(f"  {line}"))
     except UserError as error:
         return row | {"status": f"{REFUSED}{error}"}, None
@@ -220,14 +211,11 @@ def _tuned(
         return row | {"status": f"failed: {type(error).__name__}: {one_line(error)}"}, None
     if result.interrupted:
         raise KeyboardInterrupt
-    settled = [trial for trial in result.trials if trial.settled]
-    row["trials"] = len(settled)
-    row["search_seconds"] = sum(trial.seconds for trial in result.trials)
+    row["trials"], row["search_seconds"] = plan.trials, sum(map(seconds_of, result.trials))
     if result.best is None:
-        reasons = (trial.reason for trial in settled if trial.reason)
-        reason = next(reasons, "no trial finished within the budget")
+        reason = result.settled[0].user_attrs["reason"]
         return row | {"status": f"failed: {reason}"}, None
-    return row | {"varied": result.best.settings}, result.best_config
+    return row | {"varied": settings_of(result.best)}, result.best_config
 
 
 def _finished(config: RunConfig) -> Outcome | None:
@@ -237,7 +225,7 @@ def _finished(config: RunConfig) -> Outcome | None:
     except UserError:
         return None
     place = dict.fromkeys(("output", "resume", "overwrite"))  # settings that do not identify a run
-    same = {**config.to_dict(), **place} == {**outcome.config, **place}
+    same = {**config.model_dump(), **place} == {**outcome.config, **place}
     return outcome if same and not outcome.interrupted else None
 
 
@@ -245,42 +233,29 @@ def resolve_plan(parsed: argparse.Namespace) -> ComparisonPlan:
     """Build the comparison plan from the flags."""
     if parsed.config is None and "output" not in parsed:
         parsed.output = "runs/compare"
-    objective, config = resolve(flags.settings(parsed), parsed.objective)
-    if len(set(parsed.seeds)) < len(parsed.seeds):
-        raise wrong("--seeds", " ".join(map(str, parsed.seeds)), "each seed once")
-    trials = None if parsed.budget_seconds is not None else parsed.budget_trials or 8
-    methods, seeds = _methods(config, parsed.methods), tuple(parsed.seeds)
-    budget = (trials, parsed.budget_seconds, parsed.sampler_seed)
-    return ComparisonPlan(config, methods, objective, seeds, *budget)
-
-
-def _methods(config: RunConfig, requested: Sequence[str] | None) -> tuple[str, ...]:
-    if requested is None:
-        return COMPARED if tasks.get(config.task).decoding is not None else (*COMPARED, "head")
-    for method in requested:
+    options = flags.options(parsed, CompareOptions)
+    objective, config = resolve(flags.settings(parsed), options.objective)
+    generates = tasks.get(config.task).decoding is not None
+    methods = options.methods or [*COMPARED, *(() if generates else ("head",))]
+    for method in methods:
         if method not in METHODS:
             raise wrong("--methods", repr(method), f"some of {', '.join(METHODS)}")
-    if len(set(requested)) < len(requested):
-        raise wrong("--methods", " ".join(requested), "each method once")
-    return tuple(requested)
+    for name, values in (("--methods", methods), ("--seeds", options.seeds)):
+        if len(set(values)) < len(values):
+            raise wrong(name, " ".join(map(str, values)), "each once")
+    budget = (options.budget_trials, options.sampler_seed)
+    return ComparisonPlan(config, tuple(methods), objective, tuple(options.seeds), *budget)
 
 
-def table(comparison: Comparison) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    def line(row: dict[str, Any]) -> tuple[str, ...]:
-        numbers = ("-",) * 4
-        if row["trainable"] is not None:
-            trained = f"{row['trainable']:,}" + (f" + {row['head']:,}" if row["head"] else "")
-            step, speed = f"{row['step_seconds'] * 1e3:.1f} ms", f"{row['tokens_per_second']:,.0f}"
-            numbers = (trained, step, speed, f"{row['peak_mib']:,.0f} MiB")
-        chosen = ", ".join(f"{name} {shown(value)}" for name, value in row["varied"].items())
-        seeds = f"{row['seeds']}/{len(comparison.plan.seeds)}"
-        tried = (mean_of(row["test"]), mean_of(row["validation"]), seeds)
-        return (TITLES[row["method"]], *tried, *numbers, chosen or "-", row["status"])
-
-    measured = ("trained", "step", "tokens/s", "peak memory", "chosen", "status")
-    held_out = f"held-out {comparison.plan.objective.name}"
-    header = ("method", "test", held_out, "seeds", *measured)
-    return header, [line(row) for row in comparison.rows]
+def table(comparison: Comparison) -> str:
+    """Format a line for each method: its scores, its cost, and what its search chose."""
+    frame = pandas.DataFrame(comparison.rows)
+    frame["method"] = frame.method.map(TITLES)
+    for name in ("test", "validation"):
+        frame[name] = [mean_of(row[name]) for row in comparison.rows]
+    names = ["method", "test", "validation", "seeds", "trainable", "head", "step_seconds"]
+    names += ["tokens_per_second", "peak_mib", "varied", "status"]
+    return frame[names].to_string(index=False, na_rep="-", float_format="{:,.4g}".format)
 
 
 def mean_of(spread: dict[str, float] | None) -> str:
@@ -291,70 +266,34 @@ def mean_of(spread: dict[str, float] | None) -> str:
     return f"{spread['mean']:.4f}" + (f" ± {spread['deviation']:.4f}" if several else "")
 
 
-def notes(comparison: Comparison) -> list[str]:
-    plan = comparison.plan
-    budget = f"{plan.trials} trial(s)" if plan.seconds is None else f"{plan.seconds:g} seconds"
-    lines = [
-        f"Each method had {budget} to choose its settings by held-out {plan.objective.name} with "
-        f"seed {plan.config.seed}; the best were trained and tested with seeds "
-        f"{', '.join(map(str, plan.seeds))}: mean ± sample standard deviation.",
-        "test: the task's first metric, averaged over the test sets. trained: parameters of the "
-        "method, and of a new head. step and tokens/s: medians over the runs. peak memory: the "
-        "highest of the runs, each in a separate process. The runs alternate between methods.",
-    ]
-    memory = {row["memory_method"]: None for row in comparison.rows if row["memory_method"]}
-    lines += [f"Memory: {method}." for method in memory]
-    if plan.config.holds_out and not plan.config.validation:
-        lines.append(
-            "GLUE's published validation rows are split anew by each seed, as in the paper: rows "
-            "used to choose the settings with one seed are among those reported with another."
-        )
-    return lines
-
-
-def write_report(comparison: Comparison) -> None:
-    """Write ``compare.json``, ``compare.csv``, ``compare.png`` and ``report.html``."""
+def write_results(comparison: Comparison) -> None:
+    """Write ``compare.json``, ``compare.csv`` and ``compare.png``."""
     plan, folder, rows = comparison.plan, comparison.plan.folder, comparison.rows
-    runs = [
-        {"method": method, "seed": seed, **asdict(outcome)}
-        for (method, seed), outcome in comparison.outcomes.items()
-    ]
     numbers = {
-        "config": plan.config.to_dict(),
+        "config": plan.config.model_dump(),
         "seeds": plan.seeds,
         "objective": plan.objective.name,
-        "budget": {"trials": plan.trials, "seconds": plan.seconds},
+        "budget": {"trials": plan.trials},
         "methods": rows,
-        "runs": runs,
+        "runs": [
+            {"method": method, "seed": seed, **asdict(outcome)}
+            for (method, seed), outcome in comparison.outcomes.items()
+        ],
         "versions": reporting.versions(),
     }
     write_text(folder / "compare.json", dumps(numbers))
     write_text(folder / "compare.csv", pandas.json_normalize(rows, sep="_").to_csv(index=False))
     measured = "test" if any(row["test"] for row in rows) else "validation"
-    points = [row for row in rows if row[measured]]
     figure = reporting.new_figure()
     axes = figure.subplots()
-    counts = [row["trainable"] + row["head"] for row in points]
-    for count, row in zip(counts, points, strict=True):
-        value, label = row[measured], TITLES[row["method"]]
-        bar = {"yerr": value["deviation"], "fmt": "o", "capsize": 4}
-        axes.errorbar(count, value["mean"], **bar, label=label)
-    kind = {"test": "test metric", "validation": "held-out metric"}[measured]
-    axes.set(xlabel="trained parameters", ylabel=kind)
-    axes.set_xscale("log" if all(counts) else "linear")
-    pngs = []
-    if points:
+    for row in (row for row in rows if row[measured]):
+        bar = {"yerr": row[measured]["deviation"], "label": TITLES[row["method"]]}
+        count, mean = row["trainable"] + row["head"], row[measured]["mean"]
+        axes.errorbar(count, mean, fmt="o", capsize=4, **bar)
+    axes.set(xlabel="trained parameters", ylabel=f"{measured} metric", xscale="symlog")
+    if axes.has_data():
         axes.legend()
-        pngs.append(write_bytes(folder / "compare.png", reporting.to_png(figure)).read_bytes())
-    sets = list(dict.fromkeys(name for row in rows for name in row["tests"]))
-    tests = [[mean_of(row["tests"].get(name)) for name in sets] for row in rows]
-    each = [(TITLES[row["method"]], *cells) for row, cells in zip(rows, tests, strict=True)]
-    sections = {
-        "Methods": [table(comparison), *notes(comparison), *pngs],
-        "Test sets": [(("method", *sets), each)] if len(sets) > 1 else [],
-        "Shared settings and versions": [plan.config.to_dict(), reporting.versions()],
-    }
-    reporting.write_page(folder / "report.html", f"Methods on {plan.config.task}", sections)
+        reporting.save_figure(figure, folder / "compare.png")
 
 
 def run(
@@ -373,13 +312,12 @@ def run(
     hf_config, methods = model_config(plan.config), plan.methods
     spaces = {m: small_space_of(plan.config.replace(method=m), hf_config) for m in methods}
     try:
-        how = (train or session.train, final or run_isolated)
-        comparison = compare(plan, spaces, *how)
+        comparison = compare(plan, spaces, train or session.train, final or run_isolated)
     except KeyboardInterrupt:
         text = f"interrupted; the same command resumes the comparison in {plan.folder}"
         print(text, file=sys.stderr)
         return 130
-    write_report(comparison)
-    print(reporting.text_table(*table(comparison)), *notes(comparison), sep="\n")
+    write_results(comparison)
+    print(table(comparison))
     states = [row["status"] for row in comparison.rows]
     return int(any(text != "ok" and not text.startswith(REFUSED) for text in states))

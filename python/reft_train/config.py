@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,9 +20,11 @@ from reft_train.recipes import recipe
 REFT_METHODS = ("loreft", "direft", "nodireft", "noreft", "consreft", "lobireft", "red")
 PEFT_METHODS = ("lora", "dora", "prefix", "ia3", "head")
 METHODS = REFT_METHODS + PEFT_METHODS
+Kind = TypeVar("Kind", bound="Settings")
 
 
-def _set(default: Any, text: str, **limits: Any) -> Any:
+def setting(default: Any, text: str, **limits: Any) -> Any:
+    """Return a field with its default, the help text of its flag, and limits of its value."""
     return Field(default, description=text, **limits)
 
 
@@ -39,118 +41,122 @@ def _layers(value: Any) -> Any:
     return numbers
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """Base class of settings and of commands' options."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class Bookkeeping(_Settings):
+class Bookkeeping(Settings):
     """Settings that do not change what is trained."""
 
-    output: str = _set("runs/run", "folder for adapter, checkpoints, log and report")
-    resume: bool = _set(False, "resume from the last checkpoint in the output folder")
-    overwrite: bool = _set(False, "replace the run in the output folder")
-    log_every: int = _set(10, "steps between log entries", ge=1)
-    keep: int = _set(2, "checkpoints to keep", ge=1)
-    workers: int = _set(0, "processes that prepare batches", ge=0)
-    threads: int | None = _set(None, "CPU threads; none: torch's choice", ge=1)
-    cache: str | None = _set(None, "folder of tokenized data; none: the user's cache folder")
+    output: str = setting("runs/run", "folder for adapter, checkpoints, log and report")
+    resume: bool = setting(False, "resume from the last checkpoint in the output folder")
+    overwrite: bool = setting(False, "replace the run in the output folder")
+    log_every: int = setting(10, "steps between log entries", ge=1)
+    keep: int = setting(2, "checkpoints to keep", ge=1)
+    workers: int = setting(0, "processes that prepare batches", ge=0)
+    threads: int | None = setting(None, "CPU threads; none: torch's choice", ge=1)
+    cache: str | None = setting(None, "folder of tokenized data; none: the user's cache folder")
 
 
-class Data(_Settings):
+class Data(Settings):
     """Settings of the data."""
 
-    task: str = _set("", "commonsense, math, gsm8k, instruct, boolq, glue/NAME, jsonl, ...")
-    recipe: str | None = _set(None, "named settings to start from; none: the task's")
-    data: str | None = _set(None, "folder of data files, as LLM-Adapters lays them out")
-    train: str | None = _set(None, "training file: .json, .jsonl, .csv, .tsv or .parquet")
-    max_length: int = _set(512, "tokens of an example, target included", ge=4)
-    turns: Literal["all", "last"] = _set("all", "trained answers of a conversation")
-    packing: bool = _set(False, "pack the examples of a batch into full rows, without padding")
-    packed_length: int | None = _set(None, "tokens of a packed row; none: max_length", ge=4)
-    group_by_length: bool = _set(True, "batches of similar length")
-    streaming: bool = _set(False, "read and tokenize while training; needs max_steps")
-    shuffle_buffer: int = _set(1000, "rows to shuffle among when streaming", ge=1)
-    train_rows: int | None = _set(None, "use at most so many training rows", ge=1)
-    validation: float = _set(0.0, "held-out training rows: a part below 1, or a number", ge=0)
-    select: Literal["none", "loss", "metric"] = _set("none", "keep the best by held-out rows")
-    evaluate_every: int | None = _set(None, "steps between evaluations; none: an epoch", ge=1)
-    save_every: int | None = _set(None, "steps between checkpoints; none: an epoch", ge=1)
+    task: str = setting("", "commonsense, math, gsm8k, instruct, boolq, glue/NAME, jsonl, ...")
+    recipe: str | None = setting(None, "named settings to start from; none: the task's")
+    data: str | None = setting(None, "folder of data files, as LLM-Adapters lays them out")
+    train: str | None = setting(None, "training file: .json, .jsonl, .csv, .tsv or .parquet")
+    max_length: int = setting(512, "tokens of an example, target included", ge=4)
+    turns: Literal["all", "last"] = setting("all", "trained answers of a conversation")
+    packing: bool = setting(False, "pack the examples of a batch into full rows, without padding")
+    packed_length: int | None = setting(None, "tokens of a packed row; none: max_length", ge=4)
+    group_by_length: bool = setting(True, "batches of similar length")
+    streaming: bool = setting(False, "read and tokenize while training; needs max_steps")
+    shuffle_buffer: int = setting(1000, "rows to shuffle among when streaming", ge=1)
+    train_rows: int | None = setting(None, "use at most so many training rows", ge=1)
+    validation: float = setting(0.0, "held-out training rows: a part below 1, or a number", ge=0)
+    select: Literal["none", "loss", "metric"] = setting("none", "keep the best by held-out rows")
+    evaluate_every: int | None = setting(None, "steps between evaluations; none: an epoch", ge=1)
+    save_every: int | None = setting(None, "steps between checkpoints; none: an epoch", ge=1)
 
 
-class Method(_Settings):
+class Method(Settings):
     """Settings of the method that is trained."""
 
-    method: Literal[METHODS] = _set("loreft", "what is trained")  # type: ignore[valid-type]
-    rank: int = _set(8, "rank of the edits, or of LoRA", ge=1, le=256)
-    layers: Annotated[str | list[int], BeforeValidator(_layers)] = _set(
+    method: Literal[METHODS] = setting("loreft", "what is trained")  # type: ignore[valid-type]
+    rank: int = setting(8, "rank of the edits, or of LoRA", ge=1, le=256)
+    layers: Annotated[str | list[int], BeforeValidator(_layers)] = setting(
         "all", "all, or numbers of the layers to edit, such as 0;2;4"
     )
-    positions: str = _set("f7+l7", "tokens to edit: f7+l7, f3, l1, prompt or all")
-    share_weights: bool = _set(True, "same weights for first and last positions")
-    component: str = _set("block_output", "what to edit: a role, or a module path with {layer}")
-    activation: str = _set("linear", "activation of the learned projection")
-    dropout: float = _set(0.0, "dropout of the edits, or of LoRA", ge=0, le=0.99)
-    parametrization: Literal["householder", "cayley"] = _set("householder", "map that builds R")
-    init: Literal["auto", "identity", "orthogonal"] = _set("auto", "initial edits")
-    lora_alpha: float | None = _set(None, "scale of LoRA and DoRA; none: twice the rank", ge=1e-6)
-    lora_targets: list[str] = _set([], "modules of LoRA, DoRA, IA3; none: PEFT's choice")
-    prefix_tokens: int = _set(20, "virtual tokens of prefix tuning", ge=1)
+    positions: str = setting("f7+l7", "tokens to edit: f7+l7, f3, l1, prompt or all")
+    share_weights: bool = setting(True, "same weights for first and last positions")
+    component: str = setting("block_output", "what to edit: a role, or a module path with {layer}")
+    activation: str = setting("linear", "activation of the learned projection")
+    dropout: float = setting(0.0, "dropout of the edits, or of LoRA", ge=0, le=0.99)
+    parametrization: Literal["householder", "cayley"] = setting("householder", "map that builds R")
+    init: Literal["auto", "identity", "orthogonal"] = setting("auto", "initial edits")
+    lora_alpha: float | None = setting(
+        None, "scale of LoRA and DoRA; none: twice the rank", ge=1e-6
+    )
+    lora_targets: list[str] = setting([], "modules of LoRA, DoRA, IA3; none: PEFT's choice")
+    prefix_tokens: int = setting(20, "virtual tokens of prefix tuning", ge=1)
 
 
-class Frozen(_Settings):
+class Frozen(Settings):
     """Settings of the frozen model."""
 
-    model: str = _set("", "folder or hub name of the frozen model")
-    architecture: Literal["auto", "causal", "seq2seq", "encoder"] = _set("auto", "kind of model")
-    pooling: Literal["model", "mean"] = _set("model", "classifier input: the model's own, or mean")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _set(
+    model: str = setting("", "folder or hub name of the frozen model")
+    architecture: Literal["auto", "causal", "seq2seq", "encoder"] = setting("auto", "kind of model")
+    pooling: Literal["model", "mean"] = setting("model", "classifier input: model's or mean")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "of the frozen weights; auto: float32 on a CPU, bfloat16 on a GPU that has it"
     )
-    quantization: Literal["none", "8bit", "4bit"] = _set("none", "by bitsandbytes")
-    device: Literal["auto", "cpu", "cuda"] = _set("auto", "auto: cuda if available")
-    device_map: Literal["none", "auto"] = _set("none", "auto: model over all devices")
-    attention: str | None = _set(None, "eager, sdpa, flash_attention_2; none: the model's")
-    liger: bool = _set(False, "Liger kernels in the frozen model")
+    quantization: Literal["none", "8bit", "4bit"] = setting("none", "by bitsandbytes")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda if available")
+    device_map: Literal["none", "auto"] = setting("none", "auto: model over all devices")
+    attention: str | None = setting(None, "eager, sdpa, flash_attention_2; none: the model's")
+    liger: bool = setting(False, "Liger kernels in the frozen model")
 
 
-class Optimization(_Settings):
+class Optimization(Settings):
     """Settings of the optimizer."""
 
-    lr: float = _set(9e-4, "highest learning rate", ge=0)
-    head_lr: float | None = _set(None, "of a classification head; none: lr", ge=0)
-    weight_decay: float = _set(0.0, "decay of the trained weights", ge=0)
-    warmup: float = _set(0.1, "part of the steps in which the learning rate rises", ge=0, le=1)
-    schedule: Literal["linear", "cosine", "constant"] = _set("linear", "of the learning rate")
-    max_grad_norm: float = _set(1.0, "clip gradients to this norm; 0: do not", ge=0)
-    epochs: int = _set(3, "passes over the training rows", ge=1)
-    max_steps: int | None = _set(None, "optimizer steps; replaces epochs", ge=1)
-    batch_size: int = _set(16, "examples in a forward of one process", ge=1)
-    accumulation: int = _set(2, "forwards in an optimizer step", ge=1)
+    lr: float = setting(9e-4, "highest learning rate", ge=0)
+    head_lr: float | None = setting(None, "of a classification head; none: lr", ge=0)
+    weight_decay: float = setting(0.0, "decay of the trained weights", ge=0)
+    warmup: float = setting(0.1, "part of the steps in which the learning rate rises", ge=0, le=1)
+    schedule: Literal["linear", "cosine", "constant"] = setting("linear", "of the learning rate")
+    max_grad_norm: float = setting(1.0, "clip gradients to this norm; 0: do not", ge=0)
+    epochs: int = setting(3, "passes over the training rows", ge=1)
+    max_steps: int | None = setting(None, "optimizer steps; replaces epochs", ge=1)
+    batch_size: int = setting(16, "examples in a forward of one process", ge=1)
+    accumulation: int = setting(2, "forwards in an optimizer step", ge=1)
 
 
-class Engine(_Settings):
+class Engine(Settings):
     """Settings of the training engine."""
 
-    seed: int = _set(42, "of weights, data order and splits", ge=0, lt=2**31)
-    mixed_precision: Literal["no", "bf16", "fp16"] = _set("no", "autocast in training")
-    compile: bool = _set(False, "torch.compile the model")
-    gradient_checkpointing: bool = _set(False, "recompute layers in the backward")
-    prefix_cache: float = _set(0.0, "GB of unchanging states kept across steps; 0: none", ge=0)
-    fsdp: bool = _set(False, "shard by torch FSDP2, under torchrun or accelerate launch")
-    deepspeed: str | None = _set(None, "DeepSpeed configuration, as Trainer takes it")
+    seed: int = setting(42, "of weights, data order and splits", ge=0, lt=2**31)
+    mixed_precision: Literal["no", "bf16", "fp16"] = setting("no", "autocast in training")
+    compile: bool = setting(False, "torch.compile the model")
+    gradient_checkpointing: bool = setting(False, "recompute layers in the backward")
+    prefix_cache: float = setting(0.0, "GB of unchanging states kept across steps; 0: none", ge=0)
+    fsdp: bool = setting(False, "shard by torch FSDP2, under torchrun or accelerate launch")
+    deepspeed: str | None = setting(None, "DeepSpeed configuration, as Trainer takes it")
 
 
-class Scoring(_Settings):
+class Scoring(Settings):
     """Settings of the evaluation on test sets."""
 
-    skip_test: bool = _set(False, "do not score the test sets at the end")
-    test: list[str] = _set([], "test files; none: those in the data folder")
-    test_rows: int | None = _set(None, "use at most so many rows of each test set", ge=1)
-    eval_batch_size: int = _set(32, "examples in a forward of evaluation", ge=1)
-    max_new_tokens: int | None = _set(None, "tokens of an answer; none: the task's", ge=1)
-    temperature: float = _set(0.0, "of sampling; 0: greedy", ge=0)
-    top_p: float = _set(1.0, "nucleus of sampling", ge=1e-6, le=1)
-    num_beams: int = _set(1, "beams", ge=1)
+    skip_test: bool = setting(False, "do not score the test sets at the end")
+    test: list[str] = setting([], "test files; none: those in the data folder")
+    test_rows: int | None = setting(None, "use at most so many rows of each test set", ge=1)
+    eval_batch_size: int = setting(32, "examples in a forward of evaluation", ge=1)
+    max_new_tokens: int | None = setting(None, "tokens of an answer; none: the task's", ge=1)
+    temperature: float = setting(0.0, "of sampling; 0: greedy", ge=0)
+    top_p: float = setting(1.0, "nucleus of sampling", ge=1e-6, le=1)
+    num_beams: int = setting(1, "beams", ge=1)
 
 
 class RunConfig(Scoring, Bookkeeping, Engine, Optimization, Method, Data, Frozen):
@@ -192,22 +198,18 @@ class RunConfig(Scoring, Bookkeeping, Engine, Optimization, Method, Data, Frozen
         """Whether the run has held-out rows, from ``validation`` or from a GLUE task."""
         return bool(self.validation) or self.task.startswith("glue/")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields by name as plain values."""
-        return self.model_dump()
-
     def replace(self, **changes: Any) -> RunConfig:
         """Return a copy with the given changes, validated again."""
-        return validated({**self.to_dict(), **changes})
+        return validated(RunConfig, {**self.model_dump(), **changes})
 
 
 FIELDS = RunConfig.model_fields
 
 
-def validated(values: Mapping[str, Any]) -> RunConfig:
-    """Build a configuration; the first invalid value is reported in a UserError."""
+def validated(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Build settings or options; the first invalid value is reported in a UserError."""
     try:
-        return RunConfig(**values)
+        return kind(**values)
     except ValidationError as failure:
         error = failure.errors()[0]
     reason = error["msg"].removeprefix("Value error, ")
@@ -222,7 +224,7 @@ def validated(values: Mapping[str, Any]) -> RunConfig:
 def check(name: str, value: Any) -> Any:
     """Validate the value of one setting and convert it to the field's type."""
     least = {"model": "none", "task": "none", "validation": 0.1, "max_steps": 1}
-    return getattr(validated({**least, name: value}), name)
+    return getattr(validated(RunConfig, {**least, name: value}), name)
 
 
 def unknown(name: object, where: str = "") -> UserError:
@@ -232,22 +234,19 @@ def unknown(name: object, where: str = "") -> UserError:
     return UserError(f"{where}unknown setting {name!r}; {hint}")
 
 
-def read_mapping(path: str | Path, name: str) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read settings from a YAML file with one mapping of :class:`RunConfig` field names."""
     import yaml
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else one_line(error)
-        raise wrong(name, f"{path}, which cannot be read ({reason})", "a YAML file") from None
+        what = f"{path}, which cannot be read ({reason})"
+        raise wrong("--config", what, "a YAML file") from None
     if not isinstance(values, dict):
-        raise wrong(name, f"{path} with a {type(values).__name__}", "a mapping of settings")
-    return values
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read settings from a YAML file with one mapping of :class:`RunConfig` field names."""
-    values = read_mapping(path, "--config")
+        what = f"{path} with a {type(values).__name__}"
+        raise wrong("--config", what, "a mapping of settings")
     for name in values:
         if name not in FIELDS:
             raise unknown(name, f"{path}: ")
@@ -260,11 +259,11 @@ def build(*layers: Mapping[str, Any]) -> RunConfig:
     if not isinstance(merged.get("task"), str) or not merged["task"]:
         raise wrong("task", "none", "a task such as commonsense, gsm8k, boolq or jsonl")
     name = merged.get("recipe") or tasks.get(merged["task"]).recipe
-    return validated({**recipe(str(name)), **merged, "recipe": name})
+    return validated(RunConfig, {**recipe(str(name)), **merged, "recipe": name})
 
 
 def dump_yaml(config: RunConfig) -> str:
     """Format the settings as YAML that :func:`read_yaml` can read."""
     import yaml
 
-    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)

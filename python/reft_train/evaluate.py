@@ -12,11 +12,11 @@ import torch
 from accelerate import PartialState
 
 from reft_train import flags, methods, models, tasks
-from reft_train.commands import EVALUATED
+from reft_train.commands import EVALUATED, Evaluated
 from reft_train.config import RunConfig, build, read_yaml
 from reft_train.errors import wrong
 from reft_train.evaluation import scoring
-from reft_train.files import check_folder, read_object
+from reft_train.files import check_folder
 from reft_train.training.prepare import find_rows
 from reft_train.training.run_dir import ADAPTER, CONFIG
 
@@ -25,15 +25,18 @@ FROZEN = "none"
 
 def run(parsed: argparse.Namespace) -> int:
     """Run the command. Bad input raises an error before any file is written."""
-    config, adapter = resolve_settings(parsed), resolve_adapter(parsed)
-    base = Path("runs" if parsed.run_folder is None else parsed.run_folder)
-    out = base / "eval" if parsed.out is None else Path(parsed.out)
+    options = flags.options(parsed, Evaluated)
+    base, adapter = None if options.run is None else Path(options.run), None
+    config = resolve_settings(parsed, options)
+    if options.adapter is None and base is not None:
+        adapter = adapter_folder(base / ADAPTER, "--run")
+    else:
+        adapter = adapter_folder(options.adapter)
+    out = (base or Path("runs")) / "eval" if options.out is None else Path(options.out)
     check_folder(out, "--out")
-    if parsed.run_folder is not None:  # a frozen model without an adapter can be any model
-        if config.model == read_yaml(base / CONFIG).get("model"):
-            models.check_reachable(config, base)
-        if parsed.adapter is None:
-            methods.check_base(models.model_config(config), base, "model")
+    if base is not None and options.adapter is None:
+        # otherwise it is any adapter, or any frozen model
+        methods.check_base(models.model_config(config), base, "model")
     task = tasks.get(config.task)
     sets = find_rows(config.replace(train=None, skip_test=False), task, train=False).tests
     if adapter is not None:
@@ -61,15 +64,13 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
+def resolve_settings(parsed: argparse.Namespace, options: Evaluated) -> RunConfig:
     """Merge the settings of the run, the file and the flags; later ones override earlier ones."""
     layers = []
-    if parsed.run_folder is not None:
-        path = Path(parsed.run_folder) / CONFIG
+    if options.run is not None:
+        path = Path(options.run) / CONFIG
         if not path.is_file():
-            raise wrong(
-                "--run", f"{parsed.run_folder}, without a {CONFIG}", "a run's output folder"
-            )
+            raise wrong("--run", f"{options.run}, without a {CONFIG}", "a run's output folder")
         layers.append(read_yaml(path))
     if parsed.config is not None:
         layers.append(read_yaml(parsed.config))
@@ -79,23 +80,20 @@ def resolve_settings(parsed: argparse.Namespace) -> RunConfig:
             # otherwise the run's test files would take precedence over the requested folder
             merged.pop("test", None)
         merged.update(layer)
-    if not merged.get("model") and parsed.adapter not in (None, FROZEN):
-        path = resolve_adapter(parsed) / "adapter_config.json"
-        merged["model"] = read_object(path, "--adapter").get("base_model_name_or_path")
+    if not merged.get("model") and options.adapter not in (None, FROZEN):
+        merged["model"] = methods.base_model(adapter_folder(options.adapter))
     if not merged.get("model"):
         raise wrong("--model", "none", "a model's folder or hub name, or --run FOLDER")
     return build(merged)
 
 
-def resolve_adapter(parsed: argparse.Namespace) -> Path | None:
-    """Return the adapter's folder, or None for the frozen model."""
-    if parsed.adapter == FROZEN:
-        return None
-    if parsed.adapter is None and parsed.run_folder is None:
+def adapter_folder(given: str | Path | None, flag: str = "--adapter") -> Path | None:
+    """Return the folder of a saved adapter, or None for the frozen model ("none")."""
+    if given is None:
         expected = "an adapter's folder, none for the frozen model, or --run FOLDER"
-        raise wrong("--adapter", "nothing", expected)
-    folder = Path(parsed.run_folder) / ADAPTER if parsed.adapter is None else Path(parsed.adapter)
-    if not (folder / "adapter_config.json").is_file():
-        name = "--run" if parsed.adapter is None else "--adapter"
-        raise wrong(name, f"{folder}, without an adapter_config.json", "a saved adapter")
-    return folder
+        raise wrong(flag, "nothing", expected)
+    if given == FROZEN:
+        return None
+    if not (Path(given) / "adapter_config.json").is_file():
+        raise wrong(flag, f"{given}, without an adapter_config.json", "a saved adapter")
+    return Path(given)

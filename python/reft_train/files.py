@@ -83,8 +83,3 @@ def check_own_folder(folder: Path, marks: Sequence[str]) -> None:
     own = any((folder / name).exists() for name in marks)
     if folder.exists() and any(folder.iterdir()) and not own:
         raise wrong("output", f"{folder}, which contains other files", "a new folder")
-
-
-def default_cache() -> Path:
-    """Return ``$XDG_CACHE_HOME/reft_train``, or ``~/.cache/reft_train``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reft_train"

@@ -1,74 +1,58 @@
-"""Command line flags for a run's settings, one for each field of ``RunConfig``."""
+"""Command line flags made from the fields of pydantic models, which validate their values."""
 
 from __future__ import annotations
 
 import argparse
 import typing
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
 
-from reft_train.config import FIELDS, RunConfig, build, read_yaml
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from reft_train.config import FIELDS, RunConfig, Settings, build, read_yaml, validated
 from reft_train.errors import wrong
 
-
-def number(kind: Callable[[str], Any], low: float, high: float = float("inf")) -> Callable:
-    """Return an argparse type for numbers from ``low`` to ``high``."""
-
-    def parse(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            expected = f"{kind.__name__} >= {low:g}" + (f" and <= {high:g}" if high < 1e300 else "")
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}")
-        return value
-
-    return parse
+Options = TypeVar("Options", bound=Settings)
 
 
-SEED = number(int, 0, 2**31 - 1)
-
-
-def _options(name: str) -> dict[str, Any]:
-    kind = FIELDS[name].annotation
-    if kind is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(kind) is typing.Literal:
-        return {"choices": typing.get_args(kind)}
-    return {"metavar": name.upper()} | ({"nargs": "+"} if kind == list[str] else {})
-
-
-def add_settings(
-    command: argparse.ArgumentParser,
-    names: Iterable[str] = tuple(FIELDS),
-    defaults: Mapping[str, Any] | None = None,
-) -> None:
-    """Add ``--config`` and a flag for each of ``names``.
-
-    A flag that is not passed sets no attribute. Values are validated with the other settings.
+def add_flags(command: Any, fields: Mapping[str, FieldInfo], note: str = "") -> None:
+    """Add a flag for each field. A flag that is not passed sets no attribute.
 
     Args:
-        defaults: default values shown in the help of a command without recipes and ``--config``.
+        command: a parser or a group of flags.
+        note: follows the default values in the help.
     """
-    if defaults is None:
-        text = "YAML file of settings; flags take precedence"
-        command.add_argument("--config", metavar="FILE", help=text)
-    for name in names:
-        value = {**{name: FIELDS[name].default}, **(defaults or {})}[name]
-        text = FIELDS[name].description or ""
-        if value not in (None, "", []):
-            shown = str(value).lower() if isinstance(value, bool) else value
-            text += f" (default: {shown}{'' if defaults else ', or the recipe'})"
+    for name, field in fields.items():
+        options: dict[str, Any] = {"metavar": name.upper(), "required": field.is_required()}
+        if field.annotation is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(field.annotation) is typing.Literal:
+            options = {"choices": typing.get_args(field.annotation)}
+        elif typing.get_origin(field.annotation) is list:
+            options["nargs"] = "+"
+        text, default = (field.description or "").replace("%", "%%"), field.get_default()
+        if default not in (None, "", [], PydanticUndefined):
+            shown = str(default).lower() if isinstance(default, bool) else default
+            text += f" (default: {shown}{note})"
         flag = "--" + name.replace("_", "-")
-        text = text.replace("%", "%%")
-        command.add_argument(
-            flag, dest=name, default=argparse.SUPPRESS, help=text, **_options(name)
-        )
+        command.add_argument(flag, dest=name, default=argparse.SUPPRESS, help=text, **options)
+
+
+def add_settings(command: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Add ``--config``, and a flag for each of ``names``, fields of :class:`RunConfig`."""
+    text = "YAML file of settings; flags take precedence"
+    command.add_argument("--config", metavar="FILE", help=text)
+    add_flags(command, {name: FIELDS[name] for name in names}, ", or the recipe")
 
 
 def passed(parsed: argparse.Namespace, names: Iterable[str] = tuple(FIELDS)) -> dict[str, Any]:
     return {name: value for name, value in vars(parsed).items() if name in names}
+
+
+def options(parsed: argparse.Namespace, kind: type[Options]) -> Options:
+    """Build a command's own options from its flags."""
+    return validated(kind, passed(parsed, kind.model_fields))
 
 
 def settings(parsed: argparse.Namespace) -> RunConfig:

@@ -107,6 +107,12 @@ def load_adapter(loaded: Loaded, folder: str | Path, *, trainable: bool = False)
         raise UserError(text) from None
 
 
+def base_model(folder: Path) -> str | None:
+    """Return the name of the base model that a saved adapter records."""
+    config = read_object(folder / "adapter_config.json", "--adapter")
+    return config.get("base_model_name_or_path")
+
+
 def record_base(hf_config: Any, folder: Path) -> None:
     """Write a file that identifies the base model of a run or an adapter."""
     write_text(folder / BASE_MODEL, json.dumps(identity(hf_config)))

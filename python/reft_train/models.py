@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import validate_repo_id
 from torch import Tensor, nn
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -25,11 +23,8 @@ from reft_train.tasks.base import Task
 CAUSAL, SEQ2SEQ, CLASSIFICATION = "causal", "seq2seq", "classification"
 HEAD = "classifier"  # submodule name passed to PEFT's modules_to_save
 HEADS = (HEAD, "score", "classification_head")
-_WIDTH, _DEPTH = (
-    ("hidden_size", "d_model", "n_embd"),
-    ("num_hidden_layers", "num_layers", "n_layer"),
-)
-_IDENTITY = ("model_type", *_WIDTH, *_DEPTH, "vocab_size")
+_IDENTITY = ("model_type", "hidden_size", "d_model", "n_embd", "vocab_size")
+_IDENTITY += ("num_hidden_layers", "num_layers", "n_layer")
 
 
 @dataclass
@@ -64,64 +59,31 @@ def bare(model: Any) -> Any:
 
 
 def model_config(config: RunConfig) -> Any:
-    """Load the model's configuration, or raise UserError listing the locations tried."""
-    path, expected = Path(config.model), "a folder with config.json, weights and a tokenizer"
-    if path.exists() and not (path / "config.json").is_file():
-        raise wrong("model", path, f"{expected}: --model FOLDER")
-    if not path.exists() and not _is_hub_name(config.model):
-        raise wrong(
-            "model", f"{config.model!r}, which does not exist", f"{expected}: --model FOLDER"
-        )
+    """Load the model's configuration, or raise UserError that says what to do."""
+    path = Path(config.model)
+    no_hub_name = path.exists() or path.is_absolute() or config.model.count("/") > 1
+    if no_hub_name and not (path / "config.json").is_file():
+        what = "without config.json" if path.exists() else "which does not exist"
+        expected = "a folder with config.json, weights and a tokenizer: --model FOLDER"
+        raise wrong("model", f"{config.model!r}, {what}", expected)
     logger = logging.getLogger("huggingface_hub")  # silences one warning per retry
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         return transformers.AutoConfig.from_pretrained(config.model)
     except Exception as error:  # the hub client and broken files raise many types of error
-        raise _unloadable(config.model, "which cannot be loaded", error) from None
+        raise _unloadable(config.model, "which", error) from None
     finally:
         logger.setLevel(level)
 
 
 def _unloadable(name: str, what: str, error: Exception) -> UserError:
-    """Build the error for a model that cannot be loaded; for a hub name it lists what was tried."""
-    if Path(name).exists() or not _is_hub_name(name):
-        return UserError(f"model: got {name!r}, {what} ({one_line(error)})")
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
-
-    def raised(kind: Any) -> bool:
-        return any(isinstance(part, kind) for part in chain)
-
-    if raised(hub_errors.GatedRepoError):
-        hub = "access on huggingface.co is restricted: accept its terms there and run hf auth login"
-    elif raised(hub_errors.RepositoryNotFoundError):
-        hub = "huggingface.co has no such public model (hf auth login gives access to private ones)"
-    else:
-        hub = f"it could not be downloaded from huggingface.co ({one_line(error, 100)})"
-    return UserError(
-        f"model: got {name!r}, {what}: it is neither a folder nor in the hub's cache, and {hub}; "
-        f"to download it elsewhere: hf download {name} --local-dir FOLDER, then --model FOLDER"
-    )
-
-
-def _is_hub_name(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except hub_errors.HFValidationError:
-        return False
-    return True
-
-
-def check_reachable(config: RunConfig, run: Path) -> None:
-    """Raise UserError if the base model of a run is no longer at the recorded location."""
-    try:
-        model_config(config)
-    except UserError as error:
-        where = f"{config.model!r}, which cannot be loaded ({error})"
-        text = f"model: {run} was trained on {where}; --model FOLDER gives its new location"
-        raise UserError(text) from None
+    """Build the error for a model of which something cannot be loaded."""
+    text = f"{name!r}, {what} cannot be loaded ({one_line(error)})"
+    if Path(name).exists():
+        return wrong("model", text, "a whole model")
+    hint = "hf download NAME --local-dir FOLDER, then --model FOLDER"
+    return wrong("model", text, f"a folder, or a name in the hub or its cache; {hint}")
 
 
 def identity(hf_config: Any) -> dict[str, Any]:
@@ -166,7 +128,7 @@ def load_tokenizer(config: RunConfig) -> Any:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
     except Exception as error:  # the error type for a broken file depends on the tokenizer
-        raise _unloadable(config.model, "whose tokenizer cannot be loaded", error) from None
+        raise _unloadable(config.model, "whose tokenizer", error) from None
     if tokenizer.pad_token is None and tokenizer.eos_token is None:
         raise wrong("model", f"{config.model!r}", "a tokenizer with a padding or an EOS token")
     if tokenizer.pad_token is None:
@@ -182,12 +144,10 @@ def _quantization(config: RunConfig) -> Any:
         raise wrong("quantization", what, "none")
     # it warns in every forward that 8-bit mode rounds activations
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-    if config.quantization == "8bit":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_use_double_quant=True, **options
-    )
+    eight = config.quantization == "8bit"
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    four |= {"bnb_4bit_use_double_quant": True}
+    return transformers.BitsAndBytesConfig(load_in_8bit=eight, load_in_4bit=not eight, **four)
 
 
 def pick_device(config: RunConfig) -> str:
@@ -197,37 +157,26 @@ def pick_device(config: RunConfig) -> str:
     return "cuda" if cuda and config.device != "cpu" else "cpu"
 
 
-def weight_dtype(config: RunConfig) -> Any:
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    bf16 = pick_device(config) == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def class_of(config: RunConfig, kind: str) -> Any:
-    if config.pooling == "mean" and kind != CLASSIFICATION:
-        raise wrong("pooling", f"'mean' with a {kind} model", "'model': it generates text")
-    names = {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}
-    name = names.get(kind, "AutoModelForSequenceClassification")
-    return getattr(transformers, "AutoModel" if config.pooling == "mean" else name)
-
-
 def load(config: RunConfig, task: Task) -> Loaded:
     """Load the frozen model in the requested dtype with its tokenizer.
 
     A new head is initialized from the seed.
     """
     hf_config = model_config(config)
-    kind = kind_of(config, hf_config, task)
+    kind, mean = kind_of(config, hf_config, task), config.pooling == "mean"
+    if mean and kind != CLASSIFICATION:
+        raise wrong("pooling", f"'mean' with a {kind} model", "'model': it generates text")
     tokenizer, quantization = load_tokenizer(config), _quantization(config)
-    on_cpu = quantization is not None and pick_device(config) == "cpu"
+    cpu = pick_device(config) == "cpu"
+    automatic = "bfloat16" if not cpu and torch.cuda.is_bf16_supported() else "float32"
+    # with no map bitsandbytes would use an available GPU
+    placed = "auto" if config.device_map == "auto" else "cpu" if quantization and cpu else None
     options: dict[str, Any] = {
         "config": hf_config,
-        "dtype": weight_dtype(config),
+        "dtype": getattr(torch, automatic if config.dtype == "auto" else config.dtype),
         "quantization_config": quantization,
         "attn_implementation": config.attention,
-        # with no map bitsandbytes would use an available GPU
-        "device_map": "auto" if config.device_map == "auto" else "cpu" if on_cpu else None,
+        "device_map": placed,
     }
     options = {name: value for name, value in options.items() if value is not None}
     if kind == CLASSIFICATION:
@@ -238,24 +187,27 @@ def load(config: RunConfig, task: Task) -> Loaded:
             # decoders locate the last real token by the pad id
             hf_config.pad_token_id = tokenizer.pad_token_id
     torch.manual_seed(config.seed)  # initializes a new head
-    kind_class = class_of(config, kind)
+    names = {CAUSAL: "AutoModelForCausalLM", SEQ2SEQ: "AutoModelForSeq2SeqLM"}
+    name = names.get(kind, "AutoModelForSequenceClassification")
+    kind_class = transformers.AutoModel if mean else getattr(transformers, name)
     try:
         model, info = kind_class.from_pretrained(
             config.model, output_loading_info=True, use_safetensors=True, **options
         )
     except Exception as error:  # raised by the hub client, safetensors or transformers
-        raise _unloadable(config.model, "whose weights cannot be loaded", error) from None
+        raise _unloadable(config.model, "whose weights", error) from None
     heads = []
     if kind == CLASSIFICATION:
         missing = sorted({key.rpartition(".")[0] for key in info["missing_keys"]})
         heads = missing or [name for name in HEADS if hasattr(model, name)]
-    if config.pooling == "mean":
+    if mean:
         model, heads = MeanPooledClassifier(model, hf_config.num_labels, config.seed), [HEAD]
     if config.liger:
         if find_spec("liger_kernel") is None:
             raise wrong("liger", "true, but liger-kernel is not installed", "false")
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
+        # Trainer would patch the model after its adapter
         _apply_liger_kernel_to_instance(model=model)
     return Loaded(model.requires_grad_(False), tokenizer, kind, heads)
 

@@ -161,7 +161,7 @@ def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path
     }
     kept = {name for name in names if ".dist-info/" not in name}
     typed = {f"{package}/py.typed" for package in ("reft_kernels", "reft_train")}
-    data = {"reft_train/demo_pirate.jsonl", "reft_kernels/_native_cpu.so"}
+    data = {"reft_kernels/_native_cpu.so"}
     assert kept == modules | typed | data | {"reft_kernels_autoload.py"}
     (license,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
     assert zipfile.ZipFile(wheel).read(license) == (ROOT / "LICENSE").read_bytes()

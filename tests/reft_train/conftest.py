@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.reft_train import tiny
+from tests.tiny_chat import save_chat_model
 
 
 @pytest.fixture(scope="session")
@@ -25,3 +26,9 @@ def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BERT encoder of two layers, without a head."""
     return tiny.save_bert(tmp_path_factory.mktemp("tiny-bert"))
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of two layers and a tokenizer with a chat template."""
+    return save_chat_model(tmp_path_factory.mktemp("chat-model"))

@@ -67,7 +67,7 @@ def finished(config: RunConfig, value: float = 0.5, **changes: Any) -> Outcome:
     a tenth.
     """
     fields = {
-        "config": config.to_dict(),
+        "config": config.model_dump(),
         "trainable": 100 * config.rank,
         "head": 0,
         "total": 10_000,

@@ -74,7 +74,7 @@ def run(model: Path, output: Path, report: bool = False, **settings: Any) -> int
     arguments = command(model, output, **settings)
     if report:
         return main(arguments)
-    with patch("reft_train.training.session.write_run_report"):
+    with patch("reft_train.training.session.draw_curves"):
         return main(arguments)
 
 

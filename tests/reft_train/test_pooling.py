@@ -6,9 +6,8 @@ import pytest
 import torch
 from reft_train import tasks
 from reft_train.config import build
-from reft_train.doctor.estimate import estimate
 from reft_train.errors import UserError
-from reft_train.methods import adapt, load_adapter
+from reft_train.methods import load_adapter
 from reft_train.models import MeanPooledClassifier, load
 from transformers import AutoModel
 
@@ -103,14 +102,6 @@ def test_a_run_trains_and_its_adapter_reloads_to_the_same_logits(tiny_bert, tmp_
     first, second = (model.eval()(**inputs).logits for model in models)
     assert torch.equal(first, second)
     assert not torch.equal(first, load(config, tasks.get("boolq")).model.eval()(**inputs).logits)
-
-
-def test_the_estimate_counts_what_is_trained(tiny_bert):
-    config = _settings(tiny_bert, rank=2)
-    model = adapt(config, load(config, tasks.get("boolq")))
-    real = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    found = estimate(config, tasks.get("boolq"))
-    assert found.trainable + found.head == real
 
 
 def test_a_model_that_generates_is_refused(tiny_llama):

@@ -131,59 +131,36 @@ def balanced(lengths: Sequence[int], count: int) -> list[list[int]]:
 def check_model_packs(model: nn.Module, pad_id: int, flat: bool = False) -> None:
     """Raise UserError if a model attends across packed sequences.
 
-    Random sequences must give the same logits alone and packed. With eps of the model's dtype,
-    ``rounding`` = eps * max|logits|, and ``leak`` the change of the logits when a mask exposes the
-    preceding examples, the largest difference allowed is sqrt(rounding * leak), the geometric mean
-    of the two error levels.
+    The logits of random sequences must stay the same bit for bit when the tokens of the sequence
+    packed before them change.
 
     Args:
         model: on its device, in its training dtype. The modes of its modules are not changed.
     """
-    with evaluating(model):
-        apart, error = False, None
-        try:
-            apart = _keeps_apart(model, pad_id, flat)
-        except (TypeError, ValueError) as refused:  # the model does not accept the arguments
-            error = refused
-        if not apart:
-            what = f"a {type(bare(model)).__name__}, which does not keep packed sequences apart"
-            expected = "a causal language model whose attention follows position ids"
-            raise wrong("--packing", what, expected) from error
-
-
-def _keeps_apart(model: nn.Module, pad_id: int, flat: bool) -> bool:
     embedding = model.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(0)
     known = torch.tensor([i for i in range(min(embedding.shape[0], 1000)) if i != pad_id])
-    items = []
-    for length in _PROBES:
-        ids = known[torch.randint(len(known), (length,), generator=generator)].tolist()
-        items.append({"input_ids": ids, "labels": [IGNORED] * 3 + ids[3:]})
+    draws = torch.randint(len(known), (2, sum(_PROBES)), generator=torch.Generator().manual_seed(0))
+    draws[1, _PROBES[0] :] = draws[0, _PROBES[0] :]
+    collate, apart, reason = DataCollatorWithFlattening(return_flash_attn_kwargs=flat), False, None
 
-    def logits(batch: dict[str, Any]) -> Tensor:
+    def later_logits(ids: Tensor) -> Tensor:
+        parts = [part.tolist() for part in ids.split(_PROBES)]
+        batch = collate([{"input_ids": p, "labels": [IGNORED] * 3 + p[3:]} for p in parts])
         batch = {
             k: v.to(embedding.device) if isinstance(v, Tensor) else v for k, v in batch.items()
         }
-        found = getattr(model(**batch, return_dict=True), "logits", None)
+        found = getattr(model(**batch, use_cache=False, return_dict=True), "logits", None)
         if found is None or found.shape[:2] != batch["input_ids"].shape:
             raise TypeError("the model does not return logits of every token")
-        return found
+        return found[:, _PROBES[0] :]
 
-    # one row: with a mask it is one sequence with one prompt, that of its first example
-    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=flat)(items)
-    batch["use_cache"] = False
-    seen = {name: batch[name] for name in ("input_ids", "labels", "position_ids", "use_cache")}
-    later = (seen["position_ids"] == 0).cumsum(1) > 1
-    seen["labels"] = seen["labels"].masked_fill(later, IGNORED)
-    packed = logits(batch)
-    leaking = logits(seen | {"attention_mask": torch.ones_like(batch["input_ids"])})
-    parts = [
-        logits({name: torch.tensor([item[name]]) for name in ("input_ids", "labels")})
-        for item in items
-    ]
-    alone = torch.cat(parts, 1)
-    # some models return logits in a wider dtype than they compute in
-    dtypes = [tensor.dtype for tensor in (packed, embedding) if tensor.is_floating_point()]
-    rounding = max(torch.finfo(dtype).eps for dtype in dtypes) * alone.abs().max().item()
-    error, leak = ((other - alone).abs().max().item() for other in (packed, leaking))
-    return rounding < leak and error <= (rounding * leak) ** 0.5  # also False for NaN
+    with evaluating(model):
+        try:
+            first, second = map(later_logits, known[draws])
+            apart = torch.equal(first, second)  # also False for NaN
+        except (TypeError, ValueError) as refused:  # the model does not accept the arguments
+            reason = refused
+    if not apart:
+        what = f"a {type(bare(model)).__name__}, which does not keep packed sequences apart"
+        expected = "a causal language model whose attention follows position ids"
+        raise wrong("--packing", what, expected) from reason

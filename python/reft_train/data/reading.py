@@ -1,4 +1,4 @@
-"""Files of rows: lookup in folders or on the hub, and readers.
+"""Files of rows: lookup in folders, and readers.
 
 Readers: .json (a list of objects), .jsonl, .csv, .tsv and .parquet. ``datasets.load_dataset`` is
 not used: it gives each column one type, so that an answer column with letters and numbers comes
@@ -8,7 +8,6 @@ back JSON-encoded, and it refuses such files with blank lines.
 from __future__ import annotations
 
 import csv
-import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,12 +16,10 @@ from typing import Any
 
 from reft_train.errors import UserError, one_line, wrong
 from reft_train.tasks.base import Row, Task
-from reft_train.tasks.glue import Glue
 
 # training sets whose name differs from the task's
 _LLM_ADAPTERS = {"commonsense": "commonsense_170k", "math": "math_10k"}
 TRAINING_SETS = {**_LLM_ADAPTERS, "instruct": "alpaca_data_cleaned"}
-GLUE_ON_THE_HUB = "nyu-mll/glue"
 
 
 def read_rows(path: Path, name: str = "--train") -> list[Row]:
@@ -59,16 +56,13 @@ def iter_rows(path: Path, name: str = "--train") -> Iterator[Row]:
 def existing_file(path: Path, name: str) -> Path:
     """Return ``path`` after checking that it is a file with a supported suffix."""
     path = Path(path)
-    folder = path if path.is_dir() else path.parent
-    if path.suffix.lower() not in _READERS and not path.is_dir():
+    if path.is_dir():
+        raise wrong(name, f"{path}, which is a folder", "a file")
+    if path.suffix.lower() not in _READERS:
         raise wrong(name, path, f"a file that ends in {', '.join(SUFFIXES)}")
-    if path.is_file():
-        return path
-    files = [entry.name for entry in folder.glob("*") if entry.suffix.lower() in _READERS]
-    shown = difflib.get_close_matches(path.name, files, n=3) or sorted(files)[:5]
-    nearby = f" ({folder} has {', '.join(shown)})" if shown else ""
-    what = "which is a folder" if path.is_dir() else "which does not exist"
-    raise wrong(name, f"{path}, {what}", f"a file{nearby}")
+    if not path.is_file():
+        raise wrong(name, f"{path}, which does not exist", "a file")
+    return path
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -148,41 +142,33 @@ def find(
         kind = "a file (use --train and --test)" if Path(data).exists() else "missing"
         raise wrong("--data", f"{data}, which is {kind}", "a folder")
     named, short = _named_tests(task, tests), task.name.removeprefix("glue/")
+    for flag, missing in (("--train", train_needed and not train), ("--test", tests_needed)):
+        if data is None and missing and not (flag == "--test" and named):
+            raise wrong(flag, f"nothing for task {task.name}", "a file, or a folder with --data")
     if train is not None:
         train = existing_file(train, "--train")
     elif data is not None:
         name = TRAINING_SETS.get(task.name)
         stems = [name, f"{name}/train", "train"] if name else [f"{short}/train", "train"]
-        train = _first([Path(data, stem) for stem in stems], train_needed)
-    elif train_needed:
-        raise wrong("--train", f"nothing for task {task.name}", "a file, or a folder with --data")
+        train = _first(data, stems, train_needed)
     if data is not None and not named:
-        named = _folder_tests(task, Path(data), short, tests_needed)
-    if tests_needed and not named:
-        raise wrong("--test", f"nothing for task {task.name}", "a file, or a folder with --data")
+        stems = {name: [f"{name}/test", name] for name in task.test_sets}
+        if short != task.name:  # GLUE
+            stems = {name: [f"{short}/{name}", name] for name in task.test_sets}
+        found = {name: _first(data, places) for name, places in stems.items()}
+        named = {name: path for name, path in found.items() if path}
+        if not named and short == task.name:
+            only = task.test_sets[0] if len(task.test_sets) == 1 else "test"
+            test = _first(data, ["test"])
+            named = {only: test} if test else {}
+        if tests_needed and not named:
+            _first(data, [place for places in stems.values() for place in places], True)
     return Files(train, named)
 
 
-def _folder_tests(task: Task, data: Path, short: str, needed: bool) -> dict[str, Path]:
-    places = {name: [data / name / "test", data / name] for name in task.test_sets}
-    if short != task.name:  # GLUE
-        places = {name: [data / short / name, data / name] for name in task.test_sets}
-    elif len(places) == 1:
-        places[task.test_sets[0]].append(data / "test")
-    else:
-        places["test"] = [data / "test"]
-    tests = {name: path for name, stems in places.items() if (path := _first(stems, False))}
-    if len(tests) > 1 and "test" not in task.test_sets:
-        tests.pop("test", None)
-    if needed and not tests:
-        _first([stem for stems in places.values() for stem in stems], True)
-    return tests
-
-
-def _first(stems: Sequence[Path], needed: bool) -> Path | None:
-    suffixes = (*SUFFIXES, "-00000-of-00001.parquet")
+def _first(data: Path, stems: Sequence[str], needed: bool = False) -> Path | None:
     for stem in stems:
-        candidates = [stem.with_name(stem.name + suffix) for suffix in suffixes]
+        candidates = [data / f"{stem}{end}" for end in (*SUFFIXES, "-00000-of-00001.parquet")]
         files = [path for path in candidates if path.is_file()]
         if len(files) > 1:
             hint = "one of them (choose with --train and --test)"
@@ -190,7 +176,7 @@ def _first(stems: Sequence[Path], needed: bool) -> Path | None:
         if files:
             return files[0]
     if needed:
-        places = f"one of {', '.join(map(str, stems))} ({', '.join(SUFFIXES)})"
+        places = f"one of {', '.join(str(data / stem) for stem in stems)} ({', '.join(SUFFIXES)})"
         raise wrong("--data", "a folder without a file for the task", places)
     return None
 
@@ -207,18 +193,3 @@ def _named_tests(task: Task, tests: Sequence[Path]) -> dict[str, Path]:
             raise wrong("--test", f"{path} twice", "each file once")
         named[name] = path
     return named
-
-
-def hub_rows(task: Glue, split: str) -> list[Row]:
-    """Load the rows of a GLUE split from the Hugging Face hub or its cache."""
-    from datasets import load_dataset
-
-    place = f"{GLUE_ON_THE_HUB} {task.subset} {split}"
-    try:
-        rows = load_dataset(GLUE_ON_THE_HUB, task.subset, split=split)
-    except Exception as error:  # the hub clients raise errors from many packages
-        reason = f"({type(error).__name__}: {one_line(error, 120)})"
-        files = f"{task.subset}/train.parquet and {task.subset}/{task.test_sets[0]}.parquet"
-        what = f"none, and {place} cannot be loaded from the hub {reason}"
-        raise wrong("--data", what, f"a folder with {files}") from None
-    return [Row(dict(row), f"row {number} of {place}") for number, row in enumerate(rows, 1)]

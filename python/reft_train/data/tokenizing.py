@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from reft_train.data.reading import existing_file, iter_rows
-from reft_train.errors import UserError, wrong
-from reft_train.files import default_cache
+from reft_train.errors import UserError, one_line, wrong
 from reft_train.tasks.base import Classified, Example, Row, Task
 
 if TYPE_CHECKING:
@@ -70,15 +67,6 @@ class Specials(NamedTuple):
             raise wrong("tokenizer", what, "a token for it")
         ends = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.bos_token
         return cls(encoded[: starts[0]], encoded[starts[0] + size :], *ends)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Return the id used for padding: the pad token's, or else the EOS token's."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    what = f"a {type(tokenizer).__name__} without a pad or EOS token"
-    raise wrong("tokenizer", what, "one of them")
 
 
 def prompt_ids(
@@ -143,33 +131,26 @@ def cached(
 ) -> datasets.Dataset:
     """Return the data set of ``items()``, memory-mapped from the cache of ``datasets``.
 
-    An unreadable cached data set is rebuilt. If the cache cannot be written, a warning is issued.
-
     Args:
         parts: everything the data depend on, as JSON-serializable values.
-        folder: cache folder. None: ``tokenized`` in the user's cache folder.
+        folder: cache folder. None: that of ``datasets``.
     """
     import datasets
-    from datasets.exceptions import DatasetGenerationError
     from datasets.fingerprint import Hasher
 
-    folder = default_cache() / "tokenized" if folder is None else folder
     key = Hasher.hash(json.dumps({"format": _FORMAT, **parts}, sort_keys=True))
-    for _ in range(2):
-        options = {"features": features, "cache_dir": str(folder / key), "fingerprint": key}
-        try:
-            return datasets.Dataset.from_generator(items, **options)
-        except (DatasetGenerationError, OSError, ValueError, KeyError) as error:
-            cause: BaseException = error
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            if isinstance(cause, UserError):
-                raise cause from None
-            if isinstance(cause, OSError) and not (folder / key).is_dir():
-                break
-            shutil.rmtree(folder / key, ignore_errors=True)  # damaged
-    warnings.warn(f"tokenized data are not cached: {cause}", stacklevel=2)
-    return datasets.Dataset.from_list(list(items()), features=features)
+    place = (folder or Path(datasets.config.HF_DATASETS_CACHE)) / f"reft-train-{key}"
+    options = {"features": features, "cache_dir": str(place), "fingerprint": key}
+    try:
+        return datasets.Dataset.from_generator(items, **options)
+    except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        what = f"{place}, which cannot be read or written ({one_line(cause)})"
+        raise wrong("cache", what, "a writable folder; a damaged one can be deleted") from None
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -14,20 +14,13 @@ from transformers import GenerationConfig
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
-from reft_train.data.tokenizing import pad_id, prompt_ids
+from reft_train.data.tokenizing import prompt_ids
 from reft_train.errors import wrong
 from reft_train.models import CAUSAL, bare, evaluating, positions_of
 from reft_train.ranks import gathered, joined, place
 from reft_train.tasks.base import Decoding
 
 Result = TypeVar("Result")
-
-
-def bar(total: int, title: str, unit: str = "step", show: bool = True) -> Any:
-    """Create a tqdm bar on stderr; without a terminal it is printed every ten seconds."""
-    every = 0.2 if sys.stderr.isatty() else 10.0
-    options = {"unit": unit, "mininterval": every, "maxinterval": every, "disable": not show}
-    return tqdm(total=total, desc=f"{title:<26}", **options)
 
 
 def run_batches(
@@ -53,7 +46,9 @@ def run_batches(
         # sharded models need the same number of forwards on every process
         indices = [*indices, order[0]]
     by_index: dict[int, Result] = {}
-    with bar(len(indices), title, "row", show=progress and rank == 0) as shown:
+    every = 0.2 if sys.stderr.isatty() else 10.0  # seconds
+    options = {"desc": title, "disable": not progress or rank > 0, "mininterval": every}
+    with tqdm(total=len(indices), unit="row", maxinterval=every, **options) as shown:
         for start in range(0, len(indices), batch_size):
             batch = indices[start : start + batch_size]
             try:
@@ -142,7 +137,7 @@ def generate(
         kind: "causal" or "seq2seq".
         prompts: token ids.
     """
-    collate = PaddingCollator(pad_id(tokenizer), "left" if kind == CAUSAL else "right")
+    collate = PaddingCollator(tokenizer.pad_token_id, "left" if kind == CAUSAL else "right")
     base, ends = bare(model), [tokenizer.eos_token_id]
     more = getattr(base.generation_config, "eos_token_id", None)
     # the tokenizer's end token, used in training, and the model's
@@ -186,7 +181,7 @@ def _decoding(
         use_cache=True,
         bos_token_id=before.bos_token_id,
         eos_token_id=ends or None,
-        pad_token_id=pad_id(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
         decoder_start_token_id=before.decoder_start_token_id,
         **sampling,
     )

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+import pandas
 import torch
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
-from reft_train.data.tokenizing import encode, pad_id
+from reft_train.data.tokenizing import encode
 from reft_train.errors import wrong
 from reft_train.evaluation.generating import (
     Decode,
@@ -27,7 +26,6 @@ from reft_train.evaluation.generating import (
 )
 from reft_train.files import dumps, replace_folder, write_text
 from reft_train.models import CLASSIFICATION, Loaded, evaluating
-from reft_train.reporting import text_table
 from reft_train.tasks.base import Row, Task
 from reft_train.tasks.instruct import alpaca_eval_row
 
@@ -100,7 +98,7 @@ def _classes(
     places, length = [row.where for row in rows], config.max_length
     items = encode(CLASSIFICATION, classified, places, loaded.tokenizer, length)
     items = [item.columns() for item in items]
-    collate = PaddingCollator(pad_id(loaded.tokenizer))
+    collate = PaddingCollator(loaded.tokenizer.pad_token_id)
 
     def forward(batch: list[int]) -> list[list[float]]:
         inputs = collate([items[index] for index in batch])
@@ -129,26 +127,17 @@ def _classes(
 
 def average(scores: Sequence[SetScore]) -> dict[str, float]:
     """Average every metric that all sets have, with equal weight per set."""
-    names = list(scores[0].metrics) if scores else []
-    shared = [name for name in names if all(name in score.metrics for score in scores)]
-    return {name: statistics.fmean(score.metrics[name] for score in scores) for name in shared}
+    frame = pandas.DataFrame([score.metrics for score in scores])
+    return frame.dropna(axis=1).mean().to_dict()
 
 
 def render(scores: Sequence[SetScore]) -> str:
     """Format scores in percent, one row per set, and their average if there are several."""
-    names = list(dict.fromkeys(name for score in scores for name in score.metrics))
-    rows = list(scores)
-    if len(scores) > 1 and names:
-        rows.append(SetScore("average", average(scores), sum(score.count for score in scores), []))
-
-    def shown(value: float | None) -> str:
-        return "-" if value is None or math.isnan(value) else f"{100 * value:.1f}"
-
-    lines = [
-        (row.name, *(shown(row.metrics.get(name)) for name in names), f"{row.count:,}")
-        for row in rows
-    ]
-    return text_table(("set", *names, "rows"), lines)
+    rows = [{"set": score.name, **score.metrics, "rows": score.count} for score in scores]
+    if len(scores) > 1 and average(scores):
+        rows.append({"set": "average", **average(scores), "rows": sum(s.count for s in scores)})
+    shown = "{:.1%}".format
+    return pandas.DataFrame(rows).to_string(index=False, na_rep="-", float_format=shown)
 
 
 def write_scores(folder: Path, scores: Sequence[SetScore], about: Mapping[str, Any]) -> Path:
@@ -164,11 +153,9 @@ def write_predictions(folder: Path, task: Task, scores: Sequence[SetScore], gene
     For a task that is not scored here, also write ``alpaca_eval/<set>.json`` for ``alpaca_eval
     --model_outputs``; ``generator`` is the model's name in it.
     """
-    names: list[str] = []
-    for score in scores:
-        names.append(file_name(score.name, names))
     lines, answers = {}, {}
-    for name, score in zip(names, scores, strict=True):
+    for score in scores:
+        name = quote(score.name, safe="")  # a set's name may be a path
         # Parquet has dates and other types that JSON lacks
         rows = (json.dumps(row, ensure_ascii=False, default=str) for row in score.predictions)
         lines[f"{name}.jsonl"] = "".join(f"{row}\n" for row in rows)
@@ -182,10 +169,3 @@ def write_predictions(folder: Path, task: Task, scores: Sequence[SetScore], gene
                 for name, content in contents.items():
                     write_text(Path(staged) / "new" / name, content)
                 replace_folder(Path(staged) / "new", folder / part)
-
-
-def file_name(name: str, taken: Sequence[str]) -> str:
-    """Convert a set's name, possibly a path, to a file name that is not in ``taken``."""
-    plain = re.sub(r"[^\w.-]+", "_", name).strip("_.") or "set"
-    candidates = [plain, *(f"{plain}-{number}" for number in range(2, len(taken) + 3))]
-    return next(candidate for candidate in candidates if candidate not in taken)

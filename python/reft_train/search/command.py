@@ -5,40 +5,35 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import matplotlib
 import optuna
 
 from reft_train import flags, models, reporting, tasks
+from reft_train.commands import SearchOptions
 from reft_train.config import RunConfig
 from reft_train.errors import wrong
-from reft_train.files import write_bytes
 from reft_train.search import space, study
-from reft_train.search.study import Search, shown
+from reft_train.search.study import Search
 from reft_train.training import session
 
 
-def resolve_space(parsed: argparse.Namespace, config: RunConfig) -> space.Space:
-    """Return the search space of file and flags.
-
-    The default is the method's space without the settings that flags fix.
-    """
-    fixed, requested = flags.passed(parsed), {}
-    if parsed.space is not None:
-        requested |= space.read(parsed.space, config.method)
-    if parsed.vary:
-        requested |= space.parse_flags(parsed.vary, config.method)
-    for name in requested:
-        if name in fixed:
+def resolve_space(
+    options: SearchOptions, fixed: Mapping[str, Any], config: RunConfig
+) -> space.Space:
+    """Return what ``--vary`` says, or the method's space without the settings that flags fix."""
+    if options.vary:
+        varied = space.parse(options.vary, config.method)
+        for name in {*varied} & {*fixed}:
             flag = f"--{name.replace('_', '-')}"
             raise wrong(flag, f"{fixed[name]!r}, but the search varies it", "one of the two")
-    if parsed.space is not None:
-        return requested
+        return varied
     hf_config = models.model_config(config)
     encoder = models.kind_of(config, hf_config, tasks.get(config.task)) == models.CLASSIFICATION
     default = space.space_of(config, hf_config, encoder)
-    varied = {name: entry for name, entry in default.items() if name not in fixed} | requested
+    varied = {name: entry for name, entry in default.items() if name not in fixed}
     if not varied:
         raise wrong("--vary", "nothing to vary", "such as 'lr={low: 1e-4, high: 1e-2, log: true}'")
     return varied
@@ -50,45 +45,20 @@ def one_process() -> None:
         raise wrong("WORLD_SIZE", "several processes", "one: trials run one after the other")
 
 
-def table(result: Search) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the header and a row for each trial that has run, best trials first."""
-    objective, names, rows = result.plan.objective, result.plan.space, []
-    sign = 1 if objective.direction == "minimize" else -1
-    ran = [trial for trial in result.trials if trial.state not in ("waiting", "running")]
-    for trial in sorted(ran, key=lambda t: (t.value is None, sign * (t.value or 0.0), t.number)):
-        value = "-" if trial.value is None else f"{trial.value:.4f}"
-        settings = (shown(trial.settings.get(name, "-")) for name in names)
-        state = f"{trial.state} ({trial.reason})" if trial.reason else trial.state
-        rows.append((str(trial.number), value, f"{trial.seconds:.0f}", *settings, state))
-    return ("trial", f"held-out {objective.name}", "seconds", *names, "state"), rows
-
-
-def write_report(result: Search) -> None:
-    """Write ``report.html`` with optuna's plots of values and, if meaningful, importances."""
-    plan, pngs = result.plan, {}
-    values = [trial.value for trial in result.trials if trial.value is not None]
+def draw(result: Search) -> None:
+    """Draw optuna's plots of values and, if meaningful, of importances."""
+    values = [trial.value for trial in result.settled if study.state_of(trial) == "complete"]
     matplotlib.use("Agg")  # optuna plots with pyplot, which would otherwise need a display
+    plots, axes = optuna.visualization.matplotlib, {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        draw, axes = optuna.visualization.matplotlib, {}
         if values:
-            axes["history.png"] = draw.plot_optimization_history(result.study)
+            axes["history.png"] = plots.plot_optimization_history(result.study)
         if len(values) > 3 and len(set(values)) > 1:  # fewer give mostly noise
             evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-            axes["importance.png"] = draw.plot_param_importances(result.study, evaluator=evaluator)
-        for name, part in axes.items():
-            pngs[name] = reporting.to_png(part.figure)
-            write_bytes(plan.folder / name, pngs[name])
-    best = "no trial has finished" if result.best is None else f"best: trial {result.best.number}"
-    objective = f"held-out {plan.objective.name} ({plan.objective.direction})"
-    sections = {
-        "Trials": [f"{best}; by {objective}. No test set was read.", table(result)],
-        "Figures": list(pngs.values()),
-        "Space": [dict(plan.space)],
-        "Other settings and versions": [plan.config.to_dict(), reporting.versions()],
-    }
-    title = f"Search: {plan.config.method} on {plan.config.task}"
-    reporting.write_page(plan.folder / "report.html", title, sections)
+            axes["importance.png"] = plots.plot_param_importances(result.study, evaluator=evaluator)
+    for name, part in axes.items():
+        reporting.save_figure(part.figure, result.plan.folder / name)
 
 
 def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
@@ -100,13 +70,14 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
     one_process()
     if parsed.config is None and "output" not in parsed:
         parsed.output = "runs/search"
-    config = flags.settings(parsed)
-    objective, config = study.resolve(config, parsed.objective)
-    budget = (parsed.trials, parsed.timeout, parsed.storage, parsed.pruner, parsed.sampler_seed)
-    plan = study.SearchPlan(config, resolve_space(parsed, config), objective, *budget)
+    options = flags.options(parsed, SearchOptions)
+    objective, config = study.resolve(flags.settings(parsed), options.objective)
+    varied = resolve_space(options, flags.passed(parsed), config)
+    budget = (options.trials, options.timeout, options.sampler_seed)
+    plan = study.SearchPlan(config, varied, objective, *budget)
     result = study.search(plan, train or session.train)
-    write_report(result)
-    print(reporting.text_table(*table(result)))
+    draw(result)
+    print(study.table(result.study).to_string(index=False))
     if result.interrupted:
         print(f"interrupted; the same command resumes the search in {plan.folder}")
         return 130

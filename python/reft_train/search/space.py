@@ -1,9 +1,8 @@
-"""Search spaces: optuna distributions from a YAML file, from flags, or by default."""
+"""Search spaces: optuna distributions from flags or by default."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,8 +13,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from reft_train.config import REFT_METHODS, Optimization, RunConfig, check, read_mapping
-from reft_train.errors import UserError, wrong
+from reft_train.config import REFT_METHODS, Optimization, RunConfig, check
+from reft_train.errors import UserError, one_line, wrong
 
 Space = Mapping[str, BaseDistribution]
 _REFT = ("layers", "positions", "share_weights", "component", "activation", "dropout", "init")
@@ -52,65 +51,39 @@ def varied(method: str) -> tuple[str, ...]:
     return (*_OF_METHOD[method], *Optimization.model_fields, "max_length")
 
 
-def parse_flags(texts: Sequence[str], method: str) -> Space:
-    values = {}
-    for text in texts:
-        name, equals, entry = text.partition("=")
-        try:
-            values[name.strip().replace("-", "_")] = yaml.safe_load(entry)
-        except yaml.YAMLError:
-            equals = ""
-        if not equals:
-            raise wrong("--vary", repr(text), "NAME=VALUES such as rank=[4, 8]")
-    return parse(values, method, "--vary")
-
-
-def read(path: str | Path, method: str) -> Space:
-    return parse(read_mapping(path, "--space"), method, f"--space {path}")
-
-
-def parse(values: Mapping[str, Any], method: str, where: str) -> Space:
-    """Parse a space from names with a list, ``{choices: [...]}`` or ``{low, high, log, step}``."""
+def parse(entries: Sequence[str], method: str) -> Space:
+    """Parse a space from entries NAME=[VALUE, ...] or NAME={low: VALUE, high: VALUE, log: true}."""
     space, possible = {}, varied(method)
-    for name, value in values.items():
+    for entry in entries:
+        name, equals, text = entry.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals:
+            raise wrong("--vary", repr(entry), "NAME=VALUES such as rank=[4, 8]")
         if name not in possible:
             expected = f"settings that {method} can vary: {', '.join(possible)}"
-            raise wrong(where, repr(name), expected)
+            raise wrong("--vary", repr(name), expected)
         try:
-            space[name] = _entry(name, value)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        except (TypeError, ValueError, AttributeError) as error:  # raised by optuna
-            raise UserError(f"{where}: {name}: got {value!r}: {error}") from None
-    if not space:
-        raise wrong(where, "nothing", "a mapping of settings to choices or ranges")
+            space[name] = _distribution(name, yaml.safe_load(text))
+        except (TypeError, ValueError, yaml.YAMLError) as error:  # raised by optuna, too
+            raise UserError(f"--vary: {entry}: {one_line(error)}") from None
     return space
 
 
-def _entry(name: str, value: Any) -> BaseDistribution:
-    if isinstance(value, Mapping) and set(value) == {"choices"}:
-        value = value["choices"]
+def _distribution(name: str, value: Any) -> BaseDistribution:
     if isinstance(value, list):
-        values = [check(name, one) for one in value]
-        if not values or len({str(stored(one)) for one in values}) < len(values):
+        values = [stored(check(name, one)) for one in value]
+        if not values or len(set(values)) < len(values):
             raise wrong(name, repr(value), "one or more values, each once")
-        return choices(values)
-    keys = set(value) if isinstance(value, Mapping) else set()
-    if not {"low", "high"} <= keys <= {"low", "high", "log", "step"}:
-        raise wrong(name, repr(value), "a list, {choices: [...]} or {low, high, log, step}")
+        return CategoricalDistribution(values)
+    if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= {"low", "high", "log"}:
+        raise wrong(name, repr(value), "a list or {low: ..., high: ..., log: true}")
     low, high = check(name, value["low"]), check(name, value["high"])
-    if any(isinstance(end, bool) or not isinstance(end, int | float) for end in (low, high)):
-        raise wrong(name, repr(value), "choices: this setting is not a number")
-    # YAML reads 1e-4 as a string
-    step = None if value.get("step") is None else float(value["step"])
-    options = {"low": low, "high": high, "log": value.get("log", False)}
-    if not low < high or not isinstance(options["log"], bool) or (step or 1e-12) <= 0:
-        raise wrong(name, repr(value), "low < high, log true or false, step > 0")
-    if isinstance(low, float):
-        return FloatDistribution(**options, step=step)
-    if step is not None and step != int(step):
-        raise wrong(name, repr(value), "a whole step")
-    return IntDistribution(**options, step=int(step or 1))
+    kind = {int: IntDistribution, float: FloatDistribution}.get(type(low))
+    if kind is None or type(high) is not type(low):
+        raise wrong(name, repr(value), "a list: this setting is not a number")
+    if not low < high:
+        raise wrong(name, repr(value), "low < high")
+    return kind(low, high, log=value.get("log") is True)
 
 
 def _size(hf_config: Any, name: str) -> int:

@@ -5,6 +5,7 @@ Each trial is a training whose held-out value is reported to the study.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas
 from accelerate.utils.memory import clear_device_cache
 from optuna.distributions import distribution_to_json
 from optuna.trial import FrozenTrial, TrialState
@@ -24,11 +26,11 @@ from transformers import TrainerCallback
 from reft_train import tasks
 from reft_train.config import Bookkeeping, RunConfig, dump_yaml
 from reft_train.errors import UserError, one_line, wrong
-from reft_train.files import check_own_folder, dumps, write_text
+from reft_train.files import check_own_folder, write_text
 from reft_train.search.space import Space, restored, stored
 from reft_train.training.outcome import Outcome
 
-BEST, TRIALS, DATABASE = "best.yaml", "trials.json", "search.db"
+BEST, TRIALS, DATABASE = "best.yaml", "trials.csv", "search.db"
 # settings that do not change a trial's value, or that the search sets itself
 _FREE = {*Bookkeeping.model_fields, "skip_test", "test", "test_rows", "eval_batch_size"}
 _FREE |= {"save_every"}
@@ -95,7 +97,7 @@ class SearchPlan:
         config: settings of every trial except the varied ones; ``output`` is the search's folder.
         trials: total number, including earlier sessions. None: as many as the time allows.
         timeout: seconds from now; a running trial is then stopped, and resumed in a later session.
-        storage: URL for optuna. None: a file in the output folder.
+        prune: whether to stop trials whose held-out value is below the median of the others.
         start: whether to try the configured values first.
     """
 
@@ -104,53 +106,33 @@ class SearchPlan:
     objective: Objective
     trials: int | None = 20
     timeout: float | None = None
-    storage: str | None = None
-    pruner: str = "median"
     sampler_seed: int = 0
+    prune: bool = True
     start: bool = True
 
     @property
     def folder(self) -> Path:
         return Path(self.config.output)
 
-
-@dataclass(frozen=True)
-class Trial:
-    """A trial for reports.
-
-    ``state`` is complete, pruned, failed, interrupted, running or waiting.
-    """
-
-    number: int
-    state: str
-    value: float | None
-    settings: dict[str, Any]
-    seconds: float
-    reason: str
-    curve: list[tuple[int, float]]
-
-    @classmethod
-    def of(cls, frozen: FrozenTrial) -> Trial:
-        """Convert optuna's record; a failed trial without a reason was interrupted."""
-        reason, state = frozen.user_attrs.get("reason", ""), frozen.state.name.lower()
-        if state == "fail":
-            state = "failed" if reason else "interrupted"
-        value = frozen.value if state == "complete" else None
-        settings = {name: restored(name, value) for name, value in frozen.params.items()}
-        seconds = frozen.duration.total_seconds() if frozen.duration else 0.0
-        curve = sorted(frozen.intermediate_values.items())
-        return cls(frozen.number, state, value, settings, seconds, reason, curve)
-
     @property
-    def settled(self) -> bool:
-        """Whether the trial will not be run again."""
-        return self.state in ("complete", "pruned", "failed")
+    def storage(self) -> str:
+        """URL of optuna's storage, a file that optuna-dashboard reads."""
+        return f"sqlite:///{self.folder.absolute() / DATABASE}"
 
-    def describe(self, objective: Objective) -> str:
-        result = self.state if self.value is None else f"{objective.name} {self.value:.4f}"
-        why = f" ({self.reason})" if self.reason else ""
-        settings = ", ".join(f"{name} {shown(value)}" for name, value in self.settings.items())
-        return f"trial {self.number}: {result}{why} in {self.seconds:.0f} s with {settings}"
+
+def state_of(trial: FrozenTrial) -> str:
+    """Return complete, pruned, failed, interrupted (it will be run again), running or waiting."""
+    if trial.state == TrialState.FAIL:
+        return "failed" if "reason" in trial.user_attrs else "interrupted"
+    return trial.state.name.lower()
+
+
+def settings_of(trial: FrozenTrial) -> dict[str, Any]:
+    return {name: restored(name, value) for name, value in trial.params.items()}
+
+
+def seconds_of(trial: FrozenTrial) -> float:
+    return trial.duration.total_seconds() if trial.duration else 0.0
 
 
 @dataclass(frozen=True)
@@ -162,20 +144,26 @@ class Search:
     interrupted: bool = False
 
     @property
-    def trials(self) -> list[Trial]:
-        return [Trial.of(frozen) for frozen in self.study.get_trials(deepcopy=False)]
+    def trials(self) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False)
 
     @property
-    def best(self) -> Trial | None:
+    def settled(self) -> list[FrozenTrial]:
+        """The trials that will not be run again."""
+        states = ("complete", "pruned", "failed")
+        return [trial for trial in self.trials if state_of(trial) in states]
+
+    @property
+    def best(self) -> FrozenTrial | None:
         """The best trial; None if no trial has finished."""
-        done = self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return Trial.of(self.study.best_trial) if done else None
+        done = any(trial.state == TrialState.COMPLETE for trial in self.trials)
+        return self.study.best_trial if done else None
 
     @property
     def best_config(self) -> RunConfig:
         """Return the best trial's settings, with the search's subfolder ``best`` as output."""
         output = {"output": str(self.plan.folder / "best"), "resume": False, "overwrite": False}
-        return self.plan.config.replace(**self.best.settings, **output)
+        return self.plan.config.replace(**settings_of(self.best), **output)
 
 
 class Watch(TrainerCallback):
@@ -205,7 +193,7 @@ class Watch(TrainerCallback):
 
 
 def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -> Search:
-    """Run the missing trials, and write ``best.yaml`` and ``trials.json``.
+    """Run the missing trials, and write ``best.yaml`` and ``trials.csv``.
 
     A trial that fails is recorded with its reason. Failures are RuntimeError (including out of
     memory), MemoryError, ArithmeticError, and UserError after another trial has succeeded.
@@ -216,7 +204,7 @@ def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -
     result = Search(plan, open_study(plan))
     deadline = math.inf if plan.timeout is None else time.monotonic() + plan.timeout
     while time.monotonic() < deadline and not result.interrupted:
-        settled = sum(trial.settled for trial in result.trials)
+        settled = len(result.settled)
         if plan.trials is not None and settled >= plan.trials:
             break
         # seeded per trial, so that a resumed search samples the same trials as an uninterrupted one
@@ -226,7 +214,9 @@ def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -
         watch = Watch(trial, plan.objective, deadline)
         interrupted = _run(result, trial, watch, train)
         result = Search(plan, result.study, interrupted)
-        log(result.trials[trial.number].describe(plan.objective))
+        done = result.trials[trial.number]
+        why = done.user_attrs.get("reason", "")
+        log(f"trial {done.number}: {state_of(done)} {done.value or why} with {done.params}")
         _save(result)
     return result
 
@@ -234,7 +224,7 @@ def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -
 def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> bool:
     """Run one trial and report it to the study; return whether it was interrupted."""
     plan, study, value, reason, state = result.plan, result.study, None, "", TrialState.FAIL
-    settings = {name: restored(name, value) for name, value in trial.params.items()}
+    settings = settings_of(result.trials[trial.number])
     output = str(plan.folder / "trials" / str(trial.number))
     fixed = {"output": output, "skip_test": True, "resume": False, "overwrite": True}
     interrupted = False
@@ -251,8 +241,8 @@ def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> boo
     except KeyboardInterrupt:
         interrupted = True
     except UserError as error:
-        if not any(known.state in ("complete", "pruned") for known in result.trials):
-            study.tell(trial, state=TrialState.FAIL)
+        if not any(state_of(known) in ("complete", "pruned") for known in result.trials):
+            optuna.delete_study(study_name=study.study_name, storage=plan.storage)
             raise
         reason = str(error)
     except (RuntimeError, MemoryError, ArithmeticError) as error:
@@ -265,52 +255,39 @@ def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> boo
 
 
 def open_study(plan: SearchPlan) -> optuna.Study:
-    """Open the plan's study in its folder and requeue interrupted trials."""
+    """Open the plan's study in its folder and requeue interrupted trials.
+
+    A study is named by a hash of everything that its values depend on.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, folder, space = plan.config, plan.folder, plan.space
     check_own_folder(folder, [DATABASE, TRIALS, "trials"])
     if config.overwrite:
         shutil.rmtree(folder / "trials", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    url = f"sqlite:///{folder.absolute() / DATABASE}" if plan.storage is None else plan.storage
     identity = config.model_dump(mode="json", exclude={*_FREE, *space})
-    identity["space"] = {name: json.loads(distribution_to_json(d)) for name, d in space.items()}
+    identity["space"] = {name: distribution_to_json(entry) for name, entry in space.items()}
     identity["objective"] = plan.objective.name
-    pruners = {"median": optuna.pruners.MedianPruner, "hyperband": optuna.pruners.HyperbandPruner}
-    options = {
-        "study_name": "reft-train" if plan.storage is None else str(folder),
-        "direction": plan.objective.direction,
-        "load_if_exists": True,
-        "pruner": pruners.get(plan.pruner, optuna.pruners.NopPruner)(),
-    }
-    try:
-        storage = optuna.storages.get_storage(url)
-        study = optuna.create_study(storage=storage, **options)
-    except Exception as error:  # raised by SQLAlchemy and database drivers
-        raise wrong(
-            "--storage", f"{url} ({one_line(error)})", "a URL that optuna can use"
-        ) from None
-    old = study.user_attrs.get("identity", identity)
-    if old != identity or config.overwrite:
-        if not config.overwrite and any(trial.settled for trial in Search(plan, study).trials):
-            names = [name for name in {**old, **identity} if old.get(name) != identity.get(name)]
-            pairs = (f"{name} {old.get(name)!r}, now {identity.get(name)!r}" for name in names[:3])
-            what = f"{folder}, which contains a search with other settings ({'; '.join(pairs)})"
-            raise wrong("output", what, "another folder or --overwrite")
-        optuna.delete_study(study_name=options["study_name"], storage=storage)
-        study = optuna.create_study(storage=storage, **options)
-    if "identity" not in study.user_attrs:
-        study.set_user_attr("identity", identity)
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    names = optuna.get_all_study_names(plan.storage)
+    if {*names} - {key} and not config.overwrite:
+        what = f"{folder}, which contains a search with other settings, model or data"
+        raise wrong("output", what, "another folder or --overwrite")
+    for name in names if config.overwrite else ():
+        optuna.delete_study(study_name=name, storage=plan.storage)
+    pruner = optuna.pruners.MedianPruner() if plan.prune else optuna.pruners.NopPruner()
+    options = {"study_name": key, "load_if_exists": True, "pruner": pruner}
+    study = optuna.create_study(storage=plan.storage, direction=plan.objective.direction, **options)
+    trials = study.get_trials(deepcopy=False)
+    if not trials and plan.start:
         values = {name: stored(getattr(config, name)) for name in space}
-        values = {name: value for name, value in values.items() if _contains(space[name], value)}
-        if plan.start and values:
-            study.enqueue_trial(values)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)  # its process has ended
-    known = study.get_trials(deepcopy=False)
-    retried = {trial.user_attrs.get("retry_of") for trial in known}
-    for trial in known:
-        if Trial.of(trial).state == "interrupted" and trial.params and trial.number not in retried:
+        study.enqueue_trial({n: value for n, value in values.items() if _contains(space[n], value)})
+    retried = {trial.user_attrs.get("retry_of") for trial in trials}
+    for trial in trials:
+        if trial.state == TrialState.RUNNING:  # its process has ended
+            study.tell(trial.number, state=TrialState.FAIL)
+        stopped = state_of(trial) in ("running", "interrupted") and trial.number not in retried
+        if stopped and trial.params:
             study.enqueue_trial(trial.params, user_attrs={"retry_of": trial.number})
     return study
 
@@ -322,20 +299,21 @@ def _contains(entry: optuna.distributions.BaseDistribution, value: Any) -> bool:
         return False
 
 
-def shown(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(stored(value))
+def table(study: optuna.Study) -> pandas.DataFrame:
+    """Return the trials, best first."""
+    attributes = ("number", "state", "value", "duration", "params", "user_attrs")
+    best_low = study.direction == optuna.study.StudyDirection.MINIMIZE
+    return study.trials_dataframe(attributes).sort_values("value", ascending=best_low)
 
 
 def _save(result: Search) -> None:
     """Write the results, and remove weights and checkpoints of all trials except the best."""
-    plan, best, known = result.plan, result.best, result.trials
-    objective = {"objective": plan.objective.name, "direction": plan.objective.direction}
-    number = None if best is None else best.number
-    write_text(plan.folder / TRIALS, dumps({**objective, "best": number, "trials": known}))
+    plan, best = result.plan, result.best
+    write_text(plan.folder / TRIALS, table(result.study).to_csv(index=False))
     if best is not None:
         write_text(plan.folder / BEST, dump_yaml(result.best_config))
-    for trial in known:
-        if trial.number != number:
+    for trial in result.trials:
+        if best is None or trial.number != best.number:
             folder = plan.folder / "trials" / str(trial.number)
             for path in (folder / "adapter", *folder.glob("checkpoint-*"), folder / ".saving"):
                 shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Results of a run: numbers for other commands, a text summary, a figure and an HTML page."""
+"""Results of a run: numbers for other commands, a text summary and a figure."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pydantic import TypeAdapter
 
 from reft_train import reporting
 from reft_train.errors import one_line, wrong
-from reft_train.files import dumps, write_bytes, write_text
+from reft_train.files import dumps, write_text
 from reft_train.memory import Peak
 from reft_train.methods import TITLES
 
-RESULTS, PICTURE, PAGE = "results.json", "loss.png", "report.html"
+RESULTS, PICTURE = "results.json", "loss.png"
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Outcome:
     def save(self, folder: Path) -> Path:
         return write_text(folder / RESULTS, dumps(self))
 
-    def figures(self) -> dict[str, str]:
-        """Return the run's measurements by name."""
+    def summary(self) -> str:
+        """Format the measurements, scores and file locations as text."""
         share, error = self.trainable / max(1, self.total), self.orthonormality
         before = f"{self.memory.before:,.0f} MiB of it before training"
         entries = {
@@ -74,12 +74,8 @@ class Outcome:
             entries["training loss"] = f"{loss:.4g} at step {first}, {final:.4g} at the end"
         for name, metrics in {"held out": self.validation, **self.tests}.items():
             entries[name] = ", ".join(f"{metric} {value:.4g}" for metric, value in metrics.items())
-        return {name: text for name, text in entries.items() if text}
-
-    def summary(self) -> str:
-        """Format the measurements, scores and file locations as text."""
-        rows = [f"{name}: {text}" for name, text in self.figures().items()]
-        return "\n".join([*rows, f"written: {Path(self.config['output'])}"])
+        entries["written"] = str(Path(self.config["output"]))
+        return "\n".join(f"{name}: {text}" for name, text in entries.items() if text)
 
     @classmethod
     def load(cls, folder: str | Path) -> Outcome:
@@ -92,48 +88,24 @@ class Outcome:
             raise wrong("run", what, "a finished run") from None
 
 
-def run_curves(log: Sequence[Mapping[str, Any]]) -> bytes:
-    """Plot the logged losses, learning rate and orthonormality as a PNG.
+def draw_curves(path: Path, log: Sequence[Mapping[str, Any]]) -> Path:
+    """Draw the logged losses, learning rate and orthonormality; values that are not finite are not.
 
-    Non-finite values are left out.
+    Each has a panel if it was logged; the losses share one.
     """
     import pandas
 
     names = ("loss", "eval_loss", "learning_rate", "orthonormality")
     frame = pandas.DataFrame(log, columns=["step", *names], dtype=float).set_index("step")
-    frame = frame.where(frame.abs() < math.inf)
-    curves = {name: frame[name].dropna() for name in names if frame[name].notna().any()}
-    panels = ["loss", *(name for name in names[2:] if name in curves)]
+    frame = frame.where(frame.abs() < math.inf).dropna(axis=1, how="all")
+    panels = ["loss", *(name for name in names[2:] if name in frame)]
     figure = reporting.new_figure(8, 3.1 + 1.4 * len(panels))
-    ratios = [3.2, 1, 1][: len(panels)]
-    axes = figure.subplots(len(panels), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
-    for axis, name in zip(axes, panels, strict=True):
-        if name in curves:
-            axis.plot(curves[name], alpha=0.4, label=name)
-        if name != "learning_rate" and (frame[name].dropna() > 0).all():
-            axis.set_yscale("log")
-        axis.set_ylabel(name.replace("_", " "))
-    if "loss" in curves:
-        losses = curves["loss"]
-        axes[0].plot(losses.index, reporting.smoothed(losses), "C0", label="loss, smoothed")
-    if "eval_loss" in curves:
-        axes[0].plot(curves["eval_loss"], "C3o-", label="held-out loss")
-    if curves:
-        axes[0].legend()
-    axes[-1].set_xlabel("step")
-    return reporting.to_png(figure)
-
-
-def write_run_report(folder: Path, outcome: Outcome, log: Sequence[Mapping[str, Any]]) -> None:
-    png = write_bytes(folder / PICTURE, run_curves(log)).read_bytes()
-    losses = [entry for entry in log if "loss" in entry]
-    bad = [entry["step"] for entry in losses if not math.isfinite(entry["loss"])]
-    text = f"{len(bad)} of {len(losses)} logged losses are not finite and not drawn"
-    title = f"{outcome.config['method']} on {outcome.config['model']}"
-    sections = {
-        "Results": [outcome.figures()],
-        "Curves": [png, *([f"{text}, the first at step {bad[0]}"] if bad else [])],
-        "Settings": [outcome.config],
-        "Versions": [outcome.versions],
-    }
-    reporting.write_page(folder / PAGE, title, sections)
+    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
+    axes = dict(zip(panels, rows, strict=True))
+    for name in frame:
+        axis = axes.get(name, axes["loss"])
+        axis.plot(frame[name].dropna(), ".-", label=name.replace("_", " "))
+        axis.set_yscale("log" if name != "learning_rate" and (frame.min() > 0)[name] else "linear")
+        axis.legend()
+    figure.axes[-1].set_xlabel("step")
+    return reporting.save_figure(figure, path)

@@ -67,19 +67,15 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
     """
     scored, glue, streams = not config.skip_test, isinstance(task, Glue), train and config.streaming
     rows = Rows([])
-    if glue and config.data is None and config.train is None and not config.test:
-        rows.train = reading.hub_rows(task, "train") if train else []
-        rows.tests = {task.test_sets[0]: reading.hub_rows(task, task.test_sets[0])}
-    else:
-        data, path = (None if name is None else Path(name) for name in (config.data, config.train))
-        needed = {"train_needed": train, "tests_needed": not train}
-        files = reading.find(task, data, path, list(map(Path, config.test)), **needed)
-        if scored or (glue and not streams):
-            rows.tests = {name: read_rows(path, "--test") for name, path in files.tests.items()}
-        if streams:
-            rows.train, rows.stream = None, files.train
-        elif train:
-            rows.train = read_rows(files.train, "--train")
+    data, path = (None if name is None else Path(name) for name in (config.data, config.train))
+    needed = {"train_needed": train, "tests_needed": not train}
+    files = reading.find(task, data, path, list(map(Path, config.test)), **needed)
+    if scored or (glue and not streams):
+        rows.tests = {name: read_rows(path, "--test") for name, path in files.tests.items()}
+    if streams:
+        rows.train, rows.stream = None, files.train
+    elif train:
+        rows.train = read_rows(files.train, "--train")
     if glue and rows.tests and not streams:
         # as in the paper: one part of validation selects, the rest is reported
         name, tests = next(iter(rows.tests.items()))
@@ -113,7 +109,7 @@ def _log(text: str) -> None:
 def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], name: str) -> Any:
     """Tokenize the rows, or load them from the cache if the same rows were tokenized before."""
     key = {"rows": _digest(rows), "tokenizer": tokenizing.tokenizer_digest(loaded.tokenizer)}
-    folder = None if config.cache is None else Path(config.cache) / "tokenized"
+    folder = None if config.cache is None else Path(config.cache)
     dataset = tokenizing.tokenize_rows(
         rows, task, loaded.tokenizer, loaded.kind, config.max_length, key, folder
     )
@@ -200,7 +196,7 @@ def sampler(config: RunConfig, dataset: Any, processes: int) -> Any:
 
 def collator(config: RunConfig, loaded: Loaded) -> Callable[[Sequence[dict]], dict]:
     """Return the collator: padded, or packed if the model keeps packed examples apart."""
-    pad = tokenizing.pad_id(loaded.tokenizer)
+    pad = loaded.tokenizer.pad_token_id
     if not config.packing:
         return collating.PaddingCollator(pad)
     if loaded.kind != CAUSAL:

@@ -13,10 +13,10 @@ from reft_train.errors import wrong
 from reft_train.evaluation.scoring import ALPACA_EVAL, PREDICTIONS
 from reft_train.files import check_folder
 from reft_train.methods import check_base
-from reft_train.models import check_reachable, model_config
+from reft_train.models import model_config
 from reft_train.training.arguments import BOARD
 from reft_train.training.callbacks import LOG
-from reft_train.training.outcome import PAGE, PICTURE, RESULTS
+from reft_train.training.outcome import PICTURE, RESULTS
 
 STAGING, LOSS, _STATE = ".saving", "loss.json", "trainer_state.json"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", LOSS, _STATE)
@@ -53,8 +53,6 @@ def _check_same(config: RunConfig, output: Path) -> None:
     for name, value in read_yaml(output / CONFIG).items():
         current = getattr(config, name)
         if name == "model":  # the model may have moved, but must be the same one
-            if current == value:
-                check_reachable(config, output)
             check_base(model_config(config), output, "model")
         elif name not in free and current != value:
             what = f"{name} {current!r}, but the run was started with {value!r}"
@@ -70,7 +68,7 @@ def clear(output: Path, *, everything: bool) -> None:
     folders = (output / name for name in (ADAPTER, PREDICTIONS, ALPACA_EVAL, BOARD))
     for path in (*checkpoints(output), *folders):
         shutil.rmtree(path, ignore_errors=True)
-    for name in (RESULTS, LOG, PICTURE, PAGE):
+    for name in (RESULTS, LOG, PICTURE):
         (output / name).unlink(missing_ok=True)
 
 

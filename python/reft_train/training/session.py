@@ -27,7 +27,7 @@ from reft_train.tasks.base import Row, Task
 from reft_train.training import prepare, run_dir
 from reft_train.training.arguments import training_arguments
 from reft_train.training.callbacks import LOG, FiniteLoss, Interrupt, Journal
-from reft_train.training.outcome import Outcome, write_run_report
+from reft_train.training.outcome import PICTURE, Outcome, draw_curves
 from reft_train.training.sharding import engine_environment, gather_to_generate
 from reft_train.training.trainer import ReftTrainer, orthonormality
 
@@ -62,7 +62,7 @@ def train(
 
     Args:
         callbacks: additional callbacks, such as one that prunes a search trial.
-        report: whether to write figures and the HTML page.
+        report: whether to draw the curves.
         task: the task; None: that of the settings.
 
     Returns:
@@ -176,7 +176,7 @@ def _train(
     trainer.publish_adapter(output)
     tests = {} if interrupted else _score_tests(trainer, config, loaded, task, rows.tests)
     outcome = Outcome(
-        config=config.to_dict(),
+        config=config.model_dump(),
         trainable=trained - head,
         head=head,
         total=parameters - trained,
@@ -194,7 +194,7 @@ def _train(
     )
     if arguments.should_save:
         if report:
-            write_run_report(output, outcome, state.log_history)
+            draw_curves(output / PICTURE, state.log_history)
         outcome.save(output)
     return outcome
 

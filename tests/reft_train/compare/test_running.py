@@ -181,28 +181,6 @@ def test_a_seed_that_fails_is_counted(tmp_path):
     assert found.rows[1]["seeds"] == 1
 
 
-def test_a_budget_in_seconds_is_less_by_what_was_spent(tmp_path, monkeypatch):
-    from reft_train import compare as running
-
-    spent = []
-    original = running.search
-
-    def noted(search_plan, *arguments):
-        spent.append(search_plan.timeout)
-        return original(search_plan, *arguments)
-
-    monkeypatch.setattr(running, "search", noted)
-
-    def before(config, call):
-        raise RuntimeError("out of memory")
-
-    # no trial can begin without time, so each method is left without settings, and the second
-    # comparison finds less time
-    run(plan(tmp_path / "c", trials=None, seconds=0.2), FakeTrain(before=before))
-    run(plan(tmp_path / "c", trials=None, seconds=0.2), FakeTrain(before=before))
-    assert spent[:3] == [0.2] * 3 and all(left < 0.2 for left in spent[3:])
-
-
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="contains other files"):

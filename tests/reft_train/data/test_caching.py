@@ -1,6 +1,4 @@
-"""Tokenized data on disk: made once, named by everything they depend on, and made again where
-they are damaged.
-"""
+"""Tokenized data on disk: made once, and named by everything they depend on."""
 
 from __future__ import annotations
 
@@ -60,13 +58,12 @@ def test_the_order_of_parts_does_not_matter(tmp_path):
 
 
 @pytest.mark.parametrize("size", [0, 0.5])
-def test_a_file_that_cannot_be_read_is_noticed_and_the_data_made_again(tmp_path, size):
-    items = _Items()
-    rows_of(items, tmp_path)
+def test_a_damaged_file_is_refused_by_its_place(tmp_path, size):
+    rows_of(_Items(), tmp_path)
     (file,) = tmp_path.rglob("*.arrow")
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * size)])
-    assert rows_of(items, tmp_path) == ROWS and items.calls == 2
-    assert rows_of(items, tmp_path) == ROWS and items.calls == 2
+    with pytest.raises(UserError, match=f"cache: got {tmp_path}/reft-train-.*can be deleted"):
+        rows_of(_Items(), tmp_path)
 
 
 def test_an_interrupted_build_is_made_again(tmp_path):
@@ -88,17 +85,17 @@ def test_bad_input_in_a_row_is_the_error(tmp_path):
         rows_of(refuse, tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_costs_a_warning(tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.warns(UserWarning, match="tokenized data are not cached"):
-        assert rows_of(_Items(), blocked) == ROWS
+    with pytest.raises(UserError, match="cache: got .*which cannot be read or written"):
+        rows_of(_Items(), blocked)
 
 
-def test_the_default_folder_is_under_the_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_the_default_folder_is_that_of_datasets(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     rows_of(_Items())
-    assert len(list((tmp_path / "reft_train" / "tokenized").iterdir())) == 1
+    assert len(list(tmp_path.glob("reft-train-*"))) == 1
 
 
 def _cache_at_once(folder, barrier, answers):

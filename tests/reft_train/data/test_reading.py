@@ -118,28 +118,14 @@ def test_a_broken_file_is_told_by_line_or_row(name, content, message, tmp_path):
         read_rows(path, "--test")
 
 
-def test_a_missing_file_is_told_what_the_folder_holds(tmp_path):
-    write(tmp_path / "train.json", "[]")
-    write(tmp_path / "notes.txt", "")
-    with pytest.raises(UserError) as caught:
-        read_rows(tmp_path / "trian.json")
-    assert str(caught.value) == (
-        f"--train: got {tmp_path / 'trian.json'}, which does not exist, expected a file "
-        f"({tmp_path} has train.json)"
-    )
-
-
-def test_a_missing_folder_is_told(tmp_path):
+@pytest.mark.parametrize("place", ["trian.json", "none/train.json"])
+def test_a_missing_file_is_told(place, tmp_path):
     with pytest.raises(UserError, match=r"which does not exist, expected a file$"):
-        read_rows(tmp_path / "none" / "train.json")
+        read_rows(tmp_path / place)
 
 
 def test_a_folder_is_no_file(tmp_path):
-    for number in range(7):
-        write(tmp_path / f"{number}.json", "[]")
-    with pytest.raises(
-        UserError, match=r"which is a folder, expected a file \(.* has 0.json, 1.json, .*4.json\)"
-    ):
+    with pytest.raises(UserError, match=r"which is a folder, expected a file$"):
         read_rows(tmp_path)
 
 

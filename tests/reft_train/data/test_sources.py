@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from reft_train import tasks
-from reft_train.data.reading import Files, find, hub_rows
+from reft_train.data.reading import Files, find
 from reft_train.errors import UserError
 from reft_train.tasks.llm_adapters import COMMONSENSE as SETS
 
@@ -172,35 +172,3 @@ def test_the_published_layout():
     assert {"gsm8k", "SVAMP", "AQuA"} <= set(
         find(tasks.get("math"), data_folder(), train_needed=False).tests
     )
-
-
-def test_rows_from_the_hub(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    asked = []
-
-    def load(*arguments, split):
-        asked.append((*arguments, split))
-        return [{"sentence": "x", "label": 1}, {"sentence": "y", "label": 0}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    rows = hub_rows(tasks.get("glue/cola"), "validation")
-    assert asked == [("nyu-mll/glue", "cola", "validation")]
-    assert rows[1].fields == {"sentence": "y", "label": 0}
-    assert rows[1].where == "row 2 of nyu-mll/glue cola validation"
-
-
-@pytest.mark.parametrize(
-    "error", [ConnectionError("Couldn't reach\nthe Hub"), RuntimeError("x"), ValueError("y")]
-)
-def test_no_network_is_one_line_that_says_how_to_do_without(error, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
-    def load(*arguments, split):
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    with pytest.raises(UserError) as caught:
-        hub_rows(tasks.get("glue/mnli"), "train")
-    message = str(caught.value)
-    assert message.startswith("--data: ") and "\n" not in message
-    assert type(error).__name__ in message and "mnli/validation_matched.parquet" in message

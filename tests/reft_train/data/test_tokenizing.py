@@ -7,9 +7,11 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
+from reft_train.config import build
 from reft_train.data import tokenizing
-from reft_train.data.tokenizing import IGNORED, encode, pad_id, prompt_ids, tokenize_rows
+from reft_train.data.tokenizing import IGNORED, encode, prompt_ids, tokenize_rows
 from reft_train.errors import UserError
+from reft_train.models import load_tokenizer
 from reft_train.tasks.base import Classified, Example, Row, Task
 
 from tests.reft_train.tiny import tokenizer_of
@@ -202,14 +204,18 @@ def test_a_limit_without_room_for_both_parts_is_refused():
         causal(EXAMPLE, _llama(), 1)
 
 
-def test_padding_falls_back_to_eos():
+def test_padding_falls_back_to_eos(tmp_path):
+    def loaded(**tokens):
+        for name, token in tokens.items():
+            setattr(tokenizer, name, token)
+        tokenizer.save_pretrained(tmp_path)
+        return load_tokenizer(build({"model": str(tmp_path), "task": "jsonl"}))
+
     tokenizer = _llama()
-    assert pad_id(tokenizer) == tokenizer.pad_token_id
-    tokenizer.pad_token = None
-    assert pad_id(tokenizer) == tokenizer.eos_token_id
-    tokenizer.eos_token = None
-    with pytest.raises(UserError, match="without a pad or EOS token"):
-        pad_id(tokenizer)
+    assert loaded().pad_token_id == tokenizer.pad_token_id
+    assert loaded(pad_token=None).pad_token_id == tokenizer.eos_token_id
+    with pytest.raises(UserError, match="expected a tokenizer with a padding or an EOS token"):
+        loaded(eos_token=None)
 
 
 @pytest.mark.parametrize(

@@ -266,7 +266,7 @@ def test_glue_is_scored_on_the_half_that_did_not_choose_the_model(tmp_path, tiny
         ),
         (
             ["--run", "{run}", "--model", "{tmp}"],
-            "model: got {tmp}, expected a folder with config.json",
+            "model: got '{tmp}', without config.json, expected a folder with config.json",
         ),
         (["--run", "{run}", "--out", "{run}/config.yaml"], "--out: got {run}/config.yaml, but"),
         (

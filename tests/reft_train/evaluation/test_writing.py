@@ -7,7 +7,7 @@ import json
 import math
 
 from reft_train import tasks
-from reft_train.evaluation.scoring import SetScore, file_name, write_predictions, write_scores
+from reft_train.evaluation.scoring import SetScore, write_predictions, write_scores
 
 SCORED = tasks.get("boolq")
 
@@ -56,11 +56,10 @@ def test_values_that_json_does_not_know_are_written_as_text(tmp_path):
     }
 
 
-def test_sets_that_are_called_by_a_path_get_files_of_their_own():
-    taken: list[str] = []
-    for name in ("data/a.json", "data_a.json", "/data/a.json", "..", "..."):
-        taken.append(file_name(name, taken))
-    assert taken == ["data_a.json", "data_a.json-2", "data_a.json-3", "set", "set-2"]
+def test_sets_that_are_called_by_a_path_get_files_of_their_own(tmp_path):
+    names = ("data/a.json", "data_a.json", "/data/a.json")
+    write_predictions(tmp_path, SCORED, [SetScore(n, {}, 1, lines("x")) for n in names], "tiny")
+    assert len(list((tmp_path / "predictions").glob("*.jsonl"))) == 3
 
 
 def test_alpaca_eval_rows_hold_instruction_and_stripped_answer(tmp_path):

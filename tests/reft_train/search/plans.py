@@ -22,7 +22,7 @@ def config(folder: Path, **changes: Any) -> RunConfig:
 
 def plan(folder: Path, changes: dict[str, Any] | None = None, **fields: Any) -> SearchPlan:
     """A search of four trials in ``folder``, without pruning, ``changes`` being settings."""
-    values = {"space": SPACE, "objective": ACCURACY, "trials": 4, "pruner": "none", **fields}
+    values = {"space": SPACE, "objective": ACCURACY, "trials": 4, "prune": False, **fields}
     return SearchPlan(config(folder, **(changes or {})), **values)
 
 

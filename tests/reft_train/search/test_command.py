@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from optuna.distributions import IntDistribution
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from reft_train.__main__ import parser
+from reft_train.commands import SearchOptions
 from reft_train.errors import UserError
+from reft_train.flags import options, passed, settings
 from reft_train.search import command
-from reft_train.search.space import choices
 
 from tests.reft_train.fake_training import FakeTrain
 
@@ -38,16 +39,9 @@ def test_a_search_prints_its_best_trial_and_how_to_use_it(flags, capsys, tmp_pat
     assert f"reft-train run --config {tmp_path / 's' / 'best.yaml'}" in capsys.readouterr().out
 
 
-def test_a_search_leaves_its_report_and_figures(flags, tmp_path):
+def test_a_search_leaves_its_table_and_figures(flags, tmp_path):
     command.run(parsed(*flags), FakeTrain())
-    for name in (
-        "report.html",
-        "history.png",
-        "importance.png",
-        "trials.json",
-        "best.yaml",
-        "search.db",
-    ):
+    for name in ("history.png", "importance.png", "trials.csv", "best.yaml", "search.db"):
         assert (tmp_path / "s" / name).stat().st_size > 0
 
 
@@ -68,37 +62,20 @@ def test_a_search_in_which_nothing_worked_fails(flags, capsys):
     assert "RuntimeError: out of <memory>" in capsys.readouterr().out
 
 
-def test_the_report_escapes_reasons(flags, tmp_path):
-    def fail(config, call):
-        raise RuntimeError("out of <memory>")
-
-    command.run(parsed(*flags), FakeTrain(before=fail))
-    page = (tmp_path / "s" / "report.html").read_text(encoding="utf-8")
-    assert "out of &lt;memory&gt;" in page and "<memory>" not in page
-
-
 def space_of(flags):
-    from reft_train.flags import settings
-
     arguments = parsed(*flags)
-    return command.resolve_space(arguments, settings(arguments))
+    given = options(arguments, SearchOptions)
+    return command.resolve_space(given, passed(arguments), settings(arguments))
 
 
 def test_a_setting_that_a_flag_gives_is_not_varied(flags):
     assert "rank" in space_of(flags) and "rank" not in space_of([*flags, "--rank", "4"])
 
 
-def test_a_flag_joins_the_default_space(flags):
-    assert space_of([*flags, "--vary", "warmup=[0, 0.1]"]) == {
-        **space_of(flags),
-        "warmup": choices((0.0, 0.1)),
-    }
-
-
-def test_a_file_replaces_the_default_space(flags, tmp_path):
-    (tmp_path / "space.yaml").write_text("rank: {low: 1, high: 4}")
-    assert space_of([*flags, "--space", str(tmp_path / "space.yaml")]) == {
-        "rank": IntDistribution(1, 4)
+def test_a_flag_replaces_the_default_space(flags):
+    assert space_of([*flags, "--vary", "warmup=[0, 0.1]", "rank={low: 1, high: 4}"]) == {
+        "warmup": CategoricalDistribution((0.0, 0.1)),
+        "rank": IntDistribution(1, 4),
     }
 
 

@@ -7,16 +7,7 @@ from types import SimpleNamespace
 import pytest
 from optuna.distributions import FloatDistribution, IntDistribution
 from reft_train.errors import UserError
-from reft_train.search.space import (
-    choices,
-    layer_sets,
-    parse,
-    parse_flags,
-    read,
-    restored,
-    small_space_of,
-    space_of,
-)
+from reft_train.search.space import choices, layer_sets, parse, restored, small_space_of, space_of
 
 from tests.reft_train.search.plans import config
 
@@ -29,79 +20,42 @@ def model(**sizes):
 LLAMA_7B = model(hidden_size=4096, num_hidden_layers=32)
 
 
-def test_a_list_is_short_for_choices():
-    assert parse({"rank": [4, 8]}, "loreft", "test") == parse(
-        {"rank": {"choices": [4, 8]}}, "loreft", "test"
-    )
+def test_an_entry_is_a_list_or_a_range():
+    assert parse(["rank=[4, 8]", "head-lr={low: 1e-4, high: 1e-2, log: true}"], "loreft") == {
+        "rank": choices((4, 8)),
+        "head_lr": FloatDistribution(1e-4, 1e-2, log=True),
+    }
 
 
 def test_a_range_of_whole_numbers_stays_whole():
-    assert parse({"rank": {"low": 2, "high": 8, "step": 2}}, "loreft", "test") == {
-        "rank": IntDistribution(2, 8, step=2)
-    }
-
-
-def test_a_range_takes_numbers_that_yaml_reads_as_text(tmp_path):
-    (tmp_path / "space.yaml").write_text("lr: {low: 1e-4, high: 1e-2, log: true}")
-    assert read(tmp_path / "space.yaml", "loreft") == {
-        "lr": FloatDistribution(1e-4, 1e-2, log=True)
-    }
-
-
-def test_a_flag_says_what_the_file_says():
-    assert parse_flags(["rank=[4, 8]", "head-lr={low: 1e-4, high: 1e-2}"], "loreft") == {
-        "rank": choices((4, 8)),
-        "head_lr": FloatDistribution(1e-4, 1e-2),
-    }
+    assert parse(["rank={low: 2, high: 8}"], "loreft") == {"rank": IntDistribution(2, 8)}
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("entry", "message"),
     [
-        ({}, "got nothing, expected a mapping of settings"),
-        ({"seed": [1, 2]}, "'seed', expected settings that loreft can vary"),
-        ({"rnk": [1, 2]}, "'rnk', expected settings that loreft can vary"),
-        ({"prefix_tokens": [1, 2]}, "'prefix_tokens', expected settings that loreft can vary"),
-        ({"rank": 4}, "rank: got 4, expected a list"),
-        ({"rank": []}, "rank: got [], expected one or more values"),
-        ({"rank": [4, 4]}, "expected one or more values, each once"),
-        ({"rank": [4, 400]}, "rank: got 400, expected less than or equal to 256"),
-        ({"layers": ["upper"]}, "layers: got 'upper', expected 'all' or layer numbers"),
-        (
-            {"positions": {"low": "f1", "high": "f3"}},
-            "expected choices: this setting is not a number",
-        ),
-        (
-            {"share_weights": {"low": False, "high": True}},
-            "expected choices: this setting is not a number",
-        ),
-        ({"lr": {"low": 1e-2, "high": 1e-4}}, "expected low < high"),
-        ({"dropout": {"low": 0, "high": 0.1, "log": True}}, "`low > 0` must hold"),
-        ({"lr": {"low": 1e-4, "high": 1e-2, "log": "yes"}}, "log true or false"),
-        (
-            {"lr": {"low": 1e-4, "high": 1e-2, "log": True, "step": 1e-4}},
-            "`step` is not supported when `log`",
-        ),
-        ({"rank": {"low": 1, "high": 8, "step": 0.5}}, "expected a whole step"),
-        ({"rank": {"low": 1, "high": 8, "by": 2}}, "expected a list, {choices: [...]}"),
-        ({"rank": {"low": 1}}, "expected a list, {choices: [...]}"),
+        ("seed=[1, 2]", "'seed', expected settings that loreft can vary"),
+        ("rnk=[1, 2]", "'rnk', expected settings that loreft can vary"),
+        ("prefix_tokens=[1, 2]", "'prefix_tokens', expected settings that loreft can vary"),
+        ("rank=4", "rank: got 4, expected a list"),
+        ("rank=[]", "rank: got [], expected one or more values"),
+        ("rank=[4, 4]", "expected one or more values, each once"),
+        ("rank=[4, 400]", "rank: got 400, expected less than or equal to 256"),
+        ("layers=[upper]", "layers: got 'upper', expected 'all' or layer numbers"),
+        ("positions={low: f1, high: f3}", "expected a list: this setting is not a number"),
+        ("share_weights={low: false, high: true}", "expected a list: this setting is not a number"),
+        ("lr={low: 1e-2, high: 1e-4}", "expected low < high"),
+        ("dropout={low: 0, high: 0.1, log: true}", "`low > 0` must hold"),
+        ("rank={low: 1, high: 8, by: 2}", "expected a list or {low: ..., high: ..., log: true}"),
+        ("rank={low: 1}", "expected a list or {low: ..., high: ..., log: true}"),
+        ("rank", "expected NAME=VALUES"),
+        ("rank=[4, 8", "expected ',' or ']'"),
     ],
 )
-def test_a_wrong_entry_is_named(values, message):
+def test_a_wrong_entry_is_named(entry, message):
     with pytest.raises(UserError) as caught:
-        parse(values, "loreft", "--space space.yaml")
-    assert message in str(caught.value) and "--space space.yaml" in str(caught.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="which cannot be read .no such file."):
-        read(tmp_path / "none.yaml", "loreft")
-
-
-@pytest.mark.parametrize("text", ["rank", "rank=[4, 8"])
-def test_a_flag_that_is_no_entry_is_refused(text):
-    with pytest.raises(UserError, match="--vary: got"):
-        parse_flags([text], "loreft")
+        parse([entry], "loreft")
+    assert message in str(caught.value) and str(caught.value).startswith("--vary")
 
 
 def test_layers_are_stored_as_text_and_come_back_as_numbers():

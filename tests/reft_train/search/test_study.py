@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import pandas
 import pytest
 from optuna.distributions import FloatDistribution
 from reft_train.config import build, read_yaml
 from reft_train.errors import UserError
 from reft_train.search.space import choices
-from reft_train.search.study import Objective, search
+from reft_train.search.study import Objective, search, settings_of, state_of
 
 from tests.reft_train.fake_training import FakeTrain, finished, quality
 from tests.reft_train.search.plans import SPACE, plan, silent
+
+
+def states(found) -> list[str]:
+    return [state_of(trial) for trial in found.trials]
 
 
 def run(plan, train, clock=time.monotonic):
@@ -81,8 +85,8 @@ def test_the_best_settings_make_a_run_that_is_tested(tmp_path):
     again = build(read_yaml(tmp_path / "s" / "best.yaml"))
     assert again == found.best_config
     assert (again.lr, again.rank, again.skip_test) == (
-        found.best.settings["lr"],
-        found.best.settings["rank"],
+        settings_of(found.best)["lr"],
+        settings_of(found.best)["rank"],
         False,
     )
 
@@ -91,7 +95,7 @@ def test_layers_come_back_from_the_best_settings_as_numbers(tmp_path):
     found = run(plan(tmp_path / "s", space={"layers": choices(([0, 2], [1, 3]))}), FakeTrain())
     assert (
         build(read_yaml(tmp_path / "s" / "best.yaml")).layers
-        == found.best.settings["layers"]
+        == settings_of(found.best)["layers"]
         in ([0, 2], [1, 3])
     )
 
@@ -117,15 +121,9 @@ def test_the_interrupted_trial_is_taken_up_again_under_a_new_number(tmp_path):
     train = FakeTrain(before=stop_at(2, KeyboardInterrupt))
     run(plan(tmp_path / "s"), train)
     found = run(plan(tmp_path / "s"), train)
-    assert [trial.state for trial in found.trials] == [
-        "complete",
-        "complete",
-        "interrupted",
-        "complete",
-        "complete",
-    ]
+    assert states(found) == ["complete", "complete", "interrupted", "complete", "complete"]
     assert found.study.trials[3].user_attrs["retry_of"] == 2
-    assert found.trials[3].settings == found.trials[2].settings
+    assert found.trials[3].params == found.trials[2].params
 
 
 def test_a_killed_trial_is_taken_up_again(tmp_path):
@@ -136,13 +134,7 @@ def test_a_killed_trial_is_taken_up_again(tmp_path):
     with pytest.raises(Killed):
         run(plan(tmp_path / "s"), train)
     found = run(plan(tmp_path / "s"), train)
-    assert [trial.state for trial in found.trials] == [
-        "complete",
-        "complete",
-        "interrupted",
-        "complete",
-        "complete",
-    ]
+    assert states(found) == ["complete", "complete", "interrupted", "complete", "complete"]
 
 
 def test_a_training_that_ends_at_an_interruption_ends_the_search(tmp_path):
@@ -150,7 +142,7 @@ def test_a_training_that_ends_at_an_interruption_ends_the_search(tmp_path):
         return finished(config, interrupted=True)
 
     found = run(plan(tmp_path / "s"), train)
-    assert found.interrupted and [trial.state for trial in found.trials] == ["interrupted"]
+    assert found.interrupted and states(found) == ["interrupted"]
 
 
 def test_a_finished_search_trains_nothing_more(tmp_path):
@@ -179,14 +171,14 @@ def test_a_failed_trial_is_recorded_and_the_search_goes_on(tmp_path, error):
             raise error
 
     found = run(plan(tmp_path / "s"), FakeTrain(before=before))
-    assert [trial.state for trial in found.trials] == ["complete", "failed", "complete", "complete"]
-    assert found.trials[1].reason == f"{type(error).__name__}: {error}"
+    assert states(found) == ["complete", "failed", "complete", "complete"]
+    assert found.trials[1].user_attrs["reason"] == f"{type(error).__name__}: {error}"
 
 
 def test_a_held_out_value_that_is_no_number_fails_the_trial(tmp_path):
     values = iter([0.5, float("nan"), 0.6, 0.7])
     found = run(plan(tmp_path / "s"), FakeTrain(quality=lambda config: next(values), evaluations=1))
-    assert found.trials[1].reason == "FloatingPointError: held-out accuracy is nan"
+    assert found.trials[1].user_attrs["reason"] == "FloatingPointError: held-out accuracy is nan"
 
 
 def test_bad_input_in_the_first_trial_stops_the_search(tmp_path):
@@ -198,27 +190,30 @@ def test_bad_input_that_is_mended_does_not_count(tmp_path):
     with pytest.raises(UserError):
         run(plan(tmp_path / "s"), FakeTrain(before=stop_at(0, UserError, "model: got none")))
     found = run(plan(tmp_path / "s", {"model": "another"}), FakeTrain())
-    assert [trial.state for trial in found.trials] == ["complete"] * 4
+    assert states(found) == ["complete"] * 4
 
 
 def test_bad_input_in_a_later_trial_is_that_trials_failure(tmp_path):
     found = run(plan(tmp_path / "s"), FakeTrain(before=stop_at(2, UserError, "layers: got 9")))
-    assert found.trials[2].state == "failed" and found.trials[2].reason == "layers: got 9"
+    assert (
+        state_of(found.trials[2]) == "failed"
+        and found.trials[2].user_attrs["reason"] == "layers: got 9"
+    )
 
 
 def test_a_hopeless_trial_is_pruned_before_its_end(tmp_path):
     values = iter([0.9, 0.8, 0.9, 0.8, 0.9, 0.1])
     train = FakeTrain(quality=lambda config: next(values))
-    found = run(plan(tmp_path / "s", trials=6, pruner="median"), train)
-    assert [trial.state for trial in found.trials] == ["complete"] * 5 + ["pruned"]
-    assert train.steps == 5 * 3 + 1 and found.trials[5].curve == [(1, 0.1 * (1 / 3))]
+    found = run(plan(tmp_path / "s", trials=6, prune=True), train)
+    assert states(found) == ["complete"] * 5 + ["pruned"]
+    assert train.steps == 5 * 3 + 1 and found.trials[5].intermediate_values == {1: 0.1 * (1 / 3)}
 
 
 def test_a_trial_is_not_pruned_at_its_end(tmp_path):
     values = iter([0.9, 0.8, 0.9, 0.8, 0.9, 0.1])
     train = FakeTrain(quality=lambda config: next(values), evaluations=1)
-    found = run(plan(tmp_path / "s", trials=6, pruner="median"), train)
-    assert [trial.state for trial in found.trials] == ["complete"] * 6
+    found = run(plan(tmp_path / "s", trials=6, prune=True), train)
+    assert states(found) == ["complete"] * 6
 
 
 def test_time_that_is_up_stops_the_trial_under_way(tmp_path):
@@ -226,7 +221,7 @@ def test_time_that_is_up_stops_the_trial_under_way(tmp_path):
     found = run(
         plan(tmp_path / "s", trials=None, timeout=25.0), FakeTrain(before=clock.tick), clock=clock
     )
-    assert [trial.state for trial in found.trials] == ["complete", "complete", "interrupted"]
+    assert states(found) == ["complete", "complete", "interrupted"]
     assert not found.interrupted
 
 
@@ -235,13 +230,13 @@ def test_a_trial_that_time_stopped_is_taken_up_again(tmp_path):
     train.before = clock.tick
     run(plan(tmp_path / "s", trials=4, timeout=25.0), train, clock=clock)
     found = run(plan(tmp_path / "s", trials=4), train)
-    assert [trial.state for trial in found.trials][2:] == ["interrupted", "complete", "complete"]
+    assert states(found)[2:] == ["interrupted", "complete", "complete"]
     assert (train.seen[2].lr, train.seen[2].rank) == (train.seen[3].lr, train.seen[3].rank)
 
 
 def test_a_search_with_other_settings_is_refused(tmp_path):
     run(plan(tmp_path / "s"), FakeTrain())
-    with pytest.raises(UserError, match="epochs 6, now 2"):
+    with pytest.raises(UserError, match="which contains a search with other settings"):
         run(plan(tmp_path / "s", {"epochs": 2}), FakeTrain())
 
 
@@ -264,18 +259,6 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
         run(plan(tmp_path), FakeTrain())
 
 
-def test_a_storage_that_is_none_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--storage: got nothing://x"):
-        run(plan(tmp_path / "s", storage="nothing://x"), FakeTrain())
-
-
-def test_two_searches_share_a_storage(tmp_path):
-    storage = f"sqlite:///{tmp_path}/shared.db"
-    one = run(plan(tmp_path / "one", storage=storage, trials=1), FakeTrain())
-    two = run(plan(tmp_path / "two", {"epochs": 2}, storage=storage, trials=2), FakeTrain())
-    assert (len(one.trials), len(two.trials)) == (1, 2)
-
-
 def test_another_sampler_seed_tries_other_values(tmp_path):
     trains = [FakeTrain(), FakeTrain()]
     for seed, train in enumerate(trains):
@@ -283,11 +266,10 @@ def test_another_sampler_seed_tries_other_values(tmp_path):
     assert trains[0].seen[0].lr != trains[1].seen[0].lr
 
 
-def test_the_numbers_are_written_as_json(tmp_path):
+def test_the_trials_are_written_as_a_table(tmp_path):
     found = run(plan(tmp_path / "s"), FakeTrain())
-    numbers = json.loads((tmp_path / "s" / "trials.json").read_text())
-    assert numbers["best"] == found.best.number and numbers["objective"] == "accuracy"
-    assert [trial["value"] for trial in numbers["trials"]] == [
-        trial.value for trial in found.trials
-    ]
-    assert set(numbers["trials"][0]["settings"]) == set(SPACE)
+    table = pandas.read_csv(tmp_path / "s" / "trials.csv")
+    assert table.value.tolist() == pytest.approx(
+        sorted((t.value for t in found.trials), reverse=True)
+    )
+    assert {f"params_{name}" for name in SPACE} <= set(table.columns)

@@ -36,9 +36,8 @@ def test_a_model_folder_that_is_not_there(refused, tmp_path):
 
 def test_a_folder_that_is_no_model(refused, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert f"model: got {tmp_path / 'empty'}, expected a folder with config.json" in refused(
-        tmp_path / "empty"
-    )
+    line = refused(tmp_path / "empty")
+    assert f"model: got '{tmp_path / 'empty'}', without config.json, expected a folder" in line
 
 
 @pytest.mark.parametrize("broken", ["config.json", "model.safetensors", "tokenizer.json"])

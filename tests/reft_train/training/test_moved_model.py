@@ -45,8 +45,7 @@ def refused(arguments: list[str], capsys) -> str:
 def test_the_old_place_is_named(moved, command, capsys):
     output, old, _ = moved
     line = refused(commands(output)[command], capsys)
-    text = f"model: {output} was trained on '{old}', which cannot be loaded ("
-    assert text in line
+    assert f"model: got '{old}', which does not exist" in line and line.endswith("--model FOLDER")
 
 
 @pytest.mark.parametrize("command", ["eval", "resume"])
@@ -57,8 +56,8 @@ def test_a_hub_name_out_of_reach_is_named(moved, command, capsys):
     lines = ["model: nobody/none-such" if line.startswith("model:") else line for line in lines]
     path.write_text("\n".join(lines) + "\n")
     line = refused(commands(output)[command], capsys)
-    assert f"model: {output} was trained on 'nobody/none-such', which cannot be loaded (" in line
-    assert line.endswith("--model FOLDER gives its new location")
+    assert "model: got 'nobody/none-such', which cannot be loaded (" in line
+    assert line.endswith("--model FOLDER")
 
 
 @pytest.mark.parametrize("command", ["eval", "resume"])

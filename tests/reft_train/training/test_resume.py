@@ -293,7 +293,7 @@ def test_overwriting_starts_clean(begun, tiny_llama, tmp_path):
     used = Path(shutil.copytree(output, tmp_path / "used"))
     write_rows(used / "predictions" / "old.jsonl", [{"old": 1}])
     (used / ".saving").mkdir()
-    (used / "report.html").write_text("old")
+    (used / "loss.png").write_text("old")
     assert run(tiny_llama, used, **{**settings, "epochs": 1}, overwrite=True) == 0
     assert run(tiny_llama, tmp_path / "fresh", **{**settings, "epochs": 1}) == 0
     assert sorted(path.name for path in used.iterdir()) == sorted(

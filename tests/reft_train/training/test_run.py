@@ -26,7 +26,6 @@ FILES = (
     "log.jsonl",
     "results.json",
     "loss.png",
-    "report.html",
 )
 
 

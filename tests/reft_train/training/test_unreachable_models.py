@@ -15,7 +15,6 @@ COMMANDS = {
     "eval": ["--adapter", "none", "--test", "{rows}"],
     "search": ["--train", "{rows}", "--validation", "2"],
     "compare": ["--train", "{rows}", "--validation", "2"],
-    "doctor": [],
 }
 
 
@@ -42,11 +41,13 @@ def test_a_hub_name_out_of_reach(command, refused):
     assert line.startswith(
         f"reft_train {command}: error: model: got 'nobody/no-such-model', which cannot be loaded"
     )
-    for part in ("neither a folder", "cache", "huggingface.co", "could not be downloaded"):
+    for part in (
+        "expected a folder",
+        "the hub or its cache",
+        "hf download NAME --local-dir FOLDER",
+    ):
         assert part in line
-    assert "hf download nobody/no-such-model --local-dir FOLDER" in line and line.endswith(
-        "--model FOLDER"
-    )
+    assert line.endswith("--model FOLDER")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from reft_train.memory import PeakMeter
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from reft_kernels import positions
 from reft_kernels.integrations.peft import ReftConfig
 from reft_kernels.interventions import StackedLoReFT
-from reft_train.memory import PeakMeter
 
 BATCH, LENGTH, PROMPT = 4, 64, 40
 TOLERANCE = 0.05  # of losses that must agree, relative to what the edits change
@@ -131,6 +131,7 @@ def _problem(model: Any, config: ReftConfig) -> SimpleNamespace:
     depth, d = settings.num_hidden_layers, settings.hidden_size
     layers = list(range(depth)) if config.layers == "all" else sorted(config.layers)
     config = copy.copy(config)
+    config.inference_mode = False  # as the configuration of a saved adapter is
     config.response_template = None  # random tokens have none; the labels tell where prompts end
     rows = positions.resolve(config.positions, [PROMPT], LENGTH).long()
     R = torch.linalg.qr(torch.randn(len(layers), d, config.rank, generator=draw)).Q.mT

@@ -1,12 +1,13 @@
-"""The docstring task: its split, its texts, and how answers are read."""
+"""The docstring task: its split, its texts, and its conversations."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import pytest
-from reft_train.demo_docstrings import conversation, docstrings, named
 from reft_train.errors import UserError
+
+from examples.demo.docstrings import conversation, docstrings, named
 
 
 def test_modules_are_held_out_and_the_label_is_hidden(library):
@@ -40,9 +41,12 @@ def test_too_little_text_is_refused(library):
         docstrings(90, 9, library)
 
 
-def test_the_first_package_that_an_answer_names_counts():
-    assert named("It is from Email, not from xml.") == "email"
-    assert named("The emails of the xmlrpc module") is None
+def test_a_pair_becomes_a_conversation():
     messages = conversation("Parses a header.", "email", ["email", "xml"])
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert "email, xml?" in messages[0]["content"] and messages[-1]["content"] == "email"
+
+
+def test_the_first_package_that_an_answer_names_counts():
+    assert named("It is from Email, not from xml.") == "email"
+    assert named("The emails of the xmlrpc module") is None
