@@ -2,10 +2,10 @@
 
     python -m examples.demo [--model MODEL] [--data FILE] [--steps N] [--quick] [--out FOLDER] ...
 
-Answers the same questions before and after, measures a training step beside pyreft, plain PyTorch
-and LoRA, and learns a second task with a held-out score. Adapters are trained and scored as
-``reft-train run`` and ``reft-train eval`` do, here from Python. Writes the adapter, the numbers
-(``demo.json``) and a figure (``demo.png``).
+Answers the same questions before and after, the latter with the saved adapter in a fresh model,
+measures a training step beside pyreft, plain PyTorch and LoRA, and learns a second task with a
+held-out score. Adapters are trained and scored as ``reft-train run`` and ``reft-train eval`` do,
+here from Python. Writes the adapter, the numbers (``demo.json``) and a figure (``demo.png``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from reft_train.data.reading import read_rows
 from reft_train.errors import UserError
 from reft_train.evaluation.scoring import score_set
 from reft_train.files import check_folder, write_text
-from reft_train.models import load
+from reft_train.models import load, model_config
 from reft_train.tasks import get
 from reft_train.training.prepare import find_rows
 from reft_train.training.session import train
@@ -87,6 +87,17 @@ def answers(model: Any, tokenizer: Any, questions: list[str], length: int) -> li
     return found
 
 
+class AnswerAtEnd(transformers.TrainerCallback):
+    """Keeps the answers of the model as it is at the end of its training, before it is saved."""
+
+    def __init__(self, *asked: Any) -> None:
+        self.asked = asked
+        self.answers: list[str] = []
+
+    def on_train_end(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.answers = answers(model.eval(), *self.asked)
+
+
 def skill(config: RunConfig, quick: bool) -> dict[str, Any]:
     """Train on docstrings; score the frozen model and LoReFT on held-out ones, as chat answers."""
     parts, out = docstrings(4, 2) if quick else docstrings(32, 10), Path(config.output)
@@ -121,15 +132,15 @@ def settings(given: argparse.Namespace) -> RunConfig:
     read_rows(Path(given.data), "--data")
     model = given.model or str(smollm2.unpack(Path(given.out) / "model").resolve())
     config = build({"model": model, **values})
-    hf_config = transformers.AutoConfig.from_pretrained(model)
+    hf_config = model_config(config)
     depth = hf_config.get_text_config().num_hidden_layers
     if given.layers is None:  # four, spread over the depth
         config = config.replace(layers=sorted({depth * part // 5 for part in range(1, 5)}))
     return config.replace(dtype=smollm2.dtype_of(hf_config))
 
 
-def run(given: argparse.Namespace) -> None:
-    """Run the demo."""
+def run(given: argparse.Namespace) -> int:
+    """Run the demo. Returns 0, or 1 if the saved adapter answers otherwise than the trained one."""
     started, out, length = time.perf_counter(), Path(given.out), given.max_new_tokens
     config = settings(given)
     questions = list(given.ask[: 2 if given.quick else None])
@@ -137,7 +148,8 @@ def run(given: argparse.Namespace) -> None:
     tokenizer, base = loaded.tokenizer, loaded.model.eval()
     print(f"asking and training: {given.steps} steps", flush=True)
     before = answers(base, tokenizer, questions, length)
-    outcome = train(config)
+    trained = AnswerAtEnd(tokenizer, questions, length)
+    outcome = train(config, callbacks=[trained])
     model = PeftModel.from_pretrained(base, out / "adapter").eval()
     after = answers(model, tokenizer, questions, length)
     chats = list(zip(questions, before, after, strict=True))
@@ -152,18 +164,19 @@ def run(given: argparse.Namespace) -> None:
     share = outcome.trainable / outcome.total
     adapter = {"bytes": size, "trained": outcome.trainable, "share": share}
     results = {"chats": chats, "losses": losses, "adapter": adapter}
-    report.write(out, {**results, "steps": measured, "docstrings": scores})
+    same = after == trained.answers
+    report.write(out, {**results, "reloaded": same, "steps": measured, "docstrings": scores})
     print(f"{time.perf_counter() - started:.0f} s; to talk to it: make chat", flush=True)
+    return 0 if same else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line. Returns 0, or 2 for bad input, which is reported in one line."""
+    """Run the command line. Returns :func:`run`'s code, or 2 for bad input, told in one line."""
     try:
-        run(parser().parse_args(arguments))
+        return run(parser().parse_args(arguments))
     except UserError as error:
         print(f"examples.demo: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

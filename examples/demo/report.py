@@ -36,6 +36,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
         f"loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps; the adapter has "
         f"{adapter['trained']:,} numbers ({adapter['share']:.4%} of the model's) in "
         f"{adapter['bytes']:,} bytes",
+        "answers of the trained model and of the saved adapter in a fresh model: "
+        + ("identical" if results["reloaded"] else "DIFFERENT"),
         f"which of {scores['packages']} packages is a docstring from, {scores['texts']} of modules "
         f"held out, answered in the chat: frozen {spread['frozen']}, LoReFT {spread['LoReFT']}, "
         f"guessing {1 / scores['packages']:.1%} (\u00b1: binomial standard error)",
@@ -76,8 +78,8 @@ def print_chats(chats: list[tuple[str, str, str]]) -> None:
 
 def write(out: Path, results: dict[str, Any]) -> None:
     """Print the results, and write ``demo.json`` and ``demo.png``."""
-    learned, scored = _notes(results)
+    learned, reloaded, scored = _notes(results)
     table = reporting.text_table(STEPS, _steps(results["steps"]))
-    print(learned, "", table, "", scored, sep="\n")
+    print(learned, reloaded, "", table, "", scored, sep="\n")
     write_text(out / "demo.json", dumps({"versions": reporting.versions(), **results}))
     _draw(results, out / "demo.png")
