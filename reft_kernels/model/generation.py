@@ -128,19 +128,20 @@ def describe_generation(
         kwargs: keyword arguments of the call; the explicit arguments are removed.
         around: the generation of a surrounding call, whose explicit arguments apply here too.
     """
-    call = ModelCall(**take_explicit(kwargs))
+    call = explicit = ModelCall(**take_explicit(kwargs))
     if around is not None:
         scaling = around.call.scaling if call.scaling is None else call.scaling
-        call = (call if call.is_explicit else call.with_explicit(around.call))._replace(
-            scaling=scaling
-        )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        # the encoder's call has its own mask; the decoder's first call is the decoder's prompt
-        return Generation(None, None, call)
+        call = call if call.is_explicit else call.with_explicit(around.call)
+        call = call._replace(scaling=scaling)
     tokens = next(
         (kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), Tensor)),
         args[0] if args else None,
     )
+    if explicit.scaling is not None and isinstance(tokens, Tensor):
+        explicit.scaling.check_count(tokens.shape[0])
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        # the encoder's call has its own mask; the decoder's first call is the decoder's prompt
+        return Generation(None, None, call)
     text = (
         tokens
         if isinstance(tokens, Tensor) and tokens.dim() == 2 and not tokens.is_floating_point()

@@ -86,6 +86,15 @@ class Scaling:
         assert self.columns is not None
         return _entries("subspaces", self.columns, self.same_columns, examples)
 
+    def check_count(self, count: int) -> None:
+        """Raise ValueError unless the arguments have an entry for each of ``count`` examples."""
+        for name, value, same in (
+            ("subspaces", self.columns, self.same_columns),
+            ("strengths", self.strengths, self.same_strengths),
+        ):
+            if value is not None and not same:
+                _check_count(name, value, count)
+
     def check(
         self, name: str, rank: int | None, examples: Examples, chosen: Sequence[int] | None = None
     ) -> None:
@@ -159,7 +168,7 @@ class Scaling:
                     raise ValueError(f"subspaces: got column {column}, expected at least 0")
             if len(set(columns)) < len(columns):
                 raise ValueError(f"subspaces: got {list(columns)}, expected each column once")
-        self.largest = max((column for columns in entries for column in columns), default=_PAD)
+        self.largest = max([_PAD, *(column for columns in entries for column in columns)])
 
 
 def _checked_strengths(value: Any) -> tuple[Tensor | None, bool]:
@@ -190,5 +199,12 @@ def _entries(name: str, value: Tensor, same: bool, examples: Examples) -> Tensor
     if same or count is None or value.shape[0] == count:
         return value
     if not examples.repeated:
-        raise ValueError(f"{name}: got {value.shape[0]} entries, expected {count}, the examples")
+        _check_count(name, value, count)
     return repeat_examples(value, count, name)
+
+
+def _check_count(name: str, value: Tensor, count: int) -> None:
+    if value.shape[0] != count:
+        raise ValueError(
+            f"{name}: got {value.shape[0]} entries, expected {count}, one for each example"
+        )
