@@ -109,6 +109,7 @@ PICKED: dict[str, Callable[[Sequence[Case]], list[Case]]] = {
     "trainer_step": _models,
     "packing": list,
     "peft_methods": list,
+    "many_adapters": list,
 }
 
 

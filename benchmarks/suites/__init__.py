@@ -26,6 +26,7 @@ NAMES = (
     "trainer_step",
     "packing",
     "peft_methods",
+    "many_adapters",
 )
 
 

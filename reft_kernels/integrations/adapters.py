@@ -278,6 +278,10 @@ class _Editor(Editor):
         assert isinstance(session, _BackboneSession)
         return session.active()
 
+    def edits_prompts_only(self) -> bool:
+        """False: ``adapters`` edits tokens of each forward, generated ones included."""
+        return False
+
     def close(self) -> None:
         """Remove every hook."""
         for session in self._sessions.values():

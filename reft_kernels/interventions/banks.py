@@ -55,11 +55,12 @@ def stack_sets(adapters: Sequence[LayerWeights]) -> list[EditWeights] | list[Red
         L entries whose tensors have a leading dimension S, the number of all sets, in the order of
         ``adapters``. Differentiable with respect to the adapters' weights.
     """
-    first = adapters[0][0]
+    first: Any = adapters[0][0]
     red = isinstance(first, RedWeights)
-    plain = 1 if red else 2  # dimensions of a matrix without weight sets
-    has_sets = [(layers[0][0 if red else 2]).dim() > plain for layers in adapters]
-    rank = 0 if red else max(layers[0][2].shape[-2] for layers in adapters)
+    # scale [d] or [S, d]; write [r, d] or [S, r, d]
+    written = [w.scale if isinstance(w, RedWeights) else w.write for w, *_ in adapters]
+    has_sets = [tensor.dim() > (1 if red else 2) for tensor in written]
+    rank = 0 if red else max(tensor.shape[-2] for tensor in written)
     fields: list[Any] = []
     for number, like in enumerate(first):
         if not isinstance(like, Tensor):
@@ -67,7 +68,8 @@ def stack_sets(adapters: Sequence[LayerWeights]) -> list[EditWeights] | list[Red
             continue
         members = []
         for layers, sets in zip(adapters, has_sets, strict=True):
-            stacked = torch.stack([layer[number] for layer in layers])
+            column: Any = [layer[number] for layer in layers]
+            stacked = torch.stack(column)
             stacked = stacked if sets else stacked.unsqueeze(1)
             members.append(stacked if red else _padded(stacked, rank, 2))
         fields.append(torch.cat(members, dim=1))
@@ -107,12 +109,11 @@ class Bank:
         Args:
             weights_of: returns the weights of all layers of a stack.
         """
-        return stack_sets(
-            [
-                [weights[index] for index in indices]
-                for weights, indices in zip(map(weights_of, self.stacks), self.indices, strict=True)
-            ]
-        )
+        adapters: Any = [
+            [weights[index] for index in indices]
+            for weights, indices in zip(map(weights_of, self.stacks), self.indices, strict=True)
+        ]
+        return stack_sets(adapters)
 
     def __call__(self) -> list[EditWeights] | list[RedWeights]:
         """Build the weights of all adapters, and of these the bank's."""

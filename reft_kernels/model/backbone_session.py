@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from reft_kernels.interventions import RED, Intervention
 from reft_kernels.interventions.banks import LayerWeights
 from reft_kernels.model.accumulation import SharedBuild
-from reft_kernels.model.caches import CachedEdit, cache_of, edited_columns, record_edits
+from reft_kernels.model.caches import CachedEdit, cache_of, edited_columns, is_paged, record_edits
 from reft_kernels.model.components import Component, Target
 from reft_kernels.model.forward_context import Edit, ForwardContext
+from reft_kernels.model.generate_wrappers import NO_CONTINUOUS_BATCHING
 from reft_kernels.model.interception import InterceptedForward
 from reft_kernels.model.member_groups import (
     KeptGroups,
@@ -30,8 +31,8 @@ from reft_kernels.model.model_call import ModelCall, argument_names, take_call
 from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.prompt_checks import Mode, PromptChecks
 from reft_kernels.model.prompts import compute_prompt_window
-from reft_kernels.model.scaled_selection import examples_of, scaled_selection
-from reft_kernels.model.scaling import Examples, Scaling
+from reft_kernels.model.scaled_selection import check_scaling, scaled_selection
+from reft_kernels.model.scaling import Scaling
 from reft_kernels.model.selection import (
     DeferredSelection,
     PositionRule,
@@ -39,7 +40,7 @@ from reft_kernels.model.selection import (
     TokenShape,
     select,
 )
-from reft_kernels.model.thread_state import EditorState, Frame, SessionState
+from reft_kernels.model.thread_state import NOT_QUIET, EditorState, Frame, SessionState
 from reft_kernels.model.window import Window
 
 Handle = torch.utils.hooks.RemovableHandle
@@ -50,6 +51,7 @@ class ModelEditor(Protocol):
 
     model: nn.Module
     token_labels: bool
+    threads: PerThread[EditorState]
 
     @property
     def state(self) -> EditorState: ...
@@ -78,6 +80,7 @@ class Adapter:
         stacks: the stacked intervention of each width.
         places: for each width, (index in the stack, site) of every layer in this process.
         rank: its rank; None for RED.
+        prompts_only: whether only tokens of prompts are edited.
     """
 
     def __init__(self, name: str, rule: PositionRule, stacks: Mapping[int, Intervention]) -> None:
@@ -88,6 +91,7 @@ class Adapter:
         first = next(iter(stacks.values()))
         self.rank = None if isinstance(first, RED) else first.rank
         self.num_sets = first.num_sets or 1
+        self.prompts_only = rule.spec.kind != "all"
 
     def trains(self) -> bool:
         """Whether any parameter requires gradients."""
@@ -153,7 +157,13 @@ class BackboneSession:
 
     def __getstate__(self) -> dict:
         # a context holds an autograd graph, which cannot be copied or pickled
-        dropped = {"threads": None, "live": None, "last": None, "_recomputed": {}, "groups": None}
+        dropped: dict[str, Any] = {
+            "threads": None,
+            "live": None,
+            "last": None,
+            "_recomputed": {},
+            "groups": None,
+        }
         return {**self.__dict__, **dropped}
 
     def __setstate__(self, state: dict) -> None:
@@ -170,9 +180,10 @@ class BackboneSession:
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Create the context of a forward, before the backbone runs."""
         # before anything can raise, because leave() always follows
-        frame = self.state.frame = Frame(self.state.frame)
-        self.last = None
         editor = self.editor
+        frame = self.state.frame = Frame(self.state.frame, editor.state.quiet)
+        editor.state.quiet = NOT_QUIET
+        self.last = None
         generation, call = editor.state.generation, editor.state.call
         if call is None:  # the backbone was called directly, not through the model
             call = take_call(self.names, args, kwargs)
@@ -183,6 +194,8 @@ class BackboneSession:
         adapters = editor.active_in(self)
         if adapters:
             arguments = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            if is_paged(arguments):
+                raise ValueError(f"cache: {NO_CONTINUOUS_BATCHING}")
             window = compute_prompt_window(
                 arguments,
                 call,
@@ -203,6 +216,7 @@ class BackboneSession:
         if frame is None:
             return
         self.state.frame, context = frame.outer, frame.context
+        self.editor.state.quiet = frame.quiet
         if output is None or torch.compiler.is_compiling():
             return
         if context is not None and context.records:
@@ -287,12 +301,14 @@ class BackboneSession:
         members = editor.state.members
         if members is not None:
             self._check_members(members, adapters, window)
-        if call.scaling is not None:
-            self._check_scaling(call.scaling, adapters, window)
         checked: dict[tuple[PositionRule, Mode], list[str]] = {}
         weights_of = _build if shared is None else shared.weights
         for adapter in adapters:
-            scaled = None if call.scaling is None else partial(adapter.scaled, call.scaling)
+            scaled = None
+            if call.scaling is not None:
+                own = self._paths(adapter, "own")
+                check_scaling(call.scaling, adapter.name, adapter.rank, window, members, own)
+                scaled = partial(adapter.scaled, call.scaling)
             deferred = DeferredSelection(adapter.rule, call, self.frame_mask, scaled)
             selection: Selection | DeferredSelection | None = deferred
             tokens = None
@@ -374,28 +390,6 @@ class BackboneSession:
                 raise ValueError(
                     f"adapter_names: adapter {adapter.name!r} edits {path}, whose rows are not "
                     "tokens, expected adapters that edit tokens; use set_adapter"
-                )
-
-    def _check_scaling(
-        self, scaling: Scaling, adapters: Sequence[Adapter], window: Window | None
-    ) -> None:
-        """Raise unless ``subspaces`` and ``strengths`` fit the adapters and the examples."""
-        members = self.editor.state.members
-        device = next(self.backbone.parameters()).device
-        examples = Examples(None, False, device) if window is None else examples_of(window)
-        for adapter in adapters:
-            chosen = None
-            if members is not None and window is not None:
-                if torch.compiler.is_compiling():
-                    continue  # the names are not known here
-                chosen = members.examples([adapter.name], window.batch)
-            scaling.check(adapter.name, adapter.rank, examples, chosen)
-            own = self._paths(adapter, "own")
-            if own and window is not None and not scaling.same:
-                name = "strengths" if scaling.same_columns else "subspaces"
-                raise ValueError(
-                    f"{name}: got an entry for each example, expected the same for all: adapter "
-                    f"{adapter.name!r} edits {own[0]}, whose rows are not tokens"
                 )
 
     def _untrained_below(self, arguments: Mapping[str, Any]) -> bool:
@@ -514,8 +508,7 @@ class BackboneSession:
 
 
 def _build(stack: Intervention) -> LayerWeights:
-    # call the module instead of build(), so that FSDP gathers the parameters
-    return stack()
+    return stack()  # not build(), so that FSDP gathers the parameters
 
 
 def _returned_cache(output: Any) -> Any:

@@ -17,6 +17,11 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[name] for name in _CACHES if arguments.get(name) is not None), None)
 
 
+def is_paged(arguments: Mapping[str, Any]) -> bool:
+    """Whether a call is a step of continuous batching, with tokens of several requests."""
+    return type(arguments.get("cache")).__name__ == "PagedAttentionCache"
+
+
 def cached_columns(cache: Any, arguments: Mapping[str, Any]) -> int | Tensor | None:
     """Number of sequence columns in a cache.
 

@@ -26,7 +26,12 @@ from reft_kernels.interventions import Intervention
 from reft_kernels.model.accumulation import SharedBuild
 from reft_kernels.model.backbone_session import Adapter, BackboneSession, Handle
 from reft_kernels.model.components import Component, Target
-from reft_kernels.model.generate_wrappers import Generate, Prepare
+from reft_kernels.model.generate_wrappers import (
+    Generate,
+    GenerateBatch,
+    InitContinuousBatching,
+    Prepare,
+)
 from reft_kernels.model.interception import InterceptedForward
 from reft_kernels.model.layer_hooks import InputHook, OutputHook
 from reft_kernels.model.members import BASE, Members
@@ -34,7 +39,7 @@ from reft_kernels.model.model_call import argument_names, take_call
 from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.prompt_checks import PromptChecks
 from reft_kernels.model.selection import PositionRule
-from reft_kernels.model.thread_state import EditorState
+from reft_kernels.model.thread_state import ANNOUNCED, IN_MODEL, NEVER, NOT_QUIET, EditorState
 
 
 class Editor:
@@ -90,7 +95,8 @@ class Editor:
     def enter(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Store the arguments of a call, before the model runs."""
         state = self.state
-        state.outer.append((state.call, state.generation))
+        state.outer.append((state.call, state.generation, state.quiet))
+        state.quiet = NOT_QUIET
         generation = state.generation
         if generation is not None and not torch.compiler.is_compiling():
             if generation.total is not None and not generation.announced:
@@ -106,7 +112,7 @@ class Editor:
         """Restore the state of the surrounding call, after the model ran."""
         state = self.state
         if state.outer:
-            state.call, state.generation = state.outer.pop()
+            state.call, state.generation, state.quiet = state.outer.pop()
 
     def active_in(self, session: BackboneSession) -> list[Adapter]:
         """The active adapters of a session, in the order in which they edit."""
@@ -115,6 +121,19 @@ class Editor:
         members = self.state.members
         names = self.active if members is None else members.named()
         return [session.adapters[name] for name in names if name in session.adapters]
+
+    def edits_prompts_only(self) -> bool:
+        """Whether a decode step of ``generate`` edits nothing."""
+        return all(
+            adapter.prompts_only
+            for session in self._sessions.values()
+            if session.generates
+            for adapter in self.active_in(session)
+        )
+
+    def edits_something(self) -> bool:
+        """Whether a forward that starts now has active adapters."""
+        return any(map(self.active_in, self._sessions.values()))
 
     def members_of(self, names: Sequence[str], device: torch.device) -> Members:
         """The adapter of each example of a call, :data:`~reft_kernels.model.members.BASE` for none.
@@ -154,6 +173,7 @@ class Editor:
             counts[target.embed_dim] += 1
             if target.present:
                 adapter.places[target.embed_dim].append((index, self._site(session, target)))
+                adapter.prompts_only &= target.stream == "tokens"
         session.adapters[name] = adapter
 
     def remove(self, name: str) -> None:
@@ -169,13 +189,13 @@ class Editor:
             self._close()
 
     def _open(self) -> None:
-        self._forward = InterceptedForward(self.model, self)
+        self._forward = InterceptedForward(self.model, self, self, ANNOUNCED)
 
     def _watch_generate(self, module: nn.Module) -> None:
         """Wrap ``generate`` and ``prepare_inputs_for_generation`` of a module that has them."""
         if any(wrapper.model is module for wrapper in self._generate_wrappers):
             return
-        for kind in (Generate, Prepare):
+        for kind in (Generate, Prepare, GenerateBatch, InitContinuousBatching):
             if callable(getattr(type(module), kind.name, None)):
                 wrapper = kind(module, self, module.__dict__.get(kind.name))
                 module.__dict__[kind.name] = wrapper
@@ -218,7 +238,8 @@ class Editor:
         if maps:
             session.frame_mask = _FrameMask(maps[-1])
         session.drops_layers = _may_skip_layers(getattr(self.model, "config", None))
-        session.forward = InterceptedForward(ancestors[-1], session)
+        quiet_from = IN_MODEL if session.generates else NEVER
+        session.forward = InterceptedForward(ancestors[-1], session, self, quiet_from)
 
     def _site(self, session: BackboneSession, target: Target) -> int:
         key = (target.path, target.side)

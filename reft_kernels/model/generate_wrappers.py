@@ -4,17 +4,34 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 from reft_kernels.model.generation import describe_generation
-from reft_kernels.model.thread_state import EditorState
+from reft_kernels.model.prompt_checks import PromptChecks
+from reft_kernels.model.thread_state import ANNOUNCED, NOT_QUIET, EditorState
+
+NO_CONTINUOUS_BATCHING = (
+    "got a model with active ReFT adapters, expected none: continuous batching does not tell the "
+    "model where the prompts of its requests end, which the edited positions are counted from; "
+    "call generate with a padded batch and adapter_names=[...], or disable the adapters"
+)
 
 
-class HasState(Protocol):
+class GeneratingEditor(Protocol):
     """The interface of the editor that the wrappers use."""
+
+    model: nn.Module
+    checks: PromptChecks
 
     @property
     def state(self) -> EditorState: ...
+
+    def edits_prompts_only(self) -> bool:
+        """Whether a decode step of ``generate`` edits nothing."""
+
+    def edits_something(self) -> bool:
+        """Whether a forward that starts now has active adapters."""
 
 
 class Generate:
@@ -30,7 +47,7 @@ class Generate:
 
     name = "generate"
 
-    def __init__(self, model: nn.Module, editor: HasState, replaced: Any) -> None:
+    def __init__(self, model: nn.Module, editor: GeneratingEditor, replaced: Any) -> None:
         self.model = model
         self.editor = editor
         self.replaced = replaced
@@ -43,16 +60,20 @@ class Generate:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         state = self.editor.state
-        before = state.generation
+        before, quiet = state.generation, state.quiet
         state.generation = describe_generation(self.model, args, kwargs, before)
+        state.quiet = NOT_QUIET
         try:
             return self.__wrapped__(*args, **kwargs)
         finally:
-            state.generation = before
+            state.generation, state.quiet = before, quiet
 
 
 class Prepare(Generate):
-    """Replaces ``prepare_inputs_for_generation``: records the number of columns so far."""
+    """Replaces ``prepare_inputs_for_generation``: records the number of columns so far.
+
+    Announces decode steps that edit nothing.
+    """
 
     name = "prepare_inputs_for_generation"
 
@@ -64,4 +85,36 @@ class Prepare(Generate):
                 getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
             )
             generation.prepare(input_ids, kwargs, encoder_decoder)
+        inputs = self.__wrapped__(*args, **kwargs)
+        if (
+            generation is not None
+            and self.model is self.editor.model
+            and generation.is_past_prompt(inputs)
+            and not torch.is_grad_enabled()
+            and self.editor.edits_prompts_only()
+        ):
+            generation.announced = False  # the model's hooks read this instead
+            self.editor.state.quiet = ANNOUNCED
+            self.editor.checks.deferred.poll()
+        return inputs
+
+
+class ContinuousBatching(Generate):
+    """Replaces a method that starts transformers' continuous batching: refuses active adapters.
+
+    Its forwards pack tokens of several requests, prompts and generated ones, and tell the model
+    neither which tokens are whose nor where prompts end.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.editor.edits_something():
+            raise ValueError(f"{self.name}: {NO_CONTINUOUS_BATCHING}")
         return self.__wrapped__(*args, **kwargs)
+
+
+class GenerateBatch(ContinuousBatching):
+    name = "generate_batch"
+
+
+class InitContinuousBatching(ContinuousBatching):
+    name = "init_continuous_batching"

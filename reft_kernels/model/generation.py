@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,6 +73,19 @@ class Generation:
             embeds = kwargs.get("inputs_embeds")
             if not encoder_decoder and isinstance(embeds, Tensor):
                 self.total = embeds.shape[1] + input_ids.shape[1]
+
+    def is_past_prompt(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the next call of the model sees no column of the prompt.
+
+        Args:
+            inputs: what ``prepare_inputs_for_generation`` returned.
+        """
+        names = ("decoder_input_ids", "input_ids", "inputs_embeds")
+        tokens = next((t for t in map(inputs.get, names) if isinstance(t, Tensor)), None)
+        if tokens is None or tokens.dim() < 2 or self.width is None:
+            return False
+        offset = self.offset(tokens.shape[1])
+        return offset is not None and offset >= self.width
 
     def occurrences(
         self, template: Template, batch: int, device: torch.device

@@ -3,6 +3,10 @@
 Module hooks run for ``module(...)`` only. sentence-transformers and some models call
 ``module.forward(...)``, so the instance's ``forward`` is replaced as well; it runs the same code
 unless a hook already did.
+
+A decode step of ``generate`` that edits nothing is announced beforehand
+(:mod:`reft_kernels.model.generate_wrappers`); of such a call these hooks do no more than read the
+announcement.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from reft_kernels.model.per_thread import PerThread
+from reft_kernels.model.thread_state import ANNOUNCED, NEVER, NOT_QUIET, EditorState
 
 Handle = Any
 
@@ -34,9 +39,23 @@ class Observer(Protocol):
         """
 
 
-class _HookedModule:
+class HasThreads(Protocol):
+    """The interface of the editor that an intercepted forward uses."""
+
+    threads: PerThread[EditorState]
+
+
+class _Calls:
+    """The calls of one module in one thread.
+
+    Attributes:
+        module: the module whose hooks have run, before its ``forward``.
+        quiet: of each running call, whether it was announced to edit nothing.
+    """
+
     def __init__(self) -> None:
         self.module: nn.Module | None = None
+        self.quiet: list[bool] = []
 
 
 class InterceptedForward:
@@ -47,38 +66,55 @@ class InterceptedForward:
     Args:
         module: the module to intercept.
         observer: the code to run.
+        editor: the editor of the model; None if every call must be observed.
+        quiet_from: value of ``EditorState.quiet`` at which a call need not be observed.
     """
 
-    def __init__(self, module: nn.Module, observer: Observer) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        observer: Observer,
+        editor: HasThreads | None = None,
+        quiet_from: int = NEVER,
+    ) -> None:
         self.module = module
         self.observer = observer
+        self.editor = editor
+        self.quiet_from = quiet_from
         self.replaced = module.__dict__.get("forward")
-        self.threads = PerThread(_HookedModule)
+        self.threads = PerThread(_Calls)
         self.handles: list[Handle] = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after, always_call=True),
         ]
         module.__dict__["forward"] = self
 
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple:
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        calls, editor = self.threads.here, self.editor
         # not self.module: replicas of nn.DataParallel share the hooks of the original
-        self.called.module = module
+        calls.module = module
+        if editor is not None and editor.threads.here.quiet == self.quiet_from:
+            editor.threads.here.quiet += 1
+            calls.quiet.append(True)
+            return None
+        calls.quiet.append(False)
         return self.observer.enter(args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        self.called.module = None
+        calls, editor = self.threads.here, self.editor
+        calls.module = None
+        if calls.quiet and calls.quiet.pop() and editor is not None:
+            # after the model's own hook nothing is left to do for the backbone's
+            over = self.quiet_from == ANNOUNCED or not editor.threads.here.quiet
+            editor.threads.here.quiet = NOT_QUIET if over else self.quiet_from
+            return None
         return self.observer.leave(output)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "threads": None}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, threads=PerThread(_HookedModule))
-
-    @property
-    def called(self) -> _HookedModule:
-        """The module whose hooks have run in this thread, before its ``forward``."""
-        return self.threads.here
+        self.__dict__.update(state, threads=PerThread(_Calls))
 
     @property
     def __wrapped__(self) -> Any:
@@ -98,16 +134,20 @@ class InterceptedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and args[0] is self.module:  # accelerate binds an unwrapped forward as a method
             args = args[1:]
-        called = self.called.module
+        calls = self.threads.here
+        called = calls.module
         if called is not None:
-            self.called.module = None
+            calls.module = None
             return self._run(called, args, kwargs)
         output = None
+        replaced = None
         try:
-            args, kwargs = self.observer.enter(args, kwargs)
+            observed = self._before(self.module, args, kwargs)
+            calls.module = None
+            args, kwargs = (args, kwargs) if observed is None else observed
             output = self._run(self.module, args, kwargs)
         finally:
-            replaced = self.observer.leave(output)
+            replaced = self._after(self.module, args, output)
         return output if replaced is None else replaced
 
     def remove(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from reft_kernels.model.components import Target
 from reft_kernels.model.forward_context import ForwardContext, unexpected_output
+from reft_kernels.model.interception import HasThreads
 from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.thread_state import SessionState
 
@@ -16,6 +17,9 @@ class ContextSource(Protocol):
     """The interface of a backbone's session that hooks use."""
 
     threads: PerThread[SessionState]
+
+    @property
+    def editor(self) -> HasThreads: ...
 
     def recomputed_context(self) -> ForwardContext | None:
         """The context of the forward whose layers the running backward recomputes."""
@@ -41,6 +45,8 @@ class OutputHook(LayerHook):
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> Any:
         session = self.session
+        if session.editor.threads.here.quiet:
+            return None
         frame = session.threads.here.frame
         context = frame.context if frame is not None else session.recomputed_context()
         if context is None:
@@ -61,6 +67,8 @@ class InputHook(LayerHook):
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         session = self.session
+        if session.editor.threads.here.quiet:
+            return None
         frame = session.threads.here.frame
         context = frame.context if frame is not None else session.recomputed_context()
         if context is None:

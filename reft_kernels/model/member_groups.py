@@ -63,7 +63,7 @@ class MemberGroup:
             members = self.members
             bank = Bank([m.stack for m in members], [m.indices for m in members])
             # not inference tensors, because a later backward pass may save the weights
-            inference = torch.is_inference_mode_enabled()
+            inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
             with torch.inference_mode(False) if inference else contextlib.nullcontext():
                 self._bank = bank, bank.build(weights_of)
         return self._bank
@@ -80,9 +80,8 @@ def group_members(
         weights_of: returns the weights of all layers of a stack.
     """
     by_site: dict[int, dict[tuple, list[tuple[str, int, int]]]] = {}
-    for name in names:
-        adapter = adapters.get(name)
-        for width, stack in () if adapter is None else adapter.stacks.items():
+    for name, adapter in [(name, adapters[name]) for name in names if name in adapters]:
+        for width, stack in adapter.stacks.items():
             formula = formula_of(stack, weights_of(stack)[0])
             for index, site in adapter.places[width]:
                 formulas = by_site.setdefault(site, {})

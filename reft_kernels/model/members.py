@@ -29,7 +29,8 @@ class Members:
     def __init__(self, names: Sequence[str], table: tuple[str, ...], device: torch.device) -> None:
         self.names = tuple(names)
         self.table = table
-        self.present = tuple(name for name in table if name in set(self.names))
+        here = frozenset(names)
+        self.present = tuple(name for name in table if name in here)
         numbers = {name: number for number, name in enumerate(table)}
         # the entry of BASE is the last one of a lookup table
         self._masks: dict[tuple[str, int], Tensor] = {}

@@ -6,11 +6,14 @@ y = (1 + s (scale - 1)) * x + s * bias, RED with other weights: a weight set for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from reft_kernels.arguments import EditWeights, RedWeights
 from reft_kernels.checks import mark_rows
+from reft_kernels.model.members import Members
 from reft_kernels.model.scaling import Examples, Scaling
 from reft_kernels.model.selection import Selection
 from reft_kernels.model.window import Window
@@ -23,6 +26,44 @@ def examples_of(window: Window) -> Examples:
         sequence, compiling = window.packed.sequence, torch.compiler.is_compiling()
         count = None if compiling else int(sequence[-1]) + 1 if sequence.numel() else 0
     return Examples(count, window.generation is not None, window.device)
+
+
+def check_scaling(
+    scaling: Scaling,
+    name: str,
+    rank: int | None,
+    window: Window | None,
+    members: Members | None,
+    own: Sequence[str],
+) -> None:
+    """Check the arguments of a call against one adapter.
+
+    Args:
+        scaling: the arguments.
+        name: name of the adapter.
+        rank: its rank; None for RED.
+        window: the part of the batch that the forward processes; None for a call without tokens.
+        members: the adapter of each example, or None.
+        own: paths of edited modules whose rows are not tokens.
+
+    Raises:
+        ValueError: the arguments do not fit the adapter or the batch.
+    """
+    if window is None:
+        scaling.check(name, rank, Examples(None, False, torch.device("cpu")))
+        return
+    chosen = None
+    if members is not None:
+        if torch.compiler.is_compiling():
+            return  # the names are not known here
+        chosen = members.examples([name], window.batch)
+    scaling.check(name, rank, examples_of(window), chosen)
+    if own and not scaling.same:
+        argument = "strengths" if scaling.same_columns else "subspaces"
+        raise ValueError(
+            f"{argument}: got an entry for each example, expected the same for all: adapter "
+            f"{name!r} edits {own[0]}, whose rows are not tokens"
+        )
 
 
 def scaled_selection(

@@ -12,6 +12,13 @@ from reft_kernels.model.generation import Generation
 from reft_kernels.model.members import Members
 from reft_kernels.model.model_call import ModelCall
 
+# values of EditorState.quiet
+NEVER = -1
+NOT_QUIET = 0
+ANNOUNCED = 1  # generate's next call of the model edits nothing
+IN_MODEL = 2  # the model runs that call
+IN_BACKBONE = 3  # a backbone runs in that call
+
 
 class Frame:
     """One running call of a backbone.
@@ -19,13 +26,15 @@ class Frame:
     Attributes:
         context: the context for its layer hooks; None if nothing is edited.
         outer: the frame of the surrounding call, or None.
+        quiet: ``EditorState.quiet`` of the surrounding call.
     """
 
-    __slots__ = ("context", "outer")
+    __slots__ = ("context", "outer", "quiet")
 
-    def __init__(self, outer: Frame | None) -> None:
+    def __init__(self, outer: Frame | None, quiet: int) -> None:
         self.context: ForwardContext | None = None
         self.outer = outer
+        self.quiet = quiet
 
 
 class EditorState:
@@ -33,15 +42,17 @@ class EditorState:
 
     Attributes:
         call: arguments of the running call.
-        outer: (call, generation) of the surrounding calls.
+        outer: (call, generation, quiet) of the surrounding calls.
         generation: the running ``generate``.
+        quiet: whether the running call is a decode step that edits nothing; see above.
         members: the adapter of each example, from the argument ``adapter_names``.
     """
 
     def __init__(self) -> None:
         self.call: ModelCall | None = None
-        self.outer: list[tuple[ModelCall | None, Generation | None]] = []
+        self.outer: list[tuple[ModelCall | None, Generation | None, int]] = []
         self.generation: Generation | None = None
+        self.quiet = NOT_QUIET
         self.members: Members | None = None
 
 

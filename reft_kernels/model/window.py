@@ -76,12 +76,11 @@ class Window:
         if len(examples) == self.batch:
             return self
         index = torch.tensor(examples, device=self.device)
-        fields = {
-            name: None if value is None else value[index]
-            for name in ("starts", "lengths", "tokens", "whole", "text", "labels")
-            for value in (getattr(self, name),)
-        }
-        return dataclasses.replace(self, batch=len(examples), cached_occurrences={}, **fields)
+        part = dataclasses.replace(self, batch=len(examples), cached_occurrences={})
+        for name in ("starts", "lengths", "tokens", "whole", "text", "labels"):
+            value = getattr(self, name)
+            setattr(part, name, None if value is None else value[index])
+        return part
 
     def occurrences(self, template: Template) -> Occurrences | None:
         """Occurrences of ``template`` in the whole text; None if the text is unknown."""

@@ -24,7 +24,15 @@ def test_list_names_every_suite(capsys):
 
 @pytest.mark.parametrize(
     "name",
-    ["edit_selected_rows", "r_build", "host_cost", "trainer_step", "packing", "peft_methods"],
+    [
+        "edit_selected_rows",
+        "r_build",
+        "host_cost",
+        "trainer_step",
+        "packing",
+        "peft_methods",
+        "many_adapters",
+    ],
 )
 def test_a_quick_run_measures_the_suite(name, tmp_path, capsys):
     file = tmp_path / "rows.csv"

@@ -405,7 +405,7 @@ def test_training_is_that_of_plain_autograd():
         coeff = table(SUBSPACES, STRENGTHS).to(dtype)
         for layer, block in enumerate(blocks("llama", plain)):
 
-            def hook(module, args, output, layer=layer):
+            def hook(module, args, output, layer=layer, leaves=leaves, R=R, coeff=coeff):
                 hidden = output[0] if isinstance(output, tuple) else output
                 edited = hidden.clone()
                 for row, chosen in enumerate(columns):
