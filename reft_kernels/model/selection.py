@@ -39,7 +39,7 @@ class Selection(NamedTuple):
         rows: int32 ``[N]``, rows of ``hidden.view(-1, d)``, -1 is skipped; None: all rows.
         weight_ids: int32 ``[N]``, weight set of each row; None if there is one set.
         coeff: fp32 ``[N, r]``, coefficients of each row; None for 1.
-        strengths: fp32 ``[E]``, of RED: the factors of its edit, S weight sets for each; None for 1.
+        strengths: fp32 ``[E]``, of RED: factors of the edit, each with its weight sets; or None.
     """
 
     rows: Tensor | None

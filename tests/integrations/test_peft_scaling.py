@@ -197,6 +197,7 @@ def test_packed_rows_are_those_of_single_sequences(component, positions):
         prompt_lengths=lengths,
         subspaces=SUBSPACES,
         strengths=STRENGTHS,
+        use_cache=False,  # with a cache, transformers does not separate the sequences
     )
     for number, part in enumerate(ids.split([8, 5, 4], dim=1)):
         call = {"subspaces": [SUBSPACES[number]], "strengths": [STRENGTHS[number]]}
@@ -502,10 +503,11 @@ def test_compiles_without_recompiling_for_other_tensors(kind):
             with guard if number else contextlib.nullcontext():
                 got = logits(compiled, inputs, **call)
             torch.testing.assert_close(got, logits(model, inputs, **call))
-        lists = {"strengths": [0.5, 1, 2]} | ({"subspaces": SUBSPACES} if kind == "loreft" else {})
-        torch.testing.assert_close(
-            logits(compiled, inputs, **lists), logits(model, inputs, **lists)
-        )
+        if kind == "loreft":
+            call = {"strengths": [0.5, 1, 2], "subspaces": SUBSPACES}
+            torch.testing.assert_close(
+                logits(compiled, inputs, **call), logits(model, inputs, **call)
+            )
     finally:
         torch._dynamo.reset()
 
