@@ -13,7 +13,10 @@ import pytest
 from tests.pages import DOCS, python_blocks, run_page
 
 README = DOCS.parent / "README.md"
-RUN = [README, *(DOCS / f"{name}.md" for name in ("quickstart", "examples", "methods"))]
+RUN = [
+    README,
+    *(DOCS / f"{name}.md" for name in ("quickstart", "composition", "examples", "methods")),
+]
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 _ANY_PYTHON = re.compile(r"^```py(?:thon)?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)

@@ -179,6 +179,11 @@ class _BackboneSession(BackboneSession):
         call: ModelCall,
         arguments: Mapping[str, Any],
     ) -> ForwardContext | None:
+        if call.scaling is not None:
+            raise ValueError(
+                "subspaces, strengths: got a value, expected None for adapters of this library; "
+                "they are arguments of models with PEFT's ReFT adapters"
+            )
         edits: dict[int, list[Edit]] = {}
         tokens = None if window is None else TokenShape(window.batch, window.width)
         for group in groups:

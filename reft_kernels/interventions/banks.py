@@ -119,14 +119,15 @@ class Bank:
         """Build the weights of all adapters, and of these the bank's."""
         return self.build(lambda stack: stack())
 
-    def _dropout_coeff(self, weight_ids: Tensor, rank: int) -> Tensor | None:
-        """A dropout mask ``[N, R]`` with the probability of each row's adapter; None without."""
+    def _dropout_coeff(self, weight_ids: Tensor, rank: int, coeff: Tensor | None) -> Tensor | None:
+        """``coeff`` times a dropout mask ``[N, R]`` with the probability of each row's adapter."""
         keep = [1.0 - stack.dropout if stack.training else 1.0 for stack in self.stacks]
         if all(k == 1.0 for k in keep):
-            return None
+            return coeff
         by_set = [k for k, count in zip(keep, self._counts, strict=True) for _ in range(count)]
         chosen = torch.tensor(by_set, device=weight_ids.device)[weight_ids.long()].unsqueeze(1)
-        return torch.bernoulli(chosen.expand(-1, rank)) / chosen
+        mask = torch.bernoulli(chosen.expand(-1, rank)) / chosen
+        return mask if coeff is None else mask * coeff
 
     def edit(
         self,
@@ -139,9 +140,10 @@ class Bank:
         inplace: bool = False,
     ) -> Tensor:
         """Edit hidden states; see :meth:`Intervention.edit`. ``weight_ids`` is required."""
-        assert weight_ids is not None and coeff is None
+        assert weight_ids is not None
         if isinstance(weights, RedWeights):
+            assert coeff is None
             return apply_red(hidden, weights, RowSelection(rows, weight_ids), inplace)
-        coeff = self._dropout_coeff(weight_ids, weights.write.shape[-2])
+        coeff = self._dropout_coeff(weight_ids, weights.write.shape[-2], coeff)
         selection = RowSelection(rows, weight_ids, coeff)
         return apply_edit(hidden, weights, selection, self.activation, inplace)

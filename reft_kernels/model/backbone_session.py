@@ -5,12 +5,13 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from reft_kernels.interventions import Intervention
+from reft_kernels.interventions import RED, Intervention
 from reft_kernels.interventions.banks import LayerWeights
 from reft_kernels.model.accumulation import SharedBuild
 from reft_kernels.model.caches import CachedEdit, cache_of, edited_columns, is_paged, record_edits
@@ -30,6 +31,8 @@ from reft_kernels.model.model_call import ModelCall, argument_names, take_call
 from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.prompt_checks import Mode, PromptChecks
 from reft_kernels.model.prompts import compute_prompt_window
+from reft_kernels.model.scaled_selection import check_scaling, scaled_selection
+from reft_kernels.model.scaling import Scaling
 from reft_kernels.model.selection import (
     DeferredSelection,
     PositionRule,
@@ -76,6 +79,7 @@ class Adapter:
         rule: the positions that it edits.
         stacks: the stacked intervention of each width.
         places: for each width, (index in the stack, site) of every layer in this process.
+        rank: its rank; None for RED.
         prompts_only: whether only tokens of prompts are edited.
     """
 
@@ -84,11 +88,18 @@ class Adapter:
         self.rule = rule
         self.stacks = dict(stacks)
         self.places: dict[int, list[tuple[int, int]]] = {width: [] for width in stacks}
+        first = next(iter(stacks.values()))
+        self.rank = None if isinstance(first, RED) else first.rank
+        self.num_sets = first.num_sets or 1
         self.prompts_only = rule.spec.kind != "all"
 
     def trains(self) -> bool:
         """Whether any parameter requires gradients."""
         return any(p.requires_grad for stack in self.stacks.values() for p in stack.parameters())
+
+    def scaled(self, scaling: Scaling, selection: Selection, window: Window) -> Selection:
+        """A selection with the coefficients of a call."""
+        return scaled_selection(selection, window, scaling, self.rank, self.num_sets)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
@@ -177,10 +188,7 @@ class BackboneSession:
         if call is None:  # the backbone was called directly, not through the model
             call = take_call(self.names, args, kwargs)
         if generation is not None:
-            call = call._replace(
-                prompt_lengths=generation.call.prompt_lengths,
-                edit_positions=generation.call.edit_positions,
-            )
+            call = call.with_explicit(generation.call)
             if not self.generates:
                 generation = None
         adapters = editor.active_in(self)
@@ -296,7 +304,12 @@ class BackboneSession:
         checked: dict[tuple[PositionRule, Mode], list[str]] = {}
         weights_of = _build if shared is None else shared.weights
         for adapter in adapters:
-            deferred = DeferredSelection(adapter.rule, call, self.frame_mask)
+            scaled = None
+            if call.scaling is not None:
+                own = self._paths(adapter, "own")
+                check_scaling(call.scaling, adapter.name, adapter.rank, window, members, own)
+                scaled = partial(adapter.scaled, call.scaling)
+            deferred = DeferredSelection(adapter.rule, call, self.frame_mask, scaled)
             selection: Selection | DeferredSelection | None = deferred
             tokens = None
             training = editor.model.training and torch.is_grad_enabled() and adapter.trains()
@@ -317,6 +330,8 @@ class BackboneSession:
                     self._record(context, adapter, window, token_selection)
             if members is not None:
                 continue
+            if scaled is not None and window is not None and isinstance(selection, Selection):
+                selection = scaled(selection, window)
             for width, stack in adapter.stacks.items():
                 places = [
                     (index, site, self.targets[site].stream)
@@ -371,13 +386,11 @@ class BackboneSession:
             raise unsupported_batch()
         members.numbers(window)  # raises for a packed batch, and for another number of names
         for adapter in adapters:
-            for _, site in (place for places in adapter.places.values() for place in places):
-                if self.targets[site].stream == "own":
-                    raise ValueError(
-                        f"adapter_names: adapter {adapter.name!r} edits {self.targets[site].path}, "
-                        "whose rows are not tokens, expected adapters that edit tokens; use "
-                        "set_adapter"
-                    )
+            for path in self._paths(adapter, "own"):
+                raise ValueError(
+                    f"adapter_names: adapter {adapter.name!r} edits {path}, whose rows are not "
+                    "tokens, expected adapters that edit tokens; use set_adapter"
+                )
 
     def _untrained_below(self, arguments: Mapping[str, Any]) -> bool:
         """Whether the embeddings of a call require gradients for gradient checkpointing only.
@@ -392,11 +405,12 @@ class BackboneSession:
         return trained_besides_edits(self.backbone) is None
 
     def _on_tokens(self, adapter: Adapter) -> bool:
-        return any(
-            self.targets[site].stream == "tokens"
-            for places in adapter.places.values()
-            for _, site in places
-        )
+        return bool(self._paths(adapter, "tokens"))
+
+    def _paths(self, adapter: Adapter, stream: str) -> list[str]:
+        """The modules with rows of one stream that an adapter edits."""
+        targets = (self.targets[s] for places in adapter.places.values() for _, s in places)
+        return [target.path for target in targets if target.stream == stream]
 
     # ---- caches
 

@@ -30,6 +30,7 @@ from reft_kernels.arguments import BuiltWeights
 from reft_kernels.interventions import EditWeights, RedWeights
 from reft_kernels.model.caches import CachedEdit
 from reft_kernels.model.components import Target
+from reft_kernels.model.scaled_selection import scaled_red
 from reft_kernels.model.selection import DeferredSelection, Selection, TokenShape, place_rows
 
 Weights = EditWeights | RedWeights
@@ -49,6 +50,7 @@ class EditSource(Protocol):
         *,
         rows: Tensor | None = None,
         weight_ids: Tensor | None = None,
+        coeff: Tensor | None = None,
         inplace: bool = False,
     ) -> Tensor:
         """Edit hidden states with one layer's weights."""
@@ -183,13 +185,15 @@ class ForwardContext:
                 selection = edit.selection
             else:
                 selection = self._placed(edit.selection, edit.tokens, hidden, target)
-            rows, weight_ids = selection
+            rows, weight_ids, coeff, strengths = selection
             if edit.device != hidden.device or (rows is not None and rows.device != hidden.device):
                 kind: Any = type(weights)
                 weights = kind(*(self._to(t, hidden.device) for t in weights))
-                rows, weight_ids = self.selection_on(selection, hidden.device)
+                rows, weight_ids, coeff, strengths = self.selection_on(selection, hidden.device)
+            if strengths is not None and isinstance(weights, RedWeights):
+                weights = scaled_red(weights, strengths, weight_ids is not None)
             hidden = edit.stack.edit(
-                hidden, weights, rows=rows, weight_ids=weight_ids, inplace=inplace
+                hidden, weights, rows=rows, weight_ids=weight_ids, coeff=coeff, inplace=inplace
             )
         return hidden
 

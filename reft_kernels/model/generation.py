@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reft_kernels.model.model_call import EXPLICIT, ModelCall
+from reft_kernels.model.model_call import ModelCall, take_explicit
 from reft_kernels.model.response_rule import Occurrences, Template, find_template
 
 _INPUTS = ("input_ids", "inputs", "inputs_embeds")
@@ -142,18 +142,20 @@ def describe_generation(
         kwargs: keyword arguments of the call; the explicit arguments are removed.
         around: the generation of a surrounding call, whose explicit arguments apply here too.
     """
-    call = ModelCall(**{name: kwargs.pop(name) for name in EXPLICIT if name in kwargs})
-    if around is not None and not call.is_explicit:
-        call = call._replace(
-            prompt_lengths=around.call.prompt_lengths, edit_positions=around.call.edit_positions
-        )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        # the encoder's call has its own mask; the decoder's first call is the decoder's prompt
-        return Generation(None, None, call)
+    call = explicit = ModelCall(**take_explicit(kwargs))
+    if around is not None:
+        scaling = around.call.scaling if call.scaling is None else call.scaling
+        call = call if call.is_explicit else call.with_explicit(around.call)
+        call = call._replace(scaling=scaling)
     tokens = next(
         (kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), Tensor)),
         args[0] if args else None,
     )
+    if explicit.scaling is not None and isinstance(tokens, Tensor):
+        explicit.scaling.check_count(tokens.shape[0])
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        # the encoder's call has its own mask; the decoder's first call is the decoder's prompt
+        return Generation(None, None, call)
     text = (
         tokens
         if isinstance(tokens, Tensor) and tokens.dim() == 2 and not tokens.is_floating_point()

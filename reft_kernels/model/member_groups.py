@@ -20,6 +20,7 @@ from reft_kernels.interventions.banks import Bank, LayerWeights, formula_of
 from reft_kernels.model.forward_context import Edit
 from reft_kernels.model.members import Members, join_selections
 from reft_kernels.model.prompt_checks import Mode, PromptChecks
+from reft_kernels.model.scaled_selection import rank_of, scaled_selection
 from reft_kernels.model.selection import PositionRule, Selection, TokenShape, select
 from reft_kernels.model.window import Window
 
@@ -171,6 +172,9 @@ def member_edits(
             indices, sets = list(range(len(group.sites))), source.num_sets
             first_sets = dict(zip([m.name for m in group.members], source.first_sets, strict=True))
         selection = _selection(window, members.table, numbers, here, selections, first_sets, sets)
+        if window.call.scaling is not None:
+            rank = rank_of(weights[indices[0]])
+            selection = scaled_selection(selection, window, window.call.scaling, rank, sets)
         device = next(here[0].stack.parameters()).device
         for index, site in zip(indices, group.sites, strict=True):
             edit = Edit(source, index, weights[index], selection, tokens, device)

@@ -95,7 +95,7 @@ def join_selections(
     batch, width = window.batch, window.width
     joined = joined_ids = None
     for selection, serves in parts:
-        rows, ids = selection
+        rows, ids = selection.rows, selection.weight_ids
         if rows is None:
             rows = torch.arange(batch * width, device=window.device, dtype=torch.int32)
         rows = torch.where(serves.unsqueeze(1), rows.view(batch, -1), -1)

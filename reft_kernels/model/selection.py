@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -37,10 +38,14 @@ class Selection(NamedTuple):
     Attributes:
         rows: int32 ``[N]``, rows of ``hidden.view(-1, d)``, -1 is skipped; None: all rows.
         weight_ids: int32 ``[N]``, weight set of each row; None if there is one set.
+        coeff: fp32 ``[N, r]``, coefficients of each row; None for 1.
+        strengths: fp32 ``[E]``, of RED: factors of the edit, each with its weight sets; or None.
     """
 
     rows: Tensor | None
     weight_ids: Tensor | None
+    coeff: Tensor | None = None
+    strengths: Tensor | None = None
 
 
 def select(window: Window, rule: PositionRule) -> Selection | None:
@@ -169,12 +174,20 @@ class DeferredSelection:
         rule: the positions to edit.
         call: arguments of the model's call.
         frame_mask: see :func:`~reft_kernels.model.prompts.window_of_shape`.
+        scaled: adds the coefficients of the call to a selection of a window, or None.
     """
 
-    def __init__(self, rule: PositionRule, call: ModelCall, frame_mask: Any = None) -> None:
+    def __init__(
+        self,
+        rule: PositionRule,
+        call: ModelCall,
+        frame_mask: Any = None,
+        scaled: Callable[[Selection, Window], Selection] | None = None,
+    ) -> None:
         self.rule = rule
         self.call = call
         self.frame_mask = frame_mask
+        self.scaled = scaled
         self._selections: dict[tuple, Selection | None] = {}
 
     def select(self, hidden: Tensor) -> Selection | None:
@@ -185,9 +198,11 @@ class DeferredSelection:
         return self._selections[key]
 
     def _select(self, hidden: Tensor) -> Selection | None:
-        return select(
-            window_of_shape(hidden.shape, hidden.device, self.call, self.frame_mask), self.rule
-        )
+        window = window_of_shape(hidden.shape, hidden.device, self.call, self.frame_mask)
+        selection = select(window, self.rule)
+        if selection is None or self.scaled is None:
+            return selection
+        return self.scaled(selection, window)
 
 
 # ---- layouts
@@ -231,13 +246,16 @@ def place_rows(
         if rows is None:
             rows = torch.arange(batch * width, device=hidden.device, dtype=torch.int32)
         moved = (rows // width) * lead[1] + rows % width
-        return _renumbered(rows, selection.weight_ids, moved, batch * lead[1])
+        return _renumbered(selection, rows, moved, batch * lead[1])
+    if selection.rows is None and (selection.coeff is not None or selection.weight_ids is not None):
+        rows = torch.arange(batch * width, device=hidden.device, dtype=torch.int32)
+        selection = selection._replace(rows=mark_rows(rows, batch * width))
     if layout == "tbd" and lead == (width, batch):
         rows = selection.rows
         if rows is None:
             return selection
         moved = (rows % width) * batch + rows // width
-        return _renumbered(rows, selection.weight_ids, moved, batch * width)
+        return _renumbered(selection, rows, moved, batch * width)
     if layout == "btsd" and len(lead) == 3 and lead[:2] == (batch, width):
         return _streams(selection, tokens, lead[2], 1, lead[2])
     if layout == "sbtd" and len(lead) == 3 and lead[1:] == (batch, width):
@@ -245,9 +263,10 @@ def place_rows(
     return None
 
 
-def _renumbered(rows: Tensor, weight_ids: Tensor | None, moved: Tensor, count: int) -> Selection:
-    """A selection with row numbers ``moved`` below ``count``; skipped rows stay -1."""
-    return Selection(mark_rows(torch.where(rows < 0, -1, moved).to(torch.int32), count), weight_ids)
+def _renumbered(selection: Selection, rows: Tensor, moved: Tensor, count: int) -> Selection:
+    """A selection with row numbers ``moved`` below ``count``; skipped ``rows`` stay -1."""
+    numbers = torch.where(rows < 0, -1, moved).to(torch.int32)
+    return selection._replace(rows=mark_rows(numbers, count))
 
 
 def _streams(
@@ -264,4 +283,6 @@ def _streams(
         if selection.weight_ids is None
         else mark_rows(selection.weight_ids.repeat_interleave(streams), 2)
     )
-    return Selection(mark_rows(numbers, tokens.batch * tokens.width * streams), ids)
+    coeff = None if selection.coeff is None else selection.coeff.repeat_interleave(streams, dim=0)
+    rows = mark_rows(numbers, tokens.batch * tokens.width * streams)
+    return Selection(rows, ids, coeff, selection.strengths)
