@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from vllm.config import CUDAGraphMode
+from vllm.config import CompilationMode, CUDAGraphMode
 from vllm.version import __version__ as vllm_version
 
 from reft_kernels.serving.errors import AdapterError
@@ -52,22 +52,38 @@ def check_config(vllm_config: Any) -> None:
             f"scheduler_cls: got {scheduler!r}, expected {settings.SCHEDULER!r}, which sets the "
             "cache salts"
         )
-    if vllm_config.parallel_config.enable_dbo:
-        raise AdapterError("enable_dbo: got True, expected False: microbatches renumber the rows")
-    passes = getattr(vllm_config.compilation_config, "pass_config", None)
-    if getattr(passes, "enable_sp", False):
-        raise AdapterError(
-            "enable_sp: got True, expected False: sequence parallelism divides the rows of layers"
-        )
+    parallel, passes = vllm_config.parallel_config, vllm_config.compilation_config.pass_config
+    for name, on, reason in (
+        ("enable_dbo", parallel.enable_dbo, "microbatches renumber the rows"),
+        (
+            "prefill_context_parallel_size",
+            parallel.prefill_context_parallel_size > 1,
+            "a rank computes a part of each prompt",
+        ),
+        (  # not in every release
+            "enable_sp",
+            getattr(passes, "enable_sp", False),
+            "sequence parallelism divides the rows of layers",
+        ),
+        (
+            "kv_sharing_fast_prefill",
+            vllm_config.cache_config.kv_sharing_fast_prefill,
+            "the last layers compute a part of each prompt",
+        ),
+    ):
+        if on:
+            raise AdapterError(
+                f"{name}: got a setting that ReFT cannot serve, expected it off: {reason}"
+            )
 
 
 def divide_graphs(compilation_config: Any) -> None:
     """Keep the operator out of CUDA graphs; changes the worker's configuration."""
-    mode = compilation_config.cudagraph_mode
-    divided = bool(compilation_config.splitting_ops)
-    if divided and operator.NAME not in compilation_config.splitting_ops:
-        compilation_config.splitting_ops.append(operator.NAME)
-    if mode is not None and mode.has_full_cudagraphs():
-        reduced = CUDAGraphMode.PIECEWISE if divided else CUDAGraphMode.NONE
-        _logger.info("cudagraph_mode: %s instead of %s, for ReFT's edits", reduced, mode)
-        compilation_config.cudagraph_mode = reduced
+    mode, splits = compilation_config.cudagraph_mode, compilation_config.splitting_ops
+    divided = compilation_config.mode == CompilationMode.VLLM_COMPILE and bool(splits)
+    if divided and operator.NAME not in splits:
+        splits.append(operator.NAME)
+    allowed = CUDAGraphMode.PIECEWISE if divided else CUDAGraphMode.NONE
+    if mode not in (None, CUDAGraphMode.NONE, allowed):
+        _logger.info("cudagraph_mode: %s instead of %s, for ReFT's edits", allowed, mode)
+        compilation_config.cudagraph_mode = allowed

@@ -11,14 +11,21 @@ import pytest
 def _config(**changes):
     told = {
         "scheduler": "reft_kernels.serving.vllm.scheduler.ReftScheduler",
-        "dbo": False,
-        "sp": False,
-    }
-    told |= changes
+        "enable_dbo": False,
+        "prefill_context_parallel_size": 1,
+        "enable_sp": False,
+        "kv_sharing_fast_prefill": False,
+    } | changes
     return SimpleNamespace(
         scheduler_config=SimpleNamespace(scheduler_cls=told["scheduler"]),
-        parallel_config=SimpleNamespace(enable_dbo=told["dbo"]),
-        compilation_config=SimpleNamespace(pass_config=SimpleNamespace(enable_sp=told["sp"])),
+        parallel_config=SimpleNamespace(
+            enable_dbo=told["enable_dbo"],
+            prefill_context_parallel_size=told["prefill_context_parallel_size"],
+        ),
+        compilation_config=SimpleNamespace(
+            pass_config=SimpleNamespace(enable_sp=told["enable_sp"])
+        ),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=told["kv_sharing_fast_prefill"]),
     )
 
 
@@ -27,8 +34,10 @@ def _config(**changes):
     [
         ({"scheduler": None}, "scheduler_cls: got None"),
         ({"scheduler": "vllm.v1.core.sched.scheduler.Scheduler"}, "sets the cache salts"),
-        ({"dbo": True}, "enable_dbo: got True"),
-        ({"sp": True}, "enable_sp: got True"),
+        ({"enable_dbo": True}, "enable_dbo: got a setting that ReFT cannot serve"),
+        ({"enable_sp": True}, "enable_sp: .* divides the rows"),
+        ({"prefill_context_parallel_size": 2}, "prefill_context_parallel_size: "),
+        ({"kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill: "),
     ],
 )
 def test_engines_without_correct_edits_are_refused(change, message):
@@ -57,18 +66,27 @@ def test_versions(caplog):
 
 
 def test_the_operator_divides_graphs():
-    from vllm.config import CUDAGraphMode
+    from vllm.config import CompilationMode, CUDAGraphMode
 
     from reft_kernels.serving.vllm import compatibility, operator
 
-    for mode, splits, reduced in (
-        (CUDAGraphMode.FULL_AND_PIECEWISE, ["vllm::attention"], CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.FULL, [], CUDAGraphMode.NONE),
-        (CUDAGraphMode.PIECEWISE, ["vllm::attention"], CUDAGraphMode.PIECEWISE),
-        (CUDAGraphMode.NONE, None, CUDAGraphMode.NONE),
+    compiled, eager = CompilationMode.VLLM_COMPILE, CompilationMode.NONE
+    attention = ["vllm::unified_attention"]
+    for compilation, mode, splits, allowed in (
+        (compiled, CUDAGraphMode.FULL_AND_PIECEWISE, attention, CUDAGraphMode.PIECEWISE),
+        (compiled, CUDAGraphMode.FULL_DECODE_ONLY, attention, CUDAGraphMode.PIECEWISE),
+        (compiled, CUDAGraphMode.PIECEWISE, attention, CUDAGraphMode.PIECEWISE),
+        (compiled, CUDAGraphMode.NONE, attention, CUDAGraphMode.NONE),
+        (compiled, CUDAGraphMode.FULL, [], CUDAGraphMode.NONE),
+        # graphs that are broken at attention while they are captured, without compilation
+        (eager, CUDAGraphMode.PIECEWISE, attention, CUDAGraphMode.NONE),
+        (eager, CUDAGraphMode.NONE, None, CUDAGraphMode.NONE),
     ):
-        config = SimpleNamespace(cudagraph_mode=mode, splitting_ops=splits)
+        config = SimpleNamespace(
+            mode=compilation, cudagraph_mode=mode, splitting_ops=splits and list(splits)
+        )
         compatibility.divide_graphs(config)
         compatibility.divide_graphs(config)
-        assert config.cudagraph_mode == reduced
-        assert not splits or config.splitting_ops.count(operator.NAME) == 1
+        assert config.cudagraph_mode == allowed
+        divided = compilation == compiled and bool(splits)
+        assert (config.splitting_ops or []).count(operator.NAME) == divided
