@@ -40,9 +40,8 @@ def traffic(
     """Return requests with random prompts of one length, each with the next adapter in turn."""
     vocabulary = transformers.AutoConfig.from_pretrained(model).vocab_size
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(
-        vocabulary // 2, vocabulary, (requests, prompt), generator=generator
-    ).tolist()
+    shape = requests, prompt
+    ids = torch.randint(vocabulary // 2, vocabulary, shape, generator=generator).tolist()
     return [
         Asked(tuple(row), number % adapters if adapters else None, new_tokens)
         for number, row in enumerate(ids)

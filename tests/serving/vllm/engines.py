@@ -118,7 +118,7 @@ class Served:
             for (prompt, adapter), one, other in zip(requests, got, wanted, strict=True)
             if one != other
         ]
-        assert not wrong
+        assert not wrong, f"other tokens than transformers' for (length, adapter) {wrong}"
 
     def forget_cache(self) -> None:
         """Empty the prefix cache."""

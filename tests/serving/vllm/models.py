@@ -99,8 +99,7 @@ def generate(peft: PeftModel, prompt: list[int], adapter: str | None, count: int
     arguments: dict[str, Any] = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "max_new_tokens": count,
-        "min_new_tokens": count,
+        "max_new_tokens": count,  # the models have no token that ends a text
         "do_sample": False,
         "pad_token_id": 0,
     }

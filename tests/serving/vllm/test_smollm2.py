@@ -21,6 +21,8 @@ def served(serve, folders):
 
     folder = smollm2.unpack(folders / "smollm2" / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # the engine ignores it, too; min_new_tokens would forbid the token instead
+    model.generation_config.eos_token_id = None
     return serve("smollm2", adapters=ADAPTERS, model=model, max_num_batched_tokens=32)
 
 
