@@ -111,6 +111,14 @@ def test_training_loops(run, chat_model, name):
         assert "loaded identical: True" in text
 
 
+def test_composition(run, chat_model):
+    text = run("composition.py", chat_model, "--steps", 18)
+    assert learned(text) and Path("runs/examples/composition/adapter_config.json").is_file()
+    modes = re.findall(r"^(\w+): Ahoy (\d), star (\d) of 7", text, re.MULTILINE)
+    assert [mode for mode, *_ in modes] == ["base", "ahoy", "star", "both"]
+    assert modes[0][1:] == ("0", "0")  # no column: the frozen model
+
+
 def test_loading_in_four_ways(run, chat_model):
     text = run("load_adapter.py", chat_model, "--steps", 6)
     first, further = (
