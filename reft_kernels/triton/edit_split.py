@@ -76,8 +76,8 @@ def split_config(
     # The products of fp32 hidden states take more registers
     block_n, slices = (16 if dtype == torch.float32 else 32), 8
     block_d = slices * common.MIN_DOT
-    # 512 columns of B are as many bytes as the partial sums of 8 parts; more parts, more sums
-    width = max(512, common.next_power_of_2(d) // 16)
+    # At most 8 parts: each program of the second launch reads the partial sums of all parts
+    width = max(512, common.next_power_of_2(d) // 8)
     column = block_n * dtype.itemsize + block_r * weight_dtype.itemsize
     in_flight = min(_BUFFERS // (block_d * column), width // block_d)
     return SplitConfig(
