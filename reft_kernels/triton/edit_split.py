@@ -73,11 +73,11 @@ def split_config(
     if matrices * rank * d * weight_dtype.itemsize < WEIGHT_BYTES:
         return None
     block_r = max(common.MIN_DOT, common.next_power_of_2(rank))
-    # The products of fp32 hidden states take more registers
-    block_n, slices = (16 if dtype == torch.float32 else 32), 8
+    # The terms of fp32 and fp16 products take more registers
+    block_n, slices = (32 if dtype == torch.bfloat16 else 16), 8
     block_d = slices * common.MIN_DOT
-    # 512 columns of B are as many bytes as the partial sums of 8 parts; more parts, more sums
-    width = max(512, common.next_power_of_2(d) // 16)
+    # At most 8 parts: each program of the second launch reads the partial sums of all parts
+    width = max(512, common.next_power_of_2(d) // 8)
     column = block_n * dtype.itemsize + block_r * weight_dtype.itemsize
     in_flight = min(_BUFFERS // (block_d * column), width // block_d)
     return SplitConfig(
