@@ -36,6 +36,7 @@ from reft_kernels.integrations.peft.prefix_support import only_editor, only_sess
 from reft_kernels.integrations.peft.skipped_blocks import SkippedBlocks
 from reft_kernels.model.backbone_session import Adapter
 from reft_kernels.model.interception import InterceptedForward
+from reft_kernels.model.members import BASE, Members
 from reft_kernels.model.model_call import argument_names, take_call
 from reft_kernels.model.per_thread import PerThread
 from reft_kernels.model.prompt_checks import Mode
@@ -264,7 +265,8 @@ class PrefixStates:
     def _frozen(self, inputs: Mapping[str, Any]) -> Tensor:
         """The last hidden state of the frozen model, without a graph."""
         state = self.editor.state
-        members, state.members = state.members, ()
+        # one name stands for all examples
+        members, state.members = state.members, Members((BASE,), (), torch.device("cpu"))
         try:
             with torch.no_grad():
                 return self.session.backbone(**inputs)[0]
