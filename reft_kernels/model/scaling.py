@@ -23,12 +23,12 @@ class Examples(NamedTuple):
     """The examples of a forward.
 
     Attributes:
-        count: number of examples, or of the sequences of a packed batch; None if not known.
-        repeated: whether the count may be a multiple of the call's, as for beams.
+        number: number of examples, or of the sequences of a packed batch; None if not known.
+        repeated: whether the number may be a multiple of the call's, as for beams.
         device: device of the results.
     """
 
-    count: int | None
+    number: int | None
     repeated: bool
     device: torch.device
 
@@ -195,7 +195,7 @@ def _checked_strengths(value: Any) -> tuple[Tensor | None, bool]:
 def _entries(name: str, value: Tensor, same: bool, examples: Examples) -> Tensor:
     """The entries ``[entries, ...]`` of an argument for each example; one if they are the same."""
     value = value.to(examples.device, non_blocking=True)
-    count = examples.count
+    count = examples.number
     if same or count is None or value.shape[0] == count:
         return value
     if not examples.repeated:
