@@ -23,8 +23,8 @@ class Examples(NamedTuple):
     """The examples of a forward.
 
     Attributes:
-        number: count of examples, or of the sequences of a packed batch; None if not known.
-        repeated: whether the count may be a multiple of the call's, as for beams.
+        number: number of examples, or of the sequences of a packed batch; None if not known.
+        repeated: whether the number may be a multiple of the call's, as for beams.
         device: device of the results.
     """
 

@@ -492,7 +492,7 @@ def test_subspaces_as_a_column_of_a_trainers_data(tmp_path):
 @pytest.mark.parametrize("kind", ["loreft", "red"])
 def test_compiles_without_recompiling_for_other_tensors(kind):
     torch._dynamo.reset()
-    model, inputs = build(intervention=kind), batch("llama")
+    model, inputs = build(intervention=kind, layers=[1]), batch("llama")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     try:
         for number in range(2):
@@ -503,11 +503,6 @@ def test_compiles_without_recompiling_for_other_tensors(kind):
             with guard if number else contextlib.nullcontext():
                 got = logits(compiled, inputs, **call)
             torch.testing.assert_close(got, logits(model, inputs, **call))
-        if kind == "loreft":
-            call = {"strengths": [0.5, 1, 2], "subspaces": SUBSPACES}
-            torch.testing.assert_close(
-                logits(compiled, inputs, **call), logits(model, inputs, **call)
-            )
     finally:
         torch._dynamo.reset()
 
