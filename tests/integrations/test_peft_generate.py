@@ -175,6 +175,45 @@ def test_a_missing_mask_is_inferred_from_padding_as_transformers_does():
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("positions", ["f7+l7", "l1", "all"])
+def test_prompts_without_padding_in_chunks(positions, masked, chunk):
+    """transformers passes no mask then, so that only the cache tells a chunk's columns."""
+    ids = prompts("left")["input_ids"].clamp(min=3)
+    inputs = {"input_ids": ids} | ({"attention_mask": torch.ones_like(ids)} if masked else {})
+    model = adapted("llama", positions)
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"output_logits": True}
+    expected = model.generate(**inputs, **options)
+    got = model.generate(**inputs, prefill_chunk_size=chunk, **options)
+    assert torch.equal(got.sequences, expected.sequences)
+    torch.testing.assert_close(got.logits[0], expected.logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_continued_cache_in_chunks():
+    """The second turn starts from a filled cache; its chunks follow the cached columns."""
+    ids = prompts("left")["input_ids"].clamp(min=3)
+    model = adapted("llama", "l7")
+    options = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True}
+    found = []
+    for chunk in (None, 4):
+        with model.disable_adapter():
+            first = model.generate(input_ids=ids, **options)
+        turn = torch.cat([first.sequences, ids[:, :9]], dim=1)
+        cache = first.past_key_values
+        found.append(
+            model.generate(
+                input_ids=turn,
+                attention_mask=torch.ones_like(turn),
+                past_key_values=cache,
+                prefill_chunk_size=chunk,
+                **options,
+            ).sequences
+        )
+    assert torch.equal(*found)
+
+
 def test_static_cache_and_embeddings_as_input():
     inputs = prompts("left")
     model = adapted("llama", "f7+l7")
