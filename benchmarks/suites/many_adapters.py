@@ -26,7 +26,7 @@ from reft_kernels.model import member_groups
 
 TITLE = "Several adapters in one batch"
 ABOUT = "time of one forward of a batch with k adapters over that of k forwards"
-TOGETHER, EACH_LAUNCH, APART = "one launch a layer", "one launch an adapter", "k forwards"
+TOGETHER, EACH_LAUNCH, APART = "reft_kernels", "one launch an adapter", "k forwards"
 RANKS = 4, 8
 Forward = Callable[[nn.Module], Tensor]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reft_train import smollm2
+from examples.demo import smollm2
 
 ADAPTERS = {
     "ends": {"positions": "f3+l3", "rank": 4, "layers": [4, 12, 20]},
