@@ -11,6 +11,8 @@ here from Python. Writes the adapter, the numbers (``demo.json``) and a figure (
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 import time
@@ -29,6 +31,7 @@ from reft_train.evaluation.scoring import score_set
 from reft_train.files import check_folder, write_text
 from reft_train.models import load, model_config
 from reft_train.tasks import get
+from reft_train.training.outcome import Outcome
 from reft_train.training.prepare import find_rows
 from reft_train.training.session import train
 
@@ -87,6 +90,12 @@ def answers(model: Any, tokenizer: Any, questions: list[str], length: int) -> li
     return found
 
 
+def trained(config: RunConfig, *callbacks: transformers.TrainerCallback) -> Outcome:
+    """Train with the progress bar alone; the log is in ``log.jsonl``."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return train(config, callbacks=callbacks)
+
+
 class AnswerAtEnd(transformers.TrainerCallback):
     """Keeps the answers of the model as it is at the end of its training, before it is saved."""
 
@@ -110,7 +119,7 @@ def skill(config: RunConfig, quick: bool) -> dict[str, Any]:
     task = get("jsonl")
     (rows,) = find_rows(config, task, train=False).tests.values()
     frozen = score_set("docstrings", rows, load(config, task), task, config).predictions
-    train(config)
+    trained(config)
     lines = (out / "predictions" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     sizes = {"packages": len(names), "texts": len(rows)}
     return {"frozen": right(frozen), "LoReFT": right(map(json.loads, lines)), **sizes}
@@ -148,8 +157,8 @@ def run(given: argparse.Namespace) -> int:
     tokenizer, base = loaded.tokenizer, loaded.model.eval()
     print(f"asking and training: {given.steps} steps", flush=True)
     before = answers(base, tokenizer, questions, length)
-    trained = AnswerAtEnd(tokenizer, questions, length)
-    outcome = train(config, callbacks=[trained])
+    at_end = AnswerAtEnd(tokenizer, questions, length)
+    outcome = trained(config, at_end)
     model = PeftModel.from_pretrained(base, out / "adapter").eval()
     after = answers(model, tokenizer, questions, length)
     chats = list(zip(questions, before, after, strict=True))
@@ -164,7 +173,7 @@ def run(given: argparse.Namespace) -> int:
     share = outcome.trainable / outcome.total
     adapter = {"bytes": size, "trained": outcome.trainable, "share": share}
     results = {"chats": chats, "losses": losses, "adapter": adapter}
-    same = after == trained.answers
+    same = after == at_end.answers
     report.write(out, {**results, "reloaded": same, "steps": measured, "docstrings": scores})
     print(f"{time.perf_counter() - started:.0f} s; to talk to it: make chat", flush=True)
     return 0 if same else 1

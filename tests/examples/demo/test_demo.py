@@ -42,6 +42,7 @@ def test_the_answers_and_the_adapter(finished):
     found = json.loads((out / "demo.json").read_text())
     assert [chat[0] for chat in found["chats"]] == list(demo.QUESTIONS[:2])
     assert len(found["losses"]) == 3 and found["losses"][-1] < found["losses"][0]
+    assert found["reloaded"] and "saved adapter in a fresh model: identical" in done.stdout
     weights = out / "adapter" / "adapter_model.safetensors"
     # 2 layers, hidden size 32, rank 4: R and W of 32 * 4, b of 4
     assert found["adapter"]["trained"] == 2 * (2 * 32 * 4 + 4)
