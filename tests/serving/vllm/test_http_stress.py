@@ -10,6 +10,7 @@ import pytest
 
 PROMPTS = ["Name a fruit.", "the answer is yes", "An apple.", "Question: user Answer:"]
 CLIENTS, REQUESTS, COUNT, WARM_UP = 16, 500, 6, 100
+EACH = 10  # requests for each adapter that is loaded or unloaded
 GROWTH_KIB = 24 * 1024  # over 400 requests, 60 KiB each
 
 
@@ -44,8 +45,14 @@ def test_every_answer_is_of_its_adapter_or_a_404(site, folders):
     work = [(chance.choice([*fixed, *folders]), chance.choice(PROMPTS)) for _ in range(REQUESTS)]
     queue = iter(work)
 
+    def finished() -> int:
+        return counts["answered"] + counts["not found"]
+
     async def ask(client: openai.AsyncOpenAI) -> None:
         for name, prompt in queue:
+            # neither side runs away from the other on a slow machine
+            while finished() > EACH * counts["changes"] + 2 * CLIENTS:
+                await asyncio.sleep(0.005)
             try:
                 answer = await site.complete_async(client, prompt, name, COUNT)
             except openai.NotFoundError:
@@ -56,37 +63,36 @@ def test_every_answer_is_of_its_adapter_or_a_404(site, folders):
                 counts["answered"] += 1
                 if answer not in expected[name, prompt]:
                     wrong.append(f"{name}, {prompt}: {answer}")
-            if sum(counts.values()) in (WARM_UP, REQUESTS):
+            if finished() in (WARM_UP, REQUESTS):
                 memory.append(await asyncio.to_thread(site.server.resident_kib))
 
-    async def change(client: openai.AsyncOpenAI, done: asyncio.Event) -> None:
-        while not done.is_set():
-            name = chance.choice(list(folders))
-            if chance.random() < 0.6:
+    async def change(client: openai.AsyncOpenAI) -> None:
+        loaded: set[str] = set()
+        for number in range(REQUESTS // EACH):
+            while finished() < EACH * number:
+                await asyncio.sleep(0.005)
+            if loaded and number % 5 > 2:
+                name = chance.choice(sorted(loaded))
+                loaded.remove(name)
+                await client.post("/reft/unload", body={"name": name}, cast_to=object)
+                counts["unloads"] += 1
+            else:
+                name = chance.choice(list(folders))
+                loaded.add(name)
                 body = {"name": name, "path": chance.choice(folders[name])}
                 await client.post("/reft/load", body=body, cast_to=object)
                 counts["loads"] += 1
-            else:
-                try:
-                    await client.post("/reft/unload", body={"name": name}, cast_to=object)
-                    counts["unloads"] += 1
-                except openai.NotFoundError:
-                    pass
-            await asyncio.sleep(0.02)
+            counts["changes"] += 1
 
     async def run() -> None:
-        done = asyncio.Event()
         async with site.async_client() as client:
-            changes = asyncio.create_task(change(client, done))
-            await asyncio.gather(*(ask(client) for _ in range(CLIENTS)))
-            done.set()
-            await changes
+            await asyncio.gather(change(client), *(ask(client) for _ in range(CLIENTS)))
 
     asyncio.run(run())
     assert not wrong, wrong[:5]
     assert counts["answered"] + counts["not found"] == REQUESTS
     assert counts["not found"] and counts["answered"] > REQUESTS / 2
-    assert counts["loads"] > 10 and counts["unloads"] > 5
+    assert counts["changes"] == REQUESTS // EACH and counts["unloads"] > counts["changes"] // 5
     before, after = memory[0], memory[-1]
     assert after - before < GROWTH_KIB, f"{before} KiB, then {after} KiB"
     site.still_serves()
