@@ -70,7 +70,7 @@ class Generation:
                 0 if self.width is None or self.text is None else self.width - self.text.shape[1]
             )
             self.total = input_ids.shape[1] + unseen
-            cache = kwargs.get("past_key_values")
+            cache: Any = kwargs.get("past_key_values")
             chunk = self.text is not None and input_ids.shape[1] < self.text.shape[1]
             if chunk and not encoder_decoder and hasattr(cache, "get_seq_length"):
                 # chunked prefill: transformers drops a mask of ones, and passes the chunk alone
