@@ -47,6 +47,20 @@ def _bound(kernel=None, scale=1.0) -> launch.BoundKernel:
     return launch.BoundKernel(kernel or _kernel(), constants, {"num_warps": 1})
 
 
+_CORE = dict(vars(tl.core))  # read before any test runs a kernel
+
+
+@pytest.fixture(autouse=True)
+def _compiled_language(monkeypatch, tmp_path):
+    """Undo what Triton's interpreter leaves in its language after a kernel that calls ``tl.sum``.
+
+    An empty cache makes every test compile, on a machine that ran them before too.
+    """
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    for name, value in _CORE.items():
+        monkeypatch.setattr(tl.core, name, value)
+
+
 @pytest.fixture
 def gpu():
     with fake_gpu.installed() as fake:
