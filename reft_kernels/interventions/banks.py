@@ -100,6 +100,7 @@ class Bank:
         self.first_sets = [sum(counts[:number]) for number in range(len(counts))]
         self.num_sets = sum(counts)
         self._counts = counts
+        self._probabilities: dict[tuple, Tensor] = {}  # of keeping, for each weight set
 
     def build(
         self, weights_of: Callable[[Intervention], LayerWeights]
@@ -124,8 +125,11 @@ class Bank:
         keep = [1.0 - stack.dropout if stack.training else 1.0 for stack in self.stacks]
         if all(k == 1.0 for k in keep):
             return coeff
-        by_set = [k for k, count in zip(keep, self._counts, strict=True) for _ in range(count)]
-        chosen = torch.tensor(by_set, device=weight_ids.device)[weight_ids.long()].unsqueeze(1)
+        key = (*keep, weight_ids.device)
+        if key not in self._probabilities:  # a copy to the device, so once for all layers
+            by_set = [k for k, count in zip(keep, self._counts, strict=True) for _ in range(count)]
+            self._probabilities[key] = torch.tensor(by_set, device=weight_ids.device)
+        chosen = self._probabilities[key][weight_ids.long()].unsqueeze(1)
         mask = torch.bernoulli(chosen.expand(-1, rank)) / chosen
         return mask if coeff is None else mask * coeff
 

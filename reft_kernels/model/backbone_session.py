@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,7 +13,13 @@ from torch import Tensor, nn
 from reft_kernels.interventions import RED, Intervention
 from reft_kernels.interventions.banks import LayerWeights
 from reft_kernels.model.accumulation import SharedBuild
-from reft_kernels.model.caches import CachedEdit, cache_of, edited_columns, is_paged, record_edits
+from reft_kernels.model.cached_edits import (
+    CachedEdit,
+    record_edits,
+    starts_from_cache,
+    warn_if_edited_otherwise,
+)
+from reft_kernels.model.caches import cache_of, is_paged
 from reft_kernels.model.components import Component, Target
 from reft_kernels.model.forward_context import Edit, ForwardContext
 from reft_kernels.model.generate_wrappers import NO_CONTINUOUS_BATCHING
@@ -61,14 +66,6 @@ class ModelEditor(Protocol):
 
     def active_in(self, session: BackboneSession) -> list[Adapter]:
         """The active adapters of a session, in the order in which they edit."""
-
-
-_STALE_CACHE = (
-    "ReFT: past_key_values holds {past} columns whose edits by adapter {name!r} are not those of "
-    "this prompt (columns {columns} of example {example} differ), so the output differs from "
-    "generating without the cache. Fill the cache with prompt_lengths=[...] of the whole prompt, "
-    "or generate without it"
-)
 
 
 class Adapter:
@@ -297,7 +294,7 @@ class BackboneSession:
             shared = None
         context = ForwardContext(edits, torch.is_grad_enabled(), shared is not None)
         cache = context.cache = None if window is None else cache_of(arguments)
-        continued = self._starts_from_cache(window, cache)
+        continued = starts_from_cache(window, cache)
         members = editor.state.members
         if members is not None:
             self._check_members(members, adapters, window)
@@ -326,7 +323,8 @@ class BackboneSession:
                     else:
                         checked.setdefault((adapter.rule, mode), []).append(adapter.name)
                     if continued:
-                        self._compare_cache(adapter, window, cache)
+                        mask = None if members is None else members.mask(adapter.name, window)
+                        warn_if_edited_otherwise(cache, adapter.name, adapter.rule, window, mask)
                     self._record(context, adapter, window, token_selection)
             if members is not None:
                 continue
@@ -412,21 +410,6 @@ class BackboneSession:
         targets = (self.targets[s] for places in adapter.places.values() for _, s in places)
         return [target.path for target in targets if target.stream == stream]
 
-    # ---- caches
-
-    @staticmethod
-    def _starts_from_cache(window: Window | None, cache: Any) -> bool:
-        """Whether this is the first call of a generation that continues a filled cache."""
-        if (
-            window is None
-            or window.generation is None
-            or not window.generation.is_first
-            or torch.compiler.is_compiling()
-        ):
-            return False
-        window.generation.is_first = False
-        return cache is not None and isinstance(window.offset, int) and window.offset > 0
-
     def _record(
         self, context: ForwardContext, adapter: Adapter, window: Window, selection: Selection | None
     ) -> None:
@@ -444,46 +427,6 @@ class BackboneSession:
                 None if members is None else members.mask(adapter.name, window),
             )
             context.records.append(edit)
-
-    def _compare_cache(self, adapter: Adapter, window: Window, cache: Any) -> None:
-        """Warn if the cached columns were edited at other positions than this prompt's."""
-        past = window.offset
-        assert isinstance(past, int)  # _starts_from_cache
-        edited = edited_columns(cache, adapter.name, window.batch, past, window.device)
-        if window.lengths is None or edited is None:
-            return
-        cached = Window(
-            window.batch,
-            past,
-            window.device,
-            offset=0,
-            total=window.total,
-            starts=window.starts,
-            lengths=window.lengths,
-            source=window.source,
-            tokens=None if window.whole is None else window.whole[:, :past],
-            whole=window.whole,
-            text=window.text,
-            call=window.call,
-            generation=window.generation,
-        )
-        selection = select(cached, adapter.rule)
-        rows = None if selection is None else selection.rows
-        members = self.editor.state.members
-        mask = None if members is None else members.mask(adapter.name, window)
-        expected = CachedEdit(adapter.name, 0, window.batch, past, rows, mask).columns(past)
-        expected = expected.to(window.device)
-        if window.whole is not None:
-            expected = expected & window.whole[:, :past]
-        differ = expected != edited
-        if bool(differ.any()):
-            example = int(differ.any(dim=1).to(torch.int8).argmax())
-            columns = differ[example].nonzero().flatten().tolist()
-            text = ", ".join(map(str, columns[:8])) + (", ..." if len(columns) > 8 else "")
-            warnings.warn(
-                _STALE_CACHE.format(past=past, name=adapter.name, columns=text, example=example),
-                stacklevel=2,
-            )
 
     def prune(self) -> None:
         """Remove the hooks of sites without an adapter; without adapters, the backbone's too."""

@@ -1,15 +1,14 @@
-"""Reads the length of a key-value cache and records which of its columns were edited."""
+"""Reads the length of a key-value cache."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "state", "mems")
-_EDITS = "_reft_edits"
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
@@ -79,98 +78,3 @@ def _holds_states(holder: Any) -> bool:
     elif callable(state):
         state = False  # a method of the whole cache; cached_columns checks each layer
     return bool(state) or bool(getattr(holder, "linear_cache", None))
-
-
-# ---- edited columns
-
-
-class CachedEdit(NamedTuple):
-    """The rows that one forward edited for one adapter.
-
-    Attributes:
-        adapter: name of the adapter.
-        offset: first column of the forward.
-        batch: batch size B.
-        width: number of columns of the forward.
-        rows: int32 ``[N]``, rows of ``[B * width]``, -1 is skipped; None means all.
-        members: bool ``[B]``, the examples that use the adapter; None means all.
-    """
-
-    adapter: str
-    offset: int
-    batch: int
-    width: int
-    rows: Tensor | None
-    members: Tensor | None = None
-
-    def is_followed_by(self, other: CachedEdit) -> bool:
-        """Whether both edit all rows of the same examples, and ``other`` starts where this ends.
-
-        This is the case for decoding steps with positions "all".
-        """
-        return (
-            self.rows is None
-            and other.rows is None
-            and self.members is other.members
-            and self.batch == other.batch
-            and self.offset + self.width == other.offset
-        )
-
-    def columns(self, total: int) -> Tensor:
-        """Mask of the edited columns, bool ``[B, total]``."""
-        device = None if self.rows is None else self.rows.device
-        edited = torch.zeros(self.batch, total, dtype=torch.bool, device=device)
-        here = edited[:, self.offset : self.offset + self.width]
-        if self.rows is None:
-            here[:] = True
-        else:
-            chosen = self.rows[self.rows >= 0].long()
-            example, column = chosen // self.width, chosen % self.width
-            keep = column < here.shape[1]
-            here[example[keep], column[keep]] = True
-        return edited if self.members is None else edited & self.members.to(edited.device)[:, None]
-
-
-def record_edits(cache: Any, edits: Sequence[CachedEdit]) -> None:
-    """Store the edits of a forward on the cache that it filled, as an attribute.
-
-    Copies of the cache keep it. Tuples, lists and dicts have no attributes and are skipped.
-    """
-    if cache is None or isinstance(cache, tuple | list | dict):
-        return
-    # a cache that was reset or cropped is filled again: drop the edits of overwritten columns
-    kept = [e for e in getattr(cache, _EDITS, ()) if all(e.offset < new.offset for new in edits)]
-    for new in edits:
-        last = next(
-            (i for i in range(len(kept) - 1, -1, -1) if kept[i].adapter == new.adapter), None
-        )
-        if last is not None and kept[last].is_followed_by(new):
-            kept[last] = kept[last]._replace(width=kept[last].width + new.width)
-        else:
-            kept.append(new)
-    setattr(cache, _EDITS, tuple(kept))
-
-
-def edited_columns(
-    cache: Any, adapter: str, batch: int, past: int, device: torch.device
-) -> Tensor | None:
-    """Mask of the cached columns that ``adapter`` edited.
-
-    Args:
-        cache: the cache, with the edits of :func:`record_edits`.
-        adapter: name of the adapter.
-        batch: batch size B; a multiple of the recorded batch size is repeated, as for beams.
-        past: number of cached columns.
-        device: device of the result.
-
-    Returns:
-        Bool ``[B, past]``, or None if the batch size no longer matches the recorded one.
-    """
-    edited = torch.zeros(batch, past, dtype=torch.bool, device=device)
-    for edit in getattr(cache, _EDITS, ()):
-        if edit.adapter != adapter or edit.offset >= past:
-            continue
-        if batch % edit.batch:
-            return None
-        edited |= edit.columns(past).to(device).repeat_interleave(batch // edit.batch, dim=0)
-    return edited

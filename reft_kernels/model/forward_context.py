@@ -28,7 +28,7 @@ from torch import Tensor
 
 from reft_kernels.arguments import BuiltWeights
 from reft_kernels.interventions import EditWeights, RedWeights
-from reft_kernels.model.caches import CachedEdit
+from reft_kernels.model.cached_edits import CachedEdit
 from reft_kernels.model.components import Target
 from reft_kernels.model.scaled_selection import scaled_red
 from reft_kernels.model.selection import DeferredSelection, Selection, TokenShape, place_rows

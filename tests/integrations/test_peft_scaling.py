@@ -3,121 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 
 import pytest
 import torch
-from peft import get_peft_model
 
 from reft_kernels.integrations.peft import ReftConfig
 from reft_kernels.model.scaling import Scaling
-from reft_kernels.parametrization import build as build_rows
-from tests.integrations.test_peft_trainer import Texts, losses, trainer
-from tests.model.families import (
-    VOCAB,
-    batch,
-    blocks,
-    make,
-    mask_of,
-    prompt_columns,
-    shake,
-    stacks,
-    within,
+from tests.integrations.scaling import (
+    STRENGTHS,
+    SUBSPACES,
+    build,
+    expected,
+    logits,
+    table,
+    tokens_of,
 )
+from tests.model.families import VOCAB, batch, mask_of, prompt_columns, shake, stacks, within
 
-RANK = 4
-SUBSPACES = [[0, 2], None, [3]]
-STRENGTHS = [0.5, -1.0, 2.5]
 NEW = 5
-
-
-def build(family="llama", *, seed=7, **config):
-    model = get_peft_model(make(family), ReftConfig(**{"rank": RANK, "init": None, **config}))
-    shake(model, 0.5, seed)
-    return model.eval()
-
-
-def tokens_of(family="llama", side="right"):
-    return {k: v for k, v in batch(family, side=side).items() if k != "labels" or family == "t5"}
-
-
-def logits(model, inputs, **call):
-    with torch.no_grad():
-        return model(**inputs, **call).logits
-
-
-def table(subspaces, strengths, rank=RANK, count=3):
-    """The coefficients ``[count, rank]`` in fp64, by plain loops."""
-    made = torch.ones(count, rank, dtype=torch.float64)
-    for row in range(count):
-        if subspaces is not None and subspaces[row] is not None:
-            made[row] = torch.tensor([float(c in subspaces[row]) for c in range(rank)])
-        made[row] *= 1.0 if strengths is None else strengths[row]
-    return made
-
-
-def plain_edit(h, coeff, sets, name, weight_set):
-    """The edit of hidden states ``[n, d]`` with one coefficient vector ``[r]``, by its formula."""
-    w = {
-        k: (v if v is None else v[weight_set] if v.dim() == sets[k] else v) for k, v in name.items()
-    }
-    if "scale" in w:
-        return h + coeff[0] * (w["scale"] * h + w["bias"] - h)
-    update = h @ w["W"].T + w["b"] if w["W"] is not None else w["b"].expand(len(h), -1)
-    if w["subtract"] is not None:
-        update = update - h @ w["R"].T
-    return h + (coeff * update) @ w["R"]
-
-
-def plain_weights(stack, layer, dtype):
-    """The tensors of one layer's formula and the number of their dimensions with weight sets."""
-    kind = type(stack).__name__.removeprefix("Stacked")
-    if kind == "RED":
-        found = {"scale": stack.scale[layer], "bias": stack.bias[layer]}
-        return {k: v.detach().to(dtype) for k, v in found.items()}, {"scale": 2, "bias": 2}
-    reads = kind not in ("ConsReFT", "LobiReFT")
-    free = kind in ("NodiReFT", "NoReFT")
-    read = (stack.W1 if free else stack.W)[layer] if reads else None
-    found = {
-        "W": read,
-        "b": (stack.b if reads else stack.s)[layer],
-        "R": stack.W2[layer] if free else stack.R[layer],
-        "subtract": torch.ones(()) if kind in ("LoReFT", "NoReFT", "ConsReFT") else None,
-    }
-    found = {k: v if v is None else v.detach().to(dtype) for k, v in found.items()}
-    return found, {"W": 3, "b": 2, "R": 3, "subtract": -1}
-
-
-class Plain:
-    """Plain hooks on a frozen model: gathers, edits by the formula, scatters."""
-
-    def __init__(self, family, stack, columns, coeff, dtype, first=0):
-        self.model = make(family).to(dtype)
-        self.columns, self.coeff, self.first = columns, coeff.to(dtype), first
-        for layer, block in enumerate(blocks(family, self.model)):
-            block.register_forward_hook(self.hook(*plain_weights(stack, layer, dtype)))
-
-    def hook(self, weights, sets):
-        def hook(module, args, output):
-            hidden = output[0] if isinstance(output, tuple) else output
-            edited = hidden.clone()
-            for row, chosen in enumerate(self.columns):
-                for number, column in enumerate(chosen):
-                    last = int(number >= self.first)
-                    h = hidden[row, [column]]
-                    edited[row, [column]] = plain_edit(h, self.coeff[row], sets, weights, last)
-            return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-        return hook
-
-
-def expected(family, model, inputs, columns, coeff, first=0):
-    """Logits of the plain hooks in fp32 and in fp64."""
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        plain = Plain(family, stacks(model)[0], columns, coeff, dtype, first)
-        results.append(logits(plain.model, inputs))
-    return results
 
 
 @pytest.mark.parametrize(
@@ -364,126 +267,6 @@ def test_adapters_that_are_active_together_have_one_scale():
         frozen = logits(model, inputs)
     torch.testing.assert_close(logits(model, inputs, strengths=[0, 0, 0]), frozen)
     assert not torch.allclose(logits(model, inputs, strengths=[0, 1, 0])[1], frozen[1])
-
-
-# ---- training
-
-
-def gradients(model, inputs, **call):
-    model.zero_grad()
-    model(**inputs, **call).loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-@pytest.mark.parametrize("name", ["loreft", "noreft"])
-def test_gradients_reach_the_chosen_rows_only(name):
-    model, inputs = build(intervention=name).train(), batch("llama")
-    whole = gradients(model, inputs)
-    chosen = gradients(model, inputs, subspaces=[[1, 3]] * 3)
-    others = gradients(model, inputs, subspaces=[0, 2])
-    zero = gradients(model, inputs, strengths=0)
-    for key, gradient in chosen.items():
-        assert zero[key].abs().max() == 0 < whole[key].abs().max()
-        if key.endswith(".X"):  # R couples its rows
-            continue
-        rows = gradient.flatten(2) if gradient.dim() > 2 else gradient.unsqueeze(-1)
-        assert not rows[:, [0, 2]].any() and rows[:, [1, 3]].any(dim=-1).all()
-        rest = others[key].flatten(2) if gradient.dim() > 2 else others[key].unsqueeze(-1)
-        assert not rest[:, [1, 3]].any() and rest[:, [0, 2]].any(dim=-1).all()
-
-
-def test_training_is_that_of_plain_autograd():
-    model, inputs = build(positions="f3+l2").train(), batch("llama")
-    call = {"subspaces": SUBSPACES, "strengths": STRENGTHS}
-    got = gradients(model, inputs, **call)
-    columns = prompt_columns("llama", inputs, 3, 2, 24)
-    results = []
-    for dtype in (torch.float32, torch.float64):
-        stack = stacks(model)[0]
-        leaves = {n: p.detach().to(dtype).requires_grad_() for n, p in stack.named_parameters()}
-        R = build_rows("householder", leaves["X"], signs=stack.signs.to(dtype))[0]
-        plain = make("llama").to(dtype)
-        coeff = table(SUBSPACES, STRENGTHS).to(dtype)
-        for layer, block in enumerate(blocks("llama", plain)):
-
-            def hook(module, args, output, layer=layer, leaves=leaves, R=R, coeff=coeff):
-                hidden = output[0] if isinstance(output, tuple) else output
-                edited = hidden.clone()
-                for row, chosen in enumerate(columns):
-                    h = hidden[row, chosen]
-                    update = h @ leaves["W"][layer].T + leaves["b"][layer] - h @ R[layer].T
-                    edited[row, chosen] = h + (coeff[row] * update) @ R[layer]
-                return (edited, *output[1:]) if isinstance(output, tuple) else edited
-
-            block.register_forward_hook(hook)
-        plain(**inputs).loss.backward()
-        results.append({n: p.grad for n, p in leaves.items()})
-    for key, gradient in got.items():
-        name = key.rsplit(".", 1)[1]
-        assert within(gradient, results[0][name], results[1][name])
-
-
-@pytest.mark.parametrize("kind", ["loreft", "red"])
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing(kind, reentrant):
-    inputs = batch("llama")
-    call = {"strengths": STRENGTHS} | ({} if kind == "red" else {"subspaces": SUBSPACES})
-    plain, checkpointed = (build(intervention=kind).train() for _ in range(2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        checkpointed.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": reentrant}
-        )
-    checkpointed.enable_input_require_grads()
-    want, got = (gradients(model, inputs, **call) for model in (plain, checkpointed))
-    assert want.keys() == got.keys()
-    for key, gradient in want.items():
-        torch.testing.assert_close(got[key], gradient, rtol=1e-5, atol=1e-7)
-
-
-def test_dropout_is_multiplied():
-    model, inputs = build(dropout=0.5).train(), batch("llama")
-    torch.manual_seed(0)
-    want = logits(model, inputs)
-    torch.manual_seed(0)
-    assert torch.equal(logits(model, inputs, strengths=[1, 1, 1]), want)
-    with model.disable_adapter():
-        frozen = logits(model, inputs)
-    torch.testing.assert_close(logits(model, inputs, strengths=[0, 0, 0]), frozen)
-
-
-def test_strengths_can_be_learned():
-    model, inputs = build(), batch("llama")
-    strengths = torch.tensor(STRENGTHS, requires_grad=True)
-    model(**inputs, strengths=strengths).loss.backward()
-    step = 1e-2
-    losses = [
-        model(**inputs, strengths=torch.tensor(STRENGTHS) + sign * step * torch.eye(3)[0]).loss
-        for sign in (1, -1)
-    ]
-    torch.testing.assert_close(
-        strengths.grad[0], (losses[0] - losses[1]) / (2 * step), rtol=0.02, atol=1e-4
-    )
-
-
-def test_subspaces_as_a_column_of_a_trainers_data(tmp_path):
-    model = build(task_type="CAUSAL_LM", intervention="noreft", init="identity")
-    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    run = trainer(
-        tmp_path,
-        model=model,
-        dataset=Texts(subspaces=torch.tensor([1, 3])),
-        remove_unused_columns=False,
-        steps=2,
-        weight_decay=0.0,
-    )
-    run.train()
-    assert len(losses(run)) == 2
-    for key, parameter in model.named_parameters():
-        if key in before:
-            moved = (parameter.detach() != before[key]).flatten(2 if parameter.dim() > 2 else 1)
-            moved = moved.any(dim=-1) if parameter.dim() > 2 else moved
-            assert not moved[:, [0, 2]].any() and moved[:, [1, 3]].all()
 
 
 # ---- compiled models
