@@ -4,8 +4,8 @@ The metadata is in pyproject.toml. Three environment variables control the nativ
 
     REFT_KERNELS_BUILD_NATIVE  0 builds none, so that no compiler is needed. Default: 1.
     REFT_KERNELS_BUILD_CUDA    1 builds the CUDA library, 0 does not. Default: 1 if nvcc is found.
-    REFT_KERNELS_BUILD_HOST    1 builds the host library of this Python and the torch of the build.
-                               Default: 0.
+    REFT_KERNELS_BUILD_HOST    1 requires the host library of this Python and the torch of the
+                               build, 0 does not build it. Default: it is built where that works.
 """
 
 import os
@@ -15,6 +15,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))  # an isolated build does not have the project on its path
@@ -30,7 +31,8 @@ def _switch(name: str, default: bool) -> bool:
 
 
 NATIVE = _switch("REFT_KERNELS_BUILD_NATIVE", True)
-HOST = NATIVE and _switch("REFT_KERNELS_BUILD_HOST", False)
+HOST = NATIVE and _switch("REFT_KERNELS_BUILD_HOST", True)
+HOST_REQUIRED = os.environ.get("REFT_KERNELS_BUILD_HOST") == "1"
 CUDA = NATIVE and _switch("REFT_KERNELS_BUILD_CUDA", native.nvcc() is not None)
 
 
@@ -52,6 +54,8 @@ class BuildNative(build_ext):
         try:
             build[kind](library.parent, Path(self.build_temp) / f"_native_{kind}")
         except native.BuildError as error:
+            if extension.optional:  # setuptools prints it as a warning and goes on
+                raise CompileError(str(error)) from None
             raise SystemExit(f"reft_kernels: {error}") from None
 
 
@@ -67,12 +71,13 @@ class Wheel(bdist_wheel):
 
 names = ["reft_kernels._native_cpu"] * NATIVE + ["reft_kernels._native_cuda"] * CUDA
 names += ["reft_kernels._native_host"] * HOST
+optional = set() if HOST_REQUIRED else {"reft_kernels._native_host"}  # Python serves without it
 setup(
     packages=find_packages(include=["reft_kernels", "reft_kernels.*"]) + find_packages("python"),
     package_dir={"reft_train": "python/reft_train"},
     # in the project root, next to the egg-info whose entry point makes torch import the module
     py_modules=["reft_kernels_autoload"],
-    ext_modules=[Extension(name, sources=[]) for name in names],
+    ext_modules=[Extension(name, sources=[], optional=name in optional) for name in names],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     # additional requirements of an isolated build
     setup_requires=["torch>=2.11", "ninja"] if NATIVE else [],
