@@ -12,6 +12,14 @@ A position spec is a string. For a prompt of ``length`` tokens, as in pyreft and
     "l1"      The last prompt token; "lN" selects the last N, or all if the prompt is shorter.
     "prompt"  All prompt tokens.
     "all"     All tokens except padding.
+
+In a model of several modalities, a prefix names the tokens among which a spec counts; those between
+them are passed over:
+
+    "text:f7+l7"   The first 7 and the last 7 tokens of the prompt that are no placeholders of an
+                   image, video or audio input. Their number replaces ``length``.
+    "image:f3"     The first 3 placeholders of images; "video" and "audio" likewise.
+    "image"        All of them: "image:prompt".
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ from reft_kernels.deprecation import warn_renamed
 
 _TERM = re.compile(r"^([fl])([1-9][0-9]*)$")
 IGNORED_LABEL = -100
+MODALITIES = ("text", "image", "video", "audio")
 
 
 class Spec(NamedTuple):
@@ -39,19 +48,26 @@ class Spec(NamedTuple):
         last: Number of last tokens, for kind "ends".
         pyreft: Whether "ends" is counted as in pyreft's ReftDataset classes: excluding the last
             prompt token, and each count limited to half of the remaining tokens.
+        modality: The tokens that are counted, of :data:`MODALITIES`; None for all.
     """
 
     kind: str
     first: int = 0
     last: int = 0
     pyreft: bool = False
+    modality: str | None = None
 
     def as_pyreft(self) -> Spec:
         """Return this spec with ``pyreft`` set.
 
         Raises:
-            ValueError: If the kind is not "ends".
+            ValueError: If the kind is not "ends", or the spec counts tokens of one modality.
         """
+        if self.modality is not None:
+            raise ValueError(
+                f"pyreft_positions: got True with positions '{self.modality}:...', expected False: "
+                "pyreft counts all tokens"
+            )
         if self.kind != "ends":
             raise ValueError(
                 f"pyreft_positions: got True with positions {self.kind!r}, expected 'fN', 'lN' or "
@@ -75,11 +91,19 @@ def parse(spec: str) -> Spec:
 
     Raises:
         TypeError: If ``spec`` is not a string.
-        ValueError: If it is not of the form "f7+l7", "f3", "l1", "prompt" or "all".
+        ValueError: If it is not of the form "f7+l7", "f3", "l1", "prompt" or "all", with or without
+            a modality before it.
     """
     if not isinstance(spec, str):
         raise TypeError(f"positions: got {describe(spec)}, expected a string such as 'f7+l7'")
     text = spec.replace(" ", "").lower()
+    modality, colon, rest = text.partition(":")
+    if colon or text in MODALITIES:
+        if modality not in MODALITIES or ":" in rest or rest in MODALITIES:
+            raise ValueError(
+                f"positions: got {spec!r}, expected one of {', '.join(MODALITIES)} before a colon"
+            )
+        return parse(rest if colon else "prompt")._replace(modality=modality)
     if text in ("all", "prompt"):
         return Spec(text)
     counts: dict[str, int] = {}
@@ -92,6 +116,17 @@ def parse(spec: str) -> Spec:
             )
         counts[match[1]] = int(match[2])
     return Spec("ends", counts.get("f", 0), counts.get("l", 0))
+
+
+def _of_all_tokens(spec: str) -> Spec:
+    """Return a parsed spec that needs no token ids."""
+    parsed = parse(spec)
+    if parsed.modality is not None:
+        raise ValueError(
+            f"positions: got {spec!r}, expected a spec without a modality: {parsed.modality} "
+            "tokens are told from others by their ids; use from_mask or from_indices"
+        )
+    return parsed
 
 
 def _lengths_tensor(prompt_lengths: Tensor | Sequence[int], name: str = "prompt_lengths") -> Tensor:
@@ -253,7 +288,8 @@ def resolve(
         ValueError: If ``spec`` does not parse, a prompt is longer than the sequence, or another
             argument is invalid.
     """
-    parsed = parse(spec).as_pyreft() if pyreft_positions else parse(spec)
+    parsed = _of_all_tokens(spec)
+    parsed = parsed.as_pyreft() if pyreft_positions else parsed
     _check_seq_len(seq_len)
     if padding_side not in ("right", "left"):
         raise ValueError(f"padding_side: got {padding_side!r}, expected 'right' or 'left'")
@@ -301,7 +337,7 @@ def resolve_packed(
         TypeError: If ``spec`` is not a string.
         ValueError: If ``spec``, ``cu_seqlens`` or ``prompt_lengths`` is invalid.
     """
-    parsed = parse(spec)
+    parsed = _of_all_tokens(spec)
     if parsed.kind != "ends":
         raise ValueError(
             f"positions: got {spec!r} for a packed batch, expected 'fN', 'lN' or 'fN+lM'; see "

@@ -107,6 +107,25 @@ def test_a_spec_that_does_not_parse(spec):
         resolve(spec, [1], 4)
 
 
+def test_specs_of_a_modality():
+    assert parse("text:f2+l2") == Spec("ends", 2, 2, modality="text")
+    assert parse(" Image ") == parse("image:prompt") == Spec("prompt", modality="image")
+    assert parse("text:all") == Spec("all", modality="text")
+    with pytest.raises(
+        ValueError, match="expected one of text, image, video, audio before a colon"
+    ):
+        parse("picture:f1")
+    for spec in ("text:", "text:image", "text:text:f1", "f1+image:l1"):
+        with pytest.raises(ValueError, match="^positions: got"):
+            parse(spec)
+    with pytest.raises(ValueError, match="pyreft_positions: got True .* pyreft counts all tokens"):
+        parse("text:l1").as_pyreft()
+    with pytest.raises(ValueError, match="text tokens are told from others by their ids"):
+        resolve("text:l1", [1], 4)
+    with pytest.raises(ValueError, match="image tokens are told from others by their ids"):
+        resolve_packed("image:l1", [0, 4])
+
+
 # comparison with a simple Python implementation
 
 

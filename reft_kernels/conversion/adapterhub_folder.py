@@ -316,7 +316,7 @@ def write(adapter: SavedAdapter, folder: Path, options: Options) -> None:
             f"intervention: AdapterHub has no {adapter.intervention}; it has {', '.join(_SWITCHES)}"
         )
     spec = required_positions(adapter)
-    if spec.kind != "ends":
+    if spec.kind != "ends" or spec.modality is not None:
         raise ConversionError(
             f"positions: got {adapter.positions!r}, but AdapterHub edits first and last tokens "
             "only ('fN+lM')"

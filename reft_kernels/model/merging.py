@@ -31,7 +31,7 @@ def why_not(module: nn.Module, target: Target, spec: Spec, activation: str) -> s
         spec: the positions of the edit.
         activation: the activation of the edit.
     """
-    if spec.kind != "all":
+    if spec.kind != "all" or spec.modality is not None:
         return (
             "it edits chosen positions, and a weight acts on all of them; positions='all' would "
             "merge"

@@ -106,6 +106,7 @@ def compute_prompt_window(
         )
     if mask is not None:
         window.tokens = mask[:, mask.shape[1] - width :] != 0
+    window.ids = _text_of(arguments, call, batch, width)
     if past is None:
         return window  # recurrent states of unknown length: decoding
     at_start = isinstance(past, int) and past == 0
@@ -122,7 +123,7 @@ def compute_prompt_window(
         if not at_start and whole is not None and isinstance(past, int) and whole.shape[1] != total:
             whole = None  # the mask lacks the cached columns
         if at_start:
-            window.text = _text_of(arguments, call, batch, width)
+            window.text = window.ids
     else:
         return window  # a filled cache and no explicit arguments: decoding
     window.total, window.whole = total, whole
@@ -150,17 +151,40 @@ def _generated_prompt(
     return whole
 
 
+def _packing_ids(position_ids: Any, batch: int, width: int) -> Tensor | None:
+    """Position ids of the user that tell packed sequences apart, or None.
+
+    Returns:
+        Integers ``[B, T]``; or ``[3, B, T]``, the temporal, vertical and horizontal position of
+        each token, as vision-language models count. Of four rows the first is the plain position.
+    """
+    if not isinstance(position_ids, Tensor):
+        return None
+    if position_ids.dim() == 3 and position_ids.shape[0] == 4:
+        position_ids = position_ids[0]
+    shape = tuple(position_ids.shape)
+    return position_ids if shape in ((batch, width), (3, batch, width)) else None
+
+
 def _pack(position_ids: Tensor) -> Packed:
     """The sequences of a packed batch.
 
     A sequence starts in the first column of each row, and where position ids do not increase by
-    one.
+    one. Of three rows, it starts where the triple (temporal, vertical, horizontal) does not
+    increase in lexicographic order: an image holds the first and scans the others row by row.
 
     Args:
-        position_ids: integers ``[B, T]``.
+        position_ids: integers ``[B, T]`` or ``[3, B, T]``.
     """
-    batch, width = position_ids.shape
-    steps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    batch, width = position_ids.shape[-2:]
+    before, after = position_ids[..., :-1], position_ids[..., 1:]
+    if position_ids.dim() == 3:
+        later = after[2] > before[2]
+        for axis in (1, 0):
+            later = (after[axis] > before[axis]) | ((after[axis] == before[axis]) & later)
+        steps = ~later
+    else:
+        steps = after != before + 1
     begins = torch.nn.functional.pad(steps, (1, 0), value=True).reshape(-1)
     index = torch.arange(batch * width, device=position_ids.device)
     first = torch.where(begins, index, 0).cummax(0).values if batch * width else index
@@ -170,21 +194,15 @@ def _pack(position_ids: Tensor) -> Packed:
 def _find_lengths(window: Window, token_labels: bool, decoder: bool) -> None:
     """Set ``packed``, or ``lengths`` and ``source``, of a window."""
     batch, device, call = window.batch, window.device, window.call
-    labels, ids = call.labels, call.position_ids
-    shape = (batch, window.width)
+    labels, shape = call.labels, (batch, window.width)
+    ids = _packing_ids(call.position_ids, *shape)
     if token_labels and isinstance(labels, Tensor) and labels.shape == shape:
         window.labels = labels.to(device)
     # only position ids from the user mark packing; models compute their own, in several forms
     may_be_packed = (
         token_labels and window.whole is None and window.generation is None and not decoder
     )
-    if (
-        may_be_packed
-        and isinstance(ids, Tensor)
-        and ids.shape == shape
-        and isinstance(window.offset, int)
-        and window.offset == 0
-    ):
+    if may_be_packed and ids is not None and isinstance(window.offset, int) and window.offset == 0:
         window.packed = _pack(ids.to(device))
     elif call.prompt_lengths is not None:
         limits: Tensor | int | None = None

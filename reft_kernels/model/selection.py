@@ -11,6 +11,7 @@ from torch import Tensor
 from reft_kernels import positions
 from reft_kernels.checks import describe, mark_rows
 from reft_kernels.model.explicit_arguments import repeat_examples
+from reft_kernels.model.modalities import CountedTokens
 from reft_kernels.model.model_call import ModelCall
 from reft_kernels.model.prompts import window_of_shape
 from reft_kernels.model.response_rule import Template
@@ -25,11 +26,13 @@ class PositionRule(NamedTuple):
         spec: the parsed positions.
         untied: whether first and last positions have separate weights.
         template: token ids that end a prompt; see :mod:`reft_kernels.model.response_rule`.
+        counted: the tokens among which the positions are counted; None for all.
     """
 
     spec: Spec
     untied: bool = False
     template: Template | None = None
+    counted: CountedTokens | None = None
 
 
 class Selection(NamedTuple):
@@ -59,15 +62,19 @@ def select(window: Window, rule: PositionRule) -> Selection | None:
         None if no row can be selected, as in a decode step.
 
     Raises:
-        ValueError: explicit arguments do not fit the batch.
+        ValueError: explicit arguments do not fit the batch, or the rule counts tokens of one
+            modality and the token ids are not known.
     """
     if window.call.edit_positions is not None:
         return _from_positions(window, rule.untied)
     spec = rule.spec
     if spec.kind == "all" and not rule.untied:
-        return Selection(_real_rows(window), None)
+        rows = _real_rows(window) if rule.counted is None else _rows_of(window, rule.counted)
+        return Selection(rows, None)
     if window.packed is not None:
         return _from_packed(window, window.packed, rule)
+    if rule.counted is not None:
+        return _from_counted(window, rule, rule.counted)
     lengths = window.prompt_lengths(rule.template)
     if lengths is None or window.starts is None:
         return None
@@ -89,6 +96,69 @@ def _real_rows(window: Window) -> Tensor | None:
     if tokens.device.type == "cpu" and not torch.compiler.is_compiling() and bool(tokens.all()):
         return None
     return positions.from_mask(tokens)
+
+
+def _rows_of(window: Window, counted: CountedTokens) -> Tensor:
+    """Rows of the real tokens of one modality."""
+    if window.ids is None:
+        raise counted.unknown
+    mask = counted.mask(window.ids)
+    return positions.from_mask(mask if window.tokens is None else mask & window.tokens)
+
+
+def _from_counted(window: Window, rule: PositionRule, counted: CountedTokens) -> Selection | None:
+    """Rows of a rule that counts the tokens of one modality in each prompt."""
+    lengths = window.prompt_lengths(rule.template)
+    if lengths is None or window.starts is None:
+        return None
+    ids = window.prompt_ids()
+    if ids is None:
+        raise counted.unknown
+    spec, device = rule.spec, window.device
+    columns, starts = torch.arange(ids.shape[1], device=device), window.starts.unsqueeze(1)
+    prompt = (columns >= starts) & (columns < starts + lengths.unsqueeze(1)) & counted.mask(ids)
+    if spec.kind == "prompt":
+        chosen = torch.where(prompt, columns, -1)
+    else:
+        ends = _Ends.of(spec, prompt.cumsum(1) - 1, prompt.sum(1, keepdim=True))
+        # the entries of an example are those of its first tokens, then those of its last ones;
+        # tokens that are not selected share one more
+        entry = torch.where(ends.first, ends.place, spec.first + ends.place - ends.last_begins)
+        count = spec.first + spec.last
+        entry = torch.where(prompt & (ends.first | ends.last), entry, count)
+        chosen = torch.full((window.batch, count + 1), -1, device=device)
+        chosen = chosen.scatter(1, entry, columns.expand_as(entry))[:, :count]
+    here = chosen - window.offset
+    base = torch.arange(window.batch, device=device).unsqueeze(1) * window.width
+    seen = (chosen >= 0) & (here >= 0) & (here < window.width)
+    rows = torch.where(seen, here + base, -1).to(torch.int32).flatten()
+    weight_ids = positions.weight_ids(spec, window.batch, device=device) if rule.untied else None
+    return Selection(mark_rows(rows, window.batch * window.width), weight_ids)
+
+
+class _Ends(NamedTuple):
+    """Which counted tokens are among the first and the last of their prompt.
+
+    Attributes:
+        place: index of each token among those that are counted.
+        first: whether it is one of the first tokens.
+        last: whether it is one of the last tokens.
+        last_begins: index of the first of the last tokens.
+    """
+
+    place: Tensor
+    first: Tensor
+    last: Tensor
+    last_begins: Tensor
+
+    @classmethod
+    def of(cls, spec: Spec, place: Tensor, length: Tensor) -> _Ends:
+        """The ends of prompts of ``length`` counted tokens."""
+        available = length // 2 if spec.halves else length
+        last_begins = length - available.clamp(max=spec.last)
+        return cls(
+            place, place < available.clamp(max=spec.first), place >= last_begins, last_begins
+        )
 
 
 def _from_positions(window: Window, untied: bool) -> Selection | None:
@@ -146,15 +216,22 @@ def _from_packed(window: Window, packed: Packed, rule: PositionRule) -> Selectio
     prompt, place = window.packed_prompt(rule.template), packed.place
     count = place.shape[0]
     index = torch.arange(count, device=device)
+    if rule.counted is not None:
+        if window.ids is None:
+            raise rule.counted.unknown
+        prompt = prompt & rule.counted.mask(window.ids).reshape(-1)
+        running = prompt.to(torch.int64).cumsum(0)
+        before = (running - prompt.to(torch.int64))[index - place]  # of the sequence's first token
+        place = running - 1 - before
     length = torch.zeros(count, dtype=torch.int64, device=device)
     length = length.index_add_(0, packed.sequence, prompt.to(torch.int64))[packed.sequence]
     last = torch.zeros_like(prompt)
     if spec.kind == "ends":
         length = (length - 1).clamp(min=0) if spec.pyreft else length
         prompt = prompt & (place < length)
-        available = length // 2 if spec.halves else length
-        last = prompt & (place >= length - available.clamp(max=spec.last))
-        prompt = (prompt & (place < available.clamp(max=spec.first))) | last
+        ends = _Ends.of(spec, place, length)
+        last = prompt & ends.last
+        prompt = (prompt & ends.first) | last
     rows = torch.where(prompt, index, -1).to(torch.int32)
     ids = last.to(torch.int32) if rule.untied else None
     if device.type == "cpu" and not torch.compiler.is_compiling():

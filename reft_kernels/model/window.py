@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reft_kernels.model.explicit_arguments import explicit_lengths
+from reft_kernels.model.explicit_arguments import explicit_lengths, repeat_examples
 from reft_kernels.model.generation import Generation
 from reft_kernels.model.model_call import ModelCall
 from reft_kernels.model.response_rule import Occurrences, Template, find_template, supervised
@@ -46,6 +46,7 @@ class Window:
         tokens: bool ``[B, width]``, real tokens of this forward; None: all.
         whole: bool ``[B, n]``, real tokens of the whole; None: all.
         text: integer token ids ``[B, total]`` of the whole; None if unknown.
+        ids: integer token ids ``[B, width]`` of this forward; None if unknown.
         packed: the sequences of a packed batch.
         labels: int64 ``[B, width]``, if they continue a prompt.
         call: arguments of the model's call.
@@ -65,6 +66,7 @@ class Window:
     tokens: Tensor | None = None
     whole: Tensor | None = None
     text: Tensor | None = None
+    ids: Tensor | None = None
     packed: Packed | None = None
     labels: Tensor | None = None
     call: ModelCall = ModelCall()
@@ -77,7 +79,7 @@ class Window:
             return self
         index = torch.tensor(examples, device=self.device)
         part = dataclasses.replace(self, batch=len(examples), cached_occurrences={})
-        for name in ("starts", "lengths", "tokens", "whole", "text", "labels"):
+        for name in ("starts", "lengths", "tokens", "whole", "text", "ids", "labels"):
             value = getattr(self, name)
             setattr(part, name, None if value is None else value[index])
         return part
@@ -95,6 +97,16 @@ class Window:
             )
             self.cached_occurrences[template] = find_template(text, template, segments)
         return self.cached_occurrences[template]
+
+    def prompt_ids(self) -> Tensor | None:
+        """Integer token ids ``[B, n]`` of the whole prompts; None if they are not known."""
+        if self.text is not None or self.generation is None:
+            return self.text
+        text = self.generation.text
+        if text is not None and text.shape[1] == self.generation.width:
+            return repeat_examples(text.to(self.device), self.batch, "input_ids")
+        whole = isinstance(self.offset, int) and self.offset == 0 and self.width == self.total
+        return self.ids if whole else None
 
     def prompt_lengths(self, template: Template | None) -> Tensor | None:
         """Prompt lengths for an adapter's response template, int64 ``[B]``; None while decoding."""

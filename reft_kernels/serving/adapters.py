@@ -237,6 +237,11 @@ def load_adapter(folder: str | Path, positions: str | None = None) -> ServedAdap
 def _served(path: Path, saved: SavedAdapter) -> ServedAdapter:
     assert saved.positions is not None
     spec = positions_module.parse(saved.positions)
+    if spec.modality is not None:
+        raise AdapterError(
+            f"{path}: positions: got {saved.positions!r}, expected positions without a modality: "
+            "the server edits language models"
+        )
     layers, form = tuple(sorted(saved.layers)), _form(saved)
     sets = [
         [_folded(saved, saved.layers[layer][i], form) for layer in layers]

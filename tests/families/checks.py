@@ -103,7 +103,8 @@ def attach(model: nn.Module, component: str, layers: Any = "all", **more: Any) -
     Raises:
         BaseFails: PEFT cannot attach LoRA to this model either.
     """
-    config = ReftConfig(layers=layers, rank=4, positions=POSITIONS, component=component, **more)
+    settings = {"layers": layers, "rank": 4, "positions": POSITIONS, "component": component, **more}
+    config = ReftConfig(**settings)
     try:
         return get_peft_model(model, config)
     except AttributeError as error:

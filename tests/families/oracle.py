@@ -122,6 +122,7 @@ def plain_edits(
     *,
     pads: bool = False,
     prompt_only: bool = False,
+    choose: Callable[[Tensor], Tensor] = choose,
 ) -> Iterator[set[int]]:
     """Edit a model by plain hooks; yields the indices of the places that ran.
 
@@ -133,6 +134,7 @@ def plain_edits(
         layout: axes of the hidden states.
         pads: whether the model pads its hidden states on the right.
         prompt_only: whether later, shorter calls are decode steps, which are not edited.
+        choose: returns the mask of the edited tokens for that of the prompt tokens.
     """
     ran: set[int] = set()
     widths: dict[int, int] = {}

@@ -59,6 +59,7 @@ def with_router_loss():
     [
         (with_router_loss, r"output_router_logits adds a loss over all tokens"),
         (lambda: build(positions="f7+l7"), r"edits the first tokens of a prompt in layer 0"),
+        (lambda: build(positions="text:l1", layers=[2]), r"'default' counts text tokens"),
         (lambda: build(positions="all"), r"edits the first tokens of a prompt in layer 0"),
         (dropout, r"attention_dropout is 0\.1"),
         (dropout_module, r"dropout\.p is 0\.2"),

@@ -7,6 +7,7 @@ import torch
 
 from reft_kernels import positions
 from reft_kernels.model.generation import Generation
+from reft_kernels.model.modalities import CountedTokens
 from reft_kernels.model.model_call import ModelCall
 from reft_kernels.model.prompts import compute_prompt_window
 from reft_kernels.model.selection import PositionRule, select
@@ -29,7 +30,9 @@ def rows(
     window = compute_prompt_window(
         arguments, explicit, generation, token_labels=token_labels, decoder=decoder
     )
-    selection = select(window, PositionRule(positions.parse(spec), untied))
+    parsed = positions.parse(spec)
+    counted = None if parsed.modality is None else CountedTokens(parsed.modality, (90,))
+    selection = select(window, PositionRule(parsed, untied, counted=counted))
     if selection is None:
         return None
     chosen = None if selection.rows is None else [r for r in selection.rows.tolist() if r >= 0]
@@ -51,6 +54,79 @@ def labels_from(starts, width=WIDTH):
     for row, start in enumerate(starts):
         labels[row, :start] = -100
     return labels
+
+
+# positions (temporal, vertical, horizontal): text, an image of 2 by 2 rows, text; then text alone
+THREE = torch.tensor(
+    [
+        [0, 1, 2, 2, 2, 2, 4, 5, 0, 1, 2, 3],
+        [0, 1, 2, 2, 3, 3, 4, 5, 0, 1, 2, 3],
+        [0, 1, 2, 3, 2, 3, 4, 5, 0, 1, 2, 3],
+    ]
+).unsqueeze(1)
+FOUR = torch.cat([torch.tensor([[*range(8), *range(4)]]).unsqueeze(0), THREE])
+IDS = torch.tensor([[5, 5, 90, 90, 90, 90, 5, 5, 5, 5, 5, 5]])
+# two sequences that begin with an image; the first is an image alone
+IMAGES = torch.tensor(
+    [
+        [0, 0, 0, 0, 0, 0, 0, 0, 2, 3, 4, 5],
+        [0, 0, 1, 1, 0, 0, 1, 1, 2, 3, 4, 5],
+        [0, 1, 0, 1, 0, 1, 0, 1, 2, 3, 4, 5],
+    ]
+).unsqueeze(1)
+
+
+@pytest.mark.parametrize("ids", [THREE, FOUR], ids=["three rows", "four rows"])
+def test_packed_sequences_with_positions_of_images(ids):
+    arguments, explicit = {"input_ids": IDS}, ModelCall(position_ids=ids)
+    assert rows("f1+l1", arguments, explicit=explicit) == [0, 7, 8, 11]
+    explicit = explicit._replace(labels=labels_from([6]))
+    explicit.labels[0, 8:10] = -100
+    assert rows("l2", arguments, explicit=explicit) == [4, 5, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("text:f2+l2", [0, 1, 6, 7, 8, 9, 10, 11]),
+        ("text:l3", [1, 6, 7, 9, 10, 11]),
+        ("text:f3", [0, 1, 6, 8, 9, 10]),
+        ("image:f1+l2", [2, 4, 5]),
+        ("image", [2, 3, 4, 5]),
+        ("text:all", [0, 1, 6, 7, 8, 9, 10, 11]),
+    ],
+)
+def test_packed_sequences_count_the_tokens_of_a_modality(spec, expected):
+    explicit = ModelCall(position_ids=THREE)
+    assert rows(spec, {"input_ids": IDS}, explicit=explicit) == expected
+    assert rows(
+        spec,
+        {"input_ids": IDS.repeat(2, 1)},
+        explicit=ModelCall(position_ids=THREE.repeat(1, 2, 1)),
+    ) == expected + [r + WIDTH for r in expected]
+
+
+def test_untied_weights_of_a_modality():
+    explicit = ModelCall(position_ids=THREE)
+    expected = [(0, 0), (7, 1), (8, 0), (11, 1)]
+    assert rows("text:f1+l1", {"input_ids": IDS}, explicit=explicit, untied=True) == expected
+    assert rows("text:f1+l1", {"input_ids": IDS}, untied=True) == [(0, 0), (11, 1)]
+    assert rows("image:f1+l1", {"input_ids": IDS}, untied=True) == [(2, 0), (5, 1)]
+
+
+def test_sequences_that_begin_with_an_image():
+    ids = torch.where(torch.arange(WIDTH) < 8, 90, 5).unsqueeze(0)
+    explicit = ModelCall(position_ids=IMAGES)
+    assert rows("f1+l1", {"input_ids": ids}, explicit=explicit) == [0, 3, 4, 11]
+    assert rows("text:l1", {"input_ids": ids}, explicit=explicit) == [11]
+
+
+def test_a_modality_needs_token_ids():
+    with pytest.raises(ValueError, match="^positions: text tokens are told .* input_ids"):
+        rows("text:l1", {"inputs_embeds": torch.ones(2, WIDTH, 3)})
+    packed = ModelCall(position_ids=torch.arange(WIDTH).repeat(2, 1))
+    with pytest.raises(ValueError, match="^positions: image tokens are told .* input_ids"):
+        rows("image", {"inputs_embeds": torch.ones(2, WIDTH, 3)}, explicit=packed)
 
 
 def test_nothing_known_is_all_prompt():

@@ -100,6 +100,7 @@ def test_the_description_is_json(tmp_path):
     ("config", "message"),
     [
         ({"intervention": "red"}, "intervention: got 'red'"),
+        ({"positions": "text:l2", "share_weights": True}, "positions: got 'text:l2'"),
         ({"component": "mlp_output"}, "component: got 'mlp_output', expected 'block_output'"),
     ],
 )

@@ -44,7 +44,8 @@ class ReftConfig(PeftConfig):
         layers: "all" or a list of layer numbers.
         rank: r, 1 to 256.
         positions: tokens to edit: "f7+l7" (first 7 and last 7 tokens of the prompt), "f3", "l1",
-            "prompt" or "all".
+            "prompt" or "all"; with "text:", "image:", "video:" or "audio:" before it, of the
+            tokens of that modality alone (:mod:`reft_kernels.positions`).
         share_weights: False for separate weights at first and last positions ("fN+lM" only).
         pyreft_positions: count first and last tokens like pyreft's ReftDataset classes: without
             the last token of the prompt, and at most half of the others each. The paper's script

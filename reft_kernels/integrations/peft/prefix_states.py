@@ -147,6 +147,13 @@ class PrefixStates:
 
     def _require_something_to_keep(self) -> None:
         adapters = self.editor.active_in(self.session)
+        for adapter in adapters:
+            if adapter.rule.counted is not None:
+                raise ValueError(
+                    f"positions: adapter {adapter.name!r} counts {adapter.rule.counted.modality} "
+                    "tokens, expected positions without a modality: kept states are those before "
+                    "the first edited token of all"
+                )
         if not adapters or self._skipped(adapters):
             return
         if self._blocks.checkpointed:

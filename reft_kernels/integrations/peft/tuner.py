@@ -24,6 +24,7 @@ from reft_kernels.integrations.peft.register import PREFIX, REFT
 from reft_kernels.interventions import STACKED, Intervention
 from reft_kernels.model import BASE, Component, Editor, resolve
 from reft_kernels.model.merging import Place, check_mergeable, merge_adapter
+from reft_kernels.model.modalities import counted_tokens
 
 _TOKEN_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
@@ -106,7 +107,8 @@ def _attach(
         model.add_module(CONTAINER, container)
     for width, stack in stacks.items():
         container.layer(width).reft_stack[name] = stack.train(model.training)
-    container.editor.add(name, component, config.rule, stacks)
+    counted = counted_tokens(model, config.spec, component)
+    container.editor.add(name, component, config.rule._replace(counted=counted), stacks)
 
 
 def _detach(model: nn.Module, name: str) -> None:
