@@ -19,6 +19,10 @@ A component is a role or a module path:
     "decoder.block_output", "encoder.mlp_output"
         A role in one side of an encoder-decoder model. A role without a side means the encoder,
         which holds the prompt.
+    "vision.block_output", "audio.mlp_output"
+        A role in the tower of images, or of audio, of a model with several towers.
+    "projector", "vision.projector", "audio.projector"
+        The output of the module that brings a tower's rows to the language model's width: layer 0.
     "model.layers.{layer}.self_attn.o_proj"
         A module path (``[{layer}]`` works too): the module's output, or its input with ".input".
 
@@ -27,7 +31,8 @@ the residual stream (T5's layers, Bloom's feed-forward, the attention of BERT). 
 part, as in hybrid models, raise only if ``layers`` includes them. A role is rejected if the block
 has several such parts, if no single module computes the part, or if
 :mod:`reft_kernels.model.families` excludes the architecture. In a model with several towers, roles
-refer to the language model; other towers are named by path.
+refer to the language model, unless they name a tower. The rows of a tower or a projector are its
+own: all of them are a prompt.
 
 A module that runs several times in a forward (ALBERT's groups) is edited each time with the same
 weights. A module shared by several layers is rejected, because it cannot have weights for each
@@ -56,10 +61,12 @@ from reft_kernels.model.roles import ROLES, Place, find_role, holds_maps, unsuit
 from reft_kernels.model.towers import (
     MODEL_INPUTS,
     TOKEN_INPUTS,
+    TOWERS,
     BlockList,
     backbone_path,
     block_lists,
     find_blocks,
+    projector_paths,
     side_paths,
     size,
     stream_of,
@@ -191,7 +198,7 @@ def _by_role(model: nn.Module, role: str, side: str | None) -> _Places:
             f"{FAMILIES_WITHOUT_ROLES[kind]}"
         )
     if block_list is None:
-        where = "" if side is None else f" in the {side}"
+        where = "" if side is None else f" in {'its tower of' if side in TOWERS else 'the'} {side}"
         raise ValueError(
             f"component: got {role!r}, but {type(model).__name__} has no list of blocks{where}; "
             "name modules by path, such as 'model.layers.{layer}.mlp'"
@@ -246,6 +253,17 @@ def _role_in(model: nn.Module, path: str, block: nn.Module, role: str) -> Place 
             "= 0"
         )
     return place
+
+
+def _projector(model: nn.Module, component: str, tower: str | None) -> _Places:
+    paths = projector_paths(model, tower)
+    if len(paths) != 1:
+        found = f"several: {', '.join(paths)}" if paths else "none by its modules' names"
+        raise ValueError(
+            f"component: got {component!r}, but {type(model).__name__} has {found}; name the "
+            "module by path"
+        )
+    return _Places({0: (paths[0], "output")}, {}, {})
 
 
 # ---- paths
@@ -445,9 +463,14 @@ def resolve(
     """
     side, role = None, component
     head, _, rest = component.partition(".")
-    if head in ("encoder", "decoder") and rest in ROLES:
+    if (head in ("encoder", "decoder") or head in TOWERS) and rest in (*ROLES, "projector"):
         side, role = head, rest
-    places = _by_role(model, role, side) if role in ROLES else _by_path(model, component)
+    if role == "projector" and (side is None or side in TOWERS):
+        places = _projector(model, component, side)
+    elif role in ROLES:
+        places = _by_role(model, role, side)
+    else:
+        places = _by_path(model, component)
     chosen = _choose(component, layers, places)
     factory = _TargetFactory(model, component, embed_dim)
     targets = tuple(

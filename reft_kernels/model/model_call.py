@@ -32,6 +32,8 @@ _RECORDED = (
     "position_ids",
     "input_values",
     "input_features",
+    "feature_attention_mask",
+    "input_features_mask",
 )
 
 
@@ -52,6 +54,8 @@ class ModelCall(NamedTuple):
     position_ids: Any = None
     input_values: Any = None
     input_features: Any = None
+    feature_attention_mask: Any = None
+    input_features_mask: Any = None
 
     @property
     def has_tokens(self) -> bool:
@@ -73,9 +77,15 @@ class ModelCall(NamedTuple):
 
     @property
     def audio_mask(self) -> Tensor | None:
-        """The attention mask ``[B, S]`` of an audio input, or None."""
+        """The attention mask ``[B, S]`` of an audio input, or None.
+
+        Where the call has text too, ``attention_mask`` is the text's.
+        """
         audio = isinstance(self.input_values, Tensor) or isinstance(self.input_features, Tensor)
-        return self.attention_mask if audio and isinstance(self.attention_mask, Tensor) else None
+        masks = [self.feature_attention_mask, self.input_features_mask]
+        if not isinstance(self.input_ids, Tensor):
+            masks.append(self.attention_mask)
+        return next((m for m in masks if audio and isinstance(m, Tensor)), None)
 
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:

@@ -33,6 +33,20 @@ _MODALITY = re.compile(
     r"projector|merger|abstractor|tower",
     re.IGNORECASE,
 )
+TOWERS = {
+    "vision": re.compile(r"vision|visual|image|video|pixel", re.IGNORECASE),
+    "audio": re.compile(r"audio|speech|sound", re.IGNORECASE),
+}
+"""Names of the towers of other modalities than text, and their modules' names."""
+_CONNECTOR = re.compile(
+    r"q_?former|perceiver|resampler|connector|projector|merger|abstractor|aligner", re.IGNORECASE
+)
+_PROJECTOR = re.compile(
+    r"^((multi_?modal|mm|vision|audio|image|speech|modality)_)?projector$|"
+    r"^(language_projection|image_to_text_projection)$|"
+    r"^(connector|merger|aligner|embed_vision|embed_audio)$",
+    re.IGNORECASE,
+)
 _LOW_LEVEL = re.compile(r"conv|patch|vq|codec|feature_(extractor|encoder)", re.IGNORECASE)
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -118,12 +132,18 @@ def find_blocks(model: nn.Module, side: str | None = None) -> BlockList | None:
 
     Args:
         model: the model.
-        side: "encoder" or "decoder" of an encoder-decoder model; None means the encoder.
+        side: "encoder" or "decoder" of an encoder-decoder model; a name of :data:`TOWERS`; None
+            means the language model, and of an encoder-decoder model the encoder.
 
     Returns:
         None if the model has no list of blocks.
     """
     candidates = block_lists(model)
+    if side in TOWERS:
+        within = [c for c in candidates if side in towers_of(c.path)]
+        unfit = (_CONNECTOR, _LOW_LEVEL)
+        candidates = [c for c in within if not any(p.search(c.path) for p in unfit)]
+        return max(candidates, key=lambda c: size(c.blocks), default=None)
     sides = side_paths(model)
     if sides:
         root = sides.get(side or "encoder")
@@ -146,6 +166,36 @@ def find_blocks(model: nn.Module, side: str | None = None) -> BlockList | None:
         return len(block_list.blocks) == count, size(block_list.blocks)
 
     return max(text or candidates, key=rank, default=None)
+
+
+def towers_of(path: str) -> set[str]:
+    """The names of :data:`TOWERS` that occur in a module path."""
+    return {name for name, pattern in TOWERS.items() if pattern.search(path)}
+
+
+def projector_paths(model: nn.Module, tower: str | None = None) -> list[str]:
+    """Paths of the modules that bring a tower's rows to the language model's width.
+
+    Args:
+        model: the model.
+        tower: a name of :data:`TOWERS`; None: of any.
+    """
+    lists, language = block_lists(model), find_blocks(model)
+    beside = {name: find_blocks(model, name) for name in TOWERS if tower in (None, name)}
+    if language is None or not any(
+        b is not None and b.path != language.path for b in beside.values()
+    ):
+        return []
+    found: list[str] = []
+    for path, module in model.named_modules():
+        inside = any(_below(path, outer) for outer in (*found, *(b.path for b in lists)))
+        if size(module) and not inside and _PROJECTOR.match(path.rsplit(".", 1)[-1]):
+            found.append(path)
+    if tower is None:
+        return found
+    return [path for path in found if tower in towers_of(path)] or [
+        path for path in found if not towers_of(path)
+    ]
 
 
 def takes(module: nn.Module, names: Iterable[str]) -> bool:

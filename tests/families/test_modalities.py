@@ -11,7 +11,7 @@ from peft import PeftModel
 from tests.families import checks
 from tests.families.catalogue import FAMILIES
 from tests.families.catalogue_vlm import IMAGE
-from tests.families.family import mark_prompt, places, text_tokens, without
+from tests.families.family import Role, mark_prompt, places, text_tokens, without
 from tests.families.oracle import plain_edits
 
 NAMES = ("llava", "qwen2_vl", "gemma3", "paligemma", "smolvlm", "internvl")
@@ -160,7 +160,39 @@ def test_without_token_ids_the_call_is_refused():
         logits(model, {"inputs_embeds": embeds})
 
 
+# component, path of the modules in version 5 of transformers and before, number of layers
+CLIP_LAYERS = (
+    "model.vision_tower.encoder.layers.{}",
+    "model.vision_tower.vision_model.encoder.layers.{}",
+)
+TOWERS = {
+    "llava": ("vision.block_output", CLIP_LAYERS, 3),
+    "gemma3": ("vision.mlp_output", tuple(f"{p}.mlp" for p in CLIP_LAYERS), 3),
+    "qwen2_vl": ("vision.block_output", ("model.visual.blocks.{}",), 2),
+    "smolvlm": ("vision.block_output", ("model.vision_model.encoder.layers.{}",), 3),
+    "internvl": ("vision.attention_output", ("model.vision_tower.encoder.layer.{}.attention",), 3),
+    "paligemma": ("projector", ("model.multi_modal_projector",), 1),
+    "qwen3_vl": ("vision.projector", ("model.visual.merger",), 1),
+    "idefics3": ("projector", ("model.connector",), 1),
+    "qwen2_audio": (
+        "audio.block_output",
+        ("model.audio_tower.layers.{}", "audio_tower.layers.{}"),
+        3,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_towers_and_projectors_by_role(name):
+    component, at, count = TOWERS[name]
+    role = Role(component, at, layers=tuple(range(count)), tokens=False)
+    checks.check_rows(FAMILIES[name], role=role)
+    checks.check_gradients(FAMILIES[name], role=role)
+
+
 BAD = [
+    ("f1", "vision.block_output", "bert", "has no list of blocks in its tower of vision"),
+    ("f1", "audio.projector", "llava", "has none by its modules' names; name the module by path"),
     ("video:f1", "block_output", "llava", "names no video_token_id; it names those of image"),
     ("image", "block_output", "bert", "names no image_token_id; it names those of no modality"),
     ("text:f1", "{tower}", "llava", "whose rows are not tokens"),
