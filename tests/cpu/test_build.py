@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from reft_kernels import cpu
+from reft_kernels import cpu, host_calls
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "csrc" / "build.py"
@@ -75,7 +75,7 @@ def _wheel(
 CLEAN = """
 import sys
 import torch, reft_kernels as rk
-from reft_kernels import cpu
+from reft_kernels import cpu, host_calls
 
 rk.set_backend("cpu")
 hidden, X, W, b = torch.zeros(3, 8), torch.randn(8, 2), torch.randn(2, 8), torch.ones(2)
@@ -123,7 +123,7 @@ def test_make_wheel_builds_what_installs_without_a_compiler(tmp_path):
         r"^wheel:.*\n\t(.+)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
     )
     command = recipe[1].replace("$(BIN)/python", sys.executable).split()
-    built = _run(*command, cwd=project, REFT_KERNELS_BUILD_CUDA="0")
+    built = _run(*command, cwd=project, REFT_KERNELS_BUILD_CUDA="0", REFT_KERNELS_BUILD_HOST="0")
     assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
     (wheel,) = (project / "dist").glob("*.whl")
     python = _clean_environment(tmp_path / "clean")
@@ -161,7 +161,7 @@ def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path
     }
     kept = {name for name in names if ".dist-info/" not in name}
     typed = {f"{package}/py.typed" for package in ("reft_kernels", "reft_train")}
-    data = {"reft_kernels/_native_cpu.so"}
+    data = {"reft_kernels/_native_cpu.so", f"reft_kernels/{host_calls.file_name()}"}
     assert kept == modules | typed | data | {"reft_kernels_autoload.py"}
     (license,) = (name for name in names if name.endswith(".dist-info/licenses/LICENSE"))
     assert zipfile.ZipFile(wheel).read(license) == (ROOT / "LICENSE").read_bytes()
@@ -174,6 +174,24 @@ def test_one_wheel_for_every_python_holds_the_library_and_both_packages(tmp_path
         ran.stdout.strip()
         == f"{tmp_path / 'site' / 'reft_kernels' / '_native_cpu.so'} [[2.0, 2.0]]"
     ), ran.stderr
+
+
+def test_where_the_host_library_does_not_build_the_others_are_installed(tmp_path):
+    compiler = tmp_path / "old-compiler"  # makes empty files, and does not know C++20
+    compiler.write_text(
+        '#!/bin/sh\ncase "$*" in *c++20*) echo "unknown c++20" >&2; exit 1;; esac\n'
+        'while [ "$1" != -o ]; do shift; done; : > "$2"\n'
+    )
+    compiler.chmod(0o755)
+    options = {"REFT_KERNELS_BUILD_CUDA": "0", "CXX": str(compiler)}
+    project = _copy(tmp_path)
+    done, wheels = _wheel(project, tmp_path / "wheels", **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = zipfile.ZipFile(wheels[0]).namelist()
+    assert "reft_kernels/_native_cpu.so" in names and not any("_native_host" in n for n in names)
+    options["REFT_KERNELS_BUILD_HOST"] = "1"
+    done, _ = _wheel(project, tmp_path / "none", **options)
+    assert done.returncode != 0 and "REFT_KERNELS_BUILD_HOST=0" in done.stdout + done.stderr
 
 
 def test_without_the_native_backend_no_compiler_is_asked_for(tmp_path):
