@@ -379,6 +379,26 @@ def test_a_step_without_edited_rows_calls_no_operator(served, monkeypatch):
     assert torch.is_tensor(served.worker.reft.bank.write)
 
 
+def test_a_step_has_one_launch_a_layer(served, monkeypatch):
+    """For several adapters of one form; "tanh" has a launch of its own."""
+    from reft_kernels.serving.vllm import operator
+
+    launches = []
+    original = operator._edit_rows
+
+    def counted(hidden, residual, group, step, layer):
+        launches.append(layer)
+        return original(hidden, residual, group, step, layer)
+
+    monkeypatch.setattr(operator, "_edit_rows", counted)
+    prompts = models.prompts((20, 33), seed=19)
+    served.check([(p, a) for p in prompts for a in (None, "ends", "last", "prompt")])
+    assert launches == [0, 1, 2, 3]
+    launches.clear()
+    served.check([(p, a) for p in prompts for a in (None, "ends", "tanh")])
+    assert sorted(launches) == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
 def test_more_adapters_than_slots_wait_for_their_turn(served):
     """8 adapters with 9 weight sets on 4 slots, all at once, twice."""
     prompts = models.prompts((45, 46), seed=17)
