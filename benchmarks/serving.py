@@ -204,7 +204,9 @@ def _provider(
         return
     flags = [
         *("--model", str(args.model), "--dtype", "float32"),
-        *("--max-num-seqs", str(args.concurrency), "--max-model-len", str(args.prompt + args.new)),
+        # the same for all settings where possible: vLLM keeps compiled graphs of a configuration
+        *("--max-num-seqs", str(max(args.concurrency, 16))),
+        *("--max-model-len", str(max(args.prompt + args.new, 128))),
     ]
     slots, module, kind = str(args.slots), "vllm.entrypoints.openai.api_server", "lora"
     if name == OURS:
