@@ -43,6 +43,15 @@ def test_another_model_of_the_same_width_gives_a_warning(folder, tmp_path):
     assert recorded(tmp_path / "new").config["vocab_size"] == 99
 
 
+def test_a_configuration_serves_several_models(tmp_path):
+    config = ReftConfig(rank=2)
+    get_peft_model(llama(), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        get_peft_model(llama(vocab_size=99), config).save_pretrained(tmp_path)
+    assert recorded(tmp_path).config["vocab_size"] == 99
+
+
 def test_a_second_adapter_gives_a_warning_too(folder):
     model = get_peft_model(llama(vocab_size=99), ReftConfig(rank=2))
     with pytest.warns(UserWarning, match="adapter 'second' was trained on another base model"):

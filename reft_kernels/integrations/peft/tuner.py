@@ -129,10 +129,10 @@ def _set_base_trainable(container: AdapterContainer, trainable: bool) -> None:
 
 
 def _note_base(model: nn.Module, name: str, config: ReftConfig) -> None:
-    """Put the model's fingerprint into a configuration; warn if it had that of another model."""
+    """Put the model's fingerprint into a configuration; warn if its file has another model's."""
     # here and not when saving: FSDP flattens the weights in between
     current = base_model.of_model(model, without=(CONTAINER,))
-    if config.base_fingerprint is not None:
+    if config.awaits_weights and config.base_fingerprint is not None:
         theirs, here = base_model.from_json(config.base_fingerprint).differences(current)
         if theirs:
             warnings.warn(
