@@ -1,7 +1,8 @@
 """Serve traffic over many adapters, and append the raw rows to a CSV file.
 
     python -m benchmarks.serving --model DIR [--only PROVIDER ...] [--adapters N ...] [--rounds N]
-        [--requests N] [--concurrency N] [--prompt N] [--new N] [--csv [FILE]] [--quick]
+        [--requests N] [--concurrency N] [--prompt N] [--new N] [--minutes M] [--csv [FILE]]
+        [--quick]
 
 It runs in the environment of `make test-vllm`. Clients keep ``--concurrency`` requests in flight; a
 request has a prompt of its own and the next adapter in turn, so that N adapters are in the traffic
@@ -29,6 +30,7 @@ import csv
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import os
 import statistics
 import sys
@@ -112,6 +114,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     made.add_argument("--new", type=int, default=8, help="tokens of an answer")
     made.add_argument(
+        "--minutes", type=float, default=15, help="start no further round that would end later"
+    )
+    made.add_argument(
         "--csv", nargs="?", type=Path, const=rows.RESULTS, help="append raw rows to a file"
     )
     made.add_argument("--quick", action="store_true", help="little traffic, to test that it works")
@@ -120,7 +125,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. Returns 0, or 1 if a provider failed."""
-    args = parser().parse_args(argv)
+    args, started = parser().parse_args(argv), time.perf_counter()
     if args.quick:
         args.requests, args.rounds, args.prompt, args.new, args.concurrency = 16, 1, 16, 4, 4
         args.peft_requests = 8
@@ -146,18 +151,26 @@ def main(argv: list[str] | None = None) -> int:
                 made = _provider(provider, args, folders, Path(scratch))
                 running[provider] = stack.enter_context(made)
                 print(f"{provider} runs after {time.perf_counter() - start:.0f} s", flush=True)
-        for number, provider, count in missing:
-            if provider in failed:
-                continue
-            with _going_on(f"{provider}, {count} adapters", failed, provider):
-                if number == missing[0][0]:  # compiles and allocates; prompts of no round
-                    warm_up = _traffic(args, provider, count, -1)[: 2 * args.concurrency]
-                    running[provider].answer(warm_up, args.concurrency)
-                row = _measured(args, provider, count, number, running[provider])
-                found.append(row)
-                _show(row)
-                if path is not None:
-                    _append(row, path)
+        for number, entries in itertools.groupby(missing, key=lambda entry: entry[0]):
+            begun = time.perf_counter()
+            for _, provider, count in entries:
+                if provider in failed:
+                    continue
+                with _going_on(f"{provider}, {count} adapters", failed, provider):
+                    if number == missing[0][0]:  # compiles and allocates; prompts of no round
+                        warm_up = _traffic(args, provider, count, -1)[: 2 * args.concurrency]
+                        running[provider].answer(warm_up, args.concurrency)
+                    row = _measured(args, provider, count, number, running[provider])
+                    found.append(row)
+                    _show(row)
+                    if path is not None:
+                        _append(row, path)
+            now = time.perf_counter()
+            if number < args.rounds - 1 and now + (now - begun) > started + 60 * args.minutes:
+                print(
+                    f"{args.minutes} minutes are over: the same command measures the other rounds"
+                )
+                break
     _summarize(found)
     return int(bool(failed))
 
