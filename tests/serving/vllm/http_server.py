@@ -20,7 +20,7 @@ API_KEY = "none"  # that of docs/serving.md
 FLAGS = [
     *("--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1"),
     *("--max-model-len", "512", "--max-num-seqs", "32", "--disable-uvicorn-access-log"),
-    *("--api-key", API_KEY),
+    *("--api-key", API_KEY, "--block-size", "32"),  # 128 by default, more than the prompts have
 ]
 PATIENCE = 600
 
