@@ -81,6 +81,21 @@ def test_packed_weights_do_not_matter(tmp_path):
     assert other.hash != found.hash and other.differences(found) == ([], [])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantization_does_not_matter(bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    llama().save_pretrained(tmp_path / "whole")
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "whole",
+        quantization_config=transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}),
+        device_map="cpu",
+    )
+    assert not quantized.model.layers[0].mlp.up_proj.weight.is_floating_point()
+    found = base_model.of_model(llama())
+    assert base_model.of_model(quantized).hash == found.hash
+    assert found.differences(saved(quantized, tmp_path / "packed")) == ([], [])
+
+
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
