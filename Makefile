@@ -69,8 +69,9 @@ $(VENV)-vllm/.installed: $(VENV)/.installed $(VENV)-vllm/.packages
 	REFT_KERNELS_BUILD_NATIVE=0 $(VENV)-vllm/bin/python -m pip install --quiet --no-build-isolation --no-deps --editable .
 	touch $@
 
+# tiny models: more threads would only wait for each other
 test-vllm: $(VENV)-vllm/.installed
-	$(VENV)-vllm/bin/python -m pytest tests/serving/vllm $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/serving/vllm $(ARGS)
 
 lint: $(VENV)/.installed
 	$(BIN)/python -m ruff check .

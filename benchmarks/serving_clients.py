@@ -69,7 +69,13 @@ def server(module: str, flags: Sequence[str], log: Path, kind: str) -> Iterator[
         RuntimeError: It ended, or did not answer in time. The message has the end of the log.
     """
     port = free_port()
-    variables = {"VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_NO_USAGE_STATS": "1"} | dict(os.environ)
+    # vLLM would leave a core to the HTTP server; all providers get the same threads
+    variables = {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+    } | dict(os.environ)
     address = ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -218,7 +224,9 @@ class Transformers:
             for adapter, batch in batches.items():
                 if adapter is not None:
                     self._model.set_adapter(self._names[adapter])
-                at = self._generate(batch)
+                off = adapter is None and self._names
+                with self._model.disable_adapter() if off else contextlib.nullcontext():
+                    at = self._generate(batch)
                 first += [at - arrived] * len(batch)
         return time.perf_counter() - start, first
 

@@ -10,6 +10,7 @@ import peft
 import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
+from reft_kernels.base_model import size_differences
 from reft_kernels.integrations.peft import ReftConfig  # registers the method that files name
 from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.errors import UserError, one_line, wrong
@@ -125,7 +126,6 @@ def check_base(hf_config: Any, folder: Path, name: str = "adapter") -> None:
     """
     path = folder / BASE_MODEL
     saved, current = read_object(path, BASE_MODEL) if path.is_file() else {}, identity(hf_config)
-    for key, value in saved.items():
-        if current.get(key) != value:
-            what = f"a model with {key} {current.get(key)}"
-            raise UserError(f"{name}: got {what}, but {folder} was trained with {key} {value}")
+    for key, (value, other) in size_differences(saved, current).items():
+        what = f"a model with {key} {other}"
+        raise UserError(f"{name}: got {what}, but {folder} was trained with {key} {value}")

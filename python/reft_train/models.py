@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from reft_kernels.base_model import architecture, text_config
 from reft_train.config import RunConfig
 from reft_train.errors import UserError, one_line, wrong
 from reft_train.tasks.base import Task
@@ -23,8 +24,6 @@ from reft_train.tasks.base import Task
 CAUSAL, SEQ2SEQ, CLASSIFICATION = "causal", "seq2seq", "classification"
 HEAD = "classifier"  # submodule name passed to PEFT's modules_to_save
 HEADS = (HEAD, "score", "classification_head")
-_IDENTITY = ("model_type", "hidden_size", "d_model", "n_embd", "vocab_size")
-_IDENTITY += ("num_hidden_layers", "num_layers", "n_layer")
 
 
 @dataclass
@@ -88,12 +87,8 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
 
 def identity(hf_config: Any) -> dict[str, Any]:
     """Return the properties that identify a base model, for checking adapters against it."""
-    configs = [hf_config]
-    if callable(getattr(hf_config, "get_text_config", None)):
-        # the text config holds the sizes of a multimodal model
-        configs.insert(0, hf_config.get_text_config())
-    pairs = [(name, getattr(part, name, None)) for part in configs for name in _IDENTITY]
-    return {name: value for name, value in pairs if isinstance(value, int | str)}
+    # the text configuration holds the sizes of a multimodal model
+    return {**architecture(text_config(hf_config)), **architecture(hf_config)}
 
 
 def positions_of(hf_config: Any) -> int | None:

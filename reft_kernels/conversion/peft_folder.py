@@ -46,7 +46,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 _KEY = re.compile(r"^(?:base_model\.model\.)?representation_edits\.d(\d+)\.reft_stack\.(\w+)$")
 # Settings without an equivalent in other formats, kept for converting back
-_PEFT_SETTINGS = ("task_type", "init", "revision", "response_template")
+_PEFT_SETTINGS = ("task_type", "init", "revision", "response_template", "base_fingerprint")
 
 
 def matches(folder: Path) -> bool:

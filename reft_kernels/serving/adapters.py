@@ -28,10 +28,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from reft_kernels import convert
+from reft_kernels import base_model, convert
 from reft_kernels import positions as positions_module
 from reft_kernels.activations import activate
 from reft_kernels.adapter_files import ConversionError, read_json, read_safetensors
+from reft_kernels.base_model import Fingerprint
 from reft_kernels.conversion import peft_folder
 from reft_kernels.conversion.common import Options, SavedAdapter, Weights, fold_subtract_bias
 from reft_kernels.positions import Spec
@@ -67,6 +68,7 @@ class ServedAdapter:
         read_bias: c, fp32 ``[sets, L, r]``.
         write: B, fp32 ``[sets, L, r, d]``.
         base_model: Name or path of the model it was trained on, or None.
+        fingerprint: The architecture of that model, or None if the folder does not hold it.
         hash: SHA-256 of everything above that changes a result, as hexadecimal digits.
     """
 
@@ -84,6 +86,7 @@ class ServedAdapter:
     read_bias: Tensor
     write: Tensor
     base_model: str | None
+    fingerprint: Fingerprint | None = None
     hash: str = ""
 
     @property
@@ -120,6 +123,7 @@ class ServedAdapter:
             "intervention": self.intervention,
             "bytes": self.num_bytes,
             "base_model": self.base_model,
+            "base_fingerprint": None if self.fingerprint is None else self.fingerprint.hash,
         }
 
 
@@ -189,6 +193,14 @@ def _template(saved: SavedAdapter) -> tuple[tuple[int, ...], ...] | None:
             f"response_template: got {listed!r}, expected lists of token ids, none empty"
         )
     return alternatives
+
+
+def _fingerprint(path: Path, saved: SavedAdapter) -> Fingerprint | None:
+    value = saved.details.get(peft_folder.NAME, {}).get("base_fingerprint")
+    try:
+        return None if value is None else base_model.from_json(value)
+    except ValueError as error:
+        raise AdapterError(f"{path}: {error}") from None
 
 
 def load_adapter(folder: str | Path, positions: str | None = None) -> ServedAdapter:
@@ -266,38 +278,81 @@ def _served(path: Path, saved: SavedAdapter) -> ServedAdapter:
         read_bias=bias,
         write=write,
         base_model=saved.base_model,
+        fingerprint=_fingerprint(path, saved),
     )
     _check_finite(adapter)
     return dataclasses.replace(adapter, hash=_digest(adapter))
 
 
-def check_fits(adapter: ServedAdapter, width: int, num_layers: int, max_rank: int) -> None:
+class ServedModel(NamedTuple):
+    """What adapters of a served model must fit.
+
+    Attributes:
+        width: Hidden size.
+        num_layers: Number of decoder layers of the whole model.
+        fingerprint: The model's architecture; None leaves it unchecked.
+    """
+
+    width: int
+    num_layers: int
+    fingerprint: Fingerprint | None = None
+
+
+def served_model(
+    config: Any, model: str | Path, revision: str | None = None, width: int | None = None
+) -> ServedModel:
+    """Return what adapters of a model must fit, from its configuration and its files' headers.
+
+    Args:
+        config: Its configuration.
+        model: Its folder or name.
+        revision: Of a name.
+        width: The hidden size, where it is known better than from the configuration.
+
+    Raises:
+        AdapterError: If a file of the model is damaged.
+    """
+    text = base_model.text_config(config)
+    try:
+        fingerprint = base_model.of_checkpoint(config, model, revision)
+    except ValueError as error:
+        raise AdapterError(f"model: {error}") from None
+    return ServedModel(width or text.hidden_size, text.num_hidden_layers, fingerprint)
+
+
+def check_fits(adapter: ServedAdapter, model: ServedModel, max_rank: int) -> None:
     """Check that an adapter fits a served model.
 
     Args:
         adapter: The adapter.
-        width: Hidden size of the model.
-        num_layers: Number of decoder layers of the model.
+        model: The served model.
         max_rank: The largest rank that the bank holds.
 
     Raises:
         AdapterError: If it does not.
     """
-    if adapter.width != width:
+    if adapter.width != model.width:
         raise AdapterError(
             f"{adapter.folder}: width: got an adapter of hidden size {adapter.width}, expected "
-            f"{width}, the model's"
+            f"{model.width}, the model's"
         )
-    if adapter.layers[-1] >= num_layers:
+    if adapter.layers[-1] >= model.num_layers:
         raise AdapterError(
             f"{adapter.folder}: layers: got {list(adapter.layers)}, expected numbers below "
-            f"{num_layers}, the model's layers"
+            f"{model.num_layers}, the model's layers"
         )
-    if adapter.all_layers and len(adapter.layers) != num_layers:
+    if adapter.all_layers and len(adapter.layers) != model.num_layers:
         raise AdapterError(
             f"{adapter.folder}: layers: got 'all' of a model with {len(adapter.layers)} layers, "
-            f"expected {num_layers}"
+            f"expected {model.num_layers}"
         )
+    if adapter.fingerprint is not None and model.fingerprint is not None:
+        theirs, here = adapter.fingerprint.differences(model.fingerprint)
+        if theirs:
+            raise AdapterError(
+                f"{adapter.folder}: base model: got an adapter of a model with "
+                f"{', '.join(theirs)}, expected {', '.join(here)}, the served model's"
+            )
     if adapter.rank > max_rank:
         raise AdapterError(
             f"{adapter.folder}: rank: got {adapter.rank}, expected at most max_rank={max_rank}"

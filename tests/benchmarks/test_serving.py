@@ -27,41 +27,74 @@ def model(tmp_path):
 
 @pytest.fixture
 def started(monkeypatch):
-    """Providers that answer at once; the list of those that were started."""
+    """Providers that answer at once; the list of the traffic that each was asked."""
     found = []
 
     class Instant:
+        def __init__(self, name):
+            self.name = name
+
         def answer(self, requests, concurrency):
             assert all(len(asked.prompt) == 16 for asked in requests)
+            found.append((self.name, len({asked.adapter for asked in requests} - {None})))
             return 2.0, [0.001 * n for n in range(1, len(requests) + 1)]
 
     @contextlib.contextmanager
-    def provider(name, count, args, folders, scratch):
+    def provider(name, args, folders, scratch):
         if name == serving.LORA:
             raise RuntimeError("does not start")
-        found.append((name, count))
-        yield Instant()
+        yield Instant(name)
 
     monkeypatch.setattr(serving, "_provider", provider)
     return found
 
 
+FLAGS = ["--quick", "--adapters", "0", "2"]
+ROUND = [
+    *((serving.PLAIN, 0), (serving.OURS, 0), (serving.PEFT, 0)),
+    *((serving.OURS, 2), (serving.PEFT, 2)),
+]
+
+
 def test_a_run_that_was_cut_off_goes_on(model, started, tmp_path, capsys):
     path = tmp_path / "rounds.csv"
-    flags = ["--model", str(model), "--quick", "--csv", str(path), "--adapters", "0", "2"]
+    flags = ["--model", str(model), "--csv", str(path), *FLAGS]
     assert serving.main(flags) == 1  # vLLM's LoRA fails, and the others go on
-    ours = (serving.OURS, serving.PEFT)
-    want = [(serving.PLAIN, 0), *((name, 0) for name in ours), *((name, 2) for name in ours)]
-    assert started == want and "does not start" in capsys.readouterr().err
+    assert started == [one for one in ROUND for _ in range(2)]  # warm-up, round
+    out = capsys.readouterr()
+    assert "does not start" in out.err and "transformers with PEFT" in out.out
     lines = path.read_text().splitlines(keepends=True)
     rows = list(csv.DictReader(lines))
-    assert [(row["provider"], int(row["adapters"])) for row in rows] == want
-    assert all(float(row["tokens_per_second"]) == 32.0 for row in rows)  # 16 requests, 4 tokens
-    assert all(float(row["ttft_ms_p50"]) == 8.5 for row in rows)
+    assert [(row["provider"], int(row["adapters"])) for row in rows] == ROUND
+    for row in rows:  # 4 tokens each in 2 seconds
+        requests = 8 if row["provider"] == serving.PEFT else 16
+        assert int(row["requests"]) == requests
+        assert float(row["tokens_per_second"]) == 2.0 * requests
+        assert float(row["ttft_ms_p50"]) == (requests + 1) / 2
     path.write_text("".join(lines[:-1]))
     started.clear()
-    assert serving.main(flags) == 1 and started == [(serving.PEFT, 2)]
+    assert serving.main(flags) == 1 and set(started) == {(serving.PEFT, 2)}
     assert path.read_text().splitlines(keepends=True)[:-1] == lines[:-1]
+
+
+def test_rounds_of_providers_take_turns(model, started, monkeypatch, tmp_path):
+    path = tmp_path / "rounds.csv"
+    flags = ["--model", str(model), "--csv", str(path), "--requests", "4", "--prompt", "16"]
+    only = ["--only", serving.OURS, serving.PEFT, "--adapters", "3", "--rounds", "2"]
+    assert serving.main([*flags, *only]) == 0
+    rows = [(row["round"], row["provider"]) for row in csv.DictReader(path.open())]
+    assert rows == [(n, name) for n in "01" for name in (serving.OURS, serving.PEFT)]
+
+
+def test_every_adapter_has_a_request(model):
+    args = serving.parser().parse_args(["--model", str(model)])
+    for count in args.adapters:
+        asked = serving._traffic(args, serving.OURS, count, 0)
+        assert len({one.adapter for one in asked}) == max(count, 1)
+        peft = serving._traffic(args, serving.PEFT, count, 0)
+        assert peft == asked[: args.peft_requests]
+        # the adapters that PEFT loads
+        assert all((one.adapter or 0) < args.peft_requests for one in peft)
 
 
 def test_adapters_take_turns(model):

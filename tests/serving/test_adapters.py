@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from reft_kernels.serving.adapters import Form, check_fits, load_adapter
+from reft_kernels import base_model
+from reft_kernels.serving.adapters import Form, ServedModel, check_fits, load_adapter, served_model
 from reft_kernels.serving.errors import AdapterError
 from tests.conversion.folders import RANK, hub_folder, peft_folder, pyreft_model
 from tests.model.families import LAYERS, WIDTH, make
@@ -144,15 +145,45 @@ def test_corrupt_folders(tmp_path):
 def test_an_adapter_must_fit_the_model(tmp_path):
     peft_folder(tmp_path / "a")
     served = load_adapter(tmp_path / "a")
-    check_fits(served, WIDTH, LAYERS, RANK)
-    for sizes, message in (
+    check_fits(served, ServedModel(WIDTH, LAYERS), RANK)
+    for (width, layers, rank), message in (
         ((WIDTH + 1, LAYERS, RANK), "width: got an adapter of hidden size"),
         ((WIDTH, LAYERS - 1, RANK), "expected numbers below"),
         ((WIDTH, LAYERS + 1, RANK), "got 'all' of a model with"),
         ((WIDTH, LAYERS, RANK - 1), "expected at most max_rank=3"),
     ):
         with pytest.raises(AdapterError, match=message):
-            check_fits(served, *sizes)
+            check_fits(served, ServedModel(width, layers), rank)
+
+
+def test_an_adapter_must_be_of_the_model(tmp_path):
+    peft_folder(tmp_path / "a")
+    served = load_adapter(tmp_path / "a")
+    own = base_model.of_model(make("llama"))
+    assert served.fingerprint == own and served.describe()["base_fingerprint"] == own.hash
+    check_fits(served, ServedModel(WIDTH, LAYERS, own), RANK)
+    other = own._replace(config=own.config | {"model_type": "mistral"})
+    with pytest.raises(AdapterError, match="model_type llama, expected model_type mistral"):
+        check_fits(served, ServedModel(WIDTH, LAYERS, other), RANK)
+    config = tmp_path / "a" / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({n: v for n, v in settings.items() if n != "base_fingerprint"}))
+    earlier = load_adapter(tmp_path / "a")
+    assert earlier.fingerprint is None and earlier.hash == served.hash
+    check_fits(earlier, ServedModel(WIDTH, LAYERS, other), RANK)
+    config.write_text(json.dumps(settings | {"base_fingerprint": 3}))
+    with pytest.raises(AdapterError, match="a: base_fingerprint: got '3'"):
+        load_adapter(tmp_path / "a")
+
+
+def test_the_served_model_is_read_from_its_folder(tmp_path):
+    model = make("llama")
+    model.save_pretrained(tmp_path)
+    found = served_model(model.config, tmp_path)
+    assert found == (WIDTH, LAYERS, base_model.of_model(model))
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(AdapterError, match="model: .*model.safetensors: cannot be read"):
+        served_model(model.config, tmp_path)
 
 
 def test_settings_of_an_engine_are_checked():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from reft_kernels.positions import parse
+from reft_kernels.serving.adapters import ServedModel
 from reft_kernels.serving.bank import Bank
 from reft_kernels.serving.errors import AdapterError
 from reft_kernels.serving.positions import edited_ranges
@@ -15,14 +16,14 @@ from reft_kernels.serving.steps import Edit
 from reft_kernels.serving.vllm import operator, runners
 from reft_kernels.serving.vllm.messages import News
 from reft_kernels.serving.vllm.settings import parse as parse_settings
-from reft_kernels.serving.vllm.state import Model, WorkerState
+from reft_kernels.serving.vllm.state import WorkerState
 from tests.serving.served import adapter
 
 
 @pytest.fixture
 def state():
     """A worker's state with one adapter, and edits of the requests "a" and "c"."""
-    made = WorkerState(parse_settings({}), Model(6, 2), Bank((0, 1), 6, 2, 4, "cpu"))
+    made = WorkerState(parse_settings({}), ServedModel(6, 2), Bank((0, 1), 6, 2, 4, "cpu"))
     made.adapters["x"] = adapter("x")
     ranges = edited_ranges(parse("f2+l1"), False, 10)
     made.update(News({name: Edit("x", ranges) for name in "ac"}, ()), ())

@@ -9,7 +9,8 @@ import pytest
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A model with a good adapter, one of a high rank, one of another width, and a damaged one."""
+    """A model with a good adapter, one of a high rank, one each of
+    another width and another base model, and a damaged one."""
     from tests.serving.vllm.http_models import save_adapter, save_model
 
     folder = tmp_path_factory.mktemp("flags")
@@ -17,6 +18,7 @@ def base(tmp_path_factory):
     save_adapter(model, folder / "good", 0)
     save_adapter(model, folder / "high", 0, rank=32)
     save_adapter(save_model(folder / "wide-model", hidden_size=128), folder / "wide", 0)
+    save_adapter(save_model(folder / "heads-model", num_key_value_heads=2), folder / "heads", 0)
     save_adapter(model, folder / "damaged", 0)
     (folder / "damaged" / "adapter_model.safetensors").write_bytes(b"no tensors")
     return folder
@@ -35,6 +37,7 @@ WRONG = {
     "damaged": (["--adapter", "a={base}/damaged"], "--adapter a: "),
     "rank": (["--adapter", "a={base}/high", "--max-rank", "16"], "rank: got 32"),
     "width": (["--adapter", "a={base}/wide"], "hidden size 128"),
+    "base model": (["--adapter", "a={base}/heads"], "a model with num_key_value_heads 2"),
     "slots": (["--slots", "0"], "slots: got 0"),
     "max rank": (["--max-rank", "0"], "max_rank: got 0"),
     "root": (["--adapter-root", "{base}/absent"], "--adapter-root: got"),

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from peft.config import PeftConfig
 from peft.utils.constants import CONFIG_NAME, DUMMY_TARGET_MODULES
 
+from reft_kernels import base_model
 from reft_kernels import positions as positions_module
 from reft_kernels.activations import canonical_activation
 from reft_kernels.integrations.peft import atomic, saving
@@ -66,6 +67,8 @@ class ReftConfig(PeftConfig):
             weights determine it.
         modules_to_save: further modules that are trained and saved in full, such as a
             classification head.
+        base_fingerprint: set when the adapter is attached to a model: its architecture, which
+            loading and serving compare with theirs; see :mod:`reft_kernels.base_model`.
         save_id: set when the adapter is saved; see :mod:`reft_kernels.integrations.peft.atomic`.
 
     Raises:
@@ -113,6 +116,9 @@ class ReftConfig(PeftConfig):
     modules_to_save: list[str] | None = dataclasses.field(
         default=None, metadata={"help": "Modules trained in full"}
     )
+    base_fingerprint: dict | None = dataclasses.field(
+        default=None, repr=False, compare=False, metadata={"help": "Architecture of the base model"}
+    )
     save_id: str | None = dataclasses.field(
         default=None,
         repr=False,
@@ -156,6 +162,8 @@ class ReftConfig(PeftConfig):
         _one_of("parametrization", self.parametrization, PARAMETRIZATIONS)
         if self.init is not None:
             _one_of("init", self.init, INITS)
+        if self.base_fingerprint is not None:
+            base_model.from_json(self.base_fingerprint)
         if self.embed_dim is not None and (not _is_count(self.embed_dim) or self.embed_dim < 1):
             raise ValueError(
                 f"embed_dim: got {self.embed_dim!r}, expected a positive integer or None"

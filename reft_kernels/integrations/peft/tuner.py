@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from reft_kernels import base_model
 from reft_kernels.integrations.peft import combining, saving
 from reft_kernels.integrations.peft.config import ReftConfig
 from reft_kernels.integrations.peft.layer import (
@@ -128,6 +130,21 @@ def _set_base_trainable(container: AdapterContainer, trainable: bool) -> None:
         parameter.requires_grad_(trainable)
 
 
+def _note_base(model: nn.Module, name: str, config: ReftConfig) -> None:
+    """Put the model's fingerprint into a configuration; warn if its file has another model's."""
+    # here and not when saving: FSDP flattens the weights in between
+    current = base_model.of_model(model, without=(CONTAINER,))
+    if config.awaits_weights and config.base_fingerprint is not None:
+        theirs, here = base_model.from_json(config.base_fingerprint).differences(current)
+        if theirs:
+            warnings.warn(
+                f"adapter {name!r} was trained on another base model: it has {', '.join(theirs)}, "
+                f"and this one {', '.join(here)}",
+                stacklevel=2,
+            )
+    config.base_fingerprint = current.to_json()
+
+
 class ReftTuner(BaseTuner):
     """The ReFT tuner.
 
@@ -217,6 +234,7 @@ class ReftTuner(BaseTuner):
             if first and container is not None:
                 _set_base_trainable(container, True)
             raise
+        _note_base(model, adapter_name, config)
         # PEFT does not freeze a model that has tuner layers, and _attach has added them
         container = container_of(model)
         if first and container is not None:
@@ -342,6 +360,8 @@ class ReftTuner(BaseTuner):
             ValueError: see :func:`reft_kernels.integrations.peft.saving.check_complete`.
         """
         saving.check_complete(model, adapter_name)
+        if config.base_fingerprint is not None:  # the vocabulary may have grown since
+            config.base_fingerprint = base_model.resized(config.base_fingerprint, model)
         return super()._get_adapter_state_dict(
             model=model, config=config, adapter_name=adapter_name, **kwargs
         )

@@ -31,6 +31,7 @@ from reft_kernels.serving.vllm.adapter_names import AdapterNames, Version, check
 from reft_kernels.serving.vllm.adapter_root import folder_in
 from reft_kernels.serving.vllm.admission import Admission, OfferedAdapter
 from reft_kernels.serving.vllm.server_settings import SETTINGS, ServerSettings
+from reft_kernels.serving.vllm.state import model_of
 
 logger = init_logger("vllm.reft_kernels")
 router = APIRouter()
@@ -56,8 +57,7 @@ class EngineCalls:
 
     def __init__(self, engine_client: EngineClient) -> None:
         self._client = engine_client
-        config = engine_client.model_config
-        self._sizes = config.get_hidden_size(), config.hf_text_config.num_hidden_layers
+        self._model = model_of(engine_client.model_config)
         self._max_rank = engine_settings.of(engine_client.vllm_config).max_rank
 
     async def load(self, key: str, folder: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class EngineCalls:
         """
         # here first: an error of a worker arrives without its type
         adapter = await asyncio.to_thread(load_adapter, folder)
-        check_fits(adapter, *self._sizes, self._max_rank)
+        check_fits(adapter, self._model, self._max_rank)
         try:
             results = await self._client.collective_rpc("reft_load_adapter", args=(key, folder))
         except Exception as error:

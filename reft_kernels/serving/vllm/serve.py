@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from reft_kernels.serving.adapters import ServedAdapter, check_fits, load_adapter
+from reft_kernels.serving.adapters import ServedAdapter, check_fits, load_adapter, served_model
 from reft_kernels.serving.vllm.adapter_names import check_name
 from reft_kernels.serving.vllm.server_settings import SETTINGS, ServerSettings
 from reft_kernels.serving.vllm.settings import KEY, engine_arguments
@@ -122,7 +122,7 @@ def read_adapters(folders: Mapping[str, Path]) -> dict[str, ServedAdapter]:
 def check_model(
     model: str, adapters: Mapping[str, ServedAdapter], max_rank: int, trust_remote_code: bool
 ) -> None:
-    """Check that the adapters fit the model, by its configuration alone.
+    """Check that the adapters fit the model, by its configuration and files.
 
     Raises:
         ValueError: One does not, or the model's configuration cannot be read.
@@ -136,10 +136,10 @@ def check_model(
         raise ValueError(
             f"--model: got {model!r}, whose configuration is unreadable: {first}"
         ) from None
-    text = config.get_text_config()
+    served = served_model(config, model)
     for name, adapter in adapters.items():
         try:
-            check_fits(adapter, text.hidden_size, text.num_hidden_layers, max_rank)
+            check_fits(adapter, served, max_rank)
         except ValueError as error:
             raise ValueError(f"--adapter {name}: {error}") from None
 

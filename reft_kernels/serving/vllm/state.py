@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
-from reft_kernels.serving.adapters import ServedAdapter, check_fits, load_adapter
+from reft_kernels.serving.adapters import (
+    ServedAdapter,
+    ServedModel,
+    check_fits,
+    load_adapter,
+    served_model,
+)
 from reft_kernels.serving.bank import Bank
 from reft_kernels.serving.errors import UnknownAdapter
 from reft_kernels.serving.registry import Registry
@@ -13,12 +20,17 @@ from reft_kernels.serving.steps import Edit, Scheduled, Step, build_step
 from reft_kernels.serving.vllm.messages import News
 from reft_kernels.serving.vllm.settings import Settings
 
+_logger = logging.getLogger("vllm.reft_kernels")  # vLLM shows its own loggers only
 
-class Model(NamedTuple):
-    """What must fit between a model and its adapters."""
 
-    width: int
-    num_layers: int
+def model_of(config: Any) -> ServedModel:
+    """Return what adapters must fit, from vLLM's configuration of the model.
+
+    Raises:
+        AdapterError: If a file of the model is damaged.
+    """
+    text = config.hf_text_config
+    return served_model(text, config.model, config.revision, config.get_hidden_size())
 
 
 class WorkerState:
@@ -26,11 +38,11 @@ class WorkerState:
 
     Args:
         settings: The plugin's settings.
-        model: Sizes of the whole model.
+        model: What adapters must fit.
         bank: The weights on the device, of the layers that this worker holds.
     """
 
-    def __init__(self, settings: Settings, model: Model, bank: Bank) -> None:
+    def __init__(self, settings: Settings, model: ServedModel, bank: Bank) -> None:
         self.model, self.bank = model, bank
         self.adapters: dict[str, ServedAdapter] = {}  # by content hash
         self._names = Registry()
@@ -41,7 +53,12 @@ class WorkerState:
     def load(self, name: str, folder: str, positions: str | None = None) -> dict[str, Any]:
         """Read an adapter and keep it on the host; see ``ReftWorker.reft_load_adapter``."""
         adapter = load_adapter(folder, positions)
-        check_fits(adapter, self.model.width, self.model.num_layers, self.bank.max_rank)
+        check_fits(adapter, self.model, self.bank.max_rank)
+        if adapter.fingerprint is None:
+            _logger.info(
+                "%s does not say which base model it was trained on: only its sizes are checked",
+                folder,
+            )
         self._names.add(name, adapter)
         self.adapters.setdefault(adapter.hash, adapter)
         return self._describe(name)

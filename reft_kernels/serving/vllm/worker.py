@@ -11,7 +11,7 @@ from reft_kernels.serving.bank import Bank
 from reft_kernels.serving.errors import AdapterError
 from reft_kernels.serving.vllm import compatibility, messages, plugin, runners, settings
 from reft_kernels.serving.vllm.layers import find_layers, patch_layers
-from reft_kernels.serving.vllm.state import Model, WorkerState
+from reft_kernels.serving.vllm.state import WorkerState, model_of
 
 _WORKERS = {
     "cpu": "vllm.v1.worker.cpu_worker.CPUWorker",
@@ -41,17 +41,16 @@ class ReftWorker(PlatformWorker):
     def load_model(self, *args: Any, **kwargs: Any) -> Any:
         """Load the model, patch its layers and load the adapters of the settings."""
         result = super().load_model(*args, **kwargs)
-        config = self.vllm_config.model_config
-        sizes = Model(config.get_hidden_size(), config.hf_text_config.num_hidden_layers)
-        layers = find_layers(self.model_runner.get_model(), sizes.num_layers)
+        model = model_of(self.vllm_config.model_config)
+        layers = find_layers(self.model_runner.get_model(), model.num_layers)
         bank = Bank(
             list(layers),
-            sizes.width,
+            model.width,
             self.reft_settings.slots,
             self.reft_settings.max_rank,
             self.device,
         )
-        self.reft = WorkerState(self.reft_settings, sizes, bank)
+        self.reft = WorkerState(self.reft_settings, model, bank)
         patch_layers(layers)
         self.reft_steps = runners.attach(self.model_runner, self.reft)
         return result

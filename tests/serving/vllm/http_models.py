@@ -17,22 +17,25 @@ from tests.tiny_chat import chat_tokenizer
 HIDDEN, LAYERS = 64, 4
 
 
-def save_model(folder: Path, hidden_size: int = HIDDEN, layers: int = LAYERS) -> Path:
+def save_model(
+    folder: Path, hidden_size: int = HIDDEN, layers: int = LAYERS, **settings: Any
+) -> Path:
     """Save a random Llama with heads of 32, which vLLM's CPU attention has, and its tokenizer."""
     tokenizer = chat_tokenizer()
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 32,
-        num_key_value_heads=1,
-        intermediate_size=2 * hidden_size,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # larger than usual: answers that differ with the prompt
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden_size // 32,
+        "num_key_value_heads": 1,
+        "intermediate_size": 2 * hidden_size,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,  # larger than usual: answers that differ with the prompt
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = transformers.LlamaConfig(**sizes | settings)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -15,10 +15,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 START = [sys.executable, "-m", "reft_kernels.serving.vllm.serve"]
+API_KEY = "none"  # that of docs/serving.md
 # small and eager, so that the server starts in seconds and computes as transformers does
 FLAGS = [
     *("--dtype", "float32", "--enforce-eager", "--host", "127.0.0.1"),
     *("--max-model-len", "512", "--max-num-seqs", "32", "--disable-uvicorn-access-log"),
+    *("--api-key", API_KEY, "--block-size", "32"),  # 128 by default, more than the prompts have
 ]
 PATIENCE = 600
 
@@ -62,8 +64,10 @@ class HttpServer:
         return self._log.read_text(encoding="utf-8", errors="replace")
 
     def get(self, path: str) -> str:
-        """Return the body of a GET."""
-        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+        """Return the body of a GET with the key."""
+        headers = {"Authorization": f"Bearer {API_KEY}"}
+        request = urllib.request.Request(self.url + path, headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.read().decode()
 
     def processes(self) -> list[int]:

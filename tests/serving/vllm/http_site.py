@@ -14,10 +14,11 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.serving.vllm.http_models import Reference, save_adapter, save_model
-from tests.serving.vllm.http_server import HttpServer, serving
+from tests.serving.vllm.http_server import API_KEY, HttpServer, serving
 
 POSITIONS = {"a": "f2+l2", "b": "f3", "c": "l1", "d": "prompt"}
 SLOTS, MAX_RANK = 3, 8
+Prompt = str | list[str] | list[int] | list[list[int]]
 
 
 class Site:
@@ -33,19 +34,19 @@ class Site:
     def __init__(self, server: HttpServer, model: Path, root: Path) -> None:
         self.server, self.model, self.root = server, model, root
         self.reference = Reference(model)
-        self.client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+        self.client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=API_KEY, max_retries=0)
 
     def async_client(self) -> openai.AsyncOpenAI:
         """Return a new asynchronous client."""
         url = f"{self.server.url}/v1"
-        return openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=300)
+        return openai.AsyncOpenAI(base_url=url, api_key=API_KEY, max_retries=0, timeout=300)
 
     def tokens(self, prompt: str, name: str | None, count: int) -> tuple[int, ...]:
         """Return the greedy tokens of transformers with PEFT."""
         return self.reference.tokens(prompt, None if name is None else self.root / name, count)
 
     def complete(
-        self, prompt: str | list[str], name: str | None = None, count: int = 12, **options: Any
+        self, prompt: Prompt, name: str | None = None, count: int = 12, **options: Any
     ) -> list[tuple[int, ...]]:
         """Return the tokens of each answer of one request, greedy unless ``options`` say more."""
         answer = self.client.completions.create(**self._body(prompt, name, count, options))
@@ -65,7 +66,7 @@ class Site:
         return tuple(answer.choices[0].token_ids)
 
     def _body(
-        self, prompt: str | list[str], name: str | None, count: int, options: dict[str, Any]
+        self, prompt: Prompt, name: str | None, count: int, options: dict[str, Any]
     ) -> dict[str, Any]:
         fields = {"model": name or self.base, "prompt": prompt, "max_tokens": count}
         return fields | {"extra_body": {"return_token_ids": True, "temperature": 0} | options}

@@ -54,5 +54,5 @@ def test_bytes_of_an_adapter(site):
     assert listed["bytes"] == 4 * layers * rank * (2 * width + 1)
     text = PAGE.read_text()
     for layers, width in ((32, 4096), (80, 8192)):
-        for rank in (4, 8, 16):
+        for rank in (4, 8, 16, 32):
             assert f" {4 * layers * rank * (2 * width + 1) / 1e6:.1f} MB" in text

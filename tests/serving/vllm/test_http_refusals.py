@@ -118,14 +118,22 @@ def test_bodies(site):
     _refused(site, lambda: site.post("/reft/unload", name="absent"), 404, "no adapter has it")
 
 
+OTHER_MODELS = {
+    "width": {"hidden_size": 128},
+    "layers": {"layers": 6},
+    "base model's heads": {"num_key_value_heads": 2},
+    "base model's vocabulary": {"vocab_size": 999},
+}
+
+
 def _damaged(site, damage):
     from tests.serving.vllm.http_models import save_adapter, save_model
 
     folder = site.root / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
-    if damage in ("width", "layers"):
-        sizes = {"hidden_size": 128} if damage == "width" else {"layers": 6}
-        save_adapter(save_model(site.root.parent / damage, **sizes), folder, 0)
+    if damage in OTHER_MODELS:
+        model = save_model(site.root.parent / damage.replace(" ", "-"), **OTHER_MODELS[damage])
+        save_adapter(model, folder, 0)
         return
     options = {"rank": 16} if damage == "rank" else {}
     save_adapter(site.model, folder, 0, **options)
@@ -143,6 +151,8 @@ def _damaged(site, damage):
         config.write_text("{")
     elif damage == "positions":
         config.write_text(json.dumps(settings | {"positions": "m3"}))
+    elif damage == "fingerprint":
+        config.write_text(json.dumps(settings | {"base_fingerprint": "a hash"}))
     elif damage == "method":
         config.write_text(json.dumps(settings | {"peft_type": "LORA"}))
 
@@ -158,7 +168,26 @@ DAMAGES = {
     "rank": "rank: got 16",
     "width": "hidden size 128",
     "layers": "layers: got",
+    "base model's heads": "base model: got an adapter of a model with num_key_value_heads 2",
+    "base model's vocabulary": "base model: got an adapter of a model with vocab_size 999",
+    "fingerprint": "base_fingerprint: got 'a hash'",
 }
+
+
+def test_a_folder_that_names_no_base_model_is_served_with_a_note(site):
+    """As those of earlier releases and of other libraries: the sizes alone are checked."""
+    from tests.serving.vllm.http_models import save_adapter
+
+    folder = save_adapter(site.model, site.root / "earlier", 0)
+    config = folder / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    assert settings.pop("base_fingerprint")
+    config.write_text(json.dumps(settings))
+    assert site.post("/reft/load", name="earlier")["base_fingerprint"] is None
+    want = site.tokens(PROMPT, "earlier", 8)
+    assert site.complete(PROMPT, "earlier", 8) == [want]
+    site.post("/reft/unload", name="earlier")
+    assert "earlier does not say which base model" in site.server.log
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

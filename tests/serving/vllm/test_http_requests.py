@@ -117,8 +117,12 @@ def test_coefficients_and_subspaces(site):
 
 def test_prefix_caches_do_not_mix_adapters(site):
     prompt = "user assistant model system Answer: Question: " * 12  # several cached blocks
+    hits = []
     for name in [None, "a", None, "b", "a", "b"]:
+        before = site.metrics()["vllm:prefix_cache_hits_total"]
         assert site.complete(prompt, name) == [_want(site, prompt, name)], name
+        hits.append(site.metrics()["vllm:prefix_cache_hits_total"] - before > 0)
+    assert hits == [False, False, True, False, True, True]
 
 
 def test_many_requests_at_a_time(site):

@@ -236,6 +236,46 @@ def test_loading_and_unloading(served):
     served.check([(prompt, "ends")])
 
 
+@pytest.mark.parametrize("form", ("pyreft", "adapterhub"))
+def test_folders_of_other_libraries(served, tmp_path, form):
+    """As they are, beside the same folders converted for PEFT, in transformers."""
+    from reft_kernels.conversion import exact
+    from reft_kernels.conversion.common import Options
+    from reft_kernels.convert import convert
+    from tests.conversion.folders import hub_folder
+
+    folder, options = tmp_path / form, Options(positions="f2+l3", dtype="float32")
+    if form == "pyreft":
+        convert(served.paths["ends"], folder, "pyreft", options=options)
+        (folder / exact.FILE).unlink()  # pyreft writes none
+    else:
+        hub_folder(folder, tied=False, layers=(0, 2, 3), width=128)
+    positions = options.positions if form == "pyreft" else None  # AdapterHub's has its own
+    convert(
+        folder,
+        tmp_path / "converted",
+        "peft",
+        options=Options(positions=positions, dtype="float32"),
+    )
+    served.peft.load_adapter(str(tmp_path / "converted"), form)
+    call = served.llm.collective_rpc
+    (info,) = call("reft_load_adapter", args=(form, str(folder), positions))
+    assert info["base_fingerprint"] is None
+    requests = [(p, form) for p in models.prompts((4, 33, 70), seed=18)]
+    served.check([*requests, *((p, None) for p, _ in requests)])
+    assert all(served.expected(p, form) != served.expected(p, None) for p, _ in requests)
+    call("reft_unload_adapter", args=(form,))
+
+
+def test_an_adapter_of_another_base_model_is_refused(served, tmp_path):
+    other = models.make_model("qwen3", tmp_path / "model")
+    models.make_adapters(other, tmp_path, {"qwen": models.ADAPTERS["ends"]})
+    with pytest.raises(ValueError, match="with model_type qwen3, .*expected model_type llama"):
+        served.llm.collective_rpc("reft_load_adapter", args=("qwen", str(tmp_path / "qwen")))
+    assert "qwen" not in _names(served)
+    served.check([(models.prompts((20,), seed=12)[0], "ends")])
+
+
 @pytest.mark.parametrize("name", ("ends", "other"))
 def test_a_failed_load_changes_nothing(served, tmp_path, name):
     before = served.llm.collective_rpc("reft_list_adapters")
@@ -337,6 +377,26 @@ def test_a_step_without_edited_rows_calls_no_operator(served, monkeypatch):
     served.check([(prompt, "everything")], 5)
     assert calls == [0, 1, 2, 3] * 5
     assert torch.is_tensor(served.worker.reft.bank.write)
+
+
+def test_a_step_has_one_launch_a_layer(served, monkeypatch):
+    """For several adapters of one form; "tanh" has a launch of its own."""
+    from reft_kernels.serving.vllm import operator
+
+    launches = []
+    original = operator._edit_rows
+
+    def counted(hidden, residual, group, step, layer):
+        launches.append(layer)
+        return original(hidden, residual, group, step, layer)
+
+    monkeypatch.setattr(operator, "_edit_rows", counted)
+    prompts = models.prompts((20, 33), seed=19)
+    served.check([(p, a) for p in prompts for a in (None, "ends", "last", "prompt")])
+    assert launches == [0, 1, 2, 3]
+    launches.clear()
+    served.check([(p, a) for p in prompts for a in (None, "ends", "tanh")])
+    assert sorted(launches) == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_more_adapters_than_slots_wait_for_their_turn(served):
