@@ -15,6 +15,10 @@ NARROW_RANK = 16
 # (kernel, regime) -> limits for ranks up to NARROW_RANK, and beyond
 LIMITS: dict[tuple[str, str], tuple[Limits, Limits]] = {
     ("edit", "selected"): (Limits(reads=2), Limits(reads=2)),
+    # Programs that read a part of the columns, for the forward pass and for delta
+    ("project", "selected"): (Limits(), Limits()),
+    ("write", "selected"): (Limits(), Limits()),
+    ("factors", "selected"): (Limits(), Limits()),
     ("edit", "all"): (Limits(barriers=4, reads=2), Limits(barriers=4, reads=2)),
     ("edit_all_rows", "all"): (Limits(), Limits()),
     ("delta", "selected"): (Limits(), Limits()),
