@@ -56,6 +56,7 @@ def edit_backward(
         second,
         rows is not None,
         common.IS_AMD,
+        common.shared_memory(grad.device),
     )
     split = split_delta(num_rows, write, grad.dtype)
     # In groups of 16 words, so that what follows stays aligned
