@@ -102,6 +102,13 @@ def test_gradient_tiles_and_chunks_cover_the_rows(
         assert config.chunks == 1, "few rows need neither partial sums nor counters"
 
 
+@pytest.mark.parametrize("shared, stages", [(227, 3), (163, 3), (99, 2)])
+def test_gradients_of_64_ranks_fit_shared_memory(shared, stages):
+    """118,784 bytes with three buffers, more than GPUs of compute capability 8.6 and 8.9 have."""
+    config = gradient.gradient_config(8192, 4096, 64, 1, FP32, shared=shared * 1024)
+    assert (config.parts, config.num_stages) == (2, stages)
+
+
 @given(sets=st.integers(1, 64), num_rows=st.integers(1, 1 << 20), d=st.integers(1, 16384))
 def test_red_tiles_and_chunks_cover_the_rows(sets, num_rows, d):
     config = red.red_config(num_rows, d, sets)
