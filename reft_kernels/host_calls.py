@@ -32,7 +32,9 @@ from reft_kernels.arguments import EditArguments, EditBackwardArguments
 
 LIBRARY_VARIABLE = "REFT_KERNELS_HOST_LIBRARY"
 CPU, TRITON, PYTHON = 1, 2, 3  # routes, as in csrc/host/call.h
-_WORKSPACE = 9  # index of the temporary memory among the tensors of a backward pass
+# Index of the temporary memory among the tensors of a call, as in csrc/host/compute.cpp
+_EDIT_WORKSPACE = 11
+_BACKWARD_WORKSPACE = 9
 
 apply_edit: Callable[..., Tensor | None] | None = None
 """As :func:`reft_kernels.autograd.apply_edit`, or None for a call that Python must serve."""
@@ -97,9 +99,7 @@ def _address_of_cpu_kernels() -> int:
     return (ctypes.cast(function, ctypes.c_void_p).value or 0) if function else 0
 
 
-def _run(
-    key: bytes | None, name: str, arguments: tuple, tensors: Callable, workspace: int | None
-) -> Any:
+def _run(key: bytes | None, name: str, arguments: tuple, tensors: Callable, workspace: int) -> Any:
     """Run an operator; with a key, also hand the plan of its launches to the library.
 
     ``tensors`` makes the tensors of the plan, by index, of the operator's results.
@@ -130,10 +130,10 @@ def _edit(key: bytes | None, hidden: Tensor, *values: Any) -> tuple[Tensor | Non
     def tensors(results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         out = hidden if in_place else results[0]
         weights = (edit.read, edit.read_bias, edit.write, edit.subtract_bias, edit.coeff)
-        return hidden, out, edit.rows, *weights, *results[-3:]
+        return hidden, out, edit.rows, *weights, *results[-3:], None
 
     name = "edit_" if in_place else "edit"
-    results = _run(key, name, (hidden, *edit, save), tensors, None)
+    results = _run(key, name, (hidden, *edit, save), tensors, _EDIT_WORKSPACE)
     saved_input, u, z = results[-3:]
     return (
         None if in_place else results[0],
@@ -163,7 +163,7 @@ def _edit_backward(key: bytes | None, grad: Tensor, *values: Any) -> tuple[Tenso
 
     name = "edit_backward_" if in_place else "edit_backward"
     needs = (need_weights,) if in_place else (need_hidden, need_weights)
-    results = _run(key, name, (grad, *saved, *needs), tensors, _WORKSPACE)
+    results = _run(key, name, (grad, *saved, *needs), tensors, _BACKWARD_WORKSPACE)
     grad_read, grad_read_bias, grad_write, grad_subtract_bias, grad_coeff = results[-5:]
     return (
         results[0] if need_hidden and not in_place else None,

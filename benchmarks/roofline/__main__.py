@@ -6,7 +6,8 @@
 
 No GPU is needed and none is used. The model is in :mod:`benchmarks.roofline.model`. Both backends
 are estimated side by side; ``csrc/cuda`` needs nvcc. ``--instances`` adds what the machine code of
-all its kernels does. ``--save`` keeps the table for ``python -m benchmarks.page``.
+all its kernels does. Without ``--rows``, edits of selected rows are estimated at ranks 32 and 64
+too. ``--save`` keeps the table for ``python -m benchmarks.page``.
 """
 
 from __future__ import annotations
@@ -86,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
     answers = []
     shape = (args.d, args.rank, getattr(torch, args.dtype), rows)
     asked = [shapes.questions(*shape, backend) for backend in args.backend]
+    if rows is None:
+        for backend, found in zip(args.backend, asked, strict=True):
+            found += shapes.wide_questions(*shape[:3], backend)
     for alternatives in zip(*asked, strict=True):
         for backend, question in zip(args.backend, alternatives, strict=True):
             if question.operator in args.operator:

@@ -18,6 +18,7 @@ ROWS_IN_STATE = 8192  # rows of the hidden state from which a few are selected
 LAYERS = (1, 32)
 SELECTED = (112, 448)  # f7+l7 of 8 and of 32 prompts
 ALL = (8192, 65536)
+WIDE_RANKS = (32, 64)  # at which selected rows are estimated, too
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,31 @@ def red(num_rows: int, d: int, dtype: torch.dtype, selected: bool, backward: boo
     edit.backend.red_backward(edit.hidden, edit.hidden, saved, edit.rows, None, scale, True)
 
 
+def _of_edit(edit: EditCall, shape: str, n: int) -> list[Question]:
+    """Return the calls of an edit of n rows, forward and backward."""
+    d = edit.hidden.shape[1]
+    state = n * d * edit.hidden.element_size()
+    # selected rows are saved for the backward pass
+    moved = (2 if edit.rows is None else 3) * state
+    return [
+        Question("edit", shape, edit.forward, moved, state, n * d),
+        Question("edit backward", shape, edit.backward, 3 * state, state, n * d),
+    ]
+
+
+def wide_questions(d: int, rank: int, dtype: torch.dtype, backend: str) -> list[Question]:
+    """Return the edits of selected rows at WIDE_RANKS other than ``rank``."""
+    return [
+        question
+        for r in WIDE_RANKS
+        for n in SELECTED
+        if r != rank and r <= d
+        for question in _of_edit(
+            EditCall(n, d, r, dtype, True, backend=backend), f"{n:,} selected rows, r = {r}", n
+        )
+    ]
+
+
 def questions(
     d: int = 4096,
     rank: int = 8,
@@ -184,13 +210,9 @@ def questions(
     counts = SELECTED + ALL if rows is None else rows
     for n in counts:
         selected = n in SELECTED if rows is None else n <= 1024
-        state = n * d * dtype.itemsize
         edit = EditCall(n, d, rank, dtype, selected, backend=backend)
         shape = f"{n:,} {'selected' if selected else 'of all'} rows"
-        # selected rows are saved for the backward pass
-        moved = (3 if selected else 2) * state
-        result.append(Question("edit", shape, edit.forward, moved, state, n * d))
-        result.append(Question("edit backward", shape, edit.backward, 3 * state, state, n * d))
+        result += _of_edit(edit, shape, n)
     for layers in LAYERS:
         size = layers * d * rank * 4
         shape = f"{layers} layer{'s' if layers > 1 else ''}"

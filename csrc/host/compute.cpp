@@ -234,11 +234,14 @@ Edited edit_on_gpu(const Edit& e) {
   if (!stream || saved_bytes(e, sizes) >= kLargeMemory)
     return edit_in_python(e, plan ? nullptr : &key);
   Edited result = new_results(e, sizes);
+  c10::Storage workspace;  // partial sums between two launches
+  if (plan->workspace_bytes) workspace = new_memory(plan->workspace_bytes, e.hidden);
   const void* tensors[] = {address(e.hidden),        address(result.out), address(e.rows),
                            address(e.read),          address(e.read_bias), address(e.write),
                            address(e.subtract_bias), address(e.coeff),
                            address(result.saved_input),
-                           address(result.u),        address(result.z)};
+                           address(result.u),        address(result.z),
+                           workspace ? workspace.data() : nullptr};
   const WithoutGil released;  // the driver waits if its queue is full
   run(*plan, *stream, tensors);
   return result;

@@ -1,4 +1,4 @@
-"""Forward pass of the edit: one launch for a layer.
+"""Forward pass of the edit: one launch for a layer, or two where the weights are large.
 
 A program processes BLOCK_N rows. It loops over the columns twice: first to compute z = A x, or
 (A - B) x, and then to compute y = x + B^T (coeff * u). x is read again in the second loop.
@@ -8,6 +8,8 @@ read and written for one set only.
 Each step of a loop divides its columns among the warps: the products are batches of SLICES small
 products, so that no two warps load, split or multiply the same weights, and the sum over the slices
 is computed once, after the loop. The loads of a step are issued while previous steps are computed.
+
+Few rows at large ranks take the two launches of :mod:`reft_kernels.triton.edit_split` instead.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from reft_kernels import allocation
-from reft_kernels.triton import common, edit_all_rows, edit_tile, launch
+from reft_kernels.triton import common, edit_all_rows, edit_split, edit_tile, launch
 
 FEW_ROWS = 1024  # more rows are bandwidth-bound: the weights are shared by more rows per program
 _BUFFERS = 92 * 1024  # GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program
@@ -138,7 +140,6 @@ def edit_kernel(
     EVEN means that BLOCK_D divides d.
     """
     FOLD: tl.constexpr = SUBTRACT and ACTIVATION == "linear"
-    INNER: tl.constexpr = BLOCK_R if BLOCK_R >= 16 else 16  # inner dimension of the second product
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < num_rows
     row, valid, row_set, first_set, last_set = edit_tile.find_rows(
@@ -146,9 +147,7 @@ def edit_kernel(
     )
     part = edit_tile.columns(SLICES, BLOCK_D // SLICES)
     x_rows = source + row[None, :, None] * source_stride_n
-    y_rows = out + row[None, :, None] * out_stride_n
     i = tl.arange(0, BLOCK_R)[None, None, :]
-    k = tl.arange(0, INNER)[None, :, None]
     for s in range(first_set, last_set + 1):
         active = valid
         stored = inside
@@ -170,6 +169,7 @@ def edit_kernel(
                 i < r,
                 d,
                 part,
+                d,
                 FOLD,
                 EVEN,
                 BLOCK_N,
@@ -190,6 +190,7 @@ def edit_kernel(
                 i < r,
                 d,
                 part,
+                d,
                 False,
                 EVEN,
                 BLOCK_N,
@@ -216,26 +217,29 @@ def edit_kernel(
             BLOCK_N,
             BLOCK_R,
         )
-        u = edit_tile.batch(u, SLICES, BLOCK_N, BLOCK_R, INNER)
-        for done in tl.range(0, d, BLOCK_D, num_stages=WRITE_STAGES):
-            # From the last columns to the first: the last ones read are still in the cache
-            col = tl.cdiv(d, BLOCK_D) * BLOCK_D - BLOCK_D - done + part
-            column = col.to(tl.int64)
-            mask = edit_tile.column_mask(x_mask, col, d, EVEN)
-            x = tl.load(x_rows + column * source_stride_d, mask=mask, other=0.0)
-            w = tl.load(
-                write + (weights + k) * d + col,
-                mask=edit_tile.column_mask(k < r, col, d, EVEN),
-                other=0.0,
-            )
-            y = x.to(tl.float32) + common.dot_small(u, w, SMALL_PRECISION)
-            if SAVE and rows is not None:
-                tl.store(
-                    saved_input + n[None, :, None].to(tl.int64) * d + col,
-                    x,
-                    mask=edit_tile.column_mask(stored[None, :, None], col, d, EVEN),
-                )
-            tl.store(y_rows + column * out_stride_d, y.to(x.dtype), mask=mask)
+        edit_tile.add_edit(
+            x_rows,
+            out + row[None, :, None] * out_stride_n,
+            saved_input + n[None, :, None].to(tl.int64) * d,
+            x_mask,
+            stored[None, :, None],
+            source_stride_d,
+            out_stride_d,
+            write,
+            weights,
+            u,
+            d,
+            r,
+            part,
+            d,
+            SAVE and rows is not None,
+            EVEN,
+            BLOCK_N,
+            BLOCK_R,
+            SLICES,
+            WRITE_STAGES,
+            SMALL_PRECISION,
+        )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -310,6 +314,30 @@ def edit(
                 on_chip, source, out, read, read_bias, write, coeff, u, z, activation, save
             )
             return saved_input, u, z
+    split = None
+    if read is not None or subtract_projection:
+        split = edit_split.split_config(
+            num_rows, d, rank, source.dtype, write.dtype, 1 + (read is not None), common.IS_AMD
+        )
+    if split is not None:
+        edit_split.launch_edit(
+            split,
+            source,
+            out,
+            rows,
+            weight_ids,
+            read,
+            read_bias,
+            write,
+            subtract_bias,
+            coeff,
+            (saved_input, u, z),
+            num_rows,
+            subtract_projection,
+            activation,
+            save,
+        )
+        return saved_input, u, z
     config = edit_config(num_rows, d, rank, source.dtype, subtract_projection, common.IS_AMD)
     launch.launch(
         _bound(config, d, source.dtype, source.device.type, subtract_projection, activation, save),

@@ -1,6 +1,7 @@
-"""Backward pass of the edit: at most two launches for a layer.
+"""Backward pass of the edit: at most two launches for a layer, three for few rows at large ranks.
 
-1. :mod:`reft_kernels.triton.edit_delta` computes dz, coeff * u, ddelta and dcoeff, ``[N, r]``.
+1. :mod:`reft_kernels.triton.edit_delta` computes dz, coeff * u, ddelta and dcoeff, ``[N, r]``, in
+   one launch or two.
 2. :mod:`reft_kernels.triton.edit_gradient` computes dh and the gradients of the weights.
 """
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from reft_kernels import allocation
-from reft_kernels.triton import common, edit_gradient
-from reft_kernels.triton.edit_delta import launch_delta
+from reft_kernels.triton import common, edit_gradient, edit_split
+from reft_kernels.triton.edit_delta import launch_delta, split_delta
 
 
 def edit_backward(
@@ -31,7 +32,7 @@ def edit_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Implement :func:`reft_kernels.reference.edit_backward`.
 
-    The second launch is omitted if only dcoeff is needed.
+    The last launch is omitted if only dcoeff is needed.
     """
     num_rows = allocation.num_selected_rows(grad, rows)
     linear = activation == "linear"
@@ -55,13 +56,20 @@ def edit_backward(
         second,
         rows is not None,
         common.IS_AMD,
+        common.shared_memory(grad.device),
     )
-    workspace = grad.new_empty(
-        edit_gradient.workspace_words(num_rows, write, config, second), dtype=torch.float32
-    )
+    split = split_delta(num_rows, write, grad.dtype)
+    # In groups of 16 words, so that what follows stays aligned
+    partial_groups = common.cdiv(edit_gradient.workspace_words(num_rows, write, config, second), 16)
+    partials = 0 if split is None else edit_split.partial_words(split, num_rows)
+    workspace = grad.new_empty(16 * partial_groups + partials, dtype=torch.float32)
     groups = edit_gradient.counter_groups(write, config)
     launch_delta(
-        grad, rows, weight_ids, write, coeff, u, z, workspace, groups, grads[4], activation, second
+        *(grad, rows, weight_ids, write, coeff, u, z, workspace, groups, grads[4]),
+        activation,
+        second,
+        split,
+        partial_groups,
     )
     if out is not None or need_weights:
         edit_gradient.launch_gradient(

@@ -5,6 +5,9 @@ dcoeff = u * delta, all ``[N, r]``. It reads g once. Each program processes BLOC
 products are batched: each warp sums over its own columns, so that no warp waits for a long chain of
 dependent products, and each weight is split into bf16 terms by one warp of the program only.
 
+Few rows at large ranks take two launches: the partial sums of delta over parts of the columns
+(:mod:`reft_kernels.triton.edit_split`), and ``factors_kernel``, which adds them.
+
 The kernel also sets the second launch's counters to zero (:mod:`reft_kernels.triton.reduction`).
 """
 
@@ -18,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reft_kernels.triton import common, edit_tile, factors, launch
+from reft_kernels.triton import common, edit_split, edit_tile, factors, launch
 
 _STAGE_BYTES = 20 * 1024
 _BUFFER_BYTES = 92 * 1024  # GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program
@@ -67,6 +70,58 @@ def delta_config(
     return DeltaConfig(block_n, columns, block_r, num_warps, num_stages)
 
 
+@triton.jit
+def clear_counters(workspace, counter_groups):
+    """Set the second launch's counters to zero."""
+    lane = tl.arange(0, 16)
+    for group in range(tl.program_id(0), counter_groups, tl.num_programs(0)):
+        tl.store(workspace.to(tl.pointer_type(tl.int32)) + group * 16 + lane, 0)
+
+
+@triton.jit
+def store_factors(
+    delta,
+    n,
+    inside,
+    valid,
+    coeff,
+    u,
+    z,
+    workspace,
+    dcoeff_out,
+    num_rows,
+    counter_groups,
+    r,
+    ACTIVATION: tl.constexpr,
+    SECOND: tl.constexpr,
+    TERMS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Store the factors and dcoeff of the entries n, given delta ``[BLOCK_N, BLOCK_R]``."""
+    i = tl.arange(0, BLOCK_R)
+    small = n.to(tl.int64)[:, None] * r + i[None, :]
+    inside_small = inside[:, None] & (i < r)[None, :]
+    valid_small = valid[:, None] & (i < r)[None, :]
+    used = tl.load(u + small, mask=valid_small, other=0.0)
+    ddelta = delta
+    if coeff is not None:
+        tl.store(dcoeff_out + small, used * delta, mask=inside_small)
+        c = tl.load(coeff + small, mask=valid_small, other=0.0).to(tl.float32)
+        ddelta = c * delta
+        used *= c
+    dz = ddelta
+    if ACTIVATION != "linear":
+        saved = tl.load(z + small, mask=valid_small, other=0.0)
+        dz = ddelta * common.activation_derivative(saved, ACTIVATION)
+    dz_out = workspace + counter_groups * 16
+    size = tl.cast(num_rows, tl.int64) * BLOCK_R
+    row_mask = inside[:, None]
+    factors.store(dz_out, n, i, dz, row_mask, BLOCK_R, TERMS)
+    factors.store(dz_out + size, n, i, used, row_mask, BLOCK_R, TERMS)
+    if SECOND:
+        factors.store(dz_out + 2 * size, n, i, -ddelta, row_mask, BLOCK_R, TERMS)
+
+
 @triton.jit(do_not_specialize=["num_rows", "counter_groups"])
 def delta_kernel(
     grad,
@@ -96,11 +151,8 @@ def delta_kernel(
 ):
     """Compute the factors of BLOCK_N rows; see :func:`launch_delta`."""
     BLOCK_K: tl.constexpr = BLOCK_D // BATCH
-    program = tl.program_id(0)
-    lane = tl.arange(0, 16)
-    for group in range(program, counter_groups, tl.num_programs(0)):
-        tl.store(workspace.to(tl.pointer_type(tl.int32)) + group * 16 + lane, 0)
-    n = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    clear_counters(workspace, counter_groups)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     i = tl.arange(0, BLOCK_R)
     inside = n < num_rows
     row, valid, row_set, first_set, last_set = edit_tile.find_rows(
@@ -124,28 +176,72 @@ def delta_kernel(
             )
             w = tl.load(w_rows + col, mask=(i < r)[None, :, None] & (col < d), other=0.0)
             acc = edit_tile.add_product(acc, g, w, PRECISION)
-    delta = tl.sum(acc, 0)
-    small = n.to(tl.int64)[:, None] * r + i[None, :]
-    inside_small = inside[:, None] & (i < r)[None, :]
-    valid_small = valid[:, None] & (i < r)[None, :]
-    used = tl.load(u + small, mask=valid_small, other=0.0)
-    ddelta = delta
-    if coeff is not None:
-        tl.store(dcoeff_out + small, used * delta, mask=inside_small)
-        c = tl.load(coeff + small, mask=valid_small, other=0.0).to(tl.float32)
-        ddelta = c * delta
-        used *= c
-    dz = ddelta
-    if ACTIVATION != "linear":
-        saved = tl.load(z + small, mask=valid_small, other=0.0)
-        dz = ddelta * common.activation_derivative(saved, ACTIVATION)
-    dz_out = workspace + counter_groups * 16
+    store_factors(
+        tl.sum(acc, 0),
+        n,
+        inside,
+        valid,
+        coeff,
+        u,
+        z,
+        workspace,
+        dcoeff_out,
+        num_rows,
+        counter_groups,
+        r,
+        ACTIVATION,
+        SECOND,
+        TERMS,
+        BLOCK_R,
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows", "counter_groups", "partial_groups"])
+def factors_kernel(
+    rows,
+    coeff,
+    u,
+    z,
+    workspace,
+    dcoeff_out,
+    num_rows,
+    counter_groups,
+    partial_groups,
+    r,
+    ACTIVATION: tl.constexpr,
+    SECOND: tl.constexpr,
+    TERMS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Compute the factors of BLOCK_N rows from the partial sums of delta."""
+    clear_counters(workspace, counter_groups)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < num_rows
+    valid = inside
+    if rows is not None:
+        valid = tl.load(rows + n, mask=inside, other=-1) >= 0
+    partials = workspace + tl.cast(partial_groups, tl.int64) * 16
     size = tl.cast(num_rows, tl.int64) * BLOCK_R
-    row_mask = inside[:, None]
-    factors.store(dz_out, n, i, dz, row_mask, BLOCK_R, TERMS)
-    factors.store(dz_out + size, n, i, used, row_mask, BLOCK_R, TERMS)
-    if SECOND:
-        factors.store(dz_out + 2 * size, n, i, -ddelta, row_mask, BLOCK_R, TERMS)
+    store_factors(
+        edit_split.sum_parts(partials, n, inside, size, PARTS, BLOCK_N, BLOCK_R),
+        n,
+        inside,
+        valid,
+        coeff,
+        u,
+        z,
+        workspace,
+        dcoeff_out,
+        num_rows,
+        counter_groups,
+        r,
+        ACTIVATION,
+        SECOND,
+        TERMS,
+        BLOCK_R,
+    )
 
 
 @functools.lru_cache(maxsize=1024)
@@ -178,6 +274,30 @@ def _bound(
     )
 
 
+@functools.lru_cache(maxsize=1024)
+def _bound_factors(
+    config: edit_split.SplitConfig, rank: int, dtype: torch.dtype, activation: str, second: bool
+) -> launch.BoundKernel:
+    return launch.BoundKernel(
+        factors_kernel,
+        {
+            "ACTIVATION": activation,
+            "SECOND": second,
+            "TERMS": factors.terms(rank, dtype),
+            "PARTS": config.parts,
+            "BLOCK_N": config.block_n,
+            "BLOCK_R": config.block_r,
+        },
+        {"num_warps": 4},
+    )
+
+
+def split_delta(num_rows: int, write: Tensor, dtype: torch.dtype) -> edit_split.SplitConfig | None:
+    """Return the launch parameters of delta in two launches; None where one takes less time."""
+    rank, d = write.shape[-2:]
+    return edit_split.split_config(num_rows, d, rank, dtype, write.dtype, 1, common.IS_AMD)
+
+
 def launch_delta(
     grad: Tensor,
     rows: Tensor | None,
@@ -191,8 +311,10 @@ def launch_delta(
     grad_coeff: Tensor,
     activation: str,
     second: bool,
+    split: edit_split.SplitConfig | None = None,
+    partial_groups: int = 0,
 ) -> None:
-    """Launch :func:`delta_kernel`.
+    """Launch :func:`delta_kernel`, or with ``split`` the partial sums and ``factors_kernel``.
 
     Args:
         grad: g ``[M, d]``, with any strides.
@@ -204,9 +326,24 @@ def launch_delta(
         grad_coeff: fp32 ``[N, r]``, output; not written without ``coeff``.
         activation: Canonical activation name.
         second: Whether ddelta differs from dz and is needed.
+        split: Result of :func:`split_delta`.
+        partial_groups: Groups of 16 words of ``workspace`` before the partial sums of ``split``.
     """
     num_rows, rank = u.shape
     d = grad.shape[1]
+    if split is not None:
+        edit_split.launch_project(
+            *(split, grad, rows, weight_ids, write, write, workspace, partial_groups, num_rows),
+            fold=False,
+            second=False,
+        )
+        launch.launch(
+            _bound_factors(split, rank, grad.dtype, activation, second),
+            (common.cdiv(num_rows, split.block_n),),
+            (rows, coeff, u, z, workspace, grad_coeff),
+            (num_rows, counter_groups, partial_groups, rank),
+        )
+        return
     config = delta_config(num_rows, d, rank, grad.dtype, common.IS_AMD)
     launch.launch(
         _bound(config, rank, grad.dtype, grad.device.type, activation, second),

@@ -35,6 +35,7 @@ from torch import Tensor
 from reft_kernels.triton import common, edit_sum, edit_tile, factors, launch, reduction
 
 FEW_ROWS = 1024
+_SHARED_PARTS = 128 * 1024  # of programs with two parts of the ranks and two buffers in flight
 _BUFFERS = 92 * 1024  # GPUs of compute capability 8.6 and 8.9 have 99 KiB for a program
 
 
@@ -48,6 +49,7 @@ class GradientConfig:
     chunks: int  # number of programs that share the rows of one block of columns
     num_warps: int
     num_stages: int  # buffers of the loads
+    parts: int  # parts of the ranks, for each of which the weights' gradients are summed
 
 
 @functools.lru_cache(maxsize=1024)
@@ -60,8 +62,13 @@ def gradient_config(
     second: bool = False,
     rows_selected: bool = False,
     amd: bool = False,
+    shared: int = 227 * 1024,
 ) -> GradientConfig:
     """Return the launch parameters of ``gradient_kernel`` for a shape.
+
+    The weights' gradients of 64 ranks are two products of 32 rows: products of 64 rows go through
+    tensor memory on sm_100, where Triton puts four barriers around each. With 64 columns and 8
+    warps each warp has its own columns, so that rebuilt rows of x stay in it.
 
     The tiles compile without register spills on all targets (tests/triton/aot.py). Few rows get
     narrow blocks of columns and one chunk, many rows wide blocks. Not tuned on a GPU yet.
@@ -75,11 +82,18 @@ def gradient_config(
         second: Whether ddelta differs from dz and needs its own products.
         rows_selected: Whether the call has ``rows``.
         amd: Whether the target is an AMD GPU.
+        shared: Bytes of shared memory that a program can use.
     """
     block_r = factors.padded_rank(rank, dtype)
     columns = max(common.MIN_DOT, common.next_power_of_2(d))
     few = num_rows <= FEW_ROWS
-    if dtype == torch.float32:
+    wide = dtype == torch.float32
+    # Larger ranks, and the sums of ddelta and x in fp32, would spill registers
+    parts = 2 if block_r == 64 and not amd and not (wide and second) else 1
+    if parts > 1:
+        block_n, block_d, num_warps = (16 if wide else 32), 64, 8
+        num_stages = 3 if shared >= _SHARED_PARTS else 2
+    elif wide:
         block_n, block_d, num_warps, num_stages = 16, 64, 4, 3
         if block_r > 32 or second or (block_r > 16 and amd):
             block_d, num_warps, num_stages = 16 if block_r > 32 else 32, 8, 2
@@ -92,20 +106,23 @@ def gradient_config(
     else:
         # 8 elements of a tile for each thread: dh is exchanged between the warps at once
         block_n, block_d, num_warps, num_stages = 32, 64, 8, 4
-    if few and block_d > 32:
+    if few and block_d > 32 and parts == 1:
         # The narrower tile leaves registers for more rows
         block_n, block_d = (64 if block_r == 8 and not second else block_n), 32
         num_warps = 4
-    if rows_selected and not amd and dtype != torch.float32:
+    if rows_selected and not amd and not wide:
         # Row numbers are loaded a step before the rows
         loads = 5 if second else 3  # of factors, whose rows have block_r words
-        step = block_n * (2 * block_d * dtype.itemsize + loads * block_r * 4)
+        words = loads * block_r
+        if parts > 1 and dtype == torch.bfloat16:
+            words -= (2 if second else 1) * block_r // 2  # low terms that dh does not take
+        step = block_n * (2 * block_d * dtype.itemsize + words * 4)
         num_stages = 1 + max(2, min(4, _BUFFERS // step))
     block_d = min(columns, block_d)
     # About four programs per SM of a large GPU (132 SMs)
     max_chunks = max(1, 528 // (common.cdiv(d, block_d) * sets))
     chunks = max(1, min(max_chunks, num_rows // FEW_ROWS))
-    return GradientConfig(block_n, block_d, block_r, chunks, num_warps, num_stages)
+    return GradientConfig(block_n, block_d, block_r, chunks, num_warps, num_stages, parts)
 
 
 @triton.jit(do_not_specialize=["num_rows", "counter_groups", "num_sets", "chunks"])
@@ -139,6 +156,7 @@ def gradient_kernel(
     NEED_WEIGHTS: tl.constexpr,
     SUMS_CHUNKS: tl.constexpr,
     TERMS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -156,6 +174,8 @@ def gradient_kernel(
     CORRECTS: tl.constexpr = NEEDS_X and rows is None and TERMS == 1
     EXACT: tl.constexpr = grad.dtype.element_ty != tl.bfloat16
     WIDTH: tl.constexpr = 16 if TERMS == 1 else BLOCK_R
+    RANKS: tl.constexpr = BLOCK_R // PARTS
+    SUM_ROWS: tl.constexpr = 16 if TERMS == 1 else RANKS
     SUMS: tl.constexpr = BLOCK_N if TERMS == 0 else 16
     block = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -177,14 +197,15 @@ def gradient_kernel(
     if out is not None and (read is not None or FOLD):
         a = edit_tile.read_weight(read, write, w_offsets, w_mask, FOLD).to(tl.float32)
         a_high, a_low = factors.weight_terms(a, TERMS)
-    acc_a = tl.zeros((WIDTH, BLOCK_D), tl.float32)
-    acc_b = tl.zeros((WIDTH, BLOCK_D), tl.float32)
-    acc_c = tl.zeros((WIDTH, SUMS), tl.float32)
-    acc_q = tl.zeros((WIDTH, SUMS), tl.float32)
+    acc_a = factors.zeros(SUM_ROWS, BLOCK_D, PARTS)
+    acc_b = factors.zeros(SUM_ROWS, BLOCK_D, PARTS)
+    acc_c = factors.zeros(SUM_ROWS, SUMS, PARTS)
+    acc_q = factors.zeros(SUM_ROWS, SUMS, PARTS)
     acc_a_used = tl.zeros((WIDTH, WIDTH), tl.float32)
     acc_b_used = tl.zeros((WIDTH, WIDTH), tl.float32)
     steps = tl.cdiv(num_rows, BLOCK_N)
     for turn in tl.range(0, tl.cdiv(steps - chunk, chunks), num_stages=STAGES):
+        first = tl.cast(steps - 1 - chunk - turn * chunks, tl.int64) * BLOCK_N
         n = (steps - 1 - chunk - turn * chunks) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < num_rows
         row = n.to(tl.int64)
@@ -203,10 +224,10 @@ def gradient_kernel(
             other=0.0,
         )
         if NEED_WEIGHTS:
-            dz_high, dz_low = factors.load_transposed(dz, n, present, BLOCK_R, TERMS)
-            used_high, used_low = factors.load_transposed(used, n, present, BLOCK_R, TERMS)
+            dz_t = factors.load_parts(dz, first, present, PARTS, BLOCK_R, TERMS)
+            used_t = factors.load_parts(used, first, present, PARTS, BLOCK_R, TERMS)
             if SECOND:
-                dd_high, dd_low = factors.load_transposed(minus_ddelta, n, present, BLOCK_R, TERMS)
+                dd_t = factors.load_parts(minus_ddelta, first, present, PARTS, BLOCK_R, TERMS)
         if NEEDS_X:
             saved_row = row if rows is None else n.to(tl.int64)
             x = tl.load(
@@ -217,35 +238,35 @@ def gradient_kernel(
                 other=0.0,
             )
             if REBUILDS or CORRECTS:
-                row_high, row_low = factors.load(used, n, present, BLOCK_R, TERMS)
+                row_high, row_low = factors.load(used, first, present, BLOCK_R, TERMS)
             if REBUILDS:
                 edit = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
                 edit = factors.expand(
                     edit, row_high, row_low, b_high, b_low, True, TERMS, PRECISION
                 )
                 x = (x.to(tl.float32) - edit).to(x.dtype)
-            acc_a = factors.outer(acc_a, dz_high, dz_low, x, TERMS, PRECISION)
+            acc_a = factors.outers(acc_a, dz_t, x, PARTS, TERMS, PRECISION)
             if CORRECTS:
                 acc_a_used = factors.gram(
-                    acc_a_used, dz_high, dz_low, row_high, row_low, TERMS, PRECISION
+                    acc_a_used, dz_t[0], dz_t[1], row_high, row_low, TERMS, PRECISION
                 )
         if NEED_WEIGHTS:
-            acc_c = factors.row_sums(acc_c, dz_high, dz_low, BLOCK_N, TERMS, PRECISION)
-            acc_b = factors.outer(acc_b, used_high, used_low, g, TERMS, PRECISION)
+            acc_c = factors.row_sums(acc_c, dz_t, PARTS, BLOCK_N, TERMS, PRECISION)
+            acc_b = factors.outers(acc_b, used_t, g, PARTS, TERMS, PRECISION)
             if SECOND:
-                acc_q = factors.row_sums(acc_q, dd_high, dd_low, BLOCK_N, TERMS, PRECISION)
-                acc_b = factors.outer(acc_b, dd_high, dd_low, x, TERMS, PRECISION)
+                acc_q = factors.row_sums(acc_q, dd_t, PARTS, BLOCK_N, TERMS, PRECISION)
+                acc_b = factors.outers(acc_b, dd_t, x, PARTS, TERMS, PRECISION)
                 if CORRECTS:
                     acc_b_used = factors.gram(
-                        acc_b_used, dd_high, dd_low, row_high, row_low, TERMS, PRECISION
+                        acc_b_used, dd_t[0], dd_t[1], row_high, row_low, TERMS, PRECISION
                     )
         if out is not None:
             dh = g.to(tl.float32)
             if read is not None or FOLD:
-                high, low = factors.load(dz, n, present, BLOCK_R, TERMS)
+                high, low = factors.load(dz, first, present, BLOCK_R, TERMS)
                 dh = factors.expand(dh, high, low, a_high, a_low, EXACT, TERMS, PRECISION)
             if SECOND:
-                high, low = factors.load(minus_ddelta, n, present, BLOCK_R, TERMS)
+                high, low = factors.load(minus_ddelta, first, present, BLOCK_R, TERMS)
                 dh = factors.expand(dh, high, low, b_high, b_low, EXACT, TERMS, PRECISION)
             tl.store(
                 out + row[:, None] * out_stride_n + column[None, :] * out_stride_d,
@@ -253,46 +274,51 @@ def gradient_kernel(
                 mask=mask,
             )
     if NEED_WEIGHTS:
+        # With terms the columns of acc_c are equal, and so are those of acc_q
+        COPIES: tl.constexpr = 1 if TERMS == 0 else 16
         if CORRECTS:
             # x = y - B^T used: the products with y are corrected by those with B^T used
             b = tl.load(write + w_offsets, mask=w_mask, other=0.0).to(tl.float32)
             b_high, b_low = factors.weight_terms(b, TERMS)
-            acc_a = factors.subtract_product(acc_a, acc_a_used, b_high, b_low, PRECISION)
+        for part in tl.static_range(PARTS):
+            part_a = acc_a[part]
+            part_b = acc_b[part]
+            if CORRECTS:
+                part_a = factors.subtract_product(part_a, acc_a_used, b_high, b_low, PRECISION)
+                if SECOND:
+                    part_b = factors.subtract_product(part_b, acc_b_used, b_high, b_low, PRECISION)
+            sum_a = factors.fold(part_a, BLOCK_D, RANKS, TERMS)
+            sum_b = factors.fold(part_b, BLOCK_D, RANKS, TERMS)
+            sum_c = tl.sum(factors.fold(acc_c[part], SUMS, RANKS, TERMS), 1) / COPIES
+            if FOLD:
+                sum_b -= sum_a
+            subtract = -sum_c
             if SECOND:
-                acc_b = factors.subtract_product(acc_b, acc_b_used, b_high, b_low, PRECISION)
-        sum_a = factors.fold(acc_a, BLOCK_D, BLOCK_R, TERMS)
-        sum_b = factors.fold(acc_b, BLOCK_D, BLOCK_R, TERMS)
-        # With terms the columns of acc_c are equal, and so are those of acc_q
-        COPIES: tl.constexpr = 1 if TERMS == 0 else 16
-        sum_c = tl.sum(factors.fold(acc_c, SUMS, BLOCK_R, TERMS), 1) / COPIES
-        if FOLD:
-            sum_b -= sum_a
-        i = tl.arange(0, BLOCK_R)
-        offsets = (tl.cast(s, tl.int64) * r + i[:, None]) * d + column[None, :]
-        mask = (i < r)[:, None] & c_mask[None, :]
-        b_offsets = tl.cast(s, tl.int64) * r + i
-        b_mask = i + block * BLOCK_R < r  # only block 0 stores the bias gradients
-        subtract = -sum_c
-        if SECOND:
-            subtract = tl.sum(factors.fold(acc_q, SUMS, BLOCK_R, TERMS), 1) / COPIES
-        if chunks == 1:
-            tl.store(grad_write + offsets, sum_b, mask=mask)
-            if read is not None:
-                tl.store(grad_read + offsets, sum_a, mask=mask)
-            tl.store(grad_read_bias + b_offsets, sum_c, mask=b_mask)
-            if SUBTRACT:
-                tl.store(grad_subtract_bias + b_offsets, subtract, mask=b_mask)
-        else:
-            partials = dz + (3 if SECOND else 2) * size
-            matrix = reduction.padded(tl.cast(num_sets, tl.int64) * r * d)
-            vector = reduction.padded(tl.cast(num_sets, tl.int64) * r)
-            own = partials + chunk * (2 * matrix + 2 * vector)
-            tl.store(own + offsets, sum_b, mask=mask)
-            tl.store(own + matrix + offsets, sum_a, mask=mask)
-            tl.store(own + 2 * matrix + b_offsets, sum_c, mask=b_mask)
-            tl.store(own + 2 * matrix + vector + b_offsets, subtract, mask=b_mask)
-            if SUMS_CHUNKS:
-                counter = workspace.to(tl.pointer_type(tl.int32)) + s * tl.num_programs(0) + block
+                subtract = tl.sum(factors.fold(acc_q[part], SUMS, RANKS, TERMS), 1) / COPIES
+            i = part * RANKS + tl.arange(0, RANKS)
+            offsets = (tl.cast(s, tl.int64) * r + i[:, None]) * d + column[None, :]
+            mask = (i < r)[:, None] & c_mask[None, :]
+            b_offsets = tl.cast(s, tl.int64) * r + i
+            b_mask = i + block * BLOCK_R < r  # only block 0 stores the bias gradients
+            if chunks == 1:
+                tl.store(grad_write + offsets, sum_b, mask=mask)
+                if read is not None:
+                    tl.store(grad_read + offsets, sum_a, mask=mask)
+                tl.store(grad_read_bias + b_offsets, sum_c, mask=b_mask)
+                if SUBTRACT:
+                    tl.store(grad_subtract_bias + b_offsets, subtract, mask=b_mask)
+            else:
+                matrix = reduction.padded(tl.cast(num_sets, tl.int64) * r * d)
+                vector = reduction.padded(tl.cast(num_sets, tl.int64) * r)
+                own = dz + (3 if SECOND else 2) * size + chunk * (2 * matrix + 2 * vector)
+                tl.store(own + offsets, sum_b, mask=mask)
+                tl.store(own + matrix + offsets, sum_a, mask=mask)
+                tl.store(own + 2 * matrix + b_offsets, sum_c, mask=b_mask)
+                tl.store(own + 2 * matrix + vector + b_offsets, subtract, mask=b_mask)
+        if SUMS_CHUNKS:
+            counter = workspace.to(tl.pointer_type(tl.int32)) + s * tl.num_programs(0) + block
+            if chunks > 1:
+                partials = dz + (3 if SECOND else 2) * size
                 if reduction.is_last(counter, chunks):
                     edit_sum.sum_partials(
                         partials,
@@ -349,6 +375,7 @@ def _bound(
             "NEED_WEIGHTS": need_weights,
             "SUMS_CHUNKS": not common.IS_AMD,
             "TERMS": factors.terms(rank, dtype),
+            "PARTS": config.parts,
             "BLOCK_N": config.block_n,
             "BLOCK_D": config.block_d,
             "BLOCK_R": config.block_r,
@@ -358,7 +385,8 @@ def _bound(
         {
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
-            **common.compile_options(device_type),
+            # With parts ptxas spills registers if it is told that it may use all
+            **(common.compile_options(device_type) if config.parts == 1 else {}),
         },
     )
 

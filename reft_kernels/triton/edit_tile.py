@@ -88,6 +88,7 @@ def project(
     w_mask,
     d,
     part,
+    extent,
     FOLD: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -102,6 +103,7 @@ def project(
         x_rows: Pointers to the rows of x, ``[1, N, 1]``.
         w_rows: Offsets of the rows of w, ``[1, 1, R]``, with the mask w_mask.
         part: Columns of the first tile.
+        extent: Columns to sum over, from those of the first tile on.
         STAGES: Steps whose loads are in flight, plus one.
 
     The tile of w is loaded as ``[SLICES, D, R]``: the layouts of loads of one shape are shared, and
@@ -109,7 +111,7 @@ def project(
     """
     D: tl.constexpr = part.shape[0] * part.shape[2]
     acc = tl.zeros((SLICES, BLOCK_N, BLOCK_R), tl.float32)
-    for start in tl.range(0, d, D, num_stages=STAGES):
+    for start in tl.range(0, extent, D, num_stages=STAGES):
         col = start + part
         x = tl.load(
             x_rows + col.to(tl.int64) * x_stride_d,
@@ -188,3 +190,56 @@ def batch(
         zeros = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
         u = tl.reshape(tl.permute(tl.join(u, zeros), (0, 2, 1)), (BLOCK_N, INNER))
     return tl.broadcast_to(u[None, :, :], (SLICES, BLOCK_N, INNER))
+
+
+@triton.jit
+def add_edit(
+    x_rows,
+    y_rows,
+    saved_rows,
+    mask,
+    stored,
+    x_stride_d,
+    y_stride_d,
+    write,
+    weights,
+    u,
+    d,
+    r,
+    part,
+    extent,
+    SAVE: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SLICES: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write y = x + B^T u for a tile of rows and, with SAVE, save x.
+
+    Args:
+        x_rows, y_rows, saved_rows: Pointers to the rows, ``[1, N, 1]``.
+        mask, stored: Which rows are written, and which are saved, ``[1, N, 1]``.
+        weights: Number of rows of ``write`` before those of the present weight set.
+        u: ``[N, R]``.
+        part: Columns of the first tile.
+        extent: Columns to write, from those of the first tile on.
+        STAGES: Steps whose loads are in flight, plus one.
+    """
+    INNER: tl.constexpr = BLOCK_R if BLOCK_R >= 16 else 16  # inner dimension of the product
+    D: tl.constexpr = part.shape[0] * part.shape[2]
+    k = tl.arange(0, INNER)[None, :, None]
+    u = batch(u, SLICES, BLOCK_N, BLOCK_R, INNER)
+    for done in tl.range(0, extent, D, num_stages=STAGES):
+        # From the last columns to the first: the last ones read are still in the cache
+        col = tl.cdiv(extent, D) * D - D - done + part
+        column = col.to(tl.int64)
+        x = tl.load(x_rows + column * x_stride_d, mask=column_mask(mask, col, d, EVEN), other=0.0)
+        w = tl.load(
+            write + (weights + k) * d + col, mask=column_mask(k < r, col, d, EVEN), other=0.0
+        )
+        y = x.to(tl.float32) + common.dot_small(u, w, PRECISION)
+        if SAVE:
+            tl.store(saved_rows + col, x, mask=column_mask(stored, col, d, EVEN))
+        tl.store(y_rows + column * y_stride_d, y.to(x.dtype), mask=column_mask(mask, col, d, EVEN))

@@ -68,12 +68,16 @@ def store(words, n, i, v, mask, BLOCK_R: tl.constexpr, TERMS: tl.constexpr):
 
 
 @triton.jit
-def load(words, n, active, BLOCK_R: tl.constexpr, TERMS: tl.constexpr):
-    """Return (high, low) of a factor's rows n, ``[N, R]``; both are the row unless TERMS is 2."""
-    source = pointer(words, TERMS)
+def load(words, first, active, BLOCK_R: tl.constexpr, TERMS: tl.constexpr):
+    """Return (high, low) of a factor's rows from ``first`` on, ``[N, R]``.
+
+    Both are the row unless TERMS is 2. The offsets from the first row take 32 bits, in the same
+    registers for all factors.
+    """
     WIDTH: tl.constexpr = 16 if TERMS == 1 else BLOCK_R
     PITCH: tl.constexpr = 2 * BLOCK_R if TERMS == 2 else WIDTH
-    offsets = n.to(tl.int64)[:, None] * PITCH + tl.arange(0, WIDTH)[None, :]
+    source = pointer(words, TERMS) + first * PITCH
+    offsets = tl.arange(0, active.shape[0])[:, None] * PITCH + tl.arange(0, WIDTH)[None, :]
     high = tl.load(source + offsets, mask=active[:, None], other=0.0)
     low = high
     if TERMS == 2:
@@ -82,21 +86,52 @@ def load(words, n, active, BLOCK_R: tl.constexpr, TERMS: tl.constexpr):
 
 
 @triton.jit
-def load_transposed(words, n, active, BLOCK_R: tl.constexpr, TERMS: tl.constexpr):
-    """Return what :func:`load` returns, transposed.
+def load_transposed(
+    words,
+    first,
+    active,
+    FIRST: tl.constexpr,
+    RANKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TERMS: tl.constexpr,
+):
+    """Return RANKS columns from FIRST on of what :func:`load` returns, transposed.
 
     A factor is loaded once for each orientation, since a load is pipelined into shared memory only
     if all products that use it read one layout, and a transposed register tile is not pipelined.
+    With TERMS = 1 all 16 columns are loaded.
     """
-    source = pointer(words, TERMS)
-    WIDTH: tl.constexpr = 16 if TERMS == 1 else BLOCK_R
-    PITCH: tl.constexpr = 2 * BLOCK_R if TERMS == 2 else WIDTH
-    offsets = n.to(tl.int64)[None, :] * PITCH + tl.arange(0, WIDTH)[:, None]
+    WIDTH: tl.constexpr = 16 if TERMS == 1 else RANKS
+    PITCH: tl.constexpr = 16 if TERMS == 1 else 2 * BLOCK_R if TERMS == 2 else BLOCK_R
+    source = pointer(words, TERMS) + (first * PITCH + FIRST)
+    offsets = tl.arange(0, active.shape[0])[None, :] * PITCH + tl.arange(0, WIDTH)[:, None]
     high = tl.load(source + offsets, mask=active[None, :], other=0.0)
     low = high
     if TERMS == 2:
         low = tl.load(source + BLOCK_R + offsets, mask=active[None, :], other=0.0)
     return high, low
+
+
+@triton.jit
+def load_parts(
+    words, first, active, PARTS: tl.constexpr, BLOCK_R: tl.constexpr, TERMS: tl.constexpr
+):
+    """Return (high, low) of each of PARTS parts of a factor's ranks, transposed, in one tuple."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        parts += load_transposed(
+            words, first, active, part * (BLOCK_R // PARTS), BLOCK_R // PARTS, BLOCK_R, TERMS
+        )
+    return parts
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """Return a tuple with zeros ``[ROWS, COLUMNS]`` for each part."""
+    parts = ()
+    for _ in tl.static_range(PARTS):
+        parts += (tl.zeros((ROWS, COLUMNS), tl.float32),)
+    return parts
 
 
 @triton.jit
@@ -130,17 +165,36 @@ def outer(acc, high, low, x, TERMS: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_sums(acc, high, low, BLOCK_N: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr):
-    """Add a factor v, given as v^T, to its sum over rows.
+def outers(accs, terms, x, PARTS: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr):
+    """Return :func:`outer` for each part, given the tuple of :func:`load_parts`."""
+    results = ()
+    for part in tl.static_range(PARTS):
+        results += (outer(accs[part], terms[2 * part], terms[2 * part + 1], x, TERMS, PRECISION),)
+    return results
 
-    With TERMS > 0, each of the 16 columns of acc is the sum, a product with ones; otherwise the
-    columns of acc, one for each row of the tile, are yet to be added.
+
+@triton.jit
+def row_sums(
+    accs,
+    terms,
+    PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TERMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add each part of a factor v, given by :func:`load_parts`, to its sum over rows.
+
+    With TERMS > 0, each of the 16 columns of a sum is the sum, a product with ones; otherwise its
+    columns, one for each row of the tile, are yet to be added.
     """
     if TERMS == 0:
-        return acc + high
+        results = ()
+        for part in tl.static_range(PARTS):
+            results += (accs[part] + terms[2 * part],)
+        return results
     else:
-        ones = tl.full((BLOCK_N, 16), 1.0, high.dtype)
-        return outer(acc, high, low, ones, TERMS, PRECISION)
+        ones = tl.full((BLOCK_N, 16), 1.0, terms[0].dtype)
+        return outers(accs, terms, ones, PARTS, TERMS, PRECISION)
 
 
 @triton.jit

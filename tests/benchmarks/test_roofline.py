@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.roofline import (
     amdgcn,
@@ -19,6 +20,7 @@ from benchmarks.roofline import (
     ptx,
     reading,
     sass,
+    shapes,
     steps,
     traces,
 )
@@ -310,3 +312,13 @@ def test_bad_arguments_are_errors():
     ):
         done = _run(*arguments)
         assert done.returncode == 2 and text in done.stderr
+
+
+def test_selected_rows_are_asked_at_wide_ranks_too():
+    pytest.importorskip("triton", reason="needs the package triton")
+    asked = shapes.wide_questions(4096, 32, torch.bfloat16, "triton")
+    state = 448 * 4096 * 2
+    assert [(q.operator, q.shape, q.ideal_bytes) for q in asked[2:]] == [
+        ("edit", "448 selected rows, r = 64", 3 * state),
+        ("edit backward", "448 selected rows, r = 64", 3 * state),
+    ]

@@ -15,13 +15,16 @@ NARROW_RANK = 16
 # (kernel, regime) -> limits for ranks up to NARROW_RANK, and beyond
 LIMITS: dict[tuple[str, str], tuple[Limits, Limits]] = {
     ("edit", "selected"): (Limits(reads=2), Limits(reads=2)),
+    # Programs that read a part of the columns, for the forward pass and for delta
+    ("project", "selected"): (Limits(), Limits()),
+    ("write", "selected"): (Limits(), Limits()),
+    ("factors", "selected"): (Limits(), Limits()),
     ("edit", "all"): (Limits(barriers=4, reads=2), Limits(barriers=4, reads=2)),
     ("edit_all_rows", "all"): (Limits(), Limits()),
     ("delta", "selected"): (Limits(), Limits()),
     ("delta", "all"): (Limits(), Limits()),
-    # Beyond NARROW_RANK: r = 64 on sm_100, whose products with 64 rows go through tensor memory
-    ("gradient", "selected"): (Limits(width=8), Limits(27, 16, 0, 0)),
-    ("gradient", "all"): (Limits(), Limits(27, 16, 0, 0)),
+    ("gradient", "selected"): (Limits(width=8), Limits()),
+    ("gradient", "all"): (Limits(), Limits()),
     ("gram", "householder"): (Limits(), Limits()),
     ("build", "householder"): (Limits(4, 16, 4, 1), Limits(10, 16, 4, 0)),
     ("build_backward", "householder"): (Limits(3, 8, 12, 1), Limits(8, 8, 23, 0)),

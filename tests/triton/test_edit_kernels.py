@@ -291,8 +291,12 @@ def _naive(dtype):
     return rounded(reference.edit), rounded(reference.edit_backward)
 
 
+@pytest.mark.parametrize("activation, rank", [("gelu", 5), ("linear", 40)])
 @pytest.mark.parametrize("chunks", [1, 2, 5])
-def test_chunks_change_nothing_but_rounding_and_repeat_bit_for_bit(chunks, monkeypatch, poison):
+def test_chunks_change_nothing_but_rounding_and_repeat_bit_for_bit(
+    chunks, activation, rank, monkeypatch, poison
+):
+    """The gradients of 40 ranks are computed in two parts."""
     original = gradient.gradient_config
     monkeypatch.setattr(
         gradient,
@@ -301,7 +305,7 @@ def test_chunks_change_nothing_but_rounding_and_repeat_bit_for_bit(chunks, monke
     )
     draws = []
     for _ in range(DRAWS):
-        inputs = _inputs(torch.float32, "selected", 3, "gelu", True, True, True, 85, 5)
+        inputs = _inputs(torch.float32, "selected", 3, activation, True, True, True, 85, rank)
         first = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
         again = _run(forward.edit, backward.edit_backward, inputs, lambda t: t)
         assert all(torch.equal(first[name], again[name]) for name in first)

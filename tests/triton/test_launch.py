@@ -19,6 +19,7 @@ common = importlib.import_module("reft_kernels.triton.common")
 forward = importlib.import_module("reft_kernels.triton.edit")
 gradient = importlib.import_module("reft_kernels.triton.edit_gradient")
 red = importlib.import_module("reft_kernels.triton.red")
+split = importlib.import_module("reft_kernels.triton.edit_split")
 
 shapes = {
     "num_rows": st.integers(1, 1 << 20),
@@ -101,6 +102,13 @@ def test_gradient_tiles_and_chunks_cover_the_rows(
         assert config.chunks == 1, "few rows need neither partial sums nor counters"
 
 
+@pytest.mark.parametrize("shared, stages", [(227, 3), (163, 3), (99, 2)])
+def test_gradients_of_64_ranks_fit_shared_memory(shared, stages):
+    """118,784 bytes with three buffers, more than GPUs of compute capability 8.6 and 8.9 have."""
+    config = gradient.gradient_config(8192, 4096, 64, 1, FP32, shared=shared * 1024)
+    assert (config.parts, config.num_stages) == (2, stages)
+
+
 @given(sets=st.integers(1, 64), num_rows=st.integers(1, 1 << 20), d=st.integers(1, 16384))
 def test_red_tiles_and_chunks_cover_the_rows(sets, num_rows, d):
     config = red.red_config(num_rows, d, sets)
@@ -138,3 +146,44 @@ def test_products_stay_on_tensor_cores_where_the_dtype_allows(monkeypatch):
     assert common.dot_precision(torch.float32) == "tf32x3"
     monkeypatch.setattr(common, "IS_AMD", True)
     assert common.dot_precision(torch.float32) == "ieee"
+
+
+@given(
+    weight_dtype=st.sampled_from((FP32, BF16)), **{k: v for k, v in shapes.items() if k != "second"}
+)
+def test_split_tiles_cover_the_columns(num_rows, d, rank, dtype, weight_dtype, amd):
+    config = split.split_config(num_rows, d, rank, dtype, weight_dtype, 2, amd)
+    if config is None:
+        return
+    assert not amd and num_rows <= split.MOST_ROWS and rank <= config.block_r
+    tile = (config.block_n, config.block_d, config.block_r, config.slices)
+    assert all(_is_power_of_two(side) for side in tile)
+    assert config.width % config.block_d == 0
+    assert config.parts * config.width >= d > (config.parts - 1) * config.width
+    assert config.block_d // config.slices >= common.MIN_DOT and config.stages >= 2
+    column = config.block_n * dtype.itemsize + config.block_r * weight_dtype.itemsize
+    assert (config.stages - 1) * config.block_d * column <= 96 * 1024
+    assert {split.split_config(n, d, rank, dtype, weight_dtype) for n in (1, 99, 1024)} == {config}
+
+
+@pytest.mark.parametrize(
+    "rows, d, rank, weight_dtype, splits",
+    [
+        (448, 4096, 64, BF16, True),
+        (112, 4096, 32, BF16, True),
+        (448, 8192, 32, BF16, True),
+        (448, 4096, 32, FP32, True),
+        (448, 4096, 16, BF16, False),
+        (448, 4096, 8, FP32, False),
+        (448, 8192, 8, FP32, False),
+        (448, 768, 64, BF16, False),
+        (8192, 4096, 64, BF16, False),
+        (448, 4096, 65, BF16, False),
+    ],
+)
+def test_large_weights_of_few_rows_are_split(rows, d, rank, weight_dtype, splits):
+    config = split.split_config(rows, d, rank, BF16, weight_dtype)
+    assert (config is not None) == splits
+    if config is not None:
+        weights = config.width * config.block_r * weight_dtype.itemsize
+        assert weights <= 128 * 1024, "bytes of a matrix that a program reads"
