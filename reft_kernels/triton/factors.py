@@ -130,7 +130,7 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
     """Return a tuple with zeros ``[ROWS, COLUMNS]`` for each part."""
     parts = ()
     for _ in tl.static_range(PARTS):
-        parts += (tl.zeros((ROWS, COLUMNS), tl.float32),)
+        parts += (tl.zeros((ROWS, COLUMNS), tl.float32),)  # type: ignore[assignment]
     return parts
 
 
@@ -169,7 +169,8 @@ def outers(accs, terms, x, PARTS: tl.constexpr, TERMS: tl.constexpr, PRECISION: 
     """Return :func:`outer` for each part, given the tuple of :func:`load_parts`."""
     results = ()
     for part in tl.static_range(PARTS):
-        results += (outer(accs[part], terms[2 * part], terms[2 * part + 1], x, TERMS, PRECISION),)
+        high, low = terms[2 * part], terms[2 * part + 1]
+        results += (outer(accs[part], high, low, x, TERMS, PRECISION),)  # type: ignore[assignment]
     return results
 
 
@@ -190,7 +191,7 @@ def row_sums(
     if TERMS == 0:
         results = ()
         for part in tl.static_range(PARTS):
-            results += (accs[part] + terms[2 * part],)
+            results += (accs[part] + terms[2 * part],)  # type: ignore[assignment]
         return results
     else:
         ones = tl.full((BLOCK_N, 16), 1.0, terms[0].dtype)
