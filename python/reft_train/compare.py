@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import subprocess
+import multiprocessing
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 import pandas
 
 from reft_train import flags, reporting, tasks
 from reft_train.commands import COMPARED, CompareOptions
-from reft_train.config import METHODS, RunConfig, dump_yaml
+from reft_train.config import METHODS, RunConfig
 from reft_train.errors import UserError, one_line, wrong
 from reft_train.files import check_own_folder, dumps, write_text
 from reft_train.methods import TITLES
@@ -80,10 +80,8 @@ class Comparison:
 
 def spread(values: Sequence[float]) -> dict[str, float] | None:
     """Return the mean and the sample standard deviation (NaN for a single value)."""
-    if not values:
-        return None
-    several = len(values) > 1
-    return {"mean": fmean(values), "deviation": stdev(values) if several else math.nan}
+    series = pandas.Series(values)
+    return {"mean": series.mean(), "deviation": series.std()} if values else None
 
 
 def summarized(outcomes: Sequence[Outcome], plan: ComparisonPlan) -> dict[str, Any]:
@@ -110,32 +108,18 @@ def summarized(outcomes: Sequence[Outcome], plan: ComparisonPlan) -> dict[str, A
     }
 
 
-class RunFailed(Exception):
-    """Raised when a run's process ends without a result; the message is its last output."""
-
-
 def run_isolated(config: RunConfig) -> Outcome:
-    """Run ``reft-train run`` in a subprocess with separate peak memory; output goes to a ``.log``.
+    """Train and test in a new process, which has its own peak memory; its errors are raised here.
 
     Raises:
-        RunFailed: the run failed.
         KeyboardInterrupt: the run was interrupted.
     """
-    output = Path(config.output)
-    plan = write_text(output.with_name(f"{output.name}.yaml"), dump_yaml(config))
-    log = output.with_name(f"{output.name}.log")
-    command = [sys.executable, "-m", "reft_train", "run", "--config", str(plan)]
-    # the new interpreter imports the same packages
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with log.open("wb") as file:
-        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode == 130:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        outcome = pool.submit(session.train, config).result()
+    if outcome.interrupted:
         raise KeyboardInterrupt
-    if done.returncode:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = lines[-1][:300] if lines else "no output"
-        raise RunFailed(f"{last} (exit code {done.returncode}, see {log})")
-    return Outcome.load(output)
+    return outcome
 
 
 def compare(
@@ -164,7 +148,7 @@ def compare(
     if len(refused) == len(tuned):
         raise UserError(refused[0].removeprefix(REFUSED))
     outcomes: dict[tuple[str, int], Outcome] = {}
-    failures: dict[str, list[str]] = {method: [] for method in plan.methods}
+    failures: dict[str, list[str]] = defaultdict(list)
     turns, runs = deque(method for method, (_, best) in tuned.items() if best), []
     for seed in plan.seeds:
         runs += [(method, seed) for method in turns]
@@ -178,15 +162,14 @@ def compare(
             log(f"{method}, seed {seed}: training and testing")
             try:
                 outcome = final(config)
-            except RunFailed as error:
-                log(f"{method}, seed {seed}: failed: {error}")
-                failures[method].append(str(error))
+            except Exception as error:  # whatever ends a run leaves the other runs
+                failures[method].append(f"{type(error).__name__}: {one_line(error)}")
+                log(f"{method}, seed {seed}: failed: {failures[method][-1]}")
                 continue
         outcomes[method, seed] = outcome
     for method, (row, _) in tuned.items():
         done = [outcomes[method, seed] for seed in plan.seeds if (method, seed) in outcomes]
-        failed = failures[method]
-        if failed:
+        if failed := failures[method]:
             row["status"] = f"{len(failed)} of {len(plan.seeds)} seeds failed: {failed[0]}"
         row |= summarized(done, plan)
     return Comparison(plan, [row for row, _ in tuned.values()], outcomes)
@@ -297,22 +280,23 @@ def write_results(comparison: Comparison) -> None:
 
 
 def run(
-    parsed: argparse.Namespace, train: Callable | None = None, final: Callable | None = None
+    parsed: argparse.Namespace,
+    train: Train = session.train,
+    final: Callable[[RunConfig], Outcome] = run_isolated,
 ) -> int:
     """Run the command. Returns 0, 1 when a method or a run failed, or 130 when interrupted.
 
     A method that the model does not support is not a failure.
 
     Args:
-        train: replaces :func:`reft_train.training.session.train`.
-        final: replaces the subprocess of each tested run.
+        train, final: see :func:`compare`.
     """
     one_process()
     plan = resolve_plan(parsed)
     hf_config, methods = model_config(plan.config), plan.methods
     spaces = {m: small_space_of(plan.config.replace(method=m), hf_config) for m in methods}
     try:
-        comparison = compare(plan, spaces, train or session.train, final or run_isolated)
+        comparison = compare(plan, spaces, train, final)
     except KeyboardInterrupt:
         text = f"interrupted; the same command resumes the comparison in {plan.folder}"
         print(text, file=sys.stderr)

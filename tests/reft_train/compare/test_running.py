@@ -177,7 +177,7 @@ def test_bad_input_that_every_method_refuses_is_bad_input(tmp_path):
 
 def test_a_seed_that_fails_is_counted(tmp_path):
     found = run(plan(tmp_path / "c"), None, FakeFinal(failing=(("lora", 43),)))
-    assert found.rows[1]["status"] == "1 of 2 seeds failed: out of memory"
+    assert found.rows[1]["status"] == "1 of 2 seeds failed: RuntimeError: out of memory"
     assert found.rows[1]["seeds"] == 1
 
 
