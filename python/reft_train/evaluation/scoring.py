@@ -15,15 +15,9 @@ import torch
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
-from reft_train.data.tokenizing import encode
+from reft_train.data.tokenizing import Encoder
 from reft_train.errors import wrong
-from reft_train.evaluation.generating import (
-    Decode,
-    context_window,
-    encode_prompts,
-    generate,
-    run_batches,
-)
+from reft_train.evaluation.generating import generate, run_batches
 from reft_train.files import dumps, replace_folder, write_text
 from reft_train.models import CLASSIFICATION, Loaded, evaluating
 from reft_train.tasks.base import Row, Task
@@ -65,22 +59,19 @@ def score_set(
     """
     if not rows:
         raise wrong(f"test set {name}", "no rows", "at least one")
+    encoder = Encoder(task, loaded.tokenizer, loaded.kind, config.max_length)
     score = _classes if loaded.kind == CLASSIFICATION else _answers
-    metrics, predictions = score(name, rows, loaded, task, config, progress)
+    metrics, predictions = score(rows, loaded.model, encoder, config, f"scoring {name}", progress)
     predictions = [{**row, "index": index, **rest} for index, (row, rest) in enumerate(predictions)]
     return SetScore(name, metrics, len(rows), predictions)
 
 
 def _answers(
-    name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
+    rows: Sequence[Row], model: Any, encoder: Encoder, config: RunConfig, title: str, progress: bool
 ) -> tuple:
-    examples = [task.example(row, loaded.tokenizer) for row in rows]
-    model, tokenizer, kind = loaded.model, loaded.tokenizer, loaded.kind
-    decode = Decode.of(config, task.decoding, context_window(model, kind))
+    examples, task = [encoder.read(row) for row in rows], encoder.task
     texts = [example.prompt for example in examples]
-    prompts = encode_prompts(texts, tokenizer, kind, decode, config.max_length)
-    size, title = config.eval_batch_size, f"scoring {name}"
-    generated = generate(model, tokenizer, kind, prompts, decode, size, progress, title)
+    generated = generate(model, encoder, texts, config, title, progress)
     predictions = []
     for example, text in zip(examples, generated, strict=True):
         scored = task.score(text, example) if task.metrics else None
@@ -92,23 +83,20 @@ def _answers(
 
 
 def _classes(
-    name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
+    rows: Sequence[Row], model: Any, encoder: Encoder, config: RunConfig, title: str, progress: bool
 ) -> tuple:
-    classified, model = [task.classified(row) for row in rows], loaded.model
-    places, length = [row.where for row in rows], config.max_length
-    items = encode(CLASSIFICATION, classified, places, loaded.tokenizer, length)
-    items = [item.columns() for item in items]
-    collate = PaddingCollator(loaded.tokenizer.pad_token_id)
+    classified, task = [encoder.read(row) for row in rows], encoder.task
+    items = encoder.encode(classified, [row.where for row in rows])
+    collate = PaddingCollator(encoder.tokenizer.pad_token_id)
 
     def forward(batch: list[int]) -> list[list[float]]:
-        inputs = collate([items[index] for index in batch])
+        inputs = collate([items[index].columns() for index in batch])
         del inputs["labels"]
         inputs = {key: tensor.to(model.device) for key, tensor in inputs.items()}
         return model(**inputs).logits.float().tolist()
 
     with evaluating(model):
-        lengths = [len(item["input_ids"]) for item in items]
-        size, title = config.eval_batch_size, f"scoring {name}"
+        lengths, size = [len(item.input_ids) for item in items], config.eval_batch_size
         logits = torch.tensor(run_batches(lengths, size, forward, title, progress))
     for finite, row in zip(logits.isfinite().all(-1).tolist(), rows, strict=True):
         if not finite:

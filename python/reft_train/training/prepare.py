@@ -6,8 +6,8 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from reft_kernels.integrations.peft import from_chat_template
 from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.data import collating, reading, sampling, tokenizing
 from reft_train.data.reading import iter_rows, read_rows
+from reft_train.data.tokenizing import Encoder, expanded
 from reft_train.errors import one_line, wrong
-from reft_train.models import CAUSAL, CLASSIFICATION, Loaded
+from reft_train.models import CAUSAL, Loaded
 from reft_train.ranks import is_first
 from reft_train.tasks.base import Row, Task
 from reft_train.tasks.glue import Glue, validation_split
@@ -40,12 +41,6 @@ class Rows:
     def digest(self) -> str:
         """Hash the training rows; for a stream, which is not read here, use the file size."""
         return f"{self.stream.stat().st_size} bytes" if self.stream else _digest(self.train)
-
-
-def _expanded(rows: Iterable[Row], config: RunConfig, task: Task) -> Iterator[Row]:
-    """Expand conversations into training rows: one for each answer, or only the last answer."""
-    for row in rows:
-        yield from task.training_rows(row) if config.turns == "all" else [row]
 
 
 def _split(rows: list[Row], validation: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -86,8 +81,8 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
         if config.validation:
             rows.train, rows.held_out = _split(rows.train, config.validation, config.seed)
         # split before expanding, so that a conversation stays on one side
-        rows.train = list(_expanded(rows.train, config, task))
-        rows.held_out = list(_expanded(rows.held_out, config, task))
+        rows.train = list(expanded(rows.train, task, config.turns))
+        rows.held_out = list(expanded(rows.held_out, task, config.turns))
     limit = config.test_rows
     rows.tests = {name: tests[:limit] for name, tests in rows.tests.items() if scored}
     return rows
@@ -106,13 +101,10 @@ def _log(text: str) -> None:
         print(text, file=sys.stderr)
 
 
-def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], name: str) -> Any:
+def tokenized(config: RunConfig, encoder: Encoder, rows: list[Row], name: str) -> Any:
     """Tokenize the rows, or load them from the cache if the same rows were tokenized before."""
-    key = {"rows": _digest(rows), "tokenizer": tokenizing.tokenizer_digest(loaded.tokenizer)}
     folder = None if config.cache is None else Path(config.cache)
-    dataset = tokenizing.tokenize_rows(
-        rows, task, loaded.tokenizer, loaded.kind, config.max_length, key, folder
-    )
+    dataset = tokenizing.tokenize_rows(rows, encoder, {"rows": _digest(rows)}, folder)
     _log_lost(name, len(rows) - len(dataset), len(rows), config)
     cuts = ("cut_prompt", "cut_target")
     prompts, targets = (sum(cut > 0 for cut in dataset[column]) for column in cuts)
@@ -128,49 +120,37 @@ def _log_lost(name: str, lost: int, count: int, config: RunConfig) -> None:
         _log(f"{name}: {lost} of {count} dropped: {reason}")
 
 
-def check_rows(rows: Iterable[Row], loaded: Loaded, task: Task) -> None:
-    """Check that the task accepts rows that are only used after training."""
-    for row in rows:
-        if loaded.kind == CLASSIFICATION:
-            task.classified(row)
-        else:
-            task.example(row, loaded.tokenizer)
-
-
-def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
+def stream(config: RunConfig, encoder: Encoder, path: Path) -> Any:
     """Create a streaming data set from a training file; its first rows are checked first."""
-    tried = _expanded(islice(iter_rows(path, "--train"), _TRIED), config, task)
-    how = (task, loaded.tokenizer, loaded.kind, config.max_length)
-    lost = [item.lost for item in tokenizing.iter_items(tried, *how)]
+    tried = expanded(islice(iter_rows(path, "--train"), _TRIED), encoder.task, config.turns)
+    lost = [item.lost for item in encoder.items(tried)]
     if all(lost):
         raise tokenizing.all_lost(config.max_length)
     _log_lost("first training rows", sum(lost), len(lost), config)
     order = {"seed": config.seed, "buffer": config.shuffle_buffer, "workers": config.workers}
-    return tokenizing.streamed(path, *how, **order, all_turns=config.turns == "all")
+    return tokenizing.streamed(path, encoder, **order, turns=config.turns)
 
 
-def response_template(
-    config: RunConfig, loaded: Loaded, task: Task, rows: Rows
-) -> list[int] | None:
+def response_template(config: RunConfig, encoder: Encoder, rows: Rows) -> list[int] | None:
     """Return the token ids that end a chat prompt, to be stored in the adapter.
 
     None if the rows are not chats of a causal model. The ids must end every inspected prompt and
     must not occur in any answer. Otherwise, or if the chat template has none, a warning is printed
     and prompt ends are found from the labels.
     """
-    tokenizer = loaded.tokenizer
-    if loaded.kind != CAUSAL or config.method not in REFT_METHODS or not tokenizer.chat_template:
+    tokenizer = encoder.tokenizer
+    if encoder.kind != CAUSAL or config.method not in REFT_METHODS or not tokenizer.chat_template:
         return None
     file_rows = iter_rows(rows.stream, "--train") if rows.train is None else rows.train
-    tried = list(islice(_expanded(file_rows, config, task), _TRIED // 10))
+    tried = list(islice(expanded(file_rows, encoder.task, config.turns), _TRIED // 10))
     if not tried or not all("messages" in row.fields for row in tried):
         return None
     try:
         template, reason = from_chat_template(tokenizer), None
     except ValueError as error:
         template, reason, tried = [], one_line(error), []
-    items = tokenizing.iter_items(tried, task, tokenizer, CAUSAL, sys.maxsize)
-    for row, item in zip(tried, items, strict=True):
+    whole = replace(encoder, max_length=sys.maxsize)
+    for row, item in zip(tried, whole.items(tried), strict=True):
         prompt, ids, length = item.labels.count(tokenizing.IGNORED), item.input_ids, len(template)
         ends = [end for end in range(length, len(ids) + 1) if ids[end - length : end] == template]
         if not ends or ends[-1] > prompt:

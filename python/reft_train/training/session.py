@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 import warnings
@@ -15,6 +16,7 @@ import transformers
 
 from reft_train import tasks
 from reft_train.config import RunConfig, dump_yaml
+from reft_train.data.tokenizing import Encoder
 from reft_train.errors import UserError, wrong
 from reft_train.evaluation.scoring import score_set, write_predictions
 from reft_train.files import write_text
@@ -93,18 +95,16 @@ def _read(config: RunConfig, task: Task) -> tuple[Path | None, prepare.Rows, Loa
     return checkpoint, rows, loaded, prepare.collator(config, loaded)
 
 
-def _tokenized(
-    config: RunConfig, task: Task, rows: prepare.Rows, loaded: Loaded
-) -> tuple[Any, Any]:
-    for test in rows.tests.values():
-        prepare.check_rows(test, loaded, task)
+def _tokenized(config: RunConfig, encoder: Encoder, rows: prepare.Rows) -> tuple[Any, Any]:
+    for row in itertools.chain(*rows.tests.values()):
+        encoder.read(row)  # rows that are only used after training are checked before it
     if rows.train is None:
-        examples: Any = prepare.stream(config, loaded, task, rows.stream)
+        examples: Any = prepare.stream(config, encoder, rows.stream)
     else:
-        examples = prepare.tokenized(config, loaded, task, rows.train, "training rows")
+        examples = prepare.tokenized(config, encoder, rows.train, "training rows")
     if not rows.held_out:
         return examples, None
-    return examples, prepare.tokenized(config, loaded, task, rows.held_out, "held-out rows")
+    return examples, prepare.tokenized(config, encoder, rows.held_out, "held-out rows")
 
 
 def _train(
@@ -119,12 +119,13 @@ def _train(
     output = Path(config.output)
     task = task or together(lambda: tasks.get(config.task))
     checkpoint, rows, loaded, collate = together(lambda: _read(config, task))
-    examples, held_out = together(lambda: _tokenized(config, task, rows, loaded), in_turn=True)
+    encoder = Encoder(task, loaded.tokenizer, loaded.kind, config.max_length)
+    examples, held_out = together(lambda: _tokenized(config, encoder, rows), in_turn=True)
     count = None if rows.train is None else len(examples)
     metric = {"none": None, "loss": "loss"}.get(config.select, next(iter(task.metrics), None))
 
     def adapted() -> tuple[Any, Any]:
-        model = adapt(config, loaded, prepare.response_template(config, loaded, task, rows))
+        model = adapt(config, loaded, prepare.response_template(config, encoder, rows))
         return model, training_arguments(config, output, model, count, metric)
 
     def score(model: Any) -> dict[str, float]:
