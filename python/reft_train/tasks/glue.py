@@ -39,11 +39,10 @@ class Glue(Task):
 
     def classified(self, row: Row) -> Classified:
         """See :meth:`Task.classified`. A label is a class number or a label's name."""
-        known = (*self.text_fields, "label", "idx")
-        texts = [fields.string(row, name, known) for name in self.text_fields]
+        texts = [fields.string(row, name) for name in self.text_fields]
         if not any(text.strip() for text in texts):  # QQP has a few pairs with one empty question
             raise wrong(f"{row.where}: {' and '.join(self.text_fields)}", "no text", "some")
-        number = self._number(fields.answer(row, "label", known), f"{row.where}: label")
+        number = self._number(fields.answer(row, "label"), f"{row.where}: label")
         return Classified(texts[0], texts[1] if len(texts) == 2 else None, number, row.fields)
 
     def _number(self, label: str, where: str) -> int | float:

@@ -10,7 +10,6 @@ from reft_train.tasks.base import Decoding, Example, Row, Scored, Task
 from reft_train.tasks.instruct import alpaca
 
 ROLES = ("system", "user", "assistant")
-LAYOUTS = (("messages",), ("prompt", "completion"), ("instruction", "input", "output"))
 
 
 class Jsonl(Task):
@@ -29,21 +28,17 @@ class Jsonl(Task):
     metrics = ("exact_match",)
 
     def example(self, row: Row, tokenizer: Any = None) -> Example:
-        found = (names for names in LAYOUTS if any(name in row.fields for name in names))
-        layout = next(found, None)
-        if layout is None:
+        if "messages" in row.fields:
+            prompt, target = _chat(row, tokenizer)
+        elif "prompt" in row.fields or "completion" in row.fields:
+            prompt, target = fields.filled(row, "prompt"), fields.string(row, "completion")
+        elif "instruction" in row.fields or "output" in row.fields:
+            prompt = alpaca(fields.filled(row, "instruction"), fields.optional(row, "input"))
+            target = fields.string(row, "output")
+        else:
             names = ", ".join(map(str, row.fields)) or "none"
             expected = "messages, or prompt and completion, or instruction and output"
             raise wrong(row.where, f"fields {names}", expected)
-        if layout[0] == "messages":
-            prompt, target = _chat(row, tokenizer)
-        elif layout[0] == "prompt":
-            prompt = fields.filled(row, "prompt", layout)
-            target = fields.string(row, "completion", layout)
-        else:
-            target = fields.string(row, "output", layout)
-            instruction = fields.filled(row, "instruction", layout)
-            prompt = alpaca(instruction, fields.optional(row, "input", layout))
         return Example(prompt, target, target.strip(), row.fields)
 
     def training_rows(self, row: Row) -> list[Row]:
@@ -100,8 +95,8 @@ def _conversation(row: Row) -> list[dict[str, str]]:
         if not isinstance(message, dict):
             raise wrong(where, fields.described(message), "an object with role and content")
         part = Row(message, where)
-        role = fields.filled(part, "role", ("role", "content"))
+        role = fields.filled(part, "role")
         if role not in ROLES:
             raise wrong(f"{where}: role", repr(role), f"one of {', '.join(ROLES)}")
-        fields.filled(part, "content", ("role", "content"))
+        fields.filled(part, "content")
     return messages

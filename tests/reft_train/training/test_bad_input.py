@@ -116,11 +116,8 @@ def test_generating_with_an_encoder(refused, tiny_bert):
 
 
 ROWS = [
-    (
-        {"instruktion": "a", "output": "b"},
-        "expected instruction (did you mean 'instruction' by 'instruktion'?)",
-    ),
-    ({"instruction": "a", "outputt": "b"}, "expected output (did you mean 'output' by 'outputt'?)"),
+    ({"instruktion": "a", "output": "b"}, "expected instruction"),
+    ({"instruction": "a", "outputt": "b"}, "expected output"),
     ({"instruction": " ", "output": "b"}, "instruction: got no text, expected some"),
     ({"instruction": 3, "output": "b"}, "instruction: got 3 (int), expected a string"),
     ({"text": "a"}, "got fields text, expected messages, or prompt and completion"),
