@@ -91,8 +91,8 @@ COMMANDS = {
         "evaluate",
         "score a run, an adapter or a frozen model",
         """Score an adapter on test sets: generate answers or predict classes, apply the task's
-        rule, print a table with the average over sets. Writes scores.json,
-        predictions/<set>.jsonl and, for instruct, alpaca_eval/<set>.json.""",
+        rule, print a table with the average over sets. Writes scores.json and
+        predictions/<set>.jsonl.""",
         Evaluated,
         EVALUATED,
     ),

@@ -21,9 +21,8 @@ from reft_train.evaluation.generating import generate, run_batches
 from reft_train.files import dumps, replace_folder, write_text
 from reft_train.models import CLASSIFICATION, Loaded, evaluating
 from reft_train.tasks.base import Row, Task
-from reft_train.tasks.instruct import alpaca_eval_row
 
-PREDICTIONS, ALPACA_EVAL = "predictions", "alpaca_eval"
+PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,9 @@ def _answers(
     generated = generate(model, encoder, texts, config, title, progress)
     predictions = []
     for example, text in zip(examples, generated, strict=True):
-        scored = task.score(text, example) if task.metrics else None
-        record = {"generated": text, "prediction": scored and scored.prediction}
-        record |= {"answer": example.answer, "right": scored and scored.right}
+        scored = task.score(text, example)
+        record = {"generated": text, "prediction": scored.prediction}
+        record |= {"answer": example.answer, "right": scored.right}
         predictions.append((example.row, record))
     right = sum(bool(record["right"]) for _, record in predictions)
     return {task.metrics[0]: right / len(rows)} if task.metrics else {}, predictions
@@ -135,25 +134,13 @@ def write_scores(folder: Path, scores: Sequence[SetScore], about: Mapping[str, A
     return write_text(folder / "scores.json", dumps(content))
 
 
-def write_predictions(folder: Path, task: Task, scores: Sequence[SetScore], generator: str) -> None:
-    """Write ``predictions/<set>.jsonl`` with one object per row, replacing old predictions.
-
-    For a task that is not scored here, also write ``alpaca_eval/<set>.json`` for ``alpaca_eval
-    --model_outputs``; ``generator`` is the model's name in it.
-    """
-    lines, answers = {}, {}
-    for score in scores:
-        name = quote(score.name, safe="")  # a set's name may be a path
-        # Parquet has dates and other types that JSON lacks
-        rows = (json.dumps(row, ensure_ascii=False, default=str) for row in score.predictions)
-        lines[f"{name}.jsonl"] = "".join(f"{row}\n" for row in rows)
-        if not task.metrics:
-            outputs = [alpaca_eval_row(row, generator) for row in score.predictions]
-            answers[f"{name}.json"] = dumps(outputs)
-    for part, contents in ((PREDICTIONS, lines), (ALPACA_EVAL, answers)):
-        if contents:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=f".{part}.") as staged:
-                for name, content in contents.items():
-                    write_text(Path(staged) / "new" / name, content)
-                replace_folder(Path(staged) / "new", folder / part)
+def write_predictions(folder: Path, scores: Sequence[SetScore]) -> None:
+    """Write ``predictions/<set>.jsonl`` with one object per row, replacing old predictions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{PREDICTIONS}.") as staged:
+        for score in scores:
+            # Parquet has dates and other types that JSON lacks
+            rows = (json.dumps(row, ensure_ascii=False, default=str) for row in score.predictions)
+            name = quote(score.name, safe="")  # a set's name may be a path
+            write_text(Path(staged) / "new" / f"{name}.jsonl", "\n".join([*rows, ""]))
+        replace_folder(Path(staged) / "new", folder / PREDICTIONS)

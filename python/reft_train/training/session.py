@@ -218,5 +218,5 @@ def _score_tests(
     own = replace(loaded, model=model)
     scored = [score_set(name, rows, own, task, config) for name, rows in tests.items()]
     if scored and trainer.args.should_save:
-        write_predictions(Path(config.output), task, scored, f"{Path(config.model).name}-reft")
+        write_predictions(Path(config.output), scored)
     return {score.name: score.metrics for score in scored}

@@ -188,7 +188,7 @@ def test_a_broken_record_is_refused(finished, data, content, file, capsys):
     )
 
 
-def test_instruct_writes_what_alpaca_eval_reads(tmp_path, tiny_llama, capsys):
+def test_instruct_writes_what_a_judge_reads(tmp_path, tiny_llama, capsys):
     (tmp_path / "alpaca_eval.json").write_text(json.dumps([{"instruction": "count", "output": ""}]))
     flags = [
         "--model",
@@ -203,8 +203,10 @@ def test_instruct_writes_what_alpaca_eval_reads(tmp_path, tiny_llama, capsys):
         "cpu",
     ]
     assert evaluate(*flags, "--test", tmp_path / "alpaca_eval.json", "--out", tmp_path / "out") == 0
-    (row,) = json.loads((tmp_path / "out" / "alpaca_eval" / "alpaca_eval.json").read_text())
-    assert row["instruction"] == "count" and row["generator"] == tiny_llama.name
+    (line,) = (tmp_path / "out" / "predictions" / "alpaca_eval.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["instruction"] == "count" and row["right"] is None
+    assert row["prediction"] == row["generated"].strip()
     assert "judge" in capsys.readouterr().err
 
 
