@@ -28,15 +28,7 @@ from reft_train.methods import TITLES
 from reft_train.models import model_config
 from reft_train.search.command import one_process
 from reft_train.search.space import Space, small_space_of
-from reft_train.search.study import (
-    Objective,
-    SearchPlan,
-    Train,
-    resolve,
-    search,
-    seconds_of,
-    settings_of,
-)
+from reft_train.search.study import Objective, SearchPlan, Train, resolve, search, settings_of
 from reft_train.training import session
 from reft_train.training.outcome import Outcome
 
@@ -194,7 +186,8 @@ def _tuned(
         return row | {"status": f"failed: {type(error).__name__}: {one_line(error)}"}, None
     if result.interrupted:
         raise KeyboardInterrupt
-    row["trials"], row["search_seconds"] = plan.trials, sum(map(seconds_of, result.trials))
+    spent = result.study.trials_dataframe(("duration",)).duration.sum()
+    row["trials"], row["search_seconds"] = plan.trials, spent.total_seconds()
     if result.best is None:
         reason = result.settled[0].user_attrs["reason"]
         return row | {"status": f"failed: {reason}"}, None

@@ -23,7 +23,6 @@ from reft_train.models import bare, evaluating
 
 Items = Sequence[Mapping[str, Any]]
 FILLING = 0.05  # fraction of filler tokens accepted in short rows
-_EXAMPLES_A_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _PROBES = (9, 5, 7, 12)  # token counts of the test sequences
 
 
@@ -105,16 +104,13 @@ def packed_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     Attention costs as much for a packed row as for one long example, so short examples go into
     short rows. If no length reaches that, rows have ``row_length`` tokens.
     """
-    longest = balanced(lengths, -(-sum(lengths) // row_length))
-    for each in _EXAMPLES_A_ROW:
-        count = -(-len(lengths) // each)
-        if count <= len(longest):
-            break
+    fewest = -(-sum(lengths) // row_length)
+    for count in range(len(lengths), fewest, -1):
         rows = balanced(lengths, count)
         width = max(sum(lengths[index] for index in row) for row in rows)
         if width <= row_length and count * width <= (1 + FILLING) * sum(lengths):
             return rows
-    return longest
+    return balanced(lengths, fewest)
 
 
 def balanced(lengths: Sequence[int], count: int) -> list[list[int]]:

@@ -131,11 +131,7 @@ def settings_of(trial: FrozenTrial) -> dict[str, Any]:
     return {name: restored(name, value) for name, value in trial.params.items()}
 
 
-def seconds_of(trial: FrozenTrial) -> float:
-    return trial.duration.total_seconds() if trial.duration else 0.0
-
-
-@dataclass(frozen=True)
+@dataclass
 class Search:
     """State of a search."""
 
@@ -211,9 +207,13 @@ def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -
         seed = random.Random(f"{plan.sampler_seed} {settled}").randrange(2**31)
         result.study.sampler = optuna.samplers.TPESampler(seed=seed)
         trial = result.study.ask(dict(plan.space))
-        watch = Watch(trial, plan.objective, deadline)
-        interrupted = _run(result, trial, watch, train)
-        result = Search(plan, result.study, interrupted)
+        try:
+            _run(result, trial, Watch(trial, plan.objective, deadline), train)
+        except (KeyboardInterrupt, TimeoutError) as stop:
+            # a trial without a recorded reason is resumed later
+            result.study.tell(trial, state=TrialState.FAIL)
+            result.interrupted = isinstance(stop, KeyboardInterrupt)
+        clear_device_cache(garbage_collection=True)
         done = result.trials[trial.number]
         why = done.user_attrs.get("reason", "")
         log(f"trial {done.number}: {state_of(done)} {done.value or why} with {done.params}")
@@ -221,37 +221,29 @@ def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -
     return result
 
 
-def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> bool:
-    """Run one trial and report it to the study; return whether it was interrupted."""
-    plan, study, value, reason, state = result.plan, result.study, None, "", TrialState.FAIL
-    settings = settings_of(result.trials[trial.number])
+def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> None:
+    """Run one trial and report it to the study, except for an interruption, which is raised."""
+    plan, study = result.plan, result.study
     output = str(plan.folder / "trials" / str(trial.number))
     fixed = {"output": output, "skip_test": True, "resume": False, "overwrite": True}
-    interrupted = False
     try:
-        config = plan.config.replace(**settings, **fixed)
+        config = plan.config.replace(**settings_of(result.trials[trial.number]), **fixed)
         outcome = train(config, callbacks=[watch], report=False)
-        interrupted = outcome.interrupted
-        if not interrupted:
-            value, state = plan.objective.of(outcome.validation), TrialState.COMPLETE
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+        study.tell(trial, plan.objective.of(outcome.validation))
     except optuna.TrialPruned as error:
-        reason, state = str(error), TrialState.PRUNED
-    except TimeoutError:
-        pass  # a trial without a recorded reason is resumed later
-    except KeyboardInterrupt:
-        interrupted = True
-    except UserError as error:
-        if not any(state_of(known) in ("complete", "pruned") for known in result.trials):
+        trial.set_user_attr("reason", str(error))
+        study.tell(trial, state=TrialState.PRUNED)
+    except (UserError, RuntimeError, MemoryError, ArithmeticError) as error:
+        bad_input = isinstance(error, UserError)
+        succeeded = any(state_of(known) in ("complete", "pruned") for known in result.trials)
+        if bad_input and not succeeded:
             optuna.delete_study(study_name=study.study_name, storage=plan.storage)
             raise
-        reason = str(error)
-    except (RuntimeError, MemoryError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-    clear_device_cache(garbage_collection=True)
-    if reason:
-        trial.set_user_attr("reason", reason)
-    study.tell(trial, value, state=state)
-    return interrupted
+        kind = "" if bad_input else f"{type(error).__name__}: "
+        trial.set_user_attr("reason", f"{kind}{one_line(error)}")
+        study.tell(trial, state=TrialState.FAIL)
 
 
 def open_study(plan: SearchPlan) -> optuna.Study:

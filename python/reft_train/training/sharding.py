@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed import fsdp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from reft_kernels.interventions import Intervention
 from reft_train.config import RunConfig
@@ -140,14 +141,9 @@ def forget_built(model: nn.Module) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Gather a sharded model's trained parameters and buffers on the CPU.
+    """Gather a sharded model's trained parameters and buffers on the CPU of the first process.
 
     This is a collective operation.
     """
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-
-    def whole(tensor: Tensor) -> Tensor:
-        return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
-
-    return {name: whole(tensor) for name, tensor in state.items()}
+    options = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": True}
+    return get_model_state_dict(model, options=StateDictOptions(**options))

@@ -92,28 +92,22 @@ keep_prefix_states` keeps; 0: none are kept.
         edits = any(isinstance(module, Intervention) for module in self.model.modules())
         # DeepSpeed takes gradients in each backward, before a shared build of R has produced any
         shares = several and edits and not self.is_deepspeed_enabled
-        self._shared = share_build(self.model) if shares else None
-        self._kept = None
+        self._hooks = contextlib.ExitStack()
+        self._shared = self._hooks.enter_context(share_build(self.model)) if shares else None
         if not self.args.torch_compile:  # compiled calls compute all logits
             with contextlib.suppress(ValueError):  # so do models that do not support it
-                self._kept = keep_supervised_logits(self.model)
+                self._hooks.enter_context(keep_supervised_logits(self.model))
         self.prefix = None
         if prefix_bytes:
             try:
-                self.prefix = keep_prefix_states(self.model, max_bytes=prefix_bytes)
+                prefix = keep_prefix_states(self.model, max_bytes=prefix_bytes)
             except ValueError as error:
                 self.close()
                 raise UserError(f"prefix_cache: {one_line(error)}") from error
+            self.prefix = self._hooks.enter_context(prefix)
 
     def close(self) -> None:
-        if self.prefix is not None:
-            self.prefix.close()
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        self._hooks.close()
 
     def create_accelerator_and_postprocess(self) -> None:
         """See Trainer; also shards models on CPUs if requested."""
