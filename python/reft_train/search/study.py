@@ -5,8 +5,6 @@ Each trial is a training whose held-out value is reported to the study.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 import shutil
@@ -249,27 +247,25 @@ def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> Non
 def open_study(plan: SearchPlan) -> optuna.Study:
     """Open the plan's study in its folder and requeue interrupted trials.
 
-    A study is named by a hash of everything that its values depend on.
+    A study records everything that its values depend on.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, folder, space = plan.config, plan.folder, plan.space
     check_own_folder(folder, [DATABASE, TRIALS, "trials"])
     if config.overwrite:
         shutil.rmtree(folder / "trials", ignore_errors=True)
+        (folder / DATABASE).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     identity = config.model_dump(mode="json", exclude={*_FREE, *space})
     identity["space"] = {name: distribution_to_json(entry) for name, entry in space.items()}
     identity["objective"] = plan.objective.name
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    names = optuna.get_all_study_names(plan.storage)
-    if {*names} - {key} and not config.overwrite:
+    pruner = optuna.pruners.MedianPruner() if plan.prune else optuna.pruners.NopPruner()
+    options = {"study_name": "search", "load_if_exists": True, "pruner": pruner}
+    study = optuna.create_study(storage=plan.storage, direction=plan.objective.direction, **options)
+    if study.user_attrs.get("settings", identity) != identity:
         what = f"{folder}, which contains a search with other settings, model or data"
         raise wrong("output", what, "another folder or --overwrite")
-    for name in names if config.overwrite else ():
-        optuna.delete_study(study_name=name, storage=plan.storage)
-    pruner = optuna.pruners.MedianPruner() if plan.prune else optuna.pruners.NopPruner()
-    options = {"study_name": key, "load_if_exists": True, "pruner": pruner}
-    study = optuna.create_study(storage=plan.storage, direction=plan.objective.direction, **options)
+    study.set_user_attr("settings", identity)
     trials = study.get_trials(deepcopy=False)
     if not trials and plan.start:
         values = {name: stored(getattr(config, name)) for name in space}

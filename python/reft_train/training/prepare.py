@@ -21,7 +21,7 @@ from reft_train.errors import one_line, wrong
 from reft_train.models import CAUSAL, Loaded
 from reft_train.ranks import is_first
 from reft_train.tasks.base import Row, Task
-from reft_train.tasks.glue import Glue, validation_split
+from reft_train.tasks.glue import Glue, selection_rows
 
 _TRIED = 1000  # stream rows that are checked before the training
 
@@ -43,15 +43,14 @@ class Rows:
         return f"{self.stream.stat().st_size} bytes" if self.stream else _digest(self.train)
 
 
-def _split(rows: list[Row], validation: float, seed: int) -> tuple[list[Row], list[Row]]:
-    count = round(len(rows) * validation) if validation < 1 else int(validation)
+def _split(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Draw ``count`` rows by seed; return them and the others, each in the order of the file."""
     if not 0 < count < len(rows):
-        what = f"{validation:g} of {len(rows)} training rows"
+        what = f"{count} of {len(rows)} training rows"
         raise wrong("validation", what, "at least one on either side")
     order = list(range(len(rows)))
     random.Random(f"validation/{seed}").shuffle(order)
-    held = set(order[:count])
-    return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+    return [rows[i] for i in sorted(order[:count])], [rows[i] for i in sorted(order[count:])]
 
 
 def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
@@ -64,22 +63,23 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
     rows = Rows([])
     data, path = (None if name is None else Path(name) for name in (config.data, config.train))
     needed = {"train_needed": train, "tests_needed": not train}
-    files = reading.find(task, data, path, list(map(Path, config.test)), **needed)
+    train_file, test_files = reading.find(task, data, path, list(map(Path, config.test)), **needed)
     if scored or (glue and not streams):
-        rows.tests = {name: read_rows(path, "--test") for name, path in files.tests.items()}
+        rows.tests = {name: read_rows(path, "--test") for name, path in test_files.items()}
     if streams:
-        rows.train, rows.stream = None, files.train
+        rows.train, rows.stream = None, train_file
     elif train:
-        rows.train = read_rows(files.train, "--train")
+        rows.train = read_rows(train_file, "--train")
     if glue and rows.tests and not streams:
         # as in the paper: one part of validation selects, the rest is reported
         name, tests = next(iter(rows.tests.items()))
-        chosen, reported = validation_split(len(tests), config.seed)
-        rows.held_out, rows.tests[name] = [tests[i] for i in chosen], [tests[i] for i in reported]
+        count = selection_rows(len(tests))
+        rows.held_out, rows.tests[name] = _split(tests, count, config.seed)
     if train and not streams:
         rows.train = rows.train[: config.train_rows]
-        if config.validation:
-            rows.train, rows.held_out = _split(rows.train, config.validation, config.seed)
+        if held := config.validation:
+            count = round(len(rows.train) * held) if held < 1 else int(held)
+            rows.held_out, rows.train = _split(rows.train, count, config.seed)
         # split before expanding, so that a conversation stays on one side
         rows.train = list(expanded(rows.train, task, config.turns))
         rows.held_out = list(expanded(rows.held_out, task, config.turns))

@@ -16,6 +16,7 @@ from reft_train.config import dump_yaml
 from reft_train.evaluation.scoring import score_set
 from reft_train.methods import save_adapter
 from reft_train.tasks.base import Row
+from reft_train.training.prepare import find_rows
 
 from tests.reft_train import tiny
 from tests.reft_train.evaluation.conftest import CAPITALS, adapted
@@ -225,9 +226,9 @@ def test_glue_is_scored_on_the_half_that_did_not_choose_the_model(tmp_path, tiny
     )
     save_adapter(loaded.model, tmp_path / "run" / "adapter")
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(config))
-    from reft_train.tasks.glue import validation_split
-
-    reported = validation_split(10, config.seed)[1]
+    tests = find_rows(config, tasks.get(config.task), train=False).tests
+    reported = [row.fields["idx"] for row in tests["validation"]]
+    assert len(reported) == 5
     for flags, expected in [((), reported), (("--test-rows", 2), reported[:2])]:
         assert evaluate("--run", tmp_path / "run", *flags) == 0
         lines = (
