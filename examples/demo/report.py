@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pandas
 from reft_train import reporting
 from reft_train.files import dumps, write_text
 
@@ -79,7 +80,7 @@ def print_chats(chats: list[tuple[str, str, str]]) -> None:
 def write(out: Path, results: dict[str, Any]) -> None:
     """Print the results, and write ``demo.json`` and ``demo.png``."""
     learned, reloaded, scored = _notes(results)
-    table = reporting.text_table(STEPS, _steps(results["steps"]))
-    print(learned, reloaded, "", table, "", scored, sep="\n")
+    steps = pandas.DataFrame(_steps(results["steps"]), columns=STEPS).to_string(index=False)
+    print(learned, reloaded, "", steps, "", scored, sep="\n")
     write_text(out / "demo.json", dumps({"versions": reporting.versions(), **results}))
     _draw(results, out / "demo.png")

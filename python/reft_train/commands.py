@@ -103,8 +103,8 @@ COMMANDS = {
         held out and is judged on those that are; test sets are never read. Without --vary, rank,
         layers, positions, lr, dropout and parametrization vary, as far as the method has them; a
         setting whose flag is given stays fixed. The same command again resumes a search. Writes
-        best.yaml (for reft-train run --config), trials.csv, figures and search.db, which
-        optuna-dashboard reads, to --output, by default runs/search.""",
+        best.yaml (for reft-train run --config), trials.csv and search.db, which optuna-dashboard
+        shows, to --output, by default runs/search.""",
         SearchOptions,
         [name for name in FIELDS if name not in ("resume", "skip_test")],
     ),

@@ -13,7 +13,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from reft_kernels.integrations.peft import ReftConfig  # registers the method that files name
 from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.errors import UserError, one_line, wrong
-from reft_train.files import read_object, write_text
+from reft_train.files import read_json, write_text
 from reft_train.models import CAUSAL, CLASSIFICATION, Loaded, identity
 
 # settings of each method as named in the paper; its DiReFT has no orthonormality constraint
@@ -109,7 +109,7 @@ def load_adapter(loaded: Loaded, folder: str | Path, *, trainable: bool = False)
 
 def base_model(folder: Path) -> str | None:
     """Return the name of the base model that a saved adapter records."""
-    config = read_object(folder / "adapter_config.json", "--adapter")
+    config = read_json(folder / "adapter_config.json", dict[str, Any], "--adapter")
     return config.get("base_model_name_or_path")
 
 
@@ -124,7 +124,8 @@ def check_base(hf_config: Any, folder: Path, name: str = "adapter") -> None:
     A folder without a record of the base model is accepted: PEFT compares the shapes.
     """
     path = folder / BASE_MODEL
-    saved, current = read_object(path, BASE_MODEL) if path.is_file() else {}, identity(hf_config)
+    saved = read_json(path, dict[str, Any], BASE_MODEL) if path.is_file() else {}
+    current = identity(hf_config)
     for key, value in saved.items():
         if current.get(key) != value:
             what = f"a model with {key} {current.get(key)}"

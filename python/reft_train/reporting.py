@@ -1,10 +1,9 @@
-"""Tables for terminals, figures without a display, and the versions in use."""
+"""Figures without a display, and the versions in use."""
 
 from __future__ import annotations
 
 import io
 import platform
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,22 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets", "numpy")
-
-
-def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Format aligned columns, the first one left-aligned, the others right-aligned."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(str, row))
-    # plain text of any width, since output may go to a file
-    console = Console(file=io.StringIO(), width=10_000, markup=False, highlight=False)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
 def new_figure(*size: float) -> Figure:

@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 import pandas
 import torch
+from torch.nn.functional import cross_entropy, mse_loss
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
@@ -27,12 +28,16 @@ PREDICTIONS = "predictions"
 
 @dataclass(frozen=True)
 class SetScore:
-    """Metrics of a set by name, main metric first (empty if it is not scored), and predictions."""
+    """Metrics of a set by name, main metric first (empty if it is not scored), and predictions.
+
+    ``loss`` is the mean loss over the rows for models that classify.
+    """
 
     name: str
     metrics: dict[str, float]
     count: int
     predictions: list[dict[str, Any]] = field(repr=False)
+    loss: float | None = None
 
 
 def score_set(
@@ -60,9 +65,10 @@ def score_set(
         raise wrong(f"test set {name}", "no rows", "at least one")
     encoder = Encoder(task, loaded.tokenizer, loaded.kind, config.max_length)
     score = _classes if loaded.kind == CLASSIFICATION else _answers
-    metrics, predictions = score(rows, loaded.model, encoder, config, f"scoring {name}", progress)
+    title = f"scoring {name}"
+    metrics, predictions, loss = score(rows, loaded.model, encoder, config, title, progress)
     predictions = [{**row, "index": index, **rest} for index, (row, rest) in enumerate(predictions)]
-    return SetScore(name, metrics, len(rows), predictions)
+    return SetScore(name, metrics, len(rows), predictions, loss)
 
 
 def _answers(
@@ -78,7 +84,7 @@ def _answers(
         record |= {"answer": example.answer, "right": scored.right}
         predictions.append((example.row, record))
     right = sum(bool(record["right"]) for _, record in predictions)
-    return {task.metrics[0]: right / len(rows)} if task.metrics else {}, predictions
+    return {task.metrics[0]: right / len(rows)} if task.metrics else {}, predictions, None
 
 
 def _classes(
@@ -101,7 +107,11 @@ def _classes(
         if not finite:
             hint = "numbers; --dtype float32 may help"
             raise wrong("model", f"an output that is not finite for {row.where}", hint)
-    values = (logits.squeeze(-1) if task.labels is None else logits.argmax(-1)).tolist()
+    labels = torch.tensor([text.label for text in classified])
+    if task.labels is None:
+        loss, values = mse_loss(logits.squeeze(-1), labels), logits.squeeze(-1).tolist()
+    else:
+        loss, values = cross_entropy(logits, labels), logits.argmax(-1).tolist()
     predictions = []
     for text, value, shares in zip(classified, values, logits.softmax(-1).tolist(), strict=True):
         record = {"prediction": value, "answer": text.label}
@@ -109,7 +119,7 @@ def _classes(
             record = {key: task.labels[number] for key, number in record.items()}
             record["probabilities"] = dict(zip(task.labels, shares, strict=True))
         predictions.append((text.row, record))
-    return task.measure(values, [text.label for text in classified]), predictions
+    return task.measure(values, labels.tolist()), predictions, loss.item()
 
 
 def average(scores: Sequence[SetScore]) -> dict[str, float]:

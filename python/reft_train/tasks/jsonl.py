@@ -54,9 +54,10 @@ class Jsonl(Task):
         turns = [turn for turn in expanded if len(turn) > 1]
         if not turns:
             raise wrong(f"{row.where}: messages", "no 'assistant' message after another", "one")
-        rows = [Row({**row.fields, "messages": turn}, row.where) for turn in turns]
-        numbered = enumerate(rows, 1) if len(rows) > 1 else ()
-        return [Row(r.fields, f"{r.where}, turn {number}") for number, r in numbered] or rows
+        numbers = [f", turn {number}" for number in range(1, len(turns) + 1)]
+        wheres = [row.where + (number if len(turns) > 1 else "") for number in numbers]
+        made = zip(turns, wheres, strict=True)
+        return [Row({**row.fields, "messages": turn}, where) for turn, where in made]
 
     def score(self, generated: str, example: Example) -> Scored:
         """The whole stripped text must equal the target."""
@@ -78,10 +79,6 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
     except jinja2.TemplateError as error:
         what = f"a chat that the tokenizer's template rejects ({one_line(error)})"
         raise wrong(name, what, "an order of roles that it accepts") from None
-    start, ids = tokenizer.bos_token, [tokenizer.bos_token_id] * 2
-    # some templates write the BOS token that the tokenizer adds again when it encodes the prompt
-    if start and prompt.startswith(start) and tokenizer(prompt)["input_ids"][:2] == ids:
-        prompt = prompt[len(start) :]
     return prompt, messages[-1]["content"]
 
 

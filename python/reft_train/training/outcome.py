@@ -8,11 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from reft_train import reporting
-from reft_train.errors import one_line, wrong
-from reft_train.files import dumps, write_text
+from reft_train.files import dumps, read_json, write_text
 from reft_train.memory import Peak
 from reft_train.methods import TITLES
 
@@ -80,12 +77,7 @@ class Outcome:
     @classmethod
     def load(cls, folder: str | Path) -> Outcome:
         """Load the outcome saved in a run's folder."""
-        try:
-            text = (Path(folder) / RESULTS).read_text(encoding="utf-8")
-            return TypeAdapter(cls).validate_json(text)
-        except (OSError, ValueError) as error:
-            what = f"{folder}, without a readable {RESULTS} ({one_line(error)})"
-            raise wrong("run", what, "a finished run") from None
+        return read_json(Path(folder) / RESULTS, cls, "run")
 
 
 def draw_curves(path: Path, log: Sequence[Mapping[str, Any]]) -> Path:

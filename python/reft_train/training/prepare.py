@@ -90,10 +90,8 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
 
 def _digest(rows: list[Row]) -> str:
     """Hash the rows' content, so that a changed file, split or limit gives a different data set."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(dict(row.fields), sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    fields = json.dumps([dict(row.fields) for row in rows], sort_keys=True, default=str)
+    return hashlib.sha256(fields.encode()).hexdigest()
 
 
 def _log(text: str) -> None:

@@ -34,15 +34,6 @@ from reft_train.training.sharding import engine_environment, gather_to_generate
 from reft_train.training.trainer import ReftTrainer, orthonormality
 
 
-def _class_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
-    def measure(prediction: Any) -> dict[str, float]:
-        logits = prediction.predictions
-        predicted = logits.squeeze(-1) if task.labels is None else logits.argmax(-1)
-        return task.measure(predicted.tolist(), prediction.label_ids.tolist())
-
-    return measure
-
-
 def quiet() -> None:
     """Disable progress bars and messages of libraries."""
     import datasets
@@ -130,7 +121,8 @@ def _train(
 
     def score(model: Any) -> dict[str, float]:
         own = replace(loaded, model=model)
-        return score_set("held out", rows.held_out, own, task, config, progress=False).metrics
+        found = score_set("held out", rows.held_out, own, task, config, progress=False)
+        return found.metrics if found.loss is None else {"loss": found.loss, **found.metrics}
 
     model, arguments = together(adapted)
     if arguments.should_save:
@@ -143,14 +135,13 @@ def _train(
         sampler=prepare.sampler(config, examples, arguments.world_size),
         heads=loaded.heads,
         head_lr=config.head_lr,
-        score=score if config.select == "metric" and not classifies else None,
+        score=score if config.select == "metric" or classifies else None,
         keep=config.keep,
         prefix_bytes=round(config.prefix_cache * 1e9),
         model=model,
         args=arguments,
         train_dataset=examples,
         eval_dataset=held_out,
-        compute_metrics=_class_metrics(task) if classifies else None,
         callbacks=[FiniteLoss(), Journal(output / LOG), interrupt, *callbacks],
     )
     if classifies:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -34,18 +34,11 @@ def requested(config: RunConfig) -> bool:
     return config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-@contextmanager
-def engine_environment(config: RunConfig) -> Iterator[None]:
-    """Set the environment variables read by engines during a run, and restore them on exit."""
-    before, prefixes = dict(os.environ), ("ACCELERATE_", "FSDP_")
-    if requested(config):
-        os.environ.update({f"FSDP_{name.upper()}": str(v) for name, v in _SETTINGS.items()})
-    try:
-        yield
-    finally:
-        for name in [name for name in os.environ if name.startswith(prefixes)]:
-            del os.environ[name]
-        os.environ.update({k: v for k, v in before.items() if k.startswith(prefixes)})
+def engine_environment(config: RunConfig) -> AbstractContextManager:
+    """Set the environment variables read by engines; all variables are restored on exit."""
+    settings = _SETTINGS if requested(config) else {}
+    variables = {f"FSDP_{name.upper()}": str(value) for name, value in settings.items()}
+    return mock.patch.dict(os.environ, variables)
 
 
 def _block_classes(model: Any) -> list[str]:

@@ -185,7 +185,9 @@ def test_a_broken_record_is_refused(finished, data, content, file, capsys):
     assert evaluate(*given) == 2
     error = capsys.readouterr().err
     assert (
-        error.count("\n") == 1 and f"got {folder / file}" in error and "expected an object" in error
+        error.count("\n") == 1
+        and f"got {folder / file}" in error
+        and "expected a whole JSON file" in error
     )
 
 

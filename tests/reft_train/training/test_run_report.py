@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from reft_train.memory import Peak
-from reft_train.reporting import text_table, versions
+from reft_train.reporting import versions
 from reft_train.training.outcome import Outcome, draw_curves
 
 OUTCOME = Outcome(
@@ -55,12 +55,6 @@ LOG = [
 )
 def test_the_summary_has_a_line_for_each_figure(shown):
     assert any(shown in line for line in OUTCOME.summary().splitlines())
-
-
-def test_a_table_for_a_terminal_lines_up_and_takes_any_text():
-    lines = text_table(("", "a"), [("[b]x[/b]", 1), ("y", "1,000")]).splitlines()
-    assert lines == ["              a", "[b]x[/b]      1", "y         1,000"]
-    assert "x" * 300 in text_table(("name",), [("x" * 300,)])
 
 
 def test_the_summary_names_the_head_only_where_there_is_one():
