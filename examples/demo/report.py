@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+from matplotlib.figure import Figure
 from reft_train import reporting
 from reft_train.files import dumps, write_text
 
@@ -47,7 +48,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
 
 def _draw(results: dict[str, Any], path: Path) -> None:
     """Draw the answers side by side, and the loss."""
-    figure = reporting.new_figure(11, 2.5 + 1.1 * len(results["chats"]))
+    # without pyplot: no display, no global state
+    figure = Figure(figsize=(11, 2.5 + 1.1 * len(results["chats"])), layout="constrained")
     texts, curve = figure.subplots(2, 1, height_ratios=[len(results["chats"]), 2])
     texts.axis("off")
     rows = [[textwrap.fill(cell, 46) for cell in row] for row in results["chats"]]
@@ -62,7 +64,7 @@ def _draw(results: dict[str, Any], path: Path) -> None:
     curve.set(xlabel="step", ylabel="training loss")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the font lacks it: drawn as a box
-        reporting.save_figure(figure, path)
+        figure.savefig(path, dpi=110)
 
 
 def print_chats(chats: list[tuple[str, str, str]]) -> None:

@@ -115,7 +115,7 @@ COMMANDS = {
         learning rate and size on held-out training rows; its best settings are then trained and
         tested with every seed, each run in a separate process. The same command again resumes a
         comparison. Prints means and sample standard deviations over the seeds. Writes
-        compare.json, compare.csv and compare.png to --output, by default runs/compare.""",
+        compare.json and compare.csv to --output, by default runs/compare.""",
         CompareOptions,
         [name for name in FIELDS if name not in _NOT_COMPARED],
     ),

@@ -24,7 +24,6 @@ from reft_train.commands import COMPARED, CompareOptions
 from reft_train.config import METHODS, RunConfig
 from reft_train.errors import UserError, one_line, wrong
 from reft_train.files import check_own_folder, dumps, write_text
-from reft_train.methods import TITLES
 from reft_train.models import model_config
 from reft_train.search.command import one_process
 from reft_train.search.space import Space, small_space_of
@@ -226,7 +225,6 @@ def resolve_plan(parsed: argparse.Namespace) -> ComparisonPlan:
 def table(comparison: Comparison) -> str:
     """Format a line for each method: its scores, its cost, and what its search chose."""
     frame = pandas.DataFrame(comparison.rows)
-    frame["method"] = frame.method.map(TITLES)
     for name in ("test", "validation"):
         frame[name] = [mean_of(row[name]) for row in comparison.rows]
     names = ["method", "test", "validation", "seeds", "trainable", "head", "step_seconds"]
@@ -243,7 +241,7 @@ def mean_of(spread: dict[str, float] | None) -> str:
 
 
 def write_results(comparison: Comparison) -> None:
-    """Write ``compare.json``, ``compare.csv`` and ``compare.png``."""
+    """Write ``compare.json`` and ``compare.csv``."""
     plan, folder, rows = comparison.plan, comparison.plan.folder, comparison.rows
     numbers = {
         "config": plan.config.model_dump(),
@@ -259,17 +257,6 @@ def write_results(comparison: Comparison) -> None:
     }
     write_text(folder / "compare.json", dumps(numbers))
     write_text(folder / "compare.csv", pandas.json_normalize(rows, sep="_").to_csv(index=False))
-    measured = "test" if any(row["test"] for row in rows) else "validation"
-    figure = reporting.new_figure()
-    axes = figure.subplots()
-    for row in (row for row in rows if row[measured]):
-        bar = {"yerr": row[measured]["deviation"], "label": TITLES[row["method"]]}
-        count, mean = row["trainable"] + row["head"], row[measured]["mean"]
-        axes.errorbar(count, mean, fmt="o", capsize=4, **bar)
-    axes.set(xlabel="trained parameters", ylabel=f"{measured} metric", xscale="symlog")
-    if axes.has_data():
-        axes.legend()
-        reporting.save_figure(figure, folder / "compare.png")
 
 
 def run(

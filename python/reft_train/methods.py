@@ -16,21 +16,6 @@ from reft_train.errors import UserError, one_line, wrong
 from reft_train.files import read_json, write_text
 from reft_train.models import CAUSAL, CLASSIFICATION, Loaded, identity
 
-# settings of each method as named in the paper; its DiReFT has no orthonormality constraint
-TITLES = {
-    "loreft": "LoReFT",
-    "direft": "h + Rᵀ(Wh + b)",
-    "nodireft": "DiReFT",
-    "noreft": "NoReFT",
-    "consreft": "ConsReFT",
-    "lobireft": "LobiReFT",
-    "red": "RED",
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "prefix": "prefix tuning",
-    "ia3": "IA3",
-    "head": "frozen model, trained head",
-}
 BASE_MODEL = "base_model.json"
 
 

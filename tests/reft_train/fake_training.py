@@ -22,7 +22,7 @@ def quality(config: RunConfig) -> float:
 
 
 class FakeTrain:
-    """``train(config, callbacks=..., report=...)``; ``seen`` are the settings that it was called
+    """``train(config, callbacks=...)``; ``seen`` are the settings that it was called
     with.
 
     Args:
@@ -42,7 +42,7 @@ class FakeTrain:
         self.seen: list[RunConfig] = []
         self.steps = 0
 
-    def __call__(self, config: RunConfig, *, callbacks: Any = (), report: bool = True) -> Outcome:
+    def __call__(self, config: RunConfig, *, callbacks: Any = ()) -> Outcome:
         self.seen.append(config)
         folder = Path(config.output)
         for name in ("checkpoint-1", "adapter"):

@@ -112,11 +112,6 @@ class SearchPlan:
     def folder(self) -> Path:
         return Path(self.config.output)
 
-    @property
-    def storage(self) -> str:
-        """URL of optuna's storage, a file that optuna-dashboard reads."""
-        return f"sqlite:///{self.folder.absolute() / DATABASE}"
-
 
 def state_of(trial: FrozenTrial) -> str:
     """Return complete, pruned, failed, interrupted (it will be run again), running or waiting."""
@@ -226,7 +221,7 @@ def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> Non
     fixed = {"output": output, "skip_test": True, "resume": False, "overwrite": True}
     try:
         config = plan.config.replace(**settings_of(result.trials[trial.number]), **fixed)
-        outcome = train(config, callbacks=[watch], report=False)
+        outcome = train(config, callbacks=[watch])
         if outcome.interrupted:
             raise KeyboardInterrupt
         study.tell(trial, plan.objective.of(outcome.validation))
@@ -237,7 +232,7 @@ def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> Non
         bad_input = isinstance(error, UserError)
         succeeded = any(state_of(known) in ("complete", "pruned") for known in result.trials)
         if bad_input and not succeeded:
-            optuna.delete_study(study_name=study.study_name, storage=plan.storage)
+            (plan.folder / DATABASE).unlink()
             raise
         kind = "" if bad_input else f"{type(error).__name__}: "
         trial.set_user_attr("reason", f"{kind}{one_line(error)}")
@@ -260,8 +255,13 @@ def open_study(plan: SearchPlan) -> optuna.Study:
     identity["space"] = {name: distribution_to_json(entry) for name, entry in space.items()}
     identity["objective"] = plan.objective.name
     pruner = optuna.pruners.MedianPruner() if plan.prune else optuna.pruners.NopPruner()
-    options = {"study_name": "search", "load_if_exists": True, "pruner": pruner}
-    study = optuna.create_study(storage=plan.storage, direction=plan.objective.direction, **options)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder.absolute() / DATABASE}",
+        pruner=pruner,
+        study_name="search",
+        direction=plan.objective.direction,
+        load_if_exists=True,
+    )
     if study.user_attrs.get("settings", identity) != identity:
         what = f"{folder}, which contains a search with other settings, model or data"
         raise wrong("output", what, "another folder or --overwrite")

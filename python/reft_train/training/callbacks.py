@@ -1,9 +1,8 @@
-"""Trainer callbacks: a crash-safe log, clean interruption, a stop on NaN, and a progress bar."""
+"""Trainer callbacks: a crash-safe log, clean interruption, and counters."""
 
 from __future__ import annotations
 
 import json
-import math
 import signal
 import threading
 import time
@@ -36,16 +35,6 @@ class Journal(TrainerCallback):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
-
-
-class FiniteLoss(TrainerCallback):
-    """Stop a run whose loss is not finite."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            hint = "a lower lr or float32 may help"
-            raise FloatingPointError(f"the loss is {loss} at step {state.global_step}; {hint}")
 
 
 class Interrupt(TrainerCallback):

@@ -16,7 +16,7 @@ from reft_train.methods import check_base
 from reft_train.models import model_config
 from reft_train.training.arguments import BOARD
 from reft_train.training.callbacks import LOG
-from reft_train.training.outcome import PICTURE, RESULTS
+from reft_train.training.outcome import RESULTS
 
 STAGING, LOSS, _STATE = ".saving", "loss.json", "trainer_state.json"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", LOSS, _STATE)
@@ -68,7 +68,7 @@ def clear(output: Path, *, everything: bool) -> None:
     folders = (output / name for name in (ADAPTER, PREDICTIONS, BOARD))
     for path in (*checkpoints(output), *folders):
         shutil.rmtree(path, ignore_errors=True)
-    for name in (RESULTS, LOG, PICTURE):
+    for name in (RESULTS, LOG):
         (output / name).unlink(missing_ok=True)
 
 

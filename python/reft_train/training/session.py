@@ -28,8 +28,8 @@ from reft_train.reporting import versions
 from reft_train.tasks.base import Row, Task
 from reft_train.training import prepare, run_dir
 from reft_train.training.arguments import training_arguments
-from reft_train.training.callbacks import LOG, FiniteLoss, Interrupt, Journal
-from reft_train.training.outcome import PICTURE, Outcome, draw_curves
+from reft_train.training.callbacks import LOG, Interrupt, Journal
+from reft_train.training.outcome import Outcome
 from reft_train.training.sharding import engine_environment, gather_to_generate
 from reft_train.training.trainer import ReftTrainer, orthonormality
 
@@ -48,14 +48,12 @@ def train(
     config: RunConfig,
     *,
     callbacks: Sequence[transformers.TrainerCallback] = (),
-    report: bool = True,
     task: Task | None = None,
 ) -> Outcome:
     """Train an adapter; write it with the log, the results and a report to ``config.output``.
 
     Args:
         callbacks: additional callbacks, such as one that prunes a search trial.
-        report: whether to draw the curves.
         task: the task; None: that of the settings.
 
     Returns:
@@ -67,7 +65,7 @@ def train(
     """
     join(cpu=pick_device(config) == "cpu")
     with engine_environment(config):
-        return _train(config, callbacks, report, task)
+        return _train(config, callbacks, task)
 
 
 def _read(config: RunConfig, task: Task) -> tuple[Path | None, prepare.Rows, Loaded, Callable]:
@@ -99,10 +97,7 @@ def _tokenized(config: RunConfig, encoder: Encoder, rows: prepare.Rows) -> tuple
 
 
 def _train(
-    config: RunConfig,
-    callbacks: Sequence[transformers.TrainerCallback],
-    report: bool,
-    task: Task | None,
+    config: RunConfig, callbacks: Sequence[transformers.TrainerCallback], task: Task | None
 ) -> Outcome:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -142,7 +137,7 @@ def _train(
         args=arguments,
         train_dataset=examples,
         eval_dataset=held_out,
-        callbacks=[FiniteLoss(), Journal(output / LOG), interrupt, *callbacks],
+        callbacks=[Journal(output / LOG), interrupt, *callbacks],
     )
     if classifies:
         # these models ignore num_items_in_batch, so Trainer would sum the means of micro-batches
@@ -185,8 +180,6 @@ def _train(
         versions=versions(),
     )
     if arguments.should_save:
-        if report:
-            draw_curves(output / PICTURE, state.log_history)
         outcome.save(output)
     return outcome
 

@@ -126,13 +126,6 @@ def gather_to_generate(model: nn.Module) -> None:
         fsdp.register_fsdp_forward_method(model, "generate")
 
 
-def forget_built(model: nn.Module) -> None:
-    """Make stacks rebuild their weights, since loading into shards is not detected."""
-    for stack in model.modules():
-        if isinstance(stack, Intervention):
-            stack.train(stack.training)
-
-
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Gather a sharded model's trained parameters and buffers on the CPU of the first process.
 

@@ -170,11 +170,18 @@ keep_prefix_states` keeps; 0: none are kept.
         return statistics.median(intervals) if intervals else 0.0
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Log as Trainer does, with tokens per second and orthonormality in training entries."""
+        """Log as Trainer does, with tokens per second and orthonormality in training entries.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
         if "loss" in logs:
             # Trainer's own mean restarts when a run is resumed between two log entries
             logs["loss"] = self._losses().mean().item() / self.loss_steps
             self._loss, self.loss_steps = 0.0, 0
+            if not math.isfinite(logs["loss"]):
+                what = f"the loss is {logs['loss']} at step {self.state.global_step}"
+                raise FloatingPointError(f"{what}; a lower lr or float32 may help")
             now = time.perf_counter()
             if self._logged is not None:
                 seconds = max(now - self._logged[0], 1e-9)
@@ -287,7 +294,8 @@ keep_prefix_states` keeps; 0: none are kept.
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        sharding.forget_built(self.model)
+        # stacks rebuild their weights, since loading into shards is not detected
+        self.model.train(self.model.training)
 
     def _save(self, output_dir: str | Path | None = None, state_dict: dict | None = None) -> None:
         """Save only the adapter in PEFT's format, without tokenizer and pickled arguments."""

@@ -33,7 +33,7 @@ class CtrlC(transformers.TrainerCallback):
 def main(path: str) -> None:
     for settings in json.loads(Path(path).read_text()):
         step = settings.pop("interrupt_at", None)
-        train(build(settings), callbacks=[] if step is None else [CtrlC(step)], report=False)
+        train(build(settings), callbacks=[] if step is None else [CtrlC(step)])
     leave()
 
 
