@@ -41,11 +41,10 @@ class Choice(Settings):
 
 
 class SearchOptions(Choice):
-    """What ``search`` varies, and how long."""
+    """What ``search`` varies, and how often."""
 
     vary: list[str] = setting([], "what varies, such as 'rank=[4, 8]' 'lr={low: 1e-4, high: 1e-2}'")
     trials: int = setting(20, "trials in all", ge=1)
-    timeout: float | None = setting(None, "end the search after so many seconds", gt=0)
 
 
 class CompareOptions(Choice):

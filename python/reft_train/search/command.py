@@ -52,8 +52,7 @@ def run(parsed: argparse.Namespace, train: study.Train = session.train) -> int:
     options = flags.options(parsed, SearchOptions)
     objective, config = study.resolve(flags.settings(parsed), options.objective)
     varied = resolve_space(options, flags.passed(parsed), config)
-    budget = (options.trials, options.timeout, options.sampler_seed)
-    plan = study.SearchPlan(config, varied, objective, *budget)
+    plan = study.SearchPlan(config, varied, objective, options.trials, options.sampler_seed)
     result = study.search(plan, train)
     print(study.table(result.study).to_string(index=False))
     if result.interrupted:

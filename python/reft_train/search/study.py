@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import random
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,8 +92,7 @@ class SearchPlan:
 
     Attributes:
         config: settings of every trial except the varied ones; ``output`` is the search's folder.
-        trials: total number, including earlier sessions. None: as many as the time allows.
-        timeout: seconds from now; a running trial is then stopped, and resumed in a later session.
+        trials: total number, including earlier sessions.
         prune: whether to stop trials whose held-out value is below the median of the others.
         start: whether to try the configured values first.
     """
@@ -102,8 +100,7 @@ class SearchPlan:
     config: RunConfig
     space: Space
     objective: Objective
-    trials: int | None = 20
-    timeout: float | None = None
+    trials: int = 20
     sampler_seed: int = 0
     prune: bool = True
     start: bool = True
@@ -156,14 +153,13 @@ class Search:
 
 
 class Watch(TrainerCallback):
-    """Report held-out values to optuna, numbered from 1, and stop at the deadline.
+    """Report held-out values to optuna, numbered from 1.
 
     Steps are not used as numbers, since they depend on the batch size, which can vary.
     """
 
-    def __init__(self, trial: optuna.Trial, objective: Objective, deadline: float) -> None:
-        self.trial, self.objective, self.deadline = trial, objective, deadline
-        self.evaluations = 0
+    def __init__(self, trial: optuna.Trial, objective: Objective) -> None:
+        self.trial, self.objective, self.evaluations = trial, objective, 0
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
@@ -176,10 +172,6 @@ class Watch(TrainerCallback):
             text = f"held-out {self.objective.name} {value:.4g} at evaluation {self.evaluations}"
             raise optuna.TrialPruned(text)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if time.monotonic() >= self.deadline:
-            raise TimeoutError
-
 
 def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -> Search:
     """Run the missing trials, and write ``best.yaml`` and ``trials.csv``.
@@ -191,21 +183,17 @@ def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -
         train: called as :func:`reft_train.training.session.train`.
     """
     result = Search(plan, open_study(plan))
-    deadline = math.inf if plan.timeout is None else time.monotonic() + plan.timeout
-    while time.monotonic() < deadline and not result.interrupted:
-        settled = len(result.settled)
-        if plan.trials is not None and settled >= plan.trials:
-            break
+    while (settled := len(result.settled)) < plan.trials and not result.interrupted:
         # seeded per trial, so that a resumed search samples the same trials as an uninterrupted one
         seed = random.Random(f"{plan.sampler_seed} {settled}").randrange(2**31)
         result.study.sampler = optuna.samplers.TPESampler(seed=seed)
         trial = result.study.ask(dict(plan.space))
         try:
-            _run(result, trial, Watch(trial, plan.objective, deadline), train)
-        except (KeyboardInterrupt, TimeoutError) as stop:
+            _run(result, trial, Watch(trial, plan.objective), train)
+        except KeyboardInterrupt:
             # a trial without a recorded reason is resumed later
             result.study.tell(trial, state=TrialState.FAIL)
-            result.interrupted = isinstance(stop, KeyboardInterrupt)
+            result.interrupted = True
         clear_device_cache(garbage_collection=True)
         done = result.trials[trial.number]
         why = done.user_attrs.get("reason", "")
