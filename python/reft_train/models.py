@@ -88,10 +88,8 @@ def _unloadable(name: str, what: str, error: Exception) -> UserError:
 
 def identity(hf_config: Any) -> dict[str, Any]:
     """Return the properties that identify a base model, for checking adapters against it."""
-    configs = [hf_config]
-    if callable(getattr(hf_config, "get_text_config", None)):
-        # the text config holds the sizes of a multimodal model
-        configs.insert(0, hf_config.get_text_config())
+    # the text config holds the sizes of a multimodal model
+    configs = (hf_config.get_text_config(), hf_config)
     pairs = [(name, getattr(part, name, None)) for part in configs for name in _IDENTITY]
     return {name: value for name, value in pairs if isinstance(value, int | str)}
 

@@ -16,6 +16,7 @@ import transformers
 
 from reft_train import tasks
 from reft_train.config import RunConfig, dump_yaml
+from reft_train.data.collating import PaddingCollator
 from reft_train.data.tokenizing import Encoder
 from reft_train.errors import UserError, wrong
 from reft_train.evaluation.scoring import score_set, write_predictions
@@ -126,7 +127,7 @@ def _train(
     interrupt = Interrupt()
     trainer = ReftTrainer(
         collate=collate,
-        eval_collate=prepare.collator(config.replace(packing=False), loaded),
+        eval_collate=PaddingCollator(loaded.tokenizer.pad_token_id),
         sampler=prepare.sampler(config, examples, arguments.world_size),
         heads=loaded.heads,
         head_lr=config.head_lr,
