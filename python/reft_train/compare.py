@@ -6,15 +6,16 @@ Each method has one search with the same budget; its best settings are trained a
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import multiprocessing
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
 import pandas
@@ -32,6 +33,10 @@ from reft_train.training import session
 from reft_train.training.outcome import Outcome
 
 REFUSED = "not available: "
+SCORES = ("test", "validation")
+# how the costs of a method's tested runs are combined; memory in MiB
+COSTS = {"trainable": "first", "head": "first", "step_seconds": "median"}
+COSTS |= {"tokens_per_second": "median", "peak": "max"}
 
 
 @dataclass(frozen=True)
@@ -60,43 +65,39 @@ class ComparisonPlan:
 class Comparison:
     """Results in the order of the plan's methods; ``outcomes`` by (method, seed).
 
-    A row has the fields of ``compare.json``: ``status``, what the search chose and, if a run was
-    tested, those of :func:`summarized`.
+    A row has ``status``, what the search chose and cost, and the number of tested runs, ``seeds``.
     """
 
     plan: ComparisonPlan
     rows: list[dict[str, Any]]
     outcomes: Mapping[tuple[str, int], Outcome]
 
+    @property
+    def summary(self) -> pandas.DataFrame:
+        """The rows, with what the tested runs of each method have in common.
 
-def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Return the mean and the sample standard deviation (NaN for a single value)."""
-    series = pandas.Series(values)
-    return {"mean": series.mean(), "deviation": series.std()} if values else None
-
-
-def summarized(outcomes: Sequence[Outcome], plan: ComparisonPlan) -> dict[str, Any]:
-    """Aggregate a method's tested runs; without any, every field is empty.
-
-    ``test`` is the task's first metric, averaged over the test sets of a run, then over the runs.
-    """
-    metric, name = next(iter(tasks.get(plan.config.task).metrics), None), plan.objective.name
-    sets = outcomes[0].tests if outcomes and metric else {}
-    tests = {name: [outcome.tests[name][metric] for outcome in outcomes] for name in sets}
-    held_out = [one.validation[name] for one in outcomes if name in one.validation]
-    first = outcomes[0] if outcomes else None
-    return {
-        "seeds": len(outcomes),
-        "test": spread([fmean(values) for values in zip(*tests.values(), strict=True)]),
-        "tests": {name: spread(values) for name, values in tests.items()},
-        "validation": spread(held_out),
-        "trainable": first and first.trainable,
-        "head": first and first.head,
-        "step_seconds": first and median(one.step_seconds for one in outcomes),
-        "tokens_per_second": first and median(one.tokens_per_second for one in outcomes),
-        "peak_mib": first and max(one.memory.peak for one in outcomes),
-        "memory_method": first and first.memory.method,
-    }
+        Scores have a mean and a sample standard deviation over the runs: ``validation``,
+        ``test_<set>``, the task's first metric, and ``test``, its average over the test sets.
+        """
+        metric = next(iter(tasks.get(self.plan.config.task).metrics), None)
+        runs = []
+        for (method, _), one in self.outcomes.items():
+            run = {**asdict(one), "method": method, "peak": one.memory.peak}
+            tests = {name: scores[metric] for name, scores in one.tests.items() if metric}
+            run |= {f"test_{name}": value for name, value in tests.items()}
+            run["test"] = fmean(tests.values()) if tests else math.nan
+            run["validation"] = one.validation.get(self.plan.objective.name, math.nan)
+            runs.append(run)
+        frame = pandas.DataFrame(self.rows)
+        if not runs:
+            return frame
+        grouped = pandas.DataFrame(runs).groupby("method")
+        names = [name for name in runs[0] if name in SCORES or name.startswith("test_")]
+        scores = grouped[names].agg(["mean", "std"])
+        scores = scores.rename(columns={"std": "deviation"})
+        scores.columns = ["_".join(pair) for pair in scores.columns]
+        costs = grouped[list(COSTS)].agg(COSTS)
+        return frame.join(scores, on="method").join(costs, on="method")
 
 
 def run_isolated(config: RunConfig) -> Outcome:
@@ -162,7 +163,7 @@ def compare(
         done = [outcomes[method, seed] for seed in plan.seeds if (method, seed) in outcomes]
         if failed := failures[method]:
             row["status"] = f"{len(failed)} of {len(plan.seeds)} seeds failed: {failed[0]}"
-        row |= summarized(done, plan)
+        row["seeds"] = len(done)
     return Comparison(plan, [row for row, _ in tuned.values()], outcomes)
 
 
@@ -224,31 +225,21 @@ def resolve_plan(parsed: argparse.Namespace) -> ComparisonPlan:
 
 def table(comparison: Comparison) -> str:
     """Format a line for each method: its scores, its cost, and what its search chose."""
-    frame = pandas.DataFrame(comparison.rows)
-    for name in ("test", "validation"):
-        frame[name] = [mean_of(row[name]) for row in comparison.rows]
-    names = ["method", "test", "validation", "seeds", "trainable", "head", "step_seconds"]
-    names += ["tokens_per_second", "peak_mib", "varied", "status"]
-    return frame[names].to_string(index=False, na_rep="-", float_format="{:,.4g}".format)
-
-
-def mean_of(spread: dict[str, float] | None) -> str:
-    """Format a mean, with the deviation if there are several values."""
-    if spread is None:
-        return "-"
-    several = not math.isnan(spread["deviation"])
-    return f"{spread['mean']:.4f}" + (f" ± {spread['deviation']:.4f}" if several else "")
+    names = [f"{score}_{kind}" for score in SCORES for kind in ("mean", "deviation")]
+    names = ["method", *names, "seeds", *COSTS, "varied", "status"]
+    frame = comparison.summary.reindex(columns=names)
+    return frame.to_string(index=False, na_rep="-", float_format="{:,.4g}".format)
 
 
 def write_results(comparison: Comparison) -> None:
     """Write ``compare.json`` and ``compare.csv``."""
-    plan, folder, rows = comparison.plan, comparison.plan.folder, comparison.rows
+    plan, folder, summary = comparison.plan, comparison.plan.folder, comparison.summary
     numbers = {
         "config": plan.config.model_dump(),
         "seeds": plan.seeds,
         "objective": plan.objective.name,
         "budget": {"trials": plan.trials},
-        "methods": rows,
+        "methods": json.loads(summary.to_json(orient="records", double_precision=15)),
         "runs": [
             {"method": method, "seed": seed, **asdict(outcome)}
             for (method, seed), outcome in comparison.outcomes.items()
@@ -256,7 +247,7 @@ def write_results(comparison: Comparison) -> None:
         "versions": reporting.versions(),
     }
     write_text(folder / "compare.json", dumps(numbers))
-    write_text(folder / "compare.csv", pandas.json_normalize(rows, sep="_").to_csv(index=False))
+    write_text(folder / "compare.csv", summary.to_csv(index=False))
 
 
 def run(

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import GenerationConfig
 
@@ -17,7 +19,6 @@ from reft_train.data.collating import PaddingCollator
 from reft_train.data.tokenizing import Encoder
 from reft_train.errors import wrong
 from reft_train.models import CAUSAL, bare, evaluating, positions_of
-from reft_train.ranks import gathered, joined, place
 
 Result = TypeVar("Result")
 
@@ -38,7 +39,7 @@ def run_batches(
         lengths: tokens of each input.
         forward: maps the indices of a batch to one result per input.
     """
-    rank, processes = place()
+    rank, processes = PartialState().process_index, PartialState().num_processes
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     indices = order[rank::processes]
     if len(indices) < -(-len(order) // processes):
@@ -58,7 +59,7 @@ def run_batches(
                 raise wrong("eval_batch_size", what, "less") from None
             by_index.update(zip(batch, results, strict=True))
             shown.update(len(batch))
-    by_index = {i: result for part in gathered(by_index) for i, result in part.items()}
+    by_index = dict(gather_object(list(by_index.items())))
     return [by_index[index] for index in range(len(lengths))]
 
 
@@ -115,13 +116,15 @@ def generate(
         **sampling,
     )
     # FSDP and DeepSpeed ZeRO-3 shard the weights, so each process takes part in each forward
-    sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
+    sharded = PartialState().use_distributed and any(
+        hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters()
+    )
 
     def forward(batch: list[int]) -> list[str]:
         inputs = collate([{"input_ids": prompts[index]} for index in batch])
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         settings.max_new_tokens = max(1, *(rooms[index] for index in batch))
-        output = model.generate(**inputs, synced_gpus=joined() and sharded).cpu()
+        output = model.generate(**inputs, synced_gpus=sharded).cpu()
         # the output repeats a causal prompt, or starts with the decoder's start token
         start = inputs["input_ids"].shape[1] if causal else 1
         rows = zip(output[:, start:].tolist(), batch, strict=True)

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from reft_train.files import write_text
-from reft_train.ranks import joined
 
 LOG = "log.jsonl"
 
@@ -65,7 +64,7 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Save and stop; all processes agree on the step."""
-        if joined():
+        if args.world_size > 1:
             flag = torch.tensor(int(self.requested), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             self.requested = bool(flag)

@@ -12,6 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from reft_kernels.integrations.peft import from_chat_template
 from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.data import collating, reading, sampling, tokenizing
@@ -19,7 +21,6 @@ from reft_train.data.reading import iter_rows, read_rows
 from reft_train.data.tokenizing import Encoder, expanded
 from reft_train.errors import one_line, wrong
 from reft_train.models import CAUSAL, Loaded
-from reft_train.ranks import is_first
 from reft_train.tasks.base import Row, Task
 from reft_train.tasks.glue import Glue, selection_rows
 
@@ -95,7 +96,7 @@ def _digest(rows: list[Row]) -> str:
 
 
 def _log(text: str) -> None:
-    if is_first():
+    if PartialState().is_main_process:
         print(text, file=sys.stderr)
 
 

@@ -60,7 +60,7 @@ def test_a_comparison_tests_each_method_and_names_the_one_that_cannot_run(flags,
     assert main(["compare", *flags, *more]) == 0
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["methods"]
     assert [row["seeds"] for row in rows] == [2, 2, 0]
-    assert all(row["peak_mib"] > 0 and row["step_seconds"] > 0 for row in rows[:2])
+    assert all(row["peak"] > 0 and row["step_seconds"] > 0 for row in rows[:2])
     assert rows[2]["status"].startswith("not available: method: got 'head'")
 
 

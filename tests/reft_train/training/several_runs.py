@@ -15,7 +15,7 @@ from pathlib import Path
 
 import transformers
 from reft_train.config import build
-from reft_train.ranks import is_first, leave
+from reft_train.ranks import leave
 from reft_train.training.session import train
 
 
@@ -26,7 +26,7 @@ class CtrlC(transformers.TrainerCallback):
         self.step = step
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if is_first() and state.global_step == self.step - 1:
+        if state.is_world_process_zero and state.global_step == self.step - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
 
