@@ -13,9 +13,9 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pandas
 from reft_train.config import RunConfig, validated
 from reft_train.files import write_text
-from reft_train.reporting import text_table
 from reft_train.tasks.base import Classified, Row, Task
 from reft_train.training.session import train
 
@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         outcome = train(validated(RunConfig, settings | run), task=task)
         found[method] = outcome.tests["test"]["accuracy"]
         rows.append((title, f"{outcome.trainable:,}", f"{outcome.head:,}", f"{found[method]:.1%}"))
-    print(text_table(("", "numbers of the edits", "of the head", "held-out accuracy"), rows))
+    names = ("", "numbers of the edits", "of the head", "held-out accuracy")
+    print(pandas.DataFrame(rows, columns=names).to_string(index=False))
     return found
 
 

@@ -26,7 +26,7 @@ from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
 from reft_train.data.sampling import ShuffledSampler
 from reft_train.training.arguments import training_arguments
-from reft_train.training.callbacks import LOG, FiniteLoss, Journal
+from reft_train.training.callbacks import LOG, Journal
 from reft_train.training.trainer import ReftTrainer
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -158,7 +158,7 @@ def trainer(
             args=arguments,
             train_dataset=data,
             prefix_bytes=round(config.prefix_cache * 1e9),
-            callbacks=[FiniteLoss(), Journal(Path(folder) / LOG), *callbacks],
+            callbacks=[Journal(Path(folder) / LOG), *callbacks],
         )
         try:
             yield reft_trainer

@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pandas
+from matplotlib.figure import Figure
 from reft_train import reporting
 from reft_train.files import dumps, write_text
 
@@ -46,7 +48,8 @@ def _notes(results: dict[str, Any]) -> list[str]:
 
 def _draw(results: dict[str, Any], path: Path) -> None:
     """Draw the answers side by side, and the loss."""
-    figure = reporting.new_figure(11, 2.5 + 1.1 * len(results["chats"]))
+    # without pyplot: no display, no global state
+    figure = Figure(figsize=(11, 2.5 + 1.1 * len(results["chats"])), layout="constrained")
     texts, curve = figure.subplots(2, 1, height_ratios=[len(results["chats"]), 2])
     texts.axis("off")
     rows = [[textwrap.fill(cell, 46) for cell in row] for row in results["chats"]]
@@ -61,7 +64,7 @@ def _draw(results: dict[str, Any], path: Path) -> None:
     curve.set(xlabel="step", ylabel="training loss")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the font lacks it: drawn as a box
-        reporting.save_figure(figure, path)
+        figure.savefig(path, dpi=110)
 
 
 def print_chats(chats: list[tuple[str, str, str]]) -> None:
@@ -79,7 +82,7 @@ def print_chats(chats: list[tuple[str, str, str]]) -> None:
 def write(out: Path, results: dict[str, Any]) -> None:
     """Print the results, and write ``demo.json`` and ``demo.png``."""
     learned, reloaded, scored = _notes(results)
-    table = reporting.text_table(STEPS, _steps(results["steps"]))
-    print(learned, reloaded, "", table, "", scored, sep="\n")
+    steps = pandas.DataFrame(_steps(results["steps"]), columns=STEPS).to_string(index=False)
+    print(learned, reloaded, "", steps, "", scored, sep="\n")
     write_text(out / "demo.json", dumps({"versions": reporting.versions(), **results}))
     _draw(results, out / "demo.png")

@@ -41,11 +41,10 @@ class Choice(Settings):
 
 
 class SearchOptions(Choice):
-    """What ``search`` varies, and how long."""
+    """What ``search`` varies, and how often."""
 
     vary: list[str] = setting([], "what varies, such as 'rank=[4, 8]' 'lr={low: 1e-4, high: 1e-2}'")
     trials: int = setting(20, "trials in all", ge=1)
-    timeout: float | None = setting(None, "end the search after so many seconds", gt=0)
 
 
 class CompareOptions(Choice):
@@ -91,8 +90,8 @@ COMMANDS = {
         "evaluate",
         "score a run, an adapter or a frozen model",
         """Score an adapter on test sets: generate answers or predict classes, apply the task's
-        rule, print a table with the average over sets. Writes scores.json,
-        predictions/<set>.jsonl and, for instruct, alpaca_eval/<set>.json.""",
+        rule, print a table with the average over sets. Writes scores.json and
+        predictions/<set>.jsonl.""",
         Evaluated,
         EVALUATED,
     ),
@@ -103,8 +102,8 @@ COMMANDS = {
         held out and is judged on those that are; test sets are never read. Without --vary, rank,
         layers, positions, lr, dropout and parametrization vary, as far as the method has them; a
         setting whose flag is given stays fixed. The same command again resumes a search. Writes
-        best.yaml (for reft-train run --config), trials.csv, figures and search.db, which
-        optuna-dashboard reads, to --output, by default runs/search.""",
+        best.yaml (for reft-train run --config), trials.csv and search.db, which optuna-dashboard
+        shows, to --output, by default runs/search.""",
         SearchOptions,
         [name for name in FIELDS if name not in ("resume", "skip_test")],
     ),
@@ -115,7 +114,7 @@ COMMANDS = {
         learning rate and size on held-out training rows; its best settings are then trained and
         tested with every seed, each run in a separate process. The same command again resumes a
         comparison. Prints means and sample standard deviations over the seeds. Writes
-        compare.json, compare.csv and compare.png to --output, by default runs/compare.""",
+        compare.json and compare.csv to --output, by default runs/compare.""",
         CompareOptions,
         [name for name in FIELDS if name not in _NOT_COMPARED],
     ),

@@ -6,41 +6,37 @@ Each method has one search with the same budget; its best settings are trained a
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import os
-import subprocess
+import multiprocessing
 import sys
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean
 from typing import Any
 
 import pandas
 
 from reft_train import flags, reporting, tasks
 from reft_train.commands import COMPARED, CompareOptions
-from reft_train.config import METHODS, RunConfig, dump_yaml
+from reft_train.config import METHODS, RunConfig
 from reft_train.errors import UserError, one_line, wrong
 from reft_train.files import check_own_folder, dumps, write_text
-from reft_train.methods import TITLES
 from reft_train.models import model_config
 from reft_train.search.command import one_process
 from reft_train.search.space import Space, small_space_of
-from reft_train.search.study import (
-    Objective,
-    SearchPlan,
-    Train,
-    resolve,
-    search,
-    seconds_of,
-    settings_of,
-)
+from reft_train.search.study import Objective, SearchPlan, Train, resolve, search, settings_of
 from reft_train.training import session
 from reft_train.training.outcome import Outcome
 
 REFUSED = "not available: "
+SCORES = ("test", "validation")
+# how the costs of a method's tested runs are combined; memory in MiB
+COSTS = {"trainable": "first", "head": "first", "step_seconds": "median"}
+COSTS |= {"tokens_per_second": "median", "peak": "max"}
 
 
 @dataclass(frozen=True)
@@ -69,73 +65,53 @@ class ComparisonPlan:
 class Comparison:
     """Results in the order of the plan's methods; ``outcomes`` by (method, seed).
 
-    A row has the fields of ``compare.json``: ``status``, what the search chose and, if a run was
-    tested, those of :func:`summarized`.
+    A row has ``status``, what the search chose and cost, and the number of tested runs, ``seeds``.
     """
 
     plan: ComparisonPlan
     rows: list[dict[str, Any]]
     outcomes: Mapping[tuple[str, int], Outcome]
 
+    @property
+    def summary(self) -> pandas.DataFrame:
+        """The rows, with what the tested runs of each method have in common.
 
-def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Return the mean and the sample standard deviation (NaN for a single value)."""
-    if not values:
-        return None
-    several = len(values) > 1
-    return {"mean": fmean(values), "deviation": stdev(values) if several else math.nan}
-
-
-def summarized(outcomes: Sequence[Outcome], plan: ComparisonPlan) -> dict[str, Any]:
-    """Aggregate a method's tested runs; without any, every field is empty.
-
-    ``test`` is the task's first metric, averaged over the test sets of a run, then over the runs.
-    """
-    metric, name = next(iter(tasks.get(plan.config.task).metrics), None), plan.objective.name
-    sets = outcomes[0].tests if outcomes and metric else {}
-    tests = {name: [outcome.tests[name][metric] for outcome in outcomes] for name in sets}
-    held_out = [one.validation[name] for one in outcomes if name in one.validation]
-    first = outcomes[0] if outcomes else None
-    return {
-        "seeds": len(outcomes),
-        "test": spread([fmean(values) for values in zip(*tests.values(), strict=True)]),
-        "tests": {name: spread(values) for name, values in tests.items()},
-        "validation": spread(held_out),
-        "trainable": first and first.trainable,
-        "head": first and first.head,
-        "step_seconds": first and median(one.step_seconds for one in outcomes),
-        "tokens_per_second": first and median(one.tokens_per_second for one in outcomes),
-        "peak_mib": first and max(one.memory.peak for one in outcomes),
-        "memory_method": first and first.memory.method,
-    }
-
-
-class RunFailed(Exception):
-    """Raised when a run's process ends without a result; the message is its last output."""
+        Scores have a mean and a sample standard deviation over the runs: ``validation``,
+        ``test_<set>``, the task's first metric, and ``test``, its average over the test sets.
+        """
+        metric = next(iter(tasks.get(self.plan.config.task).metrics), None)
+        runs = []
+        for (method, _), one in self.outcomes.items():
+            run = {**asdict(one), "method": method, "peak": one.memory.peak}
+            tests = {name: scores[metric] for name, scores in one.tests.items() if metric}
+            run |= {f"test_{name}": value for name, value in tests.items()}
+            run["test"] = fmean(tests.values()) if tests else math.nan
+            run["validation"] = one.validation.get(self.plan.objective.name, math.nan)
+            runs.append(run)
+        frame = pandas.DataFrame(self.rows)
+        if not runs:
+            return frame
+        grouped = pandas.DataFrame(runs).groupby("method")
+        names = [name for name in runs[0] if name in SCORES or name.startswith("test_")]
+        scores = grouped[names].agg(["mean", "std"])
+        scores = scores.rename(columns={"std": "deviation"})
+        scores.columns = ["_".join(pair) for pair in scores.columns]
+        costs = grouped[list(COSTS)].agg(COSTS)
+        return frame.join(scores, on="method").join(costs, on="method")
 
 
 def run_isolated(config: RunConfig) -> Outcome:
-    """Run ``reft-train run`` in a subprocess with separate peak memory; output goes to a ``.log``.
+    """Train and test in a new process, which has its own peak memory; its errors are raised here.
 
     Raises:
-        RunFailed: the run failed.
         KeyboardInterrupt: the run was interrupted.
     """
-    output = Path(config.output)
-    plan = write_text(output.with_name(f"{output.name}.yaml"), dump_yaml(config))
-    log = output.with_name(f"{output.name}.log")
-    command = [sys.executable, "-m", "reft_train", "run", "--config", str(plan)]
-    # the new interpreter imports the same packages
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with log.open("wb") as file:
-        done = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode == 130:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        outcome = pool.submit(session.train, config).result()
+    if outcome.interrupted:
         raise KeyboardInterrupt
-    if done.returncode:
-        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        last = lines[-1][:300] if lines else "no output"
-        raise RunFailed(f"{last} (exit code {done.returncode}, see {log})")
-    return Outcome.load(output)
+    return outcome
 
 
 def compare(
@@ -164,7 +140,7 @@ def compare(
     if len(refused) == len(tuned):
         raise UserError(refused[0].removeprefix(REFUSED))
     outcomes: dict[tuple[str, int], Outcome] = {}
-    failures: dict[str, list[str]] = {method: [] for method in plan.methods}
+    failures: dict[str, list[str]] = defaultdict(list)
     turns, runs = deque(method for method, (_, best) in tuned.items() if best), []
     for seed in plan.seeds:
         runs += [(method, seed) for method in turns]
@@ -178,17 +154,16 @@ def compare(
             log(f"{method}, seed {seed}: training and testing")
             try:
                 outcome = final(config)
-            except RunFailed as error:
-                log(f"{method}, seed {seed}: failed: {error}")
-                failures[method].append(str(error))
+            except Exception as error:  # whatever ends a run leaves the other runs
+                failures[method].append(f"{type(error).__name__}: {one_line(error)}")
+                log(f"{method}, seed {seed}: failed: {failures[method][-1]}")
                 continue
         outcomes[method, seed] = outcome
     for method, (row, _) in tuned.items():
         done = [outcomes[method, seed] for seed in plan.seeds if (method, seed) in outcomes]
-        failed = failures[method]
-        if failed:
+        if failed := failures[method]:
             row["status"] = f"{len(failed)} of {len(plan.seeds)} seeds failed: {failed[0]}"
-        row |= summarized(done, plan)
+        row["seeds"] = len(done)
     return Comparison(plan, [row for row, _ in tuned.values()], outcomes)
 
 
@@ -211,7 +186,8 @@ def _tuned(
         return row | {"status": f"failed: {type(error).__name__}: {one_line(error)}"}, None
     if result.interrupted:
         raise KeyboardInterrupt
-    row["trials"], row["search_seconds"] = plan.trials, sum(map(seconds_of, result.trials))
+    spent = result.study.trials_dataframe(("duration",)).duration.sum()
+    row["trials"], row["search_seconds"] = plan.trials, spent.total_seconds()
     if result.best is None:
         reason = result.settled[0].user_attrs["reason"]
         return row | {"status": f"failed: {reason}"}, None
@@ -249,32 +225,21 @@ def resolve_plan(parsed: argparse.Namespace) -> ComparisonPlan:
 
 def table(comparison: Comparison) -> str:
     """Format a line for each method: its scores, its cost, and what its search chose."""
-    frame = pandas.DataFrame(comparison.rows)
-    frame["method"] = frame.method.map(TITLES)
-    for name in ("test", "validation"):
-        frame[name] = [mean_of(row[name]) for row in comparison.rows]
-    names = ["method", "test", "validation", "seeds", "trainable", "head", "step_seconds"]
-    names += ["tokens_per_second", "peak_mib", "varied", "status"]
-    return frame[names].to_string(index=False, na_rep="-", float_format="{:,.4g}".format)
-
-
-def mean_of(spread: dict[str, float] | None) -> str:
-    """Format a mean, with the deviation if there are several values."""
-    if spread is None:
-        return "-"
-    several = not math.isnan(spread["deviation"])
-    return f"{spread['mean']:.4f}" + (f" ± {spread['deviation']:.4f}" if several else "")
+    names = [f"{score}_{kind}" for score in SCORES for kind in ("mean", "deviation")]
+    names = ["method", *names, "seeds", *COSTS, "varied", "status"]
+    frame = comparison.summary.reindex(columns=names)
+    return frame.to_string(index=False, na_rep="-", float_format="{:,.4g}".format)
 
 
 def write_results(comparison: Comparison) -> None:
-    """Write ``compare.json``, ``compare.csv`` and ``compare.png``."""
-    plan, folder, rows = comparison.plan, comparison.plan.folder, comparison.rows
+    """Write ``compare.json`` and ``compare.csv``."""
+    plan, folder, summary = comparison.plan, comparison.plan.folder, comparison.summary
     numbers = {
         "config": plan.config.model_dump(),
         "seeds": plan.seeds,
         "objective": plan.objective.name,
         "budget": {"trials": plan.trials},
-        "methods": rows,
+        "methods": json.loads(summary.to_json(orient="records", double_precision=15)),
         "runs": [
             {"method": method, "seed": seed, **asdict(outcome)}
             for (method, seed), outcome in comparison.outcomes.items()
@@ -282,37 +247,27 @@ def write_results(comparison: Comparison) -> None:
         "versions": reporting.versions(),
     }
     write_text(folder / "compare.json", dumps(numbers))
-    write_text(folder / "compare.csv", pandas.json_normalize(rows, sep="_").to_csv(index=False))
-    measured = "test" if any(row["test"] for row in rows) else "validation"
-    figure = reporting.new_figure()
-    axes = figure.subplots()
-    for row in (row for row in rows if row[measured]):
-        bar = {"yerr": row[measured]["deviation"], "label": TITLES[row["method"]]}
-        count, mean = row["trainable"] + row["head"], row[measured]["mean"]
-        axes.errorbar(count, mean, fmt="o", capsize=4, **bar)
-    axes.set(xlabel="trained parameters", ylabel=f"{measured} metric", xscale="symlog")
-    if axes.has_data():
-        axes.legend()
-        reporting.save_figure(figure, folder / "compare.png")
+    write_text(folder / "compare.csv", summary.to_csv(index=False))
 
 
 def run(
-    parsed: argparse.Namespace, train: Callable | None = None, final: Callable | None = None
+    parsed: argparse.Namespace,
+    train: Train = session.train,
+    final: Callable[[RunConfig], Outcome] = run_isolated,
 ) -> int:
     """Run the command. Returns 0, 1 when a method or a run failed, or 130 when interrupted.
 
     A method that the model does not support is not a failure.
 
     Args:
-        train: replaces :func:`reft_train.training.session.train`.
-        final: replaces the subprocess of each tested run.
+        train, final: see :func:`compare`.
     """
     one_process()
     plan = resolve_plan(parsed)
     hf_config, methods = model_config(plan.config), plan.methods
     spaces = {m: small_space_of(plan.config.replace(method=m), hf_config) for m in methods}
     try:
-        comparison = compare(plan, spaces, train or session.train, final or run_isolated)
+        comparison = compare(plan, spaces, train, final)
     except KeyboardInterrupt:
         text = f"interrupted; the same command resumes the comparison in {plan.folder}"
         print(text, file=sys.stderr)

@@ -52,14 +52,13 @@ def run(parsed: argparse.Namespace) -> int:
     scores = [scoring.score_set(name, rows, loaded, task, config) for name, rows in sets.items()]
     if not state.is_main_process:
         return 0
-    model_name = Path(config.model).name + ("" if adapter is None else "-reft")
-    scoring.write_predictions(out, task, scores, model_name)
+    scoring.write_predictions(out, scores)
     about = {"model": config.model, "task": task.name, "adapter": adapter and str(adapter)}
     settings = {name: getattr(config, name) for name in EVALUATED if name not in about}
     scoring.write_scores(out, scores, {**about, "settings": settings})
     print(scoring.render(scores))
     if not task.metrics:
-        print("not scored: alpaca_eval/ has the answers for its judge", file=sys.stderr)
+        print("not scored: predictions/ has the answers for a judge", file=sys.stderr)
     print(f"written to {out}")
     return 0
 

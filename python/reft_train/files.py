@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
-from reft_train.errors import wrong
+from reft_train.errors import one_line, wrong
+
+Kind = TypeVar("Kind")
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -55,31 +56,30 @@ def dumps(value: Any) -> str:
     return to_json(value, indent=1, inf_nan_mode="null").decode()
 
 
-def read_object(path: Path, name: str) -> dict[str, Any]:
-    """Read a JSON object from a file."""
+def read_json(path: Path, kind: type[Kind], name: str) -> Kind:
+    """Read a value of a type that pydantic can validate from a JSON file."""
+    from pydantic import TypeAdapter
+
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # JSON and UTF-8 decoding errors are ValueErrors
-        raise wrong(name, f"{path}, which is not readable JSON ({error})", "an object") from None
-    if not isinstance(value, dict):
-        raise wrong(name, f"{path} with a JSON {type(value).__name__}", "an object")
-    return value
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise wrong(
+            name, f"{path}, which cannot be read ({one_line(error)})", "a whole JSON file"
+        ) from None
 
 
-def check_folder(folder: Path, name: str) -> Path:
-    """Return the deepest existing folder on the path of an output folder."""
+def check_folder(folder: Path, name: str) -> None:
+    """Raise UserError if a folder cannot be written, or made."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise wrong(name, f"{folder}, but {existing} is a file", "a folder")
     if not os.access(existing, os.W_OK):
         raise wrong(name, f"{folder}, but {existing} is not writable", "a writable folder")
-    return existing
 
 
 def check_own_folder(folder: Path, marks: Sequence[str]) -> None:
-    """Raise UserError if an output folder is a file or holds other files but none of ``marks``."""
-    if folder.exists() and not folder.is_dir():
-        raise wrong("output", f"{folder}, which is a file", "a folder")
+    """Raise UserError if an output folder holds other files but none of ``marks``."""
+    check_folder(folder, "output")
     own = any((folder / name).exists() for name in marks)
     if folder.exists() and any(folder.iterdir()) and not own:
         raise wrong("output", f"{folder}, which contains other files", "a new folder")

@@ -14,24 +14,9 @@ from reft_kernels.base_model import size_differences
 from reft_kernels.integrations.peft import ReftConfig  # registers the method that files name
 from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.errors import UserError, one_line, wrong
-from reft_train.files import read_object, write_text
+from reft_train.files import read_json, write_text
 from reft_train.models import CAUSAL, CLASSIFICATION, Loaded, identity
 
-# settings of each method as named in the paper; its DiReFT has no orthonormality constraint
-TITLES = {
-    "loreft": "LoReFT",
-    "direft": "h + Rᵀ(Wh + b)",
-    "nodireft": "DiReFT",
-    "noreft": "NoReFT",
-    "consreft": "ConsReFT",
-    "lobireft": "LobiReFT",
-    "red": "RED",
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "prefix": "prefix tuning",
-    "ia3": "IA3",
-    "head": "frozen model, trained head",
-}
 BASE_MODEL = "base_model.json"
 
 
@@ -110,7 +95,7 @@ def load_adapter(loaded: Loaded, folder: str | Path, *, trainable: bool = False)
 
 def base_model(folder: Path) -> str | None:
     """Return the name of the base model that a saved adapter records."""
-    config = read_object(folder / "adapter_config.json", "--adapter")
+    config = read_json(folder / "adapter_config.json", dict[str, Any], "--adapter")
     return config.get("base_model_name_or_path")
 
 
@@ -125,7 +110,7 @@ def check_base(hf_config: Any, folder: Path, name: str = "adapter") -> None:
     A folder without a record of the base model is accepted: PEFT compares the shapes.
     """
     path = folder / BASE_MODEL
-    saved, current = read_object(path, BASE_MODEL) if path.is_file() else {}, identity(hf_config)
-    for key, (value, other) in size_differences(saved, current).items():
+    saved = read_json(path, dict[str, Any], BASE_MODEL) if path.is_file() else {}
+    for key, (value, other) in size_differences(saved, identity(hf_config)).items():
         what = f"a model with {key} {other}"
         raise UserError(f"{name}: got {what}, but {folder} was trained with {key} {value}")

@@ -1,51 +1,13 @@
-"""Tables for terminals, figures without a display, and the versions in use."""
+"""The versions in use."""
 
 from __future__ import annotations
 
-import io
 import platform
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from reft_kernels.env import installed
 from reft_kernels.version import __version__
-from reft_train.files import write_bytes
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "datasets", "numpy")
-
-
-def text_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Format aligned columns, the first one left-aligned, the others right-aligned."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
-    for number, name in enumerate(header):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(str, row))
-    # plain text of any width, since output may go to a file
-    console = Console(file=io.StringIO(), width=10_000, markup=False, highlight=False)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-
-
-def new_figure(*size: float) -> Figure:
-    """Create an empty figure of ``size`` inches without pyplot's global state."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size or (8, 4.5), layout="constrained")
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, with the same bytes for the same figure."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    return write_bytes(path, buffer.getvalue())
 
 
 def versions() -> dict[str, str]:

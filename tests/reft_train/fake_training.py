@@ -22,7 +22,7 @@ def quality(config: RunConfig) -> float:
 
 
 class FakeTrain:
-    """``train(config, callbacks=..., report=...)``; ``seen`` are the settings that it was called
+    """``train(config, callbacks=...)``; ``seen`` are the settings that it was called
     with.
 
     Args:
@@ -42,7 +42,7 @@ class FakeTrain:
         self.seen: list[RunConfig] = []
         self.steps = 0
 
-    def __call__(self, config: RunConfig, *, callbacks: Any = (), report: bool = True) -> Outcome:
+    def __call__(self, config: RunConfig, *, callbacks: Any = ()) -> Outcome:
         self.seen.append(config)
         folder = Path(config.output)
         for name in ("checkpoint-1", "adapter"):
@@ -55,7 +55,6 @@ class FakeTrain:
             value = end * (step / self.evaluations)
             metrics = {"eval_accuracy": value, "eval_exact_match": value, "eval_loss": 1 - value}
             for callback in callbacks:
-                callback.on_step_end(None, state, None)
                 callback.on_evaluate(None, state, None, metrics=metrics)
         outcome = finished(config, end)
         outcome.save(folder)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from reft_train.__main__ import main
 
@@ -64,18 +63,11 @@ def flags(**settings: Any) -> list[str]:
     return parts
 
 
-def run(model: Path, output: Path, report: bool = False, **settings: Any) -> int:
+def run(model: Path, output: Path, **settings: Any) -> int:
     """``reft_train run`` with settings that suit two-layer models, on the CPU, without the user's
     cache.
-
-    Args:
-        report: draw the figures, which take longer than a small training.
     """
-    arguments = command(model, output, **settings)
-    if report:
-        return main(arguments)
-    with patch("reft_train.training.session.draw_curves"):
-        return main(arguments)
+    return main(command(model, output, **settings))
 
 
 def command(model: Path, output: Path, **settings: Any) -> list[str]:

@@ -90,7 +90,7 @@ def test_a_run_trains_and_its_adapter_reloads_to_the_same_logits(tiny_bert, tmp_
     )
     from reft_train.training.session import train
 
-    outcome = train(config, report=False)
+    outcome = train(config)
     assert outcome.head == 2 * 32 + 2 and outcome.trainable > 0
     models = [
         load_adapter(

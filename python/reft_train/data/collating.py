@@ -23,7 +23,6 @@ from reft_train.models import bare, evaluating
 
 Items = Sequence[Mapping[str, Any]]
 FILLING = 0.05  # fraction of filler tokens accepted in short rows
-_EXAMPLES_A_ROW = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 _PROBES = (9, 5, 7, 12)  # token counts of the test sequences
 
 
@@ -85,18 +84,18 @@ class PackingCollator(DataCollatorWithFlattening):
         if self.flat:
             return {**super().__call__(items), "use_cache": False}
         lengths = [len(item["input_ids"]) for item in items]
-        groups = packed_rows(lengths, self.row_length)
-        rows = [super(PackingCollator, self).__call__([items[i] for i in row]) for row in groups]
-
-        def joined(name: str, value: int) -> Tensor:
-            return pad_sequence([row[name][0] for row in rows], True, value)
-
-        ids, labels = joined("input_ids", self.pad_id), joined("labels", IGNORED)
-        positions = joined("position_ids", -1)
-        # the filler counts as a prompt: its edits affect no other token and no loss
-        filler = (positions < 0).cumsum(1) - 1
-        positions = torch.where(positions < 0, filler, positions)
-        return {"input_ids": ids, "labels": labels, "position_ids": positions, "use_cache": False}
+        rows = packed_rows(lengths, self.row_length)
+        width = max(sum(lengths[index] for index in row) for row in rows)
+        flattened = []
+        for row in rows:
+            # the filler counts as a prompt: its edits affect no other token and no loss
+            count = width - sum(lengths[index] for index in row)
+            filler = {"input_ids": [self.pad_id] * count, "labels": [IGNORED] * count}
+            packed = [*(items[index] for index in row), *([filler] if count else [])]
+            flattened.append(super().__call__(packed))
+        names = ("input_ids", "labels", "position_ids")
+        batch = {name: torch.cat([row[name] for row in flattened]) for name in names}
+        return {**batch, "use_cache": False}
 
 
 def packed_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
@@ -105,16 +104,13 @@ def packed_rows(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     Attention costs as much for a packed row as for one long example, so short examples go into
     short rows. If no length reaches that, rows have ``row_length`` tokens.
     """
-    longest = balanced(lengths, -(-sum(lengths) // row_length))
-    for each in _EXAMPLES_A_ROW:
-        count = -(-len(lengths) // each)
-        if count <= len(longest):
-            break
+    fewest = -(-sum(lengths) // row_length)
+    for count in range(len(lengths), fewest, -1):
         rows = balanced(lengths, count)
         width = max(sum(lengths[index] for index in row) for row in rows)
         if width <= row_length and count * width <= (1 + FILLING) * sum(lengths):
             return rows
-    return longest
+    return balanced(lengths, fewest)
 
 
 def balanced(lengths: Sequence[int], count: int) -> list[list[int]]:

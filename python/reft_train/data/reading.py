@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +108,6 @@ _READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _table, ".tsv": _table, ".
 SUFFIXES = tuple(_READERS)
 
 
-@dataclass(frozen=True)
-class Files:
-    """Files of a task. ``train`` is None and ``tests`` empty if not found and not required."""
-
-    train: Path | None
-    tests: dict[str, Path] = field(default_factory=dict)
-
-
 def find(
     task: Task,
     data: Path | None = None,
@@ -125,8 +116,10 @@ def find(
     *,
     train_needed: bool = True,
     tests_needed: bool = False,
-) -> Files:
-    """Find the files of a task. Named files take precedence over those in the folder.
+) -> tuple[Path | None, dict[str, Path]]:
+    """Find a task's training file and its test files by set.
+
+    Named files take precedence over those in the folder.
 
     The files of a set are ``<data>/<set>/{train,test}.json`` (for GLUE ``validation`` instead of
     ``test``), or lie directly in ``<data>`` if that is the folder of the set. Mixtures train on a
@@ -136,34 +129,36 @@ def find(
 
     Args:
         data, train, tests: command line arguments.
-        train_needed, tests_needed: whether to raise if nothing is found.
+        train_needed, tests_needed: whether to raise if nothing is found. Otherwise the training
+            file is None, or there are no test files.
     """
     if data is not None and not Path(data).is_dir():
         kind = "a file (use --train and --test)" if Path(data).exists() else "missing"
         raise wrong("--data", f"{data}, which is {kind}", "a folder")
-    named, short = _named_tests(task, tests), task.name.removeprefix("glue/")
-    for flag, missing in (("--train", train_needed and not train), ("--test", tests_needed)):
-        if data is None and missing and not (flag == "--test" and named):
+    train = None if train is None else existing_file(train, "--train")
+    named = _named_tests(task, tests)
+    if data is None:
+        missing = {"--train": train_needed and not train, "--test": tests_needed and not named}
+        for flag in (flag for flag, needed in missing.items() if needed):
             raise wrong(flag, f"nothing for task {task.name}", "a file, or a folder with --data")
-    if train is not None:
-        train = existing_file(train, "--train")
-    elif data is not None:
+        return train, named
+    short, glue = task.name.removeprefix("glue/"), task.name.startswith("glue/")
+    if train is None:
         name = TRAINING_SETS.get(task.name)
         stems = [name, f"{name}/train", "train"] if name else [f"{short}/train", "train"]
         train = _first(data, stems, train_needed)
-    if data is not None and not named:
-        stems = {name: [f"{name}/test", name] for name in task.test_sets}
-        if short != task.name:  # GLUE
-            stems = {name: [f"{short}/{name}", name] for name in task.test_sets}
-        found = {name: _first(data, places) for name, places in stems.items()}
-        named = {name: path for name, path in found.items() if path}
-        if not named and short == task.name:
+    if not named:
+        places = {
+            name: [f"{short}/{name}" if glue else f"{name}/test", name] for name in task.test_sets
+        }
+        found = {name: _first(data, stems) for name, stems in places.items()}
+        if not glue and not any(found.values()):
             only = task.test_sets[0] if len(task.test_sets) == 1 else "test"
-            test = _first(data, ["test"])
-            named = {only: test} if test else {}
+            found = {only: _first(data, ["test"])}
+        named = {name: path for name, path in found.items() if path}
         if tests_needed and not named:
-            _first(data, [place for places in stems.values() for place in places], True)
-    return Files(train, named)
+            _first(data, [stem for stems in places.values() for stem in stems], True)
+    return train, named
 
 
 def _first(data: Path, stems: Sequence[str], needed: bool = False) -> Path | None:

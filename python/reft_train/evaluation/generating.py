@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
-from reft_train.data.tokenizing import prompt_ids
+from reft_train.data.tokenizing import Encoder
 from reft_train.errors import wrong
 from reft_train.models import CAUSAL, bare, evaluating, positions_of
-from reft_train.ranks import gathered, joined, place
-from reft_train.tasks.base import Decoding
 
 Result = TypeVar("Result")
 
@@ -39,7 +39,7 @@ def run_batches(
         lengths: tokens of each input.
         forward: maps the indices of a batch to one result per input.
     """
-    rank, processes = place()
+    rank, processes = PartialState().process_index, PartialState().num_processes
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     indices = order[rank::processes]
     if len(indices) < -(-len(order) // processes):
@@ -59,45 +59,8 @@ def run_batches(
                 raise wrong("eval_batch_size", what, "less") from None
             by_index.update(zip(batch, results, strict=True))
             shown.update(len(batch))
-    by_index = {i: result for part in gathered(by_index) for i, result in part.items()}
+    by_index = dict(gather_object(list(by_index.items())))
     return [by_index[index] for index in range(len(lengths))]
-
-
-@dataclass(frozen=True)
-class Decode:
-    """Generation settings.
-
-    Attributes:
-        max_total_tokens: limit of prompt and answer together; None for no limit.
-        temperature: 0 for greedy or beam decoding; otherwise tokens are sampled from ``top_p``.
-    """
-
-    max_new_tokens: int
-    max_total_tokens: int | None = None
-    temperature: float = 0.0
-    top_p: float = 1.0
-    num_beams: int = 1
-    seed: int = 42
-
-    @classmethod
-    def of(cls, config: RunConfig, decoding: Decoding, window: int | None = None) -> Decode:
-        """Combine a run's settings (which take precedence), the task's, and the context size."""
-        limits = [limit for limit in (decoding.max_total_tokens, window) if limit is not None]
-        new, total = config.max_new_tokens or decoding.max_new_tokens, min(limits, default=None)
-        return cls(new, total, config.temperature, config.top_p, config.num_beams, config.seed)
-
-    def answer_room(self, prompt: int) -> int:
-        """Return the number of answer tokens available after a prompt of the given length."""
-        total, new = self.max_total_tokens, self.max_new_tokens
-        return new if total is None else max(0, min(new, total - prompt))
-
-    def prompt_room(self, max_length: int) -> int:
-        """Return the token limit of a prompt: ``max_length``, or less to leave room for the answer.
-
-        The answer gets at most half of the total.
-        """
-        total, new = self.max_total_tokens, self.max_new_tokens
-        return max_length if total is None else min(max_length, total - min(new, total // 2))
 
 
 def context_window(model: Any, kind: str) -> int | None:
@@ -109,86 +72,83 @@ def context_window(model: Any, kind: str) -> int | None:
     return None if window is None else max(2, window - prefix)
 
 
-def encode_prompts(
-    prompts: Sequence[str], tokenizer: Any, kind: str, decode: Decode, max_length: int
-) -> list[list[int]]:
-    """Tokenize prompts as in training, cut from the left to leave room for the answer."""
-    room = decode.prompt_room(max_length) if kind == CAUSAL else max_length
-    return prompt_ids(prompts, tokenizer, room, kind)
-
-
 def generate(
     model: Any,
-    tokenizer: Any,
-    kind: str,
-    prompts: Sequence[list[int]],
-    decode: Decode,
-    batch_size: int,
-    progress: bool = True,
+    encoder: Encoder,
+    texts: Sequence[str],
+    config: RunConfig,
     title: str = "generating",
+    progress: bool = True,
 ) -> list[str]:
-    """Generate answers in the order of the prompts.
+    """Generate an answer to each prompt, as the settings say, else as the encoder's task does.
 
-    Greedy answers do not depend on the batch; sampled ones are reproducible with the same seed and
-    batch size. Only generated tokens are decoded, up to the end token and without special tokens.
+    Prompts are tokenized as in training, cut from the left to leave room for the answer. Greedy
+    answers do not depend on the batch; sampled ones are reproducible with the same seed and batch
+    size. Only generated tokens are decoded, up to the end token and without special tokens.
 
     Args:
         model: a transformers model or a PeftModel.
-        kind: "causal" or "seq2seq".
-        prompts: token ids.
     """
-    collate = PaddingCollator(tokenizer.pad_token_id, "left" if kind == CAUSAL else "right")
-    base, ends = bare(model), [tokenizer.eos_token_id]
-    more = getattr(base.generation_config, "eos_token_id", None)
+    tokenizer, causal, decoding = encoder.tokenizer, encoder.kind == CAUSAL, encoder.task.decoding
+    new = config.max_new_tokens or decoding.max_new_tokens
+    limits = (decoding.max_total_tokens, context_window(model, encoder.kind))
+    total = min((limit for limit in limits if limit is not None), default=sys.maxsize)
+    # the answer gets at most half of the total
+    longest = total - min(new, total // 2) if causal else config.max_length
+    prompts = encoder.prompts(texts, min(config.max_length, longest))
+    rooms = [max(0, min(new, total - len(prompt))) for prompt in prompts]
+    collate = PaddingCollator(tokenizer.pad_token_id, "left" if causal else "right")
+    own = bare(model).generation_config
     # the tokenizer's end token, used in training, and the model's
-    ends = [*ends, *(more if isinstance(more, list) else [more])]
-    ends = list(dict.fromkeys(token for token in ends if token is not None))
+    more = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = {token for token in (tokenizer.eos_token_id, *more) if token is not None}
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        sampling |= {"do_sample": True}
+    settings = GenerationConfig(
+        num_beams=config.num_beams,
+        use_cache=True,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=own.decoder_start_token_id,
+        **sampling,
+    )
     # FSDP and DeepSpeed ZeRO-3 shard the weights, so each process takes part in each forward
-    sharded = any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
+    sharded = PartialState().use_distributed and any(
+        hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters()
+    )
 
     def forward(batch: list[int]) -> list[str]:
-        rooms = [decode.answer_room(len(prompts[index])) for index in batch]
         inputs = collate([{"input_ids": prompts[index]} for index in batch])
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        base.generation_config.max_new_tokens = max(1, *rooms)
-        output = model.generate(**inputs, synced_gpus=joined() and sharded).cpu()
+        settings.max_new_tokens = max(1, *(rooms[index] for index in batch))
+        output = model.generate(**inputs, synced_gpus=sharded).cpu()
         # the output repeats a causal prompt, or starts with the decoder's start token
-        start = inputs["input_ids"].shape[1] if kind == CAUSAL else 1
-        rows = zip(output[:, start:].tolist(), rooms, strict=True)
-        return [text(row[:room]) for row, room in rows]
+        start = inputs["input_ids"].shape[1] if causal else 1
+        rows = zip(output[:, start:].tolist(), batch, strict=True)
+        return [text(row[: rooms[index]]) for row, index in rows]
 
     def text(tokens: list[int]) -> str:
-        end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+        answer = itertools.takewhile(lambda token: token not in ends, tokens)
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return tokenizer.decode(tokens[:end], **options)
+        return tokenizer.decode(list(answer), **options)
 
     lengths = [len(prompt) for prompt in prompts]
-    with evaluating(model), _decoding(model, base, tokenizer, decode, ends):
-        return run_batches(lengths, batch_size, forward, title, progress)
+    with evaluating(model), _decoding(model, settings, config.seed):
+        return run_batches(lengths, config.eval_batch_size, forward, title, progress)
 
 
 @contextmanager
-def _decoding(
-    model: Any, base: Any, tokenizer: Any, decode: Decode, ends: list[int]
-) -> Iterator[None]:
+def _decoding(model: Any, settings: GenerationConfig, seed: int) -> Iterator[None]:
     """Replace the model's generation config and the random state, and restore both on exit."""
-    before, sampling = base.generation_config, {"do_sample": False}
-    if decode.temperature > 0:
-        sampling = {"temperature": decode.temperature, "top_p": decode.top_p, "top_k": 0}
-        sampling |= {"do_sample": True}
-    base.generation_config = GenerationConfig(
-        num_beams=decode.num_beams,
-        use_cache=True,
-        bos_token_id=before.bos_token_id,
-        eos_token_id=ends or None,
-        pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=before.decoder_start_token_id,
-        **sampling,
-    )
+    base = bare(model)
+    before, base.generation_config = base.generation_config, settings
     devices = [model.device] if model.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(decode.seed)
+            torch.manual_seed(seed)
             yield
     finally:
         base.generation_config = before

@@ -12,34 +12,32 @@ from urllib.parse import quote
 
 import pandas
 import torch
+from torch.nn.functional import cross_entropy, mse_loss
 
 from reft_train.config import RunConfig
 from reft_train.data.collating import PaddingCollator
-from reft_train.data.tokenizing import encode
+from reft_train.data.tokenizing import Encoder
 from reft_train.errors import wrong
-from reft_train.evaluation.generating import (
-    Decode,
-    context_window,
-    encode_prompts,
-    generate,
-    run_batches,
-)
+from reft_train.evaluation.generating import generate, run_batches
 from reft_train.files import dumps, replace_folder, write_text
 from reft_train.models import CLASSIFICATION, Loaded, evaluating
 from reft_train.tasks.base import Row, Task
-from reft_train.tasks.instruct import alpaca_eval_row
 
-PREDICTIONS, ALPACA_EVAL = "predictions", "alpaca_eval"
+PREDICTIONS = "predictions"
 
 
 @dataclass(frozen=True)
 class SetScore:
-    """Metrics of a set by name, main metric first (empty if it is not scored), and predictions."""
+    """Metrics of a set by name, main metric first (empty if it is not scored), and predictions.
+
+    ``loss`` is the mean loss over the rows for models that classify.
+    """
 
     name: str
     metrics: dict[str, float]
     count: int
     predictions: list[dict[str, Any]] = field(repr=False)
+    loss: float | None = None
 
 
 def score_set(
@@ -65,56 +63,55 @@ def score_set(
     """
     if not rows:
         raise wrong(f"test set {name}", "no rows", "at least one")
+    encoder = Encoder(task, loaded.tokenizer, loaded.kind, config.max_length)
     score = _classes if loaded.kind == CLASSIFICATION else _answers
-    metrics, predictions = score(name, rows, loaded, task, config, progress)
+    title = f"scoring {name}"
+    metrics, predictions, loss = score(rows, loaded.model, encoder, config, title, progress)
     predictions = [{**row, "index": index, **rest} for index, (row, rest) in enumerate(predictions)]
-    return SetScore(name, metrics, len(rows), predictions)
+    return SetScore(name, metrics, len(rows), predictions, loss)
 
 
 def _answers(
-    name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
+    rows: Sequence[Row], model: Any, encoder: Encoder, config: RunConfig, title: str, progress: bool
 ) -> tuple:
-    examples = [task.example(row, loaded.tokenizer) for row in rows]
-    model, tokenizer, kind = loaded.model, loaded.tokenizer, loaded.kind
-    decode = Decode.of(config, task.decoding, context_window(model, kind))
+    examples, task = [encoder.read(row) for row in rows], encoder.task
     texts = [example.prompt for example in examples]
-    prompts = encode_prompts(texts, tokenizer, kind, decode, config.max_length)
-    size, title = config.eval_batch_size, f"scoring {name}"
-    generated = generate(model, tokenizer, kind, prompts, decode, size, progress, title)
+    generated = generate(model, encoder, texts, config, title, progress)
     predictions = []
     for example, text in zip(examples, generated, strict=True):
-        scored = task.score(text, example) if task.metrics else None
-        record = {"generated": text, "prediction": scored and scored.prediction}
-        record |= {"answer": example.answer, "right": scored and scored.right}
+        scored = task.score(text, example)
+        record = {"generated": text, "prediction": scored.prediction}
+        record |= {"answer": example.answer, "right": scored.right}
         predictions.append((example.row, record))
     right = sum(bool(record["right"]) for _, record in predictions)
-    return {task.metrics[0]: right / len(rows)} if task.metrics else {}, predictions
+    return {task.metrics[0]: right / len(rows)} if task.metrics else {}, predictions, None
 
 
 def _classes(
-    name: str, rows: Sequence[Row], loaded: Loaded, task: Task, config: RunConfig, progress: bool
+    rows: Sequence[Row], model: Any, encoder: Encoder, config: RunConfig, title: str, progress: bool
 ) -> tuple:
-    classified, model = [task.classified(row) for row in rows], loaded.model
-    places, length = [row.where for row in rows], config.max_length
-    items = encode(CLASSIFICATION, classified, places, loaded.tokenizer, length)
-    items = [item.columns() for item in items]
-    collate = PaddingCollator(loaded.tokenizer.pad_token_id)
+    classified, task = [encoder.read(row) for row in rows], encoder.task
+    items = encoder.encode(classified, [row.where for row in rows])
+    collate = PaddingCollator(encoder.tokenizer.pad_token_id)
 
     def forward(batch: list[int]) -> list[list[float]]:
-        inputs = collate([items[index] for index in batch])
+        inputs = collate([items[index].columns() for index in batch])
         del inputs["labels"]
         inputs = {key: tensor.to(model.device) for key, tensor in inputs.items()}
         return model(**inputs).logits.float().tolist()
 
     with evaluating(model):
-        lengths = [len(item["input_ids"]) for item in items]
-        size, title = config.eval_batch_size, f"scoring {name}"
+        lengths, size = [len(item.input_ids) for item in items], config.eval_batch_size
         logits = torch.tensor(run_batches(lengths, size, forward, title, progress))
     for finite, row in zip(logits.isfinite().all(-1).tolist(), rows, strict=True):
         if not finite:
             hint = "numbers; --dtype float32 may help"
             raise wrong("model", f"an output that is not finite for {row.where}", hint)
-    values = (logits.squeeze(-1) if task.labels is None else logits.argmax(-1)).tolist()
+    labels = torch.tensor([text.label for text in classified])
+    if task.labels is None:
+        loss, values = mse_loss(logits.squeeze(-1), labels), logits.squeeze(-1).tolist()
+    else:
+        loss, values = cross_entropy(logits, labels), logits.argmax(-1).tolist()
     predictions = []
     for text, value, shares in zip(classified, values, logits.softmax(-1).tolist(), strict=True):
         record = {"prediction": value, "answer": text.label}
@@ -122,7 +119,7 @@ def _classes(
             record = {key: task.labels[number] for key, number in record.items()}
             record["probabilities"] = dict(zip(task.labels, shares, strict=True))
         predictions.append((text.row, record))
-    return task.measure(values, [text.label for text in classified]), predictions
+    return task.measure(values, labels.tolist()), predictions, loss.item()
 
 
 def average(scores: Sequence[SetScore]) -> dict[str, float]:
@@ -147,25 +144,13 @@ def write_scores(folder: Path, scores: Sequence[SetScore], about: Mapping[str, A
     return write_text(folder / "scores.json", dumps(content))
 
 
-def write_predictions(folder: Path, task: Task, scores: Sequence[SetScore], generator: str) -> None:
-    """Write ``predictions/<set>.jsonl`` with one object per row, replacing old predictions.
-
-    For a task that is not scored here, also write ``alpaca_eval/<set>.json`` for ``alpaca_eval
-    --model_outputs``; ``generator`` is the model's name in it.
-    """
-    lines, answers = {}, {}
-    for score in scores:
-        name = quote(score.name, safe="")  # a set's name may be a path
-        # Parquet has dates and other types that JSON lacks
-        rows = (json.dumps(row, ensure_ascii=False, default=str) for row in score.predictions)
-        lines[f"{name}.jsonl"] = "".join(f"{row}\n" for row in rows)
-        if not task.metrics:
-            outputs = [alpaca_eval_row(row, generator) for row in score.predictions]
-            answers[f"{name}.json"] = dumps(outputs)
-    for part, contents in ((PREDICTIONS, lines), (ALPACA_EVAL, answers)):
-        if contents:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix=f".{part}.") as staged:
-                for name, content in contents.items():
-                    write_text(Path(staged) / "new" / name, content)
-                replace_folder(Path(staged) / "new", folder / part)
+def write_predictions(folder: Path, scores: Sequence[SetScore]) -> None:
+    """Write ``predictions/<set>.jsonl`` with one object per row, replacing old predictions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{PREDICTIONS}.") as staged:
+        for score in scores:
+            # Parquet has dates and other types that JSON lacks
+            rows = (json.dumps(row, ensure_ascii=False, default=str) for row in score.predictions)
+            name = quote(score.name, safe="")  # a set's name may be a path
+            write_text(Path(staged) / "new" / f"{name}.jsonl", "\n".join([*rows, ""]))
+        replace_folder(Path(staged) / "new", folder / PREDICTIONS)

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
-import optuna
-
-from reft_train import flags, models, reporting, tasks
+from reft_train import flags, models, tasks
 from reft_train.commands import SearchOptions
 from reft_train.config import RunConfig
 from reft_train.errors import wrong
 from reft_train.search import space, study
-from reft_train.search.study import Search
 from reft_train.training import session
 
 
@@ -45,27 +40,11 @@ def one_process() -> None:
         raise wrong("WORLD_SIZE", "several processes", "one: trials run one after the other")
 
 
-def draw(result: Search) -> None:
-    """Draw optuna's plots of values and, if meaningful, of importances."""
-    values = [trial.value for trial in result.settled if study.state_of(trial) == "complete"]
-    matplotlib.use("Agg")  # optuna plots with pyplot, which would otherwise need a display
-    plots, axes = optuna.visualization.matplotlib, {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        if values:
-            axes["history.png"] = plots.plot_optimization_history(result.study)
-        if len(values) > 3 and len(set(values)) > 1:  # fewer give mostly noise
-            evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-            axes["importance.png"] = plots.plot_param_importances(result.study, evaluator=evaluator)
-    for name, part in axes.items():
-        reporting.save_figure(part.figure, result.plan.folder / name)
-
-
-def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
+def run(parsed: argparse.Namespace, train: study.Train = session.train) -> int:
     """Run the command. Returns 0, 1 when no trial finished, or 130 after Ctrl-C.
 
     Args:
-        train: replaces :func:`reft_train.training.session.train`.
+        train: see :func:`reft_train.search.study.search`.
     """
     one_process()
     if parsed.config is None and "output" not in parsed:
@@ -73,10 +52,8 @@ def run(parsed: argparse.Namespace, train: Callable | None = None) -> int:
     options = flags.options(parsed, SearchOptions)
     objective, config = study.resolve(flags.settings(parsed), options.objective)
     varied = resolve_space(options, flags.passed(parsed), config)
-    budget = (options.trials, options.timeout, options.sampler_seed)
-    plan = study.SearchPlan(config, varied, objective, *budget)
-    result = study.search(plan, train or session.train)
-    draw(result)
+    plan = study.SearchPlan(config, varied, objective, options.trials, options.sampler_seed)
+    result = study.search(plan, train)
     print(study.table(result.study).to_string(index=False))
     if result.interrupted:
         print(f"interrupted; the same command resumes the search in {plan.folder}")

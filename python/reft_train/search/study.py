@@ -5,12 +5,9 @@ Each trial is a training whose held-out value is reported to the study.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
 import shutil
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +92,7 @@ class SearchPlan:
 
     Attributes:
         config: settings of every trial except the varied ones; ``output`` is the search's folder.
-        trials: total number, including earlier sessions. None: as many as the time allows.
-        timeout: seconds from now; a running trial is then stopped, and resumed in a later session.
+        trials: total number, including earlier sessions.
         prune: whether to stop trials whose held-out value is below the median of the others.
         start: whether to try the configured values first.
     """
@@ -104,8 +100,7 @@ class SearchPlan:
     config: RunConfig
     space: Space
     objective: Objective
-    trials: int | None = 20
-    timeout: float | None = None
+    trials: int = 20
     sampler_seed: int = 0
     prune: bool = True
     start: bool = True
@@ -113,11 +108,6 @@ class SearchPlan:
     @property
     def folder(self) -> Path:
         return Path(self.config.output)
-
-    @property
-    def storage(self) -> str:
-        """URL of optuna's storage, a file that optuna-dashboard reads."""
-        return f"sqlite:///{self.folder.absolute() / DATABASE}"
 
 
 def state_of(trial: FrozenTrial) -> str:
@@ -131,11 +121,7 @@ def settings_of(trial: FrozenTrial) -> dict[str, Any]:
     return {name: restored(name, value) for name, value in trial.params.items()}
 
 
-def seconds_of(trial: FrozenTrial) -> float:
-    return trial.duration.total_seconds() if trial.duration else 0.0
-
-
-@dataclass(frozen=True)
+@dataclass
 class Search:
     """State of a search."""
 
@@ -167,14 +153,13 @@ class Search:
 
 
 class Watch(TrainerCallback):
-    """Report held-out values to optuna, numbered from 1, and stop at the deadline.
+    """Report held-out values to optuna, numbered from 1.
 
     Steps are not used as numbers, since they depend on the batch size, which can vary.
     """
 
-    def __init__(self, trial: optuna.Trial, objective: Objective, deadline: float) -> None:
-        self.trial, self.objective, self.deadline = trial, objective, deadline
-        self.evaluations = 0
+    def __init__(self, trial: optuna.Trial, objective: Objective) -> None:
+        self.trial, self.objective, self.evaluations = trial, objective, 0
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
@@ -187,10 +172,6 @@ class Watch(TrainerCallback):
             text = f"held-out {self.objective.name} {value:.4g} at evaluation {self.evaluations}"
             raise optuna.TrialPruned(text)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if time.monotonic() >= self.deadline:
-            raise TimeoutError
-
 
 def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -> Search:
     """Run the missing trials, and write ``best.yaml`` and ``trials.csv``.
@@ -202,18 +183,18 @@ def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -
         train: called as :func:`reft_train.training.session.train`.
     """
     result = Search(plan, open_study(plan))
-    deadline = math.inf if plan.timeout is None else time.monotonic() + plan.timeout
-    while time.monotonic() < deadline and not result.interrupted:
-        settled = len(result.settled)
-        if plan.trials is not None and settled >= plan.trials:
-            break
+    while (settled := len(result.settled)) < plan.trials and not result.interrupted:
         # seeded per trial, so that a resumed search samples the same trials as an uninterrupted one
         seed = random.Random(f"{plan.sampler_seed} {settled}").randrange(2**31)
         result.study.sampler = optuna.samplers.TPESampler(seed=seed)
         trial = result.study.ask(dict(plan.space))
-        watch = Watch(trial, plan.objective, deadline)
-        interrupted = _run(result, trial, watch, train)
-        result = Search(plan, result.study, interrupted)
+        try:
+            _run(result, trial, Watch(trial, plan.objective), train)
+        except KeyboardInterrupt:
+            # a trial without a recorded reason is resumed later
+            result.study.tell(trial, state=TrialState.FAIL)
+            result.interrupted = True
+        clear_device_cache(garbage_collection=True)
         done = result.trials[trial.number]
         why = done.user_attrs.get("reason", "")
         log(f"trial {done.number}: {state_of(done)} {done.value or why} with {done.params}")
@@ -221,63 +202,58 @@ def search(plan: SearchPlan, train: Train, log: Callable[[str], None] = print) -
     return result
 
 
-def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> bool:
-    """Run one trial and report it to the study; return whether it was interrupted."""
-    plan, study, value, reason, state = result.plan, result.study, None, "", TrialState.FAIL
-    settings = settings_of(result.trials[trial.number])
+def _run(result: Search, trial: optuna.Trial, watch: Watch, train: Train) -> None:
+    """Run one trial and report it to the study, except for an interruption, which is raised."""
+    plan, study = result.plan, result.study
     output = str(plan.folder / "trials" / str(trial.number))
     fixed = {"output": output, "skip_test": True, "resume": False, "overwrite": True}
-    interrupted = False
     try:
-        config = plan.config.replace(**settings, **fixed)
-        outcome = train(config, callbacks=[watch], report=False)
-        interrupted = outcome.interrupted
-        if not interrupted:
-            value, state = plan.objective.of(outcome.validation), TrialState.COMPLETE
+        config = plan.config.replace(**settings_of(result.trials[trial.number]), **fixed)
+        outcome = train(config, callbacks=[watch])
+        if outcome.interrupted:
+            raise KeyboardInterrupt
+        study.tell(trial, plan.objective.of(outcome.validation))
     except optuna.TrialPruned as error:
-        reason, state = str(error), TrialState.PRUNED
-    except TimeoutError:
-        pass  # a trial without a recorded reason is resumed later
-    except KeyboardInterrupt:
-        interrupted = True
-    except UserError as error:
-        if not any(state_of(known) in ("complete", "pruned") for known in result.trials):
-            optuna.delete_study(study_name=study.study_name, storage=plan.storage)
+        trial.set_user_attr("reason", str(error))
+        study.tell(trial, state=TrialState.PRUNED)
+    except (UserError, RuntimeError, MemoryError, ArithmeticError) as error:
+        bad_input = isinstance(error, UserError)
+        succeeded = any(state_of(known) in ("complete", "pruned") for known in result.trials)
+        if bad_input and not succeeded:
+            (plan.folder / DATABASE).unlink()
             raise
-        reason = str(error)
-    except (RuntimeError, MemoryError, ArithmeticError) as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-    clear_device_cache(garbage_collection=True)
-    if reason:
-        trial.set_user_attr("reason", reason)
-    study.tell(trial, value, state=state)
-    return interrupted
+        kind = "" if bad_input else f"{type(error).__name__}: "
+        trial.set_user_attr("reason", f"{kind}{one_line(error)}")
+        study.tell(trial, state=TrialState.FAIL)
 
 
 def open_study(plan: SearchPlan) -> optuna.Study:
     """Open the plan's study in its folder and requeue interrupted trials.
 
-    A study is named by a hash of everything that its values depend on.
+    A study records everything that its values depend on.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     config, folder, space = plan.config, plan.folder, plan.space
     check_own_folder(folder, [DATABASE, TRIALS, "trials"])
     if config.overwrite:
         shutil.rmtree(folder / "trials", ignore_errors=True)
+        (folder / DATABASE).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     identity = config.model_dump(mode="json", exclude={*_FREE, *space})
     identity["space"] = {name: distribution_to_json(entry) for name, entry in space.items()}
     identity["objective"] = plan.objective.name
-    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-    names = optuna.get_all_study_names(plan.storage)
-    if {*names} - {key} and not config.overwrite:
+    pruner = optuna.pruners.MedianPruner() if plan.prune else optuna.pruners.NopPruner()
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder.absolute() / DATABASE}",
+        pruner=pruner,
+        study_name="search",
+        direction=plan.objective.direction,
+        load_if_exists=True,
+    )
+    if study.user_attrs.get("settings", identity) != identity:
         what = f"{folder}, which contains a search with other settings, model or data"
         raise wrong("output", what, "another folder or --overwrite")
-    for name in names if config.overwrite else ():
-        optuna.delete_study(study_name=name, storage=plan.storage)
-    pruner = optuna.pruners.MedianPruner() if plan.prune else optuna.pruners.NopPruner()
-    options = {"study_name": key, "load_if_exists": True, "pruner": pruner}
-    study = optuna.create_study(storage=plan.storage, direction=plan.objective.direction, **options)
+    study.set_user_attr("settings", identity)
     trials = study.get_trials(deepcopy=False)
     if not trials and plan.start:
         values = {name: stored(getattr(config, name)) for name in space}

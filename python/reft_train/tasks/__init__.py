@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-
 from reft_train.errors import wrong
 from reft_train.tasks.base import Task
 from reft_train.tasks.glue import SETS, Glue
@@ -25,7 +23,5 @@ TASKS = {task.name: task for task in _TASKS}  # each mixture before its sets
 
 def get(name: str) -> Task:
     if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        meant = f" (did you mean {close[0]!r}?)" if close else ""
-        raise wrong("task", f"{name!r}{meant}", f"one of {', '.join(TASKS)}")
+        raise wrong("task", repr(name), f"one of {', '.join(TASKS)}")
     return TASKS[name]

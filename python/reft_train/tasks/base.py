@@ -40,10 +40,13 @@ class Classified:
 
 @dataclass(frozen=True)
 class Scored:
-    """Scoring result of a generated text: the extracted answer or None, and whether it is right."""
+    """Scoring result of a generated text: the extracted answer or None, and whether it is right.
+
+    ``right`` is None if the task has no rule.
+    """
 
     prediction: str | None
-    right: bool
+    right: bool | None
 
 
 @dataclass(frozen=True)

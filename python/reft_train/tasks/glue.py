@@ -5,8 +5,6 @@ All sets are classification tasks, except STS-B, which is a regression. MNLI is 
 
 from __future__ import annotations
 
-import random
-
 from reft_train.errors import wrong
 from reft_train.tasks import fields
 from reft_train.tasks.base import Classified, Row, Task
@@ -39,11 +37,10 @@ class Glue(Task):
 
     def classified(self, row: Row) -> Classified:
         """See :meth:`Task.classified`. A label is a class number or a label's name."""
-        known = (*self.text_fields, "label", "idx")
-        texts = [fields.string(row, name, known) for name in self.text_fields]
+        texts = [fields.string(row, name) for name in self.text_fields]
         if not any(text.strip() for text in texts):  # QQP has a few pairs with one empty question
             raise wrong(f"{row.where}: {' and '.join(self.text_fields)}", "no text", "some")
-        number = self._number(fields.answer(row, "label", known), f"{row.where}: label")
+        number = self._number(fields.answer(row, "label"), f"{row.where}: label")
         return Classified(texts[0], texts[1] if len(texts) == 2 else None, number, row.fields)
 
     def _number(self, label: str, where: str) -> int | float:
@@ -63,18 +60,11 @@ class Glue(Task):
         return value
 
 
-def validation_split(n: int, seed: int) -> tuple[list[int], list[int]]:
-    """Split ``n`` validation rows by seed into rows for model selection and rows for reporting.
+def selection_rows(n: int) -> int:
+    """Return how many of ``n`` validation rows select models; the others are reported.
 
-    The selection part has 1,000 rows, or half of the rows (rounded down) if there are fewer than
-    5,000.
-
-    Returns:
-        The row numbers of both parts in ascending order.
+    That is 1,000 rows, or half of them (rounded down) if there are fewer than 5,000.
     """
     if n < 2:
         raise wrong("validation", f"{n} rows", "at least 2: some for selection, the rest reported")
-    order = list(range(n))
-    random.Random(seed).shuffle(order)
-    count = 1000 if n >= 5000 else n // 2
-    return sorted(order[:count]), sorted(order[count:])
+    return 1000 if n >= 5000 else n // 2

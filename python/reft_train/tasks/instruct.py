@@ -1,18 +1,15 @@
 """Instruction following, and Alpaca's prompts, which other tasks share.
 
 Adapters are trained on these exact texts, so changing one degrades existing adapters. Answers are
-exported in ``alpaca_eval``'s format for a judge; they are not scored here.
+written for a judge, such as ``alpaca_eval``; they are not scored here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from reft_train.tasks import fields
-from reft_train.tasks.base import Decoding, Example, Row, Task
+from reft_train.tasks.base import Decoding, Example, Row, Scored, Task
 
-EVALUATION_SET, RESPONSE = "alpaca_eval", "### Response:"
+RESPONSE = "### Response:"
 # Stanford Alpaca's prompts (github.com/tatsu-lab/stanford_alpaca, train.py)
 ALPACA = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -47,7 +44,7 @@ class Instruct(Task):
     recipe = "instruct"
     # 2,048 tokens of prompt and answer together are the effective limit
     decoding = Decoding(max_new_tokens=2048, max_total_tokens=2048)
-    test_sets = (EVALUATION_SET,)
+    test_sets = ("alpaca_eval",)
     metrics = ()
 
     def example(self, row: Row, tokenizer: object = None) -> Example:
@@ -55,12 +52,6 @@ class Instruct(Task):
         prompt = alpaca(fields.filled(row, "instruction"), fields.optional(row, "input"))
         return Example(prompt, output, output, row.fields)
 
-
-def alpaca_eval_row(prediction: Mapping[str, Any], generator: str) -> dict[str, str]:
-    """Return the row of a prediction that ``alpaca_eval --model_outputs`` reads.
-
-    ``generator`` is the model's name in the tables; the dataset is "alpaca_eval" by default.
-    """
-    output, dataset = response(prediction["generated"]), prediction.get("dataset")
-    row = {"instruction": prediction["instruction"], "output": output.strip()}
-    return {**row, "dataset": dataset or EVALUATION_SET, "generator": generator}
+    def score(self, generated: str, example: Example) -> Scored:
+        """Return the stripped text after "### Response:", or the whole text without that marker."""
+        return Scored(response(generated).strip(), None)

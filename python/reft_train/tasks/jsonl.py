@@ -10,7 +10,6 @@ from reft_train.tasks.base import Decoding, Example, Row, Scored, Task
 from reft_train.tasks.instruct import alpaca
 
 ROLES = ("system", "user", "assistant")
-LAYOUTS = (("messages",), ("prompt", "completion"), ("instruction", "input", "output"))
 
 
 class Jsonl(Task):
@@ -29,21 +28,17 @@ class Jsonl(Task):
     metrics = ("exact_match",)
 
     def example(self, row: Row, tokenizer: Any = None) -> Example:
-        found = (names for names in LAYOUTS if any(name in row.fields for name in names))
-        layout = next(found, None)
-        if layout is None:
+        if "messages" in row.fields:
+            prompt, target = _chat(row, tokenizer)
+        elif "prompt" in row.fields or "completion" in row.fields:
+            prompt, target = fields.filled(row, "prompt"), fields.string(row, "completion")
+        elif "instruction" in row.fields or "output" in row.fields:
+            prompt = alpaca(fields.filled(row, "instruction"), fields.optional(row, "input"))
+            target = fields.string(row, "output")
+        else:
             names = ", ".join(map(str, row.fields)) or "none"
             expected = "messages, or prompt and completion, or instruction and output"
             raise wrong(row.where, f"fields {names}", expected)
-        if layout[0] == "messages":
-            prompt, target = _chat(row, tokenizer)
-        elif layout[0] == "prompt":
-            prompt = fields.filled(row, "prompt", layout)
-            target = fields.string(row, "completion", layout)
-        else:
-            target = fields.string(row, "output", layout)
-            instruction = fields.filled(row, "instruction", layout)
-            prompt = alpaca(instruction, fields.optional(row, "input", layout))
         return Example(prompt, target, target.strip(), row.fields)
 
     def training_rows(self, row: Row) -> list[Row]:
@@ -59,9 +54,10 @@ class Jsonl(Task):
         turns = [turn for turn in expanded if len(turn) > 1]
         if not turns:
             raise wrong(f"{row.where}: messages", "no 'assistant' message after another", "one")
-        rows = [Row({**row.fields, "messages": turn}, row.where) for turn in turns]
-        numbered = enumerate(rows, 1) if len(rows) > 1 else ()
-        return [Row(r.fields, f"{r.where}, turn {number}") for number, r in numbered] or rows
+        numbers = [f", turn {number}" for number in range(1, len(turns) + 1)]
+        wheres = [row.where + (number if len(turns) > 1 else "") for number in numbers]
+        made = zip(turns, wheres, strict=True)
+        return [Row({**row.fields, "messages": turn}, where) for turn, where in made]
 
     def score(self, generated: str, example: Example) -> Scored:
         """The whole stripped text must equal the target."""
@@ -83,10 +79,6 @@ def _chat(row: Row, tokenizer: Any) -> tuple[str, str]:
     except jinja2.TemplateError as error:
         what = f"a chat that the tokenizer's template rejects ({one_line(error)})"
         raise wrong(name, what, "an order of roles that it accepts") from None
-    start, ids = tokenizer.bos_token, [tokenizer.bos_token_id] * 2
-    # some templates write the BOS token that the tokenizer adds again when it encodes the prompt
-    if start and prompt.startswith(start) and tokenizer(prompt)["input_ids"][:2] == ids:
-        prompt = prompt[len(start) :]
     return prompt, messages[-1]["content"]
 
 
@@ -100,8 +92,8 @@ def _conversation(row: Row) -> list[dict[str, str]]:
         if not isinstance(message, dict):
             raise wrong(where, fields.described(message), "an object with role and content")
         part = Row(message, where)
-        role = fields.filled(part, "role", ("role", "content"))
+        role = fields.filled(part, "role")
         if role not in ROLES:
             raise wrong(f"{where}: role", repr(role), f"one of {', '.join(ROLES)}")
-        fields.filled(part, "content", ("role", "content"))
+        fields.filled(part, "content")
     return messages

@@ -1,9 +1,8 @@
-"""Trainer callbacks: a crash-safe log, clean interruption, a stop on NaN, and a progress bar."""
+"""Trainer callbacks: a crash-safe log, clean interruption, and counters."""
 
 from __future__ import annotations
 
 import json
-import math
 import signal
 import threading
 import time
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from reft_train.files import write_text
-from reft_train.ranks import joined
 
 LOG = "log.jsonl"
 
@@ -36,16 +34,6 @@ class Journal(TrainerCallback):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({**logs, "step": state.global_step}) + "\n")
-
-
-class FiniteLoss(TrainerCallback):
-    """Stop a run whose loss is not finite."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        loss = (logs or {}).get("loss")
-        if loss is not None and not math.isfinite(loss):
-            hint = "a lower lr or float32 may help"
-            raise FloatingPointError(f"the loss is {loss} at step {state.global_step}; {hint}")
 
 
 class Interrupt(TrainerCallback):
@@ -76,7 +64,7 @@ class Interrupt(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Save and stop; all processes agree on the step."""
-        if joined():
+        if args.world_size > 1:
             flag = torch.tensor(int(self.requested), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             self.requested = bool(flag)

@@ -1,22 +1,15 @@
-"""Results of a run: numbers for other commands, a text summary and a figure."""
+"""Results of a run: numbers for other commands, and a text summary."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
-from reft_train import reporting
-from reft_train.errors import one_line, wrong
-from reft_train.files import dumps, write_text
+from reft_train.files import dumps, read_json, write_text
 from reft_train.memory import Peak
-from reft_train.methods import TITLES
 
-RESULTS, PICTURE = "results.json", "loss.png"
+RESULTS = "results.json"
 
 
 @dataclass(frozen=True)
@@ -58,7 +51,7 @@ class Outcome:
         share, error = self.trainable / max(1, self.total), self.orthonormality
         before = f"{self.memory.before:,.0f} MiB of it before training"
         entries = {
-            "method": TITLES[self.config["method"]],
+            "method": self.config["method"],
             "trained parameters": f"{self.trainable:,} ({share:.4%} of the model's {self.total:,})",
             "trained parameters of the head": f"{self.head:,}" if self.head else "",
             "optimizer steps": f"{self.steps:,}" + (", interrupted" if self.interrupted else ""),
@@ -80,32 +73,4 @@ class Outcome:
     @classmethod
     def load(cls, folder: str | Path) -> Outcome:
         """Load the outcome saved in a run's folder."""
-        try:
-            text = (Path(folder) / RESULTS).read_text(encoding="utf-8")
-            return TypeAdapter(cls).validate_json(text)
-        except (OSError, ValueError) as error:
-            what = f"{folder}, without a readable {RESULTS} ({one_line(error)})"
-            raise wrong("run", what, "a finished run") from None
-
-
-def draw_curves(path: Path, log: Sequence[Mapping[str, Any]]) -> Path:
-    """Draw the logged losses, learning rate and orthonormality; values that are not finite are not.
-
-    Each has a panel if it was logged; the losses share one.
-    """
-    import pandas
-
-    names = ("loss", "eval_loss", "learning_rate", "orthonormality")
-    frame = pandas.DataFrame(log, columns=["step", *names], dtype=float).set_index("step")
-    frame = frame.where(frame.abs() < math.inf).dropna(axis=1, how="all")
-    panels = ["loss", *(name for name in names[2:] if name in frame)]
-    figure = reporting.new_figure(8, 3.1 + 1.4 * len(panels))
-    rows = figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0]
-    axes = dict(zip(panels, rows, strict=True))
-    for name in frame:
-        axis = axes.get(name, axes["loss"])
-        axis.plot(frame[name].dropna(), ".-", label=name.replace("_", " "))
-        axis.set_yscale("log" if name != "learning_rate" and (frame.min() > 0)[name] else "linear")
-        axis.legend()
-    figure.axes[-1].set_xlabel("step")
-    return reporting.save_figure(figure, path)
+        return read_json(Path(folder) / RESULTS, cls, "run")

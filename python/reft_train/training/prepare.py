@@ -6,21 +6,23 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from reft_kernels.integrations.peft import from_chat_template
 from reft_train.config import REFT_METHODS, RunConfig
 from reft_train.data import collating, reading, sampling, tokenizing
 from reft_train.data.reading import iter_rows, read_rows
+from reft_train.data.tokenizing import Encoder, expanded
 from reft_train.errors import one_line, wrong
-from reft_train.models import CAUSAL, CLASSIFICATION, Loaded
-from reft_train.ranks import is_first
+from reft_train.models import CAUSAL, Loaded
 from reft_train.tasks.base import Row, Task
-from reft_train.tasks.glue import Glue, validation_split
+from reft_train.tasks.glue import Glue, selection_rows
 
 _TRIED = 1000  # stream rows that are checked before the training
 
@@ -42,21 +44,14 @@ class Rows:
         return f"{self.stream.stat().st_size} bytes" if self.stream else _digest(self.train)
 
 
-def _expanded(rows: Iterable[Row], config: RunConfig, task: Task) -> Iterator[Row]:
-    """Expand conversations into training rows: one for each answer, or only the last answer."""
-    for row in rows:
-        yield from task.training_rows(row) if config.turns == "all" else [row]
-
-
-def _split(rows: list[Row], validation: float, seed: int) -> tuple[list[Row], list[Row]]:
-    count = round(len(rows) * validation) if validation < 1 else int(validation)
+def _split(rows: Sequence[Row], count: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Draw ``count`` rows by seed; return them and the others, each in the order of the file."""
     if not 0 < count < len(rows):
-        what = f"{validation:g} of {len(rows)} training rows"
+        what = f"{count} of {len(rows)} training rows"
         raise wrong("validation", what, "at least one on either side")
     order = list(range(len(rows)))
     random.Random(f"validation/{seed}").shuffle(order)
-    held = set(order[:count])
-    return [r for i, r in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
+    return [rows[i] for i in sorted(order[:count])], [rows[i] for i in sorted(order[count:])]
 
 
 def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
@@ -69,25 +64,26 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
     rows = Rows([])
     data, path = (None if name is None else Path(name) for name in (config.data, config.train))
     needed = {"train_needed": train, "tests_needed": not train}
-    files = reading.find(task, data, path, list(map(Path, config.test)), **needed)
+    train_file, test_files = reading.find(task, data, path, list(map(Path, config.test)), **needed)
     if scored or (glue and not streams):
-        rows.tests = {name: read_rows(path, "--test") for name, path in files.tests.items()}
+        rows.tests = {name: read_rows(path, "--test") for name, path in test_files.items()}
     if streams:
-        rows.train, rows.stream = None, files.train
+        rows.train, rows.stream = None, train_file
     elif train:
-        rows.train = read_rows(files.train, "--train")
+        rows.train = read_rows(train_file, "--train")
     if glue and rows.tests and not streams:
         # as in the paper: one part of validation selects, the rest is reported
         name, tests = next(iter(rows.tests.items()))
-        chosen, reported = validation_split(len(tests), config.seed)
-        rows.held_out, rows.tests[name] = [tests[i] for i in chosen], [tests[i] for i in reported]
+        count = selection_rows(len(tests))
+        rows.held_out, rows.tests[name] = _split(tests, count, config.seed)
     if train and not streams:
         rows.train = rows.train[: config.train_rows]
-        if config.validation:
-            rows.train, rows.held_out = _split(rows.train, config.validation, config.seed)
+        if held := config.validation:
+            count = round(len(rows.train) * held) if held < 1 else int(held)
+            rows.held_out, rows.train = _split(rows.train, count, config.seed)
         # split before expanding, so that a conversation stays on one side
-        rows.train = list(_expanded(rows.train, config, task))
-        rows.held_out = list(_expanded(rows.held_out, config, task))
+        rows.train = list(expanded(rows.train, task, config.turns))
+        rows.held_out = list(expanded(rows.held_out, task, config.turns))
     limit = config.test_rows
     rows.tests = {name: tests[:limit] for name, tests in rows.tests.items() if scored}
     return rows
@@ -95,24 +91,19 @@ def find_rows(config: RunConfig, task: Task, *, train: bool = True) -> Rows:
 
 def _digest(rows: list[Row]) -> str:
     """Hash the rows' content, so that a changed file, split or limit gives a different data set."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(dict(row.fields), sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    fields = json.dumps([dict(row.fields) for row in rows], sort_keys=True, default=str)
+    return hashlib.sha256(fields.encode()).hexdigest()
 
 
 def _log(text: str) -> None:
-    if is_first():
+    if PartialState().is_main_process:
         print(text, file=sys.stderr)
 
 
-def tokenized(config: RunConfig, loaded: Loaded, task: Task, rows: list[Row], name: str) -> Any:
+def tokenized(config: RunConfig, encoder: Encoder, rows: list[Row], name: str) -> Any:
     """Tokenize the rows, or load them from the cache if the same rows were tokenized before."""
-    key = {"rows": _digest(rows), "tokenizer": tokenizing.tokenizer_digest(loaded.tokenizer)}
     folder = None if config.cache is None else Path(config.cache)
-    dataset = tokenizing.tokenize_rows(
-        rows, task, loaded.tokenizer, loaded.kind, config.max_length, key, folder
-    )
+    dataset = tokenizing.tokenize_rows(rows, encoder, {"rows": _digest(rows)}, folder)
     _log_lost(name, len(rows) - len(dataset), len(rows), config)
     cuts = ("cut_prompt", "cut_target")
     prompts, targets = (sum(cut > 0 for cut in dataset[column]) for column in cuts)
@@ -128,49 +119,37 @@ def _log_lost(name: str, lost: int, count: int, config: RunConfig) -> None:
         _log(f"{name}: {lost} of {count} dropped: {reason}")
 
 
-def check_rows(rows: Iterable[Row], loaded: Loaded, task: Task) -> None:
-    """Check that the task accepts rows that are only used after training."""
-    for row in rows:
-        if loaded.kind == CLASSIFICATION:
-            task.classified(row)
-        else:
-            task.example(row, loaded.tokenizer)
-
-
-def stream(config: RunConfig, loaded: Loaded, task: Task, path: Path) -> Any:
+def stream(config: RunConfig, encoder: Encoder, path: Path) -> Any:
     """Create a streaming data set from a training file; its first rows are checked first."""
-    tried = _expanded(islice(iter_rows(path, "--train"), _TRIED), config, task)
-    how = (task, loaded.tokenizer, loaded.kind, config.max_length)
-    lost = [item.lost for item in tokenizing.iter_items(tried, *how)]
+    tried = expanded(islice(iter_rows(path, "--train"), _TRIED), encoder.task, config.turns)
+    lost = [item.lost for item in encoder.items(tried)]
     if all(lost):
         raise tokenizing.all_lost(config.max_length)
     _log_lost("first training rows", sum(lost), len(lost), config)
     order = {"seed": config.seed, "buffer": config.shuffle_buffer, "workers": config.workers}
-    return tokenizing.streamed(path, *how, **order, all_turns=config.turns == "all")
+    return tokenizing.streamed(path, encoder, **order, turns=config.turns)
 
 
-def response_template(
-    config: RunConfig, loaded: Loaded, task: Task, rows: Rows
-) -> list[int] | None:
+def response_template(config: RunConfig, encoder: Encoder, rows: Rows) -> list[int] | None:
     """Return the token ids that end a chat prompt, to be stored in the adapter.
 
     None if the rows are not chats of a causal model. The ids must end every inspected prompt and
     must not occur in any answer. Otherwise, or if the chat template has none, a warning is printed
     and prompt ends are found from the labels.
     """
-    tokenizer = loaded.tokenizer
-    if loaded.kind != CAUSAL or config.method not in REFT_METHODS or not tokenizer.chat_template:
+    tokenizer = encoder.tokenizer
+    if encoder.kind != CAUSAL or config.method not in REFT_METHODS or not tokenizer.chat_template:
         return None
     file_rows = iter_rows(rows.stream, "--train") if rows.train is None else rows.train
-    tried = list(islice(_expanded(file_rows, config, task), _TRIED // 10))
+    tried = list(islice(expanded(file_rows, encoder.task, config.turns), _TRIED // 10))
     if not tried or not all("messages" in row.fields for row in tried):
         return None
     try:
         template, reason = from_chat_template(tokenizer), None
     except ValueError as error:
         template, reason, tried = [], one_line(error), []
-    items = tokenizing.iter_items(tried, task, tokenizer, CAUSAL, sys.maxsize)
-    for row, item in zip(tried, items, strict=True):
+    whole = replace(encoder, max_length=sys.maxsize)
+    for row, item in zip(tried, whole.items(tried), strict=True):
         prompt, ids, length = item.labels.count(tokenizing.IGNORED), item.input_ids, len(template)
         ends = [end for end in range(length, len(ids) + 1) if ids[end - length : end] == template]
         if not ends or ends[-1] > prompt:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from reft_train.config import Bookkeeping, RunConfig, Scoring, read_yaml
 from reft_train.errors import wrong
-from reft_train.evaluation.scoring import ALPACA_EVAL, PREDICTIONS
+from reft_train.evaluation.scoring import PREDICTIONS
 from reft_train.files import check_folder
 from reft_train.methods import check_base
 from reft_train.models import model_config
 from reft_train.training.arguments import BOARD
 from reft_train.training.callbacks import LOG
-from reft_train.training.outcome import PICTURE, RESULTS
+from reft_train.training.outcome import RESULTS
 
 STAGING, LOSS, _STATE = ".saving", "loss.json", "trainer_state.json"
 NEEDED = ("adapter_config.json", "adapter_model.safetensors", "scheduler.pt", LOSS, _STATE)
@@ -65,10 +65,10 @@ def clear(output: Path, *, everything: bool) -> None:
         shutil.rmtree(path, ignore_errors=True)
     if not everything:
         return
-    folders = (output / name for name in (ADAPTER, PREDICTIONS, ALPACA_EVAL, BOARD))
+    folders = (output / name for name in (ADAPTER, PREDICTIONS, BOARD))
     for path in (*checkpoints(output), *folders):
         shutil.rmtree(path, ignore_errors=True)
-    for name in (RESULTS, LOG, PICTURE):
+    for name in (RESULTS, LOG):
         (output / name).unlink(missing_ok=True)
 
 

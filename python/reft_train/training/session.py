@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 import warnings
@@ -15,6 +16,8 @@ import transformers
 
 from reft_train import tasks
 from reft_train.config import RunConfig, dump_yaml
+from reft_train.data.collating import PaddingCollator
+from reft_train.data.tokenizing import Encoder
 from reft_train.errors import UserError, wrong
 from reft_train.evaluation.scoring import score_set, write_predictions
 from reft_train.files import write_text
@@ -26,19 +29,10 @@ from reft_train.reporting import versions
 from reft_train.tasks.base import Row, Task
 from reft_train.training import prepare, run_dir
 from reft_train.training.arguments import training_arguments
-from reft_train.training.callbacks import LOG, FiniteLoss, Interrupt, Journal
-from reft_train.training.outcome import PICTURE, Outcome, draw_curves
+from reft_train.training.callbacks import LOG, Interrupt, Journal
+from reft_train.training.outcome import Outcome
 from reft_train.training.sharding import engine_environment, gather_to_generate
 from reft_train.training.trainer import ReftTrainer, orthonormality
-
-
-def _class_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
-    def measure(prediction: Any) -> dict[str, float]:
-        logits = prediction.predictions
-        predicted = logits.squeeze(-1) if task.labels is None else logits.argmax(-1)
-        return task.measure(predicted.tolist(), prediction.label_ids.tolist())
-
-    return measure
 
 
 def quiet() -> None:
@@ -55,14 +49,12 @@ def train(
     config: RunConfig,
     *,
     callbacks: Sequence[transformers.TrainerCallback] = (),
-    report: bool = True,
     task: Task | None = None,
 ) -> Outcome:
     """Train an adapter; write it with the log, the results and a report to ``config.output``.
 
     Args:
         callbacks: additional callbacks, such as one that prunes a search trial.
-        report: whether to draw the curves.
         task: the task; None: that of the settings.
 
     Returns:
@@ -74,7 +66,7 @@ def train(
     """
     join(cpu=pick_device(config) == "cpu")
     with engine_environment(config):
-        return _train(config, callbacks, report, task)
+        return _train(config, callbacks, task)
 
 
 def _read(config: RunConfig, task: Task) -> tuple[Path | None, prepare.Rows, Loaded, Callable]:
@@ -93,25 +85,20 @@ def _read(config: RunConfig, task: Task) -> tuple[Path | None, prepare.Rows, Loa
     return checkpoint, rows, loaded, prepare.collator(config, loaded)
 
 
-def _tokenized(
-    config: RunConfig, task: Task, rows: prepare.Rows, loaded: Loaded
-) -> tuple[Any, Any]:
-    for test in rows.tests.values():
-        prepare.check_rows(test, loaded, task)
+def _tokenized(config: RunConfig, encoder: Encoder, rows: prepare.Rows) -> tuple[Any, Any]:
+    for row in itertools.chain(*rows.tests.values()):
+        encoder.read(row)  # rows that are only used after training are checked before it
     if rows.train is None:
-        examples: Any = prepare.stream(config, loaded, task, rows.stream)
+        examples: Any = prepare.stream(config, encoder, rows.stream)
     else:
-        examples = prepare.tokenized(config, loaded, task, rows.train, "training rows")
+        examples = prepare.tokenized(config, encoder, rows.train, "training rows")
     if not rows.held_out:
         return examples, None
-    return examples, prepare.tokenized(config, loaded, task, rows.held_out, "held-out rows")
+    return examples, prepare.tokenized(config, encoder, rows.held_out, "held-out rows")
 
 
 def _train(
-    config: RunConfig,
-    callbacks: Sequence[transformers.TrainerCallback],
-    report: bool,
-    task: Task | None,
+    config: RunConfig, callbacks: Sequence[transformers.TrainerCallback], task: Task | None
 ) -> Outcome:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -119,17 +106,19 @@ def _train(
     output = Path(config.output)
     task = task or together(lambda: tasks.get(config.task))
     checkpoint, rows, loaded, collate = together(lambda: _read(config, task))
-    examples, held_out = together(lambda: _tokenized(config, task, rows, loaded), in_turn=True)
+    encoder = Encoder(task, loaded.tokenizer, loaded.kind, config.max_length)
+    examples, held_out = together(lambda: _tokenized(config, encoder, rows), in_turn=True)
     count = None if rows.train is None else len(examples)
     metric = {"none": None, "loss": "loss"}.get(config.select, next(iter(task.metrics), None))
 
     def adapted() -> tuple[Any, Any]:
-        model = adapt(config, loaded, prepare.response_template(config, loaded, task, rows))
+        model = adapt(config, loaded, prepare.response_template(config, encoder, rows))
         return model, training_arguments(config, output, model, count, metric)
 
     def score(model: Any) -> dict[str, float]:
         own = replace(loaded, model=model)
-        return score_set("held out", rows.held_out, own, task, config, progress=False).metrics
+        found = score_set("held out", rows.held_out, own, task, config, progress=False)
+        return found.metrics if found.loss is None else {"loss": found.loss, **found.metrics}
 
     model, arguments = together(adapted)
     if arguments.should_save:
@@ -138,19 +127,18 @@ def _train(
     interrupt = Interrupt()
     trainer = ReftTrainer(
         collate=collate,
-        eval_collate=prepare.collator(config.replace(packing=False), loaded),
+        eval_collate=PaddingCollator(loaded.tokenizer.pad_token_id),
         sampler=prepare.sampler(config, examples, arguments.world_size),
         heads=loaded.heads,
         head_lr=config.head_lr,
-        score=score if config.select == "metric" and not classifies else None,
+        score=score if config.select == "metric" or classifies else None,
         keep=config.keep,
         prefix_bytes=round(config.prefix_cache * 1e9),
         model=model,
         args=arguments,
         train_dataset=examples,
         eval_dataset=held_out,
-        compute_metrics=_class_metrics(task) if classifies else None,
-        callbacks=[FiniteLoss(), Journal(output / LOG), interrupt, *callbacks],
+        callbacks=[Journal(output / LOG), interrupt, *callbacks],
     )
     if classifies:
         # these models ignore num_items_in_batch, so Trainer would sum the means of micro-batches
@@ -193,8 +181,6 @@ def _train(
         versions=versions(),
     )
     if arguments.should_save:
-        if report:
-            draw_curves(output / PICTURE, state.log_history)
         outcome.save(output)
     return outcome
 
@@ -217,5 +203,5 @@ def _score_tests(
     own = replace(loaded, model=model)
     scored = [score_set(name, rows, own, task, config) for name, rows in tests.items()]
     if scored and trainer.args.should_save:
-        write_predictions(Path(config.output), task, scored, f"{Path(config.model).name}-reft")
+        write_predictions(Path(config.output), scored)
     return {score.name: score.metrics for score in scored}

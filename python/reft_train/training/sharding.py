@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed import fsdp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from reft_kernels.interventions import Intervention
 from reft_train.config import RunConfig
@@ -33,18 +34,11 @@ def requested(config: RunConfig) -> bool:
     return config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-@contextmanager
-def engine_environment(config: RunConfig) -> Iterator[None]:
-    """Set the environment variables read by engines during a run, and restore them on exit."""
-    before, prefixes = dict(os.environ), ("ACCELERATE_", "FSDP_")
-    if requested(config):
-        os.environ.update({f"FSDP_{name.upper()}": str(v) for name, v in _SETTINGS.items()})
-    try:
-        yield
-    finally:
-        for name in [name for name in os.environ if name.startswith(prefixes)]:
-            del os.environ[name]
-        os.environ.update({k: v for k, v in before.items() if k.startswith(prefixes)})
+def engine_environment(config: RunConfig) -> AbstractContextManager:
+    """Set the environment variables read by engines; all variables are restored on exit."""
+    settings = _SETTINGS if requested(config) else {}
+    variables = {f"FSDP_{name.upper()}": str(value) for name, value in settings.items()}
+    return mock.patch.dict(os.environ, variables)
 
 
 def _block_classes(model: Any) -> list[str]:
@@ -132,22 +126,10 @@ def gather_to_generate(model: nn.Module) -> None:
         fsdp.register_fsdp_forward_method(model, "generate")
 
 
-def forget_built(model: nn.Module) -> None:
-    """Make stacks rebuild their weights, since loading into shards is not detected."""
-    for stack in model.modules():
-        if isinstance(stack, Intervention):
-            stack.train(stack.training)
-
-
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Gather a sharded model's trained parameters and buffers on the CPU.
+    """Gather a sharded model's trained parameters and buffers on the CPU of the first process.
 
     This is a collective operation.
     """
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-
-    def whole(tensor: Tensor) -> Tensor:
-        return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
-
-    return {name: whole(tensor) for name, tensor in state.items()}
+    options = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": True}
+    return get_model_state_dict(model, options=StateDictOptions(**options))

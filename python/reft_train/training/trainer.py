@@ -14,13 +14,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput
 
 from reft_kernels.integrations.peft import keep_prefix_states, keep_supervised_logits, share_build
 from reft_kernels.interventions import Intervention
@@ -53,7 +52,8 @@ class ReftTrainer(transformers.Trainer):
         eval_collate: converts held-out examples to a batch with a row for each; None: ``collate``.
         sampler: order of the training examples, None for a stream.
         head_lr: learning rate of parameters under ``heads``. None: the same as the others.
-        score: called with the model at each evaluation; its metrics join the held-out loss.
+        score: called with the model at each evaluation; returns metrics, which include the loss of
+            a model that classifies.
         keep: number of checkpoints to keep, in addition to the best one.
         prefix_bytes: limit of the states that :func:`~reft_kernels.integrations.peft.\
 keep_prefix_states` keeps; 0: none are kept.
@@ -92,28 +92,22 @@ keep_prefix_states` keeps; 0: none are kept.
         edits = any(isinstance(module, Intervention) for module in self.model.modules())
         # DeepSpeed takes gradients in each backward, before a shared build of R has produced any
         shares = several and edits and not self.is_deepspeed_enabled
-        self._shared = share_build(self.model) if shares else None
-        self._kept = None
+        self._hooks = contextlib.ExitStack()
+        self._shared = self._hooks.enter_context(share_build(self.model)) if shares else None
         if not self.args.torch_compile:  # compiled calls compute all logits
             with contextlib.suppress(ValueError):  # so do models that do not support it
-                self._kept = keep_supervised_logits(self.model)
+                self._hooks.enter_context(keep_supervised_logits(self.model))
         self.prefix = None
         if prefix_bytes:
             try:
-                self.prefix = keep_prefix_states(self.model, max_bytes=prefix_bytes)
+                prefix = keep_prefix_states(self.model, max_bytes=prefix_bytes)
             except ValueError as error:
                 self.close()
                 raise UserError(f"prefix_cache: {one_line(error)}") from error
+            self.prefix = self._hooks.enter_context(prefix)
 
     def close(self) -> None:
-        if self.prefix is not None:
-            self.prefix.close()
-        if self._kept is not None:
-            self._kept.close()
-            self._kept = None
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
+        self._hooks.close()
 
     def create_accelerator_and_postprocess(self) -> None:
         """See Trainer; also shards models on CPUs if requested."""
@@ -176,11 +170,18 @@ keep_prefix_states` keeps; 0: none are kept.
         return statistics.median(intervals) if intervals else 0.0
 
     def log(self, logs: dict[str, float], *args: Any) -> None:
-        """Log as Trainer does, with tokens per second and orthonormality in training entries."""
+        """Log as Trainer does, with tokens per second and orthonormality in training entries.
+
+        Raises:
+            FloatingPointError: the loss is not finite.
+        """
         if "loss" in logs:
             # Trainer's own mean restarts when a run is resumed between two log entries
             logs["loss"] = self._losses().mean().item() / self.loss_steps
             self._loss, self.loss_steps = 0.0, 0
+            if not math.isfinite(logs["loss"]):
+                what = f"the loss is {logs['loss']} at step {self.state.global_step}"
+                raise FloatingPointError(f"{what}; a lower lr or float32 may help")
             now = time.perf_counter()
             if self._logged is not None:
                 seconds = max(now - self._logged[0], 1e-9)
@@ -198,42 +199,34 @@ keep_prefix_states` keeps; 0: none are kept.
     def evaluation_loop(
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
-        """Compute the held-out loss, and the task's metrics where required.
+        """Compute the held-out loss and metrics.
 
-        The loss is a mean over labels, independent of batch size and number of processes
-        (transformers averages the means of batches, and repeats examples in the last ones).
-        Metrics are computed for tasks with classes, and for runs that select by them.
+        The loss of a model that generates is a mean over labels, independent of batch size and
+        number of processes (transformers averages the means of batches, and repeats examples in the
+        last ones). That of a model that classifies is among the metrics of ``score``.
         """
         dataset = dataloader.dataset
         shifted = not getattr(self.model.config, "is_encoder_decoder", False)
 
-        def forward(batch: list[int]) -> list[tuple[float, int, list[float]]]:
+        def forward(batch: list[int]) -> list[tuple[float, int]]:
             inputs = self._prepare_inputs(self.eval_collate([dataset[index] for index in batch]))
             with self.compute_loss_context_manager():
                 logits, labels = self.model(**inputs).logits.float(), inputs["labels"]
-            if labels.ndim == 1:
-                numbers = logits.shape[-1] == 1
-                losses = (logits[:, 0] - labels) ** 2 if numbers else cross_entropy(logits, labels)
-                return list(zip(losses.tolist(), [1] * len(batch), logits.tolist(), strict=True))
             if shifted:
                 logits, labels = logits[:, :-1], labels[:, 1:]
             losses = cross_entropy(logits.flatten(0, 1), labels.flatten()).view_as(labels).sum(1)
-            counts = labels.ne(-100).sum(1).tolist()
-            return [(loss, count, []) for loss, count in zip(losses.tolist(), counts, strict=True)]
+            return list(zip(losses.tolist(), labels.ne(-100).sum(1).tolist(), strict=True))
 
-        lengths = [len(ids) for ids in dataset["input_ids"]]
-        with evaluating(self.model):
-            size = self.args.eval_batch_size
-            losses, counts, logits = zip(
-                *run_batches(lengths, size, forward, "held-out rows", False), strict=True
-            )
-        metrics = {"loss": math.fsum(losses) / sum(counts)}
-        if self.compute_metrics is not None:
-            prediction = EvalPrediction(numpy.array(logits), numpy.array(dataset["labels"][:]))
-            metrics |= self.compute_metrics(prediction)
+        metrics = {}
         if self.score is not None:
             sharding.gather_to_generate(self.model)
-            metrics |= self.score(self.model)
+            metrics = self.score(self.model)
+        if "loss" not in metrics:
+            lengths, size = dataset["length"][:], self.args.eval_batch_size
+            with evaluating(self.model):
+                found = run_batches(lengths, size, forward, "held-out rows", False)
+            losses, counts = zip(*found, strict=True)
+            metrics["loss"] = math.fsum(losses) / sum(counts)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         return EvalLoopOutput(None, None, named, len(dataset))
 
@@ -301,7 +294,8 @@ keep_prefix_states` keeps; 0: none are kept.
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        sharding.forget_built(self.model)
+        # stacks rebuild their weights, since loading into shards is not detected
+        self.model.train(self.model.training)
 
     def _save(self, output_dir: str | Path | None = None, state_dict: dict | None = None) -> None:
         """Save only the adapter in PEFT's format, without tokenizer and pickled arguments."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from optuna.distributions import FloatDistribution
-from reft_train.compare import Comparison, ComparisonPlan, RunFailed, compare
+from reft_train.compare import Comparison, ComparisonPlan, compare
 from reft_train.config import RunConfig
 from reft_train.search.study import Objective
 from reft_train.training.outcome import Outcome
@@ -39,7 +39,7 @@ class FakeFinal:
         if len(self.seen) - 1 == self.interrupted:
             raise KeyboardInterrupt
         if (config.method, config.seed) in self.failing:
-            raise RunFailed("out of memory")
+            raise RuntimeError("out of memory")
         outcome = finished(config, quality(config) + (config.seed - 42) / 100)
         outcome.save(Path(config.output))
         return outcome

@@ -42,7 +42,7 @@ def flags(tmp_path, tiny_llama):
 def test_a_comparison_prints_a_line_for_each_method(flags, capsys):
     assert command.run(parsed(*flags), FakeTrain(), FakeFinal()) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [sum(line.split()[:1] == [title] for line in lines) for title in ("LoReFT", "LoRA")] == [
+    assert [sum(line.split()[:1] == [title] for line in lines) for title in ("loreft", "lora")] == [
         1,
         1,
     ]

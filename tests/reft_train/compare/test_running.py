@@ -8,7 +8,6 @@ import math
 from collections import Counter
 
 import pytest
-from reft_train.compare import mean_of
 from reft_train.errors import UserError
 
 from tests.reft_train.compare.plans import METHODS, FakeFinal, plan, run
@@ -83,16 +82,16 @@ def test_runs_alternate_between_methods_and_another_one_begins_each_seed(tmp_pat
 def test_a_row_has_mean_and_deviation_over_seeds(tmp_path):
     found = run(plan(tmp_path / "c"))
     first, second = (found.outcomes["lora", seed].tests["test"]["accuracy"] for seed in (42, 43))
-    row = found.rows[1]
-    assert row["test"]["mean"] == pytest.approx(
+    row = found.summary.loc[1]
+    assert row.test_mean == pytest.approx(
         (first + second) / 2, rel=1e-12
     )  # one rounding of a mean of two
-    assert row["test"]["deviation"] == pytest.approx(abs(first - second) / 2**0.5, rel=1e-9)
+    assert row.test_deviation == pytest.approx(abs(first - second) / 2**0.5, rel=1e-9)
 
 
 def test_one_seed_has_no_deviation(tmp_path):
-    (row, *_) = run(plan(tmp_path / "c", seeds=(42,))).rows
-    assert math.isnan(row["test"]["deviation"]) and "±" not in mean_of(row["test"])
+    row = run(plan(tmp_path / "c", seeds=(42,))).summary.loc[0]
+    assert math.isnan(row.test_deviation) and row.test_mean == row.test_test_mean
 
 
 def test_a_finished_comparison_trains_nothing_more(tmp_path):
@@ -177,7 +176,7 @@ def test_bad_input_that_every_method_refuses_is_bad_input(tmp_path):
 
 def test_a_seed_that_fails_is_counted(tmp_path):
     found = run(plan(tmp_path / "c"), None, FakeFinal(failing=(("lora", 43),)))
-    assert found.rows[1]["status"] == "1 of 2 seeds failed: out of memory"
+    assert found.rows[1]["status"] == "1 of 2 seeds failed: RuntimeError: out of memory"
     assert found.rows[1]["seeds"] == 1
 
 

@@ -14,8 +14,6 @@ datasets = pytest.importorskip("datasets", reason="the package datasets is not i
 
 PARTS = {"task": "boolq", "max_length": 512}
 ROWS = [{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": [3], "labels": [3]}]
-TOKENS = datasets.Sequence(datasets.Value("int32"))
-FEATURES = datasets.Features({"input_ids": TOKENS, "labels": TOKENS})
 
 
 class _Items:
@@ -30,7 +28,7 @@ class _Items:
 
 
 def rows_of(items, folder=None, parts=PARTS):
-    return list(cached(items, FEATURES, parts, folder))
+    return list(cached(items, parts, folder))
 
 
 def test_data_are_made_once_and_read_back(tmp_path):
@@ -40,7 +38,7 @@ def test_data_are_made_once_and_read_back(tmp_path):
 
 
 def test_data_are_read_from_disk(tmp_path):
-    assert cached(_Items(), FEATURES, PARTS, tmp_path).cache_files
+    assert cached(_Items(), PARTS, tmp_path).cache_files
 
 
 @pytest.mark.parametrize("other", [{"max_length": 256}, {"task": "piqa"}, {"added": None}])

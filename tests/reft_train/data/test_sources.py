@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from reft_train import tasks
-from reft_train.data.reading import Files, find
+from reft_train.data.reading import find
 from reft_train.errors import UserError
 from reft_train.tasks.llm_adapters import COMMONSENSE as SETS
 
@@ -21,14 +21,14 @@ def touch(*paths):
 def test_named_files_win_over_the_folder(tmp_path):
     touch(tmp_path / "boolq" / "train.json", tmp_path / "boolq" / "test.json")
     train, test = touch(tmp_path / "mine.csv"), touch(tmp_path / "held.jsonl")
-    assert find(tasks.get("boolq"), tmp_path, train, [test]) == Files(train, {"held": test})
+    assert find(tasks.get("boolq"), tmp_path, train, [test]) == (train, {"held": test})
 
 
 def test_what_is_not_named_comes_from_the_folder(tmp_path):
     train, test = touch(tmp_path / "boolq" / "train.json"), touch(tmp_path / "boolq" / "test.json")
     mine = touch(tmp_path / "mine.csv")
-    assert find(tasks.get("boolq"), tmp_path, mine) == Files(mine, {"boolq": test})
-    assert find(tasks.get("boolq"), tmp_path, tests=[mine]) == Files(train, {"mine": mine})
+    assert find(tasks.get("boolq"), tmp_path, mine) == (mine, {"boolq": test})
+    assert find(tasks.get("boolq"), tmp_path, tests=[mine]) == (train, {"mine": mine})
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".tsv", ".parquet"])
@@ -38,7 +38,7 @@ def test_a_set_is_found_in_its_folder_or_as_the_folder(suffix, tmp_path):
     assert (
         find(tasks.get("piqa"), tmp_path)
         == find(tasks.get("piqa"), tmp_path / "piqa")
-        == Files(train, {"piqa": test})
+        == (train, {"piqa": test})
     )
 
 
@@ -56,21 +56,21 @@ def test_a_set_is_found_in_its_folder_or_as_the_folder(suffix, tmp_path):
 )
 def test_a_mixtures_training_file(name, place, tmp_path):
     train = touch(tmp_path / place)
-    assert find(tasks.get(name), tmp_path) == Files(train, {})
+    assert find(tasks.get(name), tmp_path) == (train, {})
 
 
 def test_a_mixture_is_tested_on_the_sets_that_are_there(tmp_path):
     boolq, piqa = touch(tmp_path / "boolq" / "test.json"), touch(tmp_path / "piqa.jsonl")
     touch(tmp_path / "gsm8k" / "test.json")
     found = find(tasks.get("commonsense"), tmp_path, train_needed=False)
-    assert found == Files(None, {"boolq": boolq, "piqa": piqa})
+    assert found == (None, {"boolq": boolq, "piqa": piqa})
 
 
 @pytest.mark.parametrize("name", ["instruct", "jsonl", "math"])
 def test_a_plain_pair_of_files_serves_any_task(name, tmp_path):
     train, test = touch(tmp_path / "train.jsonl"), touch(tmp_path / "test.jsonl")
     found = find(tasks.get(name), tmp_path, tests_needed=True)
-    assert (found.train, list(found.tests.values())) == (train, [test])
+    assert (found[0], list(found[1].values())) == (train, [test])
 
 
 @pytest.mark.parametrize(("name", "split"), [("rte", "validation"), ("mnli", "validation_matched")])
@@ -81,7 +81,7 @@ def test_glue_in_a_folder(name, split, ending, tmp_path):
         touch(tmp_path / name / f"{split}{ending}"),
     )
     touch(tmp_path / name / "test.parquet")
-    expected = Files(train, {split: validation})
+    expected = (train, {split: validation})
     assert (
         find(tasks.get(f"glue/{name}"), tmp_path)
         == find(tasks.get(f"glue/{name}"), tmp_path / name)
@@ -94,7 +94,7 @@ def test_named_test_files_take_their_sets_names(tmp_path):
         touch(tmp_path / place)
         for place in ("boolq/test.json", "piqa.json", "a/own.json", "b/own.json", "x/test.json")
     ]
-    found = find(tasks.get("commonsense"), tests=paths, train_needed=False).tests
+    found = find(tasks.get("commonsense"), tests=paths, train_needed=False)[1]
     assert list(found) == ["boolq", "piqa", "own", str(paths[3]), "test"]
     assert list(found.values()) == paths
 
@@ -128,7 +128,7 @@ def test_without_a_folder_files_must_be_named(options, argument):
 
 
 def test_what_is_not_needed_may_be_missing(tmp_path):
-    assert find(tasks.get("boolq"), tmp_path, train_needed=False) == Files(None, {})
+    assert find(tasks.get("boolq"), tmp_path, train_needed=False) == (None, {})
 
 
 def test_two_files_for_one_set_are_an_error(tmp_path):
@@ -165,10 +165,10 @@ def test_a_named_file_must_exist(argument, options):
     "AQuA/test.json",
 )
 def test_the_published_layout():
-    assert find(tasks.get("boolq"), data_folder()).train == data_folder() / "boolq" / "train.json"
+    assert find(tasks.get("boolq"), data_folder())[0] == data_folder() / "boolq" / "train.json"
     assert {"boolq", "piqa"} <= set(
-        find(tasks.get("commonsense"), data_folder(), train_needed=False).tests
+        find(tasks.get("commonsense"), data_folder(), train_needed=False)[1]
     )
     assert {"gsm8k", "SVAMP", "AQuA"} <= set(
-        find(tasks.get("math"), data_folder(), train_needed=False).tests
+        find(tasks.get("math"), data_folder(), train_needed=False)[1]
     )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from reft_train.data import tokenizing
-from reft_train.data.tokenizing import streamed
+from reft_train.data.tokenizing import Encoder, streamed
 from reft_train.errors import UserError
 from reft_train.tasks.base import Example, Row, Task
 from torch.utils.data import DataLoader
@@ -37,7 +37,8 @@ def path(tmp_path):
 
 
 def _stream(path, limit=32, **settings):
-    return streamed(path, _Count(), TOKENIZER, "causal", limit, **({"buffer": 8} | settings))
+    encoder = Encoder(_Count(), TOKENIZER, "causal", limit)
+    return streamed(path, encoder, **({"buffer": 8} | settings))
 
 
 def _number(item):

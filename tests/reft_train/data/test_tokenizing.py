@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from reft_train.config import build
 from reft_train.data import tokenizing
-from reft_train.data.tokenizing import IGNORED, encode, prompt_ids, tokenize_rows
+from reft_train.data.tokenizing import IGNORED, Encoder, tokenize_rows
 from reft_train.errors import UserError
 from reft_train.models import load_tokenizer
 from reft_train.tasks.base import Classified, Example, Row, Task
@@ -18,7 +18,11 @@ from tests.reft_train.tiny import tokenizer_of
 
 
 def _single(kind, example, tokenizer, max_length, where=None):
-    return encode(kind, [example], [where], tokenizer, max_length)[0]
+    return Encoder(Task(), tokenizer, kind, max_length).encode([example], [where])[0]
+
+
+def prompt_ids(texts, tokenizer, max_length, kind="causal"):
+    return Encoder(Task(), tokenizer, kind, 512).prompts(texts, max_length)
 
 
 causal, seq2seq, classification = (
@@ -61,7 +65,7 @@ def dataset_of(tmp_path):
     """Tokenizes rows with a cache of its own."""
 
     def make(rows, task, tokenizer, kind, limit):
-        return tokenize_rows(rows, task, tokenizer, kind, limit, {}, tmp_path)
+        return tokenize_rows(rows, Encoder(task, tokenizer, kind, limit), {}, tmp_path)
 
     return make
 
@@ -246,7 +250,7 @@ LIMITS = [("causal", "llama", True), ("causal", "llama", False), ("seq2seq", "t5
 def test_rows_without_a_prompt_or_an_answer_are_dropped(kind, family, bos, dataset_of):
     tokenizer = _llama(bos) if family == "llama" else tokenizer_of(family)
     fields = [{"prompt": f"what is {n}?", "target": "yes " * n} for n in (1, 60, 2, 40)]
-    items = list(tokenizing.iter_items(_rows(fields), _Continue(), tokenizer, kind, 24))
+    items = list(Encoder(_Continue(), tokenizer, kind, 24).items(_rows(fields)))
     dropped = [kind == "causal" and n > 2 for n in (1, 60, 2, 40)]
     assert [item.lost for item in items] == dropped
     dataset = dataset_of(_rows(fields), _Continue(), tokenizer, kind, 24)

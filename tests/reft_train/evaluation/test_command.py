@@ -16,6 +16,7 @@ from reft_train.config import dump_yaml
 from reft_train.evaluation.scoring import score_set
 from reft_train.methods import save_adapter
 from reft_train.tasks.base import Row
+from reft_train.training.prepare import find_rows
 
 from tests.reft_train import tiny
 from tests.reft_train.evaluation.conftest import CAPITALS, adapted
@@ -184,11 +185,13 @@ def test_a_broken_record_is_refused(finished, data, content, file, capsys):
     assert evaluate(*given) == 2
     error = capsys.readouterr().err
     assert (
-        error.count("\n") == 1 and f"got {folder / file}" in error and "expected an object" in error
+        error.count("\n") == 1
+        and f"got {folder / file}" in error
+        and "expected a whole JSON file" in error
     )
 
 
-def test_instruct_writes_what_alpaca_eval_reads(tmp_path, tiny_llama, capsys):
+def test_instruct_writes_what_a_judge_reads(tmp_path, tiny_llama, capsys):
     (tmp_path / "alpaca_eval.json").write_text(json.dumps([{"instruction": "count", "output": ""}]))
     flags = [
         "--model",
@@ -203,8 +206,10 @@ def test_instruct_writes_what_alpaca_eval_reads(tmp_path, tiny_llama, capsys):
         "cpu",
     ]
     assert evaluate(*flags, "--test", tmp_path / "alpaca_eval.json", "--out", tmp_path / "out") == 0
-    (row,) = json.loads((tmp_path / "out" / "alpaca_eval" / "alpaca_eval.json").read_text())
-    assert row["instruction"] == "count" and row["generator"] == tiny_llama.name
+    (line,) = (tmp_path / "out" / "predictions" / "alpaca_eval.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    assert row["instruction"] == "count" and row["right"] is None
+    assert row["prediction"] == row["generated"].strip()
     assert "judge" in capsys.readouterr().err
 
 
@@ -223,9 +228,9 @@ def test_glue_is_scored_on_the_half_that_did_not_choose_the_model(tmp_path, tiny
     )
     save_adapter(loaded.model, tmp_path / "run" / "adapter")
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(config))
-    from reft_train.tasks.glue import validation_split
-
-    reported = validation_split(10, config.seed)[1]
+    tests = find_rows(config, tasks.get(config.task), train=False).tests
+    reported = [row.fields["idx"] for row in tests["validation"]]
+    assert len(reported) == 5
     for flags, expected in [((), reported), (("--test-rows", 2), reported[:2])]:
         assert evaluate("--run", tmp_path / "run", *flags) == 0
         lines = (
@@ -251,7 +256,7 @@ def test_glue_is_scored_on_the_half_that_did_not_choose_the_model(tmp_path, tiny
         (["--model", "{model}", "--task", "boolq", "--data", "{data}"], "--adapter: got nothing"),
         (["--task", "boolq", "--adapter", "none"], "--model: got none"),
         (["--model", "{model}", "--adapter", "none"], "task: got none"),
-        (["--run", "{run}", "--task", "bool"], "task: got 'bool' (did you mean 'boolq'?)"),
+        (["--run", "{run}", "--task", "bool"], "task: got 'bool', expected one of"),
         (
             ["--model", "{model}", "--task", "boolq", "--adapter", "none"],
             "--test: got nothing for task boolq",

@@ -23,6 +23,7 @@ def _free_port() -> int:
 def _work(rank: int, processes: int, port: int, model: str, out: str, batch_size: int) -> None:
     from reft_train import tasks
     from reft_train.evaluation.scoring import score_set
+    from reft_train.ranks import join, leave
     from reft_train.tasks.base import Row
 
     torch.set_num_threads(1)
@@ -33,17 +34,17 @@ def _work(rank: int, processes: int, port: int, model: str, out: str, batch_size
     loaded.model.generate = lambda **inputs: (
         calls.append(len(inputs["input_ids"])) or replaced(**inputs)
     )
-    address = f"tcp://127.0.0.1:{port}"
-    if processes > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method=address, rank=rank, world_size=processes
-        )
+    if processes > 1:  # as torchrun starts them
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        join(cpu=True)
     config = config.replace(eval_batch_size=batch_size)
     predictions = score_set(
         "here", rows, loaded, tasks.get("jsonl"), config, progress=False
     ).predictions
     if processes > 1:
-        torch.distributed.destroy_process_group()
+        leave()
     with open(os.path.join(out, f"{processes}-{rank}.json"), "w") as file:
         json.dump([predictions, calls], file)
 

@@ -6,10 +6,7 @@ import datetime
 import json
 import math
 
-from reft_train import tasks
 from reft_train.evaluation.scoring import SetScore, write_predictions, write_scores
-
-SCORED = tasks.get("boolq")
 
 
 def lines(*texts):
@@ -35,8 +32,8 @@ def test_a_metric_that_is_undefined_is_null(tmp_path):
 
 
 def test_predictions_are_a_line_a_row_and_replace_those_of_before(tmp_path):
-    write_predictions(tmp_path, SCORED, [SetScore("old", {}, 1, lines("x"))], "tiny")
-    write_predictions(tmp_path, SCORED, [SetScore("boolq", {}, 2, lines("größe", "b"))], "tiny")
+    write_predictions(tmp_path, [SetScore("old", {}, 1, lines("x"))])
+    write_predictions(tmp_path, [SetScore("boolq", {}, 2, lines("größe", "b"))])
     folder = tmp_path / "predictions"
     assert [path.name for path in folder.iterdir()] == ["boolq.jsonl"] and [
         path.name for path in tmp_path.iterdir()
@@ -49,7 +46,7 @@ def test_predictions_are_a_line_a_row_and_replace_those_of_before(tmp_path):
 def test_values_that_json_does_not_know_are_written_as_text(tmp_path):
     day = datetime.date(2024, 4, 1)
     score = SetScore("a", {}, 1, [{"day": day, "answer": ""}])
-    write_predictions(tmp_path, SCORED, [score], "tiny")
+    write_predictions(tmp_path, [score])
     assert json.loads((tmp_path / "predictions" / "a.jsonl").read_text()) == {
         "day": "2024-04-01",
         "answer": "",
@@ -58,17 +55,5 @@ def test_values_that_json_does_not_know_are_written_as_text(tmp_path):
 
 def test_sets_that_are_called_by_a_path_get_files_of_their_own(tmp_path):
     names = ("data/a.json", "data_a.json", "/data/a.json")
-    write_predictions(tmp_path, SCORED, [SetScore(n, {}, 1, lines("x")) for n in names], "tiny")
+    write_predictions(tmp_path, [SetScore(n, {}, 1, lines("x")) for n in names])
     assert len(list((tmp_path / "predictions").glob("*.jsonl"))) == 3
-
-
-def test_alpaca_eval_rows_hold_instruction_and_stripped_answer(tmp_path):
-    score = SetScore("alpaca_eval", {}, 1, lines("count"))
-    write_predictions(tmp_path, tasks.get("instruct"), [score], "tiny")
-    (row,) = json.loads((tmp_path / "alpaca_eval" / "alpaca_eval.json").read_text())
-    assert row == {
-        "instruction": "count",
-        "output": "count!",
-        "dataset": "alpaca_eval",
-        "generator": "tiny",
-    }

@@ -39,9 +39,9 @@ def test_a_search_prints_its_best_trial_and_how_to_use_it(flags, capsys, tmp_pat
     assert f"reft-train run --config {tmp_path / 's' / 'best.yaml'}" in capsys.readouterr().out
 
 
-def test_a_search_leaves_its_table_and_figures(flags, tmp_path):
+def test_a_search_leaves_its_table_and_database(flags, tmp_path):
     command.run(parsed(*flags), FakeTrain())
-    for name in ("history.png", "importance.png", "trials.csv", "best.yaml", "search.db"):
+    for name in ("trials.csv", "best.yaml", "search.db"):
         assert (tmp_path / "s" / name).stat().st_size > 0
 
 

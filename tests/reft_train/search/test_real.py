@@ -9,7 +9,9 @@ import json
 import pandas
 import pytest
 from reft_train.__main__ import main
+from reft_train.compare import run_isolated
 from reft_train.config import build, read_yaml
+from reft_train.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -58,5 +60,11 @@ def test_a_comparison_tests_each_method_and_names_the_one_that_cannot_run(flags,
     assert main(["compare", *flags, *more]) == 0
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["methods"]
     assert [row["seeds"] for row in rows] == [2, 2, 0]
-    assert all(row["peak_mib"] > 0 and row["step_seconds"] > 0 for row in rows[:2])
+    assert all(row["peak"] > 0 and row["step_seconds"] > 0 for row in rows[:2])
     assert rows[2]["status"].startswith("not available: method: got 'head'")
+
+
+def test_an_error_of_a_tested_run_is_raised_in_the_comparison(tmp_path):
+    config = build({"model": "none", "task": "boolq", "data": str(tmp_path / "gone")})
+    with pytest.raises(UserError, match="--data: got .*gone, which is missing"):
+        run_isolated(config.replace(output=str(tmp_path / "run")))

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from types import SimpleNamespace
-from unittest.mock import patch
-
 import pandas
 import pytest
 from optuna.distributions import FloatDistribution
@@ -22,9 +18,8 @@ def states(found) -> list[str]:
     return [state_of(trial) for trial in found.trials]
 
 
-def run(plan, train, clock=time.monotonic):
-    with patch("reft_train.search.study.time", SimpleNamespace(monotonic=clock)):
-        return search(plan, train, silent)
+def run(plan, train):
+    return search(plan, train, silent)
 
 
 def stop_at(number: int, error: type[BaseException], *arguments: str):
@@ -35,18 +30,6 @@ def stop_at(number: int, error: type[BaseException], *arguments: str):
             raise error(*arguments)
 
     return before
-
-
-class Clock:
-    """Stands still but for ten seconds at the start of each training."""
-
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    def tick(self, config, call) -> None:
-        self.now += 10.0
 
 
 def test_the_best_trial_is_the_one_with_the_best_held_out_value(tmp_path):
@@ -214,24 +197,6 @@ def test_a_trial_is_not_pruned_at_its_end(tmp_path):
     train = FakeTrain(quality=lambda config: next(values), evaluations=1)
     found = run(plan(tmp_path / "s", trials=6, prune=True), train)
     assert states(found) == ["complete"] * 6
-
-
-def test_time_that_is_up_stops_the_trial_under_way(tmp_path):
-    clock = Clock()
-    found = run(
-        plan(tmp_path / "s", trials=None, timeout=25.0), FakeTrain(before=clock.tick), clock=clock
-    )
-    assert states(found) == ["complete", "complete", "interrupted"]
-    assert not found.interrupted
-
-
-def test_a_trial_that_time_stopped_is_taken_up_again(tmp_path):
-    clock, train = Clock(), FakeTrain()
-    train.before = clock.tick
-    run(plan(tmp_path / "s", trials=4, timeout=25.0), train, clock=clock)
-    found = run(plan(tmp_path / "s", trials=4), train)
-    assert states(found)[2:] == ["interrupted", "complete", "complete"]
-    assert (train.seen[2].lr, train.seen[2].rank) == (train.seen[3].lr, train.seen[3].rank)
 
 
 def test_a_search_with_other_settings_is_refused(tmp_path):

@@ -51,13 +51,12 @@ def test_a_row_to_be_scored_may_have_an_empty_output():
     assert tasks.get("mawps").example(row(output="")).target == ""
 
 
-def test_a_misspelt_field_is_suggested():
+def test_a_misspelt_field_is_missing():
     fields = {"instruction": "2 + 2?", "outptu": "4", "answer": "4"}
     with pytest.raises(UserError) as caught:
         tasks.get("math").example(Row(fields, "row 17 of train.json"))
     assert str(caught.value) == (
-        "row 17 of train.json: got fields instruction, outptu, answer, expected output (did you "
-        "mean 'output' by 'outptu'?)"
+        "row 17 of train.json: got fields instruction, outptu, answer, expected output"
     )
 
 
@@ -74,7 +73,7 @@ def test_a_missing_field_without_a_likeness_is_named():
 @pytest.mark.parametrize("name", ["Input", "inputs", "inptu "])
 def test_a_misspelt_input_is_not_left_out_in_silence(name):
     fields = {"instruction": "Add.", name: "2 + 2", "output": "4", "answer": "4"}
-    with pytest.raises(UserError, match="expected input .did you mean 'input' by"):
+    with pytest.raises(UserError, match="got fields instruction, .*, expected input"):
         tasks.get("math").example(Row(fields, "row 17 of train.json"))
 
 

@@ -1,14 +1,11 @@
-"""Instruction following: Alpaca's two prompts to the character, and the file for
-``alpaca_eval``.
-"""
+"""Instruction following: Alpaca's two prompts to the character, and answers for a judge."""
 
 from __future__ import annotations
 
 import pytest
 from reft_train import tasks
 from reft_train.errors import UserError
-from reft_train.tasks.base import Row
-from reft_train.tasks.instruct import alpaca_eval_row
+from reft_train.tasks.base import Row, Scored
 
 WHERE = "row 1 of a.json"
 
@@ -55,25 +52,12 @@ def test_answers_share_the_limit_of_the_whole_text():
     assert tasks.get("instruct").decoding.max_total_tokens == 2048
 
 
-def test_it_is_not_scored():
-    task = tasks.get("instruct")
-    assert task.metrics == ()
-    with pytest.raises(NotImplementedError):
-        task.score("Red", example())
+def test_it_has_no_metric():
+    assert tasks.get("instruct").metrics == ()
 
 
 @pytest.mark.parametrize(
-    ("more", "generated", "output", "dataset"),
-    [
-        ({"dataset": "koala"}, " Blue\n", "Blue", "koala"),
-        ({}, "x ### Response: Green", "Green", "alpaca_eval"),
-    ],
+    ("generated", "answer"), [(" Blue\n", "Blue"), ("x ### Response: Green", "Green")]
 )
-def test_a_row_for_alpaca_eval(more, generated, output, dataset):
-    prediction = {"instruction": "Name {one}.", "generated": generated, **more}
-    assert alpaca_eval_row(prediction, "tiny-reft") == {
-        "instruction": "Name {one}.",
-        "output": output,
-        "dataset": dataset,
-        "generator": "tiny-reft",
-    }
+def test_the_answer_is_kept_for_a_judge(generated, answer):
+    assert tasks.get("instruct").score(generated, example()) == Scored(answer, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from reft_train import tasks
+from reft_train.data.tokenizing import Encoder
 from reft_train.errors import UserError
 from reft_train.tasks.base import Row
 from reft_train.tasks.instruct import alpaca
@@ -56,13 +57,14 @@ def test_messages_take_the_chat_template_and_the_last_is_the_target(tokenizer):
     )
     assert (
         found.prompt
-        == "[system] Be brief.\n[user] Hi?\n[assistant]  Hello. \n[user] Hi?\n[assistant] "
+        == "<s>[system] Be brief.\n[user] Hi?\n[assistant]  Hello. \n[user] Hi?\n[assistant] "
     )
     assert (found.target, found.answer) == (" Hello. ", "Hello.")
 
 
 def test_the_prompt_read_back_starts_with_one_start_token(tokenizer):
-    ids = tokenizer(example({"messages": [USER, ASSISTANT]}, tokenizer).prompt)["input_ids"]
+    prompt = example({"messages": [USER, ASSISTANT]}, tokenizer).prompt
+    (ids,) = Encoder(tasks.get("jsonl"), tokenizer, "causal", 99).prompts([prompt], 99)
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
 
 
@@ -122,7 +124,7 @@ def test_messages_need_a_chat_template(given):
         ([USER, {"role": "assistant", "content": ""}], "message 2: content: got no text"),
         (
             [USER, {"role": "assistant", "contents": "x"}],
-            "message 2: got fields role, contents, expected content .did you mean",
+            "message 2: got fields role, contents, expected content",
         ),
         (
             [{"role": "user", "content": [{"text": "x"}]}, ASSISTANT],
@@ -150,14 +152,8 @@ def test_a_chat_that_cannot_be_learned_is_named(messages, message, tokenizer):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"promt": "a", "completion": "b"},
-            "got fields promt, completion, expected prompt .did you mean 'prompt' by 'promt'",
-        ),
-        (
-            {"instruction": "a", "outptu": "b"},
-            "got fields instruction, outptu, expected output .did you mean 'output' by 'outptu'",
-        ),
+        ({"promt": "a", "completion": "b"}, "got fields promt, completion, expected prompt"),
+        ({"instruction": "a", "outptu": "b"}, "got fields instruction, outptu, expected output"),
         (
             {"text": "a"},
             "got fields text, expected messages, or prompt and completion, or instruction and "

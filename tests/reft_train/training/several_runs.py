@@ -15,7 +15,7 @@ from pathlib import Path
 
 import transformers
 from reft_train.config import build
-from reft_train.ranks import is_first, leave
+from reft_train.ranks import leave
 from reft_train.training.session import train
 
 
@@ -26,14 +26,14 @@ class CtrlC(transformers.TrainerCallback):
         self.step = step
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if is_first() and state.global_step == self.step - 1:
+        if state.is_world_process_zero and state.global_step == self.step - 1:
             os.kill(os.getpid(), signal.SIGINT)
 
 
 def main(path: str) -> None:
     for settings in json.loads(Path(path).read_text()):
         step = settings.pop("interrupt_at", None)
-        train(build(settings), callbacks=[] if step is None else [CtrlC(step)], report=False)
+        train(build(settings), callbacks=[] if step is None else [CtrlC(step)])
     leave()
 
 

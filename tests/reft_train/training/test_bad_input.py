@@ -75,7 +75,7 @@ def test_a_hub_name_without_a_network(refused, monkeypatch):
 @pytest.mark.parametrize(
     "settings, complaint",
     [
-        ({"task": "comonsense"}, "task: got 'comonsense' (did you mean 'commonsense'?)"),
+        ({"task": "comonsense"}, "task: got 'comonsense', expected one of"),
         ({"recipe": "papers"}, "recipe: got 'papers', expected one of"),
         ({"layers": "0;9"}, "layers"),
         ({"rank": 64}, "rank"),
@@ -116,11 +116,8 @@ def test_generating_with_an_encoder(refused, tiny_bert):
 
 
 ROWS = [
-    (
-        {"instruktion": "a", "output": "b"},
-        "expected instruction (did you mean 'instruction' by 'instruktion'?)",
-    ),
-    ({"instruction": "a", "outputt": "b"}, "expected output (did you mean 'output' by 'outputt'?)"),
+    ({"instruktion": "a", "output": "b"}, "expected instruction"),
+    ({"instruction": "a", "outputt": "b"}, "expected output"),
     ({"instruction": " ", "output": "b"}, "instruction: got no text, expected some"),
     ({"instruction": 3, "output": "b"}, "instruction: got 3 (int), expected a string"),
     ({"text": "a"}, "got fields text, expected messages, or prompt and completion"),

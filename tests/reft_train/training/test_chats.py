@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from reft_train import tasks
 from reft_train.config import build, read_yaml
+from reft_train.data.tokenizing import Encoder
 from reft_train.models import load
 from reft_train.training import prepare
 from reft_train.training.outcome import Outcome
@@ -45,6 +46,11 @@ def finished(tmp_path_factory, chat_model):
     return folder / "run"
 
 
+def encoder_of(config, task):
+    loaded = load(config, task)
+    return Encoder(task, loaded.tokenizer, loaded.kind, config.max_length)
+
+
 def kept_template(output):
     return json.loads((output / "adapter" / "adapter_config.json").read_text())["response_template"]
 
@@ -60,7 +66,7 @@ def test_only_the_last_answer_is_trained_where_it_is_wanted(more, chat_model, tm
     config = build(read_yaml(tmp_path / "run" / "config.yaml"))
     task = tasks.get("jsonl")
     if more:
-        stream = prepare.stream(config, load(config, task), task, rows)
+        stream = prepare.stream(config, encoder_of(config, task), rows)
         assert len({tuple(item["input_ids"]) for item in islice(stream, 400)}) == 8
     else:
         assert Outcome.load(tmp_path / "run").steps == 1
@@ -74,7 +80,7 @@ def test_a_stream_has_an_item_for_each_answer(chat_model, tmp_path):
     settings = {"streaming": True, "max_steps": 2, "max_length": 200, "device": "cpu"}
     config = build({"model": str(chat_model), "task": "jsonl", "train": str(rows), **settings})
     task = tasks.get("jsonl")
-    stream = prepare.stream(config, load(config, task), task, rows)
+    stream = prepare.stream(config, encoder_of(config, task), rows)
     # endless: passes over the three conversations of two answers
     assert len({tuple(item["input_ids"]) for item in islice(stream, 400)}) == 6
 

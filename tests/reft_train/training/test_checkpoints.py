@@ -116,7 +116,7 @@ class Fork(TrainerCallback):
 def trained(arguments: list[str], *callbacks: TrainerCallback) -> None:
     from reft_train.__main__ import parser
 
-    session.train(settings_of(parser().parse_args(arguments)), callbacks=callbacks, report=False)
+    session.train(settings_of(parser().parse_args(arguments)), callbacks=callbacks)
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def run(tmp_path_factory, tiny_llama):
             given = settings(
                 folder, model, output=output, epochs=1, validation=0, evaluate_every=None, **changes
             )
-            known[name] = train(build(given), report=False)
+            known[name] = train(build(given))
         return known[name]
 
     return outcome
@@ -94,7 +94,7 @@ def test_deepspeed_that_is_not_installed_is_refused_before_anything_is_written(
     with pytest.raises(
         UserError, match="deepspeed: got zero2.json, but deepspeed is not installed, expected none"
     ):
-        train(build(given), report=False)
+        train(build(given))
     assert not (tmp_path / "run").exists()
 
 

@@ -58,7 +58,7 @@ def kill() -> None:
 
 def trained(arguments: list[str], *callbacks: TrainerCallback) -> Outcome | None:
     try:
-        return train(settings_of(parser().parse_args(arguments)), callbacks=callbacks, report=False)
+        return train(settings_of(parser().parse_args(arguments)), callbacks=callbacks)
     except Killed:
         return None
 
@@ -293,7 +293,6 @@ def test_overwriting_starts_clean(begun, tiny_llama, tmp_path):
     used = Path(shutil.copytree(output, tmp_path / "used"))
     write_rows(used / "predictions" / "old.jsonl", [{"old": 1}])
     (used / ".saving").mkdir()
-    (used / "loss.png").write_text("old")
     assert run(tiny_llama, used, **{**settings, "epochs": 1}, overwrite=True) == 0
     assert run(tiny_llama, tmp_path / "fresh", **{**settings, "epochs": 1}) == 0
     assert sorted(path.name for path in used.iterdir()) == sorted(

@@ -31,7 +31,7 @@ def rows(tmp_path) -> Path:
 
 
 def trained(arguments: list[str], callback: TrainerCallback) -> None:
-    train(settings_of(parser().parse_args(arguments)), callbacks=[callback], report=False)
+    train(settings_of(parser().parse_args(arguments)), callbacks=[callback])
 
 
 def test_the_optimizer_has_at_most_three_tensors_for_loreft(tiny_llama, tmp_path, rows):
