@@ -58,7 +58,9 @@ CHECKS = {
 
 @pytest.mark.skipif(native.nvcc() is None, reason="nvcc is not installed")
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    "target", [t if t == "sm_90" else pytest.param(t, marks=pytest.mark.full) for t in TARGETS]
+)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_compiles_without_spills(source, target):
     built = native.build(source, target)
