@@ -93,10 +93,14 @@ def test_stop_tokens(site):
 
 
 def test_a_client_that_leaves_ends_its_request(site):
-    stream = site.stream(PROMPTS[0], "a", 400, ignore_eos=True)
-    next(iter(stream))
-    assert site.requests_of("a") == 1
-    stream.close()
+    for _ in range(10):  # on a busy machine an answer can end before its request is counted
+        stream = site.stream(PROMPTS[0], "a", 400, ignore_eos=True)
+        next(iter(stream))
+        counted = site.requests_of("a")
+        stream.close()
+        if counted:
+            break
+    assert counted == 1
     site.wait_until(lambda: site.requests_of("a") == 0)
     assert site.complete(PROMPTS[0], "a") == [_want(site, PROMPTS[0], "a")]
 
