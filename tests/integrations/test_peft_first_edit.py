@@ -10,6 +10,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from reft_kernels.integrations.peft import ReftConfig, from_chat_template, keep_supervised_logits
+from tests.families.family import VERSION_5
 from tests.integrations.test_peft_checkpointing import checkpointing, close, gradients
 from tests.integrations.test_peft_supervised_logits import trainer
 from tests.model.families import batch, blocks, make, shake
@@ -176,7 +177,10 @@ def test_trainer(tmp_path, checkpointed, kept):
     counts = forwards("llama", model)
     with keep_supervised_logits(model) if kept else contextlib.nullcontext():
         made.train()
-    assert counts == ([4, 4, 8] if checkpointed else [4, 4, 4])
+    if checkpointed:  # transformers 4 recomputes the layer of the first edit, too
+        assert counts == ([4, 4, 8] if VERSION_5 else [4, 8, 8])
+    else:
+        assert counts == [4, 4, 4]
 
 
 def test_sft_trainer_of_trl_with_its_gradient_checkpointing(tmp_path):

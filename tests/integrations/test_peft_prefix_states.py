@@ -8,6 +8,7 @@ import transformers
 from peft import get_peft_model
 
 from reft_kernels.integrations.peft import ReftConfig, keep_prefix_states, keep_supervised_logits
+from tests.families.family import VERSION_5
 from tests.integrations.test_peft_checkpointing import checkpointing
 from tests.model.families import COMMON, LENGTH, SPECIAL, VOCAB, batch, hook_count, make, shake
 from tests.model.families import blocks as blocks_of
@@ -227,6 +228,7 @@ def test_a_response_template():
     compare(model, inputs)
 
 
+@pytest.mark.xfail(not VERSION_5, reason="transformers 4: PyTorch refuses to recompute the layers")
 def test_upper_layers_under_gradient_checkpointing():
     model, inputs = build(positions="l3", layers=[1, 2]), batch("llama")
     want = step(model, inputs)

@@ -10,6 +10,7 @@ import transformers
 from peft import get_peft_model
 
 from reft_kernels.integrations.peft import ReftConfig, from_chat_template, keep_prefix_states
+from tests.families.family import VERSION_5
 from tests.integrations.test_peft_supervised_logits import trained, trainer
 from tests.model.families import make, shake
 from tests.tiny_chat import save_chat_model
@@ -49,7 +50,8 @@ def test_training_is_the_same(tmp_path, edits, settings):
     with keep_prefix_states(kept, max_bytes=MANY) as states:
         second.train()
     assert len(kept_log.losses) == 4
-    assert kept_log.losses == pytest.approx(plain_log.losses, rel=1e-5)
+    digits = 0.0 if VERSION_5 else 1.01e-4  # transformers 4 logs four digits
+    assert kept_log.losses == pytest.approx(plain_log.losses, rel=1e-5, abs=digits)
     for ours, expected in zip(trained(kept), trained(plain), strict=True):
         assert (ours - expected).abs().max() <= 1e-4 * expected.abs().max()
     rows = 4 * 3 * settings.get("gradient_accumulation_steps", 1)  # one epoch, or two

@@ -9,6 +9,7 @@ import torch
 
 from reft_kernels.integrations.peft import ReftConfig
 from reft_kernels.model.scaling import Scaling
+from tests.families.family import VERSION_5
 from tests.integrations.scaling import (
     STRENGTHS,
     SUBSPACES,
@@ -133,6 +134,8 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("positions", ["f3+l3", "all"])
 def test_generates_for_each_example_what_it_generates_alone(option, positions):
+    if option == "chunked" and not VERSION_5:
+        pytest.skip("transformers 4 counts the positions of chunks from the padding")
     model, inputs = build(positions=positions), prompts()
     options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **OPTIONS[option]}
     call = {"subspaces": SUBSPACES, "strengths": STRENGTHS}
