@@ -181,7 +181,7 @@ def model_type_of(model: nn.Module, path: str) -> str:
 
 def unsupported_family_reason(kind: str) -> str | None:
     """Why nothing in an architecture can be edited, or None."""
-    if kind == "lilt" and _major_version() < 5:
+    if kind == "lilt" and transformers_version() < 5:
         return (
             "its blocks return the text's and the layout's states in a tuple of their own before "
             "transformers 5"
@@ -189,7 +189,7 @@ def unsupported_family_reason(kind: str) -> str | None:
     return UNSUPPORTED_FAMILIES.get(kind)
 
 
-def _major_version() -> int:
+def transformers_version() -> int:
     version = getattr(sys.modules.get("transformers"), "__version__", "5")
     return int(version.split(".")[0])
 

@@ -66,7 +66,7 @@ def with_router_loss():
         (dropout_module, r"dropout\.p is 0\.2"),
         (lora_below, r"lora_A.* is trained"),
         (trained_embeddings, r"embed_tokens.* is trained"),
-        (checkpointed, r"gradient checkpointing drops key-value caches"),
+        (checkpointed, r"gradient checkpointing (drops key-value caches|of transformers 4)"),
         (chunked, r"layers of type 'chunked_attention'"),
         (
             lambda: build("bloom"),
@@ -98,7 +98,7 @@ def test_gradient_checkpointing_that_starts_later():
     model = build()
     with keep_prefix_states(model, max_bytes=MANY):
         checkpointing(model, reentrant=False)
-        with pytest.raises(ValueError, match="gradient checkpointing drops"):
+        with pytest.raises(ValueError, match="gradient checkpointing (drops|of transformers 4)"):
             step(model, batch("llama"))
 
 

@@ -228,11 +228,14 @@ def test_a_response_template():
     compare(model, inputs)
 
 
-@pytest.mark.xfail(not VERSION_5, reason="transformers 4: PyTorch refuses to recompute the layers")
 def test_upper_layers_under_gradient_checkpointing():
     model, inputs = build(positions="l3", layers=[1, 2]), batch("llama")
     want = step(model, inputs)
     checkpointing(model, reentrant=False)
+    if not VERSION_5:
+        with pytest.raises(ValueError, match="gradient checkpointing of transformers 4 recomputes"):
+            keep_prefix_states(model, max_bytes=MANY)
+        return
     counts = [0, 0, 0]
     for number, block in enumerate(blocks_of("llama", model.base_model.model)):
 

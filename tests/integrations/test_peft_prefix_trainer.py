@@ -48,6 +48,10 @@ def test_training_is_the_same(tmp_path, edits, settings):
     first.train()
     second, kept_log = trainer(tmp_path, kept, **settings)
     with keep_prefix_states(kept, max_bytes=MANY) as states:
+        if "gradient_checkpointing" in settings and not VERSION_5:
+            with pytest.raises(ValueError, match="gradient checkpointing of transformers 4"):
+                second.train()
+            return
         second.train()
     assert len(kept_log.losses) == 4
     digits = 0.0 if VERSION_5 else 1.01e-4  # transformers 4 logs four digits

@@ -35,6 +35,7 @@ from reft_kernels.integrations.peft.prefix_store import (
 from reft_kernels.integrations.peft.prefix_support import only_editor, only_session, refuse_unfit
 from reft_kernels.integrations.peft.skipped_blocks import SkippedBlocks
 from reft_kernels.model.backbone_session import Adapter
+from reft_kernels.model.families import transformers_version
 from reft_kernels.model.interception import InterceptedForward
 from reft_kernels.model.members import BASE, Members
 from reft_kernels.model.model_call import argument_names, take_call
@@ -51,6 +52,10 @@ _HALF_LIMIT = 3e-2
 _CHECKPOINTING = (
     "model: gradient checkpointing drops key-value caches, and layer 0 is edited, so no states can "
     "be kept; turn gradient checkpointing off"
+)
+_CHECKPOINTING_BEFORE_5 = (
+    "model: gradient checkpointing of transformers 4 recomputes layers whose states are kept; turn "
+    "gradient checkpointing off, or use transformers 5"
 )
 
 
@@ -145,6 +150,10 @@ class PrefixStates:
         sites = [site for adapter in adapters for p in adapter.places.values() for _, site in p]
         return self._blocks.unedited([self.session.targets[site] for site in sites])
 
+    def _refuse_checkpointing_before_5(self) -> None:
+        if self._blocks.checkpointed and transformers_version() < 5:
+            raise ValueError(_CHECKPOINTING_BEFORE_5)
+
     def _require_something_to_keep(self) -> None:
         adapters = self.editor.active_in(self.session)
         for adapter in adapters:
@@ -154,6 +163,7 @@ class PrefixStates:
                     "tokens, expected positions without a modality: kept states are those before "
                     "the first edited token of all"
                 )
+        self._refuse_checkpointing_before_5()
         if not adapters or self._skipped(adapters):
             return
         if self._blocks.checkpointed:
@@ -205,6 +215,7 @@ class PrefixStates:
         if any(not torch.equal(lengths[0], other) for other in lengths[1:]):
             return None  # adapters with different response templates
         prefix, skipped = rows.first_needed(edited), self._skipped(adapters)
+        self._refuse_checkpointing_before_5()
         if self._blocks.checkpointed:
             if not skipped:
                 raise ValueError(_CHECKPOINTING)
