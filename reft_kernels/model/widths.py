@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from reft_kernels.base_model import text_config
 from reft_kernels.model.families import NARROW, SIDE_BY_SIDE, config_of, model_type_of
 
 _WIDTH_NAMES = ("hidden_size", "d_model", "n_embd", "dim", "embed_dim")
@@ -37,12 +38,6 @@ def read(config: Any, names: Iterable[str]) -> int | None:
 def is_matrix(weight: Any) -> bool:
     """Whether a weight is a matrix, as of a linear layer."""
     return weight is not None and weight.dim() == 2
-
-
-def text_config(config: Any) -> Any:
-    """The part of a configuration that describes the text model."""
-    getter = getattr(config, "get_text_config", None)
-    return getter() if callable(getter) else config
 
 
 def own_width(module: nn.Module, side: str) -> int | None:

@@ -203,5 +203,8 @@ BAD = [
 def test_refused_where_nothing_can_be_counted(spec, component, name, message):
     family = FAMILIES[name]
     component = component.replace("{tower}", FAMILIES["llava_images"].component)
+    model = checks.base_of(family)
+    before = [name for name, _ in model.named_modules()]
     with pytest.raises(ValueError, match=message):
-        checks.attach(checks.base_of(family), component, positions=spec)
+        checks.attach(model, component, positions=spec)
+    assert [name for name, _ in model.named_modules()] == before

@@ -99,6 +99,7 @@ def _attach(
     stacks: dict[int, Intervention],
 ) -> None:
     """Add an adapter's stacks and hooks, and the container if there is none."""
+    counted = counted_tokens(model, config.spec, component)  # before the model is changed
     container = container_of(model)
     if container is None:
         container = AdapterContainer(
@@ -109,7 +110,6 @@ def _attach(
         model.add_module(CONTAINER, container)
     for width, stack in stacks.items():
         container.layer(width).reft_stack[name] = stack.train(model.training)
-    counted = counted_tokens(model, config.spec, component)
     container.editor.add(name, component, config.rule._replace(counted=counted), stacks)
 
 
