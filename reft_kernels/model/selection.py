@@ -120,10 +120,11 @@ def _from_counted(window: Window, rule: PositionRule, counted: CountedTokens) ->
     if spec.kind == "prompt":
         chosen = torch.where(prompt, columns, -1)
     else:
-        ends = _Ends.of(spec, prompt.cumsum(1) - 1, prompt.sum(1, keepdim=True))
+        place = prompt.cumsum(1) - 1
+        ends = _Ends.of(spec, place, prompt.sum(1, keepdim=True))
         # the entries of an example are those of its first tokens, then those of its last ones;
         # tokens that are not selected share one more
-        entry = torch.where(ends.first, ends.place, spec.first + ends.place - ends.last_begins)
+        entry = torch.where(ends.first, place, spec.first + place - ends.last_begins)
         count = spec.first + spec.last
         entry = torch.where(prompt & (ends.first | ends.last), entry, count)
         chosen = torch.full((window.batch, count + 1), -1, device=device)
@@ -140,25 +141,21 @@ class _Ends(NamedTuple):
     """Which counted tokens are among the first and the last of their prompt.
 
     Attributes:
-        place: index of each token among those that are counted.
-        first: whether it is one of the first tokens.
-        last: whether it is one of the last tokens.
+        first: whether a token is one of the first.
+        last: whether a token is one of the last.
         last_begins: index of the first of the last tokens.
     """
 
-    place: Tensor
     first: Tensor
     last: Tensor
     last_begins: Tensor
 
     @classmethod
     def of(cls, spec: Spec, place: Tensor, length: Tensor) -> _Ends:
-        """The ends of prompts of ``length`` counted tokens."""
+        """The ends of prompts with ``length`` counted tokens; ``place`` is the index of each."""
         available = length // 2 if spec.halves else length
         last_begins = length - available.clamp(max=spec.last)
-        return cls(
-            place, place < available.clamp(max=spec.first), place >= last_begins, last_begins
-        )
+        return cls(place < available.clamp(max=spec.first), place >= last_begins, last_begins)
 
 
 def _from_positions(window: Window, untied: bool) -> Selection | None:

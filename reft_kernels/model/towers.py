@@ -28,11 +28,6 @@ MODEL_INPUTS = (*TOKEN_INPUTS, *MODALITY_INPUTS)
 
 _TRUE_INPUTS = tuple(name for name in MODEL_INPUTS if name != "inputs_embeds")
 _LANGUAGE = ("language_model", "text_model", "thinker", "llm")
-_MODALITY = re.compile(
-    r"vision|visual|image|audio|speech|video|pixel|q_?former|perceiver|resampler|connector|"
-    r"projector|merger|abstractor|tower",
-    re.IGNORECASE,
-)
 TOWERS = {
     "vision": re.compile(r"vision|visual|image|video|pixel", re.IGNORECASE),
     "audio": re.compile(r"audio|speech|sound", re.IGNORECASE),
@@ -40,6 +35,9 @@ TOWERS = {
 """Names of the towers of other modalities than text, and their modules' names."""
 _CONNECTOR = re.compile(
     r"q_?former|perceiver|resampler|connector|projector|merger|abstractor|aligner", re.IGNORECASE
+)
+_MODALITY = re.compile(
+    "|".join(["tower", *(p.pattern for p in (*TOWERS.values(), _CONNECTOR))]), re.IGNORECASE
 )
 _PROJECTOR = re.compile(
     r"^((multi_?modal|mm|vision|audio|image|speech|modality)_)?projector$|"
