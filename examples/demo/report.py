@@ -46,25 +46,30 @@ def _notes(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _draw(results: dict[str, Any], path: Path) -> None:
-    """Draw the answers side by side, and the loss."""
+def draw(results: dict[str, Any]) -> Figure:
+    """Draw the answers side by side, in rows as high as their lines, and the loss."""
+    widths = (34, 52, 52)  # letters
+    pairs = [zip(chat, widths, strict=True) for chat in results["chats"]]
+    rows = [[textwrap.fill(text, width) for text, width in pair] for pair in pairs]
+    lines = [1, *(1 + max(text.count("\n") for text in row) for row in rows)]
+    heights = [0.15 + 0.14 * count for count in lines]  # inches
     # without pyplot: no display, no global state
-    figure = Figure(figsize=(11, 2.5 + 1.1 * len(results["chats"])), layout="constrained")
-    texts, curve = figure.subplots(2, 1, height_ratios=[len(results["chats"]), 2])
+    figure = Figure(figsize=(11, sum(heights) + 2.8), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[sum(heights), 2.8])
+    texts, curve = above.add_axes((0.01, 0.01, 0.98, 0.98)), below.subplots()
     texts.axis("off")
-    rows = [[textwrap.fill(cell, 46) for cell in row] for row in results["chats"]]
-    table = texts.table(rows, colLabels=CHATS, colWidths=(0.24, 0.38, 0.38), cellLoc="left")
+    parts = [width / sum(widths) for width in widths]
+    table = texts.table(rows, colLabels=CHATS, colWidths=parts, cellLoc="left", bbox=(0, 0, 1, 1))
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     for (row, _), cell in table.get_celld().items():
-        cell.set_height(0.9 / len(rows) if row else 0.08)
+        cell.set_height(heights[row])  # with bbox: a share of the whole
+        cell.PAD = 0.03
         cell.set_edgecolor("#dddddd")
         cell.get_text().set_parse_math(False)
     curve.plot(range(1, len(results["losses"]) + 1), results["losses"])
     curve.set(xlabel="step", ylabel="training loss")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks it: drawn as a box
-        figure.savefig(path, dpi=110)
+    return figure
 
 
 def print_chats(chats: list[tuple[str, str, str]]) -> None:
@@ -85,4 +90,6 @@ def write(out: Path, results: dict[str, Any]) -> None:
     steps = pandas.DataFrame(_steps(results["steps"]), columns=STEPS).to_string(index=False)
     print(learned, reloaded, "", steps, "", scored, sep="\n")
     write_text(out / "demo.json", dumps({"versions": reporting.versions(), **results}))
-    _draw(results, out / "demo.png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # the font lacks it: drawn as a box
+        draw(results).savefig(out / "demo.png", dpi=110)

@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import transformers
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from peft import PeftModel
 from reft_train.models import load
 from reft_train.tasks import get
 from reft_train.training.session import train
 
 from examples.demo import __main__ as demo
-from examples.demo import smollm2, steps
+from examples.demo import report, smollm2, steps
 from reft_kernels.integrations.peft import ReftConfig
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
@@ -69,6 +70,23 @@ def test_the_figure_is_drawn_and_the_second_task_scored(finished):
     scores = json.loads((out / "demo.json").read_text())["docstrings"]
     assert all(0 <= scores[name] <= 1 for name in ("frozen", "LoReFT"))
     assert "guessing" in done.stdout
+
+
+def test_the_figure_holds_every_answer():
+    """Texts of one and of many lines lie in their cells, above the curve."""
+    chats = [("Why?", "Because.", "Ahoy!"), ("word " * 30, "a long answer " * 40, "short")]
+    figure = report.draw({"chats": chats * 3, "losses": [2.0, 1.0]})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    texts, curve = figure.axes
+    floor = curve.get_window_extent().y1
+    (table,) = texts.tables
+    for cell in table.get_celld().values():
+        text, box = (
+            one.get_window_extent(canvas.get_renderer()) for one in (cell.get_text(), cell)
+        )
+        assert box.x0 <= text.x0 <= text.x1 <= box.x1 <= figure.bbox.x1
+        assert floor < box.y0 <= text.y0 <= text.y1 <= box.y1 <= figure.bbox.y1
 
 
 def test_losses_that_do_not_agree_are_an_error(chat_model, monkeypatch):
